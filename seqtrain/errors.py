@@ -1,0 +1,28 @@
+"""Errors meant for users: one line that names what is wrong, what came, what is allowed, and the way out."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SeqtrainError(ValueError):
+    """A mistake in the input. Launchers print it as one line and exit with status 2."""
+
+
+class ConfigError(SeqtrainError):
+    """A configuration key, value or combination that can't be run."""
+
+
+class DataError(SeqtrainError):
+    """A missing, damaged or unreadable data file; the message names the file."""
+
+
+class CheckpointError(SeqtrainError):
+    """A checkpoint that is missing, damaged, or of another model; the message names the folder."""
+
+
+def unknown_name(what: str, name: str, allowed: Iterable[str]) -> str:
+    """The sentence for an unknown name: `mixer 'gal' is unknown; did you mean 'gla'? Known: ...`."""
+    known = sorted(allowed)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"{what} {name!r} is unknown{hint} Known: {', '.join(known)}"
