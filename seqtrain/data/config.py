@@ -1,0 +1,37 @@
+"""What text a run trains on and how it becomes tokens."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The keys under `data.`; the files in `conf/data/` hold one ready choice each."""
+
+    # Where text comes from: stdlib, text, jsonl, parquet or huggingface (a file in seqtrain/data/sources/).
+    source: str = "stdlib"
+    # A file, a folder or a glob pattern (huggingface: a folder that `save_to_disk` wrote). stdlib needs none.
+    path: str = ""
+    # Share of the text that is held out for evaluation, by whole documents. 0 holds out nothing.
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    # Text of its own for evaluation, in the same form as `path`; `held_out` then has no effect. Empty: a share of
+    # `path`.
+    held_out_path: str = ""
+    # Name of the field or column that holds the text (jsonl, parquet, huggingface).
+    text_field: str = "text"
+    # Bytes that are not UTF-8: stop with an error, or put U+FFFD in their place.
+    invalid_utf8: Literal["error", "replace"] = "error"
+    # "bytes", or a Hugging Face tokenizer on disk: a folder or a tokenizer.json.
+    tokenizer: str = "bytes"
+    # The token that ends every document, from the tokenizer's vocabulary. Empty: the tokenizer's own eos_token.
+    end_token: str = ""
+    # Where token shards are kept between runs. Empty: the user's cache folder.
+    cache_dir: str = ""
+    # Tokens a shard; ingesting that was stopped goes on from the last finished shard.
+    shard_tokens: Annotated[int, Field(gt=0)] = 2**25
+    # When shards are read whole to compare checksums: when first opened on this machine, always, or never.
+    verify: Literal["first", "always", "never"] = "first"
+    # True: a document's start clears the state of every layer. False: only the start of a row does.
+    reset_at_documents: bool = True

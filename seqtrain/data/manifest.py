@@ -1,0 +1,157 @@
+"""The two small files of a corpus folder: `manifest.json` once it is whole, `progress.json` until then."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from seqtrain.errors import DataError
+
+VERSION = 1
+MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard: its file's name inside the folder, how many tokens and document starts it holds, its checksum."""
+
+    file: str
+    tokens: int
+    starts: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitEntry:
+    """One side of the corpus.
+
+    `bytes`: of its text. `token_bytes`: the same counted from its tokens, which differs where a tokenizer normalises.
+    `first_bytes`: those of the first token of every document, which nothing predicts.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    token_bytes: int = 0
+    first_bytes: int = 0
+    shards: list[ShardEntry] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """Which source the text came from, and from how many files."""
+
+    name: str
+    files: int
+
+
+@dataclass(frozen=True)
+class TokenizerEntry:
+    """Which tokenizer made the ids."""
+
+    name: str
+    identity: str
+    vocab_size: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a whole corpus says of itself. `bigrams_sha256`: checksum of the byte-bigram counts beside it."""
+
+    version: int
+    key: str
+    source: SourceEntry
+    tokenizer: TokenizerEntry
+    empty_documents: int
+    train: SplitEntry
+    held_out: SplitEntry
+    bigrams_sha256: str
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where ingesting goes on: `offset` bytes into `document` of `part` (0 `data.path`, 1 `data.held_out_path`).
+
+    `previous`: the byte before, or -1 at a document's start.
+    """
+
+    part: int = 0
+    document: int = 0
+    offset: int = 0
+    previous: int = -1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is finished of a corpus that is not whole yet: `groups` of shards, and everything counted so far."""
+
+    key: str
+    groups: int = 0
+    cursor: Cursor = Cursor()
+    empty_documents: int = 0
+    # Units of the sources that are done, for the progress bar.
+    units: float = 0.0
+    train: SplitEntry = SplitEntry()
+    held_out: SplitEntry = SplitEntry()
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes a dataclass so that a reader sees either the old file or the whole new one, whenever we are stopped."""
+    replace_file(file, (json.dumps(asdict(content), indent=1, sort_keys=True) + "\n").encode("utf-8"))
+
+
+def replace_file(file: Path, content: bytes) -> None:
+    """Puts `content` in `file` atomically and durably."""
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    with unfinished.open("wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+    os.replace(unfinished, file)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names of the files in `folder` durable."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def read_json(file: Path, form: type[T]) -> T:
+    """The dataclass in `file`. Raises `DataError` if it is missing or not of that form."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(form).validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{file}: missing; delete the folder and run again to make the corpus anew") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "file"
+        raise DataError(
+            f"{file}: damaged at {place}: {first['msg']}; delete the folder to make the corpus anew"
+        ) from None
+
+
+def sha256_of(file: Path) -> str:
+    """The checksum of a whole file, read in pieces."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` of `folder`. Raises `DataError` for a name that leads anywhere else, also by way of a link."""
+    file = folder / name
+    plain = Path(name).name == name and name not in ("", ".", "..")
+    if not plain or file.is_symlink():
+        raise DataError(
+            f"{folder / MANIFEST}: names the file {name!r}; shards must be plain files of that folder itself"
+        )
+    return file

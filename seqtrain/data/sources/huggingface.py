@@ -1,0 +1,54 @@
+"""A Hugging Face dataset on disk: every row is one document."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from seqtrain.data.sources._base import Document, Source
+from seqtrain.errors import DataError
+
+# Rows decoded at a time.
+ROWS = 64
+
+
+class HuggingFaceDataset(Source):
+    """`data.path`: a folder written by `Dataset.save_to_disk`; the text is the column `data.text_field`.
+
+    For a folder of several splits give one of them, and another as `data.held_out_path` if wanted. Rows are held out
+    by a hash of their text otherwise. Nothing is downloaded.
+    """
+
+    unit = "rows"
+    suffix = ".arrow"
+
+    def find(self) -> tuple[Path, list[Path]]:
+        root, files = super().find()
+        if (root / "dataset_dict.json").is_file():
+            splits = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
+            raise DataError(
+                f"{self.part.key}: {root} holds the splits {splits}; give one of them, such as {root / splits[0]}"
+            )
+        return root, files
+
+    @property
+    def total(self) -> int:
+        return len(self._open())
+
+    def documents(self, skip: int = 0) -> Iterator[Document]:
+        dataset = self._open()
+        for start in range(skip, len(dataset), ROWS):
+            texts = dataset[start : start + ROWS][self.config.text_field]
+            for row, text in enumerate(texts, start=start):
+                yield self.row(f"{self.root}: row {row}", text, 1)
+
+    def _open(self) -> Any:
+        import datasets
+
+        try:
+            dataset = datasets.load_from_disk(str(self.root))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.root}: not a dataset that save_to_disk wrote: {error}") from None
+        if self.config.text_field not in dataset.column_names:
+            came = f"no column {self.config.text_field!r}, only {dataset.column_names[:8]}"
+            raise DataError(f"{self.root}: {came}; set data.text_field")
+        return dataset.select_columns([self.config.text_field])

@@ -1,0 +1,77 @@
+"""Parquet tables: every row is one document."""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from seqtrain.data.sources._base import Document, Source
+from seqtrain.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow.parquet
+
+# Rows decoded at a time, and bytes read ahead.
+ROWS = 64
+BUFFER = 2**18
+
+
+class Parquet(Source):
+    """`data.path`: a file, a folder (its `*.parquet`) or a pattern; the text is the column `data.text_field`.
+
+    Rows are held out by a hash of their text.
+    """
+
+    unit = "rows"
+    suffix = ".parquet"
+
+    @property
+    def total(self) -> int:
+        return sum(self._open(file).metadata.num_rows for file in self.files)
+
+    def documents(self, skip: int = 0) -> Iterator[Document]:
+        for file in self.files:
+            table = self._open(file)
+            if skip >= table.metadata.num_rows:
+                skip -= table.metadata.num_rows
+                continue
+            yield from self._rows(file, table, skip)
+            skip = 0
+
+    def _rows(self, file: Path, table: "pyarrow.parquet.ParquetFile", skip: int) -> Iterator[Document]:
+        sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+        # Row groups before the first wanted row are never read.
+        ends = list(accumulate(sizes))
+        first = bisect_right(ends, skip)
+        row = ends[first] - sizes[first] if first < len(ends) else 0
+        groups = list(range(first, len(sizes)))
+        batches = table.iter_batches(ROWS, row_groups=groups, columns=[self.config.text_field])
+        while (batch := _next(batches, f"{file}: row {row}")) is not None:
+            for value in batch.column(0):
+                if row >= skip:
+                    yield self.row(f"{file}: row {row}", value.as_py(), 1)
+                row += 1
+
+    def _open(self, file: Path) -> "pyarrow.parquet.ParquetFile":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            # Buffered: a page is held at a time, where the other ways hold the whole column of a row group.
+            table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{file}: not a parquet file: {error}") from None
+        columns = table.schema_arrow.names
+        if self.config.text_field not in columns:
+            raise DataError(f"{file}: no column {self.config.text_field!r}, only {columns[:8]}; set data.text_field")
+        return table
+
+
+def _next(batches: "Iterator[pyarrow.RecordBatch]", place: str) -> "pyarrow.RecordBatch | None":
+    import pyarrow
+
+    try:
+        return next(batches, None)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{place} and on: damaged: {error}") from None

@@ -1,0 +1,184 @@
+"""Text to token ids and back: plain bytes, or a Hugging Face tokenizer from disk."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seqtrain.data.config import DataConfig
+from seqtrain.errors import ConfigError, unknown_name
+
+
+class Tokenizer:
+    """What the rest of the project knows of a tokenizer.
+
+    `vocab_size`: ids are below it. `end`: the id that ends every document. `identity`: a hash that changes with the
+    mapping from text to ids. `token_bytes`: int64 `[vocab_size]`, bytes of text each id stands for (0 for `end` and
+    other marks).
+    """
+
+    vocab_size: int
+    end: int
+    identity: str
+    token_bytes: np.ndarray
+
+    def encode_pieces(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
+        """The ids of several pieces of UTF-8 text, without any mark added."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; marks are left out, and broken characters become U+FFFD."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without any mark added."""
+        return self.encode_pieces([text.encode("utf-8")])[0].tolist()
+
+    def byte_count(self, ids: Any) -> int:
+        """How many bytes of text `ids` (array, tensor or list) stand for. Exact where encoding loses nothing."""
+        return int(self.token_bytes[np.asarray(ids, dtype=np.int64)].sum())
+
+
+class ByteTokenizer(Tokenizer):
+    """256 bytes and, as id 256, the end of a document."""
+
+    def __init__(self) -> None:
+        self.vocab_size = 257
+        self.end = 256
+        self.identity = "bytes-257"
+        self.token_bytes = np.ones(257, dtype=np.int64)
+        self.token_bytes[self.end] = 0
+
+    def encode_pieces(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
+        return [np.frombuffer(piece, dtype=np.uint8) for piece in pieces]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(int(i) for i in ids if int(i) < 256).decode("utf-8", errors="replace")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A fast Hugging Face tokenizer: a folder or a `tokenizer.json`, read offline, never running code it brings.
+
+    `end_token` names the document end, else the folder's `eos_token` does. Raises `ConfigError` if there is neither.
+    """
+
+    def __init__(self, path: str, end_token: str = ""):
+        backend, end = _read(Path(path).expanduser())
+        # A tokenizer saved for fine-tuning may cut or pad; and "<|endoftext|>" inside a document is text, not a mark.
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        self._backend = backend
+        vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        self.end = _end_id(path, vocabulary, end_token or end, asked=bool(end_token))
+        self.vocab_size = max(vocabulary.values()) + 1
+        content = backend.to_str() + f"\nend={self.end}"
+        self.identity = hashlib.sha256(content.encode("utf-8")).hexdigest()
+        self.token_bytes = _token_bytes(backend, vocabulary)
+        self.token_bytes[self.end] = 0
+
+    def encode_pieces(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
+        texts = [piece.decode("utf-8") for piece in pieces]
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def load_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer `data.tokenizer` names. Raises `ConfigError` if there is none such on disk."""
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    return HuggingFaceTokenizer(config.tokenizer, config.end_token)
+
+
+def _read(path: Path) -> tuple[Any, str]:
+    """The `tokenizers.Tokenizer` at `path` and the name of its end-of-sequence token ("" if it has none)."""
+    if not path.exists():
+        raise ConfigError(
+            f'data.tokenizer: {path} does not exist; give "bytes", a folder or a tokenizer.json (nothing is downloaded)'
+        )
+    folder, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
+    if not file.is_file():
+        return _convert(folder)
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        backend = Backend.from_file(str(file))
+    # The library raises bare Exception for a file it can't read.
+    except Exception as error:
+        raise ConfigError(f"data.tokenizer: {file} is not a Hugging Face tokenizer.json: {error}") from None
+    return backend, _eos_token(folder)
+
+
+def _convert(folder: Path) -> tuple[Any, str]:
+    """A tokenizer in an older form (vocabulary and merges, sentencepiece), through transformers."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"data.tokenizer: {folder} holds no tokenizer.json and can't be converted: {reason}"
+        ) from None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ConfigError(f"data.tokenizer: {folder} has no fast form; save it as tokenizer.json first")
+    return backend, tokenizer.eos_token or ""
+
+
+def _eos_token(folder: Path) -> str:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"data.tokenizer: {file} is not JSON: {error}") from None
+        token = content.get("eos_token") if isinstance(content, dict) else None
+        # Written as a plain string or as an AddedToken.
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and token:
+            return token
+    return ""
+
+
+def _end_id(path: str, vocabulary: dict[str, int], end: str, *, asked: bool) -> int:
+    if not end:
+        raise ConfigError(f"data.tokenizer: {path} names no eos_token; set data.end_token to a token of its vocabulary")
+    if end in vocabulary:
+        return vocabulary[end]
+    if asked:
+        marks = [token for token in vocabulary if token[:1] in "<[" and len(token) > 2] or list(vocabulary)[:20]
+        raise ConfigError("data.end_token: " + unknown_name("token", end, marks[:20]))
+    raise ConfigError(f"data.tokenizer: the eos_token {end!r} of {path} is not in its vocabulary; set data.end_token")
+
+
+def _token_bytes(backend: Any, vocabulary: dict[str, int]) -> np.ndarray:
+    """int64 `[vocab_size]`: bytes of text behind each id, read off the way the tokenizer writes its tokens."""
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    state = json.loads(backend.to_str())
+    byte_level = "ByteLevel" in json.dumps([state["pre_tokenizer"], state["decoder"]])
+    prefix = state["model"].get("continuing_subword_prefix") or ""
+    counts = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    for token, index in vocabulary.items():
+        if token in special:
+            continue
+        counts[index] = len(token.encode("utf-8")) if token in added else _written_bytes(token, byte_level, prefix)
+    return counts
+
+
+def _written_bytes(token: str, byte_level: bool, prefix: str) -> int:
+    # Byte-level vocabularies write one character a byte; sentencepiece writes a byte as <0x0A> and a space as U+2581.
+    if byte_level:
+        return len(token)
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return 1
+    return len(token.removeprefix(prefix).replace("\u2581", " ").encode("utf-8"))

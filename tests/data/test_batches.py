@@ -1,0 +1,165 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from seqtrain.data import Batches, EvaluationBatches, prepare
+from seqtrain.errors import ConfigError, DataError
+
+
+def rows(batch, length):
+    return [tuple(row) for row in batch.tokens.view(-1, length).tolist()]
+
+
+def by_hand(stream, start, length):
+    """Tokens, labels and borders of one row, token by token."""
+    whole = stream.read(0, stream.tokens).tolist()
+    begins = set(stream.starts(0, stream.tokens).tolist())
+    tokens, labels, borders = [], [], []
+    for position in range(start, start + length):
+        inside = position < stream.tokens
+        tokens.append(whole[position] if inside else stream.tokenizer.end)
+        follows = position + 1 < stream.tokens and position + 1 not in begins
+        labels.append(whole[position + 1] if follows else -100)
+        if position > start and (position in begins or position == stream.tokens):
+            borders.append(position - start)
+    return tokens, labels, borders
+
+
+@pytest.mark.parametrize("length", [1, 7, 64, 999])
+def test_rows_labels_and_borders_against_a_loop_over_tokens(corpus, length):
+    batches = EvaluationBatches(corpus.held_out, sequence_length=length, batch_size=2)
+    for index in {0, len(batches) // 2, len(batches) - 1}:
+        batch = batches.at(index)
+        tokens, labels, borders = [], [], [0]
+        for row in range(2):
+            row_tokens, row_labels, inner = by_hand(corpus.held_out, (2 * index + row) * length, length)
+            if (2 * index + row) * length >= corpus.held_out.tokens:
+                inner = []
+            tokens += row_tokens
+            labels += row_labels
+            borders += [row * length + place for place in inner] + [(row + 1) * length]
+        assert batch.tokens.tolist() == [tokens]
+        assert batch.labels.tolist() == [labels]
+        assert batch.cu_seqlens.tolist() == borders
+        assert batch.label_count == sum(label != -100 for label in labels)
+        assert batch.bytes == sum(label not in (-100, 256) for label in labels)
+    assert (batch.tokens.dtype, batch.labels.dtype, batch.cu_seqlens.dtype) == (torch.int64, torch.int64, torch.int32)
+
+
+def test_documents_can_share_a_state(corpus):
+    whole = EvaluationBatches(corpus.held_out, sequence_length=1500, batch_size=2, reset_at_documents=False).at(0)
+    apart = EvaluationBatches(corpus.held_out, sequence_length=1500, batch_size=2).at(0)
+    assert whole.cu_seqlens.tolist() == [0, 1500, 3000]
+    assert len(apart.cu_seqlens) > 3
+    assert torch.equal(whole.tokens, apart.tokens)
+    assert torch.equal(whole.labels, apart.labels)
+
+
+def training(corpus, seed=3, batch_size=8, length=50, **options):
+    return Batches(corpus.train, seed=seed, sequence_length=length, batch_size=batch_size, **options)
+
+
+def test_batches_follow_from_seed_and_step_alone(corpus, config):
+    again = prepare(config, progress=False)
+    for step in (0, 5, 10_000):
+        first, second = training(corpus).at(step), training(again).at(step)
+        assert torch.equal(first.tokens, second.tokens)
+        assert torch.equal(first.cu_seqlens, second.cu_seqlens)
+    assert not torch.equal(training(corpus).at(0).tokens, training(corpus).at(1).tokens)
+    assert not torch.equal(training(corpus).at(0).tokens, training(corpus, seed=4).at(0).tokens)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", ["train", "held_out"])
+def test_the_union_over_ranks_and_micro_batches_is_the_same(corpus, ranks, kind):
+    if kind == "train":
+        batches = training(corpus)
+    else:
+        batches = EvaluationBatches(corpus.held_out, sequence_length=50, batch_size=8)
+    whole = batches.at(2)
+    for micro_batches in [m for m in (1, 2, 4) if ranks * m <= 8]:
+        parts = [
+            batches.at(2, rank=rank, ranks=ranks, micro_batch=micro, micro_batches=micro_batches)
+            for micro in range(micro_batches)
+            for rank in range(ranks)
+        ]
+        assert torch.equal(torch.cat([part.tokens for part in parts], dim=1), whole.tokens)
+        assert torch.equal(torch.cat([part.labels for part in parts], dim=1), whole.labels)
+        assert sum(part.bytes for part in parts) == whole.bytes
+        shifts = [0, *np.cumsum([part.tokens.shape[1] for part in parts])]
+        borders = {int(b) + int(s) for part, s in zip(parts, shifts, strict=False) for b in part.cu_seqlens}
+        assert sorted(borders) == whole.cu_seqlens.tolist()
+
+
+def test_an_epoch_reads_every_window_once(corpus):
+    batches = training(corpus, batch_size=1)
+    seen = []
+    for epoch in range(2):
+        starts = sorted(batches._start(epoch * batches.windows + place) for place in range(batches.windows))
+        assert set(np.diff(starts).tolist()) == {50}
+        assert starts[0] >= 0
+        assert starts[-1] + 50 <= corpus.train.tokens
+        seen.append(starts)
+    assert batches.windows == corpus.train.tokens // 50
+
+
+def test_epochs_cut_at_other_places(corpus):
+    batches = training(corpus, batch_size=1, length=1100)
+    assert len({batches._start(epoch * batches.windows) % 1100 for epoch in range(10)}) > 5
+
+
+@pytest.mark.parametrize("length", [33, 500, 10_000])
+def test_evaluation_predicts_every_token_once(corpus, length):
+    stream = corpus.held_out
+    batches = EvaluationBatches(stream, sequence_length=length, batch_size=4)
+    parts = [batches.at(index, rank=rank, ranks=2) for index in range(len(batches)) for rank in range(2)]
+    assert {part.tokens.shape for part in parts} == {(1, 2 * length)}
+    labels = torch.cat([part.labels for part in parts], dim=1)
+    counted = labels[labels != -100].numpy()
+    whole = stream.read(0, stream.tokens)
+    expected = np.delete(whole, stream.starts(0, stream.tokens))
+    np.testing.assert_array_equal(counted, expected)
+    assert sum(part.bytes for part in parts) == stream.predicted_bytes == stream.bytes - stream.documents
+
+
+def test_evaluation_of_a_few_windows_spreads_them(corpus):
+    batches = EvaluationBatches(corpus.held_out, sequence_length=20, batch_size=4, limit=10)
+    starts = [batches._start(sample) for sample in range(12)]
+    assert len(batches) == 3
+    assert starts[0] == 0
+    assert sorted(set(starts[:10])) == starts[:10]
+    assert starts[9] > 0.8 * corpus.held_out.tokens
+    # The rows beyond the limit are filling.
+    assert starts[10:] == [corpus.held_out.tokens] * 2
+    assert batches.at(2, rank=1, ranks=2).label_count == 0
+
+
+def test_nothing_held_out_is_no_batch(config, small_steps):
+    corpus = prepare(replace(config, held_out=0.0), progress=False)
+    assert len(EvaluationBatches(corpus.held_out, sequence_length=20, batch_size=4)) == 0
+
+
+def test_a_tokenizer_that_normalises_is_scored_on_the_raw_text(config, tmp_path, bpe_folder, small_steps):
+    from tokenizers import Tokenizer, normalizers
+
+    backend = Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
+    backend.normalizer = normalizers.Replace("alpha", "a")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    corpus = prepare(replace(config, tokenizer=str(tmp_path / "tokenizer.json"), end_token="<|end|>"), progress=False)
+    stream = corpus.held_out
+    assert stream.byte_scale > 1.05
+    batches = EvaluationBatches(stream, sequence_length=100, batch_size=2)
+    total = sum(batches.at(index).bytes for index in range(len(batches)))
+    assert total == pytest.approx(stream.predicted_bytes, rel=1e-9)
+    assert total == pytest.approx(stream.bytes, rel=0.01)
+
+
+def test_sizes_that_do_not_come_out_even(corpus):
+    with pytest.raises(ConfigError, match=r"train\.batch_size=8: must be a multiple of .* = 3 x 2; 12 is"):
+        training(corpus).at(0, ranks=3, micro_batches=2)
+    with pytest.raises(ConfigError, match=r"train\.sequence_length=0: at least 1"):
+        training(corpus, length=0)
+    with pytest.raises(DataError, match=r"train\.sequence_length=1000000: the train text has only \d+ tokens"):
+        training(corpus, length=1_000_000)

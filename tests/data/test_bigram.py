@@ -1,0 +1,66 @@
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from seqtrain.data import DataConfig, bigram_bits_per_byte, prepare
+from seqtrain.data.bigram import BigramCounter, read_counts
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    (tmp_path / "train.txt").write_text("abab")
+    (tmp_path / "eval.txt").write_text("aba")
+    return DataConfig(
+        source="text",
+        path=str(tmp_path / "train.txt"),
+        held_out_path=str(tmp_path / "eval.txt"),
+        cache_dir=str(tmp_path / "cache"),
+    )
+
+
+def test_against_a_value_worked_out_by_hand(tiny):
+    # Training pairs: ab 2, ba 1, b-end 1. Held out: ab, ba, a-end; two bytes are predicted, the first is given.
+    s = 0.1
+    a_b = (2 + s) / (2 + 257 * s)
+    b_a = (1 + s) / (2 + 257 * s)
+    a_end = (0 + s) / (2 + 257 * s)
+    expected = -(math.log2(a_b) + math.log2(b_a) + math.log2(a_end)) / 2
+    assert bigram_bits_per_byte(prepare(tiny, progress=False)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_smoothing_can_be_set(tiny):
+    corpus = prepare(tiny, progress=False)
+    assert bigram_bits_per_byte(corpus, smoothing=1e9) == pytest.approx(3 * math.log2(257) / 2, rel=1e-6)
+
+
+def test_nothing_held_out_is_not_a_number(tiny):
+    corpus = prepare(replace(tiny, held_out_path="", held_out=0.0), progress=False)
+    assert math.isnan(bigram_bits_per_byte(corpus))
+
+
+def test_pairs_are_counted_across_pieces_but_not_across_documents():
+    whole, parts = BigramCounter(), BigramCounter()
+    whole.add([(b"hello world", -1, True), (b"again", -1, True)])
+    parts.add([(b"hello", -1, False)])
+    parts.add([(b" wor", ord("o"), False), (b"ld", ord("r"), True), (b"a", -1, False)])
+    parts.add([(b"gain", ord("a"), True)])
+    np.testing.assert_array_equal(whole.counts, parts.counts)
+    assert whole.counts.sum() == len("hello world") + len("again")
+    assert whole.counts[ord("d"), ord("a")] == 0
+    assert whole.counts[ord("d"), 256] == whole.counts[ord("n"), 256] == 1
+
+
+def test_counts_are_those_of_the_text_whatever_the_tokenizer(config, corpus, bpe_folder):
+    by_hand = np.zeros((256, 257), dtype=np.int64)
+    ids = corpus.held_out.read(0, corpus.held_out.tokens)
+    for before, after in itertools.pairwise(ids):
+        if before != 256:
+            by_hand[before, after] += 1
+    np.testing.assert_array_equal(read_counts(corpus.bigrams)[1], by_hand)
+    other = prepare(replace(config, tokenizer=str(bpe_folder)), progress=False)
+    np.testing.assert_array_equal(read_counts(other.bigrams), read_counts(corpus.bigrams))
+    assert bigram_bits_per_byte(other) == bigram_bits_per_byte(corpus)
+    assert 1 < bigram_bits_per_byte(corpus) < 5

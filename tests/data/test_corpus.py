@@ -1,0 +1,196 @@
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from seqtrain.data import DataConfig, load_tokenizer, open_corpus, prepare
+from seqtrain.data import corpus as corpus_module
+from seqtrain.errors import DataError
+
+
+def test_streams_read_across_shards_and_know_where_documents_start(corpus, text_folder):
+    stream = corpus.train
+    assert len(corpus.manifest.train.shards) > 3
+    whole = stream.read(0, stream.tokens)
+    starts = stream.starts(0, stream.tokens)
+    ends = np.flatnonzero(whole == corpus.tokenizer.end) + 1
+    np.testing.assert_array_equal(starts, np.concatenate([[0], ends[:-1]]))
+    assert ends[-1] == stream.tokens
+    assert len(starts) == stream.documents
+    for start in range(0, stream.tokens, 501):
+        stop = min(start + 1700, stream.tokens)
+        np.testing.assert_array_equal(stream.read(start, stop), whole[start:stop])
+        inside = starts[(starts >= start) & (starts < stop)]
+        np.testing.assert_array_equal(stream.starts(start, stop), inside)
+    assert stream.read(5, 5).shape == stream.starts(5, 5).shape == (0,)
+
+
+def test_documents_are_the_files(corpus, text_folder):
+    found = []
+    for stream in (corpus.train, corpus.held_out):
+        borders = [*stream.starts(0, stream.tokens).tolist(), stream.tokens]
+        for start, stop in itertools.pairwise(borders):
+            found.append(corpus.tokenizer.decode(stream.read(start, stop - 1)))
+    expected = [file.read_text(encoding="utf-8") for file in text_folder.rglob("*.txt")]
+    assert sorted(found) == sorted(text for text in expected if text)
+
+
+def test_manifest_says_what_is_there(corpus):
+    manifest = json.loads((corpus.folder / "manifest.json").read_text())
+    assert manifest["source"] == {"name": "text", "files": 20}
+    assert manifest["tokenizer"] == {"name": "bytes", "identity": "bytes-257", "vocab_size": 257, "end": 256}
+    assert manifest["empty_documents"] == 1
+    assert manifest["train"]["documents"] + manifest["held_out"]["documents"] == 19
+    for name, stream in (("train", corpus.train), ("held_out", corpus.held_out)):
+        split = manifest[name]
+        assert split["tokens"] == stream.tokens == stream.bytes + stream.documents
+        assert split["bytes"] == split["token_bytes"] == stream.bytes
+        assert stream.predicted_bytes == stream.bytes - stream.documents
+
+
+def test_workers_open_the_folder_without_the_text(corpus, config, text_folder):
+    for file in text_folder.rglob("*.txt"):
+        file.unlink()
+    opened = open_corpus(corpus.folder, config)
+    np.testing.assert_array_equal(opened.held_out.read(0, 50), corpus.held_out.read(0, 50))
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_is_found_when_the_corpus_is_opened(corpus, config):
+    flip(corpus.folder / "train-00001.bin")
+    with pytest.raises(DataError, match=r"train-00001\.bin: checksum is .*; delete .* to make the corpus anew"):
+        open_corpus(corpus.folder, config)
+
+
+def test_checksums_are_compared_once(corpus, config, monkeypatch):
+    file = corpus.folder / "train-00001.bin"
+    stamp = file.stat()
+    flip(file)
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    # Same size, same time: only a look at every byte can tell.
+    open_corpus(corpus.folder, config)
+    with pytest.raises(DataError, match="checksum"):
+        open_corpus(corpus.folder, replace(config, verify="always"))
+    os.utime(file)
+    open_corpus(corpus.folder, replace(config, verify="never"))
+    with pytest.raises(DataError, match="checksum"):
+        open_corpus(corpus.folder, config)
+
+
+def test_a_missing_or_truncated_shard_is_found_even_unverified(corpus, config):
+    never = replace(config, verify="never")
+    file = corpus.folder / "held_out-00000.bin"
+    os.truncate(file, 100)
+    with pytest.raises(DataError, match=r"held_out-00000\.bin: truncated"):
+        open_corpus(corpus.folder, never)
+    file.unlink()
+    with pytest.raises(DataError, match=r"held_out-00000\.bin: can't be read"):
+        open_corpus(corpus.folder, never)
+
+
+def test_damaged_bigrams_are_found(corpus, config):
+    flip(corpus.folder / "bigrams.npy")
+    with pytest.raises(DataError, match=r"bigrams\.npy: missing or damaged"):
+        open_corpus(corpus.folder, config)
+
+
+def edit(corpus, **fields):
+    file = corpus.folder / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_manifests_that_lie(corpus, config):
+    whole = json.loads((corpus.folder / "manifest.json").read_text())
+    shard = whole["train"]["shards"][0]
+    for name in ("../train-00000.bin", "/etc/passwd"):
+        edit(corpus, train=whole["train"] | {"shards": [shard | {"file": name}]})
+        with pytest.raises(DataError, match="shards must be plain files of that folder"):
+            open_corpus(corpus.folder, config)
+    edit(corpus, train=whole["train"] | {"shards": whole["train"]["shards"][1:]})
+    with pytest.raises(DataError, match=r"manifest\.json: train has \d+ tokens in \d+ documents, its shards"):
+        open_corpus(corpus.folder, config)
+    edit(corpus, train=whole["train"] | {"tokens": "many"})
+    with pytest.raises(DataError, match=r"manifest\.json: damaged at train\.tokens"):
+        open_corpus(corpus.folder, config)
+    edit(corpus, version=2, train=whole["train"])
+    with pytest.raises(DataError, match=r"manifest\.json: version 2, this seqtrain reads 1"):
+        open_corpus(corpus.folder, config)
+    (corpus.folder / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"manifest\.json: missing"):
+        open_corpus(corpus.folder, config)
+
+
+def test_another_tokenizer_is_refused(corpus, config, bpe_folder):
+    with pytest.raises(DataError, match=r"made with another tokenizer \(bytes, 257 ids\) than data\.tokenizer=.*bpe"):
+        open_corpus(corpus.folder, replace(config, tokenizer=str(bpe_folder)))
+
+
+def test_a_folder_that_cannot_be_written_is_opened_all_the_same(corpus, config, monkeypatch):
+    (corpus.folder / "verified.json").unlink()
+    monkeypatch.setattr(os, "access", lambda *arguments: False)
+    open_corpus(corpus.folder, config)
+    assert not (corpus.folder / "verified.json").exists()
+
+
+def test_a_hugging_face_corpus_holds_the_same_text(config, bpe_folder, small_steps):
+    config = replace(config, tokenizer=str(bpe_folder), shard_tokens=1000)
+    corpus = prepare(config, progress=False)
+    plain = prepare(replace(config, tokenizer="bytes"), progress=False)
+    assert len(corpus.manifest.train.shards) > 2
+    for name in ("train", "held_out"):
+        stream, expected = (getattr(c, name) for c in (corpus, plain))
+        assert stream.documents == expected.documents
+        assert stream.bytes == expected.bytes
+        assert stream.byte_scale == 1
+        ids, bytes_of_it = stream.read(0, stream.tokens), expected.read(0, expected.tokens)
+        assert corpus.tokenizer.decode(ids) == plain.tokenizer.decode(bytes_of_it)
+        assert stream.tokens < 0.7 * expected.tokens
+        first = ids[stream.starts(0, stream.tokens)]
+        assert stream.predicted_bytes == stream.bytes - corpus.tokenizer.byte_count(first)
+
+
+def test_more_shards_than_open_files(corpus, config, monkeypatch):
+    monkeypatch.setattr(corpus_module, "OPEN_SHARDS", 2)
+    few = open_corpus(corpus.folder, config).train
+    for start in (0, few.tokens // 2, 0, few.tokens - 100):
+        np.testing.assert_array_equal(few.read(start, start + 100), corpus.train.read(start, start + 100))
+    assert few._maps.cache_info().currsize == 2
+
+
+def test_the_cache_folder_of_the_user_is_the_default(monkeypatch):
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: f"/caches/{name}")
+    assert str(corpus_module.cache_folder(DataConfig())) == "/caches/seqtrain"
+    assert str(corpus_module.cache_folder(DataConfig(cache_dir="/x"))) == "/x"
+
+
+def test_importing_the_data_floor_is_light():
+    heavy = {"datasets", "transformers", "tokenizers", "pyarrow", "rich", "ray"}
+    code = f"import sys, seqtrain.data; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_yaml_names_fields_of_the_config_and_its_own_source():
+    yaml = pytest.importorskip("yaml")
+    from pathlib import Path
+
+    from pydantic import TypeAdapter
+
+    files = sorted((Path(__file__).parents[2] / "conf" / "data").glob("*.yaml"))
+    assert [file.stem for file in files] == ["huggingface", "jsonl", "parquet", "stdlib", "text"]
+    for file in files:
+        content = yaml.safe_load(file.read_text())
+        config = TypeAdapter(DataConfig).validate_python(content)
+        assert config.source == file.stem
+        assert set(content) <= set(DataConfig.__dataclass_fields__)
+        assert load_tokenizer(config).vocab_size == 257
