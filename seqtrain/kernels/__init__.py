@@ -1,0 +1,23 @@
+"""The operators: pure functions of tensors, each with a definition and faster forms of it (DESIGN.md 4.1).
+
+Every recurrent operator takes `initial_state` and `cu_seqlens` and returns `(out, final_state)`.
+"""
+
+from seqtrain.kernels.delta_rule import delta_rule
+from seqtrain.kernels.diagonal_scan import diagonal_scan
+from seqtrain.kernels.linear_attention import linear_attention
+from seqtrain.kernels.linear_cross_entropy import linear_cross_entropy
+from seqtrain.kernels.short_convolution import short_convolution
+from seqtrain.kernels.softmax_attention import softmax_attention
+from seqtrain.kernels.tensor_attention import feature_count, tensor_attention
+
+__all__ = [
+    "delta_rule",
+    "diagonal_scan",
+    "feature_count",
+    "linear_attention",
+    "linear_cross_entropy",
+    "short_convolution",
+    "softmax_attention",
+    "tensor_attention",
+]

@@ -1,0 +1,148 @@
+"""The scan in two passes over chunks that run side by side; the backward is the same scan from the last token to the
+first.
+
+T tokens are N chunks of C. First every chunk finds its total decay and the h it would end with, keeping only these;
+then the scan over the N chunks (the same function again) gives what enters each; then every chunk runs from there. Each
+step is one fused multiply-add over N*D numbers, so there are 3C steps and a short scan instead of T. A document starts
+where the decay is zero. Decays are only ever multiplied, never divided, so they may be as strong as they like.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Up to this many tokens a plain loop is the fastest.
+LOOP = 48
+# Steps of a chunk; 16 to 128 are within 1.5 times of each other at T=1024 to 16384, D=512.
+CHUNK = 32
+
+
+def run(x: Tensor, log_a: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `diagonal_scan`; `state` is given."""
+    out_dtype = state.dtype if state.is_complex() else x.dtype
+    if x.shape[1] == 0:
+        return x.to(out_dtype), state
+    if cu_seqlens is None:
+        return _DiagonalScan.apply(x, log_a, state, out_dtype, None)
+    borders = cu_seqlens.to(device=x.device, dtype=torch.int64)
+    full = (borders.diff() > 0).nonzero()[:, 0]
+    out, last = _DiagonalScan.apply(x, log_a, state[full], out_dtype, (borders[full], borders[full + 1] - 1))
+    return out, state.index_copy(0, full, last)
+
+
+def recurrence_(h: Tensor, a: Tensor, *, reverse: bool = False) -> None:
+    """In place `h_t += a_t * h_{t-1}` (`reverse`: `h_t += a_t * h_{t+1}`) along dimension 1; nothing enters at the
+    first.
+
+    `h`, `a`: `[B,T,...]`, of one shape and dtype.
+    """
+    tokens = h.shape[1]
+    body = 0 if tokens <= LOOP else tokens // CHUNK * CHUNK
+    if reverse:
+        _loop_(h[:, body:], a[:, body:], None, reverse)
+        if body:
+            after = h[:, body] if body < tokens else None
+            _chunks_(h[:, :body].unflatten(1, (-1, CHUNK)), a[:, :body].unflatten(1, (-1, CHUNK)), after, reverse)
+    else:
+        if body:
+            _chunks_(h[:, :body].unflatten(1, (-1, CHUNK)), a[:, :body].unflatten(1, (-1, CHUNK)), None, reverse)
+        _loop_(h[:, body:], a[:, body:], h[:, body - 1] if body else None, reverse)
+
+
+def _loop_(h: Tensor, a: Tensor, entering: Tensor | None, reverse: bool) -> None:
+    """`recurrence_` step by step; `entering`: h just before the first token (after the last, in reverse)."""
+    for t in reversed(range(h.shape[1])) if reverse else range(h.shape[1]):
+        if entering is not None:
+            h[:, t].addcmul_(a[:, t], entering)
+        entering = h[:, t]
+
+
+def _chunks_(h: Tensor, a: Tensor, entering: Tensor | None, reverse: bool) -> None:
+    """`recurrence_` on `[B,N,C,...]`."""
+    steps = list(reversed(range(h.shape[2])) if reverse else range(h.shape[2]))
+    decay, end = a[:, :, steps[0]].clone(), h[:, :, steps[0]].clone()
+    for c in steps[1:]:
+        end = torch.addcmul(h[:, :, c], a[:, :, c], end)
+        decay *= a[:, :, c]
+    edge = -1 if reverse else 0
+    if entering is not None:
+        end[:, edge].addcmul_(decay[:, edge], entering)
+    recurrence_(end, decay, reverse=reverse)
+    enters = torch.zeros_like(end)
+    if reverse:
+        enters[:, :-1] = end[:, 1:]
+    else:
+        enters[:, 1:] = end[:, :-1]
+    if entering is not None:
+        enters[:, edge] = entering
+    for c in steps:
+        enters = h[:, :, c].addcmul_(a[:, :, c], enters)
+
+
+def _decay(log_a: Tensor, dtype: torch.dtype) -> Tensor:
+    """`exp(log_a)` in the scan's dtype. ATen's complex exp takes 20 ns a number, by way of sine and cosine it takes 4."""
+    log_a = log_a.to(torch.promote_types(log_a.dtype, torch.float32))
+    a = torch.polar(log_a.real.exp(), log_a.imag) if log_a.is_complex() else log_a.exp()
+    return a.to(dtype)
+
+
+def _first_and_last(rows: tuple[Tensor, Tensor] | None) -> tuple[Any, Any]:
+    """Indices of the first and the last token: of every row, or of every document of the one row."""
+    if rows is None:
+        return (slice(None), 0), (slice(None), -1)
+    return (0, rows[0]), (0, rows[1])
+
+
+class _DiagonalScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, log_a: Tensor, state: Tensor, out_dtype: torch.dtype, rows: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        first, last = _first_and_last(rows)
+        h = x.to(state.dtype, copy=True)
+        a = _decay(log_a, state.dtype)
+        a = a.expand(x.shape).contiguous() if log_a.dim() == 1 else a
+        h[first] += a[first] * state
+        a[first] = 0
+        recurrence_(h, a)
+        final = h[last].clone()
+        out = h.to(out_dtype)
+        ctx.save_for_backward(out, log_a, state)
+        ctx.rows, ctx.x_dtype = rows, x.dtype
+        return out, final
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        out, log_a, state = ctx.saved_tensors
+        d_out, d_final = grads
+        dx, d_log_a, d_state = _gradients(d_out, d_final, out, log_a, state, ctx.rows)
+        dx = dx if ctx.x_dtype.is_complex or not dx.is_complex() else dx.real
+        return dx.to(ctx.x_dtype), d_log_a, d_state, None, None
+
+
+def _gradients(
+    d_out: Tensor, d_final: Tensor, out: Tensor, log_a: Tensor, state: Tensor, rows: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (in the scan's dtype), of log_a and of the initial state: `g_t = d_out_t + conj(a_{t+1}) g_{t+1}`."""
+    first, last = _first_and_last(rows)
+    g = d_out.to(state.dtype, copy=True)
+    g[last] += d_final
+    a = _decay(log_a, state.dtype).conj().resolve_conj().expand(out.shape)
+    following = torch.empty_like(g)  # conj(a_{t+1})
+    following[:, :-1] = a[:, 1:]
+    following[last] = 0
+    starting = a[first].clone()
+    del a
+    recurrence_(g, following, reverse=True)
+    entering = starting * g[first]
+    # a_t h_{t-1} is what the decay scaled: no division by a.
+    d_log_a = torch.empty_like(g)
+    torch.mul(following[:, :-1], g[:, 1:], out=d_log_a[:, 1:])
+    d_log_a[:, 1:] *= out[:, :-1].conj()
+    d_log_a[first] = entering * state.conj()
+    if not log_a.is_complex() and d_log_a.is_complex():
+        d_log_a = d_log_a.real
+    if log_a.dim() == 1:
+        d_log_a = d_log_a.sum((0, 1))
+    return g, d_log_a.to(log_a.dtype), entering

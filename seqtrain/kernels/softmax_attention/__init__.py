@@ -1,0 +1,53 @@
+"""Causal softmax attention, full or over a sliding window, with grouped heads, packed documents and a state."""
+
+from torch import Tensor
+
+from seqtrain.kernels.checks import check_documents, check_floating, check_shapes
+from seqtrain.kernels.dispatch import choose
+from seqtrain.kernels.softmax_attention.past import check_past, kept
+
+__all__ = ["softmax_attention"]
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    initial_state: dict[str, Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`out_t = sum_s softmax_s(scale * q_t . k_s) v_s` over the tokens s <= t of t's document, at most `window` of
+    them.
+
+    `q`: `[B,T,H,K]`. `k`: `[B,T,G,K]`, `v`: `[B,T,G,V]`, floating, with H a multiple of G: query heads `h*H/G ...
+    (h+1)*H/G - 1` share key head h. `window`: keys a query sees, its own included; None for all. `scale` defaults to `K
+    ** -0.5`.
+    `cu_seqlens`: int `[N+1]`, document borders of a packed row (then B == 1).
+
+    The state is what continuing needs: `dict(k=[B,S,G,K], v=[B,S,G,V], length=int64 [B])`. The last `length` of the S
+    rows are the latest keys and values; the rows before them count for nothing. With a window S is always `window - 1`,
+    without it S is the number of tokens seen. With documents the rows of all documents lie one behind the other without
+    padding: `dict(k=[1,sum(length),G,K], v=[1,sum(length),G,V], length=int64 [N])`. It has the inputs' dtype.
+
+    Returns `out`, `[B,T,H,V]` in v's dtype, and the state after the last token. Raises `ValueError` for a wrong shape,
+    dtype, device, window or backend. Backends: `reference`, `chunked` (PyTorch's SDPA; linear in T under a window),
+    `flash` (flash-attn, on CUDA, for float16 and bfloat16).
+    """
+    name = "softmax_attention"
+    sizes = check_shapes(name, {"q": (q, "B T H K"), "k": (k, "B T G K"), "v": (v, "B T G V")})
+    check_floating(name, {"q": q, "k": k, "v": v})
+    if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
+        raise ValueError(f"{name}: q has H={sizes['H']} heads, expected a multiple of k's G={sizes['G']}")
+    if window is not None and window < 1:
+        raise ValueError(f"{name}: window={window}, expected at least 1 key or None")
+    states = check_documents(name, cu_seqlens, sizes["B"], sizes["T"])
+    past = check_past(initial_state, k, v, states, cu_seqlens is not None)
+    if scale is None:
+        scale = sizes["K"] ** -0.5
+    run = choose(name, backend, q.device)
+    out = run(q, k.to(q.dtype), v.to(q.dtype), window, scale, past, cu_seqlens)
+    return out.to(v.dtype), kept(k, v, window, past, cu_seqlens)

@@ -1,0 +1,137 @@
+"""PyTorch's fused attention on pieces chosen so that no mask grows with T.
+
+A window of w keys: blocks of w queries see their own block and the one before through one `[w, 2w]` mask for all
+blocks. Packed documents: long ones one by one, short ones side by side in batches of similar length, where causality
+hides the padding.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqtrain.kernels.softmax_attention.past import Past
+
+# Documents from this length on are attended to one by one: a call's own cost (about 0.1 ms) is lost in their work.
+ALONE = 1024
+# Queries in a block where a given past makes a mask necessary.
+MASKED_QUERIES = 512
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, past: Past | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """See `softmax_attention`; returns `out` alone."""
+    if cu_seqlens is None:
+        return _rows(q, k, v, window, scale, past)
+    borders = cu_seqlens.tolist()
+    if past is None:
+        return _documents(q, k, v, window, scale, borders)
+    outs, first = [], 0
+    for n, (start, end) in enumerate(pairwise(borders)):
+        rows = slice(first, first + past.lengths[n])
+        mine = Past(past.k[:, rows], past.v[:, rows], past.length[n : n + 1], past.lengths[n : n + 1])
+        outs.append(_rows(q[:, start:end], k[:, start:end], v[:, start:end], window, scale, mine))
+        first = rows.stop
+    return torch.cat(outs, 1)
+
+
+def _rows(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, past: Past | None) -> Tensor:
+    """Separate rows `[B,T,...]`, without documents."""
+    tokens = q.shape[1]
+    if tokens == 0:
+        return q.new_empty(*q.shape[:3], v.shape[3])
+    if window is None or tokens <= window:
+        return _whole(q, k, v, window, scale, past)
+    body = tokens // window * window
+    outs = [_whole(q[:, :window], k[:, :window], v[:, :window], window, scale, past)]
+    # Query i of a block is key i + window of the two blocks it sees.
+    query = torch.arange(window, device=q.device)[:, None]
+    key = torch.arange(2 * window, device=q.device)
+    band = (key > query) & (key <= query + window)
+    if body > window:
+        queries = q[:, window:body].unflatten(1, (-1, window)).flatten(0, 1)  # B*N w H K
+        keys, values = (_overlapping(rows[:, :body], window) for rows in (k, v))  # B*N 2w G K
+        outs.append(_attend(queries, keys, values, scale, band).unflatten(0, (q.shape[0], -1)).flatten(1, 2))
+    if body < tokens:
+        rest, seen = tokens - body, slice(body - window, None)
+        outs.append(_attend(q[:, body:], k[:, seen], v[:, seen], scale, band[:rest, : window + rest]))
+    return torch.cat(outs, 1)
+
+
+def _overlapping(rows: Tensor, window: int) -> Tensor:
+    """`[B, (N+1)*w, G, K]` -> `[B*N, 2w, G, K]`: each block with the one before it; for B == 1 a view, nothing is
+    copied.
+    """
+    return rows.unfold(1, 2 * window, window).permute(0, 1, 4, 2, 3).flatten(0, 1)
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, past: Past | None) -> Tensor:
+    """Causal attention over the past and at most `window` new tokens (any number without a window)."""
+    if past is None:
+        return _attend(q, k, v, scale, "causal")
+    k, v = torch.cat([past.k, k], 1), torch.cat([past.v, v], 1)
+    old, tokens = past.k.shape[1], q.shape[1]
+    ragged = min(past.lengths) < old
+    outs = []
+    for start in range(0, tokens, MASKED_QUERIES):
+        end = min(start + MASKED_QUERIES, tokens)
+        first = 0 if window is None else max(0, old + start - window + 1)
+        key = torch.arange(first, old + end, device=q.device)
+        query = torch.arange(old + start, old + end, device=q.device)[:, None]
+        seen = key <= query
+        if window is not None:
+            seen = seen & (key > query - window)
+        if ragged:
+            seen = seen & (key >= (old - past.length)[:, None, None, None])  # B 1 R S
+        # A single query sees every key there is.
+        mask = None if end - start == 1 and not ragged else seen
+        keys = slice(first, old + end)
+        outs.append(_attend(q[:, start:end], k[:, keys], v[:, keys], scale, mask))
+    return torch.cat(outs, 1)
+
+
+def _documents(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, borders: list[int]) -> Tensor:
+    """Documents of one packed row, nothing before them."""
+    outs, places = [], []
+    batches: dict[int, list[tuple[int, int]]] = {}
+    for start, end in pairwise(borders):
+        length = end - start
+        if length >= ALONE or (window is not None and length > window):
+            outs.append(_rows(q[:, start:end], k[:, start:end], v[:, start:end], window, scale, None)[0])
+            places.append(torch.arange(start, end))
+        elif length:
+            # Lengths within a factor of two side by side: at most ten calls, whatever the number of documents.
+            batches.setdefault(length.bit_length(), []).append((start, length))
+    for documents in batches.values():
+        starts, lengths = torch.tensor(documents).unbind(1)
+        step = torch.arange(int(lengths.max()))
+        rows = (starts[:, None] + step).clamp_(max=q.shape[1] - 1)  # documents x longest
+        real = step < lengths[:, None]
+        index = rows.to(q.device)
+        batch = _attend(q[0][index], k[0][index], v[0][index], scale, "causal")
+        outs.append(batch[real.to(q.device)])
+        places.append(rows[real])
+    out = q.new_empty(q.shape[1], q.shape[2], v.shape[3])
+    if outs:
+        out = out.index_copy(0, torch.cat(places).to(q.device), torch.cat(outs))
+    return out[None]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | str | None) -> Tensor:
+    """SDPA on `[B,T,H,K]`; `mask`: True where a key is seen, `"causal"`, or None for every key."""
+    key_width, value_width = q.shape[3], v.shape[3]
+    # The fused kernels want K == V; without them SDPA holds all T*T scores. Zeros change neither scores nor values.
+    widest = max(key_width, value_width)
+    q, k, v = (rows if rows.shape[3] == widest else F.pad(rows, (0, widest - rows.shape[3])) for rows in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask if isinstance(mask, Tensor) else None,
+        is_causal=mask == "causal" if isinstance(mask, str) else False,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)[..., :value_width]

@@ -1,0 +1,87 @@
+"""short_convolution: shifted sums and their gradients against the float64 loop, states, documents, every width."""
+
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from seqtrain.kernels import short_convolution
+from seqtrain.testing import assert_within, borders, compare_with_oracle, relative_error
+
+D = 6
+
+
+def case(tokens, width=4, *, documents=False, bias=True):
+    generator = torch.Generator().manual_seed(tokens)
+    lengths = [0, 1, tokens // 3, 0, tokens - tokens // 3 - 3, 2, 0]
+    rows = len(lengths) if documents else 2
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    tensors = {
+        "x": normal(1 if documents else 2, tokens, D),
+        "weight": normal(D, width),
+        "bias": normal(D) if bias else None,
+        "initial_state": normal(rows, width - 1, D),
+    }
+    return tensors, borders(lengths) if documents else None
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
+@pytest.mark.parametrize("activation", ["silu", "none"])
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [6, 17, 130])
+def test_chunked_equals_the_loop(tokens, width, activation, documents):
+    tensors, cu_seqlens = case(tokens, width, documents=documents, bias=activation == "silu")
+    errors = compare_with_oracle(short_convolution, tensors, activation=activation, cu_seqlens=cu_seqlens)
+    assert_within(errors, torch.float32)
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
+def test_many_blocks(monkeypatch, documents):
+    monkeypatch.setattr(import_module("seqtrain.kernels.short_convolution.chunked"), "BLOCK", 5 * D)
+    tensors, cu_seqlens = case(63, documents=documents)
+    errors = compare_with_oracle(short_convolution, tensors, activation="silu", cu_seqlens=cu_seqlens)
+    assert_within(errors, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    tensors, cu_seqlens = case(130, documents=True)
+    errors = compare_with_oracle(short_convolution, tensors, dtype=dtype, activation="silu", cu_seqlens=cu_seqlens)
+    assert_within(errors, dtype)
+
+
+def test_it_is_the_causal_convolution():
+    tensors, _ = case(20)
+    x, weight, bias = tensors["x"], tensors["weight"], tensors["bias"]
+    expected = F.conv1d(F.pad(x.transpose(1, 2), (3, 0)), weight[:, None], bias, groups=D).transpose(1, 2)
+    assert relative_error(short_convolution(x, weight, bias)[0], expected) < 1e-14
+
+
+def test_token_by_token_equals_the_whole():
+    tensors, _ = case(9)
+    x, weight, bias = tensors["x"], tensors["weight"], tensors["bias"]
+    whole, final = short_convolution(x, weight, bias, activation="silu")
+    state, rows = None, []
+    for t in range(9):
+        row, state = short_convolution(x[:, t : t + 1], weight, bias, activation="silu", initial_state=state)
+        rows.append(row)
+    assert relative_error(torch.cat(rows, 1), whole) < 1e-14
+    assert torch.equal(state, final)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "gelu"}, "activation='gelu', expected 'silu' or 'none'"),
+        ({"weight": torch.zeros(D + 1, 4)}, "weight has shape .* with D=6"),
+        ({"initial_state": torch.zeros(1, 4, D)}, r"initial_state has shape \(1, 4, 6\), expected \(1, 3, 6\)"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    arguments = {"x": torch.zeros(1, 5, D), "weight": torch.zeros(D, 4)} | change
+    with pytest.raises(ValueError, match=message):
+        short_convolution(**arguments)

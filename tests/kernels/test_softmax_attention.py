@@ -1,0 +1,162 @@
+"""softmax_attention: SDPA on pieces against one masked softmax in float64: windows, documents, pasts, grouped heads."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from seqtrain.kernels import softmax_attention
+from seqtrain.testing import TOLERANCES, borders, relative_error
+
+H, G, K, V = 4, 2, 8, 5
+LENGTHS = [0, 0, 1, 3, 0, 30, 27, 0]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed), dtype=torch.float64)
+
+
+def case(tokens, *, documents=False, window=None, past=True, values=V):
+    """q, k, v and the keys and values of a past of uneven lengths."""
+    rows = 7 if window is None else window - 1
+    if documents:
+        lengths = [rows, 0, rows // 2, 0, rows, rows, 1 if rows else 0, 0]
+        batch, kept = 1, sum(lengths)
+    else:
+        batch, kept, lengths = 2, rows, [rows, rows // 2]
+    tensors = [
+        normal(batch, tokens, H, K),
+        normal(batch, tokens, G, K, seed=1),
+        normal(batch, tokens, G, values, seed=2),
+    ]
+    tensors += [normal(batch, kept, G, K, seed=3), normal(batch, kept, G, values, seed=4)] if past else []
+    return tensors, torch.tensor(lengths)
+
+
+def results(tensors, lengths, dtype, **options):
+    """`out`, the final state and every gradient, the final state's own included."""
+    leaves = [x.to(dtype).requires_grad_() for x in tensors]
+    state = dict(zip(("k", "v"), leaves[3:], strict=False), length=lengths) if len(leaves) > 3 else None
+    out, final = softmax_attention(*leaves[:3], initial_state=state, **options)
+    outputs = [out, final["k"], final["v"]]
+    loss = sum((x * normal(*x.shape, seed=9).to(dtype)).sum() for x in outputs)
+    return [*outputs, *torch.autograd.grad(loss, leaves)], final["length"]
+
+
+def assert_equals_the_definition(tensors, lengths, dtype=torch.float32, **options):
+    rounded = [x.to(dtype) for x in tensors]
+    came, length = results(rounded, lengths, dtype, backend="chunked", **options)
+    expected, expected_length = results(
+        [x.double() for x in rounded], lengths, torch.float64, backend="reference", **options
+    )
+    # A window of one key leaves nothing to choose: exact zeros in one form, rounding in the other.
+    errors = [
+        relative_error(a, b) if b.norm() > 1e-12 else a.norm().item() for a, b in zip(came, expected, strict=True)
+    ]
+    assert max(errors) <= TOLERANCES[dtype], errors
+    assert torch.equal(length, expected_length)
+
+
+@pytest.mark.parametrize("past", [False, True], ids=["fresh", "past"])
+@pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
+@pytest.mark.parametrize("window", [None, 1, 5, 16, 100])
+def test_chunked_equals_the_definition(window, documents, past):
+    tensors, lengths = case(61, documents=documents, window=window, past=past)
+    cu_seqlens = borders(LENGTHS) if documents else None
+    assert_equals_the_definition(tensors, lengths, window=window, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 63, 130, 600])
+@pytest.mark.parametrize("window", [None, 16])
+def test_lengths(tokens, window):
+    assert_equals_the_definition(*case(tokens, window=window), window=window)
+
+
+def test_long_documents_beside_short_ones():
+    tensors, lengths = case(1300, documents=True, past=False)
+    assert_equals_the_definition(tensors, lengths, cu_seqlens=borders([3, 1100, 2, 150, 40, 5]))
+
+
+@pytest.mark.parametrize("values", [K, 2 * K])
+def test_wide_values_and_a_scale(values):
+    assert_equals_the_definition(*case(40, values=values), scale=0.3)
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
+def test_bfloat16(documents):
+    tensors, lengths = case(61, documents=documents, window=16)
+    cu_seqlens = borders(LENGTHS) if documents else None
+    assert_equals_the_definition(tensors, lengths, torch.bfloat16, window=16, cu_seqlens=cu_seqlens)
+
+
+def test_the_definition_is_softmax_attention():
+    q, k, v = case(20, past=False)[0]
+    expected = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.repeat_interleave(H // G, 2).transpose(1, 2),
+        v.repeat_interleave(H // G, 2).transpose(1, 2),
+        is_causal=True,
+    )
+    out, state = softmax_attention(q, k, v, backend="reference")
+    assert relative_error(out, expected.transpose(1, 2)) < 1e-14
+    assert torch.equal(state["k"], k)
+    out, _ = softmax_attention(q, k, v, window=1, backend="reference")
+    assert torch.allclose(out, v.repeat_interleave(H // G, 2))
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_token_by_token_equals_the_whole(window):
+    q, k, v = case(20, past=False)[0]
+    whole, final = softmax_attention(q, k, v, window=window)
+    state, rows = None, []
+    for t in range(20):
+        row, state = softmax_attention(*(x[:, t : t + 1] for x in (q, k, v)), window=window, initial_state=state)
+        rows.append(row)
+        assert window is None or state["k"].shape == (2, window - 1, G, K)
+    assert relative_error(torch.cat(rows, 1), whole) < 1e-14
+    assert all(torch.equal(state[key], final[key]) for key in final)
+
+
+def test_documents_do_not_see_each_other():
+    q, k, v = (x.float() for x in case(61, documents=True, past=False)[0])
+    changed = v.clone()
+    changed[:, :34] += 100.0
+    for window in (None, 8):
+        out, _ = softmax_attention(q, k, v, window=window, cu_seqlens=borders(LENGTHS))
+        other, _ = softmax_attention(q, k, changed, window=window, cu_seqlens=borders(LENGTHS))
+        assert torch.equal(out[:, 34:], other[:, 34:])
+        assert not torch.equal(out[:, :34], other[:, :34])
+
+
+def test_a_window_holds_no_mask_that_grows_with_the_tokens():
+    q = torch.randn(1, 4096, 1, 8, requires_grad=True)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.untyped_storage().size()) or x, lambda x: x):
+        softmax_attention(q, q, q, window=64, backend="chunked")
+    assert sizes
+    # The inputs, and masks of 64 x 128: a mask over all keys would have 16 million entries, one a block 512 thousand.
+    assert max(sizes) <= 4 * q.numel()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 9, 3, K)}, "q has H=3 heads, expected a multiple of k's G=2"),
+        ({"window": 0}, "window=0, expected at least 1"),
+        ({"v": torch.zeros(2, 8, G, V)}, "v has shape .* with T=9"),
+        ({"initial_state": {"k": torch.zeros(1)}}, r"initial_state has keys \['k'\], expected k, v and length"),
+        ({"backend": "flash"}, "backend=flash can't run here: flash needs a CUDA device"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    if torch.cuda.is_available() and "backend" in change:
+        pytest.skip("this machine has CUDA")
+    arguments = {"q": torch.zeros(2, 9, H, K), "k": torch.zeros(2, 9, G, K), "v": torch.zeros(2, 9, G, V)} | change
+    with pytest.raises(ValueError, match=message):
+        softmax_attention(**arguments)
+
+
+def test_a_past_of_the_wrong_length_is_refused():
+    q, k, v = (x.float() for x in case(4, past=False)[0])
+    state = {"k": k, "v": v, "length": torch.tensor([4, 5])}
+    with pytest.raises(ValueError, match=r"length\] is \(4, 5\), but must be at most the S=4 rows"):
+        softmax_attention(q, k, v, initial_state=state)

@@ -1,0 +1,137 @@
+"""tensor_attention: chunked form and gradients against the float64 loop, the loop against exact attention over pairs."""
+
+import math
+from importlib import import_module
+
+import pytest
+import torch
+
+from seqtrain.kernels import feature_count, tensor_attention
+from seqtrain.kernels.tensor_attention.features import features, features_gradient, monomials
+from seqtrain.testing import assert_within, borders, compare_with_oracle, relative_error
+
+H, K, V = 2, 3, 5
+NAMES = ("q", "k1", "k2", "v1", "v2")
+
+
+def inputs(batch, tokens, seed=0, width=K):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (width, width, width, V, V)
+    return {
+        name: torch.randn(batch, tokens, H, size, generator=generator, dtype=torch.float64)
+        for name, size in zip(NAMES, sizes, strict=True)
+    }
+
+
+def case(tokens, degree, *, documents=False):
+    """Inputs, with the state some earlier tokens really left: any other might have weights below zero."""
+    lengths = [0, 1, tokens // 3, 0, tokens - tokens // 3 - 1, 0]
+    rows = len(lengths) if documents else 2
+    _, state = tensor_attention(**inputs(rows, 20, seed=3), degree=degree, backend="reference")
+    tensors = inputs(1 if documents else 2, tokens) | {"initial_state": state}
+    return tensors, borders(lengths) if documents else None
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
+@pytest.mark.parametrize("degree", [0, 2, 4])
+@pytest.mark.parametrize("tokens", [2, 17, 63, 130])
+def test_chunked_equals_the_loop(tokens, degree, documents):
+    tensors, cu_seqlens = case(tokens, degree, documents=documents)
+    assert_within(compare_with_oracle(tensor_attention, tensors, degree=degree, cu_seqlens=cu_seqlens), torch.float32)
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
+def test_many_segments(monkeypatch, documents):
+    # By import_module: the package's name is the function's in seqtrain.kernels.
+    monkeypatch.setattr(import_module("seqtrain.kernels.tensor_attention.chunked"), "SEGMENT", 500)
+    tensors, cu_seqlens = case(130, 2, documents=documents)
+    assert_within(compare_with_oracle(tensor_attention, tensors, cu_seqlens=cu_seqlens), torch.float32)
+
+
+def test_bfloat16():
+    tensors, cu_seqlens = case(130, 2, documents=True)
+    errors = compare_with_oracle(tensor_attention, tensors, dtype=torch.bfloat16, cu_seqlens=cu_seqlens)
+    assert_within(errors, torch.bfloat16)
+
+
+def test_float64_is_kept_and_exact():
+    tensors, _ = case(63, 2)
+    assert_within(compare_with_oracle(tensor_attention, tensors, dtype=torch.float64), torch.float64)
+
+
+@pytest.mark.parametrize("degree", [2, 4, 6])
+@pytest.mark.parametrize("bound", [0.5, 1.5])
+def test_error_against_exact_attention_is_within_the_bound(degree, bound):
+    tensors = inputs(1, 24, width=2)
+    tensors["v1"], tensors["v2"] = tensors["v1"].abs(), tensors["v2"].abs()
+    # Entries in [-1, 1] keep the exponent, scale * sum_r q_r k1_r k2_r, within [-bound, bound].
+    for name in ("q", "k1", "k2"):
+        tensors[name] = torch.tanh(tensors[name])
+    exact, state = tensor_attention(**tensors, degree=None, scale=bound / 2)
+    assert state is None
+    came, _ = tensor_attention(**tensors, degree=degree, scale=bound / 2, backend="chunked")
+    relative = math.exp(bound) * bound ** (degree + 1) / math.factorial(degree + 1)
+    # Every weight is within a factor 1 +- relative, numerator and denominator alike.
+    limit = 2 * relative / (1 - relative) if relative < 1 else math.inf
+    worst = ((came - exact) / exact).abs().max().item()
+    assert worst <= limit
+    assert worst > 1e-10, "no error at all: was the exact form compared with itself?"
+
+
+@pytest.mark.parametrize("cut", [1, 16, 50])
+def test_any_cut_in_time_equals_the_whole(cut):
+    tensors = inputs(2, 60)
+    whole, final = tensor_attention(**tensors)
+    first, state = tensor_attention(**{name: x[:, :cut] for name, x in tensors.items()})
+    second, state = tensor_attention(**{name: x[:, cut:] for name, x in tensors.items()}, initial_state=state)
+    assert relative_error(torch.cat([first, second], 1), whole) < 1e-12
+    assert relative_error(state, final) < 1e-12
+
+
+def test_documents_equal_separate_calls_exactly_too():
+    tensors = inputs(1, 12)
+    packed, _ = tensor_attention(**tensors, degree=None, cu_seqlens=borders([5, 0, 7]))
+    alone, _ = tensor_attention(**{name: x[:, 5:] for name, x in tensors.items()}, degree=None)
+    assert relative_error(packed[:, 5:], alone) < 1e-12
+
+
+@pytest.mark.parametrize(("width", "degree"), [(1, 4), (3, 2), (4, 3)])
+def test_features_multiply_to_the_polynomial(width, degree):
+    x, y, z = torch.randn(3, width, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    came = (features(x, degree) * features(y, degree) * features(z, degree)).sum()
+    exponent = (x * y * z).sum()
+    expected = sum(exponent**p / math.factorial(p) for p in range(degree + 1))
+    torch.testing.assert_close(came, expected)
+    assert len(monomials(width, degree)) == feature_count(width, degree)
+
+
+@pytest.mark.parametrize("degree", [0, 2, 3])
+def test_gradient_of_the_features(degree):
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(4, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    phi = features(x, degree) + 0 * x.sum()
+    weights = torch.randn(phi.shape, dtype=torch.float64, generator=generator)
+    (expected,) = torch.autograd.grad(phi, x, weights)
+    torch.testing.assert_close(features_gradient(x.detach(), weights, degree), expected)
+
+
+def test_no_tokens_leave_the_state():
+    state = torch.rand(1, H, 2, feature_count(K, 2), V + 1)
+    out, final = tensor_attention(**{name: x.float() for name, x in inputs(1, 0).items()}, initial_state=state)
+    assert out.shape == (1, 0, H, V)
+    assert torch.equal(final, state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"degree": 3}, "degree=3, expected an even number"),
+        ({"degree": -2}, "degree=-2, expected an even number"),
+        ({"degree": None, "initial_state": torch.zeros(1)}, "initial_state given with degree=None"),
+        ({"k2": torch.zeros(1, 6, H, K + 1)}, r"k2 has shape .* with K=3"),
+        ({"initial_state": torch.zeros(1, H, 2, 9, V + 1)}, r"initial_state has shape .*, expected \(1, 2, 2, 10, 6\)"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        tensor_attention(**({name: x.float() for name, x in inputs(1, 6).items()} | change))
