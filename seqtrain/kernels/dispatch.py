@@ -28,6 +28,11 @@ def choose(operator: str, requested: str, device: torch.device, *, single_token:
     return _choose(operator, "reference", device.type) if single_token else run
 
 
+def choose_anew() -> None:
+    """Makes every operator choose, and say why, again: a process that starts another run has another log."""
+    _choose.cache_clear()
+
+
 @cache
 def _choose(operator: str, requested: str, device_type: str) -> Callable:
     if requested not in (*BACKENDS, "auto"):

@@ -1,0 +1,8 @@
+"""Token mixers: one file each, found by name. A file is imported when its mixer is first asked for."""
+
+from seqtrain.mixers._base import WHOLE, LayerShape, Mixer, State
+from seqtrain.registry import Registry
+
+MIXERS: Registry[Mixer] = Registry("mixer", "seqtrain.mixers", Mixer)
+
+__all__ = ["MIXERS", "WHOLE", "LayerShape", "Mixer", "State"]

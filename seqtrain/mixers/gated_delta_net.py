@@ -1,0 +1,45 @@
+"""Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464, section 3): the delta rule with Mamba-2's decay."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from seqtrain.mixers._base import LayerShape
+from seqtrain.mixers._delta import DeltaConfig, DeltaMixer
+from seqtrain.mixers._parts import reset_decay_rate, reset_step_bias, step_sizes
+
+
+class GatedDeltaNet(DeltaMixer):
+    """Each head forgets by `a = exp(-A softplus(W x + b))`, a number a token; the output is gated by SiLU."""
+
+    @dataclass(frozen=True)
+    class Config(DeltaConfig):
+        # The paper's sizes: with them a layer has as many parameters as attention and its gate.
+        expand_key: Annotated[float, Field(gt=0)] = 0.75
+        expand_value: Annotated[float, Field(gt=0)] = 1.5
+
+    def __init__(self, config: Config, shape: LayerShape):
+        super().__init__(config, shape)
+        self.decay = nn.Linear(shape.width, shape.heads, bias=False)
+        self.rate_log = nn.Parameter(torch.empty(shape.heads))
+        self.step_bias = nn.Parameter(torch.empty(shape.heads))
+        self.gate = nn.Linear(shape.width, self.inner, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        # From just above 0, where the authors' code starts at 0 and may draw a rate whose logarithm is -inf.
+        reset_decay_rate(self.rate_log, generator, low=1e-3)
+        reset_step_bias(self.step_bias, generator)
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        return -self.rate_log.exp() * step_sizes(self.decay(x), self.step_bias)
+
+    def output_gate(self, x: Tensor) -> Tensor:
+        return self.gate(x)
+
+    def weights(self) -> tuple[int, int]:
+        matrices, others = super().weights()
+        return matrices + (self.shape.heads + self.inner) * self.shape.width, others + 2 * self.shape.heads

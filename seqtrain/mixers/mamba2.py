@@ -1,0 +1,101 @@
+"""Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, section 7): a state-space layer with one decay a head."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from seqtrain.kernels import linear_attention
+from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
+from seqtrain.mixers._costs import convolution_flops, linear_attention_flops
+from seqtrain.mixers._parts import (
+    RMSNorm,
+    ShortConvolution,
+    precise,
+    reset_decay_rate,
+    reset_step_bias,
+    step_sizes,
+)
+from seqtrain.parallel.sequence import Sequence
+
+
+class Mamba2(Mixer):
+    """`S_t = exp(-dt_t A) S_{t-1} + B_t^T (dt_t x_t)`, `y_t = C_t S_t + D x_t`; groups of heads share B and C."""
+
+    @dataclass(frozen=True)
+    class Config:
+        # Inner channels over model.width, all heads together.
+        expand: Annotated[float, Field(gt=0)] = 2.0
+        # Channels of B and C, a group: the key width N of the state.
+        state: Annotated[int, Field(gt=0)] = 128
+        # Heads share B and C, and are normalised together, in so many groups; must divide model.heads.
+        groups: Annotated[int, Field(gt=0)] = 1
+        # Tokens under the short convolution of x, B and C.
+        conv_width: Annotated[int, Field(ge=2, le=16)] = 4
+
+    config: Config
+
+    def __init__(self, config: Config, shape: LayerShape):
+        super().__init__(config, shape)
+        if shape.heads % config.groups:
+            raise self.config_error("groups", config.groups, f"must divide model.heads={shape.heads}")
+        self.value = self.part_of_width(config.expand, "expand")
+        self.inner = shape.heads * self.value
+        self.parts = [self.inner, config.groups * config.state, config.groups * config.state]  # x, B, C
+        self.channels = sum(self.parts)
+        self.project = nn.Linear(shape.width, self.inner + self.channels + shape.heads, bias=False)
+        self.conv = ShortConvolution(self.channels, config.conv_width, bias=True)
+        self.rate_log = nn.Parameter(torch.empty(shape.heads))
+        self.step_bias = nn.Parameter(torch.empty(shape.heads))
+        self.skip = nn.Parameter(torch.ones(shape.heads))
+        self.norm = RMSNorm(self.inner, groups=config.groups)
+        self.out = nn.Linear(self.inner, shape.width, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        reset_decay_rate(self.rate_log, generator)
+        reset_step_bias(self.step_bias, generator)
+        nn.init.ones_(self.skip)
+
+    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+        past = state or EMPTY
+        gate, mixed, raw = self.project(x).split([self.inner, self.channels, self.shape.heads], 2)
+        mixed, conv = self.conv(mixed, past.get("conv"), sequence)
+        inner, write, read = mixed.split(self.parts, 2)
+        inner = inner.unflatten(2, (self.shape.heads, self.value))  # B T H V
+        dt = step_sizes(raw, self.step_bias)  # B T H
+        out, memory = sequence.run(
+            linear_attention,
+            self._to_heads(read),
+            self._to_heads(write),
+            (inner * dt[..., None]).to(inner.dtype),
+            -dt * self.rate_log.exp(),
+            scale=1.0,
+            initial_state=past.get("memory"),
+        )
+        out = (out + inner * self.skip[:, None]).flatten(2)
+        out = self.norm(precise(out) * F.silu(precise(gate))).to(x.dtype)
+        return self.out(out), {"conv": conv, "memory": memory}
+
+    def _to_heads(self, part: Tensor) -> Tensor:
+        grouped = part.unflatten(2, (self.config.groups, self.config.state))
+        # A view where there is one group, which is what Mamba-2 uses.
+        return (
+            grouped[..., None, :].expand(-1, -1, -1, self.shape.heads // self.config.groups, -1).flatten(2, 3)
+        )  # B T H N
+
+    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
+        memory = (batch, self.shape.heads, self.config.state, self.value)
+        return {"conv": (batch, self.config.conv_width - 1, self.channels), "memory": memory}
+
+    def weights(self) -> tuple[int, int]:
+        projected = self.inner + self.channels + self.shape.heads
+        matrices = self.shape.width * (projected + self.inner)
+        return matrices, self.channels * (self.config.conv_width + 1) + 3 * self.shape.heads + self.inner
+
+    def operator_flops(self, tokens: int) -> int:
+        memory = linear_attention_flops(tokens, self.shape.heads, self.config.state, self.value)
+        return memory + convolution_flops(tokens, self.channels, self.config.conv_width)

@@ -1,0 +1,79 @@
+"""Tensor (Kronecker) attention: every output weighs pairs of past tokens (MATH.md 1.4), at a cost linear in T."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from seqtrain.kernels import feature_count, tensor_attention
+from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
+from seqtrain.mixers._costs import tensor_attention_flops
+from seqtrain.mixers._parts import HeadNorm, HeadProjections, precise, unit
+from seqtrain.parallel.sequence import Sequence
+
+
+class TensorAttention(Mixer):
+    """`o_t = sum_{i,j<=t} p_t(i,j) v1_i * v2_j`, `p ~ exp(tau sum_r q_r k1_r k2_r)` by its Taylor polynomial.
+
+    q, k1 and k2 have unit length, so the exponent lies in `[-tau, tau]`; each head learns its `tau` below a bound,
+    which keeps the polynomial close to exp (the bounded-entries regime). A short convolution tells neighbours apart.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        # Key channels a head, K: there are (K+1)(K+2)/2 features at degree 2, so it is small.
+        key: Annotated[int, Field(gt=0, le=32)] = 4
+        # Degree of the polynomial that stands for exp.
+        degree: Literal[2, 4] = 2
+        # Bound of the learned temperature, so of the exponent: degree 2 is within a factor 1.4 of exp at 1, 7.4 at 2.
+        largest_temperature: Annotated[float, Field(gt=0, le=16)] = 2.0
+        # Tokens under the short convolution of q, k1, k2, v1 and v2; 0: none.
+        conv_width: Annotated[int, Field(ge=0, le=16)] = 4
+
+    config: Config
+
+    def __init__(self, config: Config, shape: LayerShape):
+        super().__init__(config, shape)
+        self.value = self.part_of_width()
+        self.features = feature_count(config.key, config.degree)
+        widths = (config.key, config.key, config.key, self.value, self.value)
+        self.parts = HeadProjections(shape.width, shape.heads, widths, conv_width=config.conv_width)
+        self.temperature = nn.Parameter(torch.zeros(shape.heads))
+        self.norm = HeadNorm(self.value)
+        self.out = nn.Linear(shape.heads * self.value, shape.width, bias=False)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        nn.init.zeros_(self.temperature)
+
+    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+        past = state or EMPTY
+        (q, k1, k2, v1, v2), after = self.parts(x, past.get("conv"), sequence)
+        tau = self.config.largest_temperature * torch.sigmoid(self.temperature)  # H
+        q = (unit(precise(q)) * tau[:, None]).to(q.dtype)
+        out, after["memory"] = sequence.run(
+            tensor_attention,
+            q,
+            unit(k1),
+            unit(k2),
+            v1,
+            v2,
+            degree=self.config.degree,
+            scale=1.0,
+            initial_state=past.get("memory"),
+        )
+        return self.out(self.norm(out)), after
+
+    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
+        memory = (batch, self.shape.heads, 2, self.features, self.value + 1)
+        return {"memory": memory, **self.parts.state_shapes(batch)}
+
+    def weights(self) -> tuple[int, int]:
+        matrices, others = self.parts.weights()
+        heads = self.shape.heads
+        return matrices + heads * self.value * self.shape.width, others + heads + self.value
+
+    def operator_flops(self, tokens: int) -> int:
+        memory = tensor_attention_flops(tokens, self.shape.heads, self.features, self.value)
+        return memory + self.parts.flops(tokens)

@@ -1,0 +1,181 @@
+"""The network: embedding, blocks of the pattern `layers`, a norm, and a head that never holds all logits."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from seqtrain.errors import ConfigError
+from seqtrain.kernels import linear_cross_entropy
+from seqtrain.mixers import MIXERS, WHOLE, LayerShape, Mixer, State
+from seqtrain.mixers._parts import RMSNorm, ShortConvolution
+from seqtrain.models.block import Block, SwiGLU
+from seqtrain.parallel.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The keys under `model.`; the files in `conf/model/` hold one ready choice each."""
+
+    # Names of mixers (files in seqtrain/mixers/), repeated over the depth.
+    layers: Annotated[tuple[str, ...], Field(min_length=1)]
+    # Number of blocks.
+    depth: Annotated[int, Field(gt=0)]
+    # Channels of the residual stream.
+    width: Annotated[int, Field(gt=0)]
+    # Heads of every mixer; must divide width.
+    heads: Annotated[int, Field(gt=0)]
+    # Hidden channels of the MLP over width, rounded to a multiple of 8 channels.
+    mlp_ratio: Annotated[float, Field(gt=0)] = 8 / 3
+    # True: the head uses the embedding's matrix, which saves vocab * width parameters.
+    tie_embeddings: bool = True
+    # True: a block's activations are computed again in the backward pass instead of kept.
+    activation_checkpointing: bool = False
+    # Tokens whose logits exist at one time in the loss.
+    loss_chunk: Annotated[int, Field(gt=0)] = 1024
+    # Added to the mean square in the norms of the residual stream.
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    # Standard deviation of initial weights; those that write to the residual stream have it over sqrt(2 * depth).
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+
+    @property
+    def hidden(self) -> int:
+        """Hidden channels of the MLP."""
+        return max(8, round(self.mlp_ratio * self.width / 8) * 8)
+
+
+class Head(nn.Module):
+    """The matrix `[vocab, D]` that scores next tokens. Tied, it holds the embedding's own parameter.
+
+    A parameter that two modules hold is gathered for both by ZeRO-3, which an access from outside would not be.
+    """
+
+    def __init__(self, weight: Tensor, chunk: int):
+        super().__init__()
+        self.weight = weight
+        self.chunk = chunk
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """`[...,D]` -> float32 logits `[...,vocab]`, or the loss summed over labels that are not -100."""
+        if labels is not None:
+            return linear_cross_entropy(hidden.flatten(0, -2), self.weight, labels.flatten(), chunk=self.chunk)
+        return nn.functional.linear(hidden, self.weight).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+class LanguageModel(nn.Module):
+    """A causal language model of any mixers. Weight decay belongs on parameters of two dimensions or more."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mixers: Mapping[str, Any],
+        vocab_size: int,
+        *,
+        generator: torch.Generator | None = None,
+    ):
+        """`mixers`: the `Config` of each mixer in `config.layers`, by name. `generator`: on the parameters' device.
+
+        The initial weights follow from `torch.manual_seed`, or from `generator`. Raises `ConfigError`.
+        """
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        if config.width % config.heads:
+            raise ConfigError(f"model.width={config.width}: must be divisible by model.heads={config.heads}")
+        self.embedding = nn.Embedding(vocab_size, config.width)
+        self.blocks = nn.ModuleList(
+            Block(_build_mixer(config, mixers, index), config.hidden, config.norm_eps) for index in range(config.depth)
+        )
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        tied = config.tie_embeddings
+        weight = self.embedding.weight if tied else nn.Parameter(torch.empty(vocab_size, config.width))
+        self.head = Head(weight, config.loss_chunk)
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Normal matrices, zero biases, then what each mixer sets by its own rule, then the residual scaling."""
+        deviation = self.config.initializer_range
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=deviation, generator=generator)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, ShortConvolution):
+                module.reset_parameters(generator)
+        if not self.config.tie_embeddings:
+            nn.init.normal_(self.head.weight, std=deviation, generator=generator)
+        for module in self.modules():
+            if isinstance(module, Mixer):
+                module.reset_parameters(generator)
+            if isinstance(module, Mixer | SwiGLU):
+                # So many sums of independent terms keep the residual stream at the size of one (GPT-2).
+                module.out.weight.div_((2 * self.config.depth) ** 0.5)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        state: list[State] | None = None,
+        *,
+        sequence: Sequence = WHOLE,
+        all_logits: bool = False,
+    ) -> Any:
+        """`tokens: int64 [B,T]`, or `[B]` for one token a row.
+
+        With `labels: int64 [B,T]` (-100 does not count): the loss, a float32 scalar summed over tokens. Without:
+        logits of the last position, float32 `[B,vocab]` (of all, `[B,T,vocab]`, with `all_logits`), and the state
+        after it, one dict a layer. `state`: the same before the first token; None for an empty past.
+        """
+        past: Iterable[State | None] = [None] * len(self.blocks) if state is None else state
+        x, after = self.embedding(tokens), []  # B T D
+        for block, before in zip(self.blocks, past, strict=True):
+            x, new = self._run(block, x, before, sequence)
+            # Training drops states at once: those of full attention are as long as the sequence.
+            if labels is None:
+                after.append(new)
+        if labels is not None:
+            return self.head(self.norm(x), labels)
+        if x.dim() == 3 and not all_logits:
+            x = x[:, -1]
+        return self.head(self.norm(x)), after
+
+    def step(self, tokens: Tensor, state: list[State], *, sequence: Sequence = WHOLE) -> tuple[Tensor, list[State]]:
+        """One token for each row: `tokens: int64 [B]` -> `([B,vocab], state)`."""
+        return self(tokens, state=state, sequence=sequence)
+
+    def _run(self, block: nn.Module, x: Tensor, state: State | None, sequence: Sequence) -> tuple[Tensor, State]:
+        if not (self.config.activation_checkpointing and torch.is_grad_enabled()):
+            return block(x, state, sequence=sequence)
+        # Nothing in a block draws random numbers, so their state needs no saving.
+        return checkpoint(block, x, state, sequence=sequence, use_reentrant=False, preserve_rng_state=False)
+
+    def parameter_count(self) -> int:
+        """Blocks, embedding, the last norm, and the head where it is not tied."""
+        matrices = 1 if self.config.tie_embeddings else 2
+        return self._sum(Block.parameter_count) + self.config.width * (matrices * self.vocab_size + 1)
+
+    def flops(self, tokens: int) -> int:
+        """Forward pass with loss over one sequence: every block's, and `2 T D vocab` of the head."""
+        return self._sum(lambda block: block.flops(tokens)) + 2 * tokens * self.config.width * self.vocab_size
+
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes of one row's state after `tokens` tokens, in float32: the same for any number where mixers recur."""
+        return self._sum(lambda block: block.mixer.state_bytes(tokens))
+
+    def _sum(self, count: Callable[[Any], int]) -> int:
+        return sum(count(block) for block in self.blocks)
+
+
+def _build_mixer(config: ModelConfig, mixers: Mapping[str, Any], index: int) -> Mixer:
+    name = config.layers[index % len(config.layers)]
+    cls = MIXERS.get(name)
+    if name not in mixers:
+        raise ConfigError(
+            f"mixer.{name}: is required by model.layers={','.join(config.layers)}; add conf/mixer/{name}.yaml"
+        )
+    return cls(mixers[name], LayerShape(config.width, config.heads, index, config.depth))

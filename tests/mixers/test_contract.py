@@ -1,0 +1,266 @@
+"""What every registered mixer promises: one suite, so that a new mixer is tested by being there."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from seqtrain.config import validate
+from seqtrain.mixers import MIXERS, LayerShape
+from seqtrain.parallel.sequence import Sequence
+from seqtrain.testing import borders, relative_error
+
+CONF = Path(__file__).parents[2] / "conf" / "mixer"
+WIDTH, HEADS = 32, 2
+# Settings that make a tiny layer show what the default would not at these lengths.
+TINY = {"sliding_attention": {"window": 9}, "mamba2": {"state": 8}, "tensor_attention": {"key": 3}}
+VARIANTS = [
+    ("linear_attention", {"feature_map": "taylor2", "expand_key": 0.25, "expand_value": 0.5}),
+    ("linear_attention", {"feature_map": "identity", "normalizer": "rms", "conv_width": 4}),
+    ("linear_attention", {"feature_map": "relu", "normalizer": "none"}),
+    ("gla", {"conv_width": 3}),
+    ("delta_net", {"allow_negative_eigenvalues": True, "conv_width": 0}),
+    ("mamba2", {"groups": 2, "state": 4, "expand": 1.0}),
+    ("attention", {"query_group": 2, "qk_norm": True}),
+    ("sliding_attention", {"query_group": 2, "window": 70}),
+]
+CASES = [pytest.param(name, TINY.get(name, {}), id=name) for name in MIXERS.names] + [
+    pytest.param(name, fields, id=f"{name}-{'-'.join(str(value) for value in fields.values())}")
+    for name, fields in VARIANTS
+]
+every_mixer = pytest.mark.parametrize(("name", "fields"), CASES)
+# The algebra in float64, through norms and gates; the operators alone are held to 1e-11.
+EXACT = 1e-9
+
+
+def build(name, fields, *, dtype=torch.float64, index=1):
+    torch.manual_seed(5)
+    cls = MIXERS.get(name)
+    return cls(cls.Config(**fields), LayerShape(WIDTH, HEADS, index, 4)).to(dtype)
+
+
+def inputs(batch, tokens, dtype=torch.float64):
+    return torch.randn(batch, tokens, WIDTH, generator=torch.Generator().manual_seed(11), dtype=torch.float64).to(dtype)
+
+
+def differentiable(state):
+    return {key: value.requires_grad_(value.is_floating_point() or value.is_complex()) for key, value in state.items()}
+
+
+def run(mixer, x, state=None, **sequence):
+    """Output, state and the gradient of everything, by name."""
+    x = x.detach().clone().requires_grad_()
+    past = differentiable({key: value.detach().clone() for key, value in (state or {}).items()})
+    out, after = mixer(x, past or None, sequence=Sequence(**sequence))
+    results = {"out": out, **{f"state {key}": value for key, value in after.items()}}
+    leaves = {"x": x, **{f"past {key}": value for key, value in past.items() if value.requires_grad}}
+    leaves |= dict(mixer.named_parameters())
+    loss = sum((_real(value) * weights(_real(value))).sum() for value in results.values() if value.requires_grad)
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    for (key, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        results[f"grad {key}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    return {key: value.detach() for key, value in results.items()}
+
+
+def _real(x):
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def weights(x):
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(x.dtype)
+
+
+def assert_close(came, expected, tolerance=EXACT):
+    assert came.keys() == expected.keys()
+    errors = {key: relative_error(came[key], expected[key]) for key in expected}
+    beyond = {key: f"{error:.1e}" for key, error in errors.items() if not error <= tolerance}
+    assert not beyond, beyond
+
+
+def in_pieces(mixer, x, lengths, state=None):
+    out = []
+    for piece in x.split(lengths, 1):
+        y, state = mixer(piece, state)
+        out.append(y)
+    return {"out": torch.cat(out, 1), **state}
+
+
+@every_mixer
+@pytest.mark.parametrize("tokens", [1, 17, 63, 130])
+def test_chunked_equals_reference(name, fields, tokens):
+    mixer = build(name, fields)
+    _, state = mixer(inputs(2, 20))
+    x = inputs(2, tokens)
+    for past in (None, state):
+        assert_close(run(mixer, x, past, backend="chunked"), run(mixer, x, past, backend="reference"))
+
+
+@every_mixer
+def test_what_runs_by_default_equals_reference_in_float32(name, fields):
+    exact = run(build(name, fields), inputs(2, 130), backend="reference")
+    # Ten times the operators' own 2e-5: norms of small outputs and long sums for weights' gradients lie between.
+    assert_close(run(build(name, fields, dtype=torch.float32), inputs(2, 130, torch.float32)), exact, 2e-4)
+
+
+@every_mixer
+@torch.no_grad()
+def test_any_split_in_time_equals_the_whole(name, fields):
+    mixer, x = build(name, fields), inputs(2, 130)
+    whole = in_pieces(mixer, x, [130])
+    assert_close(in_pieces(mixer, x, [1, 16, 46, 67]), whole)
+    assert_close(in_pieces(mixer, x, [128, 2]), whole)
+
+
+@every_mixer
+@torch.no_grad()
+def test_step_after_step_equals_forward(name, fields):
+    mixer, x = build(name, fields), inputs(2, 40)
+    for prefix in (0, 23):
+        outs, state = [x[:, :0]], None
+        if prefix:
+            out, state = mixer(x[:, :prefix])
+            outs.append(out)
+        for token in range(prefix, 40):
+            out, state = mixer.step(x[:, token], state)
+            outs.append(out[:, None])
+        assert_close({"out": torch.cat(outs, 1), **state}, in_pieces(mixer, x, [40]))
+
+
+@every_mixer
+@torch.no_grad()
+@pytest.mark.parametrize("cut", [1, 40, 100])
+def test_the_future_never_changes_the_past(name, fields, cut):
+    mixer, x = build(name, fields, dtype=torch.float32), inputs(1, 130, torch.float32)
+    before, _ = mixer(x)
+    x[:, cut:] *= -30
+    after, _ = mixer(x)
+    assert torch.equal(before[:, :cut], after[:, :cut])
+    assert not torch.equal(before[:, cut:], after[:, cut:])
+
+
+@every_mixer
+def test_packed_documents_equal_separate_ones(name, fields):
+    mixer, lengths = build(name, fields), [5, 40, 1, 84]
+
+    def out_and_gradient(*parts, **sequence):
+        parts = [part.detach().clone().requires_grad_() for part in parts]
+        out = torch.cat([mixer(part, sequence=Sequence(**sequence))[0] for part in parts], 1)
+        wanted = [*parts, *mixer.parameters()]
+        gradients = torch.autograd.grad((out * weights(out)).sum(), wanted)
+        names = [name for name, _ in mixer.named_parameters()]
+        return {"out": out, "x": torch.cat(gradients[: len(parts)], 1)} | dict(
+            zip(names, gradients[len(parts) :], strict=True)
+        )
+
+    pieces = inputs(1, sum(lengths)).split(lengths, 1)
+    packed = out_and_gradient(torch.cat(pieces, 1), cu_seqlens=borders(lengths))
+    assert_close(packed, out_and_gradient(*pieces))
+
+
+@every_mixer
+@torch.no_grad()
+def test_packed_documents_go_on_from_their_own_states(name, fields):
+    mixer, first, second = build(name, fields), [3, 12, 1, 30], [17, 0, 66, 4]
+    x, y = inputs(1, sum(first)), inputs(1, sum(second)) * 0.7
+    _, state = mixer(x, sequence=Sequence(borders(first)))
+    packed, _ = mixer(y, state, sequence=Sequence(borders(second)))
+    separate = []
+    for start, rest in zip(x.split(first, 1), y.split(second, 1), strict=True):
+        separate.append(mixer(rest, mixer(start)[1])[0] if rest.shape[1] else rest)
+    assert relative_error(packed, torch.cat(separate, 1)) <= EXACT
+
+
+@every_mixer
+def test_bfloat16_autocast_stays_finite_and_near(name, fields):
+    mixer, x = build(name, fields, dtype=torch.float32), inputs(2, 130, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = run(mixer, x)
+    assert [key for key, value in rounded.items() if not value.isfinite().all()] == []
+    exact = run(mixer, x)
+    for key, parameter in mixer.named_parameters():
+        assert rounded[f"grad {key}"].dtype == parameter.dtype == torch.float32
+    # Eight bits through a few layers of products, sums over 130 tokens in float32.
+    assert relative_error(rounded["out"], exact["out"]) < 0.03
+    assert relative_error(rounded["grad x"], exact["grad x"]) < 0.1
+
+
+@every_mixer
+def test_parameters_are_counted_and_all_learn(name, fields):
+    mixer = build(name, fields)
+    assert mixer.parameter_count() == sum(parameter.numel() for parameter in mixer.parameters())
+    results = run(mixer, inputs(2, 30))
+    still = [key for key, _ in mixer.named_parameters() if not results[f"grad {key}"].any()]
+    assert still == []
+
+
+@every_mixer
+@torch.no_grad()
+def test_states_have_the_shapes_and_bytes_they_say(name, fields):
+    mixer, state = build(name, fields, dtype=torch.float32), None
+    for tokens in (1, 7, 60):
+        _, state = mixer(inputs(3, tokens, torch.float32), state)
+        seen = {1: 1, 7: 8, 60: 68}[tokens]
+        assert {key: tuple(value.shape) for key, value in state.items()} == mixer.state_shapes(3, seen)
+        assert sum(value.nbytes for value in state.values()) == 3 * mixer.state_bytes(seen)
+    assert mixer.constant_state == (mixer.state_bytes(1) == mixer.state_bytes(1000))
+
+
+@dataclass(frozen=True)
+class Counting(Sequence):
+    """Counts what an operator needs from the tensors it is handed, and hands zeros back."""
+
+    counted: list = field(default_factory=list)
+
+    def run(self, operator, *tensors, initial_state=None, **options):
+        x, y = tensors[0], tensors[1] if len(tensors) > 1 else None
+        out, flops = {
+            "linear_attention": lambda: (tensors[2], 4 * y.numel() * tensors[2].shape[-1]),
+            "delta_rule": lambda: (tensors[2], 6 * y.numel() * tensors[2].shape[-1]),
+            "diagonal_scan": lambda: (x, (8 if x.is_complex() else 2) * x.numel()),
+            "short_convolution": lambda: (x, 2 * x.numel() * y.shape[-1]),
+            "tensor_attention": lambda: (tensors[3], self._tensor_attention(*tensors)),
+            "softmax_attention": lambda: (x, self._softmax_attention(x, options["window"])),
+        }[operator.__name__]()
+        self.counted.append(flops)
+        return out * 0, {}
+
+    @staticmethod
+    def _tensor_attention(q, k1, k2, v1, v2):
+        _, tokens, heads, key = q.shape
+        features = (key + 1) * (key + 2) // 2
+        return 7 * tokens * heads * features * (v1.shape[-1] + 1)
+
+    @staticmethod
+    def _softmax_attention(q, window):
+        _, tokens, heads, key = q.shape
+        pairs = sum(min(place + 1, window or tokens) for place in range(tokens))
+        return 4 * pairs * heads * key
+
+
+@every_mixer
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [5, 100])
+def test_flops_are_those_of_the_projections_and_the_operators(name, fields, tokens):
+    mixer, sequence = build(name, fields), Counting()
+    with FlopCounterMode(display=False) as counter:
+        mixer(inputs(1, tokens), sequence=sequence)
+    assert sequence.counted
+    assert mixer.flops(tokens) == counter.get_total_flops() + sum(sequence.counted)
+
+
+@pytest.mark.parametrize("name", MIXERS.names)
+def test_its_yaml_is_a_config_that_builds_on_meta(name):
+    cls = MIXERS.get(name)
+    config = validate(cls.Config, yaml.safe_load((CONF / f"{name}.yaml").read_text()), prefix=f"mixer.{name}.")
+    assert config == cls.Config()
+    with torch.device("meta"):
+        mixer = cls(config, LayerShape(768, 12, 0, 12))
+    assert {parameter.device.type for parameter in mixer.parameters()} == {"meta"}
+    assert mixer.parameter_count() == sum(parameter.numel() for parameter in mixer.parameters())
+
+
+def test_every_yaml_has_its_mixer():
+    assert sorted(path.stem for path in CONF.glob("*.yaml")) == list(MIXERS.names)

@@ -1,0 +1,134 @@
+"""The shared parts: initial step sizes and rates, rotation, positions, feature maps, the registry's laziness."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from seqtrain.errors import ConfigError
+from seqtrain.mixers import MIXERS, LayerShape
+from seqtrain.mixers._features import FEATURE_MAPS, taylor2
+from seqtrain.mixers._parts import RMSNorm, ShortConvolution, step_sizes, unit
+from seqtrain.mixers._rotary import positions, rotate
+from seqtrain.parallel.sequence import Sequence
+from seqtrain.testing import borders, relative_error
+
+
+def build(name, width=256, heads=64, **fields):
+    torch.manual_seed(0)
+    cls = MIXERS.get(name)
+    return cls(cls.Config(**fields), LayerShape(width, heads))
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gated_delta_net", "kda"])
+def test_step_sizes_start_log_uniform_and_rates_uniform(name):
+    mixer = build(name)
+    steps = step_sizes(torch.zeros(()), mixer.step_bias).log10()
+    assert -3.001 < steps.min() < -2.8
+    assert -1.2 < steps.max() < -0.999
+    assert steps.mean().item() == pytest.approx(-2, abs=0.25)
+    rates = mixer.rate_log.exp()
+    assert 0 < rates.min() < 2.5
+    assert 14 < rates.max() < 16.001
+
+
+def test_a_mixer_draws_the_same_from_the_same_generator():
+    for name in MIXERS.names:
+        mixer = build(name, heads=8)
+        draws = []
+        for _ in range(2):
+            mixer.reset_parameters(torch.Generator().manual_seed(3))
+            draws.append([parameter.clone() for parameter in mixer.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(*draws, strict=True)), name
+
+
+def test_scores_of_rotated_vectors_depend_on_distance_alone():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
+    places = torch.tensor([[0, 3, 1_000_003]])
+    score = (rotate(q.expand(1, 3, 1, 16), places + 5, 1e4) * rotate(k.expand(1, 3, 1, 16), places, 1e4)).sum(-1)
+    assert relative_error(score, score[:, :1].expand_as(score)) < 1e-9
+    assert not torch.allclose(score[0, 0], (q * k).sum())
+    assert torch.equal(rotate(q, torch.zeros(1, 1, dtype=torch.int64), 1e4), q)
+
+
+def test_far_positions_keep_their_precision_in_float32():
+    x = torch.ones(1, 1, 1, 16)
+    place = torch.tensor([[1_000_003]])
+    assert relative_error(rotate(x, place, 1e4), rotate(x.double(), place, 1e4)) < 1e-6
+
+
+def test_positions_continue_in_rows_and_in_documents():
+    x = torch.zeros(2, 3, 1)
+    place, after = positions(x, None, Sequence())
+    assert place.tolist() == [[0, 1, 2]]
+    assert after.tolist() == [3, 3]
+    place, after = positions(x, torch.tensor([4, 9]), Sequence())
+    assert place.tolist() == [[4, 5, 6], [9, 10, 11]]
+    assert after.tolist() == [7, 12]
+    packed = Sequence(borders([2, 0, 1]))
+    place, after = positions(x[:1], torch.tensor([4, 9, 20]), packed)
+    assert place.tolist() == [[4, 5, 20]]
+    assert after.tolist() == [6, 9, 21]
+
+
+def test_taylor_features_multiply_to_the_polynomial():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 5, 7, dtype=torch.float64)
+    score = q @ k.T / 7**0.5
+    assert relative_error(taylor2(q) @ taylor2(k).T, 1 + score + score**2 / 2) < 1e-12
+
+
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+def test_feature_maps_say_their_width_and_sign(name):
+    phi, count, non_negative = FEATURE_MAPS[name]
+    torch.manual_seed(0)
+    x = torch.randn(200, 6)
+    assert phi(x).shape == (200, count(6))
+    assert (phi(x) @ phi(x).T >= 0).all().item() == non_negative
+
+
+def test_norms_keep_the_dtype_and_survive_zeros():
+    x = torch.zeros(2, 3, 8, dtype=torch.bfloat16, requires_grad=True)
+    for normalised in (RMSNorm(8)(x), unit(x)):
+        assert normalised.dtype == torch.bfloat16
+        (gradient,) = torch.autograd.grad(normalised.sum(), x)
+        assert gradient.isfinite().all()
+    wide = torch.randn(64, 33, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(unit(wide), unit(wide.float()).bfloat16())
+    assert torch.equal(RMSNorm(33)(wide), RMSNorm(33)(wide.float()).bfloat16())
+    parts = RMSNorm(8, groups=2)(torch.tensor([3.0] * 4 + [100.0] * 4))
+    assert relative_error(parts, torch.ones(8)) < 1e-6
+
+
+def test_a_short_convolution_starts_within_its_bound():
+    weight = ShortConvolution(500, 4).weight
+    assert 0.49 < weight.abs().max() <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("mamba2", {"groups": 3}, "mixer.mamba2.groups=3: must divide model.heads=4"),
+        ("attention", {"query_group": 3}, "mixer.attention.query_group=3: must divide model.heads=4"),
+        (
+            "gla",
+            {"expand_key": 0.3},
+            "mixer.gla.expand_key=0.3: times model.width=32 must be divisible by model.heads=4",
+        ),
+        ("s5", {"step_low": 0.5}, "mixer.s5.step_low=0.5: must be at most step_high=0.1"),
+        ("s5", {"blocks": 3}, "mixer.s5.expand_state=1.0: times model.width=32 must be divisible by 2 * blocks=6"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_one_line(name, fields, message):
+    with pytest.raises(ConfigError) as caught:
+        build(name, width=32, heads=4, **fields)
+    assert str(caught.value).startswith(message)
+
+
+def test_mixers_are_imported_when_asked_for():
+    program = "import sys, seqtrain.mixers as m; print(m.MIXERS.names, 'seqtrain.mixers.gla' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "'gla'" in result.stdout
+    assert result.stdout.strip().endswith("False")

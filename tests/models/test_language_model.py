@@ -1,0 +1,193 @@
+"""The network: loss and gradients against plain PyTorch, recomputation, counts, initial weights, errors."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from seqtrain.config import validate
+from seqtrain.errors import ConfigError
+from seqtrain.mixers import MIXERS
+from seqtrain.models import LanguageModel, ModelConfig
+from seqtrain.parallel.sequence import Sequence
+from seqtrain.testing import borders, relative_error
+
+CONF = Path(__file__).parents[2] / "conf" / "model"
+DEFAULTS = {name: MIXERS.get(name).Config() for name in MIXERS.names}
+HYBRID = ("gated_delta_net", "gla", "hgrn2", "s5", "tensor_attention", "sliding_attention")
+VOCAB = 50
+
+
+def build(*, layers=HYBRID, depth=6, width=32, heads=2, seed=1, dtype=torch.float32, **fields):
+    torch.manual_seed(seed)
+    config = ModelConfig(layers=layers, depth=depth, width=width, heads=heads, loss_chunk=16, **fields)
+    return LanguageModel(config, DEFAULTS, VOCAB).to(dtype)
+
+
+def batch(tokens=40, rows=2, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCAB, (rows, tokens + 1), generator=generator)
+    return ids[:, :-1], ids[:, 1:].clone()
+
+
+def loss_and_gradients(model, *arguments, **options):
+    loss = model(*arguments, **options)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return loss.detach(), dict(zip(dict(model.named_parameters()), gradients, strict=True))
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_loss_and_gradients_equal_cross_entropy_of_all_logits(tie_embeddings):
+    model = build(tie_embeddings=tie_embeddings, dtype=torch.float64)
+    tokens, labels = batch()
+    labels[0, :7] = -100
+    loss, gradients = loss_and_gradients(model, tokens, labels)
+    logits, _ = model(tokens, all_logits=True)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
+    assert relative_error(loss, expected) < 1e-12
+    for (name, came), right in zip(
+        gradients.items(), torch.autograd.grad(expected, list(model.parameters())), strict=True
+    ):
+        assert relative_error(came, right) < 1e-10, name
+
+
+@pytest.mark.parametrize("layers", [HYBRID, ("mamba2", "kda", "attention")])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_recomputing_activations_changes_nothing(layers, autocast):
+    tokens, labels = batch(tokens=70, rows=1)
+    sequence = Sequence(borders([30, 0, 40]))
+    results = []
+    for recompute in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model = build(layers=layers, activation_checkpointing=recompute)
+            results.append(loss_and_gradients(model, tokens, labels, sequence=sequence))
+    (loss, kept), (again, recomputed) = results
+    assert torch.equal(loss, again)
+    assert [name for name in kept if not torch.equal(kept[name], recomputed[name])] == []
+
+
+def test_recomputing_keeps_fewer_activations():
+    def saved_numbers(recompute):
+        model, count = build(activation_checkpointing=recompute), 0
+
+        def pack(x):
+            nonlocal count
+            count += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(*batch(tokens=256))
+        return count
+
+    assert saved_numbers(True) < saved_numbers(False) / 5
+
+
+@torch.no_grad()
+def test_state_continues_a_sequence():
+    model = build(layers=tuple(MIXERS.names), depth=len(MIXERS.names), dtype=torch.float64)
+    tokens, _ = batch()
+    whole, final = model(tokens)
+    _, state = model(tokens[:, :13])
+    rest, after = model(tokens[:, 13:], state=state)
+    assert relative_error(rest, whole) < 1e-10
+    assert [each.keys() for each in after] == [each.keys() for each in final]
+
+
+def test_the_same_seed_gives_the_same_weights():
+    first, second, other = (dict(build(seed=seed).named_parameters()) for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
+    model = build(seed=1)
+    model.reset_parameters(torch.Generator().manual_seed(4))
+    drawn = {name: value.clone() for name, value in model.named_parameters()}
+    torch.manual_seed(9)
+    model.reset_parameters(torch.Generator().manual_seed(4))
+    assert all(torch.equal(drawn[name], value) for name, value in model.named_parameters())
+
+
+def test_initial_weights_have_the_sizes_asked_for():
+    model = build(layers=("gated_delta_net", "gla"), depth=8, width=128, heads=4, tie_embeddings=False)
+    weights = dict(model.named_parameters())
+    for name in ("embedding.weight", "head.weight", "blocks.1.mlp.up.weight", "blocks.0.mixer.qkv.linear.weight"):
+        assert weights[name].std().item() == pytest.approx(0.02, rel=0.05), name
+    for name in ("blocks.0.mixer.out.weight", "blocks.3.mlp.out.weight"):
+        assert weights[name].std().item() == pytest.approx(0.02 / 4, rel=0.05), name
+    assert not weights["blocks.1.mixer.forget.1.bias"].any()
+    # A fresh model knows nothing: its loss is that of a uniform guess.
+    tokens, labels = batch()
+    assert model(tokens, labels).item() / labels.numel() == pytest.approx(
+        torch.log(torch.tensor(VOCAB)).item(), rel=0.02
+    )
+
+
+def test_weight_decay_by_dimension_leaves_gates_norms_and_decays_alone():
+    model = build(layers=tuple(MIXERS.names), depth=len(MIXERS.names))
+    decays = {name for name, parameter in model.named_parameters() if parameter.dim() >= 2}
+    matrices = {name for name in decays if name.endswith(".weight")}
+    assert decays == matrices
+    assert not {name for name in decays if "norm" in name}
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_counts(tie_embeddings):
+    model = build(tie_embeddings=tie_embeddings)
+    assert (model.head.weight is model.embedding.weight) == tie_embeddings
+    assert model.parameter_count() == sum(parameter.numel() for parameter in model.parameters())
+    tokens, _ = batch(rows=1)
+    matrices = (
+        sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+        + model.head.weight.numel()
+    )
+    operators = sum(block.mixer.operator_flops(40) for block in model.blocks)
+    assert model.flops(40) == 2 * 40 * matrices + operators
+    with torch.no_grad():
+        _, state = model(tokens)
+    assert model.state_bytes(40) == sum(value.nbytes for layer in state for value in layer.values())
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_yaml_builds_on_meta(path):
+    config = validate(ModelConfig, yaml.safe_load(path.read_text()), prefix="model.")
+    with torch.device("meta"):
+        model = LanguageModel(config, DEFAULTS, 50257)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert model.parameter_count() == sum(parameter.numel() for parameter in model.parameters())
+    if path.stem.endswith("_125m"):
+        assert 110e6 < model.parameter_count() < 140e6
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"width": 100, "heads": 8}, "model.width=100: must be divisible by model.heads=8"),
+        ({"layers": ("gal",)}, "mixer 'gal' is unknown; did you mean 'gla'? Known: "),
+        ({"layers": ("attention",), "width": 30}, "mixer.attention.rope_base=10000.0: model.width/model.heads=15 must"),
+        ({"layers": ("gla",), "width": 30}, "mixer.gla.expand_key=0.5: times model.width=30 must be divisible by"),
+        ({"layers": ("s5",), "width": 36}, "mixer.s5.expand_state=1.0: times model.width=36 must be divisible by"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_one_line(fields, message):
+    with pytest.raises(ConfigError) as caught:
+        build(**fields)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_mixer_without_settings_is_named():
+    with pytest.raises(ConfigError, match=r"^mixer\.gla: is required by model\.layers=gla"):
+        LanguageModel(ModelConfig(layers=("gla",), depth=1, width=32, heads=2), {}, VOCAB)
+
+
+def test_a_repeated_batch_is_learnt():
+    model = build(activation_checkpointing=True, initializer_range=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens, labels = batch(tokens=16)
+    losses = []
+    for _ in range(15):
+        loss = model(tokens, labels) / labels.numel()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2, losses
