@@ -21,6 +21,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
@@ -125,22 +126,32 @@ def launch(name: str, read: Callable[[DictConfig, str], T], run: Callable[[T], i
     is called for every point of a sweep before the first one starts. `run` does the work. A `SeqtrainError` is printed
     as one line, status 2.
     """
-    status = 0
+    statuses = [0]
 
     def job(config: DictConfig) -> None:
-        nonlocal status
-        status = max(status, run(read(config, HydraConfig.get().runtime.output_dir)))
+        # Hydra makes a folder for each point of a sweep; for a single run it makes none, and a mistake leaves none.
+        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        output_dir = HydraConfig.get().runtime.output_dir if sweep else config.output_dir
+        statuses.append(_status(lambda: run(read(config, output_dir))))
 
-    try:
+    def check_and_start() -> int:
         arguments = get_args_parser().parse_args()
         for overrides in _points(arguments.overrides, arguments.multirun):
             composed = compose_config(name, overrides)
             read(composed, composed.output_dir)
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
+        return max(statuses)
+
+    return _status(check_and_start)
+
+
+def _status(work: Callable[[], int]) -> int:
+    """The exit status of `work`; a mistake of the user is printed as one line and is status 2."""
+    try:
+        return work()
     except SeqtrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return status
 
 
 def _points(overrides: Sequence[str], multirun: bool) -> list[Sequence[str]]:

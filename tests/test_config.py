@@ -64,12 +64,17 @@ def test_a_missing_value_is_named():
 def conf(tmp_path, monkeypatch):
     files = {
         "main.yaml": """
-            defaults: [{optimizer: adamw}, {mixer: all}, _self_]
+            defaults:
+              - optimizer: adamw
+              - mixer: all
+              - _self_
+              - override hydra/job_logging: none
+              - override hydra/hydra_logging: none
             output_dir: out
             train: {steps: 10, dtype: float32}
             hydra:
               output_subdir: null
-              run: {dir: "${output_dir}"}
+              run: {dir: "."}
               sweep: {dir: "${output_dir}", subdir: "${hydra.job.num}"}
             """,
         "optimizer/adamw.yaml": "lr: 0.1",
@@ -131,6 +136,9 @@ def read(config, output_dir):
 
 def run(program):
     train, output_dir = program
+    if train.steps == 40:
+        raise module.ConfigError("train.steps=40: found out late")
+    pathlib.Path(output_dir).mkdir(parents=True, exist_ok=True)
     (pathlib.Path(output_dir) / "done").write_text(str(train.steps))
     return 3 if train.steps == 30 else 0
 
@@ -161,7 +169,7 @@ def test_a_sweep_runs_every_point_and_returns_the_worst_status(conf):
     assert written(conf) == {"out/0/done": "20", "out/1/done": "30"}
 
 
-@pytest.mark.parametrize("arguments", [["train.steps=x"], ["train.stepz=1"], ["--multirun", "train.steps=5,x"]])
+@pytest.mark.parametrize("arguments", [["train.steps=x"], ["train.steps=40"], ["train.stepz=1"], ["--multirun", "train.steps=5,x"]])
 def test_a_mistake_ends_with_status_2_one_line_and_nothing_written(conf, arguments):
     before = sorted(conf.parent.rglob("*"))
     result = start(conf, *arguments)

@@ -1,0 +1,292 @@
+"""Checkpoints that become visible only when whole, and are believed only while their hashes hold.
+
+A checkpoint is a folder `step-00000100` with `model.safetensors`, one `optimizer-*.safetensors` a rank, and
+`manifest.json`, which names every file with its size and hash. Ranks write into a hidden folder; when all have
+finished, rank 0 writes the manifest and renames the folder. Nothing in it is a pickle, and nothing in it depends on the
+number of ranks or the ZeRO stage.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from seqtrain.errors import CheckpointError
+from seqtrain.runtime.optimizer_state import (
+    MOMENTS,
+    link_moments,
+    restore_moments,
+    trained,
+    whole_moments,
+    whole_weight,
+)
+from seqtrain.runtime.ranks import Ranks
+
+log = logging.getLogger("seqtrain.runtime")
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
+READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: all of its state that isn't in weights and moments."""
+
+    # Steps done, skipped ones included; also the index of the next step.
+    step: int = 0
+    # Steps that changed the weights.
+    taken: int = 0
+    # Skipped steps since the last one taken.
+    skipped_in_a_row: int = 0
+    # Training tokens seen, all ranks together.
+    tokens: int = 0
+
+    @property
+    def skipped(self) -> int:
+        """Steps left out for a loss or gradient that wasn't finite."""
+        return self.step - self.taken
+
+    def after(self, *, taken: bool, tokens: int) -> "Progress":
+        """The progress one step later."""
+        return replace(
+            self,
+            step=self.step + 1,
+            taken=self.taken + taken,
+            skipped_in_a_row=0 if taken else self.skipped_in_a_row + 1,
+            tokens=self.tokens + tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: its folder and what its manifest says."""
+
+    folder: Path
+    progress: Progress
+    # What the run's later steps depend on, as plain values (see `run_folder.trajectory`).
+    trajectory: dict[str, Any]
+    # Run of Weights & Biases that the checkpoint's run logs to; empty without.
+    tracking_id: str
+    # Files the manifest vouches for.
+    files: tuple[str, ...]
+
+    @torch.no_grad()
+    def load_weights(self, model: nn.Module) -> None:
+        """Copies the weights into `model`. Raises `CheckpointError` naming the first tensor that doesn't fit."""
+        own = model.state_dict()
+        with self._open(WEIGHTS) as stored:
+            names = set(stored.keys())
+            if differing := sorted(names ^ set(_untied(model))):
+                raise CheckpointError(f"{self.folder}: {differing[0]} is not in both the checkpoint and the model")
+            for name in sorted(names):
+                value = stored.get_tensor(name)
+                if value.shape != own[name].shape:
+                    came, wanted = list(value.shape), list(own[name].shape)
+                    raise CheckpointError(f"{self.folder}: {name} has shape {came}, the model wants {wanted}")
+                own[name].copy_(value)
+
+    def restore_optimizer(self, engine: Any) -> None:
+        """Gives the optimizer of `engine` the moments and the step count. All ranks call it."""
+        if self.progress.taken:
+            restore_moments(engine, self._moments(), steps_taken=self.progress.taken)
+
+    def _moments(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for file in self.files:
+            if file == WEIGHTS:
+                continue
+            with self._open(file) as stored:
+                for name in sorted({key.rpartition(":")[0] for key in stored.keys()}):  # noqa: SIM118
+                    yield name, {moment: stored.get_tensor(f"{name}:{moment}") for moment in MOMENTS}
+
+    def _open(self, name: str) -> Any:
+        try:
+            return safe_open(self.folder / name, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.folder / name}: can't be read: {error}") from error
+
+
+def save(
+    engine: Any,
+    root: Path,
+    progress: Progress,
+    ranks: Ranks,
+    *,
+    keep: int,
+    trajectory: dict[str, Any],
+    tracking_id: str,
+) -> Path:
+    """Writes a checkpoint below `root` and drops all but the newest `keep`. All ranks call it; returns its folder.
+
+    Raises `CheckpointError` on every rank when one can't write.
+    """
+    folder = root / f"step-{progress.step:08d}"
+    partial = root / f".{folder.name}.partial"
+    if ranks.first:
+        _remove_leftovers(root)
+        partial.mkdir(parents=True)
+    ranks.gather(None)
+    entries = _agreed(ranks, _write_share(engine, partial, progress, ranks), partial)
+    if ranks.first:
+        _write_manifest(partial, progress, entries, trajectory, tracking_id)
+        if folder.exists():
+            # Only a damaged one can be here: a run goes on from the newest that is whole.
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        _sync_folder(root)
+        for old in _folders(root)[keep:]:
+            shutil.rmtree(old)
+        log.info("checkpoint: %s", folder)
+    ranks.gather(None)
+    return folder
+
+
+def _write_share(engine: Any, partial: Path, progress: Progress, ranks: Ranks) -> dict[str, Any] | str:
+    """Writes this rank's files; gives their manifest entries, or what went wrong."""
+    shares: dict[str, dict[str, Tensor]] = {WEIGHTS: {}, f"optimizer-{ranks.rank:05d}.safetensors": {}}
+    weights, moments = shares.values()
+    # Gathering is a collective, so every rank walks over all weights and keeps its own share.
+    for name, parameter in engine.module.named_parameters():
+        whole = whole_weight(engine, parameter)
+        if ranks.first:
+            weights[name] = _kept(whole)
+    if progress.taken:
+        link_moments(engine)
+    for index, (name, parameter) in enumerate(trained(engine) if progress.taken else []):
+        both = whole_moments(engine, parameter)
+        if index % ranks.count == ranks.rank:
+            moments |= {f"{name}:{moment}": _kept(whole) for moment, whole in both.items()}
+    if ranks.first:
+        state = engine.module.state_dict()
+        weights |= {name: _kept(state[name]) for name in _untied(engine.module) if name not in weights}
+    try:
+        return {name: _write(partial / name, tensors) for name, tensors in shares.items() if tensors}
+    except (OSError, SafetensorError) as error:
+        return f"rank {ranks.rank}: {error}"
+
+
+def _kept(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True).contiguous()
+
+
+def _untied(model: nn.Module) -> list[str]:
+    """Names of the tensors a checkpoint holds: parameters, each once however many modules share it, and buffers."""
+    parameters = {name for name, _ in model.named_parameters()}
+    every_parameter = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return [name for name in model.state_dict() if name in parameters or name not in every_parameter]
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    save_file(tensors, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": _hash(path)}
+
+
+def _agreed(ranks: Ranks, mine: dict[str, Any] | str, partial: Path) -> dict[str, Any]:
+    """The manifest entries of all ranks, once all have written. Raises `CheckpointError` where one failed."""
+    everyone = ranks.gather(mine)
+    failed = [share for share in everyone if isinstance(share, str)]
+    if failed:
+        raise CheckpointError(f"{partial}: can't be written: {failed[0]}; older checkpoints are untouched")
+    return {name: entry for share in everyone for name, entry in share.items()}
+
+
+def _write_manifest(
+    partial: Path, progress: Progress, entries: dict[str, Any], trajectory: dict[str, Any], tracking_id: str
+) -> None:
+    manifest = {
+        "format": FORMAT,
+        "progress": asdict(progress),
+        "tracking_id": tracking_id,
+        "fingerprint": _digest(trajectory),
+        "trajectory": trajectory,
+        "files": entries,
+    }
+    manifest["sha256"] = _digest(manifest)
+    with (partial / MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(partial)
+
+
+def find(root: Path) -> Checkpoint | None:
+    """The newest checkpoint below `root` that is whole, or None. Warns about each newer one that is damaged."""
+    for folder in _folders(root):
+        try:
+            return read(folder)
+        except CheckpointError as error:
+            log.warning("%s; trying the checkpoint before", error)
+    return None
+
+
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, each file checked against the manifest. Raises `CheckpointError`."""
+    manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else -1
+        if size != entry["bytes"]:
+            came = "is missing" if size < 0 else f"has {size} bytes instead of {entry['bytes']}"
+            raise CheckpointError(f"{folder}: {name} {came}")
+        if _hash(path) != entry["sha256"]:
+            raise CheckpointError(f"{folder}: {name} is damaged, its hash is not the manifest's")
+    progress = Progress(**manifest["progress"])
+    return Checkpoint(folder, progress, manifest["trajectory"], manifest["tracking_id"], tuple(manifest["files"]))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest in `folder` says; the files it names are not looked at. Raises `CheckpointError`."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        signature = manifest.pop("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: {MANIFEST} is missing or damaged, so this is no whole checkpoint") from error
+    if signature != _digest(manifest):
+        raise CheckpointError(f"{folder}: {MANIFEST} was changed after it was written")
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{folder}: has format {manifest['format']}, this version reads {FORMAT}")
+    return manifest
+
+
+def _folders(root: Path) -> list[Path]:
+    """Checkpoint folders below `root`, newest first."""
+    return sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Removes what a rank that was killed while it saved has left."""
+    for path in root.glob(".*.partial"):
+        shutil.rmtree(path)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

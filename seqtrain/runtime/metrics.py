@@ -1,0 +1,98 @@
+"""`metrics.jsonl`: one line a step, written by rank 0 and followed by whoever shows it."""
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from seqtrain.runtime.run_folder import RunFolder
+
+log = logging.getLogger("seqtrain.runtime")
+
+Record = dict[str, Any]
+
+
+class MetricsFile:
+    """Appends records to `path`, after cutting off what is there from steps beyond `step`.
+
+    Steps that were done after the checkpoint a run goes on from are done again, and each is to have one line.
+    """
+
+    def __init__(self, path: Path, *, step: int):
+        keep = _bytes_up_to(path, step)
+        self._file = path.open("ab")
+        self._file.truncate(keep)
+
+    def write(self, record: Record) -> None:
+        """Appends one line. A float that isn't finite, which JSON can't hold, becomes null."""
+        line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class MetricsReader:
+    """Gives each record once, as it appears; the steps that are done again after a restart, again.
+
+    Begins behind what the folder holds already.
+    """
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+        self._starts = len(read_lines(folder.starts))
+        self._seen_start = False
+        self._read = _bytes_up_to(folder.metrics, step=sys.maxsize)
+
+    def new(self) -> Iterator[Record]:
+        """The records written since the last call."""
+        # Each start of the ranks cuts the file back to the step it begins at.
+        for start in read_lines(self.folder.starts)[self._starts :]:
+            self._starts += 1
+            if self._seen_start:
+                log.warning("a worker was lost; all have been started again, from step %d", start["step"])
+            self._seen_start = True
+            self._read = _bytes_up_to(self.folder.metrics, start["step"])
+        if not self.folder.metrics.exists():
+            return
+        with self.folder.metrics.open("rb") as file:
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._read += len(line)
+                yield json.loads(line)
+
+
+def read_lines(path: Path) -> list[Record]:
+    """Every whole record in `path`, in order; none if there is no such file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def count_restarts(folder: RunFolder) -> int:
+    """How often the ranks were started again by themselves, over all sessions of the run."""
+    sessions = [start["session"] for start in read_lines(folder.starts)]
+    return len(sessions) - len(set(sessions))
+
+
+def _bytes_up_to(path: Path, step: int) -> int:
+    if not path.exists():
+        return 0
+    size = 0
+    with path.open("rb") as file:
+        for line in file:
+            # A line without an end was being written when the run was killed.
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            size += len(line)
+    return size
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

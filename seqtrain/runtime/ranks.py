@@ -1,0 +1,89 @@
+"""The processes of a run: which one this is, and the few exchanges they make beside DeepSpeed's."""
+
+import atexit
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run. Every method is a collective: all ranks call it, in the same order."""
+
+    rank: int
+    count: int
+    device: torch.device
+    group: dist.ProcessGroup
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over all ranks, in float64 and in one exchange."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def largest(self, value: float) -> float:
+        """The largest `value` of any rank."""
+        return self._reduce((value,), dist.ReduceOp.MAX)[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, by rank; returns when all ranks have called."""
+        everyone: list[Any] = [None] * self.count
+        dist.all_gather_object(everyone, value, group=self.group)
+        return everyone
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def _reduce(self, values: tuple[float, ...], operation: Any) -> list[float]:
+        packed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(packed, op=operation, group=self.group)
+        return packed.tolist()
+
+
+def pick_device(device: str) -> torch.device:
+    """`runtime.device` as a device of this process: the GPU of its local rank, or the CPU."""
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(local)
+    return local
+
+
+def this_process(device: torch.device) -> Ranks:
+    """The ranks of the process group that is already formed."""
+    assert dist.group.WORLD is not None, "the process group must be formed first"
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
+
+
+def form_group(device: torch.device, *, timeout_seconds: int) -> Ranks:
+    """The process group of torchrun's ranks, or of this process alone where torchrun didn't start it.
+
+    A group that is there already is taken: DeepSpeed keeps the first one it sees for the life of the process.
+    """
+    if not dist.is_initialized():
+        options: dict[str, Any] = {"timeout": datetime.timedelta(seconds=timeout_seconds)}
+        if "RANK" not in os.environ:
+            options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+        atexit.register(dist.destroy_process_group)
+    return this_process(device)
+
+
+# Words of the transport in errors that torch raises as a plain RuntimeError.
+TRANSPORT = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe", "socket timeout")
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether `error` says that another rank is gone or silent, rather than that this one has a bug."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in TRANSPORT)

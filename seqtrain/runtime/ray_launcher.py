@@ -1,0 +1,178 @@
+"""`runtime=ray`: Ray Train starts the ranks, and starts them again when one is killed."""
+
+import json
+import logging
+import os
+import threading
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from seqtrain import errors
+from seqtrain.errors import ConfigError, SeqtrainError
+from seqtrain.runtime.log import log_to
+from seqtrain.runtime.ranks import is_lost_peer, pick_device, this_process
+from seqtrain.runtime.run_folder import RunFolder
+from seqtrain.runtime.settings import PretrainConfig
+from seqtrain.runtime.worker import Session, train
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
+log = logging.getLogger("seqtrain.runtime")
+
+# Seconds between two looks at what the ranks have written.
+POLL_SECONDS = 0.3
+
+
+class WorkerError(RuntimeError):
+    """A rank failed with an error that a restart would not cure; the message is the rank's own."""
+
+
+def launch(session: Session, *, poll: Callable[[], None]) -> None:
+    """Trains on `parallel.data` Ray workers; returns when they have finished or stopped.
+
+    `poll` is called a few times a second meanwhile. Raises a rank's own `SeqtrainError`, or `WorkerError` for any other
+    error of its own, at once; faults (a killed or unreachable worker) only after `runtime.max_restarts` restarts.
+    """
+    _start_ray(session.config)
+    import ray
+
+    try:
+        _watch(session, _trainer(session), poll)
+    finally:
+        ray.shutdown()
+
+
+def _start_ray(config: PretrainConfig) -> None:
+    """Connects to `runtime.address`, or starts Ray on this machine, reachable from this machine only."""
+    if not config.runtime.address:
+        # Must stand before the first import of Ray, which reads it then: bind to 127.0.0.1, not to every interface.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # The ranks keep the directory the program was started in, so that relative paths mean the same to them.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if config.runtime.address:
+        options["address"] = config.runtime.address
+    else:
+        cpus = max(os.cpu_count() or 1, config.parallel.data * cpus_per_worker(config))
+        options |= {"num_cpus": cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        options["runtime_env"] = {"env_vars": {"GLOO_SOCKET_IFNAME": _loopback()}}
+    ray.init(**options)
+    for name in ("ray", "ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    log.info("runtime: Ray %s on %s", ray.__version__, config.runtime.address or "this machine (127.0.0.1 only)")
+
+
+def _loopback() -> str:
+    return "lo" if os.uname().sysname == "Linux" else "lo0"
+
+
+def cpus_per_worker(config: PretrainConfig) -> int:
+    """Cores of one rank: as asked for, or this machine's divided by the ranks."""
+    return config.runtime.cpus_per_worker or max(1, (os.cpu_count() or 1) // config.parallel.data)
+
+
+def _trainer(session: Session) -> "TorchTrainer":
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from seqtrain.runtime.ray_group import GroupConfig
+
+    config = session.config
+    on_gpu = config.runtime.device == "cuda" or (config.runtime.device == "auto" and torch.cuda.is_available())
+    return TorchTrainer(
+        _run_rank,
+        train_loop_config={"session": session},
+        torch_config=GroupConfig(
+            backend="nccl" if on_gpu else "gloo",
+            timeout_s=config.runtime.collective_timeout_seconds,
+            store_folder="" if config.runtime.address else str(session.folder.ray),
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=config.parallel.data,
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": cpus_per_worker(config), **({"GPU": 1} if on_gpu else {})},
+        ),
+        run_config=RunConfig(
+            # A name used before would make Ray take up that run's records.
+            name=session.name,
+            storage_path=str(session.folder.ray),
+            failure_config=FailureConfig(max_failures=config.runtime.max_restarts),
+        ),
+    )
+
+
+def _run_rank(arguments: dict[str, Session]) -> None:
+    """What Ray runs in each worker."""
+    session = arguments["session"]
+    config = session.config
+    torch.set_num_threads(cpus_per_worker(config))
+    ranks = this_process(pick_device(config.runtime.device))
+    if ranks.first:
+        log_to(session.folder.log)
+    try:
+        train(session, ranks)
+    except Exception as error:
+        if not is_lost_peer(error):
+            _leave_error(session.folder, ranks.rank, error)
+        raise
+
+
+def _leave_error(folder: RunFolder, rank: int, error: Exception) -> None:
+    """Tells the driver of an error that a restart would meet again. The first rank to fail is the one that counts."""
+    kind = type(error).__name__ if isinstance(error, SeqtrainError) else ""
+    text = "".join(traceback.format_exception(error))
+    partial = folder.error.with_suffix(f".{rank}")
+    partial.write_text(json.dumps({"rank": rank, "kind": kind, "line": _one_line(error), "traceback": text}))
+    try:
+        os.link(partial, folder.error)
+    except FileExistsError:
+        pass
+    finally:
+        partial.unlink()
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, SeqtrainError) else f"{type(error).__name__}: {text}"
+
+
+def _watch(session: Session, trainer: "TorchTrainer", poll: Callable[[], None]) -> None:
+    """Runs the trainer beside this thread, which stays free for signals, and polls until it is done."""
+    failed: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except (Exception, SystemExit) as error:  # SystemExit is what Ray raises here when it is shut down meanwhile.
+            failed.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        poll()
+        _raise_left_error(session.folder)
+    poll()
+    _raise_left_error(session.folder)
+    if failed:
+        raise WorkerError(
+            f"the workers failed more than runtime.max_restarts={session.config.runtime.max_restarts} times; the last "
+            f"checkpoint is kept, start again to go on from it. Last error: {_one_line(failed[0])[:500]}"  # type: ignore[arg-type]
+        ) from failed[0]
+
+
+def _raise_left_error(folder: RunFolder) -> None:
+    if not folder.error.exists():
+        return
+    left = json.loads(folder.error.read_text())
+    log.error("rank %d failed:\n%s", left["rank"], left["traceback"])
+    if left["kind"]:
+        raise vars(errors).get(left["kind"], ConfigError)(left["line"])
+    raise WorkerError(f"rank {left['rank']}: {left['line']} (the traceback is in {folder.log})")

@@ -1,0 +1,101 @@
+"""What a run leaves behind: the summary, the loss curve, a sample of text."""
+
+import json
+import logging
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seqtrain.data import Corpus, bigram_bits_per_byte
+from seqtrain.models import LanguageModel, generate
+from seqtrain.parallel.sequence import Sequence
+from seqtrain.runtime import checkpoint as checkpoints
+from seqtrain.runtime.metrics import Record, count_restarts, read_lines
+from seqtrain.runtime.run_folder import RunFolder
+from seqtrain.runtime.settings import PretrainConfig
+
+log = logging.getLogger("seqtrain.runtime")
+
+# Steps at the start of a session that are left out of the mean speed: they compile and fill caches.
+WARM_UP_STEPS = 1
+
+
+def write_report(
+    config: PretrainConfig, folder: RunFolder, corpus: Corpus, *, stopped_by_signal: int = 0
+) -> dict[str, Any]:
+    """Writes `summary.json` and `loss.png` from what the ranks left in `folder`; gives the summary.
+
+    `stopped_by_signal`: number of the signal that asked this process to stop, 0 without one. A run that was stopped has
+    little time left, so its summary comes without a sample of text.
+    """
+    outcome = json.loads(folder.outcome.read_text())
+    records = read_lines(folder.metrics)
+    bigram = bigram_bits_per_byte(corpus)
+    summary = outcome | {
+        "stopped_by_signal": (stopped_by_signal or signal.SIGTERM) if outcome["stopped"] else 0,
+        "tokens_per_second": _mean_speed(records),
+        "final_loss": records[-1]["loss"] if records else None,
+        "bigram_bits_per_byte": bigram if math.isfinite(bigram) else None,
+        "restarts": count_restarts(folder),
+        "checkpoint": str(newest_folder(folder)),
+        "sample": "" if outcome["stopped"] else _sample(config, folder, corpus),
+    }
+    folder.summary.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    folder.outcome.unlink()
+    if records:
+        draw_loss(records, folder.loss_curve)
+    return summary
+
+
+def newest_folder(folder: RunFolder) -> Path:
+    """The folder of the newest checkpoint; there must be one."""
+    return max(folder.checkpoints.glob("step-*"))
+
+
+def _mean_speed(records: list[Record]) -> float | None:
+    """Tokens a second over all steps but the first."""
+    counted = records[WARM_UP_STEPS:] or records
+    seconds = sum(record["step_seconds"] for record in counted)
+    return sum(record["tokens"] for record in counted) / seconds if seconds else None
+
+
+def _sample(config: PretrainConfig, folder: RunFolder, corpus: Corpus) -> str:
+    """The prompt and the text the trained model continues it with; the same for the same weights."""
+    if config.sample.tokens == 0:
+        return ""
+    model = LanguageModel(config.model, config.mixer, corpus.tokenizer.vocab_size)
+    checkpoints.read(newest_folder(folder)).load_weights(model)
+    tokenizer = corpus.tokenizer
+    # Without a prompt, what follows on the end of a document: the start of another.
+    prompt = tokenizer.encode(config.sample.prompt) or [tokenizer.end]
+    new = generate(
+        model.eval(),
+        torch.tensor([prompt]),
+        max_new_tokens=config.sample.tokens,
+        generator=torch.Generator().manual_seed(config.seed),
+        stop=tokenizer.end,
+        sequence=Sequence(backend=config.kernels.backend),
+    )
+    ids = [token for token in new[0].tolist() if token != tokenizer.end]
+    return config.sample.prompt + tokenizer.decode(ids)
+
+
+def draw_loss(records: list[Record], path: Path) -> None:
+    """Draws loss against step, and held-out bits per byte where it was measured, into `path`."""
+    # The figure's own canvas, not pyplot: no window system, no state shared with a caller's plots.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)")
+    finite = [record for record in records if record["loss"] is not None]
+    axes.plot([r["step"] for r in finite], [r["loss"] for r in finite], linewidth=1, label="training loss")
+    scored = [record for record in records if record.get("held_out_bits_per_byte") is not None]
+    if scored:
+        right = axes.twinx()
+        right.set_ylabel("held-out bits per byte")
+        right.plot([r["step"] for r in scored], [r["held_out_bits_per_byte"] for r in scored], "o-", color="tab:orange")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,98 @@
+"""One call from a checked config to a finished, stopped or failed run."""
+
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seqtrain.data import prepare
+from seqtrain.kernels.dispatch import choose_anew
+from seqtrain.runtime import ray_launcher
+from seqtrain.runtime.log import log_to, warn_on_stderr
+from seqtrain.runtime.metrics import MetricsReader
+from seqtrain.runtime.progress import ProgressDisplay
+from seqtrain.runtime.ranks import form_group, pick_device
+from seqtrain.runtime.report import write_report
+from seqtrain.runtime.run_folder import RunFolder, claim, refuse_foreign
+from seqtrain.runtime.settings import PretrainConfig, check
+from seqtrain.runtime.signals import listening
+from seqtrain.runtime.tracking import Tracker, tracking_id
+from seqtrain.runtime.worker import Session, train
+
+log = logging.getLogger("seqtrain.runtime")
+
+Launch = Callable[[Session, Callable[[], None]], None]
+
+
+def run(config: PretrainConfig) -> dict[str, Any]:
+    """Prepares the data, trains, writes the report; gives the summary (also in `output_dir/summary.json`).
+
+    A run that was asked to stop has saved a checkpoint, and its summary says `stopped: true`. The same call again goes
+    on from there; for a run that has finished it gives the old summary. Under torchrun every rank calls it, and gets an
+    empty summary on all but rank 0. Raises `ConfigError`, `DataError` or `CheckpointError` for what the user can put
+    right, before anything is written where that is possible.
+    """
+    check(config)
+    config = replace(config, output_dir=str(Path(config.output_dir).absolute()))
+    if config.runtime.name == "inline":
+        return _run_inline(config)
+    return _drive(config, lambda session, poll: ray_launcher.launch(session, poll=poll))
+
+
+def _run_inline(config: PretrainConfig) -> dict[str, Any]:
+    """The ranks are this process, or those torchrun started; rank 0 is the driver too."""
+    if config.runtime.cpus_per_worker:
+        torch.set_num_threads(config.runtime.cpus_per_worker)
+    ranks = form_group(pick_device(config.runtime.device), timeout_seconds=config.runtime.collective_timeout_seconds)
+    if ranks.first:
+        return _drive(config, lambda session, poll: train(ranks.from_first(session), ranks, after_step=poll))
+    with listening(RunFolder(Path(config.output_dir)).stop):
+        train(ranks.from_first(None), ranks)
+    return {}
+
+
+def _drive(config: PretrainConfig, launch: Launch) -> dict[str, Any]:
+    """Everything around the steps: the folder, the data, who watches, the report."""
+    folder = RunFolder(Path(config.output_dir))
+    refuse_foreign(folder, config)
+    corpus = prepare(config.data)
+    claim(folder, config)
+    log_to(folder.log)
+    warn_on_stderr()
+    choose_anew()
+    log.info("data: %s, %d tokens to train on, %d held out", corpus.folder, corpus.train.tokens, corpus.held_out.tokens)
+    if finished := _finished_summary(folder, config):
+        log.warning("output_dir=%s: this run has finished already; here is its summary", folder.path)
+        return finished
+    session = Session(config, corpus.folder.resolve(), uuid.uuid4().hex[:8], tracking_id(config, folder))
+    reader = MetricsReader(folder)
+    with (
+        listening(folder.stop) as received,
+        ProgressDisplay(steps=config.train.steps) as display,
+        Tracker(config, folder, run_id=session.tracking_id) as tracker,
+    ):
+
+        def poll() -> None:
+            for record in reader.new():
+                display.show(record)
+                tracker.show(record)
+
+        launch(session, poll)
+        summary = write_report(config, folder, corpus, stopped_by_signal=received.number)
+        tracker.summarize(summary)
+    folder.stop.unlink(missing_ok=True)
+    shutil.rmtree(folder.ray, ignore_errors=True)
+    return summary
+
+
+def _finished_summary(folder: RunFolder, config: PretrainConfig) -> dict[str, Any] | None:
+    if not folder.summary.exists():
+        return None
+    summary = json.loads(folder.summary.read_text())
+    return summary if summary["steps"] == config.train.steps and not summary["stopped"] else None

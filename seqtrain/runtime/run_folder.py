@@ -1,0 +1,154 @@
+"""The folder of a run: what lies where, and whose it is."""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from seqtrain.errors import CheckpointError, ConfigError
+from seqtrain.runtime.settings import PretrainConfig
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths below `output_dir`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def loss_curve(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "run.log"
+
+    @property
+    def starts(self) -> Path:
+        """One line each time the ranks began to train, with the step they began at."""
+        return self.path / "starts.jsonl"
+
+    @property
+    def stop(self) -> Path:
+        """Appears when the ranks are to save and stop."""
+        return self.path / ".stop"
+
+    @property
+    def outcome(self) -> Path:
+        """What rank 0 hands back to the process that started it."""
+        return self.path / ".outcome.json"
+
+    @property
+    def error(self) -> Path:
+        """The first error of a rank that a restart would not cure."""
+        return self.path / ".error.json"
+
+    @property
+    def ray(self) -> Path:
+        """Ray's own records of the run."""
+        return self.path / ".ray"
+
+
+def plain(value: Any) -> Any:
+    """`value`, a config dataclass or a dict of them, as dicts, lists and scalars."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return json.loads(json.dumps(asdict(value)))
+
+
+def trajectory(config: PretrainConfig) -> dict[str, Any]:
+    """The part of `config` that decides which numbers come out, whoever computes them and in however many pieces."""
+    values = {
+        "model": plain(config.model),
+        "mixer": {name: plain(config.mixer[name]) for name in sorted(set(config.model.layers))},
+        "data": plain(config.data),
+        "optimizer": plain(config.optimizer),
+        "schedule": plain(config.schedule),
+        "train": plain(config.train),
+        "seed": config.seed,
+    }
+    for key in ("cache_dir", "verify", "shard_tokens"):
+        del values["data"][key]
+    for key in ("micro_batch_size", "max_nonfinite_steps"):
+        del values["train"][key]
+    return values
+
+
+def first_difference(before: Any, now: Any, key: str = "") -> str | None:
+    """`key=BEFORE, now AFTER` for the first value that differs between two nested dicts, or None."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return None if before == now else f"{key}={json.dumps(before)}, now {json.dumps(now)}"
+    for name in [*before, *(name for name in now if name not in before)]:
+        found = first_difference(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+        if found:
+            return found
+    return None
+
+
+def refuse_foreign(folder: RunFolder, config: PretrainConfig) -> None:
+    """Raises `ConfigError` where `folder` holds another run, or any run though `checkpoint.resume=never`."""
+    resume = config.checkpoint.resume
+    if not (folder.config.exists() and (folder.metrics.exists() or folder.checkpoints.exists())):
+        if resume not in ("auto", "never") and not Path(resume).is_dir():
+            raise CheckpointError(
+                f"checkpoint.resume={resume}: no such folder; use auto, never or a checkpoint's folder"
+            )
+        return
+    now = trajectory(config)
+    # `auto` goes on with whatever is there, also with a run that began from another's checkpoint.
+    if resume not in ("auto", "never"):
+        now["checkpoint"] = {"resume": resume}
+    before = _same_keys(yaml.safe_load(folder.config.read_text()), now)
+    if difference := first_difference(before, now):
+        raise ConfigError(
+            f"output_dir={folder.path}: holds a run with {difference}; use another output_dir "
+            f"(checkpoint.resume={folder.checkpoints}/STEP goes on from its weights)"
+        )
+    if resume == "never":
+        raise ConfigError(
+            f"output_dir={folder.path}: holds a run already; use checkpoint.resume=auto to go on with it, "
+            "or another output_dir"
+        )
+
+
+def claim(folder: RunFolder, config: PretrainConfig) -> None:
+    """Makes `folder` this run's: writes its config, and clears what an earlier session left for its driver."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    for leftover in (folder.stop, folder.error, folder.outcome):
+        leftover.unlink(missing_ok=True)
+    shutil.rmtree(folder.ray, ignore_errors=True)
+    folder.config.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+
+
+def _same_keys(values: Any, like: Any) -> Any:
+    """`values` without the keys that `like` doesn't have."""
+    if not (isinstance(values, dict) and isinstance(like, dict)):
+        return values
+    return {key: _same_keys(values[key], like[key]) for key in values if key in like}
+
+
+def check_fits(checkpoint_folder: Path, stored: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises `CheckpointError` naming the first key in which a checkpoint's `trajectory` differs from this run's."""
+    if difference := first_difference(stored, now):
+        raise CheckpointError(
+            f"{checkpoint_folder}: was made with {difference}; use the same value, or another output_dir"
+        )

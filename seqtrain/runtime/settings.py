@@ -1,0 +1,237 @@
+"""What a run can be told: one frozen dataclass a section, and the rules that hold between sections."""
+
+import os
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from seqtrain.data import DataConfig
+from seqtrain.errors import ConfigError
+from seqtrain.models import LanguageModel, ModelConfig
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The rule that turns gradients into new weights."""
+
+    # The rule's name.
+    name: Literal["adamw"] = "adamw"
+    # Who computes it: torch.optim, or DeepSpeed's fused kernel (which needs a C++ compiler at the first start).
+    implementation: Literal["torch", "deepspeed"] = "torch"
+    # Highest learning rate, reached after the warm-up.
+    lr: Rate = 1e-3
+    # Decay rates of the running means of gradient and squared gradient, a step.
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    # Added to the root of the squared gradient.
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    # Share of a weight taken off each step, times the learning rate; matrices only.
+    weight_decay: Rate = 0.1
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the steps of a run."""
+
+    # Shape after the warm-up: half a cosine, a straight line, or constant with a straight end (warm-up, stable, decay).
+    name: Literal["cosine", "linear", "wsd"] = "cosine"
+    # Share of all steps, at the start, over which the rate rises in a straight line from zero to optimizer.lr.
+    warmup_fraction: Share = 0.02
+    # wsd only: share of all steps, at the end, over which the rate falls.
+    decay_fraction: Share = 0.2
+    # Learning rate of the last step, as a share of optimizer.lr.
+    final_lr_ratio: Share = 0.1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How much is trained, and in what pieces."""
+
+    # Optimizer steps of the whole run.
+    steps: Positive = 100
+    # Tokens in a sequence.
+    sequence_length: Positive = 1024
+    # Sequences in a step, all ranks together.
+    batch_size: Positive = 8
+    # Most sequences a rank runs through the model at once; fewer take less memory and more passes.
+    micro_batch_size: Positive = 8
+    # Number format of the matrix products. Weights and the optimizer's state are float32 in both.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Largest norm of a step's gradient, all weights together; 0 leaves gradients alone.
+    gradient_clipping: Rate = 1.0
+    # Steps in a row that may have a non-finite loss or gradient (they are skipped) before the run gives up.
+    max_nonfinite_steps: Count = 10
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """When and on how much held-out text the model is scored."""
+
+    # Steps between two evaluations; 0 evaluates only after the last step.
+    every: Count = 0
+    # Held-out tokens scored each time; 0 scores all of them.
+    max_tokens: Count = 0
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the work is divided over processes (ranks)."""
+
+    # Ranks that share a batch; each has a copy of the model (or a part of one, see zero_stage).
+    data: Positive = 1
+    # Ranks that share one sequence.
+    sequence: Positive = 1
+    # What DeepSpeed divides over the data ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights.
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Who starts the ranks, and on what."""
+
+    # `ray` starts them and starts them again after a fault; `inline` is this process, or the ranks torchrun started.
+    name: Literal["ray", "inline"] = "ray"
+    # Restarts after killed or unreachable workers before the run gives up (ray only).
+    max_restarts: Count = 3
+    # Ray cluster to use, `host:port`; empty starts one on this machine that listens on 127.0.0.1 only.
+    address: str = ""
+    # Processor of the ranks; `auto` is cuda where torch sees a GPU.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # CPU cores and threads of a rank; 0 divides the machine's cores over the ranks (inline: leaves torch's number).
+    cpus_per_worker: Count = 0
+    # Seconds a rank waits for the others in one exchange before it takes them for lost.
+    collective_timeout_seconds: Positive = 600
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run's state is written, and from where it goes on."""
+
+    # Steps between two checkpoints; 0 writes one only at the end and when the run is asked to stop.
+    every: Count = 100
+    # Newest checkpoints kept. One alone could be damaged with nothing to fall back to.
+    keep: Annotated[int, Field(ge=2)] = 2
+    # `auto` goes on from output_dir's newest checkpoint; `never` wants a fresh output_dir; a checkpoint's folder
+    # starts a new run in output_dir from that one's weights, optimizer and step.
+    resume: str = "auto"
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Weights & Biases."""
+
+    # `offline` writes below output_dir (upload later with `wandb sync`); `online` needs an API key; or `disabled`.
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    # Project the run is filed under.
+    project: str = "seqtrain"
+    # Name of the run; empty takes the name of output_dir.
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The text generated at the end of a run."""
+
+    # Text the model continues.
+    prompt: str = "def "
+    # Tokens to generate; 0 generates nothing.
+    tokens: Count = 128
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementation of the operators runs."""
+
+    # `auto` takes the fastest that runs on the device.
+    backend: Literal["auto", "reference", "chunked", "triton", "native"] = "auto"
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything `launch/pretrain.py` can be told."""
+
+    # The network: layers, depth, width.
+    model: ModelConfig
+    # The `Config` of each mixer by name; those that model.layers names are used.
+    mixer: dict[str, Any]
+    # Text, tokenizer, shards.
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    train: TrainConfig
+    evaluation: EvaluationConfig
+    parallel: ParallelConfig
+    runtime: RuntimeConfig
+    checkpoint: CheckpointConfig
+    tracking: TrackingConfig
+    sample: SampleConfig
+    kernels: KernelsConfig
+    # Seed of the weights and of the order of the data.
+    seed: Count
+    # Folder of the run.
+    output_dir: str
+
+
+def check(config: PretrainConfig) -> None:
+    """Raises `ConfigError` for the first rule between keys that `config` breaks."""
+    _check_batch(config)
+    _check_ranks(config)
+    _check_device(config)
+    # The model's own rules (widths, heads, kernel sizes), without its memory.
+    with torch.device("meta"):
+        LanguageModel(config.model, config.mixer, vocab_size=1)
+
+
+def _check_batch(config: PretrainConfig) -> None:
+    if config.parallel.sequence != 1:
+        raise ConfigError(
+            f"parallel.sequence={config.parallel.sequence}: this version keeps a sequence on one rank; use 1"
+        )
+    batch, ranks, micro = config.train.batch_size, config.parallel.data, config.train.micro_batch_size
+    if batch % ranks:
+        raise ConfigError(
+            f"train.batch_size={batch}: must be a multiple of parallel.data={ranks}; use {-(-batch // ranks) * ranks}"
+        )
+    if batch % (ranks * micro_batch(config)):
+        raise ConfigError(
+            f"train.batch_size={batch}: must be a multiple of parallel.data x train.micro_batch_size = "
+            f"{ranks} x {micro}; use {-(-batch // (ranks * micro)) * ranks * micro}, or other sizes"
+        )
+
+
+def micro_batch(config: PretrainConfig) -> int:
+    """Sequences a rank runs through the model at once: as asked for, or all of its share where that is fewer."""
+    return min(config.train.micro_batch_size, config.train.batch_size // config.parallel.data)
+
+
+def _check_ranks(config: PretrainConfig) -> None:
+    ranks, launched = config.parallel.data, os.environ.get("WORLD_SIZE")
+    if config.runtime.name == "inline" and ranks != int(launched or 1):
+        came = f"torchrun started {launched}" if launched else "this process is one"
+        raise ConfigError(
+            f"parallel.data={ranks}: runtime=inline uses the ranks there are, and {came}; "
+            f"use parallel.data={launched or 1}, runtime=ray, or torchrun --nproc-per-node={ranks}"
+        )
+
+
+def _check_device(config: PretrainConfig) -> None:
+    address = config.runtime.address
+    host = address.removeprefix("ray://").rsplit(":", 1)[0]
+    if host not in ("", "auto", "localhost", "127.0.0.1") and os.environ.get("RAY_AUTH_MODE") != "token":
+        raise ConfigError(
+            f"runtime.address={address}: a cluster beyond this machine must ask for a token; start it and this program "
+            "with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
+        )
+    if address or torch.cuda.is_available():
+        return
+    if config.runtime.device == "cuda":
+        raise ConfigError("runtime.device=cuda: torch sees no CUDA device here; use runtime.device=auto")
+    if config.kernels.backend == "triton":
+        raise ConfigError("kernels.backend=triton: needs a CUDA device, and torch sees none; use kernels.backend=auto")

@@ -1,0 +1,71 @@
+"""How a run is asked to stop: by a signal to any of its processes, or by a file in its folder."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+# Programs that start others (timeout, make) pass on a SIGINT that the terminal has sent to both: one key, two signals.
+REPEAT_SECONDS = 0.5
+
+# Set when this process was asked to stop. A signal reaches a process, so this is one a process.
+ASKED = threading.Event()
+
+
+class StopRequest:
+    """What a rank looks at before every step.
+
+    `file`: appears in the run's folder when the driver was asked to stop, so the request reaches other machines too.
+    """
+
+    def __init__(self, file: Path, *, watch_file: bool):
+        self.file = file
+        self.watch_file = watch_file
+
+    def requested(self) -> bool:
+        """Whether this rank knows of a request. Ranks must agree by an exchange before they act on it."""
+        return ASKED.is_set() or (self.watch_file and self.file.exists())
+
+
+def ask(signum: int = 0, frame: FrameType | None = None) -> None:
+    """Asks this process to stop; also a handler for SIGTERM."""
+    ASKED.set()
+
+
+class Received:
+    """The signal that asked the driver to stop: its number (0 before there was one), and when it came."""
+
+    number = 0
+    seconds = 0.0
+
+
+@contextmanager
+def listening(file: Path) -> Iterator[Received]:
+    """While it is open, SIGINT and SIGTERM ask the run to stop, also through `file`; another SIGINT later aborts it."""
+    received = Received()
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if received.number and signum == signal.SIGINT and now - received.seconds > REPEAT_SECONDS:
+            raise KeyboardInterrupt
+        received.number, received.seconds = signum, now
+        ASKED.set()
+        file.touch()
+
+    ASKED.clear()
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        ASKED.clear()
+
+
+def ask_on_sigterm() -> None:
+    """Takes SIGTERM as a request to stop, and leaves SIGINT to the driver; for the main thread of a worker."""
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

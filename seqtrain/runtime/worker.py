@@ -1,0 +1,298 @@
+"""What every rank runs: the steps of a training run, from wherever it was left to the last one."""
+
+import json
+import logging
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seqtrain.data import Batch, Batches, Corpus, EvaluationBatches, open_corpus
+from seqtrain.errors import SeqtrainError
+from seqtrain.models import LanguageModel
+from seqtrain.parallel.sequence import Sequence
+from seqtrain.runtime import checkpoint as checkpoints
+from seqtrain.runtime import engine as engines
+from seqtrain.runtime.checkpoint import Checkpoint, Progress
+from seqtrain.runtime.evaluation import bits_per_byte, held_out_batches
+from seqtrain.runtime.metrics import MetricsFile, Record
+from seqtrain.runtime.ranks import Ranks
+from seqtrain.runtime.run_folder import RunFolder, check_fits, trajectory
+from seqtrain.runtime.schedule import learning_rate
+from seqtrain.runtime.settings import PretrainConfig, micro_batch
+from seqtrain.runtime.signals import StopRequest
+
+log = logging.getLogger("seqtrain.runtime")
+
+
+@dataclass(frozen=True)
+class Session:
+    """One call of `run`: its settings, and what the process that started it tells the ranks."""
+
+    config: PretrainConfig
+    # Folder of the prepared corpus.
+    corpus: Path
+    # Tells the restarts of one call from later calls on the same folder.
+    name: str
+    # Run of Weights & Biases; empty without.
+    tracking_id: str
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(Path(self.config.output_dir))
+
+
+@dataclass
+class Training:
+    """What a rank holds while it trains."""
+
+    session: Session
+    ranks: Ranks
+    engine: Any
+    batches: Batches
+    held_out: EvaluationBatches
+    stop: StopRequest
+    progress: Progress
+    # Rank 0's; None on the others.
+    metrics: MetricsFile | None
+    # Step of the newest checkpoint.
+    saved_step: int
+    # Numbers the model learns, all ranks together.
+    parameters: int
+
+    @property
+    def config(self) -> PretrainConfig:
+        return self.session.config
+
+    def stop_agreed(self) -> bool:
+        """Whether any rank was asked to stop; a collective."""
+        return bool(self.ranks.sum(self.stop.requested())[0])
+
+
+def train(session: Session, ranks: Ranks, *, after_step: Callable[[], None] = lambda: None) -> None:
+    """Trains to the last step, or until a stop is requested; writes metrics, checkpoints and the outcome.
+
+    Every rank calls it with the same `session`, in a process group that is already formed. Goes on from the newest
+    whole checkpoint in the run's folder. `after_step` is called after each line of metrics. Raises `CheckpointError`
+    for a checkpoint that doesn't fit, `SeqtrainError` when too many steps in a row aren't finite.
+    """
+    training = _prepare(session, ranks)
+    config, held_out, stopped = session.config, None, False
+    while training.progress.step < config.train.steps:
+        record = _step(training)
+        if record is None:
+            stopped = True
+            break
+        if _evaluation_due(config, training.progress.step):
+            held_out = record["held_out_bits_per_byte"] = _evaluate(training)
+        if training.metrics:
+            training.metrics.write(record)
+        after_step()
+        _give_up_if_hopeless(training)
+        if _checkpoint_due(config, training.progress.step):
+            _save(training)
+    if held_out is None and not stopped:
+        # The run was stopped after its last step and before it was scored.
+        held_out = _evaluate(training)
+        stopped = held_out is None and training.stop_agreed()
+    _save(training)
+    _write_outcome(training, stopped=stopped, held_out=held_out)
+
+
+def _step(training: Training) -> Record | None:
+    """One optimizer step over the global batch. None, with nothing changed, when a stop was requested."""
+    config, ranks, index = training.config, training.ranks, training.progress.step
+    started = time.perf_counter()
+    batches = _micro_batches(training, index)
+    labels, stopping = ranks.sum(sum(batch.label_count for batch in batches), training.stop.requested())
+    if stopping:
+        return None
+    # Whatever a layer draws follows from seed, step and rank, so that a resumed run draws the same.
+    torch.manual_seed(hash((config.seed, index, ranks.rank)))
+    rate = learning_rate(config.schedule, peak=config.optimizer.lr, steps=config.train.steps, step=index)
+    engines.set_learning_rate(training.engine, rate)
+    [loss_sum] = ranks.sum(_update_weights(training, batches, labels))
+    grad_norm, taken = engines.last_step(training.engine)
+
+    tokens = config.train.batch_size * config.train.sequence_length
+    training.progress = training.progress.after(taken=taken, tokens=tokens)
+    seconds = time.perf_counter() - started
+    return {
+        "step": training.progress.step,
+        "loss": loss_sum / max(labels, 1),
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "grad_norm": grad_norm,
+        "lr": rate,
+        "step_seconds": seconds,
+        "total_tokens": training.progress.tokens,
+        "skipped": not taken,
+    }
+
+
+def _micro_batches(training: Training, index: int) -> list[Batch]:
+    """This rank's share of the global batch of step `index`, in the pieces that go through the model at once."""
+    config, ranks = training.config, training.ranks
+    count = config.train.batch_size // (micro_batch(config) * ranks.count)
+    return [
+        training.batches.at(index, rank=ranks.rank, ranks=ranks.count, micro_batch=part, micro_batches=count)
+        for part in range(count)
+    ]
+
+
+def _update_weights(training: Training, batches: list[Batch], labels: float) -> float:
+    """Forward and backward over this rank's micro-batches, then the optimizer. Gives their summed loss.
+
+    `labels`: how many tokens of the global batch are predicted, all ranks together: the loss is the mean over those.
+    """
+    engine, ranks = training.engine, training.ranks
+    loss_sum = torch.zeros((), device=ranks.device)
+    for batch in batches:
+        loss = engine(
+            batch.tokens.to(ranks.device),
+            batch.labels.to(ranks.device),
+            sequence=Sequence(cu_seqlens=batch.cu_seqlens, backend=training.config.kernels.backend),
+        )
+        engines.backward(engine, loss, weight=ranks.count * len(batches) / max(labels, 1))
+        # The engine counts micro-batches by calls of `step`, and acts on the last.
+        engine.step()
+        loss_sum += loss.detach()
+    return loss_sum.item()
+
+
+def _evaluate(training: Training) -> float | None:
+    return bits_per_byte(
+        training.engine,
+        training.held_out,
+        training.ranks,
+        training.stop,
+        backend=training.config.kernels.backend,
+    )
+
+
+def _checkpoint_due(config: PretrainConfig, step: int) -> bool:
+    return bool(config.checkpoint.every and step % config.checkpoint.every == 0)
+
+
+def _evaluation_due(config: PretrainConfig, step: int) -> bool:
+    every = config.evaluation.every
+    return step == config.train.steps or bool(every and step % every == 0)
+
+
+def _give_up_if_hopeless(training: Training) -> None:
+    in_a_row, allowed = training.progress.skipped_in_a_row, training.config.train.max_nonfinite_steps
+    if in_a_row > allowed:
+        raise SeqtrainError(
+            f"train.max_nonfinite_steps={allowed}: {in_a_row} steps in a row, up to step {training.progress.step}, had "
+            "a loss or gradient that isn't finite; lower optimizer.lr, or go on from an earlier checkpoint"
+        )
+
+
+def _prepare(session: Session, ranks: Ranks) -> Training:
+    """Builds the model and its engine as they were at the newest checkpoint, or new, and opens the data."""
+    config, folder = session.config, session.folder
+    corpus: Corpus = open_corpus(session.corpus, config.data)
+    torch.manual_seed(config.seed)
+    model = LanguageModel(config.model, config.mixer, corpus.tokenizer.vocab_size)
+    found = ranks.from_first(_newest(session) if ranks.first else None)
+    if found:
+        found.load_weights(model)
+    # Counted now: in ZeRO 3 a rank will hold only its part of each.
+    parameters = sum(p.numel() for p in model.parameters())
+    engine = engines.build_engine(model, config, ranks)
+    if found:
+        found.restore_optimizer(engine)
+    progress = found.progress if found else Progress()
+    if ranks.first:
+        log.info(
+            "training: from step %d of %d, %s", progress.step, config.train.steps, found.folder if found else "new"
+        )
+    return Training(
+        session=session,
+        ranks=ranks,
+        engine=engine,
+        batches=Batches(
+            corpus.train,
+            seed=config.seed,
+            sequence_length=config.train.sequence_length,
+            batch_size=config.train.batch_size,
+            reset_at_documents=config.data.reset_at_documents,
+        ),
+        held_out=held_out_batches(config, corpus.held_out, ranks),
+        stop=StopRequest(folder.stop, watch_file=ranks.first),
+        progress=progress,
+        metrics=_open_metrics(session, ranks, progress) if ranks.first else None,
+        saved_step=progress.step if found and found.folder.parent == folder.checkpoints else -1,
+        parameters=parameters,
+    )
+
+
+def _newest(session: Session) -> Checkpoint | None:
+    """The checkpoint to go on from: the run's own newest one, else the one `checkpoint.resume` names."""
+    resume, now = session.config.checkpoint.resume, trajectory(session.config)
+    if own := checkpoints.find(session.folder.checkpoints):
+        check_fits(own.folder, own.trajectory, now)
+        return own
+    if resume in ("auto", "never"):
+        return None
+    # The weights must fit; steps, data and learning rate may be new ones.
+    other = checkpoints.read(Path(resume))
+    for part in ("model", "mixer"):
+        check_fits(other.folder, {part: other.trajectory[part]}, {part: now[part]})
+    return other
+
+
+def _open_metrics(session: Session, ranks: Ranks, progress: Progress) -> MetricsFile:
+    metrics = MetricsFile(session.folder.metrics, step=progress.step)
+    start = {"session": session.name, "step": progress.step, "ranks": ranks.count, "time": time.time()}
+    with session.folder.starts.open("a") as file:
+        file.write(json.dumps(start) + "\n")
+    return metrics
+
+
+def _save(training: Training) -> None:
+    step = training.progress.step
+    if step == training.saved_step:
+        return
+    checkpoints.save(
+        training.engine,
+        training.session.folder.checkpoints,
+        training.progress,
+        training.ranks,
+        keep=training.config.checkpoint.keep,
+        trajectory=trajectory(training.config),
+        tracking_id=training.session.tracking_id,
+    )
+    training.saved_step = step
+
+
+def _write_outcome(training: Training, *, stopped: bool, held_out: float | None) -> None:
+    """Leaves what only the ranks know for the process that started them."""
+    peak = training.ranks.largest(_peak_memory_bytes(training.ranks.device))
+    if not (training.ranks.first and training.metrics):
+        return
+    training.metrics.close()
+    outcome = {
+        "stopped": stopped,
+        "steps": training.progress.step,
+        "parameters": training.parameters,
+        "skipped_steps": training.progress.skipped,
+        "total_tokens": training.progress.tokens,
+        "held_out_bits_per_byte": held_out,
+        "peak_memory_bytes": int(peak),
+    }
+    partial = training.session.folder.outcome.with_suffix(".partial")
+    partial.write_text(json.dumps(outcome))
+    os.replace(partial, training.session.folder.outcome)
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process held: on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

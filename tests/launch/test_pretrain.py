@@ -1,0 +1,134 @@
+"""The program people start: what it writes, what it says to a mistake, how it stops and goes on."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# The smallest run of the real thing: this process, one layer, a corpus of a few files.
+TINY = [
+    "runtime=inline",
+    "parallel.data=1",
+    "model.layers=[gated_delta_net]",
+    "model.depth=1",
+    "model.width=32",
+    "model.heads=2",
+    "train.steps=4",
+    "train.sequence_length=64",
+    "train.batch_size=2",
+    "tracking.mode=disabled",
+    "sample.tokens=8",
+]
+
+
+@pytest.fixture
+def text(tmp_path) -> list[str]:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for n in range(40):
+        (folder / f"{n}.txt").write_text(f"document {n} says: " + "the sea, the sky, the land. " * (5 + n % 3))
+    return ["data=text", f"data.path={folder}", f"data.cache_dir={tmp_path / 'cache'}", "data.held_out=0.1"]
+
+
+def command(*arguments: str, root: Path = ROOT) -> list[str]:
+    return [sys.executable, str(root / "launch" / "pretrain.py"), *arguments]
+
+
+def pretrain(folder: Path, *arguments: str, root: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    return subprocess.run(
+        command(*arguments, root=root), cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_everything_the_readme_promises(tmp_path, text):
+    result = pretrain(tmp_path, *TINY, *text, "output_dir=run")
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "run"
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert {"loss", "tokens", "tokens_per_second", "grad_norm", "lr", "step_seconds"} <= lines[0].keys()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 4
+    assert {"parameters", "tokens_per_second", "peak_memory_bytes", "restarts", "skipped_steps"} <= summary.keys()
+    assert 0 < summary["bigram_bits_per_byte"] < 8
+    assert 0 < summary["held_out_bits_per_byte"] < 12
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert {"config.yaml", "run.log", "checkpoints"} <= {path.name for path in run.iterdir()}
+    assert "delta_rule: chunked" in (run / "run.log").read_text()
+
+
+def test_stop_and_resume_gives_the_same_losses(tmp_path, text):
+    options = [*TINY, *text, "train.steps=400", "checkpoint.every=1000", "evaluation.max_tokens=64"]
+    process = subprocess.Popen(command(*options, "output_dir=stopped"), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    stopped = tmp_path / "stopped"
+    deadline = time.monotonic() + 120
+    while not ((stopped / "metrics.jsonl").exists() and len(metrics(stopped)) >= 3):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    done = len(metrics(stopped))
+    assert done < 400
+    assert list((stopped / "checkpoints").iterdir())
+
+    for name in ("stopped", "whole"):
+        result = pretrain(tmp_path, *options, f"output_dir={name}")
+        assert result.returncode == 0, result.stderr
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("stopped", "whole")]
+    assert len(losses[0]) == 400
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.stepz=10"], "config key 'train.stepz' is unknown; did you mean 'train.steps'?"),
+        (["train.steps=ten"], "train.steps=ten: must be a valid integer"),
+        (["model.layers=[gated_delta_nett]"], "did you mean 'gated_delta_net'?"),
+        (["model=hybrid_tinny"], "did you mean 'hybrid_tiny'?"),
+        (["mixer.gla.bogus=1"], "config key 'mixer.gla.bogus' is unknown"),
+        (["+nonsense=1"], "config key 'nonsense' is unknown"),
+        (["model.width=100", "model.heads=7"], "model.width=100"),
+        (["runtime=inline", "parallel.data=2"], "parallel.data=2"),
+        (["data=text"], "data.path"),
+        (["data=text", "data.path=/no/such/folder"], "/no/such/folder"),
+        (["checkpoint.resume=/no/such/checkpoint", "runtime=inline", "parallel.data=1"], "/no/such/checkpoint"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, arguments, message):
+    result = pretrain(tmp_path, *arguments, "output_dir=run")
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readme_s_new_mixer_trains(tmp_path, text):
+    """The two files the README shows are all that a new mixer needs."""
+    root = tmp_path / "clone"
+    for folder in ("seqtrain", "conf", "launch"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    readme = (ROOT / "README.md").read_text()
+    files = re.findall(r"`((?:seqtrain|conf)/mixer[\w/.]+)`:\n\n```\w+\n(.*?)```", readme, flags=re.DOTALL)
+    assert [Path(name).suffix for name, _ in files] == [".py", ".yaml"]
+    for name, content in files:
+        assert not (root / name).exists()
+        (root / name).write_text(content)
+    layer = Path(files[0][0]).stem
+    result = pretrain(tmp_path, *TINY, *text, f"model.layers=[{layer}]", "output_dir=run", root=root)
+    assert result.returncode == 0, result.stderr
+    assert len(metrics(tmp_path / "run")) == 4

@@ -1,0 +1,71 @@
+"""One line a step in `metrics.jsonl`, also after a restart, and readers that follow it."""
+
+import json
+
+import pytest
+
+from seqtrain.runtime.metrics import MetricsFile, MetricsReader, count_restarts, read_lines
+from seqtrain.runtime.run_folder import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
+def write(folder: RunFolder, *, after: int, steps: range, session: str = "a") -> None:
+    """What rank 0 does from a start at step `after`."""
+    file = MetricsFile(folder.metrics, step=after)
+    with folder.starts.open("a") as starts:
+        starts.write(json.dumps({"session": session, "step": after}) + "\n")
+    for step in steps:
+        file.write({"step": step, "loss": float(step), "session": session})
+    file.close()
+
+
+def test_steps_after_the_checkpoint_are_cut_off_and_done_again(folder):
+    write(folder, after=0, steps=range(1, 8))
+    with folder.metrics.open("ab") as file:
+        file.write(b'{"step": 8, "lo')
+    write(folder, after=5, steps=range(6, 10), session="b")
+    records = read_lines(folder.metrics)
+    assert [record["step"] for record in records] == list(range(1, 10))
+    assert [record["session"] for record in records] == ["a"] * 5 + ["b"] * 4
+
+
+def test_a_number_that_json_has_not_becomes_null(folder):
+    file = MetricsFile(folder.metrics, step=0)
+    file.write({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr": 0.1})
+    file.close()
+    assert folder.metrics.read_text() == '{"step": 1, "loss": null, "grad_norm": null, "lr": 0.1}\n'
+
+
+def test_a_reader_sees_each_step_once_and_repeated_steps_again(folder):
+    write(folder, after=0, steps=range(1, 4))
+    reader = MetricsReader(folder)
+    assert list(reader.new()) == [], "what was there before is not new"
+    write(folder, after=3, steps=range(4, 7))
+    assert [record["step"] for record in reader.new()] == [4, 5, 6]
+    # Between two looks the file is cut back and grows beyond its old size.
+    write(folder, after=2, steps=range(3, 12), session="a longer name")
+    assert [record["step"] for record in reader.new()] == list(range(3, 12))
+    assert list(reader.new()) == []
+
+
+def test_a_reader_waits_for_the_end_of_a_line(folder):
+    reader = MetricsReader(folder)
+    assert list(reader.new()) == []
+    folder.metrics.write_bytes(b'{"step": 1}\n{"st')
+    assert [record["step"] for record in reader.new()] == [1]
+    with folder.metrics.open("ab") as file:
+        file.write(b'ep": 2}\n')
+    assert [record["step"] for record in reader.new()] == [2]
+
+
+def test_restarts_are_starts_that_nobody_asked_for(folder):
+    assert count_restarts(folder) == 0
+    write(folder, after=0, steps=range(1, 2), session="first call")
+    assert count_restarts(folder) == 0
+    write(folder, after=0, steps=range(1, 2), session="first call")
+    write(folder, after=1, steps=range(2, 3), session="second call")
+    assert count_restarts(folder) == 1

@@ -1,0 +1,53 @@
+"""Rules between keys: each broken one is one line that names the key and a way out."""
+
+import pytest
+from runtime_cases import small_config
+
+from seqtrain.errors import ConfigError
+from seqtrain.runtime import check
+from seqtrain.runtime.settings import micro_batch
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"parallel": {"sequence": 2}}, "parallel.sequence=2: this version keeps a sequence on one rank; use 1"),
+        (
+            {"train": {"batch_size": 6, "micro_batch_size": 4}},
+            "train.batch_size=6: must be a multiple of .* 1 x 4; use 8",
+        ),
+        (
+            {"parallel": {"data": 2}},
+            "parallel.data=2: runtime=inline .*this process is one; use parallel.data=1, runtime=ray",
+        ),
+        (
+            {"runtime": {"name": "ray", "address": "10.0.0.7:6379"}},
+            "runtime.address=10.0.0.7:6379: .*RAY_AUTH_MODE=token",
+        ),
+    ],
+)
+def test_a_broken_rule_names_the_key_and_the_way_out(tmp_path, monkeypatch, sections, message):
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    check(small_config(tmp_path))
+    with pytest.raises(ConfigError, match=message) as error:
+        check(small_config(tmp_path, **sections))
+    assert "\n" not in str(error.value)
+
+
+def test_inline_takes_the_ranks_of_torchrun(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check(small_config(tmp_path, parallel={"data": 2}))
+    with pytest.raises(ConfigError, match=r"parallel.data=1: .*torchrun started 2; use parallel.data=2"):
+        check(small_config(tmp_path))
+
+
+def test_a_cluster_on_this_machine_or_with_a_token_is_allowed(tmp_path, monkeypatch):
+    check(small_config(tmp_path, runtime={"name": "ray", "address": "127.0.0.1:6379"}))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    check(small_config(tmp_path, runtime={"name": "ray", "address": "10.0.0.7:6379"}))
+
+
+def test_a_batch_smaller_than_a_micro_batch_is_one(tmp_path):
+    config = small_config(tmp_path, train={"batch_size": 6, "micro_batch_size": 8})
+    check(config)
+    assert micro_batch(config) == 6
