@@ -119,26 +119,24 @@ def _explain_key(key: str, name: str) -> str:
     return unknown_name("config key", known + part, [known + child for child in children])
 
 
-def launch(name: str, read: Callable[[DictConfig, str], T], run: Callable[[T], int]) -> int:
+def launch(name: str, read: Callable[[DictConfig], T], run: Callable[[T], int]) -> int:
     """The body of a program in launch/: reads the command line as Hydra does and returns the exit status.
 
-    `name`: the primary config in conf/. `read(config, output_dir)` gives the typed config and raises `ConfigError`; it
-    is called for every point of a sweep before the first one starts. `run` does the work. A `SeqtrainError` is printed
-    as one line, status 2.
+    `name`: the primary config in conf/. `read` gives the typed config and raises `ConfigError`; it is called for every
+    point of a sweep before the first one starts. `run` does the work. Each point of a sweep has its own `output_dir`,
+    below the one given. A `SeqtrainError` is printed as one line, status 2.
     """
     statuses = [0]
 
     def job(config: DictConfig) -> None:
-        # Hydra makes a folder for each point of a sweep; for a single run it makes none, and a mistake leaves none.
-        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-        output_dir = HydraConfig.get().runtime.output_dir if sweep else config.output_dir
-        statuses.append(_status(lambda: run(read(config, output_dir))))
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            config.output_dir = HydraConfig.get().runtime.output_dir
+        statuses.append(_status(lambda: run(read(config))))
 
     def check_and_start() -> int:
         arguments = get_args_parser().parse_args()
         for overrides in _points(arguments.overrides, arguments.multirun):
-            composed = compose_config(name, overrides)
-            read(composed, composed.output_dir)
+            read(compose_config(name, overrides))
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
         return max(statuses)
 

@@ -18,7 +18,7 @@ def test_every_group_has_a_choice():
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_choice_composes_and_builds(choice):
     # `inline` wants as many ranks as there are processes: one, here.
-    config = read_pretrain_config(compose_config("pretrain", [choice, "parallel.data=1"]), "unused")
+    config = read_pretrain_config(compose_config("pretrain", [choice, "parallel.data=1"]))
     with torch.device("meta"):
         model = LanguageModel(config.model, config.mixer, vocab_size=257)
     assert len(model.blocks) == config.model.depth

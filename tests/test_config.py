@@ -131,8 +131,8 @@ class Train:
     steps: int
     dtype: str
 
-def read(config, output_dir):
-    return module.validate(Train, OmegaConf.to_container(config.train), prefix="train."), output_dir
+def read(config):
+    return module.validate(Train, OmegaConf.to_container(config.train), prefix="train."), config.output_dir
 
 def run(program):
     train, output_dir = program
@@ -169,7 +169,9 @@ def test_a_sweep_runs_every_point_and_returns_the_worst_status(conf):
     assert written(conf) == {"out/0/done": "20", "out/1/done": "30"}
 
 
-@pytest.mark.parametrize("arguments", [["train.steps=x"], ["train.steps=40"], ["train.stepz=1"], ["--multirun", "train.steps=5,x"]])
+@pytest.mark.parametrize(
+    "arguments", [["train.steps=x"], ["train.steps=40"], ["train.stepz=1"], ["--multirun", "train.steps=5,x"]]
+)
 def test_a_mistake_ends_with_status_2_one_line_and_nothing_written(conf, arguments):
     before = sorted(conf.parent.rglob("*"))
     result = start(conf, *arguments)

@@ -1,6 +1,7 @@
 """From a composed Hydra config to a checked `PretrainConfig`."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,21 +12,26 @@ from seqtrain.mixers import MIXERS
 from seqtrain.runtime.settings import PretrainConfig, check
 
 
-def read_pretrain_config(config: DictConfig, output_dir: str) -> PretrainConfig:
-    """The typed config of a run that writes to `output_dir`. Raises `ConfigError` with one line.
+def read_pretrain_config(config: DictConfig) -> PretrainConfig:
+    """The typed config of a run, with the rules between its keys checked. Raises `ConfigError` with one line."""
+    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    typed = typed_pretrain_config(values)
+    check(typed)
+    return typed
+
+
+def typed_pretrain_config(values: Mapping[str, Any]) -> PretrainConfig:
+    """Plain values, composed or read from a run's config.yaml, as a `PretrainConfig`. Raises `ConfigError`.
 
     Every mixer's section is checked, those that `model.layers` uses are kept.
     """
-    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    sections = values.pop("mixer", {})
-    checked = validate(PretrainConfig, values | {"mixer": {}, "output_dir": output_dir})
+    sections = values.get("mixer", {})
+    typed = validate(PretrainConfig, {**values, "mixer": {}})
     mixers: dict[str, Any] = {
         name: validate(_mixer_config(name), section, prefix=f"mixer.{name}.") for name, section in sections.items()
     }
-    used = {name: mixers[name] if name in mixers else _defaults(name) for name in checked.model.layers}
-    checked = dataclasses.replace(checked, mixer=used)
-    check(checked)
-    return checked
+    used = {name: mixers[name] if name in mixers else _defaults(name) for name in typed.model.layers}
+    return dataclasses.replace(typed, mixer=used)
 
 
 def _mixer_config(name: str) -> type:

@@ -7,14 +7,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from seqtrain.data import Corpus, bigram_bits_per_byte
-from seqtrain.models import LanguageModel, generate
-from seqtrain.parallel.sequence import Sequence
-from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.metrics import Record, count_restarts, read_lines
 from seqtrain.runtime.run_folder import RunFolder
+from seqtrain.runtime.sample import Continuation, continue_text, open_run
 from seqtrain.runtime.settings import PretrainConfig
 
 log = logging.getLogger("seqtrain.runtime")
@@ -41,7 +37,7 @@ def write_report(
         "bigram_bits_per_byte": bigram if math.isfinite(bigram) else None,
         "restarts": count_restarts(folder),
         "checkpoint": str(newest_folder(folder)),
-        "sample": "" if outcome["stopped"] else _sample(config, folder, corpus),
+        "sample": "" if outcome["stopped"] else _sample(config, folder),
     }
     folder.summary.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     folder.outcome.unlink()
@@ -62,25 +58,13 @@ def _mean_speed(records: list[Record]) -> float | None:
     return sum(record["tokens"] for record in counted) / seconds if seconds else None
 
 
-def _sample(config: PretrainConfig, folder: RunFolder, corpus: Corpus) -> str:
-    """The prompt and the text the trained model continues it with; the same for the same weights."""
+def _sample(config: PretrainConfig, folder: RunFolder) -> str:
+    """The text the trained model continues `sample.prompt` with; empty where none is wanted."""
     if config.sample.tokens == 0:
         return ""
-    model = LanguageModel(config.model, config.mixer, corpus.tokenizer.vocab_size)
-    checkpoints.read(newest_folder(folder)).load_weights(model)
-    tokenizer = corpus.tokenizer
-    # Without a prompt, what follows on the end of a document: the start of another.
-    prompt = tokenizer.encode(config.sample.prompt) or [tokenizer.end]
-    new = generate(
-        model.eval(),
-        torch.tensor([prompt]),
-        max_new_tokens=config.sample.tokens,
-        generator=torch.Generator().manual_seed(config.seed),
-        stop=tokenizer.end,
-        sequence=Sequence(backend=config.kernels.backend),
-    )
-    ids = [token for token in new[0].tolist() if token != tokenizer.end]
-    return config.sample.prompt + tokenizer.decode(ids)
+    _, model, tokenizer = open_run(folder.path)
+    wish = Continuation(config.sample.prompt, config.sample.tokens, config.seed)
+    return continue_text(model, tokenizer, wish, backend=config.kernels.backend)
 
 
 def draw_loss(records: list[Record], path: Path) -> None:

@@ -123,7 +123,7 @@ def test_the_readme_s_new_mixer_trains(tmp_path, text):
     for folder in ("seqtrain", "conf", "launch"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     readme = (ROOT / "README.md").read_text()
-    files = re.findall(r"`((?:seqtrain|conf)/mixer[\w/.]+)`:\n\n```\w+\n(.*?)```", readme, flags=re.DOTALL)
+    files = re.findall(r"`((?:seqtrain|conf)/mixers?/[\w.]+)`:\n\n```\w+\n(.*?)```", readme, flags=re.DOTALL)
     assert [Path(name).suffix for name, _ in files] == [".py", ".yaml"]
     for name, content in files:
         assert not (root / name).exists()

@@ -1,0 +1,63 @@
+"""Text from a run's newest checkpoint, and mistakes about the run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+OPTIONS = [
+    "runtime=inline",
+    "parallel.data=1",
+    "model.layers=[gla]",
+    "model.depth=1",
+    "model.width=32",
+    "model.heads=2",
+    "train.steps=30",
+    "train.sequence_length=64",
+    "train.batch_size=4",
+    "data=text",
+    "tracking.mode=disabled",
+    "sample.tokens=0",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text("the sea, the sky, the land.\n" * 200)
+    places = [f"data.path={folder / 'text.txt'}", f"data.cache_dir={folder / 'cache'}", f"output_dir={folder / 'run'}"]
+    result = start("pretrain.py", folder, *OPTIONS, *places)
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+def start(program: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(LAUNCH / program), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+
+
+def test_the_same_seed_writes_the_same_text(finished, tmp_path):
+    wish = [f"run={finished}", "prompt='the '", "tokens=20"]
+    texts = [start("generate.py", tmp_path, *wish, f"seed={seed}").stdout for seed in (1, 1, 2)]
+    assert texts[0].startswith("the ")
+    assert len(texts[0]) >= 20
+    assert texts[0] == texts[1] != texts[2]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "run: is required"),
+        (["run=/no/such/run"], "run=/no/such/run: holds no config.yaml"),
+        (["run=x", "temprature=1"], "did you mean 'temperature'?"),
+        (["run=x", "top_p=2"], "top_p=2: must be less than or equal to 1"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, arguments, message):
+    result = start("generate.py", tmp_path, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
