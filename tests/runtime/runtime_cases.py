@@ -83,7 +83,7 @@ def small_config(root: Path, **sections: Any) -> PretrainConfig:
 def change(config: PretrainConfig, **sections: Any) -> PretrainConfig:
     """`config` with other values: `change(c, train={"steps": 3}, seed=2)`."""
     new = {
-        name: replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        name: replace(getattr(config, name), **value) if isinstance(value, dict) and name != "mixer" else value
         for name, value in sections.items()
     }
     return replace(config, **new)

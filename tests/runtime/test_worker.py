@@ -20,6 +20,7 @@ from runtime_cases import (
 
 from seqtrain.data import Batches, open_corpus
 from seqtrain.errors import CheckpointError, SeqtrainError
+from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.sequence import Sequence
 from seqtrain.runtime import worker
@@ -46,6 +47,26 @@ def test_losses_are_the_same_for_every_rank_count_and_zero_stage(tmp_path):
     for case, config in configs.items():
         assert losses(config) == pytest.approx(expected, abs=1e-5), case
         assert outcome(config)["held_out_bits_per_byte"] == pytest.approx(score, abs=1e-5), case
+
+
+def test_a_hybrid_with_recomputed_blocks_has_the_same_losses_in_every_stage(tmp_path):
+    layers = ("gated_delta_net", "gla", "hgrn2", "s5", "tensor_attention", "sliding_attention")
+    configs = [
+        small_config(
+            tmp_path,
+            model={"layers": layers, "depth": len(layers), "activation_checkpointing": recompute},
+            mixer={name: MIXERS.get(name).Config() for name in layers},
+            train={"steps": 3},
+            parallel={"data": 2, "zero_stage": stage},
+            checkpoint={"every": 0},
+            output_dir=str(tmp_path / f"{stage}-{recompute}"),
+        )
+        for stage, recompute in [(0, False), *((stage, True) for stage in STAGES)]
+    ]
+    on_ranks(2, train_each, [session_for(config) for config in configs])
+    expected = losses(configs[0])
+    for config in configs[1:]:
+        assert losses(config) == pytest.approx(expected, abs=1e-5), config.parallel
 
 
 @pytest.mark.parametrize("micro", [1, 8])
