@@ -1,0 +1,183 @@
+"""Scans under way: they advance by themselves, survive compilation and checkpointing, and fail loudly and soon."""
+
+import os
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from scan_cases import check, gradients_of, loss, own_leaves, random_case
+from torch.utils.checkpoint import checkpoint
+
+from seqtrain.parallel import (
+    all_scan,
+    checkpoint_contexts,
+    flush_scans,
+    open_all_scan,
+    scans_opened,
+    start_all_scan,
+)
+from seqtrain.parallel.testing import RankError, rank_outcomes, run_ranks
+
+BIG = (1, 1, 2048, 2048)  # 16 MiB, more than sockets hold
+
+
+def store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
+# Rank 0 starts only when rank 1 has come back from starting, so starting waits for nobody. Ranks 0 and 1 wait for the
+# scan only after rank 2 has its result: the scan must have advanced while they did not.
+def advance(rank, algorithm):
+    if rank == 0:
+        store().wait(["rank 1 has started"])
+    blocks = 3 if algorithm == "pipeline" else None
+    scan = start_all_scan(None, torch.ones(BIG), group=dist.group.WORLD, algorithm=algorithm, blocks=blocks)
+    if rank == 1:
+        store().set("rank 1 has started", "yes")
+    if rank < 2:
+        store().wait(["last rank has its state"])
+    state_in, final = scan.wait()
+    if rank == 2:
+        store().set("last rank has its state", "yes")
+    return state_in[0, 0, 0, 0].item(), final[0, 0, 1, 1].item()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("algorithm", ["pipeline", "tree", "all_gather"])
+def test_a_scan_advances_while_its_rank_computes(algorithm):
+    assert run_ranks(3, advance, algorithm, limit=30) == [(0, 1), (1, 2), (2, 3)]
+
+
+# Rank 1 has only announced the scan, and yet rank 0's whole state leaves: the receive is posted.
+def announced(rank):
+    options = {"group": dist.group.WORLD, "algorithm": "pipeline", "blocks": 4}
+    if rank == 0:
+        all_scan(None, torch.ones(BIG), **options)
+        flush_scans(dist.group.WORLD)
+        store().set("sent", "yes")
+        return None
+    scan = open_all_scan(None, BIG, dtype=torch.float32, device=torch.device("cpu"), **options)
+    store().wait(["sent"])
+    return scan.start(None, torch.ones(BIG)).wait()[1].unique().tolist()
+
+
+def test_receives_are_posted_when_a_scan_is_opened():
+    assert run_ranks(2, announced, limit=30)[1] == [2.0]
+
+
+def layer(group, algorithm, transition, update, initial):
+    # Something to recompute before, between and after.
+    scan = start_all_scan(transition.sin(), update.cos(), group=group, initial_state=initial, algorithm=algorithm)
+    local = update.exp()
+    state_in, final = scan.wait()
+    return (local * state_in).sum() + final.tanh().sum()
+
+
+def saved_not_repeated(rank, ranks):
+    group = dist.group.WORLD
+    for algorithm in ("pipeline", "tree", "auto"):
+        results = []
+        for context_fn in (None, checkpoint_contexts):
+            own = own_leaves(random_case("dense", ranks), rank)
+            run = partial(layer, group, algorithm)
+            before = scans_opened(group)
+            out = run(*own) if context_fn is None else checkpoint(run, *own, use_reentrant=False, context_fn=context_fn)
+            out.backward()
+            assert scans_opened(group) - before == 2, "one scan forward, one backward, none more"
+            results.append([out.detach(), *(tensor.grad for tensor in own)])
+        for plain, saved in zip(*results, strict=True):
+            assert torch.equal(plain, saved)
+
+
+def test_activation_checkpointing_repeats_no_scan():
+    run_ranks(3, saved_not_repeated, 3)
+
+
+def compiled(rank, ranks):
+    run = torch.compile(partial(layer, dist.group.WORLD, "tree"), fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (partial(layer, dist.group.WORLD, "tree"), run):
+        own = own_leaves(random_case("channel", ranks), rank)
+        out = function(*own)
+        out.backward()
+        results.append([out.detach(), *(tensor.grad for tensor in own)])
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(plain, other)
+
+
+@pytest.mark.timeout(120)
+def test_compiles_as_one_graph():
+    run_ranks(2, compiled, 2, limit=100)
+
+
+# Trap 7: gloo aborts the process when a message has another size than its receive; here it is an error to catch.
+def disagree(rank):
+    shape = (1, 2, 3, 4) if rank == 0 else (1, 2, 3, 5)
+    all_scan(None, torch.ones(shape), group=dist.group.WORLD, algorithm="pipeline")
+    flush_scans(dist.group.WORLD)
+
+
+def test_ranks_that_disagree_about_a_scan_get_an_error():
+    outcomes = rank_outcomes(2, disagree, limit=30, group_timeout=2)
+    assert all(isinstance(outcome, RankError) for outcome in outcomes), outcomes
+    assert "ranks disagree about the scan" in str(outcomes[1])
+
+
+# Trap 9: after a failed scan the group is dead, and says so at once instead of waiting again.
+def fail_twice(rank):
+    if rank == 0:
+        store().wait(["failed twice"])
+        return "never scanned"
+    with pytest.raises(RuntimeError, match="all_scan failed"):
+        all_scan(None, torch.ones(1, 1, 2, 2), group=dist.group.WORLD, algorithm="tree")
+    with pytest.raises(RuntimeError, match="dead since an earlier scan failed"):
+        all_scan(None, torch.ones(1, 1, 2, 2), group=dist.group.WORLD, algorithm="tree")
+    store().set("failed twice", "yes")
+    return "failed twice"
+
+
+def test_a_failed_group_stays_failed():
+    assert rank_outcomes(2, fail_twice, limit=30, group_timeout=2) == ["never scanned", "failed twice"]
+
+
+# Trap 18: a rank that raises or is killed ends its neighbours' scans long before the group's time-out.
+def one_leaves(rank, way):
+    update = torch.ones(1, 1, 8, 8)
+    all_scan(None, update, group=dist.group.WORLD, algorithm="pipeline")
+    if rank == 1 and way == "raise":
+        raise KeyError("own error")
+    if rank == 1:
+        os.kill(os.getpid(), 9)
+    # Longer than sends may be outstanding, so that the ranks before it notice as well as those behind it.
+    for _ in range(20):
+        all_scan(None, update, group=dist.group.WORLD, algorithm="pipeline")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("way", "message"), [("raise", "own error"), ("kill", "died without a word")])
+def test_a_lost_rank_ends_the_others(way, message):
+    outcomes = rank_outcomes(4, one_leaves, way, limit=30, group_timeout=1000)
+    assert message in str(outcomes[1])
+    for rank in (0, 2, 3):
+        assert isinstance(outcomes[rank], RankError), f"rank {rank} came to no end of its own: {outcomes[rank]}"
+        assert "all_scan failed" in str(outcomes[rank]) or "dead since" in str(outcomes[rank])
+
+
+# An engine belongs to its group: the next group of the same name starts afresh.
+def renewed(rank, ranks, folder):
+    for turn in range(3):
+        case = random_case("head", ranks, seed=turn)
+        transition, update, initial = own = own_leaves(case, rank)
+        states = all_scan(transition, update, group=dist.group.WORLD, initial_state=initial, algorithm="auto")
+        loss(case.weights[rank], *states).backward()
+        check(case, rank, states, gradients_of(*own), 1e-12, f"turn {turn}")
+        flush_scans(dist.group.WORLD)
+        dist.barrier()
+        dist.destroy_process_group()
+        renewal = dist.FileStore(f"{folder}/{turn}", ranks)
+        dist.init_process_group("gloo", store=renewal, rank=rank, world_size=ranks)
+
+
+def test_groups_may_be_destroyed_and_made_again(tmp_path):
+    run_ranks(2, renewed, 2, tmp_path)

@@ -1,0 +1,59 @@
+"""The launcher of forked ranks: results in order, the first failure first, nothing left behind."""
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from seqtrain.parallel.testing import RankError, rank_outcomes, run_ranks
+
+
+def test_results_come_in_the_order_of_ranks():
+    def summed(rank, factor):
+        time.sleep(0.05 * (3 - rank))
+        total = torch.tensor(float(rank))
+        dist.all_reduce(total)
+        return factor * rank, total.item()
+
+    assert run_ranks(3, summed, 10) == [(0, 3.0), (10, 3.0), (20, 3.0)]
+
+
+def test_the_first_failure_is_raised_and_ends_the_others():
+    def fail(rank):
+        if rank == 1:
+            raise KeyError("lost")
+        threading.Event().wait()
+
+    with pytest.raises(RankError, match="KeyError: 'lost'") as caught:
+        run_ranks(3, fail, limit=20)
+    assert caught.value.rank == 1
+
+
+def test_a_hang_and_a_death_are_told_apart():
+    with pytest.raises(RankError, match="did not end within 1 s"):
+        run_ranks(2, lambda rank: rank and threading.Event().wait(), limit=1)
+    outcomes = rank_outcomes(2, lambda rank: os._exit(7) if rank else "alive", limit=20)
+    assert outcomes[0] == "alive"
+    assert "died without a word" in str(outcomes[1])
+
+
+# Trap 20: the parent has used all its threads, and autograd, before it forks.
+def test_ranks_compute_after_the_parent_has():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        big = torch.ones(600, 600, requires_grad=True)
+        (big @ big).sum().backward()
+
+        def compute(rank):
+            weight = torch.ones(600, 600, requires_grad=True)
+            (weight @ weight).sum().backward()
+            return torch.get_num_threads(), weight.grad[0, 0].item()
+
+        assert run_ranks(2, compute, limit=30) == [(1, 1200.0)] * 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
