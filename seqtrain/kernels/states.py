@@ -15,7 +15,7 @@ from torch import Tensor
 Steps = Sequence[tuple[slice, int]]
 
 # Numbers a segment's temporaries may take, about: 14 MB of float32. Larger segments fall out of the cache, smaller ones
-# pay for more operations: this was the fastest of eight sizes tried on two shared cores, by a margin within their noise.
+# pay for more operations: the fastest of eight sizes tried on two shared cores, by a margin within their noise.
 SEGMENT_NUMBERS = 3_500_000
 
 

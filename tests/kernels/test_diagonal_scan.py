@@ -1,6 +1,4 @@
 """diagonal_scan: chunked form and gradients against the float64 loop, decays to -80, documents, complex numbers."""
-numbers.
-"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""tensor_attention: chunked form and gradients against the float64 loop, the loop against exact attention over pairs."""
+"""tensor_attention: the chunked form against the float64 loop, and the loop against exact attention over pairs."""
 
 import math
 from importlib import import_module
@@ -52,6 +52,18 @@ def test_bfloat16():
     tensors, cu_seqlens = case(130, 2, documents=True)
     errors = compare_with_oracle(tensor_attention, tensors, dtype=torch.bfloat16, cu_seqlens=cu_seqlens)
     assert_within(errors, torch.bfloat16)
+
+
+def test_autocast_leaves_the_sums_in_float32():
+    # bfloat16 products would show at 1e-3.
+    tensors, _ = case(63, 2)
+    tensors = {name: x.float().requires_grad_() for name, x in tensors.items()}
+    plain = tensor_attention(**tensors, backend="chunked")[0]
+    expected = [plain, *torch.autograd.grad(plain.square().sum(), list(tensors.values()))]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = tensor_attention(**tensors, backend="chunked")[0]
+        came = [out, *torch.autograd.grad(out.square().sum(), list(tensors.values()))]
+    assert max(relative_error(a, b) for a, b in zip(came, expected, strict=True)) < 1e-6
 
 
 def test_float64_is_kept_and_exact():

@@ -81,7 +81,7 @@ def _chunks_(h: Tensor, a: Tensor, entering: Tensor | None, reverse: bool) -> No
 
 
 def _decay(log_a: Tensor, dtype: torch.dtype) -> Tensor:
-    """`exp(log_a)` in the scan's dtype. ATen's complex exp takes 20 ns a number, by way of sine and cosine it takes 4."""
+    """`exp(log_a)` in the scan's dtype. By sine and cosine: a third of the time of ATen's complex exp."""
     log_a = log_a.to(torch.promote_types(log_a.dtype, torch.float32))
     a = torch.polar(log_a.real.exp(), log_a.imag) if log_a.is_complex() else log_a.exp()
     return a.to(dtype)
@@ -124,7 +124,7 @@ class _DiagonalScan(torch.autograd.Function):
 def _gradients(
     d_out: Tensor, d_final: Tensor, out: Tensor, log_a: Tensor, state: Tensor, rows: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (in the scan's dtype), of log_a and of the initial state: `g_t = d_out_t + conj(a_{t+1}) g_{t+1}`."""
+    """Gradients of x (in the scan's dtype), log_a and the initial state: `g_t = d_out_t + conj(a_{t+1}) g_{t+1}`."""
     first, last = _first_and_last(rows)
     g = d_out.to(state.dtype, copy=True)
     g[last] += d_final

@@ -4,6 +4,9 @@ On two CPU cores W shifted multiply-adds take about half the time of `conv1d` (3
 W=4).
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,11 +49,32 @@ def _with_past(x: Tensor, state: Tensor, rows: tuple[Tensor, Tensor, Tensor] | N
     return padded.index_copy_(1, outputs + given.shape[1], x)
 
 
-def _blocks(padded: Tensor, width: int) -> list[tuple[int, int]]:
-    """Ranges of outputs, each of about `BLOCK` numbers."""
+@dataclass(frozen=True)
+class _Block:
+    """Outputs `start ... end` of the padded row; of them `real` (None: all) are those of tokens `first ... last`."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+    real: Tensor | None
+
+
+def _blocks(padded: Tensor, width: int, rows: tuple[Tensor, Tensor, Tensor] | None) -> Iterator[_Block]:
+    """All outputs, in blocks of about `BLOCK` numbers."""
     length = padded.shape[1] - width + 1
     step = max(1, BLOCK // (padded.shape[0] * padded.shape[2]))
-    return [(start, min(start + step, length)) for start in range(0, length, step)]
+    starts = list(range(0, length, step))
+    if rows is None:
+        yield from (
+            _Block(start, min(start + step, length), start, min(start + step, length), None) for start in starts
+        )
+        return
+    outputs = rows[0]
+    edges = torch.searchsorted(outputs, torch.tensor([*starts, length], device=outputs.device)).tolist()
+    for start, (first, last) in zip(starts, pairwise(edges), strict=True):
+        end = min(start + step, length)
+        yield _Block(start, end, first, last, None if last - first == end - start else outputs[first:last] - start)
 
 
 def _sums(window: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
@@ -73,14 +97,14 @@ class _ShortConvolution(torch.autograd.Function):
         taps = weight.to(dtype).T.contiguous()  # W D
         bias = None if bias is None else bias.to(dtype)
         padded = _with_past(x, state, rows)
-        out = padded.new_empty(padded.shape[0], padded.shape[1] - width + 1, padded.shape[2])
-        for start, end in _blocks(padded, width):
-            sums = _sums(padded[:, start : end + width - 1].to(dtype), taps, bias)
-            out[:, start:end] = F.silu(sums, inplace=True) if silu else sums
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for block in _blocks(padded, width, rows):
+            sums = _sums(padded[:, block.start : block.end + width - 1].to(dtype), taps, bias)
+            sums = sums if block.real is None else sums.index_select(1, block.real)
+            out[:, block.first : block.last] = F.silu(sums, inplace=True) if silu else sums
         if rows is None:
             return out, padded[:, x.shape[1] :].to(dtype, copy=True)
-        outputs, _, last = rows
-        return out.index_select(1, outputs), padded[0, last].to(dtype)
+        return out, padded[0, rows[2]].to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
@@ -115,16 +139,15 @@ def _gradients(
     if rows is None:
         d_padded[:, tokens:] += d_final
     else:
-        outputs, _, last = rows
-        # A document shorter than W-1 passes part of its past on, so the rows of one document are distinct, and no row
-        # is shared.
-        d_padded[0, last] += d_final
-        d_rows = d_out.new_zeros(1, padded.shape[1] - width + 1, padded.shape[2])
-        d_out = d_rows.index_copy_(1, outputs, d_out)
+        # A document has W-1 rows of its own at least, its past, so no row is the last of two documents.
+        d_padded[0, rows[2]] += d_final
     d_taps, d_bias = torch.zeros_like(taps), taps.new_zeros(taps.shape[1])
-    for start, end in _blocks(padded, width):
+    for block in _blocks(padded, width, rows):
+        start, end = block.start, block.end
         window = padded[:, start : end + width - 1].to(dtype)
-        d_sums = d_out[:, start:end].to(dtype)
+        d_sums = d_out[:, block.first : block.last].to(dtype)
+        if block.real is not None:
+            d_sums = d_sums.new_zeros(1, end - start, x.shape[2]).index_copy_(1, block.real, d_sums)
         if silu:
             d_sums = torch.ops.aten.silu_backward(d_sums, _sums(window, taps, bias))
         d_bias += d_sums.sum((0, 1))

@@ -20,8 +20,7 @@ def softmax_attention(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`out_t = sum_s softmax_s(scale * q_t . k_s) v_s` over the tokens s <= t of t's document, at most `window` of
-    them.
+    """`out_t = sum_s softmax_s(scale * q_t . k_s) v_s` over the last `window` tokens s <= t of t's document.
 
     `q`: `[B,T,H,K]`. `k`: `[B,T,G,K]`, `v`: `[B,T,G,V]`, floating, with H a multiple of G: query heads `h*H/G ...
     (h+1)*H/G - 1` share key head h. `window`: keys a query sees, its own included; None for all. `scale` defaults to `K

@@ -58,11 +58,11 @@ def tensor_attention(
             raise ValueError(
                 f"{name}: initial_state given with degree=None, which has no state of constant size; pass None"
             )
-        return exact.run(q, k1, k2, v1, v2, scale, dtype, cu_seqlens), None
+        return exact.run((q, k1, k2, v1, v2), scale, dtype, cu_seqlens), None
     shape = (states, sizes["H"], 2, feature_count(sizes["K"], degree), sizes["V"] + 1)
     check_state(name, initial_state, shape, q.device)
     state = q.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     run = choose(name, backend, q.device, single_token=sizes["T"] == 1 and cu_seqlens is None)
     with full_precision(q.device):
-        out, final = run(q, k1, k2, v1, v2, degree, scale, state, cu_seqlens)
+        out, final = run((q, k1, k2, v1, v2), degree, scale, state, cu_seqlens)
     return out.to(v1.dtype), final

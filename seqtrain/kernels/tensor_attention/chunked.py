@@ -36,18 +36,24 @@ SEGMENT = 1 << 17
 SHORTEST, LONGEST = 16, 128
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """How a call is run: the polynomial, the layout of its chunks, and the chunks of a segment (about)."""
+
+    degree: int
+    scale: float
+    layout: ChunkLayout
+    limit: int
+
+    def segments(self) -> tuple[Segment, ...]:
+        return self.layout.segments(self.limit)
+
+
 def run(
-    q: Tensor,
-    k1: Tensor,
-    k2: Tensor,
-    v1: Tensor,
-    v2: Tensor,
-    degree: int,
-    scale: float,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
+    inputs: tuple[Tensor, ...], degree: int, scale: float, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `tensor_attention`; `state` is given."""
+    """See `tensor_attention`; `inputs`: q, k1, k2, v1, v2; `state` is given."""
+    q, _, _, v1, _ = inputs
     batch, tokens, heads, width = q.shape
     if tokens == 0:
         return v1.to(state.dtype), state
@@ -55,7 +61,7 @@ def run(
     # The longest chunks of which a segment still has its fill.
     chunk = 1 << (max(SHORTEST, min(LONGEST, batch * tokens // limit)).bit_length() - 1)
     layout = chunk_layout(batch, tokens, cu_seqlens, chunk=chunk, smallest_chunk=SHORTEST, device=q.device)
-    return _TensorAttention.apply(q, k1, k2, v1, v2, state, degree, scale, layout, limit)
+    return _TensorAttention.apply(*inputs, state, _Plan(degree, scale, layout, limit))
 
 
 @dataclass(frozen=True)
@@ -96,13 +102,13 @@ class _Pairs:
         self.seen = (token <= self.t[:, None]).to(like.dtype)  # P c: the j <= t
 
 
-def _piece(segment: Segment, inputs: tuple[Tensor, ...], degree: int, scale: float, dtype: torch.dtype) -> _Piece:
+def _piece(segment: Segment, inputs: tuple[Tensor, ...], plan: _Plan, dtype: torch.dtype) -> _Piece:
     q, k1, k2, v1, v2 = (_in_steps(segment.take(x, dtype)) for x in inputs)
     real = (segment.tokens >= 0).repeat_interleave(inputs[0].shape[2], 0)[..., None]  # L C 1
     real = _in_steps(real.to(dtype))
     return _Piece(
-        features(q * scale, degree).contiguous(),
-        torch.stack([features(k, degree) for k in (k1, k2)], 1),
+        features(q * plan.scale, plan.degree).contiguous(),
+        torch.stack([features(k, plan.degree) for k in (k1, k2)], 1),
         torch.stack([torch.cat([v, real], 3) for v in (v1, v2)], 1),
     )
 
@@ -213,39 +219,36 @@ def _gradients(piece: _Piece, sums: Tensor, d_out: Tensor) -> tuple[_Piece, Tens
 class _TensorAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *inputs, state, degree, scale, layout, limit = arguments
-        out, weight, final, checkpoints = _forward(tuple(inputs), state, degree, scale, layout, limit)
+        *inputs, state, plan = arguments
+        out, weight, final, checkpoints = _forward(tuple(inputs), state, plan)
         ctx.save_for_backward(*inputs, out, weight, *checkpoints)
-        ctx.options = degree, scale, layout, limit
+        ctx.plan = plan
         return out, final
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         q, k1, k2, v1, v2, out, weight, *checkpoints = ctx.saved_tensors
         d_out, d_final = grads
-        inputs = (q, k1, k2, v1, v2)
         with full_precision(d_out.device):
-            d_inputs = _backward(d_out, d_final, inputs, out, weight, checkpoints, *ctx.options)
-        return *d_inputs, None, None, None, None
+            d_inputs = _backward(d_out, d_final, (q, k1, k2, v1, v2), out, weight, checkpoints, ctx.plan)
+        return *d_inputs, None
 
 
-def _forward(
-    inputs: tuple[Tensor, ...], state: Tensor, degree: int, scale: float, layout: ChunkLayout, limit: int
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def _forward(inputs: tuple[Tensor, ...], state: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Output `[B,T,H,V]`, sums of weights `[B,T,H,1]`, final state, and the sums before each segment."""
     heads, v1 = state.shape[1], inputs[3]
     out = torch.empty(v1.shape, dtype=v1.dtype, device=v1.device)
     weight = torch.empty(*v1.shape[:3], 1, dtype=state.dtype, device=v1.device)
-    carry = _to_carry(layout.sort_states(state))
+    carry = _to_carry(plan.layout.sort_states(state))
     checkpoints = []
-    for segment in layout.segments(limit):
-        piece = _piece(segment, inputs, degree, scale, state.dtype)
+    for segment in plan.segments():
+        piece = _piece(segment, inputs, plan, state.dtype)
         # Later segments have fewer documents: those that have ended are not kept again.
         checkpoints.append(carry[:, : segment.counts[0] * heads].clone())
         rows = _outputs(piece, _pass_on(_totals(piece), carry, segment.steps(heads)))
         segment.put(out, rows[..., :-1] / rows[..., -1:])
         segment.put(weight, rows[..., -1:])
-    return out, weight, layout.restore_states(_from_carry(carry, heads)), checkpoints
+    return out, weight, plan.layout.restore_states(_from_carry(carry, heads)), checkpoints
 
 
 def _backward(
@@ -255,19 +258,16 @@ def _backward(
     out: Tensor,
     weight: Tensor,
     checkpoints: list[Tensor],
-    degree: int,
-    scale: float,
-    layout: ChunkLayout,
-    limit: int,
+    plan: _Plan,
 ) -> list[Tensor]:
     """Gradients of the five inputs and of the initial state."""
     dtype, heads = weight.dtype, weight.shape[2]
     inverse = weight.reciprocal()
-    d_carry = _to_carry(layout.sort_states(d_final))
+    d_carry = _to_carry(plan.layout.sort_states(d_final))
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
-    for segment, before in reversed(list(zip(layout.segments(limit), checkpoints, strict=True))):
+    for segment, before in reversed(list(zip(plan.segments(), checkpoints, strict=True))):
         steps = segment.steps(heads)
-        piece = _piece(segment, inputs, degree, scale, dtype)
+        piece = _piece(segment, inputs, plan, dtype)
         totals = _totals(piece)
         ends = totals.add_(_pass_on(totals, before.clone(), steps))
         rows = segment.take(d_out, dtype)  # L C V
@@ -277,16 +277,17 @@ def _backward(
         d_ends = _pass_on(d_sums, d_carry, steps[::-1])
         for step, step_grad in zip(piece.steps(), grad.steps(), strict=True):
             _through_sums_(step_grad, step, d_ends)
-        _put_gradients(segment, inputs, grads, grad, degree, scale)
-    return [*grads, layout.restore_states(_from_carry(d_carry, heads))]
+        _put_gradients(segment, inputs, grads, grad, plan)
+    return [*grads, plan.layout.restore_states(_from_carry(d_carry, heads))]
 
 
 def _put_gradients(
-    segment: Segment, inputs: tuple[Tensor, ...], grads: list[Tensor], grad: _Piece, degree: int, scale: float
+    segment: Segment, inputs: tuple[Tensor, ...], grads: list[Tensor], grad: _Piece, plan: _Plan
 ) -> None:
     """Gradients of the features and values of a segment -> of its inputs, written where its tokens lie."""
-    for x, d_phi, out, factor in zip(inputs, (grad.q, *grad.k.unbind(1)), grads, (scale, 1.0, 1.0), strict=False):
+    factors = (plan.scale, 1.0, 1.0)
+    for x, d_phi, out, factor in zip(inputs, (grad.q, *grad.k.unbind(1)), grads, factors, strict=False):
         rows = _in_steps(segment.take(x, d_phi.dtype)) * factor
-        segment.put(out, _from_steps(features_gradient(rows, d_phi, degree) * factor))
+        segment.put(out, _from_steps(features_gradient(rows, d_phi, plan.degree) * factor))
     for d_v, out in zip(grad.v.unbind(1), grads[3:], strict=True):
         segment.put(out, _from_steps(d_v[..., :-1]))

@@ -6,16 +6,7 @@ from torch import Tensor
 from seqtrain.kernels.documents import by_document
 
 
-def run(
-    q: Tensor,
-    k1: Tensor,
-    k2: Tensor,
-    v1: Tensor,
-    v2: Tensor,
-    scale: float,
-    dtype: torch.dtype,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
+def run(inputs: tuple[Tensor, ...], scale: float, dtype: torch.dtype, cu_seqlens: Tensor | None) -> Tensor:
     """`tensor_attention` with `degree=None`: returns `out` alone."""
 
     def one(q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,6 +17,6 @@ def run(
         weights = scores.flatten(3).softmax(-1).view(scores.shape)
         return torch.einsum("bhtij,bihv,bjhv->bthv", weights, v1, v2), state
 
-    tensors = tuple(tensor.to(dtype) for tensor in (q, k1, k2, v1, v2))
-    states = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    return by_document(one, tensors, q.new_zeros(states, 0, dtype=dtype), cu_seqlens)[0].to(v1.dtype)
+    tensors = tuple(tensor.to(dtype) for tensor in inputs)
+    states = inputs[0].shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    return by_document(one, tensors, tensors[0].new_zeros(states, 0), cu_seqlens)[0].to(inputs[3].dtype)

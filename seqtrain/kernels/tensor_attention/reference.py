@@ -9,18 +9,10 @@ from seqtrain.kernels.tensor_attention.features import features
 
 
 def run(
-    q: Tensor,
-    k1: Tensor,
-    k2: Tensor,
-    v1: Tensor,
-    v2: Tensor,
-    degree: int,
-    scale: float,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
+    inputs: tuple[Tensor, ...], degree: int, scale: float, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `tensor_attention`; `state` is given, and `out` comes back in its dtype."""
-    dtype = state.dtype
+    """See `tensor_attention`; `inputs`: q, k1, k2, v1, v2; `state` is given, and `out` comes back in its dtype."""
+    dtype, (q, k1, k2, v1, v2) = state.dtype, inputs
     q, k1, k2 = (features(x.to(dtype) * factor, degree) for x, factor in ((q, scale), (k1, 1.0), (k2, 1.0)))
     keys = torch.stack([k1, k2], 3)  # B T H 2 F
     values = torch.stack([F.pad(v.to(dtype), (0, 1), value=1.0) for v in (v1, v2)], 3)  # B T H 2 V+1
