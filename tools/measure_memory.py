@@ -8,7 +8,6 @@ parameters; with `limit_gib` the exit status is 1 where the peak is above it.
 """
 
 import json
-import resource
 import sys
 import time
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from _settings import machine, read_settings
 from pydantic import Field
 
 from seqtrain.errors import SeqtrainError
+from seqtrain.memory import peak_resident_bytes
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.parallel.sequence import Sequence
@@ -53,12 +53,6 @@ class Settings:
     limit_gib: Annotated[float, Field(ge=0)] = 0.0
 
 
-def peak_bytes() -> int:
-    """The largest resident memory this process has had. Linux counts it in KiB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def measure(settings: Settings) -> dict[str, float]:
     """Builds the model, runs forward and backward once, and says what it took."""
     torch.manual_seed(0)
@@ -73,13 +67,13 @@ def measure(settings: Settings) -> dict[str, float]:
     model = LanguageModel(config, mixers, settings.vocab_size)
     tokens = torch.randint(settings.vocab_size, (1, settings.tokens))
     borders = torch.linspace(0, settings.tokens, settings.documents + 1).round().to(torch.int32)
-    before, start = peak_bytes(), time.perf_counter()
+    before, start = peak_resident_bytes(), time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
         loss = model(tokens, labels=tokens.roll(-1, 1), sequence=Sequence(cu_seqlens=borders))
     (loss / settings.tokens).backward()
     seconds = time.perf_counter() - start
     return {
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak_resident_bytes(),
         "peak_bytes_before": before,
         "seconds": seconds,
         "tokens_per_second": settings.tokens / seconds,

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 
 from seqtrain.data import Batch, Batches, Corpus, EvaluationBatches, open_corpus
 from seqtrain.errors import SeqtrainError
+from seqtrain.memory import peak_resident_bytes
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.sequence import Sequence
 from seqtrain.runtime import checkpoint as checkpoints
@@ -295,4 +295,4 @@ def _peak_memory_bytes(device: torch.device) -> int:
     """Most memory this process held: on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()

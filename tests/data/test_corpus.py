@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
+from seqtrain.config import compose_config, validate
 from seqtrain.data import DataConfig, load_tokenizer, open_corpus, prepare
 from seqtrain.data import corpus as corpus_module
 from seqtrain.errors import DataError
@@ -180,17 +182,10 @@ def test_importing_the_data_floor_is_light():
     assert done.stdout.strip() == "[]"
 
 
-def test_every_yaml_names_fields_of_the_config_and_its_own_source():
-    yaml = pytest.importorskip("yaml")
-    from pathlib import Path
-
-    from pydantic import TypeAdapter
-
-    files = sorted((Path(__file__).parents[2] / "conf" / "data").glob("*.yaml"))
-    assert [file.stem for file in files] == ["huggingface", "jsonl", "parquet", "stdlib", "text"]
-    for file in files:
-        content = yaml.safe_load(file.read_text())
-        config = TypeAdapter(DataConfig).validate_python(content)
-        assert config.source == file.stem
-        assert set(content) <= set(DataConfig.__dataclass_fields__)
-        assert load_tokenizer(config).vocab_size == 257
+@pytest.mark.parametrize("source", ["huggingface", "jsonl", "parquet", "stdlib", "text"])
+def test_a_file_of_the_group_holds_every_field_and_its_own_source(source):
+    values = OmegaConf.to_container(compose_config("pretrain", [f"data={source}"]).data)
+    assert set(values) == set(DataConfig.__dataclass_fields__)
+    config = validate(DataConfig, values)
+    assert config.source == source
+    assert load_tokenizer(config).vocab_size == 257
