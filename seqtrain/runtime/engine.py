@@ -54,6 +54,8 @@ def prepare_environment(ranks: Ranks) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     warnings.filterwarnings("ignore", module="deepspeed")
+    # DeepSpeed calls what this torch has renamed; nothing the user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     from deepspeed.utils import logger
