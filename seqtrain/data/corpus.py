@@ -21,12 +21,12 @@ from seqtrain.data.manifest import (
     SplitEntry,
     inside,
     read_json,
-    sha256_of,
     write_json,
 )
 from seqtrain.data.shards import Shard
 from seqtrain.data.tokenizer import Tokenizer, load_tokenizer
 from seqtrain.errors import ConfigError, DataError
+from seqtrain.files import sha256_of
 
 log = logging.getLogger("seqtrain.data")
 

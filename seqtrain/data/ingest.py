@@ -28,9 +28,6 @@ from seqtrain.data.manifest import (
     SplitEntry,
     TokenizerEntry,
     read_json,
-    replace_file,
-    sha256_of,
-    sync_folder,
     write_json,
 )
 from seqtrain.data.shards import Shard, ShardWriter
@@ -38,6 +35,7 @@ from seqtrain.data.sources import SOURCES, Document, Source
 from seqtrain.data.sources._base import PIECE_BYTES, Part
 from seqtrain.data.tokenizer import Tokenizer
 from seqtrain.errors import DataError
+from seqtrain.files import replace_file, sha256_of, sync_folder
 
 log = logging.getLogger("seqtrain.data")
 

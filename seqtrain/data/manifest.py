@@ -1,13 +1,12 @@
 """The two small files of a corpus folder: `manifest.json` once it is whole, `progress.json` until then."""
 
-import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from seqtrain.errors import DataError
+from seqtrain.files import replace_file
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -105,25 +104,6 @@ def write_json(file: Path, content: Any) -> None:
     replace_file(file, (json.dumps(asdict(content), indent=1, sort_keys=True) + "\n").encode("utf-8"))
 
 
-def replace_file(file: Path, content: bytes) -> None:
-    """Puts `content` in `file` atomically and durably."""
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with unfinished.open("wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
-    os.replace(unfinished, file)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names of the files in `folder` durable."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
 def read_json(file: Path, form: type[T]) -> T:
     """The dataclass in `file`. Raises `DataError` if it is missing or not of that form."""
     from pydantic import TypeAdapter, ValidationError
@@ -138,12 +118,6 @@ def read_json(file: Path, form: type[T]) -> T:
         raise DataError(
             f"{file}: damaged at {place}: {first['msg']}; delete the folder to make the corpus anew"
         ) from None
-
-
-def sha256_of(file: Path) -> str:
-    """The checksum of a whole file, read in pieces."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def inside(folder: Path, name: str) -> Path:

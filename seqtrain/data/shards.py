@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from seqtrain.data.manifest import ShardEntry, inside, sha256_of
+from seqtrain.data.manifest import ShardEntry, inside
 from seqtrain.errors import DataError
+from seqtrain.files import sha256_of
 
 MAGIC = b"seqtrain"
 VERSION = 1

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from seqtrain.errors import CheckpointError
+from seqtrain.files import sha256_of, sync_folder
 from seqtrain.runtime.optimizer_state import (
     MOMENTS,
     link_moments,
@@ -37,7 +38,6 @@ log = logging.getLogger("seqtrain.runtime")
 FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
-READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def save(
             # Only a damaged one can be here: a run goes on from the newest that is whole.
             shutil.rmtree(folder)
         partial.rename(folder)
-        _sync_folder(root)
+        sync_folder(root)
         for old in _folders(root)[keep:]:
             shutil.rmtree(old)
         log.info("checkpoint: %s", folder)
@@ -191,7 +191,7 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     save_file(tensors, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _hash(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _agreed(ranks: Ranks, mine: dict[str, Any] | str, partial: Path) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def _write_manifest(
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    _sync_folder(partial)
+    sync_folder(partial)
 
 
 def find(root: Path) -> Checkpoint | None:
@@ -241,7 +241,7 @@ def read(folder: Path) -> Checkpoint:
         if size != entry["bytes"]:
             came = "is missing" if size < 0 else f"has {size} bytes instead of {entry['bytes']}"
             raise CheckpointError(f"{folder}: {name} {came}")
-        if _hash(path) != entry["sha256"]:
+        if sha256_of(path) != entry["sha256"]:
             raise CheckpointError(f"{folder}: {name} is damaged, its hash is not the manifest's")
     progress = Progress(**manifest["progress"])
     return Checkpoint(folder, progress, manifest["trajectory"], manifest["tracking_id"], tuple(manifest["files"]))
@@ -272,21 +272,5 @@ def _remove_leftovers(root: Path) -> None:
         shutil.rmtree(path)
 
 
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(READ_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
