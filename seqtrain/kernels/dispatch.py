@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 from seqtrain.errors import unknown_name
+from seqtrain.kernels.custom_ops import constant
 
 log = logging.getLogger("seqtrain.kernels")
 
@@ -16,19 +17,26 @@ BACKENDS = ("reference", "chunked", "triton", "native", "flash")
 # Fastest first; `reference` is the definition and is only taken when asked for by name.
 PREFERENCE = {"cuda": ("flash", "triton", "chunked"), "cpu": ("native", "chunked")}
 
+# Device types Triton kernels run on; `seqtrain.analysis` adds the CPU where it interprets or compiles them.
+TRITON_DEVICES = {"cuda"}
+
 # What was chosen, by "operator.backend": torch.compile takes a name for a constant, but not a function.
 _runs: dict[str, Callable] = {}
+_steps: dict[str, Callable] = {}
 
 
 def choose(operator: str, requested: str, device: torch.device, *, single_token: bool = False) -> Callable:
     """The function `run` of `seqtrain.kernels.<operator>.<backend>` for `requested` on `device`.
 
-    `single_token`: the call decodes one token a row. One turn of the definition's loop is then the cheapest form on
-    any device, so `reference` is taken whatever was requested; a request that can't run here is refused all the same.
+    `single_token`: the call decodes one token a row. Then it is the backend's function `step`; where it has none, one
+    turn of the definition's loop is cheapest, so `reference` is taken whatever was requested. A request that can't run
+    here is refused all the same.
     Raises `ValueError` when `requested` is unknown or can't run here, with the reason.
     """
     name = _choose(operator, requested, device.type)
     if single_token:
+        if f"{operator}.{name}" in _steps:
+            return _steps[f"{operator}.{name}"]
         name = _choose(operator, "reference", device.type)
     return _runs[f"{operator}.{name}"]
 
@@ -38,8 +46,7 @@ def choose_anew() -> None:
     _choose_once.cache_clear()
 
 
-# torch.compile takes the choice as it finds it, and does not trace how it is made.
-@torch.compiler.assume_constant_result
+@constant
 def _choose(operator: str, requested: str, device_type: str) -> str:
     return _choose_once(operator, requested, device_type)
 
@@ -53,14 +60,17 @@ def _choose_once(operator: str, requested: str, device_type: str) -> str:
         reason = _why_not(operator, name, device_type)
         if reason is None:
             log.info("%s: %s%s", operator, name, f" ({'; '.join(refused)})" if refused else "")
-            _runs[f"{operator}.{name}"] = importlib.import_module(f"seqtrain.kernels.{operator}.{name}").run
+            module = importlib.import_module(f"seqtrain.kernels.{operator}.{name}")
+            _runs[f"{operator}.{name}"] = module.run
+            if hasattr(module, "step"):
+                _steps[f"{operator}.{name}"] = module.step
             return name
         refused.append(f"{name} {reason}")
     raise ValueError(f"{operator}: backend={requested} can't run here: {'; '.join(refused)}")
 
 
 def _why_not(operator: str, backend: str, device_type: str) -> str | None:
-    if backend == "triton" and device_type != "cuda":
+    if backend == "triton" and device_type not in TRITON_DEVICES:
         return "needs a CUDA device"
     module = f"seqtrain.kernels.{operator}.{backend}"
     if importlib.util.find_spec(module) is None:

@@ -1,7 +1,8 @@
 """How an operator is split where a sequence is cut in time: what its package's `segment.py` says about it.
 
 A `segment.py` defines `SEGMENT`: a subclass of `AffineSegment` for a recurrence whose segments are affine maps of its
-state, `PastInputs` for an operator whose state is its last inputs, or `PastKeys` for softmax attention. An operator
+state, `PastInputs` for an operator whose state is its last inputs, `PastKeys` for softmax attention, or
+`PastKeysAndSinks` for that of windows with sinks. An operator
 without one can still be run piece after piece, since its state is all it knows of the past.
 """
 
@@ -69,16 +70,25 @@ class PastKeys:
     """The state is the keys and values seen, as `softmax_attention` keeps them; the option `window` limits them."""
 
 
-Segment = type[AffineSegment] | PastInputs | PastKeys
+@dataclass(frozen=True)
+class PastKeysAndSinks:
+    """The state is the last keys and values and a document's first ones, as `sink_attention` keeps them.
+
+    The options `window` and `sinks` say how many.
+    """
+
+
+Segment = type[AffineSegment] | PastInputs | PastKeys | PastKeysAndSinks
 
 
 def segment_of(operator: Callable) -> Segment | None:
     """What the operator's package says about splitting it, None if it says nothing."""
-    return _segment_of(operator.__module__)
+    return segment_of_package(operator.__module__)
 
 
 @cache
-def _segment_of(package: str) -> Segment | None:
+def segment_of_package(package: str) -> Segment | None:
+    """The same by the package's name."""
     name = f"{package}.segment"
     try:
         found = importlib.util.find_spec(name)

@@ -85,10 +85,33 @@ class Memory(nn.Module):
 class Additive(Memory):
     """`S_t = diag(a_t) S_{t-1} + phi(k_t)^T v_t` over its mass `phi(q_t) . z_t`; phi is positive.
 
-    phi(x) = [softmax(x), softmax(-x)] (Hedgehog, arXiv 2402.04347). Without a decay: linear attention.
+    phi(x) = [softmax(W x), softmax(-W x)] (Hedgehog, arXiv 2402.04347), W a learned square matrix for each head of the
+    queries and of the keys, at the start the identity. Without a decay: linear attention.
     """
 
     has_mass = True
+    # False where what a key writes is not its features.
+    maps_keys: ClassVar[bool] = True
+
+    def __init__(self, shape: Heads):
+        super().__init__(shape)
+        self.query_map = nn.Parameter(torch.empty(shape.heads, shape.key, shape.key))
+        self.key_map = nn.Parameter(torch.empty(shape.groups, shape.key, shape.key)) if self.maps_keys else None
+        self._reset_maps()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        super().reset_parameters(generator)
+        self._reset_maps()
+
+    def _reset_maps(self) -> None:
+        with torch.no_grad():
+            for each in (self.query_map, self.key_map):
+                if each is not None:
+                    each.copy_(torch.eye(self.shape.key))
+
+    def mapped(self, x: Tensor, maps: Tensor | None) -> Tensor:
+        """The features of `x: [B,T,heads,K]` times a matrix `[heads,K,K]` for each head."""
+        return self.features(x if maps is None else torch.einsum("bthk,hkj->bthj", precise(x), precise(maps)))
 
     def features(self, x: Tensor) -> Tensor:
         """`[...,K]` -> `[...,F]`, positive."""
@@ -101,14 +124,14 @@ class Additive(Memory):
         return 2 * self.shape.key
 
     def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-        return {"k": self.features(k).to(v.dtype), "v": v}
+        return {"k": self.mapped(k, self.key_map).to(v.dtype), "v": v}
 
     def read(
         self, q: Tensor, written: Mapping[str, Tensor], past: Mapping[str, Tensor], sequence: Sequence
     ) -> tuple[Tensor, Tensor | None, State]:
         # The same recurrence sums the keys: a column of ones beside the values (MATH.md 1.1).
         k, v = written["k"], F.pad(written["v"], (0, 1), value=1.0)
-        q = self.features(q).to(v.dtype)
+        q = self.mapped(q, self.query_map).to(v.dtype)
         out, memory = run_grouped(
             sequence, linear_attention, q, k, v, written.get("log_decay"), scale=1.0, past=past.get("memory")
         )
@@ -158,8 +181,23 @@ class GLAMemory(Additive):
         return super().written_shapes() | {"log_decay": (self.shape.groups, self.width)}
 
 
+class TiedGLAMemory(Additive):
+    """Every feature keeps what the key leaves: `a = 1 - phi(k)`, without a matrix (SpikingBrain, arXiv 2509.05276)."""
+
+    def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        features = self.mapped(k, self.key_map)
+        # A softmax of one channel far ahead rounds to 1, whose gate would have no logarithm.
+        decay = torch.log1p(-features.clamp(max=1 - 2**-20))
+        return {"k": features.to(v.dtype), "v": v, "log_decay": decay}
+
+    def written_shapes(self) -> dict[str, tuple[int, ...]]:
+        return super().written_shapes() | {"log_decay": (self.shape.groups, self.width)}
+
+
 class HGRN2Memory(Additive):
     """`f = sigmoid(k + b) ** (1/16)` is what a channel keeps and `1 - f` what it takes in (arXiv 2404.07904)."""
+
+    maps_keys = False
 
     def __init__(self, shape: Heads):
         super().__init__(shape)
@@ -167,6 +205,7 @@ class HGRN2Memory(Additive):
         nn.init.constant_(self.bias, SLOW)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        super().reset_parameters(generator)
         nn.init.constant_(self.bias, SLOW)
 
     def features(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqtrain.kernels import short_convolution
+from seqtrain.kernels import gated_norm, short_convolution
 from seqtrain.mixers._base import State
 from seqtrain.mixers._costs import convolution_flops
 from seqtrain.parallel.sequence import Sequence
@@ -23,7 +23,8 @@ def precise(x: Tensor) -> Tensor:
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in float32, returned in x's dtype.
 
-    With `groups`, the mean is taken over each of so many equal parts of the last dimension.
+    With `groups`, the mean is taken over each of so many equal parts of the last dimension. A gate is applied before
+    the norm: `x * silu(gate)` is what is normalised (Mamba-2).
     """
 
     def __init__(self, width: int, eps: float = NORM_EPS, *, groups: int = 1):
@@ -32,9 +33,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        parts = precise(x).unflatten(-1, (-1, self.part))
-        return (F.rms_norm(parts, (self.part,), eps=self.eps).flatten(-2) * self.weight).to(x.dtype)
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        parts = (-1, self.part)
+        gate = None if gate is None else gate.unflatten(-1, parts)
+        weight = self.weight if self.part == self.weight.numel() else self.weight.unflatten(0, parts)
+        out = gated_norm(x.unflatten(-1, parts), weight, gate, eps=self.eps, gate_first=True)
+        return out.flatten(-2)
 
 
 class HeadNorm(nn.Module):
@@ -43,14 +47,12 @@ class HeadNorm(nn.Module):
     def __init__(self, width: int, activation: Literal["silu", "sigmoid"] = "silu"):
         super().__init__()
         self.norm = RMSNorm(width)
-        self.activation = F.silu if activation == "silu" else torch.sigmoid
+        self.activation: Literal["silu", "sigmoid"] = activation
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """`x: [B,T,H,V]`, `gate: [B,T,H*V]` or None -> `[B,T,H*V]` in x's dtype."""
-        out = self.norm(precise(x)).flatten(2)
-        if gate is not None:
-            out = out * self.activation(precise(gate))
-        return out.to(x.dtype)
+        gate = None if gate is None else gate.unflatten(2, x.shape[2:])
+        return gated_norm(x, self.norm.weight, gate, eps=self.norm.eps, activation=self.activation).flatten(2)
 
 
 class HeadLayerNorm(nn.Module):

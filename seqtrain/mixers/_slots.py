@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from seqtrain.kernels import linear_attention
+from seqtrain.kernels import linear_attention, slot_scores
 from seqtrain.mixers._base import State
 from seqtrain.mixers._costs import linear_attention_flops
 from seqtrain.mixers._parts import precise
@@ -35,33 +35,12 @@ def slot_attention(
     Slot m holds `K_t[m] = a_t[m] K_{t-1}[m] + (1 - a_t[m]) k_t`, `V_t[m]` likewise; `o_t = softmax(scale q_t K_t) V_t`.
     """
     k, v, decay = written["k"], written["v"], written["log_decay"]
-    slots, groups, heads = decay.shape[3], k.shape[2], q.shape[2]
-    taken = -torch.expm1(decay)
-    # A slot's key is a memory of its own, with one value column: the decay lies on the slots, which the operator would
-    # have among the columns. Each head's q and k are views, repeated for every slot.
-    spread = (
-        q[:, :, :, None].expand(-1, -1, -1, slots, -1).flatten(2, 3),
-        k.repeat_interleave(heads // groups, 2)[:, :, :, None].expand(-1, -1, -1, slots, -1).flatten(2, 3),
-        taken.repeat_interleave(heads // groups, 2).flatten(2)[..., None].to(v.dtype),
-        decay.repeat_interleave(heads // groups, 2).flatten(2),
-    )
-    before = past.get("slot_keys")
-    if before is not None:
-        before = before.repeat_interleave(heads // groups, 1).flatten(1, 2)[..., None]
-    scores, keys = sequence.run(linear_attention, *spread, scale=scale, initial_state=before)
-    weights = precise(scores)[..., 0].unflatten(2, (heads, slots)).softmax(-1).to(v.dtype)
+    taken = -torch.expm1(decay).to(v.dtype)
+    scores, keys = run_grouped(sequence, slot_scores, q, k, taken, decay, scale=scale, past=past.get("slot_keys"))
+    weights = precise(scores).softmax(-1).to(v.dtype)
     out, values = run_grouped(
-        sequence,
-        linear_attention,
-        weights,
-        taken.to(v.dtype),
-        v,
-        decay,
-        scale=1.0,
-        past=past.get("slot_values"),
+        sequence, linear_attention, weights, taken, v, decay, scale=1.0, past=past.get("slot_values")
     )
-    if isinstance(keys, Tensor):
-        keys = keys[..., 0].unflatten(1, (heads, slots))[:, :: heads // groups].contiguous()
     return out, {"slot_keys": keys, "slot_values": values}
 
 

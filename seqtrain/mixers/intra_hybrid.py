@@ -24,7 +24,8 @@ from seqtrain.parallel.sequence import Sequence
 class IntraHybrid(Mixer):
     """`y = W (norm(gated linear attention) + norm(attention in a window) [+ norm(full attention)])` of one q, k, v.
 
-    The linear branch forgets as GLA does and knows no positions; the softmax branches rotate q and k by them.
+    The linear branch forgets as GLA does, or with `tied_gate` what a key makes room for, and knows no positions; the
+    softmax branches rotate q and k by them.
     """
 
     state_dtypes: ClassVar = dict.fromkeys(("length", "full_length", "position"), torch.int64)
@@ -39,6 +40,8 @@ class IntraHybrid(Mixer):
         gate_rank: Annotated[int, Field(gt=0)] = 16
         # The forget gate is a sigmoid to the power 1 / temperature: larger forgets more slowly.
         gate_temperature: Annotated[float, Field(gt=0)] = 16.0
+        # True: the forget gate is 1 - key, sigmoids of the keys both, without a matrix; the larger SpikingBrain's.
+        tied_gate: bool = False
         # Base of the rotation's wavelengths, in tokens.
         rope_base: Annotated[float, Field(gt=1)] = 10000.0
 
@@ -53,16 +56,17 @@ class IntraHybrid(Mixer):
         self.constant_state = not config.full
         self.windows: list[int | None] = [config.window, *([None] if config.full else [])]
         self.qkv = HeadProjections(shape.width, shape.heads, (self.head,) * 3)
-        self.forget = LowRank(shape.width, config.gate_rank, shape.width, bias=True)
+        self.forget = None if config.tied_gate else LowRank(shape.width, config.gate_rank, shape.width, bias=True)
         self.norms = nn.ModuleList(HeadNorm(self.head) for _ in range(1 + len(self.windows)))
         self.out = nn.Linear(shape.width, shape.width, bias=False)
 
     def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
         past, after = state or EMPTY, {}
         (q, k, v), _ = self.qkv(x, None, sequence)
-        log_decay = F.logsigmoid(precise(self.forget(x))) / self.config.gate_temperature
-        log_decay = log_decay.unflatten(2, (self.shape.heads, self.head))  # B T H K
-        out, after["memory"] = sequence.run(linear_attention, q, k, v, log_decay, initial_state=past.get("memory"))
+        written, log_decay = self._gated(x, k)
+        out, after["memory"] = sequence.run(
+            linear_attention, q, written, v, log_decay, initial_state=past.get("memory")
+        )
         mixed = self.norms[0](out)
         place, after["position"] = positions(x, past.get("position"), sequence)
         q, k = (rotate(part, place, self.config.rope_base) for part in (q, k))
@@ -72,6 +76,13 @@ class IntraHybrid(Mixer):
             after |= {prefix + name: value for name, value in kept.items()}
             mixed = mixed + norm(out)
         return self.out(mixed), after
+
+    def _gated(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The key as the linear branch writes it, and the logarithm of what it keeps, both `[B,T,H,K]`."""
+        raw = -k if self.forget is None else self.forget(x).unflatten(2, (self.shape.heads, self.head))
+        log_decay = F.logsigmoid(precise(raw)) / self.config.gate_temperature
+        # 1 - a without cancellation.
+        return (k if self.forget is not None else -torch.expm1(log_decay).to(k.dtype)), log_decay
 
     def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
         heads = (self.shape.heads, self.head)
@@ -83,7 +94,8 @@ class IntraHybrid(Mixer):
 
     def weights(self) -> tuple[int, int]:
         width = self.shape.width
-        return 4 * width * width + 2 * self.config.gate_rank * width, width + len(self.norms) * self.head
+        gate, bias = (0, 0) if self.forget is None else (2 * self.config.gate_rank * width, width)
+        return 4 * width * width + gate, bias + len(self.norms) * self.head
 
     def operator_flops(self, tokens: int) -> int:
         sizes = (tokens, self.shape.heads, self.head, self.head)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -14,7 +13,6 @@ from seqtrain.mixers._costs import convolution_flops, linear_attention_flops
 from seqtrain.mixers._parts import (
     RMSNorm,
     ShortConvolution,
-    precise,
     reset_decay_rate,
     reset_step_bias,
     step_sizes,
@@ -77,8 +75,7 @@ class Mamba2(Mixer):
             initial_state=past.get("memory"),
         )
         out = (out + inner * self.skip[:, None]).flatten(2)
-        out = self.norm(precise(out) * F.silu(precise(gate))).to(x.dtype)
-        return self.out(out), {"conv": conv, "memory": memory}
+        return self.out(self.norm(out, gate).to(x.dtype)), {"conv": conv, "memory": memory}
 
     def _to_heads(self, part: Tensor) -> Tensor:
         grouped = part.unflatten(2, (self.config.groups, self.config.state))

@@ -2,50 +2,53 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from seqtrain.kernels.segments import PastKeys, segment_of
+from seqtrain.kernels.custom_ops import constant
+from seqtrain.kernels.segments import PastKeys, segment_of_package
 
 
 @dataclass(frozen=True)
 class Groups:
     """Documents cut into groups of `size` tokens, counted from each document's start.
 
-    `borders`: of all groups in the flattened batch, `[G+1]`; `first`, `last`: each document's first and last group,
-    `[N]`; `whole`: whether the last is complete, so that the next token starts another.
+    `borders`: int64 `[G+1]`, of all groups in the flattened batch; `first`, `last`: int64 `[N]`, each document's first
+    and last group; `whole`: bool `[N]`, whether the last is complete, so that the next token starts another.
     """
 
-    borders: tuple[int, ...]
-    first: tuple[int, ...]
-    last: tuple[int, ...]
-    whole: tuple[bool, ...]
+    borders: Tensor
+    first: Tensor
+    last: Tensor
+    whole: Tensor
 
     @classmethod
-    def of(cls, borders: list[int], past: list[int], size: int) -> "Groups":
-        """`borders`: `[N+1]`, of the documents; `past`: tokens of each that came before these."""
-        cuts, first, last, whole = [0], [], [], []
-        for (start, end), before in zip(pairwise(borders), past, strict=True):
-            first.append(len(cuts) - 1)
-            cuts.extend(range(start + size - before % size, end, size))
-            cuts.append(end)
-            last.append(len(cuts) - 2)
-            whole.append((before + end - start) % size == 0)
-        return cls(tuple(cuts), tuple(first), tuple(last), tuple(whole))
+    def of(cls, borders: Tensor, past: Tensor, size: int, tokens: int) -> "Groups":
+        """`borders`: int64 `[N+1]`, of documents of `tokens` in all; `past`: int64 `[N]`, tokens that came before."""
+        start, length, begun = borders[:-1], borders.diff(), past % size
+        count = ((begun + length + size - 1) // size).clamp(min=1)
+        ends = count.cumsum(0)
+        # A compiled graph can't depend on how many groups there are: in it, empty ones follow the last.
+        most = tokens // size + 2 * len(start)
+        group = torch.arange(most if torch.compiler.is_compiling() else int(ends[-1]), device=borders.device)
+        document = torch.searchsorted(ends, group, right=True).clamp(max=len(start) - 1)
+        edges = (start - begun)[document] + (group - (ends - count)[document]) * size
+        edges = torch.minimum(torch.maximum(edges, start[document]), borders[1:][document])
+        whole = (begun + length) % size == 0
+        return cls(torch.cat([edges, borders[-1:]]), ends - count, ends - 1, whole)
 
     def spread(self, states: Tensor) -> Tensor:
         """A state a document `[N,...]` -> a state a group `[G,...]`: a document's is its first's, others are zero."""
-        index = torch.tensor(self.first, device=states.device)
-        return states.new_zeros(len(self.borders) - 1, *states.shape[1:]).index_copy(0, index, states)
+        count, first = len(self.borders) - 1, self.first.to(states.device)
+        return states.new_zeros(count, *states.shape[1:]).index_copy(0, first, states)
 
     def collect(self, states: Tensor) -> Tensor:
         """A state a group -> a state a document: that of its last, zero where the next token starts another."""
-        done = torch.tensor(self.whole, device=states.device).view(-1, *(1,) * (states.dim() - 1))
-        return states[list(self.last)].masked_fill(done, 0)
+        done = self.whole.to(states.device).view(-1, *(1,) * (states.dim() - 1))
+        return states[self.last.to(states.device)].masked_fill(done, 0)
 
 
 def run_grouped(
@@ -71,10 +74,10 @@ def run_grouped(
         timed = isinstance(value, Tensor) and value.dim() >= 3 and value.shape[:2] == (batch, tokens)
         return value.reshape(1, batch * tokens, *value.shape[2:]) if timed else value
 
-    borders = [row * tokens for row in range(batch + 1)] if cu_seqlens is None else cu_seqlens.tolist()
-    seen = [0] * (len(borders) - 1) if past is None else past.tolist()
-    groups = Groups.of(borders, seen, size)
-    keys = isinstance(segment_of(operator), PastKeys)
+    borders = torch.arange(batch + 1) * tokens if cu_seqlens is None else cu_seqlens.to(torch.int64)
+    seen = torch.zeros_like(borders[1:]) if past is None else past.to(borders.device)
+    groups = Groups.of(borders, seen, size, batch * tokens)
+    keys = _keeps_keys(operator.__module__)
     if initial_state is not None:
         if keys:
             initial_state = _keys_in(initial_state, groups, packed=cu_seqlens is not None)
@@ -83,7 +86,7 @@ def run_grouped(
     out, final = operator(
         *(flat(tensor) for tensor in tensors),
         initial_state=initial_state,
-        cu_seqlens=torch.tensor(groups.borders, dtype=torch.int32),
+        cu_seqlens=groups.borders,
         backend=backend,
         **{name: flat(value) for name, value in options.items()},
     )
@@ -104,18 +107,24 @@ def _keys_in(state: dict[str, Tensor], groups: Groups, *, packed: bool) -> dict[
 
 def _keys_out(state: dict[str, Tensor], groups: Groups, rows: int | None) -> dict[str, Tensor]:
     """The reverse: rows end to end, or with `rows` that many for each, behind zeros where there are fewer."""
-    length = groups.collect(state["length"])
-    kept = torch.zeros_like(state["length"])
-    kept[list(groups.last)] = (length > 0).to(kept.dtype)
-    chosen = kept.repeat_interleave(state["length"]).bool()
-    k, v = state["k"][:, chosen], state["v"][:, chosen]
+    length, last = groups.collect(state["length"]), groups.last.to(state["length"].device)
     if rows is None:
-        return {"k": k, "v": v, "length": length}
-    real = torch.arange(rows, device=k.device) >= (rows - length)[:, None]  # B rows
-    places = real.flatten().nonzero().flatten()
+        kept = torch.zeros_like(state["length"])
+        kept[last] = (length > 0).to(kept.dtype)
+        chosen = kept.repeat_interleave(state["length"], output_size=state["k"].shape[1]).bool()
+        return {"k": state["k"][:, chosen], "v": state["v"][:, chosen], "length": length}
+    end = state["length"].cumsum(0)[last]
+    index = end[:, None] - rows + torch.arange(rows, device=end.device)  # B rows
+    real = index >= (end - length)[:, None]
 
     def padded(values: Tensor) -> Tensor:
-        empty = values.new_zeros(length.shape[0] * rows, *values.shape[2:])
-        return empty.index_copy(0, places, values[0]).unflatten(0, (-1, rows))
+        zero = values.new_zeros(1, *values.shape[2:])
+        return torch.cat([zero, values[0]])[torch.where(real, index + 1, 0)]
 
-    return {"k": padded(k), "v": padded(v), "length": length}
+    return {"k": padded(state["k"]), "v": padded(state["v"]), "length": length}
+
+
+# By name, which torch.compile takes for a constant.
+@constant
+def _keeps_keys(package: str) -> bool:
+    return isinstance(segment_of_package(package), PastKeys)

@@ -1,4 +1,4 @@
-"""What lies to the left of a rank: the last tokens before its own, from as many earlier ranks as hold them.
+"""What lies to the left of a rank: the last tokens before its own, or its document's first, from whoever holds them.
 
 Positions count the row's tokens from 0; rows of a state that precede the row have negative positions and lie on the
 group's first rank, before its tokens. Every rank knows all `offsets` and document borders, so it knows what each other
@@ -38,23 +38,27 @@ class Rows:
 class Traffic:
     """Which rows each rank of a group wants from earlier ones.
 
-    Rank r wants positions `starts[r] ... offsets[r]`; `given` rows of a state lie before position 0.
+    Rank r wants positions `starts[r] ... ends[r]`, all before its own; `given` rows of a state lie before position 0.
+    `ends`: empty where everybody wants the positions up to its own.
     """
 
     starts: tuple[int, ...]
     offsets: tuple[int, ...]
     given: int = 0
+    ends: tuple[int, ...] = ()
     # All of it in words, on which ranks agree.
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not self.ends:
+            object.__setattr__(self, "ends", self.offsets[:-1])
         # `torch.compile` can't write a dataclass, nor a tuple, into a text.
-        object.__setattr__(self, "text", f"{self.starts} {self.offsets} {self.given}")
+        object.__setattr__(self, "text", f"{self.starts} {self.ends} {self.offsets} {self.given}")
 
     @property
     def any(self) -> bool:
         """Whether any rank wants anything."""
-        return self.starts != self.offsets[:-1]
+        return self.starts != self.ends
 
     @property
     def reach(self) -> int:
@@ -63,7 +67,7 @@ class Traffic:
 
     def before(self, rank: int) -> int:
         """How many rows `rank` wants."""
-        return self.offsets[rank] - self.starts[rank]
+        return self.ends[rank] - self.starts[rank]
 
     def sends(self, rank: int) -> tuple[Rows, ...]:
         """Rows of `rank` that others want, and itself where it holds the given state."""
@@ -77,7 +81,7 @@ class Traffic:
         """Rows of `sender` that `receiver` wants; their `rank` is the sender's."""
         lowest = self.offsets[sender] - (self.given if sender == 0 else 0)
         first = max(self.starts[receiver], lowest)
-        last = min(self.offsets[receiver], self.offsets[sender + 1])
+        last = min(self.ends[receiver], self.offsets[sender + 1])
         return Rows(sender, first - lowest, last - lowest) if last > first and sender <= receiver else None
 
 
@@ -103,12 +107,25 @@ def _reach(traffic: Traffic) -> int:
 
 @lru_cache(maxsize=64)
 def _tokens_before(offsets: tuple[int, ...], borders: tuple[int, ...], count: int, given: int) -> Traffic:
-    starts = []
-    for start, end in pairwise(offsets):
-        last = start if end > start else start - 1
-        document = borders[bisect_right(borders, last) - 1] if last > 0 else 0
-        starts.append(max(document or -given, start - count))
+    starts = [
+        max(document or -given, start - count)
+        for start, document in zip(offsets, _first_documents(offsets, borders), strict=False)
+    ]
     return Traffic(tuple(starts), offsets, given)
+
+
+@lru_cache(maxsize=64)
+def _first_tokens(offsets: tuple[int, ...], borders: tuple[int, ...], count: int, given: int) -> Traffic:
+    documents = _first_documents(offsets, borders)
+    starts = tuple(document or -given for document in documents)
+    ends = tuple(min(document + count, start) for start, document in zip(offsets, documents, strict=False))
+    return Traffic(starts, offsets, given, ends)
+
+
+def _first_documents(offsets: tuple[int, ...], borders: tuple[int, ...]) -> list[int]:
+    """Where the document of each rank's first token starts; of a rank without tokens, of the token before it."""
+    firsts = [start if end > start else start - 1 for start, end in pairwise(offsets)]
+    return [borders[bisect_right(borders, first) - 1] if first > 0 else 0 for first in firsts]
 
 
 @dataclass(frozen=True)
@@ -126,6 +143,8 @@ class CutRow:
     borders: tuple[int, ...] = field(init=False)
     # Borders of the pieces of documents that this rank holds, counted from its first token: at least two.
     own_borders: tuple[int, ...] = field(init=False)
+    # Where in the row this rank's first document starts; for a rank without tokens, see `before`.
+    document_start: int = field(init=False)
 
     @property
     def rank(self) -> int:
@@ -139,6 +158,7 @@ class CutRow:
         object.__setattr__(self, "borders", borders)
         own = (0, *(border - start for border in borders if start < border < end), end - start)
         object.__setattr__(self, "own_borders", own)
+        object.__setattr__(self, "document_start", _first_documents(self.offsets, borders)[self.rank])
 
     def before(self, count: int, *, given: int = 0) -> Traffic:
         """Each rank wants the last `count` positions before its tokens, as far as its first document reaches back.
@@ -147,6 +167,14 @@ class CutRow:
         token before it, so that the state after its last token is that of the rank before.
         """
         return _tokens_before(self.offsets, self.borders, count, given)
+
+    def first_of_document(self, count: int, *, given: int = 0) -> Traffic:
+        """Each rank wants the first `count` positions of its first document, those before its own tokens.
+
+        The `given` rows belong to the row's first document and come before its tokens. For a rank without tokens, see
+        `before`.
+        """
+        return _first_tokens(self.offsets, self.borders, count, given)
 
 
 def left_halo(x: Tensor, traffic: Traffic, *, group: dist.ProcessGroup) -> Tensor:

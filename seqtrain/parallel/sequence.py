@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import noop_context_fn
 
 from seqtrain.parallel.grouped import run_grouped
 
@@ -18,6 +17,9 @@ class Sequence:
     `cu_seqlens`: int `[N+1]`, document borders of a packed row (then B == 1), or None for B separate rows.
     `backend`: the kernels' backend for every operator, `"auto"` to choose by device.
     """
+
+    # Whether layers on it send anything, which activation checkpointing must not do twice (`checkpoint_contexts`).
+    sends: ClassVar[bool] = False
 
     cu_seqlens: Tensor | None = None
     backend: str = "auto"
@@ -72,10 +74,6 @@ class Sequence:
             return seen.new_zeros(1, 1), seen
         before = past[:, None] if self.cu_seqlens is None else past.repeat_interleave(seen, output_size=tokens)[None]
         return before, seen + past
-
-    def checkpoint_contexts(self) -> tuple[Any, Any]:
-        """The `context_fn` of `torch.utils.checkpoint` for layers on this sequence, so that nothing is sent twice."""
-        return noop_context_fn()
 
     def _document_starts(self, index: Tensor) -> Tensor:
         """For places in the whole row, int64, where their documents (or rows) start."""

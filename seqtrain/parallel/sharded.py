@@ -9,20 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqtrain.kernels.segments import PastInputs, PastKeys, segment_of
+from seqtrain.kernels.segments import PastInputs, PastKeys, PastKeysAndSinks, segment_of
 from seqtrain.parallel.all_scan import Algorithm
-from seqtrain.parallel.checkpointing import checkpoint_contexts
 from seqtrain.parallel.halo import CutRow, run_with_past_inputs
 from seqtrain.parallel.local_call import LocalCall, Pieces
 from seqtrain.parallel.relay import run_relayed
 from seqtrain.parallel.scanned import run_scanned
 from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sinks import sharded_sink_attention
 from seqtrain.parallel.softmax import sharded_softmax_attention
 
 
@@ -46,6 +46,8 @@ class ShardedSequence(Sequence):
     group's first and continues the row's first document; the state that comes back is the one after this rank's last
     token, so the last rank's is the whole row's. Raises `ValueError` for offsets that don't fit.
     """
+
+    sends: ClassVar[bool] = True
 
     group: dist.ProcessGroup
     offsets: tuple[int, ...]
@@ -79,6 +81,10 @@ class ShardedSequence(Sequence):
         segment = segment_of(operator)
         if isinstance(segment, PastKeys):
             return sharded_softmax_attention(
+                *tensors, row=self._row, initial_state=initial_state, backend=self.backend, **options
+            )
+        if isinstance(segment, PastKeysAndSinks):
+            return sharded_sink_attention(
                 *tensors, row=self._row, initial_state=initial_state, backend=self.backend, **options
             )
         if isinstance(segment, PastInputs):
@@ -125,9 +131,6 @@ class ShardedSequence(Sequence):
         if past is None:
             return torch.zeros_like(index)[None], after
         return before * past[:, None], after + past * (start == 0)
-
-    def checkpoint_contexts(self) -> tuple[Any, Any]:
-        return checkpoint_contexts()
 
     @cached_property
     def _row(self) -> CutRow:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqtrain.kernels import delta_rule, linear_attention
-from seqtrain.kernels.dispatch import choose_anew
+from seqtrain.kernels.dispatch import choose, choose_anew
 from seqtrain.kernels.native import build, recurrence
 from seqtrain.testing import (
     assert_within,
@@ -66,6 +66,21 @@ def test_rows_match_the_definition(name, tokens):
     documents = {"cu_seqlens": borders([1])} if tokens == 1 else {}
     tensors = inputs(name, tokens, batch=1 if documents else 2, key_width=48, value_width=40)
     assert_within(errors(name, tensors, **documents), torch.float32)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decay_shape", ["none", "BTH", "BTHK"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_single_token_matches_the_definition(name, decay_shape, dtype):
+    tensors = inputs(name, 1, batch=3, key_width=20, value_width=37, decay_shape=decay_shape, decay="wide")
+    tensors = {key: x if x is None else x.to(torch.float32 if "state" in key else dtype) for key, x in tensors.items()}
+    assert choose(name, "native", torch.device("cpu"), single_token=True).__module__.endswith("native")
+    came = OPERATORS[name](**tensors, backend="native")
+    expected = OPERATORS[name](**tensors, backend="reference")
+    for x, y in zip(came, expected, strict=True):
+        assert x.dtype == y.dtype
+        assert relative_error(x, y) < (1e-6 if x.dtype == torch.float32 else 4e-3)
 
 
 @needs_library
@@ -183,7 +198,7 @@ def test_the_operators_pass_pytorch_s_own_check(decay_shape):
     }
     leaves = [None if x is None else x.requires_grad_() for x in tensors.values()]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(recurrence._forward, (*leaves, None, 0.5, True), test_utils=checks)
+    torch.library.opcheck(recurrence.RECURRENCE.op, (*leaves, None, 0.5, True), test_utils=checks)
 
 
 @needs_library

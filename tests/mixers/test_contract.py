@@ -18,6 +18,7 @@ WIDTH, HEADS = 32, 2
 # Settings that make a tiny layer show what the default would not at these lengths.
 TINY = {
     "sliding_attention": {"window": 9},
+    "streaming_attention": {"window": 9, "sinks": 2},
     "linearized_attention": {"window": 9, "sinks": 2},
     **{f"liger_{name}": {"window": 9} for name in ("gla", "gsa", "hgrn2")},
     "gsa": {"slots": 5},
@@ -36,6 +37,9 @@ VARIANTS = [
     ("s4d", {"initialization": "legs", "state": 6}),
     ("s5", {"discretization": "bilinear"}),
     ("intra_hybrid", {"window": 9, "full": True}),
+    ("intra_hybrid", {"window": 9, "tied_gate": True}),
+    ("linearized_attention", {"window": 9, "memory": "gla", "tied_gate": True, "combine": "norms"}),
+    ("linearized_attention", {"window": 0, "memory": "kda", "combine": "norms"}),
     ("min_gru", {"candidate": "linear", "expand": 0.5}),
     ("rg_lru", {"expand": 1.5, "conv_width": 2}),
     ("tcnca", {"chunk": 64, "conv_width": 2, "conv_depth": 1, "expand_key": 1.0, "expand_value": 1.0}),
@@ -253,6 +257,7 @@ class Counting(Sequence):
             "ttt_linear": lambda: (tensors[2], 6 * y.numel() * (y.shape[-1] + 1)),
             "short_convolution": lambda: (x, 2 * x.numel() * y.shape[-1]),
             "tensor_attention": lambda: (tensors[3], self._tensor_attention(*tensors)),
+            "slot_scores": lambda: (tensors[2], 4 * y.numel() * tensors[2].shape[-1]),
             "delay": lambda: (x, 0),
             "sink_attention": lambda: (x, self._sink_attention(x, **options)),
             "softmax_attention": lambda: self._softmax_attention(x, tensors[2], options["window"], self.group),

@@ -111,9 +111,13 @@ def test_window_sinks_and_memory_equal_the_quadratic_form(memory, group):
     left = left.repeat_interleave(group, 1) if isinstance(left, torch.Tensor) else left
     # What t reads was complete WINDOW tokens ago, with the decays of then.
     held = (features * left)[:, :, : tokens - WINDOW]
-    queries = mixer.memory.features(q).transpose(1, 2)[:, :, WINDOW:]
+    queries = (q[..., None, :] @ mixer.memory.query_map)[..., 0, :]
+    queries = mixer.memory.features(queries).transpose(1, 2)[:, :, WINDOW:]
     masses = F.pad(torch.einsum("bhtf,bhtsf->bhts", queries, held), (0, 0, WINDOW, 0))
-    masses = masses.masked_fill((s > t - WINDOW) | (s < SINKS), 0.0) * mixer.opening.exp()[:, None, None]
+    opened = (
+        (mixer.opening + (q * mixer.opening_slope.view(-1, q.shape[-1])).sum(-1)).exp().transpose(1, 2)[..., None]
+    )  # B H T 1
+    masses = masses.masked_fill((s > t - WINDOW) | (s < SINKS), 0.0) * opened
     weights = scores.exp().masked_fill(~near, 0.0) + masses
     out = (weights / weights.sum(-1, keepdim=True)) @ each(v)
     expected = mixer.out(out.transpose(1, 2).flatten(2))
@@ -121,8 +125,9 @@ def test_window_sinks_and_memory_equal_the_quadratic_form(memory, group):
 
 
 def softmax_layer(mixer, **fields):
-    """`attention` or `sliding_attention` with the projections of `mixer`."""
-    softmax = build("sliding_attention" if "window" in fields else "attention", **fields)
+    """`attention`, `sliding_attention` or `streaming_attention` with the projections of `mixer`."""
+    windowed = "streaming_attention" if "sinks" in fields else "sliding_attention"
+    softmax = build(windowed if "window" in fields else "attention", **fields)
     own = softmax.state_dict()
     softmax.load_state_dict({name: value for name, value in mixer.state_dict().items() if name in own})
     return softmax
@@ -139,12 +144,14 @@ def test_within_the_window_it_is_softmax_attention(memory):
 
 
 @every_memory
+@pytest.mark.parametrize("sinks", [0, SINKS])
 @torch.no_grad()
-def test_a_memory_that_counts_nothing_leaves_window_and_sinks(memory):
+def test_a_memory_that_counts_nothing_leaves_window_and_sinks(memory, sinks):
     """Trap 5, and trap 11: the window has as many keys as that of `sliding_attention`."""
-    mixer, x = hybrid(memory, sinks=0), inputs(30)
+    mixer, x = hybrid(memory, sinks=sinks), inputs(30)
     mixer.opening.fill_(-torch.inf)
-    alone = softmax_layer(mixer, window=WINDOW)(x)[0]
+    fields = {"window": WINDOW, "sinks": sinks} if sinks else {"window": WINDOW}
+    alone = softmax_layer(mixer, **fields)(x)[0]
     assert relative_error(mixer(x)[0], alone) < EXACT
     mixer.opening.fill_(0.0)
     assert relative_error(mixer(x)[0], alone) > 1e-3
@@ -178,10 +185,10 @@ def test_key_heads_are_shared_by_neighbouring_query_heads(memory, window):
     for head in range(HEADS):
         group = slice(head // 2, head // 2 + 1)
         one = {name: part[:, :, group] for name, part in written.items()}
-        mine, my_mass, _ = shared.memory.read(q[:, :, head : head + 1], one, {}, Sequence())
-        assert relative_error(value[:, :, head], mine[:, :, 0]) < EXACT
+        mine, my_mass, _ = shared.memory.read(q, one, {}, Sequence())
+        assert relative_error(value[:, :, head], mine[:, :, head]) < EXACT
         if mass is not None:
-            assert relative_error(mass[:, :, head], my_mass[:, :, 0]) < EXACT
+            assert relative_error(mass[:, :, head], my_mass[:, :, head]) < EXACT
     assert {key: tuple(value.shape) for key, value in state.items()} == shared.state_shapes(2)
     assert state[next(iter(shared.memory.state_shapes(2)))].shape[1] == HEADS // 2
 
@@ -216,6 +223,7 @@ def test_the_memory_stays_as_large_as_the_window(memory):
         ({"head_width": 7}, "linearized_attention.head_width=7: a head has 7 channels"),
         ({"rope_stretch": (1.0, 2.0)}, r"rope_stretch=\[2 numbers\]: a head of 10 channels has 5"),
         ({"query_group": 3}, "query_group=3: must divide model.heads=4"),
+        ({"memory": "kda", "tied_gate": True}, "tied_gate=true: is of memory=gla, not memory=kda"),
     ],
 )
 def test_mistakes_are_named(fields, message):
@@ -248,3 +256,34 @@ def test_liger_is_what_was_published(name):
     expected = mixer.out(torch.stack(outs).unflatten(0, (HEADS, tokens)).transpose(0, 1).flatten(1))
     assert relative_error(mixer(x)[0][0], expected) < EXACT
     assert sum(p.numel() for p in mixer.parameters()) == sum(p.numel() for p in softmax_layer(mixer).parameters())
+
+
+@every_memory
+@pytest.mark.parametrize("window", [0, WINDOW])
+@torch.no_grad()
+def test_with_norms_each_part_counts_by_its_weight_alone(memory, window):
+    """However large a part is, its heads enter the sum with a root mean square of 1 times the weight."""
+    mixer, x = hybrid(memory, window=window, combine="norms", norm_eps=1e-12), inputs(30)
+    mixer.out = torch.nn.Identity()
+    parts = {}
+    for part, kept in (("memory", "window_norm"), ("window", "memory_norm")):
+        mixer.without = part
+        parts[part] = mixer(x)[0].unflatten(2, (HEADS, -1))[:, 10:]
+        if window or part == "window":
+            weight = getattr(mixer, kept).weight
+            sizes = (parts[part] / weight).square().mean(-1).sqrt()
+            assert torch.allclose(sizes, torch.ones_like(sizes), atol=1e-5)
+    mixer.without = ""
+    whole = mixer(x)[0].unflatten(2, (HEADS, -1))[:, 10:]
+    assert relative_error(whole, parts["memory"] + parts["window"] if window else parts["window"]) < EXACT
+
+
+@torch.no_grad()
+def test_a_tied_gate_forgets_what_its_key_writes():
+    mixer, x = hybrid("gla", tied_gate=True), inputs(30)
+    _, k, v = mixer.project(x)
+    written = mixer.memory.write(x, k, v)
+    assert torch.allclose(written["log_decay"].exp(), 1 - written["k"], atol=1e-6)
+    assert {name for name, _ in mixer.memory.named_parameters()} == {"query_map", "key_map"}
+    # A key whose softmax has one channel far ahead must leave a logarithm.
+    assert torch.isfinite(mixer.memory.write(x, 1000 * k, v)["log_decay"]).all()

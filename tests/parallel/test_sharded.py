@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from seqtrain.kernels import delta_rule, diagonal_scan, linear_attention, tensor_attention
+from seqtrain.kernels import delta_rule, diagonal_scan, linear_attention, slot_scores, tensor_attention
 from seqtrain.parallel import Sequence, ShardedSequence
 from seqtrain.parallel.testing import run_ranks
 from tests.parallel.shard_cases import CUTS, Cut, OperatorCase, joined, sharded, whole
@@ -36,6 +36,8 @@ def operator_cases(cut: Cut, dtype: torch.dtype, *, initial: bool) -> dict[str, 
         if name != "fixed":
             tensors = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": decay}
             cases[f"delta_rule {name}"] = OperatorCase(delta_rule, tensors, {"scale": 0.7}, state(*memory))
+    tensors = {"q": q, "k": k, "written": -torch.expm1(by_channel[..., :value]), "log_decay": by_channel[..., :value]}
+    cases["slot_scores"] = OperatorCase(slot_scores, tensors, {"scale": 0.7}, state(heads, value, key))
     x = random(1, tokens, 5)
     log_a = F.logsigmoid(random(1, tokens, 5) + 2)
     cases["diagonal_scan"] = OperatorCase(diagonal_scan, {"x": x, "log_a": log_a}, {}, state(5))
@@ -52,7 +54,7 @@ def operator_cases(cut: Cut, dtype: torch.dtype, *, initial: bool) -> dict[str, 
 
 
 def weights_of(case: OperatorCase, cut: Cut) -> torch.Tensor:
-    name = {"diagonal_scan": "x", "tensor_attention": "v1"}.get(case.operator.__name__, "v")
+    name = {"diagonal_scan": "x", "tensor_attention": "v1", "slot_scores": "written"}.get(case.operator.__name__, "v")
     return torch.randn(case.tensors[name].shape, dtype=case.tensors[name].real.dtype, generator=torch.Generator())
 
 

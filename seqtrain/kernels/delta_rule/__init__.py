@@ -57,7 +57,7 @@ def delta_rule(
     run = choose("delta_rule", backend, q.device, single_token=cu_seqlens is None and q.shape[1] == 1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with full_precision(q.device):
-        return run(q, k, v, beta, log_decay, state, scale, cu_seqlens, **vectors)
+        return run(q, k, v, beta, log_decay, state, scale, cu_seqlens, *vectors.values())
 
 
 def _vectors(read: Tensor | None, erase: Tensor | None) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqtrain.kernels.custom_ops import opaque
 from seqtrain.kernels.decay import Products, decayed_products, decayed_products_backward
 from seqtrain.kernels.dispatch import full_precision
 from seqtrain.kernels.layout import ChunkLayout, Segment, chunk_layout
@@ -31,6 +32,7 @@ from seqtrain.kernels.triangular import unit_lower_inverse
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
+@opaque("delta_rule_chunked", like=lambda *x: (x[2], x[5]))
 def run(
     q: Tensor,
     k: Tensor,

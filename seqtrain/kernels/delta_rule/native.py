@@ -7,7 +7,7 @@ from seqtrain.kernels.delta_rule import chunked
 from seqtrain.kernels.native import recurrence
 from seqtrain.kernels.native.build import unavailable
 
-__all__ = ["run", "unavailable"]
+__all__ = ["run", "step", "unavailable"]
 
 
 def run(
@@ -24,3 +24,7 @@ def run(
     if state.dtype == torch.float64:
         return chunked.run(q, k, v, beta, log_decay, state, scale, cu_seqlens)
     return recurrence.run(q, k, v, beta, log_decay, state, scale, cu_seqlens)
+
+
+# The library has a way of its own for single tokens.
+step = run

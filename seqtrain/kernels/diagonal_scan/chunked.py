@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqtrain.kernels.custom_ops import opaque
+
 # Up to this many tokens a plain loop is the fastest.
 LOOP = 48
 # Steps of a chunk; 16 to 128 are within 1.5 times of each other at T=1024 to 16384, D=512.
 CHUNK = 32
 
 
+@opaque("diagonal_scan_chunked", like=lambda x, _, state, __: (x.to(state.dtype) if state.is_complex() else x, state))
 def run(x: Tensor, log_a: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `diagonal_scan`; `state` is given."""
     out_dtype = state.dtype if state.is_complex() else x.dtype

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqtrain.kernels.custom_ops import opaque
 from seqtrain.kernels.diagonal_scan import diagonal_scan
 from seqtrain.kernels.dispatch import full_precision
 
@@ -20,6 +21,7 @@ from seqtrain.kernels.dispatch import full_precision
 CHUNK = 64
 
 
+@opaque("diagonal_system_chunked", like=lambda *x: (x[0], x[5]))
 def run(
     u: Tensor, log_a: Tensor, write: Tensor, read: Tensor, form: str, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqtrain.kernels.custom_ops import opaque
 from seqtrain.kernels.decay import Products, decayed_products, decayed_products_backward
 from seqtrain.kernels.dispatch import full_precision
 from seqtrain.kernels.layout import ChunkLayout, chunk_layout
 from seqtrain.kernels.states import chunk_length, factor_gradient, scan_additive, segment_limit
 
 
+@opaque("linear_attention_chunked", like=lambda *x: (x[2], x[4]))
 def run(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -11,31 +11,12 @@
 // their own borders, and inside a block running products of decays are carried from token to token.
 #pragma once
 
-#include <cstdlib>
-#include <memory>
-#include <new>
-#include <vector>
-
+#include "arrays.h"
 #include "simd.h"
 
 namespace seqtrain {
 
 constexpr int kMaxChunk = 64;
-
-// Scratch memory of one worker, freed with it.
-class Arena {
- public:
-  float* take(int64_t floats) {
-    const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64 + 64;
-    void* memory = std::aligned_alloc(64, bytes);
-    if (!memory) throw std::bad_alloc();
-    blocks_.emplace_back(static_cast<float*>(memory), &std::free);
-    return blocks_.back().get();
-  }
-
- private:
-  std::vector<std::unique_ptr<float, void (*)(void*)>> blocks_;
-};
 
 enum class DecayKind : int64_t { kNone = 0, kScalar = 1, kChannel = 2 };
 

@@ -9,24 +9,17 @@
 // these, then goes through them from the last to the first. Tasks are documents x heads x blocks of value columns,
 // which share nothing; each block has its own part of the gradients of q, k, beta and log_decay, summed by the caller.
 #include <algorithm>
-#include <atomic>
-#include <numeric>
+#include <cmath>
 
-#include <omp.h>
 #include <pthread.h>
 
+#include "arrays.h"
 #include "decay.h"
+#include "parallel.h"
 
 namespace seqtrain {
 
-enum class Kind : int64_t { kAbsent = 0, kFloat = 1, kBFloat16 = 2 };
-
-struct Array {
-  void* data;
-  Kind kind;
-};
-
-// Mirrored field by field in library.py.
+// Mirrored field by field in recurrence.py.
 struct Call {
   Array q, k, v, beta, log_decay, out, d_out, d_q, d_k, d_v, d_beta, d_log;
   float *state, *final_state, *checkpoints, *d_final, *d_state;
@@ -35,39 +28,6 @@ struct Call {
   DecayKind decay;
   double scale;
 };
-
-static int64_t padded(int64_t size) { return (size + kBlock - 1) / kBlock * kBlock; }
-
-static void widen(const Array& from, int64_t offset, int count, float factor, float* to) {
-  if (from.kind == Kind::kFloat) {
-    const float* p = static_cast<const float*>(from.data) + offset;
-    for (int n = 0; n < count; ++n) to[n] = p[n] * factor;
-    return;
-  }
-  const uint16_t* p = static_cast<const uint16_t*>(from.data) + offset;
-  for (int n = 0; n < count; ++n) {
-    const uint32_t bits = uint32_t(p[n]) << 16;
-    float x;
-    std::memcpy(&x, &bits, sizeof(x));
-    to[n] = x * factor;
-  }
-}
-
-static void narrow(const float* from, int count, float factor, const Array& to, int64_t offset) {
-  if (to.kind == Kind::kFloat) {
-    float* p = static_cast<float*>(to.data) + offset;
-    for (int n = 0; n < count; ++n) p[n] = from[n] * factor;
-    return;
-  }
-  uint16_t* p = static_cast<uint16_t*>(to.data) + offset;
-  for (int n = 0; n < count; ++n) {
-    const float x = from[n] * factor;
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof(bits));
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    p[n] = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
-  }
-}
 
 // E from its right side and n = beta E, [rows, width] each, `pairs` strictly lower.
 static void solve(int rows, int width, const float* pairs, const float* beta, float* errors, float* written) {
@@ -116,10 +76,6 @@ static void solve_transposed(int rows, int width, const float* pairs, const floa
   }
 }
 
-struct Task {
-  int64_t document, head, value_block;
-};
-
 // One thread's buffers, and what it does with a task.
 class Worker {
  public:
@@ -133,6 +89,7 @@ class Worker {
     x_ = arena_.take(2 * rows * key_);
     log_ = arena_.take(rows * (call.decay == DecayKind::kChannel ? key_ : 1));
     beta_ = arena_.take(rows);
+    factor_ = arena_.take(key_);
     for (float** buffer : {&v_, &written_}) *buffer = arena_.take(rows * width_);
     read_ = arena_.take(2 * rows * width_);
     state_ = arena_.take(state);
@@ -154,6 +111,7 @@ class Worker {
 
   void forward(const Task& task) {
     begin(task);
+    if (length_ == 1 && !call_.checkpoints) return step();
     copy_state(call_.state, task.document, state_);
     for (int64_t n = 0; n < chunks_; ++n) {
       if (call_.checkpoints && n % call_.every == 0) put_state(state_, call_.checkpoints, checkpoint(n));
@@ -182,22 +140,52 @@ class Worker {
   }
 
  private:
+  // A document of one token, as in decoding: two passes over the state, without a chunk's padding and products.
+  void step() {
+    const int key = static_cast<int>(call_.key);
+    take(0);
+    take_values(0, call_.v, 1, v_);
+    const float *q = x_, *k = x_ + int64_t(padded(1)) * key_;
+    const float* before = state_of(call_.state, document_);
+    float *after = state_of(call_.final_state, document_), *found = read_;
+    std::memset(found, 0, sizeof(float) * 2 * width_);
+    float* out = found + width_;
+    for (int c = 0; c < key; ++c) {
+      const float* log = call_.decay == DecayKind::kNone ? nullptr : log_ + (call_.decay == DecayKind::kChannel ? c : 0);
+      factor_[c] = log ? std::exp(*log) : 1;
+      if (delta_) add_row(found, before + c * call_.value, k[c] * factor_[c], columns_);
+    }
+    for (int w = 0; w < columns_; ++w) v_[w] = delta_ ? beta_[0] * (v_[w] - found[w]) : v_[w];
+    for (int c = 0; c < key; ++c) {
+      float* row = after + c * call_.value;
+      for (int w = 0; w < columns_; ++w) row[w] = factor_[c] * before[c * call_.value + w] + k[c] * v_[w];
+      add_row(out, row, q[c], columns_);
+    }
+    put_values(0, out, call_.out, 1);
+  }
+
+  static void add_row(float* __restrict to, const float* __restrict row, float factor, int columns) {
+    for (int w = 0; w < columns; ++w) to[w] += factor * row[w];
+  }
+
   void begin(const Task& task) {
-    task_ = task;
+    document_ = task.document;
+    head_ = task.part / call_.value_blocks;
+    value_block_ = task.part % call_.value_blocks;
     start_ = call_.borders[task.document];
     length_ = call_.borders[task.document + 1] - start_;
     chunks_ = (length_ + call_.chunk - 1) / call_.chunk;
-    first_column_ = task.value_block * width_;
+    first_column_ = value_block_ * width_;
     columns_ = static_cast<int>(std::min<int64_t>(width_, call_.value - first_column_));
   }
 
   // The place of chunk n's checkpoint, n a multiple of `every`: rising over documents without a table of them.
   int64_t checkpoint(int64_t n) const {
-    return start_ / (call_.chunk * call_.every) + task_.document + n / call_.every;
+    return start_ / (call_.chunk * call_.every) + document_ + n / call_.every;
   }
 
   float* state_of(float* states, int64_t index) const {
-    return states + (index * call_.heads + task_.head) * call_.key * call_.value + first_column_;
+    return states + (index * call_.heads + head_) * call_.key * call_.value + first_column_;
   }
 
   void copy_state(float* states, int64_t index, float* to) const {
@@ -214,7 +202,7 @@ class Worker {
   // Tokens of chunk n: all, or what the document has left.
   int tokens(int64_t n) const { return static_cast<int>(std::min(call_.chunk, length_ - n * call_.chunk)); }
 
-  int64_t place(int64_t n, int i) const { return (start_ + n * call_.chunk + i) * call_.heads + task_.head; }
+  int64_t place(int64_t n, int i) const { return (start_ + n * call_.chunk + i) * call_.heads + head_; }
 
   // Rows [padded(tokens), padded width] of chunk n, with zeros for padding.
   void take_rows(int64_t n, const Array& from, int64_t width, int64_t column, int columns, int to_width, float factor,
@@ -239,7 +227,7 @@ class Worker {
 
   // Rows of a gradient that this task's block of columns only has a part of.
   void put_part(int64_t n, const float* rows, int64_t width, int row_width, const Array& to, float factor) const {
-    const int64_t block = task_.value_block * call_.tokens * call_.heads;
+    const int64_t block = value_block_ * call_.tokens * call_.heads;
     for (int i = 0; i < tokens(n); ++i)
       narrow(rows + int64_t(i) * row_width, static_cast<int>(width), factor, to, (block + place(n, i)) * width);
   }
@@ -337,10 +325,10 @@ class Worker {
   const int key_, width_;  // padded widths: of keys, and of a block of value columns
   Arena arena_;
   Decay decay_;
-  Task task_{};
+  int64_t document_ = 0, head_ = 0, value_block_ = 0;
   int64_t start_ = 0, length_ = 0, chunks_ = 0, first_column_ = 0;
   int columns_ = 0;
-  float *x_, *log_, *beta_, *v_, *written_, *read_, *state_;
+  float *x_, *log_, *beta_, *factor_, *v_, *written_, *read_, *state_;
   float* pairs_[2];
   float *d_state_ = nullptr, *state_t_ = nullptr, *d_state_t_ = nullptr, *d_written_ = nullptr, *written_t_ = nullptr;
   float *d_start_ = nullptr, *d_keys_ = nullptr, *d_log_ = nullptr;
@@ -349,48 +337,17 @@ class Worker {
   float *states_ = nullptr, *errors_ = nullptr, *key_pairs_ = nullptr;
 };
 
-// The OpenMP runtime's threads do not survive a fork; a child that waited for them would wait forever.
-static std::atomic<bool> forked{false};
-
-static int run(const Call& call, bool backward) {
-  std::vector<int64_t> documents(call.documents);
-  std::iota(documents.begin(), documents.end(), 0);
-  // Longest first, so that no thread starts a long one when the others are done.
-  std::stable_sort(documents.begin(), documents.end(), [&](int64_t a, int64_t b) {
-    return call.borders[a + 1] - call.borders[a] > call.borders[b + 1] - call.borders[b];
-  });
-  const int64_t each = call.heads * call.value_blocks, tasks = call.documents * each;
-  std::atomic<int64_t> next{0};
-  std::atomic<int> status{0};
-  const int threads = forked ? 1 : static_cast<int>(std::min(call.threads, tasks));
-  auto work = [&] {
-    const FlushToZero flush;
-    try {
-      Worker worker(call, backward);
-      for (int64_t n; (n = next++) < tasks;) {
-        const Task task{documents[n / each], n % each / call.value_blocks, n % call.value_blocks};
-        backward ? worker.backward(task) : worker.forward(task);
-      }
-    } catch (const std::bad_alloc&) {
-      status = 1;
-    }
-  };
-  if (threads <= 1) {
-    work();
-  } else {
-#pragma omp parallel num_threads(threads)
-    work();
-  }
-  return status;
-}
-
 }  // namespace seqtrain
 
 extern "C" {
 
 // Both return 0, or 1 where memory ran out.
-int seqtrain_forward(const seqtrain::Call* call) { return seqtrain::run(*call, false); }
-int seqtrain_backward(const seqtrain::Call* call) { return seqtrain::run(*call, true); }
+int seqtrain_forward(const seqtrain::Call* call) {
+  return seqtrain::run_tasks<seqtrain::Worker>(*call, call->heads * call->value_blocks, false);
+}
+int seqtrain_backward(const seqtrain::Call* call) {
+  return seqtrain::run_tasks<seqtrain::Worker>(*call, call->heads * call->value_blocks, true);
+}
 
 // The size of Call, by which the caller checks its own picture of it.
 int64_t seqtrain_call_size() { return sizeof(seqtrain::Call); }

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqtrain.kernels.custom_ops import opaque
 from seqtrain.kernels.softmax_attention.past import Past
 
 # Documents from this length on are attended to one by one: a call's own cost (about 0.1 ms) is lost in their work.
@@ -25,11 +26,10 @@ def run(
     """See `softmax_attention`; returns `out` alone."""
     if cu_seqlens is None:
         return _rows(q, k, v, window, scale, past)
-    borders = cu_seqlens.tolist()
     if past is None:
-        return _documents(q, k, v, window, scale, borders)
+        return _documents(q, k, v, window, scale, cu_seqlens)[0]
     outs, first = [], 0
-    for n, (start, end) in enumerate(pairwise(borders)):
+    for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
         rows = slice(first, first + past.lengths[n])
         mine = Past(past.k[:, rows], past.v[:, rows], past.length[n : n + 1], past.lengths[n : n + 1])
         outs.append(_rows(q[:, start:end], k[:, start:end], v[:, start:end], window, scale, mine))
@@ -92,11 +92,12 @@ def _whole(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, pa
     return torch.cat(outs, 1)
 
 
-def _documents(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, borders: list[int]) -> Tensor:
-    """Documents of one packed row, nothing before them."""
+@opaque("softmax_attention_documents", like=lambda q, k, v, *_: (v.new_empty(*q.shape[:3], v.shape[3]),))
+def _documents(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, cu_seqlens: Tensor) -> tuple[Tensor]:
+    """`(out,)` of documents of one packed row, nothing before them."""
     outs, places = [], []
     batches: dict[int, list[tuple[int, int]]] = {}
-    for start, end in pairwise(borders):
+    for start, end in pairwise(cu_seqlens.tolist()):
         length = end - start
         if length >= ALONE or (window is not None and length > window):
             outs.append(_rows(q[:, start:end], k[:, start:end], v[:, start:end], window, scale, None)[0])
@@ -116,7 +117,7 @@ def _documents(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float
     out = q.new_empty(q.shape[1], q.shape[2], v.shape[3])
     if outs:
         out = out.index_copy(0, torch.cat(places).to(q.device), torch.cat(outs))
-    return out[None]
+    return (out[None],)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | str | None) -> Tensor:

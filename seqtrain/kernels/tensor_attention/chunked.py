@@ -17,13 +17,14 @@ from an exact sum. That gives what the sums before each chunk owe to it, hence w
 the gradients is linear, and is added last.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from seqtrain.kernels.custom_ops import opaque
 from seqtrain.kernels.dispatch import full_precision
 from seqtrain.kernels.layout import ChunkLayout, Segment, chunk_layout
 from seqtrain.kernels.states import scan_additive
@@ -44,6 +45,7 @@ class _Plan:
     scale: float
     layout: ChunkLayout
     limit: int
+    products: "Products"
 
     def segments(self) -> tuple[Segment, ...]:
         return self.layout.segments(self.limit)
@@ -53,19 +55,60 @@ def run(
     inputs: tuple[Tensor, ...], degree: int, scale: float, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See `tensor_attention`; `inputs`: q, k1, k2, v1, v2; `state` is given."""
-    q, _, _, v1, _ = inputs
-    batch, tokens, heads, width = q.shape
-    if tokens == 0:
-        return v1.to(state.dtype), state
-    limit = max(1, SEGMENT // (heads * feature_count(width, degree) * (v1.shape[3] + 1)))
-    # The longest chunks of which a segment still has its fill.
-    chunk = 1 << (max(SHORTEST, min(LONGEST, batch * tokens // limit)).bit_length() - 1)
-    layout = chunk_layout(batch, tokens, cu_seqlens, chunk=chunk, smallest_chunk=SHORTEST, device=q.device)
-    return _TensorAttention.apply(*inputs, state, _Plan(degree, scale, layout, limit))
+    q, k1, k2, v1, v2 = inputs
+    return _run(q, k1, k2, v1, v2, degree, scale, state, cu_seqlens)
+
+
+@opaque("tensor_attention_chunked", like=lambda *x: (x[3].to(x[7].dtype), x[7]))
+def _run(
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    degree: int,
+    scale: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return attend((q, k1, k2, v1, v2), degree, scale, state, cu_seqlens, Products(_outputs, _gradients, SEGMENT))
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Products:
+    """The loops over the steps of chunks, which a backend may have its own of, and how many chunks they take at once.
+
+    `outputs(piece, sums)`, `gradients(piece, sums, d_out)`: as `_outputs` and `_gradients`. `segment`: numbers in
+    each of the two running sums of a segment.
+    """
+
+    outputs: Callable[["Piece", Tensor], Tensor]
+    gradients: Callable[["Piece", Tensor, Tensor], tuple["Piece", Tensor]]
+    segment: int
+
+
+def attend(
+    inputs: tuple[Tensor, ...],
+    degree: int,
+    scale: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    products: Products,
+) -> tuple[Tensor, Tensor]:
+    """`run`, by the given products."""
+    q, k1, k2, v1, v2 = inputs
+    batch, tokens, heads, width = q.shape
+    if tokens == 0:
+        return v1.to(state.dtype), state
+    limit = max(1, products.segment // (heads * feature_count(width, degree) * (v1.shape[3] + 1)))
+    # The longest chunks of which a segment still has its fill.
+    chunk = 1 << (max(SHORTEST, min(LONGEST, batch * tokens // limit)).bit_length() - 1)
+    layout = chunk_layout(batch, tokens, cu_seqlens, chunk=chunk, smallest_chunk=SHORTEST, device=q.device)
+    return _TensorAttention.apply(q, k1, k2, v1, v2, state, _Plan(degree, scale, layout, limit, products))
+
+
+@dataclass(frozen=True)
+class Piece:
     """Features of queries `[n,L,c,F]` and of both keys `[n,2,L,c,F]`, values with ones `[n,2,L,c,W]`; or their
     gradients.
 
@@ -77,9 +120,9 @@ class _Piece:
     k: Tensor
     v: Tensor
 
-    def steps(self) -> Iterator["_Piece"]:
+    def steps(self) -> Iterator["Piece"]:
         """The steps, first to last, without dimension n."""
-        return (_Piece(*step) for step in zip(self.q, self.k, self.v, strict=True))
+        return (Piece(*step) for step in zip(self.q, self.k, self.v, strict=True))
 
 
 def _in_steps(rows: Tensor) -> Tensor:
@@ -87,7 +130,7 @@ def _in_steps(rows: Tensor) -> Tensor:
     return rows.unflatten(1, (-1, STEP)).transpose(0, 1).contiguous()
 
 
-def _from_steps(rows: Tensor) -> Tensor:
+def from_steps(rows: Tensor) -> Tensor:
     """`[n,L,c,X]` -> `[L,C,X]`."""
     return rows.transpose(0, 1).flatten(1, 2)
 
@@ -102,23 +145,23 @@ class _Pairs:
         self.seen = (token <= self.t[:, None]).to(like.dtype)  # P c: the j <= t
 
 
-def _piece(segment: Segment, inputs: tuple[Tensor, ...], plan: _Plan, dtype: torch.dtype) -> _Piece:
+def _piece(segment: Segment, inputs: tuple[Tensor, ...], plan: _Plan, dtype: torch.dtype) -> Piece:
     q, k1, k2, v1, v2 = (_in_steps(segment.take(x, dtype)) for x in inputs)
     real = (segment.tokens >= 0).repeat_interleave(inputs[0].shape[2], 0)[..., None]  # L C 1
     real = _in_steps(real.to(dtype))
-    return _Piece(
+    return Piece(
         features(q * plan.scale, plan.degree).contiguous(),
         torch.stack([features(k, plan.degree) for k in (k1, k2)], 1),
         torch.stack([torch.cat([v, real], 3) for v in (v1, v2)], 1),
     )
 
 
-def _add_(sums: Tensor, step: _Piece, sign: int = 1) -> None:
+def _add_(sums: Tensor, step: Piece, sign: int = 1) -> None:
     """`sums [2,L,F,W] += sign * phi(k)^T v` over the tokens of `step`."""
     sums.flatten(0, 1).baddbmm_(step.k.flatten(0, 1).transpose(1, 2), step.v.flatten(0, 1), alpha=sign)
 
 
-def _totals(piece: _Piece) -> Tensor:
+def _totals(piece: Piece) -> Tensor:
     """What each chunk adds to the sums, `[2,L,F,W]`."""
     _, two, lanes, _, width = piece.k.shape
     totals = piece.v.new_zeros(two, lanes, width, piece.v.shape[-1])
@@ -144,7 +187,7 @@ def _from_carry(carry: Tensor, heads: int) -> Tensor:
     return carry.transpose(0, 1).unflatten(0, (-1, heads)).contiguous()
 
 
-def _step(sums: Tensor, step: _Piece, pairs: _Pairs) -> Tensor:
+def _step(sums: Tensor, step: Piece, pairs: _Pairs) -> Tensor:
     """The four terms for the tokens of a step, `[L,c,W]`; `sums`: before it."""
     q = step.q.index_select(1, pairs.t)  # L P F
     v1, v2 = (v.index_select(1, pairs.i) for v in step.v)  # L P W
@@ -155,7 +198,7 @@ def _step(sums: Tensor, step: _Piece, pairs: _Pairs) -> Tensor:
     return torch.baddbmm(pairs.sums @ of_pairs, step.q, sums[0] * sums[1])
 
 
-def _step_gradients(sums: Tensor, step: _Piece, pairs: _Pairs, d_out: Tensor, grad: _Piece, d_sums: Tensor) -> None:
+def _step_gradients(sums: Tensor, step: Piece, pairs: _Pairs, d_out: Tensor, grad: Piece, d_sums: Tensor) -> None:
     """The gradients of `_step`, from `d_out [L,c,W]`, added to those of the step's tokens and of `sums`."""
     t, i = pairs.t, pairs.i
     q = step.q.index_select(1, t)
@@ -184,30 +227,30 @@ def _step_gradients(sums: Tensor, step: _Piece, pairs: _Pairs, d_out: Tensor, gr
     grad.v[1].baddbmm_(both_new.transpose(1, 2), d_1)
 
 
-def _outputs(piece: _Piece, sums: Tensor) -> Tensor:
+def _outputs(piece: Piece, sums: Tensor) -> Tensor:
     """Numerators and sums of weights, `[L,C,W]`, from the sums before each chunk (spoiled)."""
     pairs = _Pairs(piece.q)
     rows = []
     for step in piece.steps():
         rows.append(_step(sums, step, pairs))
         _add_(sums, step)
-    return _from_steps(torch.stack(rows))
+    return from_steps(torch.stack(rows))
 
 
-def _through_sums_(grad: _Piece, step: _Piece, d_sums: Tensor) -> None:
+def _through_sums_(grad: Piece, step: Piece, d_sums: Tensor) -> None:
     """Adds to a step's gradients what its keys and values owe to later sums, whose gradient is `d_sums [2,L,F,W]`."""
     k, v, d_sums = step.k.flatten(0, 1), step.v.flatten(0, 1), d_sums.flatten(0, 1)
     grad.k.flatten(0, 1).baddbmm_(v, d_sums.transpose(1, 2))
     grad.v.flatten(0, 1).baddbmm_(k, d_sums)
 
 
-def _gradients(piece: _Piece, sums: Tensor, d_out: Tensor) -> tuple[_Piece, Tensor]:
+def _gradients(piece: Piece, sums: Tensor, d_out: Tensor) -> tuple[Piece, Tensor]:
     """Gradients from within each chunk: of its piece, and of the sums before it, `[2,L,F,W]`.
 
     `sums`: after each chunk (spoiled). `d_out`: `[n,L,c,W]`.
     """
     pairs = _Pairs(piece.q)
-    grad = _Piece(*(torch.zeros_like(x) for x in (piece.q, piece.k, piece.v)))
+    grad = Piece(*(torch.zeros_like(x) for x in (piece.q, piece.k, piece.v)))
     d_sums = torch.zeros_like(sums)
     for step, d_rows, step_grad in reversed(list(zip(piece.steps(), d_out, grad.steps(), strict=True))):
         _add_(sums, step, -1)
@@ -245,7 +288,7 @@ def _forward(inputs: tuple[Tensor, ...], state: Tensor, plan: _Plan) -> tuple[Te
         piece = _piece(segment, inputs, plan, state.dtype)
         # Later segments have fewer documents: those that have ended are not kept again.
         checkpoints.append(carry[:, : segment.counts[0] * heads].clone())
-        rows = _outputs(piece, _pass_on(_totals(piece), carry, segment.steps(heads)))
+        rows = plan.products.outputs(piece, _pass_on(_totals(piece), carry, segment.steps(heads)))
         segment.put(out, rows[..., :-1] / rows[..., -1:])
         segment.put(weight, rows[..., -1:])
     return out, weight, plan.layout.restore_states(_from_carry(carry, heads)), checkpoints
@@ -273,7 +316,7 @@ def _backward(
         rows = segment.take(d_out, dtype)  # L C V
         ratio = (rows * segment.take(out, dtype)).sum(-1, keepdim=True)
         d_rows = torch.cat([rows, -ratio], -1).mul_(segment.take(inverse, dtype))
-        grad, d_sums = _gradients(piece, ends, _in_steps(d_rows))
+        grad, d_sums = plan.products.gradients(piece, ends, _in_steps(d_rows))
         d_ends = _pass_on(d_sums, d_carry, steps[::-1])
         for step, step_grad in zip(piece.steps(), grad.steps(), strict=True):
             _through_sums_(step_grad, step, d_ends)
@@ -281,13 +324,11 @@ def _backward(
     return [*grads, plan.layout.restore_states(_from_carry(d_carry, heads))]
 
 
-def _put_gradients(
-    segment: Segment, inputs: tuple[Tensor, ...], grads: list[Tensor], grad: _Piece, plan: _Plan
-) -> None:
+def _put_gradients(segment: Segment, inputs: tuple[Tensor, ...], grads: list[Tensor], grad: Piece, plan: _Plan) -> None:
     """Gradients of the features and values of a segment -> of its inputs, written where its tokens lie."""
     factors = (plan.scale, 1.0, 1.0)
     for x, d_phi, out, factor in zip(inputs, (grad.q, *grad.k.unbind(1)), grads, factors, strict=False):
         rows = _in_steps(segment.take(x, d_phi.dtype)) * factor
-        segment.put(out, _from_steps(features_gradient(rows, d_phi, plan.degree) * factor))
+        segment.put(out, from_steps(features_gradient(rows, d_phi, plan.degree) * factor))
     for d_v, out in zip(grad.v.unbind(1), grads[3:], strict=True):
-        segment.put(out, _from_steps(d_v[..., :-1]))
+        segment.put(out, from_steps(d_v[..., :-1]))

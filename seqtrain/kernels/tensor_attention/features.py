@@ -23,7 +23,7 @@ def feature_count(width: int, degree: int) -> int:
 
 
 @cache
-def _extensions(width: int, power: int, degree: int) -> tuple[list[int], list[int], list[float]]:
+def extensions(width: int, power: int, degree: int) -> tuple[list[int], list[int], list[float]]:
     """For each monomial of `power`: the one of `power - 1` it extends, the variable it adds, its weight over that
     one's.
 
@@ -53,8 +53,8 @@ def _blocks(x: Tensor, degree: int) -> list[Tensor]:
 
 
 def _tensors(x: Tensor, power: int, degree: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`_extensions` for `x [K,...]`."""
-    shorter, added, ratio = _extensions(x.shape[0], power, degree)
+    """`extensions` for `x [K,...]`."""
+    shorter, added, ratio = extensions(x.shape[0], power, degree)
     weight = x.new_tensor(ratio).view(-1, *(1,) * (x.dim() - 1))
     return x.new_tensor(shorter, dtype=torch.int64), x.new_tensor(added, dtype=torch.int64), weight
 

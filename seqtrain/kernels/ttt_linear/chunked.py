@@ -8,6 +8,7 @@ With G the sum of gradients that the mini-batch has from before, `Z = [K, 1] W` 
 import torch
 from torch import Tensor
 
+from seqtrain.kernels.custom_ops import opaque
 from seqtrain.kernels.documents import by_document
 from seqtrain.kernels.ttt_linear.inner import InnerModel, pack, unpack, with_one
 
@@ -16,7 +17,24 @@ def run(
     inputs: tuple[Tensor, ...], model: InnerModel, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See `ttt_linear`; `inputs`: q, k, v, rate; `state` is given."""
-    start, shares = model.start, model.shares
+    q, k, v, rate = inputs
+    return _run(q, k, v, rate, model.start, model.weight, model.bias, model.shares, state, cu_seqlens)
+
+
+@opaque("ttt_linear_chunked", like=lambda *x: (x[2], x[8]))
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rate: Tensor,
+    start: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shares: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    model = InnerModel(start, weight, bias, shares)
 
     def rows(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         counts = unpack(state)[2].tolist()
@@ -46,8 +64,8 @@ def run(
         state = pack(change, total, torch.full((q.shape[0],), count, device=q.device))
         return (query + model.norm(torch.cat(pieces, 2))).transpose(1, 2), state
 
-    out, state = by_document(rows, inputs, state, cu_seqlens)
-    return out.to(inputs[2].dtype), state
+    out, state = by_document(rows, (q, k, v, rate), state, cu_seqlens)
+    return out.to(v.dtype), state
 
 
 def _mini_batches(tokens: int, count: int, size: int) -> list[int]:

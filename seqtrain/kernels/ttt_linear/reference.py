@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from seqtrain.kernels.custom_ops import opaque
 from seqtrain.kernels.documents import by_document
 from seqtrain.kernels.ttt_linear.inner import InnerModel, pack, unpack, with_one
 
@@ -11,7 +12,24 @@ def run(
     inputs: tuple[Tensor, ...], model: InnerModel, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See `ttt_linear`; `inputs`: q, k, v, rate; `state` is given."""
-    start, shares = model.start, model.shares
+    q, k, v, rate = inputs
+    return _run(q, k, v, rate, model.start, model.weight, model.bias, model.shares, state, cu_seqlens)
+
+
+@opaque("ttt_linear_reference", like=lambda *x: (x[2], x[8]))
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rate: Tensor,
+    start: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shares: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    model = InnerModel(start, weight, bias, shares)
 
     def loop(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         change, total, count = unpack(state)
@@ -27,5 +45,5 @@ def run(
             count = (count + 1) % len(shares)
         return (torch.stack(out, 1) if out else v.to(state.dtype)), pack(change, total, count)
 
-    out, state = by_document(loop, inputs, state, cu_seqlens)
-    return out.to(inputs[2].dtype), state
+    out, state = by_document(loop, (q, k, v, rate), state, cu_seqlens)
+    return out.to(v.dtype), state

@@ -1,0 +1,507 @@
+"""Triton's interpreter, mended, and watching: kernels run on the CPU, and every launch tells what it read and wrote.
+
+Triton reads `TRITON_INTERPRET=1` when it is first imported and when a kernel is defined, so a process either interprets
+or compiles. In a process that interprets:
+
+    install("sm_90")                                   # once; from then on backend="triton" takes CPU tensors
+    with recording(order="shuffled") as launches:
+        linear_attention(q, k, v, backend="triton")
+    launches[0].traffic["k"].read                      # bytes, each counted once
+    assert_no_races(launches)
+
+Mended, of Triton 3.9: bfloat16 is computed in float32 and rounded to nearest (it is computed on raw 16-bit patterns,
+and casts cut off); comparisons give booleans (a scalar one makes an integer mask); the numbers of `range` have `.to`
+and `.dtype`; float32 products of precision tf32 round their operands; custom reductions and scans go row by row instead
+of element by element; modules are patched once instead of at every call. Any access outside of the memory of a launch's
+tensors is an error that names the kernel.
+"""
+
+import builtins
+import inspect
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton._C.libtriton import ir
+from triton.runtime import interpreter as stock
+
+from seqtrain.analysis.triton_targets import use_target
+from seqtrain.kernels import dispatch
+
+Order = Literal["given", "reversed", "shuffled"]
+_builder = stock.interpreter_builder
+_Handle = stock.TensorHandle
+_COMPARISONS = {np.less_equal, np.less, np.greater, np.greater_equal, np.equal, np.not_equal}
+
+
+# What a launch did.
+
+
+@dataclass
+class Traffic:
+    """Bytes of one tensor (or of tensors that share memory) that a launch touched, each element counted once.
+
+    `rewritten`: elements that more than one program wrote. `crossed`: elements that one program read and another wrote.
+    `repeated`: elements that one store wrote more than once.
+    """
+
+    read: int = 0
+    written: int = 0
+    rewritten: int = 0
+    crossed: int = 0
+    repeated: int = 0
+
+
+@dataclass
+class LaunchRecord:
+    """A launch: its kernel, programs, products of matrices, and its traffic by tensor (names of arguments)."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    dots: int = 0
+    dot_flops: int = 0
+    traffic: dict[str, Traffic] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Read and written, each element once each."""
+        return sum(each.read + each.written for each in self.traffic.values())
+
+
+class _Memory:
+    """One storage that a launch was handed, and which of its elements were touched by whom."""
+
+    def __init__(self, tensor: Tensor, watched: bool):
+        storage = tensor.untyped_storage()
+        self.start, self.end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        self.size = tensor.element_size()
+        self.names: list[str] = []
+        count = storage.nbytes() // self.size if watched else 0
+        self.reader = np.full(count, -1, np.int32)  # the program that read an element: -1 none, -2 several
+        self.writer = np.full(count, -1, np.int32)
+        self.order = np.zeros(count, np.int32)
+        self.repeated = 0
+
+    def traffic(self) -> Traffic:
+        read, written = self.reader != -1, self.writer != -1
+        crossed = read & written & (self.reader != self.writer)
+        return Traffic(
+            read=int(read.sum()) * self.size,
+            written=int(written.sum()) * self.size,
+            rewritten=int((self.writer == -2).sum()),
+            crossed=int(crossed.sum()),
+            repeated=self.repeated,
+        )
+
+
+class _Watch:
+    """The launch that runs now."""
+
+    def __init__(self, kernel: str, arguments: dict[str, Any], watched: bool):
+        self.kernel, self.watched, self.program = kernel, watched, 0
+        self.record = LaunchRecord(kernel, ())
+        self.memories: dict[int, _Memory] = {}
+        for name, value in arguments.items():
+            tensor = getattr(value, "base", value) if hasattr(value, "block_shape") else value
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes():
+                key = tensor.untyped_storage().data_ptr()
+                self.memories.setdefault(key, _Memory(tensor, watched)).names.append(name)
+
+    def access(self, pointers: np.ndarray, mask: np.ndarray, size: int, *, write: bool) -> None:
+        places = pointers[np.broadcast_to(mask, pointers.shape)]
+        if not places.size:
+            return
+        low, high = int(places.min()), int(places.max()) + size
+        memory = next((m for m in self.memories.values() if m.start <= low and high <= m.end), None)
+        if memory is None:
+            raise IndexError(f"{self.kernel}: {'write' if write else 'read'} outside of its tensors")
+        if not self.watched:
+            return
+        if size != memory.size:
+            raise TypeError(f"{self.kernel}: {'+'.join(memory.names)} is accessed by {size} bytes, has {memory.size}")
+        index = ((places - np.uint64(memory.start)) // np.uint64(size)).astype(np.int64).ravel()
+        by = memory.writer if write else memory.reader
+        before = by[index]
+        by[index] = np.where((before == -1) | (before == self.program), self.program, -2)
+        if write:
+            number = np.arange(index.size, dtype=np.int32)
+            memory.order[index] = number
+            memory.repeated += int((memory.order[index] != number).sum())
+
+    def finish(self, grid: tuple[int, ...]) -> LaunchRecord:
+        self.record.grid = grid
+        self.record.traffic = {"+".join(m.names): m.traffic() for m in self.memories.values()}
+        return self.record
+
+
+@dataclass
+class _Recorder:
+    order: Order = "given"
+    seed: int = 0
+    watched: bool = False
+    launches: list[LaunchRecord] = field(default_factory=list)
+
+    def programs(self, grid: tuple[int, ...]) -> list[tuple[int, ...]]:
+        programs = list(itertools.product(*(range(size) for size in grid)))
+        if self.order == "reversed":
+            programs.reverse()
+        elif self.order == "shuffled":
+            random.Random(self.seed + len(self.launches)).shuffle(programs)
+        return programs
+
+
+_recorder = _Recorder()
+_watch: _Watch | None = None
+
+
+@contextmanager
+def recording(*, order: Order = "given", seed: int = 0) -> Iterator[list[LaunchRecord]]:
+    """Collects the launches made inside, whose programs run in the order given; see `LaunchRecord`."""
+    global _recorder
+    before, _recorder = _recorder, _Recorder(order, seed, watched=True)
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder = before
+
+
+def assert_no_races(launches: list[LaunchRecord]) -> None:
+    """Raises `AssertionError` for elements written by several programs, or read by one and written by another."""
+    for launch in launches:
+        for name, each in launch.traffic.items():
+            found = {"rewritten": each.rewritten, "crossed": each.crossed, "repeated": each.repeated}
+            assert not any(found.values()), f"{launch.kernel}: {name}: {found}"
+
+
+# Inputs that show what a kernel should not have read.
+
+
+@contextmanager
+def nan_filled_empty() -> Iterator[None]:
+    """Inside, `torch.empty` and its like are filled with NaN (integers with their largest value)."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def between_nans(x: Tensor, rows: int = 64) -> Tensor:
+    """`x`, contiguous, in a memory whose `rows` tokens (dimension 1) before and after it are NaN."""
+    margin = rows * x[0, 0].numel()
+    memory = torch.full((x.numel() + 2 * margin,), float("nan"), dtype=x.dtype)
+    inner = memory[margin : margin + x.numel()].view(x.shape)
+    return inner.copy_(x)
+
+
+# bfloat16 as float32.
+
+
+def _is_bf16(handle: Any) -> bool:
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _wide(handle: Any) -> np.ndarray:
+    """The numbers of a handle; of bfloat16 ones, as float32."""
+    if not _is_bf16(handle):
+        return handle.data
+    return (np.ascontiguousarray(handle.data).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _rounded(x: np.ndarray, drop: int) -> np.ndarray:
+    """float32 numbers as bits, rounded to nearest even, but for their lowest `drop` bits; NaN and infinity stay."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    half, last = np.uint32((1 << (drop - 1)) - 1), (bits >> np.uint32(drop)) & np.uint32(1)
+    with np.errstate(over="ignore"):
+        nearest = bits + half + last
+    return np.where(np.isfinite(x), nearest, bits | (np.isnan(x).astype(np.uint32) << np.uint32(22)))
+
+
+def _to_bf16(x: np.ndarray) -> Any:
+    return _Handle((_rounded(x, 16) >> np.uint32(16)).astype(np.uint16), tl.bfloat16)
+
+
+def _to_tf32(x: np.ndarray) -> np.ndarray:
+    return (_rounded(x, 13) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+_stock_binary = stock.InterpreterBuilder.binary_op
+_stock_ternary = stock.InterpreterBuilder.ternary_op
+_stock_unary = stock.InterpreterBuilder.unary_op
+_stock_cast = stock.InterpreterBuilder.cast_impl
+_stock_fma = stock.InterpreterBuilder.create_fma
+_stock_rsqrt = stock.InterpreterBuilder.create_rsqrt
+_stock_load = stock.InterpreterBuilder.create_masked_load
+_stock_store = stock.InterpreterBuilder.create_masked_store
+_stock_atomic = stock.InterpreterBuilder.create_atomic_rmw
+
+
+def _binary_op(self: Any, left: Any, right: Any, op: Callable) -> Any:
+    with np.errstate(all="ignore"):
+        if op in _COMPARISONS:
+            return _Handle(op(_wide(left), _wide(right)), tl.int1)
+        if _is_bf16(left):
+            return _to_bf16(op(_wide(left), _wide(right)))
+        return _stock_binary(self, left, right, op)
+
+
+def _ternary_op(self: Any, first: Any, second: Any, third: Any, op: Callable) -> Any:
+    if op is not np.where and _is_bf16(third):
+        return _to_bf16(op(_wide(first), _wide(second), _wide(third)))
+    return _stock_ternary(self, first, second, third, op)
+
+
+def _unary_op(self: Any, x: Any, op: Callable) -> Any:
+    with np.errstate(all="ignore"):
+        return _to_bf16(op(_wide(x))) if _is_bf16(x) else _stock_unary(self, x, op)
+
+
+def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+    return _to_bf16(_wide(x) * _wide(y) + _wide(z)) if _is_bf16(z) else _stock_fma(self, x, y, z)
+
+
+def _rsqrt(self: Any, x: Any) -> Any:
+    with np.errstate(all="ignore"):
+        return _to_bf16(1 / np.sqrt(_wide(x))) if _is_bf16(x) else _stock_rsqrt(self, x)
+
+
+def _cast(self: Any, source: Any, kind: Any) -> Any:
+    with np.errstate(all="ignore"):
+        if _is_bf16(source) and kind.scalar != tl.bfloat16:
+            source = _Handle(_wide(source), tl.float32)
+        if kind.scalar == tl.bfloat16:
+            return source if _is_bf16(source) else _to_bf16(source.data.astype(np.float32))
+        return _stock_cast(self, source, kind)
+
+
+def _convert(self: Any, source: Any, kind: Any, rounding: Any) -> Any:
+    return _cast(self, source, kind)
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: int) -> Any:
+    left, right = _wide(a), _wide(b)
+    if input_precision == ir.INPUT_PRECISION.TF32 and a.dtype.scalar == tl.float32:
+        left, right = _to_tf32(left), _to_tf32(right)
+    if _watch is not None:
+        _watch.record.dots += 1
+        _watch.record.dot_flops += 2 * left.size * right.shape[-1]
+    wide = np.float64 if d.data.dtype == np.float64 else np.float32
+    product = np.matmul(left.astype(wide, copy=False), right.astype(wide, copy=False))
+    return _Handle((product + d.data).astype(d.data.dtype, copy=False), d.dtype.scalar)
+
+
+# Memory.
+
+
+def _load(self: Any, pointers: Any, mask: Any, other: Any, cache_policy: Any, is_volatile: bool) -> Any:
+    if _watch is not None:
+        size = stock._get_np_dtype(pointers.get_element_ty()).itemsize
+        _watch.access(pointers.data, mask.data, size, write=False)
+    return _stock_load(self, pointers, mask, other, cache_policy, is_volatile)
+
+
+def _store(self: Any, pointers: Any, value: Any, mask: Any, cache_policy: Any) -> Any:
+    if _watch is not None:
+        size = stock._get_np_dtype(pointers.get_element_ty()).itemsize
+        _watch.access(pointers.data, mask.data, size, write=True)
+    return _stock_store(self, pointers, value, mask, cache_policy)
+
+
+def _atomic(self: Any, op: Any, pointers: Any, value: Any, mask: Any, sem: Any, scope: Any) -> Any:
+    if _is_bf16(value):
+        raise TypeError("atomics on bfloat16 are not interpreted: sum in float32")
+    return _stock_atomic(self, op, pointers, value, mask, sem, scope)
+
+
+# Reductions and scans with a function of the kernel's own: along the axis row by row.
+
+
+def _rows(operands: tuple, axis: int) -> list[tuple]:
+    """The slices of tensors along an axis, as tensors."""
+    arrays = [np.moveaxis(x.handle.data, axis, 0) for x in operands]
+    kinds = [x.dtype for x in operands]
+    return [
+        tuple(_tensor(array[i], kind) for array, kind in zip(arrays, kinds, strict=True)) for i in range(len(arrays[0]))
+    ]
+
+
+def _tensor(data: np.ndarray, kind: Any) -> Any:
+    shaped = kind if data.ndim == 0 else tl.block_type(kind, list(data.shape))
+    return tl.tensor(_Handle(np.atleast_1d(data) if data.ndim == 0 else data, kind), shaped)
+
+
+def _combine(function: Any, left: tuple, right: tuple) -> tuple:
+    combined = function.fn(*left, *right)
+    return combined if isinstance(combined, tuple) else (combined,)
+
+
+def _generic_scan(self: Any, operands: tuple) -> list:
+    rows = _rows(operands, self.axis)
+    found = list(itertools.accumulate(rows, lambda left, right: _combine(self.combine_fn, left, right)))
+    return [
+        _tensor(np.stack([row[i].handle.data for row in found], self.axis), x.dtype) for i, x in enumerate(operands)
+    ]
+
+
+def _generic_reduce(self: Any, operands: tuple) -> list:
+    flat, axis = self.unravel(operands, self.axis)
+    last = None
+    for row in _rows(flat, axis):
+        last = row if last is None else _combine(self.combine_fn, last, row)
+    assert last is not None
+    arrays = [x.handle.data for x in last]
+    if self.keep_dims:
+        arrays = [
+            np.expand_dims(x, axis) if self.axis is not None else x.reshape((1,) * len(operands[0].shape))
+            for x in arrays
+        ]
+    elif self.axis is None:
+        arrays = [x.reshape(()) for x in arrays]
+    return [_tensor(array, x.dtype) for array, x in zip(arrays, operands, strict=True)]
+
+
+_stock_reduce = stock.ReduceOps.apply_impl
+_stock_scan = stock.ScanOps.apply_impl
+
+
+def _widened(apply: Callable) -> Callable:
+    """Reductions and scans of bfloat16 in float32, as the GPU promotes them."""
+
+    def wide_apply(self: Any, operands: tuple) -> Any:
+        return apply(self, tuple(x.to(tl.float32) if x.dtype == tl.bfloat16 else x for x in operands))
+
+    return wide_apply
+
+
+# Numbers of loops.
+
+
+class _Index(int):
+    """An int that behaves as the loop variable of a compiled kernel: it has a dtype and can be cast."""
+
+    dtype = tl.int32
+
+    def to(self, dtype: Any, **options: Any) -> Any:
+        return stock.interpreter_semantic.cast(stock.interpreter_semantic.to_tensor(int(self), False), dtype)
+
+
+def _closed(name: str) -> Callable:
+    plain = getattr(int, name)
+
+    def operate(self: _Index, other: Any) -> Any:
+        result = plain(self, other)
+        return result if result is NotImplemented else _Index(result)
+
+    return operate
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordiv", "mod", "rmod"):
+    setattr(_Index, f"__{_name}__", _closed(f"__{_name}__"))
+
+
+def _number(x: Any) -> int:
+    x = x.value if isinstance(x, tl.constexpr) else x
+    return int(x.handle.data.item()) if isinstance(x, tl.tensor) else int(x)
+
+
+def _range(*bounds: Any, step: Any = 1, **options: Any) -> Iterator[_Index]:
+    """`range`, `tl.range` and `tl.static_range` inside kernels; options such as num_stages change no result."""
+    start, end, by = {1: (0, *bounds, step), 2: (*bounds, step), 3: bounds}[len(bounds)]
+    return map(_Index, builtins.range(_number(start), _number(end), _number(by)))
+
+
+_stock_rewrite = stock.FunctionRewriter._compile_and_exec
+
+
+def _rewrite(self: Any, tree: Any) -> Any:
+    self.fn.__globals__.setdefault("range", _range)
+    return _stock_rewrite(self, tree)
+
+
+# Launches.
+
+
+def _call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return self.rewrite()(*args, **kwargs)
+
+
+def _launch(self: Any, *args: Any, **kwargs: Any) -> None:
+    """In place of `GridExecutor.__call__`: on CPU tensors, without copies, watched."""
+    global _watch
+    names = inspect.signature(self.fn).parameters
+    bound = inspect.getcallargs(self.fn, *args, **{name: x for name, x in kwargs.items() if name in names})
+    bound = {name: getattr(x, "value", x) if isinstance(x, tl.constexpr) else x for name, x in bound.items()}
+    converted = {name: x if name in self.constexprs else stock._implicit_cvt(x) for name, x in bound.items()}
+    grid = tuple(self.grid({**bound, **kwargs}) if callable(self.grid) else self.grid)
+    grid += (1,) * (3 - len(grid))
+    _builder.set_grid_dim(*grid)
+    watch = _watch = _Watch(self.fn.__name__, bound, _recorder.watched)
+    try:
+        for watch.program, place in enumerate(_recorder.programs(grid)):
+            _builder.set_grid_idx(*place)
+            self.fn(**converted)
+    finally:
+        _watch = None
+    if _recorder.watched:
+        _recorder.launches.append(watch.finish(grid))
+
+
+class _Nothing:
+    """What is to be restored after a call once modules stay patched."""
+
+    def restore(self) -> None:
+        pass
+
+
+_installed = False
+
+
+def install(target: str = "sm_90") -> None:
+    """Mends the interpreter of this process, for good, and lets `backend="triton"` take CPU tensors.
+
+    target: whose pinned configurations kernels are launched with, one of `gpu.TARGETS`. Raises `RuntimeError` in a
+    process that was not started with `TRITON_INTERPRET=1`.
+    """
+    global _installed
+    if not isinstance(tl.sum, stock.InterpretedFunction):
+        raise RuntimeError("Triton compiles in this process; start it with TRITON_INTERPRET=1 in the environment")
+    use_target(target)
+    dispatch.TRITON_DEVICES.add("cpu")
+    dispatch.choose_anew()
+    if _installed:
+        return
+    _installed = True
+
+    class Everything:
+        __globals__ = {"tl": tl, "core": tl.core}  # noqa: RUF012
+
+    stock._patch_lang(Everything)
+    for name in ("range", "static_range"):
+        setattr(tl, name, _range)
+    for owner, name, mended in (
+        (stock, "_patch_lang", lambda fn: _Nothing()),
+        (stock.GridExecutor, "__call__", _launch),
+        (stock.InterpretedFunction, "__call__", _call_device_function),
+        (stock.FunctionRewriter, "_compile_and_exec", _rewrite),
+        (stock.ReduceOps, "apply_impl", _widened(_stock_reduce)),
+        (stock.ReduceOps, "generic_reduce", _generic_reduce),
+        (stock.ScanOps, "apply_impl", _widened(_stock_scan)),
+        (stock.ScanOps, "generic_scan", _generic_scan),
+    ):
+        setattr(owner, name, mended)
+    builder = stock.InterpreterBuilder
+    builder.binary_op, builder.ternary_op, builder.unary_op = _binary_op, _ternary_op, _unary_op
+    builder.cast_impl, builder.create_fp_to_fp = _cast, _convert
+    builder.create_fma, builder.create_rsqrt, builder.create_dot = _fma, _rsqrt, _dot
+    builder.create_masked_load, builder.create_masked_store = _load, _store
+    builder.create_atomic_rmw = _atomic
+    # NVIDIA's least sizes, so that what could not be compiled fails here, too.
+    _builder.codegen_fns["min_dot_size"] = lambda left, right: (1, 1, 16 if left.scalar.primitive_bitwidth < 32 else 8)

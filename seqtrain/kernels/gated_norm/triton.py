@@ -1,0 +1,135 @@
+"""Norm and gate by Triton kernels, forward and backward."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqtrain.kernels import gpu
+from seqtrain.kernels.custom_ops import Operator, differentiable
+from seqtrain.kernels.gated_norm import gated_norm
+from seqtrain.kernels.gpu import Example, Launch, unavailable
+
+__all__ = ["EXAMPLES", "run", "unavailable"]
+
+# Numbers of a tile that four warps hold; wider rows take more warps.
+TILE = 2048
+
+_X, _GATE = ("B T H V", "bfloat16"), ("B T H V", "bfloat16")
+_OWN = {"B": 1, "H": 8, "V": 128}
+
+EXAMPLES = (
+    Example(
+        "gated_norm V=128 silu bfloat16",
+        gated_norm,
+        {"x": _X, "weight": ("V", "float32"), "gate": _GATE},
+        _OWN,
+        {"eps": 1e-6},
+    ),
+    Example(
+        "gated_norm 8 groups gate first",
+        gated_norm,
+        {"x": _X, "weight": ("H V", "float32"), "gate": _GATE},
+        _OWN,
+        {"eps": 1e-6, "gate_first": True},
+    ),
+    Example(
+        "gated_norm V=4096 no gate bfloat16",
+        gated_norm,
+        {"x": _X, "weight": ("V", "float32")},
+        {"B": 1, "H": 1, "V": 4096},
+        {"eps": 1e-6},
+        # As many programs for both: each writes sums for the weight.
+        tokens=(264, 528),
+    ),
+)
+
+
+def _pinned(width: int) -> Launch:
+    """The same on every target: rows of `width` numbers, whole."""
+    columns = max(16, 1 << (width - 1).bit_length())
+    warps = min(16, max(4, columns // 1024))
+    return Launch(warps=warps, stages=1, sizes={"BR": max(1, TILE // columns), "BV": columns})
+
+
+def run(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, silu: bool, gate_first: bool) -> Tensor:
+    """See `gated_norm`."""
+    return _operator()(x, weight, gate, eps, silu, gate_first)[0]
+
+
+@cache
+def _operator() -> Operator:
+    return differentiable("gated_norm_triton", forward=_forward, backward=_backward, shapes=_shapes, results=1)
+
+
+def _shapes(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, silu: bool, gate_first: bool) -> tuple[Tensor]:
+    return (x.new_empty(x.shape),)
+
+
+def _forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, silu: bool, gate_first: bool) -> tuple[Tensor]:
+    from seqtrain.kernels.triton import norm
+
+    (out,) = _shapes(x, weight, gate, eps, silu, gate_first)
+    if not x.numel():
+        return (out,)
+    x, gate = _by_token(x), None if gate is None else _by_token(gate)
+    launch, rows, groups, flags = _call(x, weight, out, silu, gate_first)
+    with gpu.on_device(x):
+        norm.forward[-(-rows // launch.sizes["BR"]), groups](
+            x, weight.contiguous(), gate, out, rows, x.stride(0), 0 if gate is None else gate.stride(0), eps,
+            **flags, **launch.options(),
+        )  # fmt: skip
+    return (out,)
+
+
+def _backward(
+    arguments: tuple[Any, ...], _: tuple[Tensor, ...], gradients: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    from seqtrain.kernels.triton import norm
+
+    x, weight, gate, eps, silu, gate_first = arguments
+    dx = x.new_empty(x.shape)
+    d_gate = None if gate is None else gate.new_empty(gate.shape)
+    if not x.numel():
+        return dx, torch.zeros_like(weight), d_gate, None, None, None
+    x, gate = _by_token(x), None if gate is None else _by_token(gate)
+    launch, rows, groups, flags = _call(x, weight, dx, silu, gate_first)
+    # As many programs as fill a GPU: each writes sums for the weight.
+    tiles = -(-rows // launch.sizes["BR"])
+    tiles_each = -(-tiles * groups // gpu.PROGRAMS)
+    programs = -(-tiles // tiles_each)
+    sums = weight.new_empty(programs, *weight.shape, dtype=_accumulator(x))
+    with gpu.on_device(x):
+        norm.backward[programs, groups](
+            x, weight.contiguous(), gate, gradients[0].contiguous(), dx, d_gate, sums, rows, tiles_each,
+            x.stride(0), 0 if gate is None else gate.stride(0), eps, **flags, **launch.options(),
+        )  # fmt: skip
+    return dx, sums.sum(0).to(weight.dtype), d_gate, None, None, None
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """`[...,H,V]` -> `[N,H*V]`; a slice of a wider projection stays where it is."""
+    flat = x.flatten(-2).flatten(0, -2) if x.dim() > 2 else x.flatten()[None]
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _call(
+    x: Tensor, weight: Tensor, like: Tensor, silu: bool, gate_first: bool
+) -> tuple[Launch, int, int, dict[str, Any]]:
+    """Configuration, rows of a program's first dimension, programs of its second, and the kernels' flags."""
+    heads, width = like.shape[-2:]
+    shared = weight.dim() == 1
+    flags = {
+        "HEADS": heads,
+        "V": width,
+        "SHARED": shared,
+        "SILU": silu,
+        "GATE_FIRST": gate_first,
+        "ACC": gpu.triton_dtype(_accumulator(x)),
+    }
+    return _pinned(width), x.shape[0] * (heads if shared else 1), 1 if shared else heads, flags
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,44 @@
+"""Linear attention with decay by Triton kernels; wider heads, and float64 on a GPU, take the chunked form."""
+
+from torch import Tensor
+
+from seqtrain.kernels.gpu import Example, unavailable
+from seqtrain.kernels.linear_attention import chunked, linear_attention
+
+__all__ = ["EXAMPLES", "run", "step", "unavailable"]
+
+
+def _example(name: str, decay: str | None, width: int = 128, dtype: str = "bfloat16") -> Example:
+    tensors = dict.fromkeys(("q", "k"), ("B T H K", dtype)) | {"v": ("B T H V", dtype)}
+    if decay is not None:
+        tensors["log_decay"] = (decay, "float32")
+    sizes = {"B": 1, "H": 1, "K": width, "V": width}
+    return Example(f"linear_attention {name} K=V={width} {dtype}", linear_attention, tensors, sizes, tokens=(64, 128))
+
+
+EXAMPLES = (
+    _example("no decay", None),
+    _example("decay [B,T,H]", "B T H"),
+    _example("decay [B,T,H,K]", "B T H K"),
+)
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    scale: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Triton's `linear_attention`; arguments as `linear_attention` normalises them."""
+    from seqtrain.kernels.triton import recurrence
+
+    if not recurrence.serves(q):
+        return chunked.run(q, k, v, log_decay, state, scale, cu_seqlens)
+    return recurrence.run(q, k, v, None, log_decay, state, scale, cu_seqlens)
+
+
+# Of one token a row, the forward pass is a single launch.
+step = run

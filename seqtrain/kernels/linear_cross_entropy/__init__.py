@@ -1,0 +1,34 @@
+"""Cross-entropy of a linear layer's logits, a chunk of tokens at a time, so that `[tokens, vocab]` never exists."""
+
+import torch
+from torch import Tensor
+
+from seqtrain.kernels.checks import check_floating, check_shapes
+from seqtrain.kernels.dispatch import choose
+
+__all__ = ["IGNORED", "linear_cross_entropy"]
+
+IGNORED = -100
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int, backend: str = "auto"
+) -> Tensor:
+    """`sum over labels != -100 of -log softmax(hidden @ weight.T)[label]`: a float32 scalar (float64 for float64
+    inputs).
+
+    `hidden`: `[n,D]`, `weight`: `[vocab,D]`, `labels`: int64 `[n]`, each in `[0, vocab)` or -100. `chunk`: tokens whose
+    logits exist at one time. The softmax is float32; the products have hidden's dtype, or autocast's where that is on.
+
+    Gradients are made in the forward pass, chunk by chunk, and only scaled in the backward pass: `weight` is not read
+    again, so a ZeRO-3 parameter may be gone by then. Without gradients that work is left out. Raises `ValueError` for
+    wrong arguments.
+    """
+    name = "linear_cross_entropy"
+    check_shapes(name, {"hidden": (hidden, "n D"), "weight": (weight, "vocab D"), "labels": (labels, "n")})
+    check_floating(name, {"hidden": hidden, "weight": weight})
+    if labels.dtype != torch.int64:
+        raise ValueError(f"{name}: labels has dtype {labels.dtype}, expected int64")
+    if chunk < 1:
+        raise ValueError(f"{name}: chunk={chunk}, expected at least 1 token")
+    return choose(name, backend, hidden.device)(hidden, weight, labels, chunk)

@@ -1,0 +1,100 @@
+"""The products of each chunk by PyTorch, its softmax by the backend: here by PyTorch's operations, one by one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqtrain.kernels.linear_cross_entropy import IGNORED
+
+# `softmax(logits, labels, need_gradient)`: the sum of losses of `logits [n,vocab]` in the softmax's dtype, and the
+# gradient of the logits in theirs; it may spoil them.
+Softmax = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+
+
+def run(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    """See `linear_cross_entropy`."""
+    return chunk_by_chunk(hidden, weight, labels, chunk, softmax)
+
+
+def chunk_by_chunk(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, softmax: Softmax) -> Tensor:
+    """`run`, with a softmax of one's own."""
+    grads = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, softmax, *grads)
+
+
+def softmax(logits: Tensor, labels: Tensor, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """See `Softmax`."""
+    product = logits.dtype
+    label = labels[:, None]
+    counted = label != IGNORED
+    label = label.where(counted, 0)
+    logits = logits.to(torch.promote_types(torch.float32, product))
+    logits -= logits.amax(1, keepdim=True)
+    chosen = logits.gather(1, label)
+    logits.exp_()
+    total = logits.sum(1, keepdim=True)
+    loss = ((total.log() - chosen) * counted).sum()
+    if not need_gradient:
+        return loss, None
+    return loss, logits.mul_(counted / total).scatter_add_(1, label, -counted.to(logits.dtype)).to(product)
+
+
+def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, softmax: Softmax, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, and the gradients asked for: of `hidden` in its dtype, of `weight` in the softmax's."""
+    device = hidden.device.type
+    product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    soft = torch.promote_types(torch.float32, hidden.dtype)
+    matrix = weight.to(product)
+    d_hidden = torch.empty_like(hidden) if need_hidden else None
+    d_weight = torch.zeros_like(weight, dtype=soft) if need_weight else None
+    loss = torch.zeros((), dtype=soft, device=hidden.device)
+    for start in range(0, hidden.shape[0], chunk):
+        rows = hidden[start : start + chunk].to(product)
+        of_chunk, d_logits = softmax(rows @ matrix.T, labels[start : start + chunk], need_hidden or need_weight)
+        loss += of_chunk
+        if d_logits is None:
+            continue
+        if d_hidden is not None:
+            d_hidden[start : start + chunk] = d_logits @ matrix
+        if d_weight is not None and product == soft:
+            d_weight.addmm_(d_logits.T, rows)
+        elif d_weight is not None:
+            d_weight += d_logits.T @ rows
+    return loss, d_hidden, d_weight
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk: int,
+        softmax: Softmax,
+        need_hidden: bool,
+        need_weight: bool,
+    ) -> Tensor:
+        loss, d_hidden, d_weight = _loss_and_gradients(hidden, weight, labels, chunk, softmax, need_hidden, need_weight)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        d_hidden, d_weight = ctx.saved_tensors
+        scale = grads[0]
+        # Scaled before rounding: a bfloat16 scale would put up to 0.4% on every gradient.
+        return (
+            None if d_hidden is None else (d_hidden.to(scale.dtype) * scale).to(d_hidden.dtype),
+            None if d_weight is None else (d_weight * scale).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )

@@ -1,0 +1,70 @@
+// Arrays of the caller's, of one dtype each, rows of them as floats, and scratch memory.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "simd.h"
+
+namespace seqtrain {
+
+enum class Kind : int64_t { kAbsent = 0, kFloat = 1, kBFloat16 = 2 };
+
+struct Array {
+  void* data;
+  Kind kind;
+};
+
+static int64_t padded(int64_t size) { return (size + kBlock - 1) / kBlock * kBlock; }
+
+static void widen(const Array& from, int64_t offset, int count, float factor, float* to) {
+  if (from.kind == Kind::kFloat) {
+    const float* p = static_cast<const float*>(from.data) + offset;
+    for (int n = 0; n < count; ++n) to[n] = p[n] * factor;
+    return;
+  }
+  const uint16_t* p = static_cast<const uint16_t*>(from.data) + offset;
+  for (int n = 0; n < count; ++n) {
+    const uint32_t bits = uint32_t(p[n]) << 16;
+    float x;
+    std::memcpy(&x, &bits, sizeof(x));
+    to[n] = x * factor;
+  }
+}
+
+static void narrow(const float* from, int count, float factor, const Array& to, int64_t offset) {
+  if (to.kind == Kind::kFloat) {
+    float* p = static_cast<float*>(to.data) + offset;
+    for (int n = 0; n < count; ++n) p[n] = from[n] * factor;
+    return;
+  }
+  uint16_t* p = static_cast<uint16_t*>(to.data) + offset;
+  for (int n = 0; n < count; ++n) {
+    const float x = from[n] * factor;
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    p[n] = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
+  }
+}
+
+// Scratch memory of one worker, freed with it.
+class Arena {
+ public:
+  float* take(int64_t floats) {
+    const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64 + 64;
+    void* memory = std::aligned_alloc(64, bytes);
+    if (!memory) throw std::bad_alloc();
+    blocks_.emplace_back(static_cast<float*>(memory), &std::free);
+    return blocks_.back().get();
+  }
+
+ private:
+  std::vector<std::unique_ptr<float, void (*)(void*)>> blocks_;
+};
+
+}  // namespace seqtrain

@@ -1,0 +1,129 @@
+"""The short convolution by Triton kernels, forward and backward; the backward computes its sums again."""
+
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from seqtrain.kernels import gpu
+from seqtrain.kernels.custom_ops import Operator, differentiable
+from seqtrain.kernels.gpu import Example, Launch, unavailable
+from seqtrain.kernels.short_convolution import short_convolution
+
+__all__ = ["EXAMPLES", "run", "unavailable"]
+
+# Least rows of a piece of a document: each writes W sums a channel.
+SHORTEST = 256
+
+# Four warps spill 8 bytes a thread on sm_100.
+PINNED = {
+    name: Launch(warps=8 if name == "sm_100" else 4, stages=2, sizes={"BT": 32, "BD": 64}) for name in gpu.TARGETS
+}
+
+_INPUTS = {"x": ("B T D", "bfloat16"), "weight": ("D W", "float32")}
+
+EXAMPLES = (
+    Example(
+        "short_convolution W=4 silu bfloat16",
+        short_convolution,
+        {**_INPUTS, "bias": ("D", "float32")},
+        {"B": 1, "D": 256, "W": 4},
+        {"activation": "silu"},
+    ),
+    Example("short_convolution W=2 bfloat16", short_convolution, _INPUTS, {"B": 1, "D": 256, "W": 2}),
+)
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    dilation: int,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `short_convolution`; `state` is given, in the dtype of the sums."""
+    out, final = _operator()(x, weight, bias, state, cu_seqlens, activation == "silu", dilation)
+    return out, final
+
+
+@cache
+def _operator() -> Operator:
+    return differentiable("short_convolution_triton", forward=_forward, backward=_backward, shapes=_shapes, results=2)
+
+
+def _shapes(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+    dilation: int,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), state.new_empty(state.shape)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+    dilation: int,
+) -> tuple[Tensor, Tensor]:
+    from seqtrain.kernels.triton import convolution
+
+    out, final = _shapes(x, weight, bias, state, cu_seqlens, silu, dilation)
+    launch = PINNED[gpu.target()]
+    blocks, table, borders = _grid(x, state, cu_seqlens, launch)
+    tensors = [None if each is None else each.contiguous() for each in (x, weight, bias, state)]
+    flags = {"W": weight.shape[1], "DILATION": dilation, "SILU": silu, "ACC": gpu.triton_dtype(state.dtype)}
+    if len(table):
+        with gpu.on_device(x):
+            convolution.forward[len(table), blocks](
+                *tensors, out, final, table, borders, x.shape[2], **flags, **launch.options()
+            )
+    return out, final
+
+
+def _backward(
+    arguments: tuple[Any, ...], _: tuple[Tensor, ...], gradients: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    from seqtrain.kernels.triton import convolution
+
+    x, weight, bias, state, cu_seqlens, silu, dilation = arguments
+    d_out, d_final = gradients
+    (width, taps), dtype = weight.shape, state.dtype
+    dx, d_state = x.new_empty(x.shape), state.new_empty(state.shape)
+    launch = PINNED[gpu.target()]
+    blocks, table, borders = _grid(x, state, cu_seqlens, launch)
+    d_weight = weight.new_empty(len(table), taps, width, dtype=dtype)
+    d_bias = weight.new_empty(len(table), width, dtype=dtype)
+    tensors = [None if each is None else each.contiguous() for each in (x, weight, bias, state, d_out, d_final)]
+    flags = {"W": taps, "DILATION": dilation, "SILU": silu, "ACC": gpu.triton_dtype(dtype)}
+    if len(table):
+        with gpu.on_device(x):
+            convolution.backward[len(table), blocks](
+                *tensors, dx, d_state, d_weight, d_bias, table, borders, width, **flags,
+                TAPS=1 << (taps - 1).bit_length(), **launch.options(),
+            )  # fmt: skip
+    return (
+        dx,
+        d_weight.sum(0).T.to(weight.dtype),
+        None if bias is None else d_bias.sum(0).to(bias.dtype),
+        d_state,
+        None,
+        None,
+        None,
+    )
+
+
+def _grid(x: Tensor, state: Tensor, cu_seqlens: Tensor | None, launch: Launch) -> tuple[int, Tensor, Tensor]:
+    """Blocks of channels, the pieces of documents with their pasts, and the documents' borders, int32 `[N+1]`."""
+    borders = gpu.borders(x, cu_seqlens)
+    blocks = -(-x.shape[2] // launch.sizes["BD"])
+    length = gpu.piece_length(borders, blocks, SHORTEST)
+    return blocks, gpu.pieces(borders, length, x.device, past=state.shape[1]), gpu.borders_tensor(borders, x.device)

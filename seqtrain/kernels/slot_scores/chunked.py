@@ -1,0 +1,59 @@
+"""Slot scores in chunks, by linear attention's own forward and backward passes.
+
+With `L(g) = sum_t q_t . out_t` for the outputs of linear attention with queries g, keys w and values k, the scores are
+`dL/dg`: its backward pass computes them. And given their gradients g, L(g) is the loss: its forward pass with these
+queries gives the gradient of q, its backward pass all others.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqtrain.kernels.custom_ops import opaque
+from seqtrain.kernels.dispatch import full_precision
+from seqtrain.kernels.layout import ChunkLayout, chunk_layout
+from seqtrain.kernels.linear_attention import chunked as linear
+from seqtrain.kernels.states import chunk_length
+
+
+@opaque("slot_scores_chunked", like=lambda *x: (x[2].to(x[0].dtype), x[4]))
+def run(
+    q: Tensor, k: Tensor, written: Tensor, log_decay: Tensor, state: Tensor, scale: float, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Chunked `slot_scores`; arguments as it normalises them."""
+    chunk = chunk_length(written.shape[3], k.shape[3])
+    layout = chunk_layout(q.shape[0], q.shape[1], cu_seqlens, chunk=chunk, device=q.device)
+    return _SlotScores.apply(q, k, written, log_decay, state, scale, layout)
+
+
+class _SlotScores(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        written: Tensor,
+        log_decay: Tensor,
+        state: Tensor,
+        scale: float,
+        layout: ChunkLayout,
+    ) -> tuple[Tensor, Tensor]:
+        # Which queries is all the same here: the scores are linear attention's gradient of any.
+        any_query = torch.zeros_like(written, dtype=q.dtype)
+        _, final_state, checkpoints = linear.forward(any_query, written, k, log_decay, state, scale, layout)
+        nothing = torch.zeros_like(final_state)
+        out, *_ = linear.backward(any_query, written, k, log_decay, checkpoints, q, nothing, scale, layout)
+        ctx.save_for_backward(q, k, written, log_decay, state)
+        ctx.scale, ctx.layout = scale, layout
+        return out, final_state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, written, log_decay, state = ctx.saved_tensors
+        with full_precision(q.device):
+            d_q, _, checkpoints = linear.forward(d_out, written, k, log_decay, state, ctx.scale, ctx.layout)
+            gradients = linear.backward(d_out, written, k, log_decay, checkpoints, q, d_final, ctx.scale, ctx.layout)
+        _, d_written, d_k, d_log, d_state = gradients
+        return d_q.to(q.dtype), d_k, d_written, d_log, d_state, None, None

@@ -1,0 +1,105 @@
+"""Tensor attention with its products inside chunks by Triton kernels; all else is that of the chunked form.
+
+Features, what enters each chunk, and the division stay PyTorch's, in float32: 3 to 4 times the bytes that would do.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqtrain.kernels import gpu
+from seqtrain.kernels.custom_ops import opaque
+from seqtrain.kernels.gpu import Example, Launch, unavailable
+from seqtrain.kernels.tensor_attention import tensor_attention
+from seqtrain.kernels.tensor_attention.chunked import STEP, Piece, Products, attend, from_steps
+
+__all__ = ["EXAMPLES", "run", "unavailable"]
+
+# Numbers in each of the two running sums of a segment: 64 MiB of float32.
+SEGMENT = 1 << 24
+# Features that the kernels take (K=4 has 15); more go to the chunked form: 64 of them spill 64 bytes a thread on sm_90.
+MOST_FEATURES = 16
+
+# Products are precise float32, without NVIDIA's tensor cores: "tf32" errs, "tf32x3" spills 600 bytes a thread on sm_90.
+PINNED = {name: Launch(warps=8, stages=1, sizes={"BW": 16, "TG": 2}) for name in gpu.TARGETS}
+
+
+def _example(name: str, width: int, dtype: str) -> Example:
+    inputs = dict.fromkeys(("q", "k1", "k2"), ("B T H K", dtype)) | dict.fromkeys(("v1", "v2"), ("B T H V", dtype))
+    return Example(name, tensor_attention, inputs, {"B": 1, "H": 1, "K": width, "V": 64})
+
+
+EXAMPLES = (_example("tensor_attention K=4 V=64 bfloat16", 4, "bfloat16"),)
+
+
+def run(
+    inputs: tuple[Tensor, ...], degree: int, scale: float, state: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `tensor_attention`; `inputs`: q, k1, k2, v1, v2; `state` is given."""
+    q, k1, k2, v1, v2 = inputs
+    return _run(q, k1, k2, v1, v2, degree, scale, state, cu_seqlens)
+
+
+@opaque("tensor_attention_triton", like=lambda *x: (x[3].to(x[7].dtype), x[7]))
+def _run(
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    degree: int,
+    scale: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if state.shape[3] > MOST_FEATURES:
+        from seqtrain.kernels.tensor_attention import chunked
+
+        return chunked.run((q, k1, k2, v1, v2), degree, scale, state, cu_seqlens)
+    return attend(
+        (q, k1, k2, v1, v2),
+        degree,
+        scale,
+        state,
+        cu_seqlens,
+        Products(_outputs, _gradients, SEGMENT),
+    )
+
+
+def _outputs(piece: Piece, sums: Tensor) -> Tensor:
+    """`chunked._outputs` by a kernel."""
+    from seqtrain.kernels.triton import pairs
+
+    out = piece.q.new_empty(*piece.q.shape[:3], piece.v.shape[-1])
+    grid, sizes, options = _call(piece)
+    with gpu.on_device(out):
+        pairs.outputs[grid](piece.q, piece.k, piece.v, sums, out, *sizes, **options)
+    return from_steps(out)
+
+
+def _gradients(piece: Piece, sums: Tensor, d_out: Tensor) -> tuple[Piece, Tensor]:
+    """`chunked._gradients` by a kernel."""
+    from seqtrain.kernels.triton import pairs
+
+    grid, sizes, options = _call(piece)
+    blocks = grid[1]
+    d_q, d_k = piece.q.new_empty(blocks, *piece.q.shape), piece.k.new_empty(blocks, *piece.k.shape)
+    d_v, d_sums = torch.empty_like(piece.v), torch.empty_like(sums)
+    with gpu.on_device(d_q):
+        pairs.gradients[grid](piece.q, piece.k, piece.v, sums, d_out, d_q, d_k, d_v, d_sums, *sizes, **options)
+    return Piece(d_q.sum(0), d_k.sum(0), d_v), d_sums
+
+
+def _call(piece: Piece) -> tuple[tuple[int, int], tuple[int, ...], dict[str, Any]]:
+    """Grid; lanes, steps, features and columns; compile-time arguments."""
+    steps, lanes, _, width = piece.q.shape
+    columns = piece.v.shape[-1]
+    launch = PINNED[gpu.target()]
+    options = {
+        "C": STEP,
+        "BF": MOST_FEATURES,
+        "ACC": gpu.triton_dtype(piece.q.dtype),
+        **launch.options(),
+    }
+    return (lanes, -(-columns // launch.sizes["BW"])), (lanes, steps, width, columns), options

@@ -1,0 +1,142 @@
+"""Device functions of the kernels: tiles of rows, decays of a chunk, its halves, and the inverse of a unit triangle."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_rows(pointer, rows, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr):
+    """`[BT,BW]` from `column` on, of rows STRIDE apart and WIDTH wide; zeros from row `rows` on and beyond WIDTH."""
+    i = tl.arange(0, BT)
+    d = column + tl.arange(0, BW)
+    mask = (i < rows)[:, None]
+    if WIDTH % BW != 0:
+        mask = mask & (d < WIDTH)[None, :]
+    return tl.load(pointer + i[:, None] * STRIDE + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(
+    pointer, tile, rows, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr
+):
+    """Writes what `load_rows` would read, in the pointer's dtype."""
+    i = tl.arange(0, BT)
+    d = column + tl.arange(0, BW)
+    mask = (i < rows)[:, None]
+    if WIDTH % BW != 0:
+        mask = mask & (d < WIDTH)[None, :]
+    tl.store(pointer + i[:, None] * STRIDE + d[None, :], tile.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_numbers(pointer, rows, STRIDE: tl.constexpr, BT: tl.constexpr, ACC: tl.constexpr):
+    """One number a row, `[BT]`; zeros from row `rows` on."""
+    i = tl.arange(0, BT)
+    return tl.load(pointer + i * STRIDE, mask=i < rows, other=0.0).to(ACC)
+
+
+@triton.jit
+def scalar_decays(pointer, rows, H: tl.constexpr, BT: tl.constexpr, ACC: tl.constexpr):
+    """Of one decay a token: `2^G` `[BT]`, `2^(G_C - G)` `[BT]`, `2^(G_C)`, and G in two parts `[BT]` for `between`."""
+    # Strong decays take G into the thousands, where a float32 difference is wrong by 1e-4: two float32 parts are not.
+    g = load_numbers(pointer, rows, H, BT, tl.float64) * LOG2_E
+    sums = tl.cumsum(g, 0)
+    total = tl.sum(g, 0)
+    high = sums.to(ACC)
+    low = (sums - high.to(tl.float64)).to(ACC)
+    to_end = tl.math.exp2((total - sums).to(ACC))
+    return tl.math.exp2(high), to_end, tl.math.exp2(total.to(ACC)), high, low
+
+
+@triton.jit
+def between(high, low, BT: tl.constexpr, BACK: tl.constexpr, FINE: tl.constexpr):
+    """`D_ij`, zero for i < j; with BACK its transpose. `[BT,BT]`. FINE: exact for strong decays, too."""
+    i = tl.arange(0, BT)
+    if BACK:
+        exponent = high[None, :] - high[:, None]
+        if FINE:
+            exponent += low[None, :] - low[:, None]
+        return tl.math.exp2(tl.where(i[:, None] <= i[None, :], exponent, -float("inf")))
+    exponent = high[:, None] - high[None, :]
+    if FINE:
+        exponent += low[:, None] - low[None, :]
+    return tl.math.exp2(tl.where(i[:, None] >= i[None, :], exponent, -float("inf")))
+
+
+@triton.jit
+def is_later(size, BT: tl.constexpr):
+    """Which rows lie in the right one of a pair of blocks of `size` rows, `[BT]`."""
+    return (tl.arange(0, BT) // size) % 2 == 1
+
+
+@triton.jit
+def is_pair(size, BT: tl.constexpr):
+    """Which `(i, j)` have i in the right block and j in the left block of one pair, `[BT,BT]`."""
+    block = tl.arange(0, BT) // size
+    return (block[:, None] % 2 == 1) & (block[:, None] == block[None, :] + 1)
+
+
+@triton.jit
+def merge_blocks(from_start, to_end, size, BT: tl.constexpr, BW: tl.constexpr):
+    """Sums of log2 decays from the start of a row's block on, and after it to the block's end: of blocks twice `size`.
+
+    `[BT,BW]` each, of blocks of `size` rows. Every sum is over just its own terms, at any size.
+    """
+    i = tl.arange(0, BT)
+    later = is_later(size, BT)[:, None]
+    left = i // (2 * size) * (2 * size) + size - 1  # the left block's last row
+    # A right row needs what its left block sums to, and a left one what its right block does.
+    other = tl.where(later, left[:, None], left[:, None] + size)
+    total = tl.gather(from_start, tl.broadcast_to(other, (BT, BW)), 0)
+    return from_start + tl.where(later, total, 0.0), to_end + tl.where(later, 0.0, total)
+
+
+@triton.jit
+def sum_before(x, BT: tl.constexpr):
+    """Row t: the sum of the rows before it. `[BT]`."""
+    i = tl.arange(0, BT)
+    return tl.sum(tl.where(i[None, :] < i[:, None], x[None, :], 0.0), 1)
+
+
+@triton.jit
+def sum_rows_before(x, BT: tl.constexpr, BW: tl.constexpr):
+    """Row t: the sum of the rows before it. `[BT,BW]`."""
+    i = tl.arange(0, BT)[:, None]
+    above = tl.gather(x, tl.broadcast_to(tl.maximum(i - 1, 0), (BT, BW)), 0)
+    return tl.cumsum(tl.where(i > 0, above, 0.0), 0)
+
+
+@triton.jit
+def invert(below, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """`(I + below)^-1` for `below` zero on and above the diagonal, `[BT,BT]`.
+
+    Forward substitution in blocks of 16 rows, all at a time, then pairs of blocks are merged by products. (A series of
+    powers would err by 1e9 for keys that are alike.)
+    """
+    BLOCKS: tl.constexpr = BT // 16
+    b = tl.arange(0, BLOCKS)
+    r = tl.arange(0, 16)
+    own = (b[:, None] == b[None, :])[:, None, :, None]
+    blocks = -tl.sum(tl.where(own, tl.reshape(below, (BLOCKS, 16, BLOCKS, 16)), 0.0), 2)
+    found = blocks
+    for n in tl.static_range(1, 16):
+        row = tl.sum(tl.where(r[None, :, None] == n, blocks, 0.0), 1)
+        row += tl.sum(row[:, :, None] * found, 1)
+        found = tl.where(r[None, :, None] == n, row[:, None, :], found)
+    found += tl.where(r[:, None] == r[None, :], 1.0, 0.0)[None, :, :]
+    whole = tl.broadcast_to(found[:, :, None, :], (BLOCKS, 16, BLOCKS, 16))
+    inverse = tl.reshape(tl.where(own, whole, 0.0), (BT, BT))
+    if BT >= 32:
+        inverse = merge_inverses(inverse, below, BT, 16, PRECISION)
+    if BT >= 64:
+        inverse = merge_inverses(inverse, below, BT, 32, PRECISION)
+    return inverse
+
+
+@triton.jit
+def merge_inverses(inverse, below, BT: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """The inverse in blocks twice SIZE: the lower left half of each is `-right below left`."""
+    corner = tl.dot(tl.where(is_pair(SIZE, BT), below, 0.0), inverse, input_precision=PRECISION)
+    return inverse - tl.dot(inverse, corner, input_precision=PRECISION)

@@ -1,0 +1,204 @@
+"""Tensor attention inside chunks as two Triton kernels: `_outputs` and `_gradients` of its chunked form.
+
+A program takes one chunk and BW columns of the values, and keeps the two sums `[F,BW]` in registers while it goes over
+the chunk's steps of C tokens. The pairs (t, i) of a step, with TG tokens t at a time, are the TG*C rows of its
+products; those with i > t are zero. Backward it goes over the steps from the last, taking each one's part off the sums
+again.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def product(a, b, ACC: tl.constexpr):
+    """`a @ b`, precisely: with the 10 bits of "tf32" the gradient of q, which nearly cancels, errs by 1e-2."""
+    return tl.dot(a, b, input_precision="ieee", out_dtype=ACC)
+
+
+@triton.jit
+def load_tile(pointer, row, columns, width, ROWS: tl.constexpr):
+    """ROWS rows of `width` numbers from `row` on: `[ROWS,len(columns)]`, zeros beyond `width`."""
+    at = (row.to(tl.int64) + tl.arange(0, ROWS))[:, None] * width + columns[None, :]
+    return tl.load(pointer + at, mask=(columns < width)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(pointer, tile, row, columns, width, ROWS: tl.constexpr):
+    """Writes what `load_tile` reads."""
+    at = (row.to(tl.int64) + tl.arange(0, ROWS))[:, None] * width + columns[None, :]
+    tl.store(pointer + at, tile, mask=(columns < width)[None, :])
+
+
+@triton.jit
+def load_keys(k, v, n, lanes, lane, f, w, F, W, C: tl.constexpr):
+    """Features of both keys, `[C,BF]`, and both values, `[C,BW]`, of step n of a chunk (a lane)."""
+    first, second = ((2 * n) * lanes + lane) * C, ((2 * n + 1) * lanes + lane) * C
+    k1, k2 = load_tile(k, first, f, F, C), load_tile(k, second, f, F, C)
+    return k1, k2, load_tile(v, first, w, W, C), load_tile(v, second, w, W, C)
+
+
+@triton.jit
+def of_token(rows, TG: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr):
+    """A row for each pair (t, i): that of token t. `[TG,WIDTH]` -> `[TG*C,WIDTH]`."""
+    return tl.reshape(tl.broadcast_to(rows[:, None, :], (TG, C, WIDTH)), (TG * C, WIDTH))
+
+
+@triton.jit
+def of_past(rows, TG: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr):
+    """A row for each pair (t, i): that of token i. `[C,WIDTH]` -> `[TG*C,WIDTH]`."""
+    return tl.reshape(tl.broadcast_to(rows[None, :, :], (TG, C, WIDTH)), (TG * C, WIDTH))
+
+
+@triton.jit
+def by_token(pairs, TG: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr):
+    """Sums over i, `[TG,WIDTH]`."""
+    return tl.sum(tl.reshape(pairs, (TG, C, WIDTH)), 1)
+
+
+@triton.jit
+def by_past(pairs, TG: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr):
+    """Sums over t, `[C,WIDTH]`."""
+    return tl.sum(tl.reshape(pairs, (TG, C, WIDTH)), 0)
+
+
+@triton.jit
+def is_pair(first, TG: tl.constexpr, C: tl.constexpr):
+    """Of tokens t from `first` on: pairs with i <= t, `[TG*C,1]`, and the j seen from a pair's t, `[TG*C,C]`."""
+    pair = tl.arange(0, TG * C)[:, None]
+    t = first + pair // C
+    return pair % C <= t, tl.arange(0, C)[None, :] <= t
+
+
+@triton.jit
+def load_sums(sums, which, lanes, lane, f, w, F, W):
+    """One of the two sums of a chunk, `[BF,BW]`."""
+    at = ((which * lanes + lane).to(tl.int64) * F + f)[:, None] * W + w[None, :]
+    return tl.load(sums + at, mask=(f < F)[:, None] & (w < W)[None, :], other=0.0)
+
+
+@triton.jit
+def store_sums(sums, tile, which, lanes, lane, f, w, F, W):
+    """Writes what `load_sums` reads."""
+    at = ((which * lanes + lane).to(tl.int64) * F + f)[:, None] * W + w[None, :]
+    tl.store(sums + at, tile, mask=(f < F)[:, None] & (w < W)[None, :])
+
+
+@triton.jit
+def outputs(
+    q,
+    k,
+    v,
+    sums,
+    out,
+    lanes,
+    steps,
+    F,
+    W,
+    C: tl.constexpr,
+    TG: tl.constexpr,
+    BF: tl.constexpr,
+    BW: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """q `[n,L,C,F]`, k `[n,2,L,C,F]`, v `[n,2,L,C,W]`, sums before each chunk `[2,L,F,W]` -> out `[n,L,C,W]`."""
+    lane = tl.program_id(0)
+    f = tl.arange(0, BF)
+    w = tl.program_id(1) * BW + tl.arange(0, BW)
+    s1 = load_sums(sums, 0, lanes, lane, f, w, F, W)
+    s2 = load_sums(sums, 1, lanes, lane, f, w, F, W)
+    for n in range(steps):
+        k1, k2, v1, v2 = load_keys(k, v, n, lanes, lane, f, w, F, W, C)
+        for group in range(C // TG):
+            row = (n * lanes + lane) * C + group * TG
+            pairs, seen = is_pair(group * TG, TG, C)
+            query = load_tile(q, row, f, F, TG)
+            queries = tl.where(pairs, of_token(query, TG, C, BF), 0.0)
+            x1, x2 = queries * of_past(k1, TG, C, BF), queries * of_past(k2, TG, C, BF)
+            both_new = tl.where(seen, product(x1, tl.trans(k2), ACC), 0.0)
+            through = product(x1, s2, ACC) + product(both_new, v2, ACC)
+            rows = by_token(through * of_past(v1, TG, C, BW), TG, C, BW)
+            rows += by_token(product(x2, s1, ACC) * of_past(v2, TG, C, BW), TG, C, BW)
+            rows += product(query, s1 * s2, ACC)
+            store_tile(out, rows, row, w, W, TG)
+        s1 += product(tl.trans(k1), v1, ACC)
+        s2 += product(tl.trans(k2), v2, ACC)
+
+
+@triton.jit
+def gradients(
+    q,
+    k,
+    v,
+    sums,
+    d_out,
+    d_q,
+    d_k,
+    d_v,
+    d_sums,
+    lanes,
+    steps,
+    F,
+    W,
+    C: tl.constexpr,
+    TG: tl.constexpr,
+    BF: tl.constexpr,
+    BW: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Gradients of q, k, v and of the sums before each chunk; sums: after each chunk. d_q, d_k: one a block of W."""
+    lane, block = tl.program_id(0), tl.program_id(1)
+    f = tl.arange(0, BF)
+    w = block * BW + tl.arange(0, BW)
+    s1 = load_sums(sums, 0, lanes, lane, f, w, F, W)
+    s2 = load_sums(sums, 1, lanes, lane, f, w, F, W)
+    d_s1 = tl.zeros((BF, BW), ACC)
+    d_s2 = tl.zeros((BF, BW), ACC)
+    for back in range(steps):
+        n = steps - 1 - back
+        k1, k2, v1, v2 = load_keys(k, v, n, lanes, lane, f, w, F, W, C)
+        s1 -= product(tl.trans(k1), v1, ACC)
+        s2 -= product(tl.trans(k2), v2, ACC)
+        # What keys and values owe to later steps.
+        d_k1 = product(v1, tl.trans(d_s1), ACC)
+        d_k2 = product(v2, tl.trans(d_s2), ACC)
+        d_v1 = product(k1, d_s1, ACC)
+        d_v2 = product(k2, d_s2, ACC)
+        first = (n * lanes + lane) * C
+        grads = load_tile(d_out, first, w, W, C)
+        d_product = product(tl.trans(load_tile(q, first, f, F, C)), grads, ACC)
+        d_s1 += d_product * s2
+        d_s2 += d_product * s1
+        for group in range(C // TG):
+            row = first + group * TG
+            pairs, seen = is_pair(group * TG, TG, C)
+            grad = load_tile(d_out, row, w, W, TG)
+            queries = tl.where(pairs, of_token(load_tile(q, row, f, F, TG), TG, C, BF), 0.0)
+            x1, x2 = queries * of_past(k1, TG, C, BF), queries * of_past(k2, TG, C, BF)
+            d_pairs = tl.where(pairs, of_token(grad, TG, C, BW), 0.0)
+            d_1, d_2 = d_pairs * of_past(v1, TG, C, BW), d_pairs * of_past(v2, TG, C, BW)
+            d_s1 += product(tl.trans(x2), d_2, ACC)
+            d_s2 += product(tl.trans(x1), d_1, ACC)
+
+            both_new = tl.where(seen, product(x1, tl.trans(k2), ACC), 0.0)
+            through = product(x1, s2, ACC) + product(both_new, v2, ACC)
+            d_v1 += by_past(through * d_pairs, TG, C, BW)
+            d_v2 += by_past(product(x2, s1, ACC) * d_pairs, TG, C, BW)
+            d_v2 += product(tl.trans(both_new), d_1, ACC)
+
+            d_both_new = tl.where(seen, product(d_1, tl.trans(v2), ACC), 0.0)
+            d_x1 = product(d_1, tl.trans(s2), ACC) + product(d_both_new, k2, ACC)
+            d_x2 = product(d_2, tl.trans(s1), ACC)
+            d_pair = tl.where(pairs, d_x1 * of_past(k1, TG, C, BF) + d_x2 * of_past(k2, TG, C, BF), 0.0)
+            d_query = by_token(d_pair, TG, C, BF) + product(grad, tl.trans(s1 * s2), ACC)
+            store_tile(d_q, d_query, (block * steps * lanes) * C + row, f, F, TG)
+            d_k1 += by_past(d_x1 * queries, TG, C, BF)
+            d_k2 += by_past(d_x2 * queries, TG, C, BF) + product(tl.trans(d_both_new), x1, ACC)
+        one, other = (2 * n) * lanes + lane, (2 * n + 1) * lanes + lane
+        before = block * steps * 2 * lanes
+        store_tile(d_k, d_k1, (before + one) * C, f, F, C)
+        store_tile(d_k, d_k2, (before + other) * C, f, F, C)
+        store_tile(d_v, d_v1, one * C, w, W, C)
+        store_tile(d_v, d_v2, other * C, w, W, C)
+    store_sums(d_sums, d_s1, 0, lanes, lane, f, w, F, W)
+    store_sums(d_sums, d_s2, 1, lanes, lane, f, w, F, W)

@@ -1,0 +1,255 @@
+"""Launches the kernels of `matrix`: the differentiable recurrence of linear attention and the delta rule.
+
+Backward, states and E are computed again from the inputs; of the forward pass only the delta rule's inverses are kept,
+C numbers a token and head. One token a row is a launch of `step`.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from seqtrain.kernels import gpu
+from seqtrain.kernels.custom_ops import differentiable
+from seqtrain.kernels.triton import matrix
+from seqtrain.kernels.triton.matrix_launches import LONGEST, PRECISION, chunk_length, pinned
+
+# The widest K, which no program cuts: what is wider has no pinned configuration.
+WIDEST = 256
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def serves(q: Tensor) -> bool:
+    """Whether the kernels take these inputs: K up to WIDEST; float64 only in Triton's interpreter."""
+    return q.shape[3] <= WIDEST and (q.dtype != torch.float64 or not q.is_cuda)
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    state: Tensor,
+    scale: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`delta_rule`, or `linear_attention` without `beta`; arguments as the operators normalise them."""
+    dtype = torch.promote_types(q.dtype, k.dtype)
+    dtype = dtype if dtype in _DTYPES else torch.float32
+    out, final = _recurrence(q.to(dtype), k.to(dtype), v, beta, log_decay, state, cu_seqlens, scale)
+    return out, final
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(out, final_state, inverse)`; inverse `[tokens, H, LONGEST]`, empty of the additive form."""
+    call = _Call.of(q, k, v, beta, log_decay, state, cu_seqlens, scale)
+    out, final = torch.empty_like(call.v), torch.empty_like(call.state)
+    inverse = _empty_inverse(q, beta)
+    with gpu.on_device(q):
+        if _is_step(q, cu_seqlens):
+            call.step(out, final)
+        else:
+            made = call.operands(None if beta is None else inverse, known=False)
+            call.forward(made, out=out, final=final)
+    return out, final, inverse
+
+
+def _shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, final = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, state))
+    return out, final, _empty_inverse(q, beta)
+
+
+def _backward(
+    arguments: tuple[Any, ...], kept: tuple[Tensor, ...], given: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the arguments of `_forward`."""
+    call = _Call.of(*arguments)
+    d_out, d_final = (x.contiguous() for x in given)
+    d_q, d_k, d_v, d_state = (torch.empty_like(x) for x in (call.q, call.k, call.v, call.state))
+    d_beta, d_log = (None if x is None else torch.empty_like(x) for x in (call.beta, call.log_decay))
+    states = call.q.new_empty(call.chunks.shape[0], *call.state.shape[1:])
+    d_states = torch.empty_like(states)
+    errors = None if call.beta is None else torch.empty_like(call.v, dtype=call.q.dtype)
+    known = not _is_step(call.q, arguments[6])  # a step leaves the inverses to be found
+    inverse = None if call.beta is None else kept[0] if known else torch.empty_like(kept[0])
+    with gpu.on_device(call.q):
+        made = call.operands(inverse, known=known)
+        call.forward(made, errors=errors, states=states)
+        call.reverse(made, d_out, d_v, d_states, d_final, d_state)
+        del made
+        values = call.v if errors is None else errors
+        call.gradients(values, d_out, d_v, states, d_states, d_q, d_k, d_beta, d_log)
+    return d_q, d_k, d_v, d_beta, d_log, d_state, None, None
+
+
+def _is_step(q: Tensor, cu_seqlens: Tensor | None) -> bool:
+    return q.shape[1] == 1 and cu_seqlens is None
+
+
+def _empty_inverse(q: Tensor, beta: Tensor | None) -> Tensor:
+    """Of the longest chunk, so that its shape depends on no GPU; shorter ones take less of its memory."""
+    return q.new_empty(0 if beta is None else (*beta.shape, LONGEST))
+
+
+_recurrence = differentiable("matrix_recurrence", forward=_forward, backward=_backward, shapes=_shapes, results=2)
+
+
+@dataclass
+class _Operands:
+    """What the kernels that go from chunk to chunk multiply with; see `matrix`."""
+
+    q: Tensor
+    k: Tensor
+    inverse: Tensor | None
+    asked: Tensor | None = None
+    pairs: Tensor | None = None
+    factors: Tensor | None = None
+
+
+@dataclass
+class _Call:
+    """The inputs of a call, contiguous, and what all its launches share."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor | None
+    log_decay: Tensor | None
+    state: Tensor
+    scale: float
+    chunks: Tensor
+    documents: Tensor
+    chunk: int
+    target: str
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor | None,
+        log_decay: Tensor | None,
+        state: Tensor,
+        cu_seqlens: Tensor | None,
+        scale: float,
+    ) -> "_Call":
+        borders, target = gpu.borders(q, cu_seqlens), gpu.target()
+        chunk = chunk_length(target, q.dtype)
+        return cls(
+            q.contiguous(),
+            k.contiguous(),
+            v.contiguous(),
+            None if beta is None else beta.contiguous(),
+            None if log_decay is None else log_decay.contiguous(),
+            state.contiguous(),
+            scale,
+            gpu.pieces(borders, chunk, q.device),
+            _documents(borders, chunk, q.device),
+            chunk,
+            target,
+        )
+
+    @property
+    def decay(self) -> int:
+        """DECAY of the kernels."""
+        return 0 if self.log_decay is None else self.log_decay.dim() - 2
+
+    def operands(self, inverse: Tensor | None, *, known: bool) -> _Operands:
+        """Runs `prepare` where there is something to prepare; writes `inverse` unless it is `known`."""
+        made = _Operands(self.q, self.k, inverse)
+        if self.decay == 2:
+            made.q, made.k = torch.empty_like(self.q), torch.empty_like(self.k)
+            made.asked = None if inverse is None else torch.empty_like(self.k)
+            made.pairs = self.q.new_empty(*self.q.shape[:3], self.chunk)
+            made.factors = self.state.new_empty(self.chunks.shape[0], *self.q.shape[2:])
+        elif inverse is None or known:
+            return made
+        written = (None if known else inverse, made.q, made.k, made.asked, made.pairs, made.factors)
+        inputs = (self.q, self.k, self.beta, self.log_decay)
+        self._launch(matrix.prepare, *inputs, *written, self.chunks)
+        return made
+
+    def forward(
+        self,
+        made: _Operands,
+        *,
+        out: Tensor | None = None,
+        errors: Tensor | None = None,
+        states: Tensor | None = None,
+        final: Tensor | None = None,
+    ) -> None:
+        """Runs `forward` for the results that are given."""
+        inputs = (made.q, made.k, self.v, self.beta, self.log_decay)
+        prepared = (made.inverse, made.asked, made.pairs, made.factors)
+        self._launch(matrix.forward, *inputs, *prepared, out, errors, states, self.state, final, self.documents)
+
+    def step(self, out: Tensor, final: Tensor) -> None:
+        """Runs `step`, which writes both."""
+        self._launch(matrix.step, self.q, self.k, self.v, self.beta, self.log_decay, out, self.state, final)
+
+    def reverse(
+        self, made: _Operands, d_out: Tensor, d_v: Tensor, d_states: Tensor, d_final: Tensor, d_state: Tensor
+    ) -> None:
+        """Runs `reverse`, which writes d_v, d_states and d_state."""
+        inputs = (made.q, made.k, self.beta, self.log_decay, made.inverse, made.asked, made.pairs, made.factors)
+        self._launch(matrix.reverse, *inputs, d_out, d_v, d_states, d_final, d_state, self.documents)
+
+    def gradients(self, *tensors: Tensor | None) -> None:
+        """Runs `gradients`; tensors from `values` to `d_log`."""
+        self._launch(matrix.gradients, self.q, self.k, self.beta, self.log_decay, *tensors, self.chunks)
+
+    def _launch(self, kernel: Any, *tensors: Tensor | None) -> None:
+        heads, key, value = self.v.shape[2], self.q.shape[3], self.v.shape[3]
+        launch = pinned(self.target, kernel.__name__, triton.next_power_of_2(max(key, 16)), self.q.dtype, self.decay)
+        places, blocks = self.state.shape[0], triton.cdiv(value, launch.sizes.get("BV", value))
+        if kernel in (matrix.prepare, matrix.gradients):
+            places, blocks = self.chunks.shape[0], 1
+        flags = {} if kernel is matrix.step else {"PRECISION": PRECISION[self.target]}
+        kernel[(places * heads * blocks,)](
+            *tensors,
+            self.scale,
+            H=heads,
+            K=key,
+            V=value,
+            DECAY=self.decay,
+            ACC=gpu.triton_dtype(self.state.dtype),
+            **flags,
+            **launch.options(),
+        )
+
+
+# A training step meets one set of borders in all its layers, forward and backward; a few more for evaluation.
+@lru_cache(maxsize=16)
+def _documents(borders: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
+    """`documents` of the kernels, for documents between these borders."""
+    rows, chunks = [], 0
+    for start, end in pairwise(borders):
+        rows.append((start, end - start, chunks))
+        chunks += -(-(end - start) // chunk)
+    # A tensor born in inference mode could not take part in training later.
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 3)

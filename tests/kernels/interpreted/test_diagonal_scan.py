@@ -1,0 +1,107 @@
+"""The diagonal scan's kernel against the float64 loop: decays to -80, documents, complex numbers, pieces, any order."""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from seqtrain.analysis.triton_interpreter import assert_no_races, between_nans, nan_filled_empty, recording
+from seqtrain.kernels import diagonal_scan
+from seqtrain.testing import borders, compare_with_oracle, run_with_gradients
+from tests.kernels.test_diagonal_scan import case
+
+from .tolerances import assert_within
+
+
+@pytest.fixture
+def in_pieces(monkeypatch):
+    """Documents of more than 16 tokens are cut."""
+    monkeypatch.setattr(import_module("seqtrain.kernels.diagonal_scan.triton"), "SHORTEST", 16)
+
+
+def check(tensors, dtype=torch.float64, **options):
+    with nan_filled_empty():
+        errors = compare_with_oracle(diagonal_scan, tensors, backend="triton", dtype=dtype, **options)
+    assert_within(errors, dtype)
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
+@pytest.mark.parametrize("decay", ["wide", "spikes", "zero"])
+@pytest.mark.parametrize("tokens", [2, 33, 130])
+def test_the_algebra(tokens, decay, documents):
+    tensors, cu_seqlens = case(tokens, documents=documents, decay=decay)
+    check(tensors, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("constant", [False, True], ids=["gates", "constant"])
+@pytest.mark.parametrize(("x_complex", "a_complex"), [(True, True), (False, True), (True, False), (False, False)])
+def test_complex_numbers_in_pieces(x_complex, a_complex, constant, in_pieces):
+    tensors, cu_seqlens = case(60, documents=True, x_complex=x_complex, a_complex=a_complex, constant=constant)
+    check(tensors, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "decay"),
+    [
+        (torch.float32, "wide"),
+        (torch.float32, "strong"),
+        (torch.bfloat16, "spikes"),
+        (torch.bfloat16, "strong"),
+        (torch.float16, "wide"),
+    ],
+)
+def test_other_dtypes(dtype, decay, in_pieces):
+    tensors, cu_seqlens = case(130, documents=True, decay=decay)
+    check(tensors, dtype, cu_seqlens=cu_seqlens)
+
+
+def test_complex_float32():
+    tensors, _ = case(130, x_complex=True, a_complex=True)
+    check(tensors, torch.float32)
+
+
+@pytest.mark.parametrize("order", ["reversed", "shuffled"])
+def test_programs_in_any_order_without_races(order, in_pieces):
+    tensors, cu_seqlens = case(100, documents=True)
+    with recording(order=order) as launches:
+        check(tensors, cu_seqlens=cu_seqlens)
+    assert_no_races(launches)
+    assert [launch.kernel for launch in launches] == ["scan"] * 4
+
+
+def test_documents_do_not_see_each_other():
+    lengths = [20, 30, 14]
+    tensors, _ = case(64)
+    tensors = {name: x[:1].float() for name, x in tensors.items()}
+    tensors["initial_state"] = torch.randn(3, 5)
+    poisoned = {name: between_nans(x) for name, x in tensors.items() if name != "initial_state"}
+    for x in poisoned.values():
+        x[:, :20] = float("nan")
+        x[:, 50:] = float("nan")
+    weights = torch.ones(1, 64, 5), torch.ones(3, 5)
+    options = {"cu_seqlens": borders(lengths), "backend": "triton", "weights": weights}
+    clean = run_with_gradients(diagonal_scan, tensors, **options)
+    # Called on the poisoned tensors themselves, which lie between NaNs.
+    state = tensors["initial_state"].clone().requires_grad_()
+    for x in poisoned.values():
+        x.requires_grad_()
+    out, final = diagonal_scan(**poisoned, initial_state=state, cu_seqlens=borders(lengths), backend="triton")
+    wanted = [*poisoned.values(), state]
+    dx, d_log_a, d_state = torch.autograd.grad([out, final], wanted, weights)
+    inside = slice(20, 50)
+    for came, name in ((out, "out"), (dx, "grad x"), (d_log_a, "grad log_a")):
+        assert torch.equal(came[:, inside], clean[name][:, inside]), name
+    assert torch.equal(final[1], clean["final_state"][1])
+    assert torch.equal(d_state[1], clean["grad initial_state"][1])
+
+
+def test_a_gradient_may_come_for_one_result_alone():
+    tensors, _ = case(20)
+    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    for which in (0, 1):
+        found = [
+            torch.autograd.grad(diagonal_scan(**leaves, backend=backend)[which].sum(), list(leaves.values()))
+            for backend in ("triton", "reference")
+        ]
+        for came, expected in zip(*found, strict=True):
+            torch.testing.assert_close(came, expected)

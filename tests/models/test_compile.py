@@ -1,0 +1,92 @@
+"""A whole language model as one graph of torch.compile: the same loss and gradients, with documents and without."""
+
+import os
+
+import pytest
+import torch
+from torch._dynamo.backends.debugging import aot_eager
+
+from seqtrain.mixers import MIXERS
+from seqtrain.models import LanguageModel, ModelConfig
+from seqtrain.parallel.sequence import Sequence
+from seqtrain.testing import borders, relative_error
+
+# One mixer of each operator, and groups of tokens.
+HYBRID = ("gated_delta_net", "gla", "s5", "s4d", "tensor_attention", "sliding_attention", "trans_normer", "ttt_linear")
+VOCAB = 50
+
+
+def build(layers, **fields):
+    torch.manual_seed(1)
+    mixers = {name: MIXERS.get(name).Config() for name in layers}
+    config = ModelConfig(layers=layers, depth=len(layers), width=32, heads=2, loss_chunk=64, **fields)
+    return LanguageModel(config, mixers, VOCAB)
+
+
+def batch(tokens, seed=2):
+    ids = torch.randint(VOCAB, (1, tokens + 1), generator=torch.Generator().manual_seed(seed))
+    return ids[:, :-1], ids[:, 1:].clone()
+
+
+def loss_and_gradients(run, model, tokens, labels, sequence):
+    loss = run(tokens, labels, sequence=sequence)
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def assert_same(model, compiled, sequence, tokens=40):
+    expected = loss_and_gradients(model, model, *batch(tokens), sequence)
+    came = loss_and_gradients(compiled, model, *batch(tokens), sequence)
+    names = ["loss", *(name for name, _ in model.named_parameters())]
+    for name, x, y in zip(names, came, expected, strict=True):
+        assert relative_error(x, y) < 1e-5, name
+
+
+@pytest.fixture
+def compiler():
+    """Compiles a model as one graph; `graphs` lists those made."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    yield lambda model: torch.compile(model, fullgraph=True, backend=counted), graphs
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_packed_documents_of_any_number(compiler, recompute):
+    compile_, graphs = compiler
+    layers = HYBRID if not recompute else ("gated_delta_net", "s5")
+    model = build(layers, activation_checkpointing=recompute)
+    compiled = compile_(model)
+    for lengths in ([15, 0, 25], [1, 20, 3, 16], [10, 10, 10, 5, 5]):
+        assert_same(model, compiled, Sequence(borders(lengths)))
+    # One for the first number of documents, one for all others.
+    assert len(graphs) <= 2
+
+
+def test_rows_without_documents(compiler):
+    compile_, graphs = compiler
+    model = build(HYBRID)
+    assert_same(model, compile_(model), Sequence())
+    assert len(graphs) == 1
+
+
+def test_under_autocast(compiler):
+    compile_, _ = compiler
+    model = build(("gated_delta_net", "attention"))
+    compiled, sequence = compile_(model), Sequence(borders([15, 25]))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = loss_and_gradients(model, model, *batch(40), sequence)
+        came = loss_and_gradients(compiled, model, *batch(40), sequence)
+    assert all(relative_error(x, y) < 1e-2 for x, y in zip(came, expected, strict=True))
+
+
+@pytest.mark.skipif("SEQTRAIN_TEST_INDUCTOR" not in os.environ, reason="takes minutes: set SEQTRAIN_TEST_INDUCTOR")
+@pytest.mark.parametrize("packed", [False, True])
+def test_inductor(packed):
+    torch._dynamo.reset()
+    model = build(HYBRID)
+    assert_same(model, torch.compile(model, fullgraph=True), Sequence(borders([15, 0, 25]) if packed else None))
