@@ -1,52 +1,63 @@
-"""Times the operators against Hugging Face's PyTorch forms and against SDPA, all in one run, in turns.
+"""Times the operators against other libraries' forms, SDPA and the processor's limit, all in one run, in turns.
 
     python tools/bench_operators.py                                   # 1k to 32k tokens, forward and forward + backward
     python tools/bench_operators.py tokens=[4096] operators=[delta_rule] rounds=9
+    python tools/bench_operators.py tokens=4096 heads=[1,8] key_width=[64,128] value_width=0 threads=[1,2]
 
-Every round times each contender once, so that a busy moment of the machine falls on all of them. Printed are medians,
-half the distance between the quartiles, and `theirs / ours`: above 1, ours is faster. A table, `bench_operators.json`
-and `bench_operators.png` are left in `output_dir`.
+Lists are swept, each with each. Every round times each contender once, so that a busy moment of the machine falls on
+all of them. Printed are medians, half the distance between the quartiles, and `theirs / ours`: above 1, ours is faster.
+Rivals are Hugging Face's PyTorch forms; on a GPU flash-linear-attention and flash-attn too, where they are installed.
+`gemm_limit` is the time of the matrix products of the chunk form alone, in cache, on the chunk's own shapes; `idle` is
+ours, where `busy=true` has the rows' own times taken while a second process uses as many threads. A table,
+`bench_operators.json` and pictures are left in `output_dir`.
 """
 
+import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
+from _busy import busy
+from _contenders import Contender, Limit, Shape, limits, make_inputs, ours, rivals, sdpa
+from _gemm_limit import limit_source
 from _settings import machine, read_settings
-from pydantic import Field
-from torch import Tensor
-
-from seqtrain.kernels import delta_rule, diagonal_scan, linear_attention, softmax_attention, tensor_attention
+from pydantic import BeforeValidator, Field
 
 Operator = Literal[
     "delta_rule", "scalar_decay", "channel_decay", "diagonal_scan", "tensor_attention", "sliding_attention"
 ]
+Dtype = Literal["float32", "bfloat16"]
+Size = Annotated[int, Field(gt=0)]
+# A list, for which its only entry may stand.
+LISTED = (Field(min_length=1), BeforeValidator(lambda values: values if isinstance(values, list) else [values]))
+Sizes = Annotated[list[Size], *LISTED]
+Counts = Annotated[list[Annotated[int, Field(ge=0)]], *LISTED]
+Dtypes = Annotated[list[Dtype], *LISTED]
 
 
 @dataclass(frozen=True)
 class Settings:
-    # Lengths of the sequence, tokens.
-    tokens: Annotated[list[int], Field(min_length=1)] = field(
-        default_factory=lambda: [1024, 2048, 4096, 8192, 16384, 32768]
-    )
+    # Lengths of the sequence, tokens; here and below a list is swept.
+    tokens: Sizes = field(default_factory=lambda: [1024, 2048, 4096, 8192, 16384, 32768])
     # Sequences in a batch.
-    batch: Annotated[int, Field(gt=0)] = 1
+    batch: Sizes = field(default_factory=lambda: [1])
     # Heads, and the width of keys and values of each; the diagonal scan has heads * value_width channels.
-    heads: Annotated[int, Field(gt=0)] = 8
-    key_width: Annotated[int, Field(gt=0)] = 64
-    value_width: Annotated[int, Field(gt=0)] = 64
+    heads: Sizes = field(default_factory=lambda: [8])
+    key_width: Sizes = field(default_factory=lambda: [64])
+    # 0: as wide as the keys.
+    value_width: Counts = field(default_factory=lambda: [64])
     # Key width of tensor attention, whose features grow with its square; the mixer has 4 unless told otherwise.
-    tensor_key_width: Annotated[int, Field(gt=0)] = 4
+    tensor_key_width: Size = 4
     # Keys a query of the sliding attention sees.
-    window: Annotated[int, Field(gt=0)] = 512
+    window: Size = 512
     operators: list[Operator] = field(
         default_factory=lambda: [
             "delta_rule",
@@ -61,103 +72,42 @@ class Settings:
     backend: str = "auto"
     # Our other backends to time beside it, such as [chunked].
     beside: list[Literal["chunked", "native", "triton"]] = field(default_factory=list)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtypes = field(default_factory=lambda: ["float32"])
     device: str = "cpu"
     # CPU threads; 0 leaves PyTorch's own number.
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Counts = field(default_factory=lambda: [0])
+    # True: times the matrix products alone, too (on a CPU).
+    limit: bool = True
+    # True: every contender is also timed beside a second process that uses as many threads.
+    busy: bool = False
     # Times each contender is timed, and the seconds after which it is not timed again.
     rounds: Annotated[int, Field(gt=0)] = 7
     seconds: Annotated[float, Field(gt=0)] = 20.0
     output_dir: str = "outputs/bench_operators"
 
 
-@dataclass(frozen=True)
-class Contender:
-    """`run(*tensors)` gives the output; `tensors` are the inputs a gradient is taken of."""
-
-    name: str
-    run: Callable[..., Tensor]
-    tensors: tuple[Tensor, ...]
-
-
-def make_inputs(settings: Settings, tokens: int) -> dict[str, Tensor]:
-    """The tensors all contenders share: queries, keys of length one, values, gates."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(settings.batch, tokens, *shape, generator=generator)
-
-    heads, channels = settings.heads, settings.heads * settings.value_width
-    inputs = {
-        "q": F.normalize(normal(heads, settings.key_width), dim=-1),
-        "k": F.normalize(normal(heads, settings.key_width), dim=-1),
-        "v": normal(heads, settings.value_width),
-        "beta": normal(heads).sigmoid(),
-        "log_decay": -0.1 * normal(heads).abs(),
-        "channel_decay": -0.1 * normal(heads, settings.key_width).abs(),
-        "x": normal(channels),
-        "log_a": -0.1 * normal(channels).abs(),
-    }
-    for name in ("tq", "tk1", "tk2"):
-        inputs[name] = F.normalize(normal(heads, settings.tensor_key_width), dim=-1)
-    inputs["v2"] = normal(heads, settings.value_width)
-    dtype = getattr(torch, settings.dtype)
-    return {name: x.to(settings.device, dtype).requires_grad_() for name, x in inputs.items()}
-
-
-def our_contenders(settings: Settings, inputs: dict[str, Tensor], backend: str) -> dict[str, Contender]:
-    """Our operators on a backend, by the name in the settings."""
-    window, label = settings.window, "" if backend == settings.backend else f" {backend}"
-    forms: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
-        "delta_rule": (lambda *x: delta_rule(*x, backend=backend)[0], ("q", "k", "v", "beta", "log_decay")),
-        "scalar_decay": (lambda *x: linear_attention(*x, backend=backend)[0], ("q", "k", "v", "log_decay")),
-        "channel_decay": (lambda *x: linear_attention(*x, backend=backend)[0], ("q", "k", "v", "channel_decay")),
-        "diagonal_scan": (lambda *x: diagonal_scan(*x, backend=backend)[0], ("x", "log_a")),
-        "tensor_attention": (lambda *x: tensor_attention(*x, backend=backend)[0], ("tq", "tk1", "tk2", "v", "v2")),
-        "sliding_attention": (lambda *x: softmax_attention(*x, window=window, backend=backend)[0], ("q", "k", "v")),
-    }
-    return {
-        name: Contender(name + label, forms[name][0], tuple(inputs[key] for key in forms[name][1]))
-        for name in settings.operators
-    }
-
-
-def rivals(settings: Settings, inputs: dict[str, Tensor]) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Those we are compared with, by the operator they rival (`sdpa` rivals all), and why any is missing."""
-    q, k, v, beta, log_decay = (inputs[name] for name in ("q", "k", "v", "beta", "log_decay"))
-
-    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
-        return out.transpose(1, 2)
-
-    found, missing = {"sdpa": Contender("sdpa", sdpa, (q, k, v))}, {}
-    if "delta_rule" in settings.operators:
-        try:
-            qwen = import_module("transformers.models.qwen3_next.modeling_qwen3_next").torch_chunk_gated_delta_rule
-            found["delta_rule"] = Contender(
-                "hf_qwen3_next",
-                lambda q, k, v, beta, g: qwen(q, k, v, g=g, beta=beta, output_final_state=True)[0],
-                (q, k, v, beta, log_decay),
+def shapes(settings: Settings) -> Iterator[Shape]:
+    """Every point of the sweep."""
+    swept = (settings.batch, settings.heads, settings.key_width, settings.value_width, settings.dtype, settings.threads)
+    for batch, heads, key, value, dtype, threads in itertools.product(*swept):
+        for tokens in settings.tokens:
+            yield Shape(
+                tokens=tokens,
+                batch=batch,
+                heads=heads,
+                key_width=key,
+                value_width=value or key,
+                tensor_key_width=settings.tensor_key_width,
+                window=settings.window,
+                dtype=dtype,
+                device=settings.device,
+                threads=threads or torch.get_num_threads(),
             )
-        except (ImportError, AttributeError) as error:
-            missing["hf_qwen3_next"] = str(error)
-    if "scalar_decay" in settings.operators:
-        try:
-            mamba = import_module("transformers.models.mamba2.modeling_mamba2").mamba2_chunk_scan
-            # Only the scan itself: with steps dt = -log_decay and A = -1 its decays are ours. 256 is Mamba-2's own
-            # chunk.
-            minus_one = -torch.ones(settings.heads, device=settings.device)
-            found["scalar_decay"] = Contender(
-                "hf_mamba2",
-                lambda q, k, v, g: mamba(v, -g, minus_one, k, q, chunk_size=256, return_final_states=True)[0],
-                (q, k, v, log_decay),
-            )
-        except (ImportError, AttributeError) as error:
-            missing["hf_mamba2"] = str(error)
-    return found, missing
 
 
-def time_in_turns(contenders: list[Contender], settings: Settings, *, backward: bool) -> dict[str, list[float]]:
+def time_in_turns(
+    contenders: Sequence[Contender | Limit], settings: Settings, *, backward: bool
+) -> dict[str, list[float]]:
     """Seconds of each contender's runs: one untimed round, then rounds in which each runs once."""
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for turn in range(settings.rounds + 1):
@@ -166,19 +116,10 @@ def time_in_turns(contenders: list[Contender], settings: Settings, *, backward: 
             if sum(spent) > settings.seconds:
                 continue
             start = _now(settings.device)
-            _run(contender, backward)
+            contender(backward=backward)
             if turn:
                 spent.append(_now(settings.device) - start)
     return times
-
-
-def _run(contender: Contender, backward: bool) -> None:
-    if not backward:
-        with torch.no_grad():
-            contender.run(*contender.tensors)
-        return
-    out = contender.run(*contender.tensors)
-    torch.autograd.grad(out, contender.tensors, torch.ones_like(out))
 
 
 def _now(device: str) -> float:
@@ -196,50 +137,87 @@ def summary(seconds: list[float]) -> tuple[float, float]:
 
 
 def compare(settings: Settings, show: Callable[[str], None]) -> tuple[list[dict], dict[str, str]]:
-    """One row for each length, direction, operator and rival; rows are shown as they come."""
+    """One row for each shape, direction, operator and rival; rows are shown as they come."""
     rows: list[dict] = []
     missing: dict[str, str] = {}
-    show(HEADER)
-    for tokens in settings.tokens:
-        inputs = make_inputs(settings, tokens)
-        ours = our_contenders(settings, inputs, settings.backend)
-        beside = [our_contenders(settings, inputs, name) for name in settings.beside]
-        theirs, missing = rivals(settings, inputs)
-        for direction, backward in (("forward", False), ("forward+backward", True)):
-            others = [contender for each in beside for contender in each.values()]
-            times = time_in_turns([*ours.values(), *others, *theirs.values()], settings, backward=backward)
-            medians = {name: summary(seconds) for name, seconds in times.items()}
-            for name in ours:
-                found = [theirs[name]] if name in theirs else []
-                for rival in [*found, *(each[name] for each in beside), theirs["sdpa"]]:
-                    rows.append(_row(tokens, direction, name, rival.name, medians))
-                    show(_line(rows[-1]))
+    own_threads = torch.get_num_threads()
+    previous = ""
+    for shape in shapes(settings):
+        torch.set_num_threads(shape.threads)
+        if describe(shape) != previous:
+            previous = describe(shape)
+            show(f"\n{previous}\n{HEADER}")
+        found, missing = _compare_at(shape, settings)
+        for row in found:
+            rows.append(row)
+            show(_line(row))
+        torch.set_num_threads(own_threads)
     return rows, missing
 
 
-def _row(tokens: int, direction: str, name: str, rival: str, medians: dict[str, tuple[float, float]]) -> dict:
-    (ours, our_spread), (theirs, their_spread) = medians[name], medians[rival]
+def _compare_at(shape: Shape, settings: Settings) -> tuple[list[dict], dict[str, str]]:
+    inputs, operators = make_inputs(shape), list(settings.operators)
+    own = ours(shape, inputs, operators, settings.backend, "")
+    beside = [ours(shape, inputs, operators, name, f" {name}") for name in settings.beside]
+    theirs, missing = rivals(shape, inputs, operators)
+    least, attention = limits(shape, operators) if settings.limit else {}, sdpa(inputs)
+    against = {
+        name: [
+            *([least[name]] if name in least else []),
+            *theirs[name],
+            *(contenders[name] for contenders in beside),
+            attention,
+        ]
+        for name in operators
+    }
+    contenders = {each.name: each for each in (*own.values(), *itertools.chain.from_iterable(against.values()))}
+    rows = []
+    for direction, backward in (("forward", False), ("forward+backward", True)):
+        idle: dict[str, tuple[float, float]] = {}
+        for loaded in (False, True) if settings.busy else (False,):
+            with busy(shape.threads) if loaded else nullcontext():
+                times = time_in_turns(list(contenders.values()), settings, backward=backward)
+            medians = {name: summary(seconds) for name, seconds in times.items()}
+            medians |= {f"{name} idle": idle[name] for name in operators if loaded}
+            for name in operators:
+                compared = [each.name for each in against[name]] + ([f"{name} idle"] if loaded else [])
+                rows += [_row(shape, direction, loaded, name, rival, medians) for rival in compared]
+            idle = medians
+    return rows, missing
+
+
+def _row(
+    shape: Shape, direction: str, loaded: bool, name: str, rival: str, medians: dict[str, tuple[float, float]]
+) -> dict:
+    (own, own_spread), (theirs, their_spread) = medians[name], medians[rival]
     return {
+        **asdict(shape),
         "operator": name,
         "against": rival,
-        "tokens": tokens,
         "direction": direction,
-        "ours_ms": ours,
-        "ours_spread_ms": our_spread,
+        "busy": loaded,
+        "ours_ms": own,
+        "ours_spread_ms": own_spread,
         "theirs_ms": theirs,
         "theirs_spread_ms": their_spread,
-        "ratio": theirs / ours,
+        "ratio": theirs / own,
     }
+
+
+def describe(shape: Shape) -> str:
+    """A point of the sweep without its number of tokens."""
+    widths = f"K={shape.key_width} V={shape.value_width}"
+    return f"B={shape.batch} H={shape.heads} {widths} {shape.dtype}, threads {shape.threads}"
 
 
 HEADER = f"{'tokens':>6} {'direction':16} {'operator':18} {'ours, ms':>18} {'theirs, ms':>18} {'ratio':>7}  against"
 
 
 def _line(row: dict) -> str:
-    ours = f"{row['ours_ms']:9.1f} ± {row['ours_spread_ms']:6.1f}"
+    own = f"{row['ours_ms']:9.1f} ± {row['ours_spread_ms']:6.1f}"
     theirs = f"{row['theirs_ms']:9.1f} ± {row['theirs_spread_ms']:6.1f}"
     where = f"{row['tokens']:6d} {row['direction']:16} {row['operator']:18}"
-    return f"{where} {ours:>18} {theirs:>18} {row['ratio']:7.2f}  {row['against']}"
+    return f"{where} {own:>18} {theirs:>18} {row['ratio']:7.2f}  {row['against']}{', both busy' if row['busy'] else ''}"
 
 
 def draw(rows: list[dict], title: str, path: Path) -> None:
@@ -269,30 +247,41 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
     pyplot.close(figure)
 
 
+def _pictures(rows: list[dict], settings: Settings, title: str, folder: Path) -> list[Path]:
+    """One for each point of the sweep, numbered where there are several."""
+    groups: dict[str, list[dict]] = {}
+    for shape in shapes(settings):
+        chosen = [row for row in rows if {**asdict(shape), **row} == row and not row["busy"]]
+        groups.setdefault(describe(shape), []).extend(chosen)
+    paths = []
+    for number, (where, chosen) in enumerate(groups.items(), 1):
+        paths.append(folder / f"bench_operators{f'_{number}' if len(groups) > 1 else ''}.png")
+        draw(chosen, f"{title}; {where}", paths[-1])
+    return paths
+
+
 def main(arguments: list[str]) -> None:
     settings = read_settings(Settings, arguments, about=__doc__)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     about = machine(settings.device)
     try:
         about["transformers"] = metadata.version("transformers")
     except metadata.PackageNotFoundError:
         about["transformers"] = "absent"
-    shapes = f"B={settings.batch} H={settings.heads} K={settings.key_width} V={settings.value_width} {settings.dtype}"
-    title = ", ".join(f"{key} {value}" for key, value in about.items()) + f"; {shapes}"
+    title = ", ".join(f"{key} {value}" for key, value in about.items())
+    sources = {name: limit_source(getattr(torch, name)) for name in settings.dtype} if settings.limit else {}
     print(title)
-    print(
-        f"tensor attention K={settings.tensor_key_width}, window {settings.window}; ± is half the quartile distance\n"
-    )
+    print(f"tensor attention K={settings.tensor_key_width}, window {settings.window}; ± is half the quartile distance")
+    for name, source in sources.items():
+        print(f"gemm_limit of {name} by {source}")
     rows, missing = compare(settings, lambda line: print(line, flush=True))
     for name, reason in missing.items():
         print(f"skipped {name}: {reason}")
     folder = Path(settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    report = {"machine": about, "settings": asdict(settings), "skipped": missing, "rows": rows}
+    report = {"machine": about, "settings": asdict(settings), "limit": sources, "skipped": missing, "rows": rows}
     (folder / "bench_operators.json").write_text(json.dumps(report, indent=1))
-    draw(rows, title, folder / "bench_operators.png")
-    print(f"\n{folder / 'bench_operators.json'}, {folder / 'bench_operators.png'}")
+    pictures = _pictures(rows, settings, title, folder)
+    print("\n" + ", ".join(str(path) for path in (folder / "bench_operators.json", *pictures)))
 
 
 if __name__ == "__main__":

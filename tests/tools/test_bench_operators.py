@@ -26,6 +26,7 @@ def tiny(tmp_path_factory):
         "rounds=3",
         "threads=1",
         "beside=[chunked]",
+        "busy=true",
     )
     done = run(*sizes, f"output_dir={folder}")
     assert done.returncode == 0, done.stderr
@@ -36,19 +37,38 @@ def test_every_operator_is_compared_in_both_directions(tiny):
     _, folder = tiny
     report = json.loads((folder / "bench_operators.json").read_text())
     operators = report["settings"]["operators"]
-    rivals = {("delta_rule", "hf_qwen3_next"), ("scalar_decay", "hf_mamba2")} | {(name, "sdpa") for name in operators}
-    rivals |= {(name, f"{name} chunked") for name in operators}
+    rivals = {("delta_rule", "hf_qwen3_next"), ("scalar_decay", "hf_mamba2")}
+    rivals |= {(name, f"{name} gemm_limit") for name in ("delta_rule", "scalar_decay", "channel_decay")}
+    rivals |= {(name, against) for name in operators for against in ("sdpa", f"{name} chunked")}
     absent = {pair for pair in rivals if pair[1] in report["skipped"]}
-    came = [(row["tokens"], row["direction"], row["operator"], row["against"]) for row in report["rows"]]
+    idle = {(name, f"{name} idle") for name in operators}
+    came = [(row["tokens"], row["direction"], row["busy"], row["operator"], row["against"]) for row in report["rows"]]
     expected = {
-        (tokens, direction, *pair)
+        (tokens, direction, busy, *pair)
         for tokens in (64, 128)
         for direction in ("forward", "forward+backward")
-        for pair in rivals - absent
+        for busy in (False, True)
+        for pair in (rivals | idle if busy else rivals) - absent
     }
     assert len(operators) == 6
     assert len(came) == len(set(came))
     assert set(came) == expected
+
+
+def test_on_a_cpu_the_rivals_that_need_a_gpu_are_named(tiny):
+    report = json.loads((tiny[1] / "bench_operators.json").read_text())
+    gpu = {"fla_gated_delta_rule", "fla_simple_gla", "fla_gla", "fla_hgrn", "flash_attn"}
+    assert {name for name, reason in report["skipped"].items() if reason == "needs a CUDA device"} == gpu
+
+
+def test_lists_are_swept_each_with_each(tmp_path):
+    sizes = ("tokens=32", "heads=[1,2]", "key_width=8", "value_width=[0,4]", "dtype=[float32,bfloat16]", "rounds=1")
+    done = run(*sizes, "operators=[delta_rule]", "threads=[1]", f"output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "bench_operators.json").read_text())["rows"]
+    points = {(row["heads"], row["key_width"], row["value_width"], row["dtype"]) for row in rows}
+    assert points == {(h, 8, v, dtype) for h in (1, 2) for v in (8, 4) for dtype in ("float32", "bfloat16")}
+    assert len(list(tmp_path.glob("bench_operators_*.png"))) == 8
 
 
 def test_a_row_holds_times_spreads_and_their_ratio(tiny):
@@ -61,7 +81,16 @@ def test_a_row_holds_times_spreads_and_their_ratio(tiny):
 
 def test_what_is_printed_names_machine_shapes_and_columns(tiny):
     printed, folder = tiny
-    for words in ("device ", "threads 1", "commit ", "torch ", "B=1 H=2 K=8 V=8 float32", "tokens direction", "ratio"):
+    for words in (
+        "device ",
+        "threads 1",
+        "commit ",
+        "torch ",
+        "B=1 H=2 K=8 V=8 float32",
+        "gemm_limit of float32 by",
+        "tokens direction",
+        "ratio",
+    ):
         assert words in printed
     assert (folder / "bench_operators.png").read_bytes().startswith(b"\x89PNG")
     assert str(folder / "bench_operators.png") in printed
@@ -71,7 +100,7 @@ def test_what_is_printed_names_machine_shapes_and_columns(tiny):
     ("arguments", "message"),
     [
         (["token=[64]"], "config key 'token' is unknown; did you mean 'tokens'?"),
-        (["dtype=float16"], "dtype=float16: must be 'float32' or 'bfloat16'"),
+        (["dtype=float16"], "dtype.0=float16: must be 'float32' or 'bfloat16'"),
         (["tokens"], "'tokens' is not key=value; --help lists the keys"),
     ],
 )
