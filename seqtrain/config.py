@@ -103,14 +103,15 @@ def _explain_composition(error: Exception, name: str, overrides: Sequence[str]) 
         group, option = missing.groups()
         return unknown_name(f"{group}=", option, (path.stem for path in (conf_dir() / group).glob("*.yaml")))
     if key := re.search(r"Could not override '([^'@]+)", text):
-        return _explain_key(key[1], name)
+        return _explain_key(key[1], name, overrides)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"{' '.join(overrides)}: {'; '.join(lines)}" if overrides else "; ".join(lines)
 
 
-def _explain_key(key: str, name: str) -> str:
+def _explain_key(key: str, name: str, overrides: Sequence[str]) -> str:
     """The first part of `key` that the config `name` does not have, beside the keys it has there."""
-    node, known = compose_config(name), ""
+    # What it has depends on what else was chosen.
+    node, known = compose_config(name, [each for each in overrides if each.partition("=")[0] != key]), ""
     for part in key.split("."):
         if not isinstance(node, DictConfig) or part not in node:
             break

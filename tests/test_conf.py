@@ -26,4 +26,4 @@ def test_a_choice_composes_and_builds(choice):
 
 
 def test_every_file_is_named_in_a_group():
-    assert {path.parent.name for path in conf_dir().rglob("*.yaml")} <= {*GROUPS, "mixer", "recipe", "conf"}
+    assert {path.parent.name for path in conf_dir().rglob("*.yaml")} <= {*GROUPS, "mixer", "recipe", "profile", "conf"}

@@ -14,6 +14,7 @@ from seqtrain.kernels import linear_cross_entropy
 from seqtrain.mixers import MIXERS, WHOLE, LayerShape, Mixer, State
 from seqtrain.mixers._parts import RMSNorm, ShortConvolution
 from seqtrain.models.block import Block, SwiGLU
+from seqtrain.parallel.checkpointing import checkpoint_contexts
 from seqtrain.parallel.sequence import Sequence
 
 
@@ -135,16 +136,19 @@ class LanguageModel(nn.Module):
         *,
         sequence: Sequence = WHOLE,
         all_logits: bool = False,
+        keep_state: bool = False,
     ) -> Any:
         """`tokens: int64 [B,T]`, or `[B]` for one token a row.
 
-        With `labels: int64 [B,T]` (-100 does not count): the loss, a float32 scalar summed over tokens. Without:
-        logits of the last position, float32 `[B,vocab]` (of all, `[B,T,vocab]`, with `all_logits`), and the state
-        after it, one dict a layer. `state`: the same before the first token; None for an empty past.
+        With `labels: int64 [B,T]` (-100 does not count): the loss, a float32 scalar summed over tokens; with
+        `keep_state` also the state after the last token. Without labels: logits of the last position, float32
+        `[B,vocab]` (of all, `[B,T,vocab]`, with `all_logits`), and that state, one dict a layer. `state`: the same
+        before the first token; None for an empty past.
         """
-        x, after = self.hidden(tokens, state, sequence=sequence, keep_state=labels is None)
+        x, after = self.hidden(tokens, state, sequence=sequence, keep_state=keep_state or labels is None)
         if labels is not None:
-            return self.head(x, labels)
+            loss = self.head(x, labels)
+            return (loss, after) if keep_state else loss
         return self.head(x if x.dim() == 2 or all_logits else x[:, -1]), after
 
     def hidden(
@@ -172,6 +176,7 @@ class LanguageModel(nn.Module):
     def _run(self, block: nn.Module, x: Tensor, state: State | None, sequence: Sequence) -> tuple[Tensor, State]:
         if not (self.config.activation_checkpointing and torch.is_grad_enabled()):
             return block(x, state, sequence=sequence)
+        contexts: dict[str, Any] = {"context_fn": checkpoint_contexts} if sequence.sends else {}
         # Nothing in a block draws random numbers, so their state needs no saving.
         return checkpoint(
             block,
@@ -180,7 +185,7 @@ class LanguageModel(nn.Module):
             sequence=sequence,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=sequence.checkpoint_contexts,
+            **contexts,
         )
 
     def parameter_count(self) -> int:

@@ -3,13 +3,14 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from seqtrain.runtime.ranks import Ranks
-from seqtrain.runtime.settings import OptimizerConfig, PretrainConfig, micro_batch
+from seqtrain.runtime.settings import OptimizerConfig, PretrainConfig, micro_batch, segments
 
 log = logging.getLogger("seqtrain.runtime")
 
@@ -65,15 +66,18 @@ def prepare_environment(ranks: Ranks) -> None:
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
-def build_engine(model: nn.Module, config: PretrainConfig, ranks: Ranks) -> Any:
-    """`model` inside a DeepSpeed engine that knows the optimizer, the ZeRO stage, clipping and accumulation."""
+def build_engine(model: nn.Module, groups: list[dict[str, Any]], config: PretrainConfig, ranks: Ranks) -> Any:
+    """`model` inside a DeepSpeed engine that knows the optimizer, the ZeRO stage, clipping and accumulation.
+
+    `groups`: the parameters to train, as `parameter_groups` gives them.
+    """
     prepare_environment(ranks)
     import deepspeed
 
     model.to(ranks.device)
     engine, _, _, _ = deepspeed.initialize(
         model=model,
-        optimizer=_optimizer(model, config, stage=config.parallel.zero_stage),
+        optimizer=_optimizer(groups, config),
         config=_deepspeed_config(config, ranks.device),
         dist_init_required=False,
     )
@@ -97,11 +101,12 @@ def micro_batches(config: PretrainConfig) -> int:
 
 
 def _deepspeed_config(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
-    stage = config.parallel.zero_stage
+    stage, pieces = config.parallel.zero_stage, segments(config)
     return {
-        "train_batch_size": config.train.batch_size,
+        # A segment counts as a micro-batch: each has a backward pass of its own.
+        "train_batch_size": pieces * config.train.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch(config),
-        "gradient_accumulation_steps": micro_batches(config),
+        "gradient_accumulation_steps": pieces * micro_batches(config),
         # Ranks to an entry of the batch, for DeepSpeed's arithmetic of batches. All else there is over all ranks alike:
         # with its own mesh, gradients would stay unreduced over the ranks of a sequence in stages 0 to 2.
         "sequence_parallel_size": config.parallel.sequence,
@@ -120,12 +125,12 @@ def _deepspeed_config(config: PretrainConfig, device: torch.device) -> dict[str,
     }
 
 
-def _optimizer(model: nn.Module, config: PretrainConfig, *, stage: int) -> torch.optim.Optimizer:
+def _optimizer(groups: list[dict[str, Any]], config: PretrainConfig) -> torch.optim.Optimizer:
     cls = _optimizer_class(config.optimizer)
-    if stage == 0:
+    if config.parallel.zero_stage == 0:
         cls = type(f"Finite{cls.__name__}", (FiniteStep, cls), {"clipping": config.train.gradient_clipping})
     options = config.optimizer
-    return cls(parameter_groups(model, options.weight_decay), lr=options.lr, betas=options.betas, eps=options.eps)
+    return cls(groups, lr=options.lr, betas=options.betas, eps=options.eps)
 
 
 def _optimizer_class(options: OptimizerConfig) -> Any:
@@ -136,27 +141,32 @@ def _optimizer_class(options: OptimizerConfig) -> Any:
     return FusedAdam
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters as two groups: matrices decay; vectors and scalars (norms, gates, biases) do not."""
-    weights = [p for p in model.parameters() if p.requires_grad]
+def parameter_groups(
+    parameters: Iterable[nn.Parameter], weight_decay: float, *, rate: float = 1.0
+) -> list[dict[str, Any]]:
+    """Those that are trained as two groups: matrices decay; vectors and scalars (norms, gates, biases) do not.
+
+    `rate`: a factor on the run's learning rate.
+    """
+    weights = [p for p in parameters if p.requires_grad]
     groups = [
-        {"params": [p for p in weights if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in weights if p.dim() >= 2], "weight_decay": weight_decay, "rate": rate},
+        {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0, "rate": rate},
     ]
     return [group for group in groups if group["params"]]
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate"]
 
 
 def backward(engine: Any, loss_sum: Tensor, *, weight: float) -> None:
     """Adds the gradients of `loss_sum` (a scalar, summed over tokens) times `weight`.
 
     DeepSpeed divides by the number of micro-batches and averages over all ranks, those of one sequence too, so
-    `weight` is `ranks * micro_batches / tokens of the whole batch`. A loss that isn't finite makes every gradient NaN:
-    so one test, the norm of the reduced gradient, finds both and comes out alike on all ranks.
+    `weight` is `ranks * backward passes of a step / tokens of the whole batch`. A loss that isn't finite makes every
+    gradient NaN: so one test, the norm of the reduced gradient, finds both and comes out alike on all ranks.
     """
     # On one thread, where autograd would take one for each kind of device: gradients then come in the same order on
     # every rank, however long it waits for its neighbours' states, and DeepSpeed reduces them by order of arrival.

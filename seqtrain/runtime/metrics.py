@@ -3,8 +3,10 @@
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,28 @@ class MetricsReader:
                     return
                 self._read += len(line)
                 yield json.loads(line)
+
+
+@dataclass(frozen=True)
+class Within:
+    """Of the step after `step`, `done` parts of `of` are done."""
+
+    step: int
+    done: int
+    of: int
+
+
+def write_within(folder: RunFolder, within: Within) -> None:
+    """Tells whoever watches how far a long step is."""
+    # Seen whole or not at all; after a crash it would mean nothing.
+    partial = folder.within.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(within)))
+    os.replace(partial, folder.within)
+
+
+def read_within(folder: RunFolder) -> Within | None:
+    """What was written last; None if nothing was."""
+    return Within(**json.loads(folder.within.read_text())) if folder.within.exists() else None
 
 
 def read_lines(path: Path) -> list[Record]:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from seqtrain.runtime.metrics import Record
+from seqtrain.runtime.metrics import Record, Within
 
 # Seconds between two lines where there is no terminal to draw a bar on.
 QUIET_SECONDS = 10.0
@@ -31,6 +31,9 @@ class ProgressDisplay:
         )
         self._task = self._bar.add_task("", total=steps, figures="starting")
         self._last_line = 0.0
+        self._figures = "starting"
+        # Steps done, the running one's parts counted.
+        self._shown = 0.0
 
     def __enter__(self) -> "ProgressDisplay":
         self._bar.start()
@@ -43,13 +46,28 @@ class ProgressDisplay:
 
     def show(self, record: Record) -> None:
         """Moves the bar to the record's step."""
-        step, figures = record["step"], _figures(record)
-        self._bar.update(self._task, completed=step, figures=figures)
+        step, self._figures = record["step"], _figures(record)
+        self._shown = float(step)
+        self._bar.update(self._task, completed=step, figures=self._figures)
+        left = (self.steps - step) * record["step_seconds"]
+        self._say(f"step {step}/{self.steps}  {self._figures}  {left:.0f} s left", last=step == self.steps)
+
+    def show_within(self, within: Within) -> None:
+        """Moves the bar to a place between two steps, where it isn't there already."""
+        place = within.step + within.done / within.of
+        if place <= self._shown:
+            return
+        self._shown = place
+        part = f"part {within.done}/{within.of} of step {within.step + 1}"
+        self._bar.update(self._task, completed=place, figures=f"{self._figures}  {part}")
+        self._say(f"{part}  {self._figures}")
+
+    def _say(self, line: str, *, last: bool = False) -> None:
+        """A line where there is no bar, unless there was one just now."""
         now = time.monotonic()
-        if not self._live and (step == self.steps or now - self._last_line >= QUIET_SECONDS):
+        if not self._live and (last or now - self._last_line >= QUIET_SECONDS):
             self._last_line = now
-            left = (self.steps - step) * record["step_seconds"]
-            self.console.print(f"step {step}/{self.steps}  {figures}  {left:.0f} s left", highlight=False)
+            self.console.print(line, highlight=False)
 
 
 def _figures(record: Record) -> str:

@@ -15,7 +15,8 @@ from seqtrain.data import prepare
 from seqtrain.kernels.dispatch import choose_anew
 from seqtrain.runtime import ray_launcher
 from seqtrain.runtime.log import log_to, warn_on_stderr
-from seqtrain.runtime.metrics import MetricsReader
+from seqtrain.runtime.metrics import MetricsReader, read_within
+from seqtrain.runtime.objective import PRETRAINING, Objective
 from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ranks import form_group, pick_device
 from seqtrain.runtime.report import write_report
@@ -23,6 +24,7 @@ from seqtrain.runtime.run_folder import RunFolder, claim, refuse_foreign
 from seqtrain.runtime.settings import PretrainConfig, check
 from seqtrain.runtime.signals import listening
 from seqtrain.runtime.tracking import Tracker, tracking_id
+from seqtrain.runtime.watch import UNWATCHED, Watch
 from seqtrain.runtime.worker import Session, train
 
 log = logging.getLogger("seqtrain.runtime")
@@ -30,8 +32,10 @@ log = logging.getLogger("seqtrain.runtime")
 Launch = Callable[[Session, Callable[[], None]], None]
 
 
-def run(config: PretrainConfig) -> dict[str, Any]:
+def run(config: PretrainConfig, objective: Objective = PRETRAINING, *, watch: Watch = UNWATCHED) -> dict[str, Any]:
     """Prepares the data, trains, writes the report; gives the summary (also in `output_dir/summary.json`).
+
+    `objective`: what is trained, for runs that do something else than train a new model. `watch`: who looks on.
 
     A run that was asked to stop has saved a checkpoint, and its summary says `stopped: true`. The same call again goes
     on from there; for a run that has finished it gives the old summary. Under torchrun every rank calls it, and gets an
@@ -41,23 +45,27 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     check(config)
     config = replace(config, output_dir=str(Path(config.output_dir).absolute()))
     if config.runtime.name == "inline":
-        return _run_inline(config)
-    return _drive(config, lambda session, poll: ray_launcher.launch(session, poll=poll))
+        return _run_inline(config, objective, watch)
+    return _drive(config, objective, watch, lambda session, poll: ray_launcher.launch(session, poll=poll))
 
 
-def _run_inline(config: PretrainConfig) -> dict[str, Any]:
+def _run_inline(config: PretrainConfig, objective: Objective, watch: Watch) -> dict[str, Any]:
     """The ranks are this process, or those torchrun started; rank 0 is the driver too."""
     if config.runtime.cpus_per_worker:
         torch.set_num_threads(config.runtime.cpus_per_worker)
     ranks = form_group(pick_device(config.runtime.device), timeout_seconds=config.runtime.collective_timeout_seconds)
     if ranks.first:
-        return _drive(config, lambda session, poll: train(ranks.from_first(session), ranks, after_step=poll))
+
+        def launch(session: Session, poll: Callable[[], None]) -> None:
+            train(ranks.from_first(session), ranks, after_step=poll)
+
+        return _drive(config, objective, watch, launch)
     with listening(RunFolder(Path(config.output_dir)).stop):
         train(ranks.from_first(None), ranks)
     return {}
 
 
-def _drive(config: PretrainConfig, launch: Launch) -> dict[str, Any]:
+def _drive(config: PretrainConfig, objective: Objective, watch: Watch, launch: Launch) -> dict[str, Any]:
     """Everything around the steps: the folder, the data, who watches, the report."""
     folder = RunFolder(Path(config.output_dir))
     refuse_foreign(folder, config)
@@ -70,7 +78,14 @@ def _drive(config: PretrainConfig, launch: Launch) -> dict[str, Any]:
     if finished := _finished_summary(folder, config):
         log.warning("output_dir=%s: this run has finished already; here is its summary", folder.path)
         return finished
-    session = Session(config, corpus.folder.resolve(), uuid.uuid4().hex[:8], tracking_id(config, folder))
+    session = Session(
+        config,
+        corpus.folder.resolve(),
+        name=uuid.uuid4().hex[:8],
+        tracking_id=tracking_id(config, folder),
+        objective=objective,
+        watch=watch,
+    )
     reader = MetricsReader(folder)
     with (
         listening(folder.stop) as received,
@@ -82,11 +97,14 @@ def _drive(config: PretrainConfig, launch: Launch) -> dict[str, Any]:
             for record in reader.new():
                 display.show(record)
                 tracker.show(record)
+            if within := read_within(folder):
+                display.show_within(within)
 
         launch(session, poll)
         summary = write_report(config, folder, corpus, stopped_by_signal=received.number)
         tracker.summarize(summary)
     folder.stop.unlink(missing_ok=True)
+    folder.within.unlink(missing_ok=True)
     shutil.rmtree(folder.ray, ignore_errors=True)
     return summary
 

@@ -9,7 +9,10 @@ from typing import Any
 import yaml
 
 from seqtrain.errors import CheckpointError, ConfigError
-from seqtrain.runtime.settings import PretrainConfig
+from seqtrain.runtime.settings import PretrainConfig, segments
+
+# Keys of `train` that say in which pieces the same numbers are computed.
+SEGMENTATION = ("micro_batch_size", "segment_tokens", "segment_gradients")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,11 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def within(self) -> Path:
+        """How much of the running step is done."""
+        return self.path / ".within.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -88,7 +96,9 @@ def trajectory(config: PretrainConfig) -> dict[str, Any]:
     }
     for key in ("cache_dir", "verify", "shard_tokens"):
         del values["data"][key]
-    for key in ("micro_batch_size", "max_nonfinite_steps"):
+    # Where gradients end depends on where a row is cut; where they don't, no number does.
+    truncated = config.train.segment_gradients == "truncated" and segments(config) > 1
+    for key in ("max_nonfinite_steps", *(() if truncated else SEGMENTATION)):
         del values["train"][key]
     return values
 
@@ -133,7 +143,7 @@ def refuse_foreign(folder: RunFolder, config: PretrainConfig) -> None:
 def claim(folder: RunFolder, config: PretrainConfig) -> None:
     """Makes `folder` this run's: writes its config, and clears what an earlier session left for its driver."""
     folder.path.mkdir(parents=True, exist_ok=True)
-    for leftover in (folder.stop, folder.error, folder.outcome):
+    for leftover in (folder.stop, folder.error, folder.outcome, folder.within):
         leftover.unlink(missing_ok=True)
     shutil.rmtree(folder.ray, ignore_errors=True)
     folder.config.write_text(yaml.safe_dump(plain(config), sort_keys=False))

@@ -10,6 +10,7 @@ from pydantic import Field
 from seqtrain.data import DataConfig, check_source
 from seqtrain.errors import ConfigError
 from seqtrain.models import LanguageModel, ModelConfig
+from seqtrain.models.streaming import Gradients
 from seqtrain.parallel import Algorithm
 
 Positive = Annotated[int, Field(gt=0)]
@@ -63,6 +64,10 @@ class TrainConfig:
     batch_size: Positive = 8
     # Most sequences a rank, or the ranks that share them, run through the model at once; fewer take less memory.
     micro_batch_size: Positive = 8
+    # Most tokens of those that run through the model at once, with the layers' states carried on; 0: all of them.
+    segment_tokens: Count = 0
+    # Gradients between segments: exact (one more forward pass), or truncated (none crosses a segment's border).
+    segment_gradients: Gradients = "exact"
     # Number format of the matrix products. Weights and the optimizer's state are float32 in both.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # Largest norm of a step's gradient, all weights together; 0 leaves gradients alone.
@@ -215,11 +220,35 @@ def _check_batch(config: PretrainConfig) -> None:
             f"train.batch_size={batch}: must be a multiple of parallel.data x train.micro_batch_size = "
             f"{ranks} x {micro}; use {-(-batch // (ranks * micro)) * ranks * micro}, or other sizes"
         )
+    if segments(config) > 1:
+        _check_segments(config)
+
+
+def _check_segments(config: PretrainConfig) -> None:
+    parallel, key = config.parallel, f"train.segment_tokens={config.train.segment_tokens}"
+    if parallel.sequence > 1:
+        raise ConfigError(
+            f"{key}: segments of a sequence are run by one rank, but parallel.sequence={parallel.sequence}; "
+            "use parallel.sequence=1, or train.segment_tokens=0"
+        )
+    # Two ranks of stage 3 were seen to wait for each other for ever. Why isn't known; suspected are documents that
+    # differ from rank to rank, so that only some carry a state.
+    if parallel.zero_stage == 3 and parallel.ranks > 1:
+        raise ConfigError(
+            f"{key}: segments don't run on {parallel.ranks} ranks that divide the weights, parallel.zero_stage=3; "
+            "use parallel.zero_stage=2 or less, or train.segment_tokens=0"
+        )
 
 
 def micro_batch(config: PretrainConfig) -> int:
     """Sequences a group of ranks runs through the model at once: as asked for, or all it has where that is fewer."""
     return min(config.train.micro_batch_size, config.train.batch_size // config.parallel.data)
+
+
+def segments(config: PretrainConfig) -> int:
+    """Pieces in which a micro-batch runs through the model, one after the other."""
+    tokens = micro_batch(config) * config.train.sequence_length
+    return -(-tokens // (config.train.segment_tokens or tokens))
 
 
 def _check_ranks(config: PretrainConfig) -> None:

@@ -6,34 +6,31 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from seqtrain.data import (
-    Batch,
-    Batches,
-    EvaluationBatches,
-    SyntheticBatches,
-    held_out_batches,
-    open_corpus,
-    training_batches,
-)
+from seqtrain.data import Batch
 from seqtrain.errors import SeqtrainError
 from seqtrain.memory import peak_resident_bytes
-from seqtrain.models import LanguageModel
+from seqtrain.models.streaming import stream_backward
 from seqtrain.parallel.mesh import Mesh, form_mesh
 from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime import engine as engines
 from seqtrain.runtime.checkpoint import Checkpoint, Progress
 from seqtrain.runtime.evaluation import Scores, evaluate
-from seqtrain.runtime.metrics import MetricsFile, Record
+from seqtrain.runtime.metrics import MetricsFile, Record, Within, write_within
+from seqtrain.runtime.objective import PRETRAINING, Objective, Work
 from seqtrain.runtime.ranks import Ranks
+from seqtrain.runtime.rows import as_segments, read_row
 from seqtrain.runtime.run_folder import RunFolder, check_fits, trajectory
 from seqtrain.runtime.schedule import learning_rate
-from seqtrain.runtime.settings import PretrainConfig, micro_batch
+from seqtrain.runtime.settings import PretrainConfig, segments
 from seqtrain.runtime.signals import StopRequest
+from seqtrain.runtime.watch import UNWATCHED, Watch
 
 log = logging.getLogger("seqtrain.runtime")
 
@@ -49,10 +46,19 @@ class Session:
     name: str
     # Run of Weights & Biases; empty without.
     tracking_id: str
+    # What is trained.
+    objective: Objective = PRETRAINING
+    # Who looks on.
+    watch: Watch = UNWATCHED
 
     @property
     def folder(self) -> RunFolder:
         return RunFolder(Path(self.config.output_dir))
+
+    @property
+    def trajectory(self) -> dict[str, Any]:
+        """What decides which numbers come out; checkpoints made with other values are refused."""
+        return trajectory(self.config) | self.objective.trajectory()
 
 
 @dataclass
@@ -63,8 +69,7 @@ class Training:
     ranks: Ranks
     mesh: Mesh
     engine: Any
-    batches: Batches | SyntheticBatches
-    held_out: EvaluationBatches | SyntheticBatches
+    work: Work
     stop: StopRequest
     progress: Progress
     # Rank 0's; None on the others.
@@ -83,8 +88,9 @@ def train(session: Session, ranks: Ranks, *, after_step: Callable[[], None] = la
     """Trains to the last step, or until a stop is requested; writes metrics, checkpoints and the outcome.
 
     Every rank calls it with the same `session`, in a process group that is already formed. Goes on from the newest
-    whole checkpoint in the run's folder. `after_step` is called after each line of metrics. Raises `CheckpointError`
-    for a checkpoint that doesn't fit, `SeqtrainError` when too many steps in a row aren't finite.
+    whole checkpoint in the run's folder. `after_step` is called after each line of metrics, and each segment of a step.
+    Raises `CheckpointError` for a checkpoint that doesn't fit, `SeqtrainError` when too many steps in a row aren't
+    finite.
     """
     parallel = session.config.parallel
     with form_mesh(
@@ -98,9 +104,11 @@ def train(session: Session, ranks: Ranks, *, after_step: Callable[[], None] = la
 
 
 def _train_on(training: Training, after_step: Callable[[], None]) -> None:
-    config, scores, stopped = training.config, None, False
+    config, watch, scores, stopped = training.config, training.session.watch, None, False
+    watch.begin(training)
     while training.progress.step < config.train.steps:
-        record = _step(training)
+        with watch.during("step"):
+            record = _step(training, after_step)
         if record is None:
             stopped = True
             break
@@ -119,14 +127,17 @@ def _train_on(training: Training, after_step: Callable[[], None]) -> None:
         stopped = scores is None
     _save(training)
     _write_outcome(training, stopped=stopped, scores=scores)
+    if not stopped:
+        watch.end()
 
 
-def _step(training: Training) -> Record | None:
+def _step(training: Training, after_segment: Callable[[], None]) -> Record | None:
     """One optimizer step over the global batch. None, with nothing changed, when a stop was requested."""
     config, ranks, index = training.config, training.ranks, training.progress.step
     started = time.perf_counter()
-    batches = _micro_batches(training, index)
-    labels, stopping = ranks.sum(sum(batch.label_count for batch in batches), training.stop.requested())
+    with training.session.watch.during("data"):
+        rows = _micro_batches(training, index)
+    labels, stopping = ranks.sum(sum(part.label_count for row in rows for part in row), training.stop.requested())
     if stopping:
         return None
     # No layer draws anything today. Here a resumed run would draw the same; a run on another mesh would need draws that
@@ -134,7 +145,7 @@ def _step(training: Training) -> Record | None:
     torch.manual_seed(hash((config.seed, index, ranks.rank)))
     rate = learning_rate(config.schedule, peak=config.optimizer.lr, steps=config.train.steps, step=index)
     engines.set_learning_rate(training.engine, rate)
-    [loss_sum] = ranks.sum(_update_weights(training, batches, labels))
+    [loss_sum] = ranks.sum(_update_weights(training, rows, labels, after_segment))
     grad_norm, taken = engines.last_step(training.engine)
 
     tokens = config.train.batch_size * config.train.sequence_length
@@ -153,55 +164,66 @@ def _step(training: Training) -> Record | None:
     }
 
 
-def _micro_batches(training: Training, index: int) -> list[Batch]:
-    """This rank's share of the global batch of step `index`, in the batches that go through the model at once.
+def _micro_batches(training: Training, index: int) -> list[list[Batch]]:
+    """This rank's share of the global batch of step `index`: packed rows, each in the parts that are run at once.
 
     The ranks that share a sequence read their own tokens of it from the corpus; nothing is sent between them.
     """
     mesh, count = training.mesh, engines.micro_batches(training.config)
+    whose = {"rank": mesh.data_rank, "ranks": mesh.data_ranks, "micro_batches": count}
     return [
-        training.batches.at(
-            index,
-            rank=mesh.data_rank,
-            ranks=mesh.data_ranks,
-            micro_batch=number,
-            micro_batches=count,
-            part=mesh.sequence_rank,
-            parts=mesh.sequence_ranks,
+        read_row(
+            partial(training.work.batches.at, index, micro_batch=number, **whose),
+            mesh,
+            pieces=segments(training.config),
         )
         for number in range(count)
     ]
 
 
-def _update_weights(training: Training, batches: list[Batch], labels: float) -> float:
+def _update_weights(
+    training: Training, rows: list[list[Batch]], labels: float, after_segment: Callable[[], None]
+) -> float:
     """Forward and backward over this rank's micro-batches, then the optimizer. Gives their summed loss.
 
     `labels`: how many tokens of the global batch are predicted, all ranks together: the loss is the mean over those.
     """
-    engine, ranks, backend = training.engine, training.ranks, training.config.kernels.backend
-    loss_sum = torch.zeros((), device=ranks.device)
-    for batch in batches:
-        loss = engine(
-            batch.tokens.to(ranks.device),
-            batch.labels.to(ranks.device),
-            sequence=training.mesh.sequence(batch.offsets, batch.cu_seqlens, backend=backend),
-        )
-        engines.backward(engine, loss, weight=ranks.count * len(batches) / max(labels, 1))
+    engine, ranks, config = training.engine, training.ranks, training.config
+    weight = ranks.count * sum(len(row) for row in rows) / max(labels, 1)
+
+    def backward(loss: Tensor) -> None:
+        engines.backward(engine, loss, weight=weight)
         # The engine counts micro-batches by calls of `step`, and acts on the last.
         engine.step()
-        loss_sum += loss.detach()
+
+    def done(number: int, count: int, of: int) -> None:
+        if training.metrics:
+            write_within(training.session.folder, Within(training.progress.step, count + number * of, len(rows) * of))
+            after_segment()
+
+    loss_sum = torch.zeros((), device=ranks.device)
+    for number, row in enumerate(rows):
+        loss_sum += stream_backward(
+            engine,
+            as_segments(row, training.mesh, backend=config.kernels.backend, device=ranks.device),
+            gradients=config.train.segment_gradients,
+            backward=backward,
+            done=partial(done, number),
+        )
     return loss_sum.item()
 
 
 def _evaluate(training: Training) -> Scores | None:
-    return evaluate(
-        training.engine,
-        training.held_out,
-        training.ranks,
-        training.mesh,
-        training.stop,
-        backend=training.config.kernels.backend,
-    )
+    with training.session.watch.during("evaluation"):
+        return evaluate(
+            training.engine,
+            training.work.held_out,
+            training.ranks,
+            training.mesh,
+            training.stop,
+            pieces=segments(training.config),
+            backend=training.config.kernels.backend,
+        )
 
 
 def _checkpoint_due(config: PretrainConfig, step: int) -> bool:
@@ -225,15 +247,14 @@ def _give_up_if_hopeless(training: Training) -> None:
 def _prepare(session: Session, ranks: Ranks, mesh: Mesh) -> Training:
     """Builds the model and its engine as they were at the newest checkpoint, or new, and opens the data."""
     config, folder = session.config, session.folder
-    corpus = open_corpus(session.corpus, config.data)
     torch.manual_seed(config.seed)
-    model = LanguageModel(config.model, config.mixer, corpus.vocab_size)
+    work = session.objective.work(config, session.corpus)
     found = ranks.from_first(_newest(session) if ranks.first else None)
     if found:
-        found.load_weights(model)
+        found.load_weights(work.model)
     # Counted now: in ZeRO 3 a rank will hold only its part of each.
-    parameters = sum(p.numel() for p in model.parameters())
-    engine = engines.build_engine(model, config, ranks)
+    parameters = sum(p.numel() for p in work.model.parameters())
+    engine = engines.build_engine(work.model, work.groups, config, ranks)
     if found:
         found.restore_optimizer(engine)
     progress = found.progress if found else Progress()
@@ -246,20 +267,7 @@ def _prepare(session: Session, ranks: Ranks, mesh: Mesh) -> Training:
         ranks=ranks,
         mesh=mesh,
         engine=engine,
-        batches=training_batches(
-            corpus,
-            config.data,
-            seed=config.seed,
-            sequence_length=config.train.sequence_length,
-            batch_size=config.train.batch_size,
-        ),
-        held_out=held_out_batches(
-            corpus,
-            config.data,
-            sequence_length=config.train.sequence_length,
-            batch_size=micro_batch(config) * config.parallel.data,
-            max_tokens=config.evaluation.max_tokens,
-        ),
+        work=work,
         stop=StopRequest(folder.stop, watch_file=ranks.first),
         progress=progress,
         metrics=_open_metrics(session, ranks, progress) if ranks.first else None,
@@ -270,7 +278,7 @@ def _prepare(session: Session, ranks: Ranks, mesh: Mesh) -> Training:
 
 def _newest(session: Session) -> Checkpoint | None:
     """The checkpoint to go on from: the run's own newest one, else the one `checkpoint.resume` names."""
-    resume, now = session.config.checkpoint.resume, trajectory(session.config)
+    resume, now = session.config.checkpoint.resume, session.trajectory
     if own := checkpoints.find(session.folder.checkpoints):
         check_fits(own.folder, own.trajectory, now)
         return own
@@ -295,15 +303,16 @@ def _save(training: Training) -> None:
     step = training.progress.step
     if step == training.saved_step:
         return
-    checkpoints.save(
-        training.engine,
-        training.session.folder.checkpoints,
-        training.progress,
-        training.ranks,
-        keep=training.config.checkpoint.keep,
-        trajectory=trajectory(training.config),
-        tracking_id=training.session.tracking_id,
-    )
+    with training.session.watch.during("checkpoint"):
+        checkpoints.save(
+            training.engine,
+            training.session.folder.checkpoints,
+            training.progress,
+            training.ranks,
+            keep=training.config.checkpoint.keep,
+            trajectory=training.session.trajectory,
+            tracking_id=training.session.tracking_id,
+        )
     training.saved_step = step
 
 

@@ -15,11 +15,13 @@ import torch
 os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch._inductor.compile_fx
+from safetensors.torch import load_file
 
 from seqtrain.data import DataConfig, prepare
 from seqtrain.mixers import MIXERS
 from seqtrain.models import ModelConfig
 from seqtrain.parallel.testing import RankError, rank_outcomes
+from seqtrain.runtime.checkpoint import find
 from seqtrain.runtime.metrics import read_lines
 from seqtrain.runtime.ranks import Ranks, this_process
 from seqtrain.runtime.run_folder import RunFolder, claim
@@ -41,6 +43,7 @@ from seqtrain.runtime.worker import Session, train
 WORDS = ["state", "scan", "delta", "gate", "key", "value", "query", "chunk", "decay", "head", "token", "loss", "rank"]
 # Seconds after which ranks that still run are taken for hung.
 RANKS_SECONDS = 90
+BETAS = (0.9, 0.95)
 
 
 def write_text(folder: Path) -> Path:
@@ -121,6 +124,16 @@ def launched(rank: int, count: int, work: Callable[..., Any], arguments: tuple[A
     return work(this_process(torch.device("cpu")), *arguments)
 
 
+def short_documents(folder: Path) -> str:
+    """Texts of 1 to 60 letters: some shorter than a convolution, some longer than a rank's share of a row."""
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number:02d}.txt").write_text(
+            "state scan delta gate "[number % 7 :] * 3 if number % 3 else "abc"[: 1 + number % 2]
+        )
+    return str(folder)
+
+
 def folder_of(config: PretrainConfig) -> RunFolder:
     return RunFolder(Path(config.output_dir))
 
@@ -137,6 +150,13 @@ def losses(config: PretrainConfig) -> list[float]:
 def outcome(config: PretrainConfig) -> dict[str, Any]:
     """What rank 0 left for the driver."""
     return json.loads(folder_of(config).outcome.read_text())
+
+
+def first_gradients(config: PretrainConfig) -> dict[str, torch.Tensor]:
+    """The gradient of each weight in a run's only step, from Adam's first moment after it; its betas are `BETAS`."""
+    folder = find(folder_of(config).checkpoints).folder
+    moments = {key: value for file in folder.glob("optimizer-*") for key, value in load_file(file).items()}
+    return {key: value / (1 - BETAS[0]) for key, value in moments.items() if key.endswith(":exp_avg")}
 
 
 def as_it_was_at(config: PretrainConfig, step: int, name: str, **sections: Any) -> PretrainConfig:

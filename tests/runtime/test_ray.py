@@ -13,7 +13,7 @@ from seqtrain.errors import DataError
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.testing import rank_outcomes
-from seqtrain.runtime import ray_launcher, run, worker
+from seqtrain.runtime import objective, ray_launcher, run
 from seqtrain.runtime.ranks import is_lost_peer
 from seqtrain.runtime.worker import Session
 from tests.runtime.runtime_cases import (
@@ -100,7 +100,7 @@ class Failing(LanguageModel):
 
 @pytest.mark.parametrize("way", ["forward", "backward", "death"])
 def test_a_rank_that_fails_ends_those_that_wait_for_its_states(tmp_path, monkeypatch, way):
-    monkeypatch.setattr(worker, "LanguageModel", Failing)
+    monkeypatch.setattr(objective, "LanguageModel", Failing)
     monkeypatch.setattr(Failing, "way", way)
     config = small_config(tmp_path, parallel={"sequence": 2}, checkpoint={"every": 0})
     session = session_for(config)

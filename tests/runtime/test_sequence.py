@@ -3,34 +3,26 @@
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from seqtrain.mixers import MIXERS
-from seqtrain.runtime.checkpoint import find
 from seqtrain.runtime.settings import PretrainConfig
 from tests.runtime.runtime_cases import (
+    BETAS,
     as_it_was_at,
     change,
-    folder_of,
+    first_gradients,
     losses,
     on_ranks,
     outcome,
     records,
     session_for,
+    short_documents,
     small_config,
     train_each,
 )
 
 # data, sequence, ZeRO stage
 MESHES = (*((2, 2, stage) for stage in (0, 1, 2, 3)), (1, 2, 1), (1, 2, 3), (1, 3, 2), (1, 4, 0))
-BETAS = (0.9, 0.95)
-
-
-def gradients(config: PretrainConfig) -> dict:
-    """The gradient of each weight in the first step, from Adam's first moment after it."""
-    folder = find(folder_of(config).checkpoints).folder
-    moments = {key: value for file in folder.glob("optimizer-*") for key, value in load_file(file).items()}
-    return {key: value / (1 - BETAS[0]) for key, value in moments.items() if key.endswith(":exp_avg")}
 
 
 def grid(data: int, sequence: int, stage: int) -> dict[str, int]:
@@ -43,16 +35,6 @@ def on_mesh(config: PretrainConfig, data: int, sequence: int, stage: int) -> Pre
         parallel=grid(data, sequence, stage),
         output_dir=str(Path(config.output_dir).with_name(f"{data}-{sequence}-{stage}")),
     )
-
-
-def short_documents(folder: Path) -> str:
-    """Texts of 1 to 60 letters: some shorter than a convolution, some longer than a rank's share of a row."""
-    folder.mkdir()
-    for number in range(60):
-        (folder / f"{number:02d}.txt").write_text(
-            "state scan delta gate "[number % 7 :] * 3 if number % 3 else "abc"[: 1 + number % 2]
-        )
-    return str(folder)
 
 
 @pytest.fixture
@@ -79,10 +61,10 @@ def test_trap_15_gradients_and_their_norm_on_every_mesh_and_stage_are_those_of_o
     unclipped = change(hybrid, train={"gradient_clipping": 0.0})
     alone, *sharded = configs = [on_mesh(unclipped, *mesh) for mesh in ((1, 1, 1), *MESHES)]
     train_all(configs)
-    expected, [record] = gradients(alone), records(alone)
+    expected, [record] = first_gradients(alone), records(alone)
     assert len(expected) > 20
     for config in sharded:
-        came = gradients(config)
+        came = first_gradients(config)
         assert came.keys() == expected.keys()
         for name, gradient in expected.items():
             assert (came[name] - gradient).norm() < 1e-5 * gradient.norm(), (config.parallel, name)

@@ -10,7 +10,7 @@ from seqtrain.errors import CheckpointError, SeqtrainError
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.sequence import Sequence
-from seqtrain.runtime import worker
+from seqtrain.runtime import objective, worker
 from seqtrain.runtime.checkpoint import find
 from tests.runtime.runtime_cases import (
     as_it_was_at,
@@ -143,7 +143,7 @@ class BadGradient(LanguageModel):
 
 @pytest.mark.parametrize("model", [BadLoss, BadGradient])
 def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(tmp_path, monkeypatch, model):
-    monkeypatch.setattr(worker, "LanguageModel", model)
+    monkeypatch.setattr(objective, "LanguageModel", model)
     configs = [
         small_config(
             tmp_path,
@@ -185,7 +185,7 @@ def test_weights_and_moments_stay_when_a_step_is_skipped(tmp_path, monkeypatch):
 
     still = small_config(tmp_path, optimizer={"lr": 0.0}, output_dir=str(tmp_path / "still"))
     train_alone(still)
-    monkeypatch.setattr(worker, "LanguageModel", BadStart)
+    monkeypatch.setattr(objective, "LanguageModel", BadStart)
     for stage in STAGES:
         config = small_config(tmp_path, parallel={"zero_stage": stage}, output_dir=str(tmp_path / str(stage)))
         train_alone(config)
@@ -200,7 +200,7 @@ def test_a_run_gives_up_after_too_many_bad_steps_in_a_row(tmp_path, monkeypatch)
         def forward(self, *arguments, **options):
             return super().forward(*arguments, **options) * float("nan")
 
-    monkeypatch.setattr(worker, "LanguageModel", Bad)
+    monkeypatch.setattr(objective, "LanguageModel", Bad)
     config = small_config(tmp_path, train={"max_nonfinite_steps": 2})
     with pytest.raises(SeqtrainError, match=r"train.max_nonfinite_steps=2: 3 steps in a row, up to step 3"):
         train_alone(config)

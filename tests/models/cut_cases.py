@@ -1,0 +1,40 @@
+"""Tiny models of every mixer, and a row of tokens for them: what cutting a row is tested with."""
+
+import torch
+
+from seqtrain.mixers import MIXERS
+from seqtrain.models import LanguageModel, ModelConfig
+from tests.parallel.shard_cases import Cut
+
+VOCAB = 40
+# Fields that make a tiny layer show at these lengths what its default would not.
+TINY = {
+    "based": {"window": 30},
+    "intra_hybrid": {"window": 30, "full": True},
+    "linearized_attention": {"window": 30},
+    "mamba2": {"state": 8},
+    "sliding_attention": {"window": 30},
+    "tcnca": {"chunk": 32},
+    "tensor_attention": {"key": 3},
+    "trans_normer": {"block": 16},
+}
+HYBRIDS = {
+    "recurrent": ("gated_delta_net", "mamba2", "s5", "gla", "tensor_attention"),
+    "with attention": ("delta_net", "sliding_attention", "kda", "attention"),
+}
+LAYERS = {name: (name,) for name in MIXERS.names} | HYBRIDS
+
+
+def build(layers: tuple[str, ...], **fields) -> LanguageModel:
+    torch.manual_seed(3)
+    config = ModelConfig(layers=layers, depth=max(2, len(layers)), width=24, heads=2, loss_chunk=64, **fields)
+    mixers = {name: MIXERS.get(name).Config(**TINY.get(name, {})) for name in layers}
+    return LanguageModel(config, mixers, VOCAB)
+
+
+def row(cut: Cut, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of one of many rows, and labels of which the first ten don't count."""
+    ids = torch.randint(VOCAB, (1, cut.tokens + 1), generator=torch.Generator().manual_seed(cut.tokens + number))
+    labels = ids[:, 1:].clone()
+    labels[:, :10] = -100
+    return ids[:, :-1], labels
