@@ -2,5 +2,6 @@
 
 from seqtrain.convert.run import convert
 from seqtrain.convert.settings import ConvertConfig, read_convert_config
+from seqtrain.convert.stages import Stopped
 
-__all__ = ["ConvertConfig", "convert", "read_convert_config"]
+__all__ = ["ConvertConfig", "Stopped", "convert", "read_convert_config"]

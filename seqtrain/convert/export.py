@@ -108,3 +108,38 @@ def check_reloaded(folder: Path, tokens: Tensor, expected: Tensor) -> list[dict[
     differing = float(sum(a != b for a, b in zip(*(row.tolist() for row in new), strict=False)))
     name = "tokens that differ when generated with and without the cache"
     return [*found, {"name": name, "error": differing, "limit": 0.0, "passed": differing == 0}]
+
+
+@torch.no_grad()
+def long_generation(folder: Path, prompt: Tensor, new_tokens: int) -> list[dict[str, int]]:
+    """Bytes of the cache while the exported model goes on with `prompt: int64 [1,T]`, greedily, for `new_tokens`.
+
+    By Hugging Face's own `generate`. A row `{"tokens": ..., "bytes": ...}` for the prompt, one whenever the tokens seen
+    have doubled, and one at the end.
+    """
+    from transformers import AutoModelForCausalLM, StoppingCriteriaList
+
+    from seqtrain.models.huggingface_cache import StateCache
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    cache = StateCache(model.config.num_hidden_layers)
+    rows: list[dict[str, int]] = []
+
+    def watch(tokens: Tensor, scores: Tensor, **unused: Any) -> Tensor:
+        # The token that was just chosen has not entered the cache yet.
+        seen = cache.get_seq_length()
+        if not rows or seen >= 2 * rows[-1]["tokens"] or seen == prompt.shape[1] + new_tokens - 1:
+            rows.append({"tokens": seen, "bytes": cache.nbytes})
+        return torch.zeros(len(tokens), dtype=torch.bool)
+
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        past_key_values=cache,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([watch]),
+    )
+    return rows

@@ -1,12 +1,18 @@
 """Which layers keep softmax attention."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from seqtrain.convert.architecture import FULL, WINDOWED
+from seqtrain.convert.scores import agreement, hidden_states
 from seqtrain.convert.settings import POLICY
 from seqtrain.convert.student import check_layers
+from seqtrain.errors import ConfigError
+from seqtrain.files import replace_file
 from seqtrain.models import LanguageModel
 
 
@@ -20,6 +26,10 @@ def kept_layers(
     if not isinstance(keep, str):
         check_layers(keep, depth)
         return tuple(sorted(set(keep))), None
+    if keep.endswith(".json"):
+        kept, scores = read_layers(Path(keep).expanduser(), depth)
+        check_layers(kept, depth)
+        return kept, scores
     matched = POLICY.fullmatch(keep)
     assert matched is not None, keep
     kind, number = matched.groups()
@@ -35,6 +45,36 @@ def kept_layers(
     return tuple(sorted(best[: int(number)])), scores
 
 
+def layers_that_stay(layers: Sequence[str]) -> tuple[int, ...]:
+    """The numbers of those that are their teacher's softmax attention still, of the mixers' names."""
+    return tuple(index for index, name in enumerate(layers) if name in (FULL, WINDOWED))
+
+
+def write_layers(file: Path, layers: Sequence[str], importance: Sequence[float] | None) -> None:
+    """What was chosen, for people and for `keep=FILE.json`: the mixers' names, and what was measured for the choice."""
+    chosen = {"keep": layers_that_stay(layers), "layers": layers, "importance": importance}
+    replace_file(file, (json.dumps(chosen, indent=1) + "\n").encode("utf-8"))
+
+
+def read_layers(file: Path, depth: int) -> tuple[tuple[int, ...], list[float] | None]:
+    """`(keep, importance)` of a file that `write_layers` wrote, for a model of so many layers. Raises `ConfigError`.
+
+    A file of hand has `keep` alone, a list of numbers from 0.
+    """
+    try:
+        chosen = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"keep={file}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"keep={file}: is no readable JSON: {str(error).splitlines()[0]}") from None
+    keep = chosen.get("keep") if isinstance(chosen, dict) else None
+    if not isinstance(keep, list) or not all(type(index) is int and index >= 0 for index in keep):
+        raise ConfigError(f"keep={file}: must hold an object with keep, a list of layers from 0")
+    if len(chosen.get("layers") or [""] * depth) != depth:
+        raise ConfigError(f"keep={file}: is of a model with {len(chosen['layers'])} layers, not {depth}")
+    return tuple(sorted(set(keep))), chosen.get("importance")
+
+
 @torch.no_grad()
 def restore_one_layer(
     student: LanguageModel, teacher: LanguageModel, tokens: Tensor, progress: Callable[[str], None]
@@ -43,11 +83,10 @@ def restore_one_layer(
 
     `tokens: int64 [B,T]`. The fall of the mean divergence `KL(teacher | student)`, nats a token, layer by layer.
     """
-    expected = teacher(tokens, all_logits=True)[0].log_softmax(-1)
+    expected = hidden_states(teacher, tokens)
 
     def divergence() -> float:
-        came = student(tokens, all_logits=True)[0].log_softmax(-1)
-        return float((expected.exp() * (expected - came)).sum(-1).mean())
+        return agreement(teacher, expected, student, hidden_states(student, tokens))[0]
 
     without, scores = divergence(), []
     for index, (mine, theirs) in enumerate(zip(student.blocks, teacher.blocks, strict=True)):

@@ -1,15 +1,19 @@
 """What a conversion can be told: one frozen dataclass a section."""
 
 import re
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
 from seqtrain.config import validate
+from seqtrain.convert.recipe import RecipeConfig, read_recipe
+from seqtrain.data import DataConfig
 from seqtrain.errors import ConfigError, unknown_name
 from seqtrain.mixers._memories import MEMORIES
+from seqtrain.runtime.settings import CheckpointConfig, ParallelConfig, RuntimeConfig, TrackingConfig
 
 LIGER = ("liger_gla", "liger_gsa", "liger_hgrn2")
 TARGETS = (*MEMORIES, *LIGER)
@@ -26,34 +30,40 @@ class LayerConfig:
     sinks: Annotated[int, Field(ge=0)] = 4
     # A window without sinks costs more than all else (perplexity 191 instead of 63): it must be asked for with true.
     without_sinks: bool = False
-    # How window and memory are joined; auto: under one denominator where the memory has a mass, else as a sum.
-    combine: Literal["auto", "denominator", "sum"] = "auto"
+    # How window and memory are joined; auto: under one denominator where the memory has a mass, else as a sum; norms:
+    # each normalised by itself, then added (SpikingBrain).
+    combine: Literal["auto", "denominator", "sum", "norms"] = "auto"
     # What the memory counts before training: a factor on its mass, or its share of the sum.
     memory_weight: Annotated[float, Field(ge=0, lt=1)] = 0.1
     # Rank of the matrix that makes gla's forget gate.
     gate_rank: Annotated[int, Field(gt=0)] = 16
+    # True: gla's forget gate is 1 - key, without a matrix (SpikingBrain's tied gate).
+    tied_gate: bool = False
     # Slots of gsa, a head.
     slots: Annotated[int, Field(gt=0)] = 64
+    # together: every converted layer has window and memory; alternate: one has the memory alone, the next the window
+    # with its sinks alone (SpikingBrain's alternation between layers).
+    arrangement: Literal["together", "alternate"] = "together"
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
     """What the new model is compared with its teacher on."""
 
-    # Text file; empty takes the Python library's own argparse.py.
-    text: str = ""
-    # Tokens of it in one sequence.
+    # Held-out texts by the name the report gives them: a text file, or python-prose or python-code, which come with
+    # Python; empty leaves one out.
+    texts: Mapping[str, str] = field(default_factory=lambda: {"prose": "python-prose", "code": "python-code"})
+    # Tokens of a text in one sequence.
     tokens: Annotated[int, Field(gt=1)] = 512
-    # Sequences at most.
+    # Sequences of a text at most.
     sequences: Annotated[int, Field(gt=0)] = 4
-
-
-@dataclass(frozen=True)
-class RecipeConfig:
-    """How the model is trained back towards its teacher."""
-
-    # none: the start alone.
-    name: Literal["none"] = "none"
+    # What teacher and student are asked to go on with; empty: nothing.
+    prompt: str = "The capital of France is"
+    # Tokens the exported model generates while its cache is watched; 0: none.
+    generate: Annotated[int, Field(ge=0)] = 64
+    # Least part of the gap between the start (window and sinks) and the teacher that training must close on every text,
+    # with each layer's error fallen and the memory of use; 0: no such checks.
+    gap_closed: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,34 +78,71 @@ class ConvertConfig:
     target: str
     layer: LayerConfig
     # Layers that keep softmax attention: none, every:K (the last of each K), budget:N (the N that matter most,
-    # measured), or a list of numbers from 0.
+    # measured), a list of numbers from 0, or FILE.json, the layers.json of another conversion.
     keep: str | tuple[Annotated[int, Field(ge=0)], ...]
     # Number format of the weights.
     dtype: Literal["float32", "bfloat16", "float16"]
     recipe: RecipeConfig
+    # What the recipe's stages train on; the tokenizer is the source's.
+    data: DataConfig
+    # Ranks that train; a stage may let some of them share its sequences.
+    parallel: ParallelConfig
+    runtime: RuntimeConfig
+    checkpoint: CheckpointConfig
+    tracking: TrackingConfig
     verify: VerifyConfig
     # Folder of the report; the model is written to `model` in it.
     output_dir: str
-    # Of the new parameters.
+    # Folders of other conversions of the same source, whose figures are to stand in this one's tables.
+    beside: tuple[str, ...]
+    # Of the new parameters, and of the order of the data.
     seed: Annotated[int, Field(ge=0)]
 
 
 def read_convert_config(config: DictConfig) -> ConvertConfig:
     """The typed config of a conversion, with the rules between its keys checked. Raises `ConfigError`."""
-    typed = validate(ConvertConfig, OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    recipe = read_recipe(values.pop("recipe", {}))
+    typed = replace(validate(ConvertConfig, values | {"recipe": {"name": recipe.name}}), recipe=recipe)
     if not typed.source:
         raise ConfigError("source: is required; name a folder with config.json and safetensors, or a .gguf file")
     if typed.target not in TARGETS:
         raise ConfigError(unknown_name("target", typed.target, TARGETS))
-    if isinstance(typed.keep, str) and not POLICY.fullmatch(typed.keep):
-        raise ConfigError(f"keep={typed.keep}: must be none, every:K, budget:N or a list of layers, as in [3,7,11]")
+    if isinstance(typed.keep, str) and not (POLICY.fullmatch(typed.keep) or typed.keep.endswith(".json")):
+        rule = "must be none, every:K, budget:N, a list of layers, as in [3,7,11], or a layers.json"
+        raise ConfigError(f"keep={typed.keep}: {rule}")
     layer = typed.layer
     if typed.target in LIGER:
         if layer.window == 0:
             raise ConfigError(f"layer.window=0: target={typed.target} is half a window; use 1 or more")
+        if layer.arrangement == "alternate":
+            raise ConfigError(f"layer.arrangement=alternate: target={typed.target} has both parts in one layer")
+    elif layer.tied_gate and typed.target != "gla":
+        raise ConfigError(f"layer.tied_gate=true: is of target=gla, not target={typed.target}")
+    elif layer.arrangement == "alternate" and not layer.window:
+        raise ConfigError("layer.window=0: layer.arrangement=alternate needs a window for every other layer")
     elif layer.window and not layer.sinks and not layer.without_sinks:
         raise ConfigError(
             "layer.sinks=0: a window that loses the first tokens breaks most models; use layer.sinks=4, or "
             "layer.without_sinks=true if that is what you want"
         )
+    _check_ranks(typed)
     return typed
+
+
+def _check_ranks(config: ConvertConfig) -> None:
+    """Raises `ConfigError` where the stages of a recipe can't be divided over the ranks."""
+    parallel, stages = config.parallel, config.recipe.stages
+    if stages and config.runtime.name == "inline" and parallel.ranks > 1:
+        raise ConfigError(
+            f"parallel.data={parallel.data} parallel.sequence={parallel.sequence}: runtime=inline is this process "
+            "alone; use runtime=ray, or 1 for both"
+        )
+    if stages and parallel.zero_stage == 3:
+        raise ConfigError("parallel.zero_stage=3: a teacher's weights are not divided over ranks; use 0, 1 or 2")
+    for name, stage in stages.items():
+        if stage.sequence_ranks and parallel.ranks % stage.sequence_ranks:
+            raise ConfigError(
+                f"recipe.stages.{name}.sequence_ranks={stage.sequence_ranks}: must divide the number of ranks, "
+                f"parallel.data x parallel.sequence = {parallel.ranks}"
+            )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.files import sha256_of
 
 INDEX = "model.safetensors.index.json"
+DEQUANTISED_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Source:
     shapes: Mapping[str, tuple[int, ...]]
     rope_stretch: tuple[float, ...] = field(default=(), kw_only=True)
     interleaved: bool = field(default=False, kw_only=True)
+
+    @property
+    def quantised(self) -> str:
+        """How a file holds its matrices where that lost something, as `GGUF Q4_1`; empty where nothing was lost."""
+        return ""
 
     @property
     def folder(self) -> Path:
@@ -65,8 +72,6 @@ class GGUFSource(Source):
     """A GGUF file (llama.cpp): its tensors are dequantised to float32, and have their Hugging Face names and rows."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        from gguf import dequantize
-
         config = self.config
         names = in_layers(GGUF_NAMES, config.num_hidden_layers)
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -74,12 +79,17 @@ class GGUFSource(Source):
             if tensor.name == "rope_freqs.weight":
                 continue
             name = names.get(tensor.name, tensor.name)
-            value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
+            value = _dequantised(tensor)
             kind = name.split(".")[-2]
             if self.interleaved and kind in heads:
                 # Rows 2i, 2i+1 of a head are the pair that i, i + K/2 are in a Hugging Face checkpoint.
                 value = value.unflatten(0, (heads[kind], -1, 2)).transpose(1, 2).flatten(0, 2)
             yield name, value
+
+    @property
+    def quantised(self) -> str:
+        kinds = Counter(tensor.tensor_type.name for tensor in _gguf_reader(self.path).tensors if len(tensor.shape) > 1)
+        return f"GGUF {kinds.most_common(1)[0][0]}" if kinds and set(kinds) - {"F32", "F16", "BF16"} else ""
 
 
 def open_source(path: str, sha256: str = "") -> Source:
@@ -161,6 +171,17 @@ def _open_gguf(file: Path) -> Source:
     # A tied head is not in the file, and nothing else says that it is tied.
     config.tie_word_embeddings = "lm_head.weight" not in shapes
     return GGUFSource(file, family, config, (file,), shapes, rope_stretch=stretch, interleaved=interleaved)
+
+
+def _dequantised(tensor: Any) -> Tensor:
+    """A GGUF reader's tensor in float32, some rows at a time: dequantising takes several times their size."""
+    from gguf import dequantize
+
+    value = torch.empty([int(size) for size in reversed(tensor.shape)])
+    for start in range(0, value.shape[0], DEQUANTISED_ROWS):
+        rows = slice(start, start + DEQUANTISED_ROWS)
+        value[rows] = torch.tensor(dequantize(tensor.data[rows], tensor.tensor_type))
+    return value
 
 
 def _gguf_reader(file: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -15,35 +16,44 @@ from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel
 
-LINEARIZED = "linearized_attention"
+LINEARIZED, STREAMING = "linearized_attention", "streaming_attention"
 
 
 def student_of(teacher: Architecture, config: ConvertConfig, kept: Collection[int]) -> Architecture:
     """`teacher` with the target's layers everywhere but in `kept`. Raises `ConfigError`."""
-    name = config.target if config.target in LIGER else LINEARIZED
-    mixer = MIXERS.get(name).Config
-    softmax = next(iter(teacher.mixers.values()))
-    layer = config.layer
+    layer, softmax = config.layer, next(iter(teacher.mixers.values()))
     # A layer that never saw further than its own window has no use for a longer one.
     window = layer.window
     if WINDOWED in teacher.mixers:
         window = min(window, teacher.mixers[WINDOWED].window)
-    options: dict[str, Any] = {"window": window}
-    if name == LINEARIZED:
-        options |= {
-            "memory": config.target,
-            "sinks": layer.sinks,
-            "combine": layer.combine,
-            "memory_weight": layer.memory_weight,
-            "gate_rank": layer.gate_rank,
-            "slots": layer.slots,
-        }
-    shared = {field.name for field in dataclasses.fields(mixer)} & {f.name for f in dataclasses.fields(softmax)}
-    taken = {field: getattr(softmax, field) for field in shared - {"window"}}
-    layers = tuple(old if index in kept else name for index, old in enumerate(teacher.model.layers))
-    mixers = {**teacher.mixers, name: mixer(**taken, **options)}
+    options: dict[str, dict[str, Any]]
+    memory = {
+        "memory": config.target,
+        "sinks": layer.sinks,
+        "combine": layer.combine,
+        "memory_weight": layer.memory_weight,
+        "gate_rank": layer.gate_rank,
+        "tied_gate": layer.tied_gate,
+        "slots": layer.slots,
+    }
+    if config.target in LIGER:
+        options = {config.target: {"window": window}}
+    elif layer.arrangement == "alternate":
+        options = {LINEARIZED: memory | {"window": 0}, STREAMING: {"window": window, "sinks": layer.sinks}}
+    else:
+        options = {LINEARIZED: memory | {"window": window}}
+    names = cycle(options)
+    layers = tuple(old if index in kept else next(names) for index, old in enumerate(teacher.model.layers))
+    mixers = {**teacher.mixers, **{name: _taking_over(softmax, name, own) for name, own in options.items()}}
     used = {each: mixers[each] for each in sorted(set(layers))}
     return Architecture(dataclasses.replace(teacher.model, layers=layers), used, teacher.vocab_size)
+
+
+def _taking_over(softmax: Any, name: str, options: dict[str, Any]) -> Any:
+    """The config of mixer `name` with the projections of `softmax`, a config too, and `options` of its own."""
+    cls = MIXERS.get(name).Config
+    shared = {field.name for field in dataclasses.fields(cls)} & {field.name for field in dataclasses.fields(softmax)}
+    return cls(**{field: getattr(softmax, field) for field in shared - set(options)}, **options)
 
 
 def load_student(

@@ -54,7 +54,7 @@ def give_memory(model: LanguageModel, dtype: torch.dtype) -> None:
 
 def _places(model: LanguageModel, source: Source) -> dict[str, tuple[str, slice]]:
     """Where each named tensor of the source belongs: a parameter and its rows."""
-    layout = _rows(model)
+    layout = fused_rows(model)
     places = {}
     for name, place in in_layers(source.family.weights, model.config.depth).items():
         matched = PLACE.fullmatch(place)
@@ -64,7 +64,7 @@ def _places(model: LanguageModel, source: Source) -> dict[str, tuple[str, slice]
     return places
 
 
-def _rows(model: LanguageModel) -> dict[str, dict[str, slice]]:
+def fused_rows(model: LanguageModel) -> dict[str, dict[str, slice]]:
     """For each fused matrix, the rows of its parts by name."""
     rows: dict[str, dict[str, slice]] = {}
     for index, block in enumerate(model.blocks):

@@ -69,6 +69,23 @@ def some_tokens(*shape, seed=1):
     return torch.randint(3, COMMON["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
 
+def save_tokenizer(folder, *, chat_template=None):
+    """A tokenizer of letters in the form of Hugging Face."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<pad>", "<s>", "</s>", "<unk>", *map(chr, range(97, 97 + 26)), *" .,_()#:=\n\"'", *"0123456789"]
+    assert len(letters) <= COMMON["vocab_size"]
+    backend = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    if chat_template:
+        tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+
+
 def write_gguf(model, file, *, quantization="F32"):
     """`model`, a transformers one, as llama.cpp writes it: its names, and q and k of llamas with neighbours rotated."""
     from gguf import GGMLQuantizationType, GGUFWriter, quants

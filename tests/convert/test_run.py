@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from seqtrain.config import compose_config
 from seqtrain.convert import convert, read_convert_config
 from seqtrain.errors import ConfigError, SeqtrainError
-from tests.convert.convert_cases import COMMON, write_gguf
+from tests.convert.convert_cases import COMMON, save_tokenizer, write_gguf
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "convert.py"
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
@@ -24,26 +24,22 @@ TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content 
 @pytest.fixture(scope="module")
 def source(transformers_on_disk, tmp_path_factory):
     """A tiny model with a tokenizer of letters, a chat template, and a generation config."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("source") / "qwen2"
     shutil.copytree(transformers_on_disk("qwen2")[1], folder)
-    letters = ["<pad>", "<s>", "</s>", "<unk>", *map(chr, range(97, 97 + 26)), *" .,_()#:=\n\"'", *"0123456789"]
-    assert len(letters) <= COMMON["vocab_size"]
-    backend = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(folder, chat_template=TEMPLATE)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "temperature": 0.7}))
     return folder
 
 
 def settings(folder, place, *overrides):
-    values = [f"source={folder}", f"output_dir={place}", "layer.window=8", "verify.tokens=60", "verify.sequences=2"]
+    values = [
+        f"source={folder}",
+        f"output_dir={place}",
+        "layer.window=8",
+        "verify.tokens=60",
+        "verify.sequences=2",
+        "verify.generate=20",
+    ]
     return read_convert_config(compose_config("convert", [*values, *overrides]))
 
 
@@ -62,10 +58,16 @@ def test_the_report_says_what_was_made(converted):
     kept = report["layers"].index("attention")
     assert report["layer_importance"][kept] == max(report["layer_importance"])
     text = (place / "report.md").read_text()
-    for number in (*report["comparison"]["perplexity"].values(), report["comparison"]["kl_to_teacher"]):
-        assert f"{number:.2f}" in text
-    assert "It was not trained" in text
-    assert report["text"] == "argparse.py"
+    assert set(report["end"]["texts"]) == {"prose", "code"}
+    for found in report["end"]["texts"].values():
+        for number in (*found["perplexity"].values(), found["kl_to_teacher"]):
+            assert f"{number:.2f}" in text
+    for sentence in ("It was not trained", f"Layers {kept} are softmax attention still", "python-prose"):
+        assert sentence in text
+    answer = report["end"]["answer"]
+    assert answer["prompt"] == "The capital of France is"
+    assert repr(answer["student"]) in text
+    assert report["end"]["recall"]["tokens_between"] > 8
     assert [row["tokens"] for row in report["cache_bytes_float32"]] == [1024, 8192, 65536]
 
 
@@ -90,10 +92,22 @@ def test_the_same_again_is_the_same_byte_for_byte(converted, source, tmp_path):
     again = convert(
         dataclasses.replace(settings(source, place, "keep=budget:1", "target=gla"), output_dir=str(tmp_path))
     )
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == (place / "model/model.safetensors").read_bytes()
-    assert (tmp_path / "report.png").read_bytes() == (place / "report.png").read_bytes() != b""
-    expected = (place / "report.json").read_text().replace(str(place), str(tmp_path))
-    assert json.dumps(again, indent=1) + "\n" == (tmp_path / "report.json").read_text() == expected
+    same = ("model/model.safetensors", "model/config.json", "report.json", "report.md", "report.png", "layers.json")
+    for name in same:
+        assert (tmp_path / name).read_bytes() == (place / name).read_bytes() != b"", name
+    assert json.loads((tmp_path / "report.json").read_text()) == again
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert (run["source"], run["output_dir"]) == (str(source), str(tmp_path))
+    assert run["seconds"] > 0
+
+
+def test_the_report_has_no_paths(converted, source):
+    place, _ = converted
+    for name in ("report.json", "report.md", "layers.json"):
+        text = (place / name).read_text()
+        assert str(place) not in text
+        assert str(source) not in text
+        assert str(source.parent) not in text
 
 
 def test_nothing_is_written_over(converted, source):
@@ -108,8 +122,8 @@ def test_a_gguf_file_is_converted(transformers_on_disk, tmp_path):
     write_gguf(transformers_on_disk("smollm2")[0], tmp_path / "tiny.gguf", quantization="Q8_0")
     report = convert(settings(tmp_path / "tiny.gguf", tmp_path / "out", "target=liger_gla", "dtype=bfloat16"))
     assert report["passed"]
-    assert report["text"] == "random tokens (no tokenizer)"
-    assert "dequantised GGUF file" in (tmp_path / "out" / "report.md").read_text()
+    assert report["texts"] == {"random": "random tokens"}
+    assert "dequantised GGUF Q8_0 file" in (tmp_path / "out" / "report.md").read_text()
     with safe_open(tmp_path / "out" / "model" / "model.safetensors", framework="pt") as file:
         assert file.get_tensor("model.norm.weight").dtype == torch.bfloat16
 
@@ -135,15 +149,57 @@ def test_a_failure_leaves_no_half_model(source, tmp_path, monkeypatch, stage):
         assert "FAILED: a prompt in pieces" in (tmp_path / "report.md").read_text()
 
 
-def test_a_missing_tensor_is_one_line_before_anything_is_written(source, tmp_path):
+def drop_a_tensor(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_the_weights(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+def rename_the_architecture(folder):
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace('"qwen2"', '"qwen7"'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "overrides", "message"),
+    [
+        (drop_a_tensor, [], "lacks model.norm.weight"),
+        (cut_the_weights, [], "is no whole safetensors file"),
+        (rename_the_architecture, [], "architecture 'qwen7' is unknown; did you mean"),
+        (None, ["source_sha256=abc"], "but source_sha256=abc"),
+        (None, ["keep=[0,1,2]"], "leaves no layer to convert"),
+        (None, ["keep=nowhere.json"], "keep=nowhere.json: no such file"),
+        (None, ["target=kda", "layer.combine=denominator"], "memory=kda has no mass"),
+        (None, ["verify.texts.code=nowhere.txt"], "verify.texts.code=nowhere.txt: no such file"),
+        (None, ["verify.tokens=10000000"], "verify.tokens=10000000; use fewer, or a longer text"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(source, tmp_path, damage, overrides, message):
     copy = tmp_path / "copy"
     shutil.copytree(source, copy)
-    weights = load_file(copy / "model.safetensors")
-    del weights["model.norm.weight"]
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SeqtrainError, match=r"lacks model\.norm\.weight"):
-        convert(settings(copy, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    if damage:
+        damage(copy)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.json").write_text("of an earlier one")
+    with pytest.raises(SeqtrainError) as caught:
+        convert(settings(copy, tmp_path / "out", *overrides))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [file.name for file in (tmp_path / "out").rglob("*")] == ["report.json"]
+    assert (tmp_path / "out" / "report.json").read_text() == "of an earlier one"
+
+
+def test_a_choice_of_layers_is_taken_over(converted, source, tmp_path):
+    place, report = converted
+    again = convert(settings(source, tmp_path, f"keep={place}/layers.json", "target=gla", "verify.generate=0"))
+    assert (again["kept"], again["layer_importance"]) == (report["kept"], report["layer_importance"])
+    assert again["generation"] == []
+    assert again["config"]["keep"] == "layers.json"
 
 
 def test_the_program_converts(source, tmp_path):
@@ -152,5 +208,5 @@ def test_the_program_converts(source, tmp_path):
         [*command, "verify.tokens=40"], cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert "teacher: " in result.stdout
+    assert "perplexity on code: teacher " in result.stdout
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()

@@ -7,13 +7,15 @@ import torch
 
 from seqtrain.config import compose_config
 from seqtrain.convert.architecture import architecture_of
-from seqtrain.convert.policy import kept_layers, restore_one_layer
+from seqtrain.convert.export import export
+from seqtrain.convert.policy import kept_layers
 from seqtrain.convert.settings import LIGER, TARGETS, read_convert_config
 from seqtrain.convert.sources import open_source
 from seqtrain.convert.student import load_student, student_of, teacher_beside
-from seqtrain.convert.verify import checks, compare
+from seqtrain.convert.verify import end_checks, start_checks
 from seqtrain.errors import ConfigError
-from seqtrain.testing import relative_error
+from seqtrain.parallel.sequence import Sequence
+from seqtrain.testing import borders, relative_error
 from tests.convert.convert_cases import FAMILIES, TINY, some_tokens
 
 
@@ -24,14 +26,20 @@ def settings(folder, *overrides):
 DEFAULTS = settings("unused")
 
 
-def make_pair(folder, target="gated_delta_net", *, kept=(), dtype=torch.float32, **layer):
-    """Teacher and student."""
+def make_student(folder, config, kept=()):
+    """Teacher, student, and what an export wants to know of it."""
     source = open_source(str(folder))
     teacher = architecture_of(source)
+    architecture = student_of(teacher, config, kept)
+    student = load_student(architecture, source, dtype=getattr(torch, config.dtype), seed=0)
+    return teacher_beside(student, teacher), student, architecture, source
+
+
+def make_pair(folder, target="gated_delta_net", *, kept=(), dtype="float32", **layer):
+    """Teacher and student."""
     fields = dataclasses.replace(DEFAULTS.layer, slots=4, **layer)
-    config = dataclasses.replace(DEFAULTS, target=target, layer=fields)
-    student = load_student(student_of(teacher, config, kept), source, dtype=dtype, seed=0)
-    return teacher_beside(student, teacher), student
+    config = dataclasses.replace(DEFAULTS, target=target, layer=fields, dtype=dtype)
+    return make_student(folder, config, kept)[:2]
 
 
 def failed(found):
@@ -40,35 +48,89 @@ def failed(found):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_every_family_becomes_every_target(transformers_on_disk, kind, target):
-    """Traps 3, 10, 11: a student sees all that its teacher sees as long as its window does; prefill equals steps."""
+@torch.no_grad()
+def test_every_family_becomes_every_target(transformers_on_disk, tmp_path, kind, target):
+    """Traps 3, 10, 11, 12, 14: whole, in steps, padded, packed, and written and read again, it is one model."""
+    from transformers import AutoModelForCausalLM
+
     _, folder = transformers_on_disk(kind)
     kept = () if kind == "llama" else (1,)
-    teacher, student = make_pair(folder, target, window=16, kept=kept)
-    found = checks(teacher, student, some_tokens(1, 40))
+    layer = dataclasses.replace(DEFAULTS.layer, window=16, slots=4)
+    config = dataclasses.replace(DEFAULTS, target=target, layer=layer)
+    teacher, student, architecture, source = make_student(folder, config, kept)
+    tokens = some_tokens(1, 40)
+    found = start_checks(teacher, student, tokens) + end_checks(student, tokens)
     assert failed(found) == []
-    names = " ".join(check["name"] for check in found)
+    names = " ".join(each["name"] for each in found)
     assert ("the first 16 tokens are the teacher's" in names) == (target not in LIGER)
     assert ("bytes the state grows" in names) == (kept == ())
     assert student.parameter_count() == sum(parameter.numel() for parameter in student.parameters())
+    expected = student(tokens, all_logits=True)[0]
+    row, documents = torch.cat([some_tokens(1, 9, seed=5), tokens], 1), Sequence(borders([9, 40]))
+    packed = student(row, sequence=documents, all_logits=True)[0]
+    assert relative_error(packed[:, 9:], expected) < 1e-5
+    export(student, architecture, source, tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    # Shorter rows beside it, padded on the left, change nothing.
+    rows, mask = torch.zeros(2, 47, dtype=torch.int64), torch.zeros(2, 47, dtype=torch.int64)
+    rows[0, 7:], mask[0, 7:] = tokens[0], 1
+    rows[1], mask[1] = some_tokens(47, seed=6), 1
+    assert relative_error(again(rows, attention_mask=mask).logits[:1, 7:], expected) < 1e-5
 
 
+LAYOUTS = {
+    "pure": (("layer.window=0",), ["linearized_attention"] * 3),
+    "alternate": (
+        ("layer.arrangement=alternate", "layer.window=9"),
+        ["linearized_attention", "streaming_attention", "linearized_attention"],
+    ),
+    "between layers": (("keep=[0,2]",), ["attention", "linearized_attention", "attention"]),
+    "norms": (("layer.combine=norms", "layer.window=9"), ["linearized_attention"] * 3),
+    "pure norms": (("layer.combine=norms", "layer.window=0"), ["linearized_attention"] * 3),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("target", [target for target in TARGETS if target not in LIGER])
-def test_a_purely_recurrent_layer_computes_the_same_in_every_form(transformers_on_disk, target):
+def test_every_target_can_be_laid_out_in_every_way(transformers_on_disk, target, layout):
     _, folder = transformers_on_disk("qwen3")
-    found = checks(*make_pair(folder, target, window=0), some_tokens(1, 40))
-    assert failed(found) == []
-    assert len(found) == 2
+    overrides, layers = LAYOUTS[layout]
+    config = settings(folder, f"target={target}", *overrides)
+    kept, _ = kept_layers(config.keep, 3, list)
+    teacher, student, architecture, _ = make_student(folder, config, kept)
+    assert list(architecture.model.layers) == layers
+    assert {block.mixer.config.memory for block in student.blocks if hasattr(block.mixer, "memory")} == {target}
+    tokens = some_tokens(1, 40)
+    assert failed(start_checks(teacher, student, tokens) + end_checks(student, tokens)) == []
+    assert student.parameter_count() == sum(parameter.numel() for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("target", LIGER)
+def test_ligers_layers_mix_with_softmax_ones(transformers_on_disk, target):
+    _, folder = transformers_on_disk("qwen3")
+    config = settings(folder, f"target={target}", "keep=every:3", "layer.window=9")
+    _, student, architecture, _ = make_student(folder, config, kept_layers(config.keep, 3, list)[0])
+    assert list(architecture.model.layers) == [target, target, "attention"]
+    assert failed(end_checks(student, some_tokens(1, 40))) == []
+
+
+def test_a_tied_gate_has_no_weights(transformers_on_disk):
+    _, folder = transformers_on_disk("llama")
+    free, tied = (make_pair(folder, "gla", tied_gate=each)[1] for each in (False, True))
+    names = {name for name, _ in free.named_parameters()} - {name for name, _ in tied.named_parameters()}
+    assert {name.split(".memory.")[1] for name in names} == {"forget.0.weight", "forget.1.weight", "forget.1.bias"}
+    written = tied.blocks[0].mixer.memory.write(torch.randn(1, 5, 32), *torch.randn(2, 1, 5, 2, 8))
+    torch.testing.assert_close(written["log_decay"].exp(), 1 - written["k"])
 
 
 @pytest.mark.parametrize(("target", "dtype"), [("gla", "float16"), ("kda", "bfloat16"), ("liger_gsa", "bfloat16")])
 def test_half_precision_computes_the_same_in_every_form(transformers_on_disk, target, dtype):
     """Trap 15."""
     _, folder = transformers_on_disk("smollm2")
-    teacher, student = make_pair(folder, target, window=8, dtype=getattr(torch, dtype))
+    _, student = make_pair(folder, target, window=8, dtype=dtype)
     tokens = some_tokens(1, 40)
     assert {parameter.dtype for parameter in student.parameters()} == {getattr(torch, dtype)}
-    assert failed(checks(teacher, student, tokens)) == []
+    assert failed(end_checks(student, tokens)) == []
     _, exact = make_pair(folder, target, window=8)
     with torch.no_grad():
         error = relative_error(student(tokens, all_logits=True)[0], exact(tokens, all_logits=True)[0])
@@ -102,50 +164,15 @@ def test_own_windows_stay_within_the_teachers(transformers_on_disk):
     assert student.blocks[0].mixer.config.window == TINY["mistral-window"][1]["sliding_window"] == 7
 
 
-def test_comparison_says_what_each_part_is_worth(transformers_on_disk):
-    _, folder = transformers_on_disk("smollm2")
-    teacher, student = make_pair(folder, "delta_net", window=8, memory_weight=0.9)
-    tokens = some_tokens(2, 70)
-    came = compare(teacher, student, tokens)
-    assert set(came["perplexity"]) == {"teacher", "student", "student, memory off", "student, window off"}
-    assert len(set(came["perplexity"].values())) == 4
-    assert [(row["from"], row["to"]) for row in came["perplexity_by_position"]] == [(1, 64), (64, 70)]
-    with torch.no_grad():
-        theirs = torch.nn.functional.cross_entropy(
-            teacher(tokens, all_logits=True)[0][:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-        )
-    assert came["perplexity"]["teacher"] == pytest.approx(float(theirs.exp()), rel=1e-6)
-    again = compare(teacher, student, tokens)
-    assert again == came
-
-
-@pytest.mark.parametrize(
-    ("keep", "kept"), [("none", ()), ("every:2", (1, 3, 5)), ("every:4", (3,)), ((5, 0), (0, 5)), ("budget:2", (1, 4))]
-)
-def test_policies_choose_layers(keep, kept):
-    scores = [0.0, 3.0, 1.0, 1.0, 2.0, -1.0]
-    assert kept_layers(keep, 6, lambda: scores) == (kept, scores if keep == "budget:2" else None)
-
-
-def test_a_budget_goes_to_the_layer_whose_attention_is_missed(transformers_on_disk):
-    """Of three layers, two are given a window over everything, so that only the third loses anything."""
-    _, folder = transformers_on_disk("llama")
-    teacher, student = make_pair(folder, "gla", window=64)
-    blind = dataclasses.replace(student.blocks[1].mixer.config, window=2, sinks=0)
-    student.blocks[1].mixer.config = blind
-    scores = restore_one_layer(student, teacher, some_tokens(1, 60), lambda name: None)
-    assert scores[1] > 1e-3
-    assert scores[0] == pytest.approx(0.0, abs=1e-5)
-    assert scores[2] == pytest.approx(0.0, abs=1e-5)
-    assert kept_layers("budget:1", 3, lambda: scores)[0] == (1,)
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["target=gated_deltanet"], "target 'gated_deltanet' is unknown; did you mean 'gated_delta_net'?"),
         (["layer.sinks=0"], "layer.sinks=0: a window that loses the first tokens breaks most models"),  # trap 1
         (["keep=evry:2"], "keep=evry:2: must be none, every:K, budget:N"),
+        (["target=gla", "layer.arrangement=alternate", "layer.window=0"], "layer.arrangement=alternate needs a window"),
+        (["target=liger_gsa", "layer.arrangement=alternate"], "target=liger_gsa has both parts in one layer"),
+        (["target=kda", "layer.tied_gate=true"], "layer.tied_gate=true: is of target=gla, not target=kda"),
         (["target=liger_gla", "layer.window=0"], "layer.window=0: target=liger_gla is half a window"),
         (["layer.widow=3"], "did you mean 'layer.window'?"),
         (["dtype=int8"], "dtype=int8: must be"),
@@ -161,9 +188,3 @@ def test_a_mistake_is_one_line(overrides, message):
 
 def test_sinks_may_be_given_up_on_purpose():
     assert settings("somewhere", "layer.sinks=0", "layer.without_sinks=true").layer.sinks == 0
-
-
-@pytest.mark.parametrize(("keep", "message"), [((3,), "has layers 0 to 2, not 3"), ((0, 1, 2), "leaves no layer")])
-def test_impossible_choices_of_layers_are_refused(keep, message):
-    with pytest.raises(ConfigError, match=message):
-        kept_layers(keep, 3, list)

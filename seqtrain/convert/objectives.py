@@ -1,0 +1,223 @@
+"""What the stages of a recipe train, as the runtime takes it: layers towards their teacher's, a model towards all."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqtrain.convert.adapters import add_adapters
+from seqtrain.convert.architecture import Architecture
+from seqtrain.convert.losses import distillation_sum, mean_square_sum, relative_error_sum, with_gradients
+from seqtrain.convert.recipe import StageConfig
+from seqtrain.convert.teacher_inputs import CachedInputs
+from seqtrain.convert.tensors import model_from
+from seqtrain.data import open_corpus, training_batches
+from seqtrain.files import sha256_of
+from seqtrain.mixers import WHOLE
+from seqtrain.models import LanguageModel
+from seqtrain.parallel.sequence import Sequence
+from seqtrain.runtime.engine import parameter_groups
+from seqtrain.runtime.objective import NothingHeldOut, TrainingData, Work
+from seqtrain.runtime.run_folder import plain
+from seqtrain.runtime.settings import PretrainConfig
+
+ERRORS = {"relative": relative_error_sum, "mean_square": mean_square_sum}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A student and its teacher on disk: `files` are the student's, later ones over earlier ones.
+
+    The first file is the start, which holds all of the teacher too.
+    """
+
+    teacher: Architecture
+    student: Architecture
+    files: tuple[Path, ...]
+
+    @property
+    def converted(self) -> tuple[int, ...]:
+        """The layers that are not the teacher's."""
+        kinds = zip(self.teacher.model.layers, self.student.model.layers, strict=True)
+        return tuple(index for index, (theirs, mine) in enumerate(kinds) if theirs != mine)
+
+    def new(self) -> set[str]:
+        """Names of the parameters that conversion added."""
+        before, after = ({name for name, _ in each.build().named_parameters()} for each in (self.teacher, self.student))
+        return after - before
+
+    def load_teacher(self) -> LanguageModel:
+        return model_from(self.teacher, self.files[:1])
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Each of `layers` alone: its teacher's layer's input in, that layer's output wanted.
+
+    `inputs`: file of what enters layer `first` for every sequence of the run (`CachedInputs`); empty: layer 0, tokens.
+    """
+
+    pair: Pair
+    stage: StageConfig
+    layers: tuple[int, ...]
+    first: int = 0
+    inputs: str = ""
+
+    def trajectory(self) -> dict[str, Any]:
+        return _trajectory(self.stage, self.pair) | {"layers": list(self.layers)}
+
+    def work(self, config: PretrainConfig, corpus: Path) -> Work:
+        stage, pair, new = self.stage, self.pair, self.pair.new()
+        rates = {
+            name: stage.lr_new if name in new else stage.lr
+            for name, _ in pair.student.build().named_parameters()
+            if name.split(".")[1] in map(str, self.layers) and ".mixer." in name
+        }
+        student = model_from(pair.student, pair.files, own=[name for name, rate in rates.items() if rate])
+        groups = _groups(student, rates, config)
+        mixers = {str(index): student.get_submodule(f"blocks.{index}.mixer") for index in self.layers}
+        model = TransferModel(mixers, pair.load_teacher(), first=self.first, error=stage.error)
+        return Work(model, groups, self.data(config, corpus), NothingHeldOut())
+
+    def data(self, config: PretrainConfig, corpus: Path) -> TrainingData:
+        """What the layers are given."""
+        batches = training_data(config, corpus)
+        if not self.inputs:
+            return batches
+        sizes = {"batch_size": config.train.batch_size, "sequence_length": config.train.sequence_length}
+        return CachedInputs(batches, Path(self.inputs), **sizes, width=self.pair.teacher.model.width)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The whole model, towards its teacher's distribution, its last hidden states, and the text."""
+
+    pair: Pair
+    stage: StageConfig
+
+    def trajectory(self) -> dict[str, Any]:
+        return _trajectory(self.stage, self.pair)
+
+    def work(self, config: PretrainConfig, corpus: Path) -> Work:
+        student, groups = self.student(config)
+        model = DistilledModel(student, self._teacher(), self.stage)
+        return Work(model, groups, training_data(config, corpus), NothingHeldOut())
+
+    def student(self, config: PretrainConfig) -> tuple[LanguageModel, list[dict[str, Any]]]:
+        """The student as it is trained, with adapters where the stage has them, and the optimizer's groups."""
+        stage, new = self.stage, self.pair.new()
+        names = [name for name, _ in self.pair.student.build().named_parameters()]
+        lora = stage.trainable == "lora"
+        converted = {f"blocks.{index}.mixer" for index in self.pair.converted}
+        rates = {name: stage.lr_new for name in names if name in new}
+        if not lora:
+            inside = {name for name in names if ".".join(name.split(".")[:3]) in converted}
+            rates |= dict.fromkeys((set(names) if stage.trainable == "all" else inside) - new, stage.lr)
+        student = model_from(self.pair.student, self.pair.files, own=[name for name, rate in rates.items() if rate])
+        if lora:
+            add_adapters(student, rank=stage.lora_rank, alpha=stage.lora_alpha, targets=stage.lora_targets)
+            rates |= {name: stage.lr for name, parameter in student.named_parameters() if parameter.requires_grad}
+        return student, _groups(student, rates, config)
+
+    def _teacher(self) -> LanguageModel | None:
+        return self.pair.load_teacher() if self.stage.kl or self.stage.hidden else None
+
+
+class TransferModel(nn.Module):
+    """The mixers under training, and the teacher they learn from, which is no part of what is saved or trained."""
+
+    def __init__(self, mixers: Mapping[str, nn.Module], teacher: LanguageModel, *, first: int, error: str):
+        super().__init__()
+        self.mixers = nn.ModuleDict(mixers)
+        # In a tuple, which a module's list of children does not see.
+        self.beside = (teacher,)
+        self.first = first
+        self.error = ERRORS[error]
+
+    def forward(self, tokens: Tensor, labels: Tensor, *, sequence: Sequence = WHOLE) -> Tensor:
+        """`tokens`: int64 `[B,T]`, or what enters layer `first`, float `[B,T,D]`. The sum of the layers' errors."""
+        [teacher] = self.beside
+        with torch.no_grad():
+            x = tokens if tokens.is_floating_point() else teacher.embedding(tokens)
+        total = torch.zeros((), device=x.device)
+        last = max(int(name) for name in self.mixers)
+        for index in range(self.first, last + 1):
+            block: Any = teacher.blocks[index]
+            with torch.no_grad():
+                given = block.mixer_norm(x)
+                expected, _ = block.mixer(given, sequence=sequence)
+            if str(index) in self.mixers:
+                mixer = self.mixers[str(index)]
+                came, _ = mixer(given, sequence=sequence)
+                weights = [parameter for parameter in mixer.parameters() if parameter.requires_grad]
+                total = total + with_gradients(self.error(came, expected, labels), weights)
+            if index < last:
+                with torch.no_grad():
+                    x = x + expected
+                    x = x + block.mlp(block.mlp_norm(x))
+        return total
+
+
+class DistilledModel(nn.Module):
+    """A student with the teacher it learns from, which is no part of what is saved or trained; None without."""
+
+    def __init__(self, student: LanguageModel, teacher: LanguageModel | None, stage: StageConfig):
+        super().__init__()
+        self.student = student
+        self.beside = (teacher,)
+        self.stage = stage
+
+    def forward(self, tokens: Tensor, labels: Tensor, *, sequence: Sequence = WHOLE) -> Tensor:
+        """`tokens`, `labels`: int64 `[B,T]` -> the stage's loss, a scalar summed over labels that count."""
+        stage, student, [teacher] = self.stage, self.student, self.beside
+        hidden, _ = student.hidden(tokens, sequence=sequence, keep_state=False)
+        expected, head = None, None
+        if teacher is not None:
+            with torch.no_grad():
+                expected, _ = teacher.hidden(tokens, sequence=sequence, keep_state=False)
+            head = teacher.head.weight
+        loss = torch.zeros((), device=hidden.device)
+        if stage.kl or stage.ce:
+            loss = distillation_sum(
+                hidden.flatten(0, 1),
+                student.head.weight,
+                None if expected is None or not stage.kl else expected.flatten(0, 1),
+                head,
+                labels.flatten(),
+                kl=stage.kl,
+                ce=stage.ce,
+                temperature=stage.temperature,
+                chunk=student.config.loss_chunk,
+            )
+        if stage.hidden:
+            assert expected is not None
+            loss = loss + stage.hidden * relative_error_sum(hidden, expected, labels)
+        return loss
+
+
+def _trajectory(stage: StageConfig, pair: Pair) -> dict[str, Any]:
+    # How it is computed does not change what comes out.
+    told = replace(stage, micro_batch_size=1, sequence_ranks=1, activation_checkpointing=False, layers_at_once=0)
+    return {"stage": plain(told), "weights": [sha256_of(file) for file in pair.files]}
+
+
+def _groups(model: nn.Module, rates: Mapping[str, float], config: PretrainConfig) -> list[dict[str, Any]]:
+    """Makes the parameters with a rate above 0 trainable, and gives the optimizer's groups."""
+    parameters = dict(model.named_parameters())
+    groups = []
+    for rate in sorted(set(rates.values()) - {0.0}):
+        chosen = [parameters[name] for name, each in sorted(rates.items()) if each == rate]
+        for parameter in chosen:
+            parameter.requires_grad_()
+        groups += parameter_groups(chosen, config.optimizer.weight_decay, rate=rate / config.optimizer.lr)
+    return groups
+
+
+def training_data(config: PretrainConfig, corpus: Path) -> TrainingData:
+    """The tokens a stage trains on."""
+    opened = open_corpus(corpus, config.data)
+    length, batch = config.train.sequence_length, config.train.batch_size
+    return training_batches(opened, config.data, seed=config.seed, sequence_length=length, batch_size=batch)

@@ -1,0 +1,286 @@
+"""The stages of a recipe, one run of the runtime after the other, from wherever they were left."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqtrain.convert.adapters import merged_weights
+from seqtrain.convert.architecture import Architecture
+from seqtrain.convert.manifest import Manifest
+from seqtrain.convert.objectives import Distillation, Pair, Transfer
+from seqtrain.convert.recipe import StageConfig
+from seqtrain.convert.settings import ConvertConfig
+from seqtrain.convert.teacher_inputs import advance
+from seqtrain.convert.tensors import mapped, model_from, write_tensors
+from seqtrain.data import prepare
+from seqtrain.errors import ConfigError
+from seqtrain.models import LanguageModel
+from seqtrain.runtime import PretrainConfig, check, checkpoint, run
+from seqtrain.runtime.run_folder import plain
+from seqtrain.runtime.settings import (
+    EvaluationConfig,
+    KernelsConfig,
+    OptimizerConfig,
+    SampleConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from seqtrain.testing import relative_error
+
+START = "start"
+# Tokens that the merging of adapters is checked on.
+PROBE = 64
+Progress = Callable[[str, str], None]
+
+
+class Stopped(Exception):
+    """A signal asked the training to stop; what was done is kept. `number`: the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by signal {number}")
+        self.number = number
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training of one conversion. `folder`: where it keeps what it needs to go on."""
+
+    config: ConvertConfig
+    pair: Pair
+    manifest: Manifest
+    # Of Hugging Face; None where there is nothing to train.
+    tokenizer: Any
+    progress: Progress
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.manifest.folder / "tokenizer"
+
+    def begin(self, student: LanguageModel) -> None:
+        """Keeps the untrained student, from which everything follows, and the tokenizer."""
+        if not self.manifest.done(START):
+            self.manifest.folder.mkdir(parents=True, exist_ok=True)
+            self.tokenizer.save_pretrained(self.tokenizer_folder)
+            write_tensors(self.manifest.weights(START), dict(student.named_parameters()))
+            self.manifest.finish(START, {})
+
+    def run(
+        self, transferred: Callable[[str, LanguageModel], None] = lambda name, student: None
+    ) -> tuple[LanguageModel, list[dict[str, Any]]]:
+        """Every stage that is not done yet; the student after the last, and what each run reports.
+
+        `transferred(stage, student)` is told after each transfer. Raises `Stopped`.
+        """
+        pair, reports = self.pair, []
+        for number, (name, stage) in enumerate(self.config.recipe.stages.items(), 1):
+            sizes = f"{stage.steps} steps of {stage.batch_size} x {stage.sequence_length} tokens"
+            self.progress("train", f"{name}, {sizes}")
+            runs = self._transfers if stage.kind == "transfer" else self._distillation
+            for finished in runs(f"{number}-{name}", stage, pair):
+                pair = replace(pair, files=(*pair.files, self.manifest.weights(finished)))
+                reports.append({"run": finished, **self.manifest.runs[finished]})
+            if stage.kind == "transfer":
+                transferred(name, model_from(pair.student, pair.files))
+        return model_from(pair.student, pair.files, own=mapped(pair.files)), reports
+
+    def check(self) -> None:
+        """Raises `ConfigError` for what the runtime would refuse, before anything is trained."""
+        for name, stage in self.config.recipe.stages.items():
+            if wrong := sorted(set(stage.layers) - set(self.pair.converted)):
+                allowed = list(self.pair.converted)
+                raise ConfigError(
+                    f"recipe.stages.{name}.layers: layer {wrong[0]} was not converted; those are {allowed}"
+                )
+            check(self._settings(stage, name))
+
+    def _transfers(self, name: str, stage: StageConfig, pair: Pair) -> Iterator[str]:
+        """One run for each group of layers; each is told what enters its first layer."""
+        layers = stage.layers or pair.converted
+        size = stage.layers_at_once or len(layers)
+        groups = [layers[start : start + size] for start in range(0, len(layers), size)]
+        before: Transfer | None = None
+        for group in groups:
+            part = name if len(groups) == 1 else f"{name}-layers-{group[0]:03d}-{group[-1]:03d}"
+            objective = Transfer(pair, stage, group)
+            config = self._settings(stage, part)
+            if not self.manifest.done(part):
+                if len(groups) > 1:
+                    objective = self._given(objective, before, config)
+                self._train(config, objective)
+                weights = self._trained_weights(config)
+                found = {
+                    f"blocks.{key.removeprefix('mixers.').replace('.', '.mixer.', 1)}": weights[key] for key in weights
+                }
+                write_tensors(self.manifest.weights(part), found)
+                self._finish(part, config, {"layers": list(group)})
+                before = objective
+            yield part
+        shutil.rmtree(self._cache(), ignore_errors=True)
+
+    def _cache(self) -> Path:
+        return self.manifest.folder / "inputs"
+
+    def _given(self, objective: Transfer, before: Transfer | None, config: PretrainConfig) -> Transfer:
+        """`objective` with the file of what enters its first layer, made from that of the layers before."""
+        first = objective.layers[0]
+        file = self._cache() / f"layer-{first:03d}.f32"
+        corpus = prepare(config.data).folder
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            origin = before or self._nearest(objective)
+            advance(
+                objective.pair.load_teacher(),
+                origin.data(config, corpus),
+                file,
+                first=origin.first,
+                last=first,
+                steps=config.train.steps,
+                backend=config.kernels.backend,
+                progress=lambda step: self.progress("teacher", f"what enters layer {first}, step {step}"),
+            )
+        for other in self._cache().glob("layer-*.f32"):
+            if other != file:
+                other.unlink()
+        return replace(objective, first=first, inputs=str(file))
+
+    def _nearest(self, objective: Transfer) -> Transfer:
+        """Of the layers before, the last whose inputs are on disk."""
+        held = sorted(self._cache().glob("layer-*.f32"))
+        if not held:
+            return objective
+        return replace(objective, first=int(held[-1].stem.removeprefix("layer-")), inputs=str(held[-1]))
+
+    def _distillation(self, name: str, stage: StageConfig, pair: Pair) -> Iterator[str]:
+        objective, config = Distillation(pair, stage), self._settings(stage, name)
+        if not self.manifest.done(name):
+            self._train(config, objective)
+            student, _ = objective.student(config)
+            with torch.no_grad():
+                parameters = dict(student.named_parameters())
+                for key, value in self._trained_weights(config).items():
+                    parameters[key.removeprefix("student.")].copy_(value)
+            found, about = self._merged(student, objective)
+            write_tensors(self.manifest.weights(name), found)
+            self._finish(name, config, about)
+        yield name
+
+    @torch.no_grad()
+    def _merged(self, student: LanguageModel, objective: Distillation) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The student's changed weights under their own names, and what merging adapters did to the logits."""
+        pair = objective.pair
+        before = mapped(pair.files)
+        found = merged_weights(student) if objective.stage.trainable == "lora" else dict(student.named_parameters())
+        found = {name: value for name, value in found.items() if not torch.equal(value, before[name])}
+        if objective.stage.trainable != "lora":
+            return found, {}
+        vocabulary = pair.student.vocab_size
+        tokens = torch.arange(PROBE)[None] * 7919 % vocabulary
+        expected = student(tokens, all_logits=True)[0]
+        merged = model_from(pair.student, pair.files, own=found)
+        _overlay(merged, found)
+        about = {"merging_changed_logits_by": relative_error(merged(tokens, all_logits=True)[0], expected)}
+        return found, about
+
+    def _settings(self, stage: StageConfig, name: str) -> PretrainConfig:
+        """The stage as a run of the runtime."""
+        config, student = self.config, self.pair.student
+        ranks = config.parallel.ranks
+        shared = stage.sequence_ranks or ranks
+        return PretrainConfig(
+            model=replace(student.model, activation_checkpointing=stage.activation_checkpointing),
+            mixer=dict(student.mixers),
+            data=replace(config.data, tokenizer=str(self.tokenizer_folder)),
+            optimizer=OptimizerConfig(
+                lr=max(stage.lr_new, stage.lr), betas=stage.betas, weight_decay=stage.weight_decay
+            ),
+            schedule=ScheduleConfig(warmup_fraction=stage.warmup_fraction, final_lr_ratio=stage.final_lr_ratio),
+            train=TrainConfig(
+                steps=stage.steps,
+                sequence_length=stage.sequence_length,
+                batch_size=stage.batch_size,
+                micro_batch_size=stage.micro_batch_size,
+                dtype=stage.dtype,
+                gradient_clipping=stage.gradient_clipping,
+            ),
+            evaluation=EvaluationConfig(),
+            parallel=replace(config.parallel, data=ranks // shared, sequence=shared),
+            runtime=config.runtime,
+            checkpoint=config.checkpoint,
+            tracking=config.tracking,
+            sample=SampleConfig(tokens=0),
+            kernels=KernelsConfig(),
+            seed=config.seed,
+            output_dir=str(self.manifest.folder / name),
+        )
+
+    def _train(self, config: PretrainConfig, objective: Transfer | Distillation) -> None:
+        summary = run(config, objective)
+        if summary["stopped"]:
+            raise Stopped(summary["stopped_by_signal"])
+
+    def _trained_weights(self, config: PretrainConfig) -> dict[str, Tensor]:
+        found = checkpoint.find(Path(config.output_dir) / "checkpoints")
+        assert found is not None, config.output_dir
+        assert found.progress.step == config.train.steps, found
+        return mapped([found.folder / checkpoint.WEIGHTS])
+
+    def _finish(self, name: str, config: PretrainConfig, about: dict[str, Any]) -> None:
+        folder = Path(config.output_dir)
+        losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        tokens = config.train.steps * config.train.batch_size * config.train.sequence_length
+        quarter = max(len(losses) // 4, 1)
+        first, last = (sum(part) / quarter for part in (losses[:quarter], losses[-quarter:]))
+        self.manifest.finish(name, about | {"tokens": tokens, "loss": {"first quarter": first, "last quarter": last}})
+        shutil.rmtree(folder / "checkpoints")
+
+
+def prepare_training(
+    config: ConvertConfig,
+    teacher: Architecture,
+    student: Architecture,
+    manifest: Manifest,
+    tokenizer: Any,
+    progress: Progress,
+) -> Training:
+    """The training `config.recipe` asks for; nothing is written yet. Raises `ConfigError` for what can't be run.
+
+    `tokenizer`: of Hugging Face, for the text; None where the source has none.
+    """
+    if config.recipe.stages and tokenizer is None:
+        raise ConfigError(f"recipe={config.recipe.name}: source={config.source} has no tokenizer to read text with")
+    pair = Pair(teacher, student, (manifest.weights(START),))
+    training = Training(config, pair, manifest, tokenizer, progress)
+    training.check()
+    return training
+
+
+def _overlay(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        parameters[name].copy_(value)
+
+
+def identity(config: ConvertConfig, source_sha256: str) -> dict[str, Any]:
+    """What decides the outcome of a training: two with the same identity come to the same weights."""
+    told = {key: plain(getattr(config, key)) for key in ("recipe", "layer", "data")}
+    for key in ("cache_dir", "verify", "shard_tokens"):
+        del told["data"][key]
+    hashed = {
+        key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for key, value in told.items()
+    }
+    keep = config.keep if isinstance(config.keep, str) else list(config.keep)
+    return {"source": source_sha256, "target": config.target, "keep": keep, "seed": config.seed} | hashed
+
+
+def remove_weights(folder: Path) -> None:
+    """Leaves of a training what says how it went: manifest, metrics and curves."""
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)

@@ -1,0 +1,62 @@
+"""Figures of other conversions stand beside one's own only where they can be compared."""
+
+import copy
+import json
+
+import pytest
+
+from seqtrain.convert.beside import read_others
+from seqtrain.errors import ConfigError
+
+OTHER = {
+    "source": {"sha256": "abc"},
+    "texts": {"prose": "hamlet.txt"},
+    "config": {"target": "liger_gla", "recipe": {"name": "liger"}, "verify": {"tokens": 512, "sequences": 4}},
+    "training": [{"tokens": 100}, {"tokens": 20}],
+    "end": {"texts": {"prose": {"perplexity": {"teacher": 5.0, "student": 7.0}}}},
+    "gap_closed": {"prose": 0.5},
+}
+
+
+def write(folder, report):
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps(report))
+    return str(folder)
+
+
+def test_figures_of_the_same_teacher_on_the_same_texts(tmp_path):
+    found = read_others([write(tmp_path / "liger", OTHER)], OTHER)
+    assert found == {
+        "liger_gla by liger": {
+            "tokens_trained": 120,
+            "perplexity": {"prose": {"teacher": 5.0, "student": 7.0}},
+            "gap_closed": {"prose": 0.5},
+        }
+    }
+    assert read_others([], OTHER) == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("source", "sha256"), "other", "is of another source, and can't be compared"),
+        (("texts", "prose"), "lear.txt", "is of another texts, and can't be compared"),
+        (("config", "verify", "tokens"), 64, "is of another tokens, and can't be compared"),
+        (("training",), None, "holds no report of a conversion"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(tmp_path, path, value, message):
+    other = copy.deepcopy(OTHER)
+    place = other
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_others([write(tmp_path / "other", other)], OTHER)
+    assert str(caught.value).startswith(f"beside={tmp_path}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_report_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="holds no report of a conversion"):
+        read_others([str(tmp_path)], OTHER)

@@ -1,0 +1,71 @@
+"""Which layers keep softmax attention: chosen by rule, by what they are worth, or as another conversion chose."""
+
+import dataclasses
+import json
+
+import pytest
+
+from seqtrain.convert.policy import kept_layers, layers_that_stay, restore_one_layer, write_layers
+from seqtrain.errors import ConfigError
+from tests.convert.convert_cases import some_tokens
+from tests.convert.test_student import make_pair
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"), [("none", ()), ("every:2", (1, 3, 5)), ("every:4", (3,)), ((5, 0), (0, 5)), ("budget:2", (1, 4))]
+)
+def test_policies_choose_layers(keep, kept):
+    scores = [0.0, 3.0, 1.0, 1.0, 2.0, -1.0]
+    assert kept_layers(keep, 6, lambda: scores) == (kept, scores if keep == "budget:2" else None)
+
+
+def test_a_budget_goes_to_the_layer_whose_attention_is_missed(transformers_on_disk):
+    """Of three layers, two are given a window over everything, so that only the third loses anything."""
+    _, folder = transformers_on_disk("llama")
+    teacher, student = make_pair(folder, "gla", window=64)
+    blind = dataclasses.replace(student.blocks[1].mixer.config, window=2, sinks=0)
+    student.blocks[1].mixer.config = blind
+    scores = restore_one_layer(student, teacher, some_tokens(1, 60), lambda name: None)
+    assert scores[1] > 1e-3
+    assert scores[0] == pytest.approx(0.0, abs=1e-5)
+    assert scores[2] == pytest.approx(0.0, abs=1e-5)
+    assert kept_layers("budget:1", 3, lambda: scores)[0] == (1,)
+
+
+@pytest.mark.parametrize(("keep", "message"), [((3,), "has layers 0 to 2, not 3"), ((0, 1, 2), "leaves no layer")])
+def test_impossible_choices_of_layers_are_refused(keep, message):
+    with pytest.raises(ConfigError, match=message):
+        kept_layers(keep, 3, list)
+
+
+def test_a_written_choice_is_read_again(tmp_path):
+    layers = ["attention", "liger_gla", "sliding_attention", "linearized_attention"]
+    assert layers_that_stay(layers) == (0, 2)
+    write_layers(tmp_path / "layers.json", layers, [0.5, 0.1, 0.4, 0.2])
+    assert kept_layers(f"{tmp_path}/layers.json", 4, list) == ((0, 2), [0.5, 0.1, 0.4, 0.2])
+
+
+def test_a_choice_of_hand_needs_no_more_than_numbers(tmp_path):
+    (tmp_path / "own.json").write_text('{"keep": [5, 1]}')
+    assert kept_layers(f"{tmp_path}/own.json", 6, list) == ((1, 5), None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("{", "is no readable JSON"),
+        ("[1, 2]", "must hold an object with keep"),
+        ('{"keep": [1, -1]}', "must hold an object with keep"),
+        ('{"keep": [true]}', "must hold an object with keep"),
+        ('{"keep": [7]}', "has layers 0 to 3, not 7"),
+        (json.dumps({"keep": [1], "layers": ["attention"] * 3}), "is of a model with 3 layers, not 4"),
+    ],
+)
+def test_a_choice_that_does_not_fit_is_one_line(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "layers.json").write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        kept_layers(f"{tmp_path}/layers.json", 4, list)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,303 @@
+"""The stages of recipes on the runtime: errors fall, a killed training goes on to the same weights, ranks agree."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from seqtrain.config import compose_config, conf_dir
+from seqtrain.convert import convert, read_convert_config
+from seqtrain.convert.architecture import architecture_of
+from seqtrain.convert.export import load_tokenizer
+from seqtrain.convert.manifest import Manifest
+from seqtrain.convert.objectives import Distillation, Transfer
+from seqtrain.convert.sources import open_source
+from seqtrain.convert.stages import prepare_training
+from seqtrain.convert.student import load_student, student_of
+from seqtrain.data import prepare
+from seqtrain.errors import ConfigError
+from seqtrain.parallel.testing import RankError
+from seqtrain.runtime import checkpoint
+from seqtrain.runtime.run_folder import claim
+from seqtrain.runtime.worker import Session, train
+from tests.convert.convert_cases import save_tokenizer
+from tests.runtime.runtime_cases import losses, on_ranks
+
+RECIPES = sorted(path.stem for path in (conf_dir() / "recipe").glob("[!_]*.yaml"))
+SMALL = {"sequence_length": 32, "batch_size": 2, "micro_batch_size": 2, "warmup_fraction": 0.0}
+
+
+@pytest.fixture(scope="module")
+def source(transformers_on_disk, tmp_path_factory):
+    """A tiny model of two head groups and biases, with a tokenizer; and text for it."""
+    model, _ = transformers_on_disk("qwen2")
+    folder = tmp_path_factory.mktemp("training")
+    model.save_pretrained(folder / "source")
+    save_tokenizer(folder / "source")
+    (folder / "text").mkdir()
+    chance = random.Random(0)
+    for number in range(6):
+        words = chance.choices(["state", "scan", "delta", "gate", "key", "value"], k=200)
+        (folder / "text" / f"{number}.txt").write_text(" ".join(words))
+    return folder
+
+
+def settings(source, place, recipe, *overrides, steps=4, **small):
+    """A conversion by `recipe` with so many steps of small batches in each stage."""
+    values = [
+        f"source={source / 'source'}",
+        f"output_dir={place}",
+        f"recipe={recipe}",
+        "layer.window=8",
+        "layer.sinks=2",
+        "data=text",
+        f"data.path={source / 'text'}",
+        f"data.cache_dir={source / 'cache'}",
+        "runtime.cpus_per_worker=1",
+        "verify.tokens=40",
+        "verify.sequences=1",
+        "verify.generate=0",
+    ]
+    config = read_convert_config(compose_config("convert", [*values, *overrides]))
+    stages = {
+        name: dataclasses.replace(stage, **(SMALL | {"steps": steps} | small), sequence_ranks=1)
+        for name, stage in config.recipe.stages.items()
+    }
+    return dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, stages=stages))
+
+
+def only(config, name, **changes):
+    """`config` with one of its stages alone, changed."""
+    stages = {name: dataclasses.replace(config.recipe.stages[name], **changes)}
+    return dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, stages=stages))
+
+
+def convert_alone(*configs):
+    """Each conversion in one process that is not this one: DeepSpeed keeps its group for the life of a process."""
+    return on_ranks(1, lambda ranks: [convert(config) for config in configs])[0]
+
+
+def train_alone(*configs):
+    """The trainings alone; by run, what each says of itself, the hash of its weights among it."""
+    return on_ranks(1, lambda ranks: [begun(config).run()[1] for config in configs])[0]
+
+
+def weights_below(place):
+    """What the runs of a training left."""
+    files = sorted((place / "training").glob("[0-9]-*.safetensors"))
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+def begun(config):
+    """The training of `config`, with all done that was done before."""
+    opened = open_source(config.source)
+    teacher = architecture_of(opened)
+    student = student_of(teacher, config, () if config.keep == "none" else config.keep)
+    manifest = Manifest.open(Path(config.output_dir) / "training", {})
+    training = prepare_training(config, teacher, student, manifest, load_tokenizer(opened), lambda stage, what: None)
+    training.begin(load_student(student, opened, dtype=torch.float32, seed=config.seed))
+    return training
+
+
+def session_of(training, objective, *, ranks=1, sequence=1, name="run"):
+    """What `run` would give the ranks for a stage."""
+    stage = dataclasses.replace(objective.stage, sequence_ranks=sequence)
+    parallel = dataclasses.replace(training.config.parallel, data=ranks)
+    one = dataclasses.replace(training, config=dataclasses.replace(training.config, parallel=parallel))
+    config = one._settings(stage, name)
+    config = dataclasses.replace(config, output_dir=f"{config.output_dir}-{ranks}-{sequence}")
+    corpus = prepare(config.data, progress=False)
+    session = Session(config, corpus.folder.resolve(), "test", "", dataclasses.replace(objective, stage=stage))
+    claim(session.folder, config)
+    return session
+
+
+def trained(session):
+    found = checkpoint.find(session.folder.checkpoints)
+    return load_file(found.folder / checkpoint.WEIGHTS)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_runs_from_beginning_to_end(source, tmp_path, recipe):
+    chosen = ["target=liger_gla"] if recipe == "liger" else ["target=gla", "keep=[1]"]
+    config = settings(source, tmp_path, recipe, *chosen, steps=12)
+    [report] = convert_alone(config)
+    assert [check["name"] for check in report["checks"] if not check["passed"]] == []
+    assert [run["run"].split("-", 1)[1] for run in report["training"]] == list(config.recipe.stages)
+    assert (report["start"] != report["end"]) == bool(config.recipe.stages)
+    for run in report["training"]:
+        assert run["tokens"] == 12 * 2 * 32
+        assert run["loss"]["last quarter"] < run["loss"]["first quarter"], run
+    assert list((tmp_path / "training").glob("*.safetensors")) == []
+    if recipe == "liger":
+        # No new weights, and what the adapters learned is in the old ones.
+        assert report["parameters"]["student"] == report["parameters"]["teacher"]
+        assert report["training"][0]["merging_changed_logits_by"] < 1e-5
+
+
+def test_transfer_brings_every_layer_nearer_its_teacher(source, tmp_path):
+    config = settings(source, tmp_path, "transfer_then_kl", "target=gla", "keep=[1]", steps=80)
+    [report] = convert_alone(only(config, "transfer"))
+    start, end = (report["layer_errors"][when] for when in ("start", "end"))
+    assert end[1] == start[1] == 0
+    for index in (0, 2):
+        assert end[index] < 0.9 * start[index]
+
+
+def test_trap_21_a_training_killed_inside_a_layer_goes_on_to_the_same_weights(source, tmp_path):
+    whole = settings(source, tmp_path / "whole", "transfer_then_kl", "target=gla", "checkpoint.every=5", steps=30)
+    whole = only(whole, "transfer", layers_at_once=1)
+    killed = dataclasses.replace(whole, output_dir=str(tmp_path / "killed"))
+    second = tmp_path / "killed" / "training" / "1-transfer-layers-001-001"
+
+    def die_in_the_second_layer(ranks):
+        def watch():
+            while not list((second / "checkpoints").glob("step-*")):
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=watch, daemon=True).start()
+        begun(killed).run()
+
+    with pytest.raises(RankError):
+        on_ranks(1, die_in_the_second_layer)
+    manifest = json.loads((tmp_path / "killed" / "training" / "manifest.json").read_text())
+    assert list(manifest["runs"]) == ["start", "1-transfer-layers-000-000"]
+    expected, came = train_alone(whole, killed)
+    starts = [json.loads(line)["step"] for line in (second / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) == 2
+    assert starts[1] >= 5
+    assert came == expected
+
+
+def test_layers_one_by_one_from_kept_inputs_are_those_trained_together(source, tmp_path):
+    together = only(settings(source, tmp_path / "all", "transfer_then_kl", "target=gla"), "transfer")
+    alone = only(dataclasses.replace(together, output_dir=str(tmp_path / "one")), "transfer", layers_at_once=1)
+    some = only(dataclasses.replace(together, output_dir=str(tmp_path / "some")), "transfer", layers=(0, 2))
+    train_alone(together, alone, some)
+    read = {name: weights_below(tmp_path / name) for name in ("all", "one", "some")}
+    assert read["all"].keys() == read["one"].keys()
+    assert read["some"].keys() == {name for name in read["all"] if not name.startswith("blocks.1.")}
+    for name, value in read["all"].items():
+        torch.testing.assert_close(read["one"][name], value, rtol=1e-4, atol=1e-6)
+        if name in read["some"]:
+            assert torch.equal(read["some"][name], value)
+    assert not (tmp_path / "one" / "training" / "inputs").exists()
+
+
+def test_a_stage_comes_to_the_same_on_any_ranks(source, tmp_path):
+    """Sequences side by side, and one sequence over two ranks: the long-context stage."""
+    config = settings(source, tmp_path, "transfer_then_kl", "target=gla", "keep=[1]", micro_batch_size=1)
+    training = begun(config)
+    transfer, kl = config.recipe.stages.values()
+    hidden = dataclasses.replace(kl, kl=0.5, ce=0.5, hidden=1.0, temperature=2.0)
+    objectives = {
+        "transfer": Transfer(training.pair, transfer, (0, 2)),
+        "distillation": Distillation(training.pair, hidden),
+    }
+    meshes = {1: [(1, 1)], 2: [(2, 1), (2, 2)]}
+    sessions = {
+        (name, mesh): session_of(training, objective, ranks=mesh[0], sequence=mesh[1], name=name)
+        for name, objective in objectives.items()
+        for each in meshes.values()
+        for mesh in each
+    }
+    for count in meshes:
+        on_ranks(count, lambda ranks, count=count: [train(s, ranks) for (_, m), s in sessions.items() if m[0] == count])
+    for name in objectives:
+        expected = losses(sessions[name, (1, 1)].config)
+        assert len(set(expected)) == transfer.steps
+        for mesh in meshes[2]:
+            session = sessions[name, mesh]
+            assert losses(session.config) == pytest.approx(expected, rel=1e-4), (name, mesh)
+            for key, value in trained(sessions[name, (1, 1)]).items():
+                torch.testing.assert_close(trained(session)[key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_frozen_weights_are_in_memory_once_and_stay_what_they_were(source, tmp_path):
+    config = settings(source, tmp_path, "transfer_then_kl", "target=gla", "keep=[1]")
+    training = begun(config)
+    stage = dataclasses.replace(config.recipe.stages["kl"], lr=0.0)
+    session = session_of(training, Distillation(training.pair, stage))
+    work = session.objective.work(session.config, session.corpus)
+    moving = {name for name, parameter in work.model.named_parameters() if parameter.requires_grad}
+    assert moving == {f"student.{name}" for name in training.pair.new()}
+    [teacher] = work.model.beside
+    # The same pages of the same file.
+    mine, theirs = (model.blocks[0].mlp.up.weight for model in (work.model.student, teacher))
+    torch.testing.assert_close(mine, theirs)
+    on_ranks(1, lambda ranks: train(session, ranks))
+    before, after = load_file(training.manifest.weights("start")), trained(session)
+    for name, value in before.items():
+        assert torch.equal(after[f"student.{name}"], value) == (f"student.{name}" not in moving), name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["recipe=liger", "recipe.stages.finetune.stepz=3"], "recipe.stages.finetune.stepz"),
+        (["recipe=lolcat"], "did you mean 'lolcats'"),
+        (["recipe=liger", "recipe.stages.finetune.ce=0"], "kl, ce and hidden are all 0"),
+        (["recipe=liger", "recipe.stages.finetune.lr=0"], "lr_new and lr are both 0"),
+        (["recipe=liger", "recipe.stages.finetune.lora_targets=[]"], "lora_targets"),
+        (["recipe=liger", "recipe.stages.finetune.trainable=some"], "trainable=some"),
+        (["recipe=lolcats", "recipe.stages.transfer.kl=1"], "kind=transfer has no such loss"),
+        (["recipe=lolcats", "recipe.stages.transfer.trainable=all"], "kind=transfer trains mixers"),
+        (["recipe=lolcats", "recipe.stages.transfer.gradient_clipping=1"], "would tie a transfer's layers"),
+        (["recipe=liger", "recipe.stages.finetune.layers=[1]"], "trains the model as a whole"),
+        (["recipe=liger", "recipe.stages.finetune.sequence_ranks=2"], "must divide the number of ranks"),
+        (["recipe=liger", "parallel.data=2"], "use runtime=ray"),
+        (["recipe=liger", "parallel.zero_stage=3"], "use 0, 1 or 2"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        read_convert_config(compose_config("convert", ["source=unused", *overrides]))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_only_the_model_shows_to_be_wrong_is_one_line_before_training(source, tmp_path, transformers_on_disk):
+    config = settings(source, tmp_path / "out", "lolcats", "target=gla", "keep=[1]")
+    with pytest.raises(ConfigError, match=r"recipe.stages.transfer.layers: layer 1 was not converted"):
+        convert(only(config, "transfer", layers=(0, 1)))
+    without = dataclasses.replace(config, source=str(transformers_on_disk("qwen3")[1]))
+    with pytest.raises(ConfigError, match="has no tokenizer to read text with"):
+        convert(without)
+
+
+def test_an_unfinished_training_of_another_recipe_is_left_alone(source, tmp_path):
+    config = settings(source, tmp_path, "transfer_then_kl", "target=gla", "keep=[1]")
+    Manifest.open(tmp_path / "training", {"recipe": "another"}).choose((1,), None)
+    with pytest.raises(ConfigError, match="holds an unfinished conversion of another"):
+        convert(config)
+
+
+@pytest.mark.timeout(240)
+def test_ray_s_workers_train_what_this_process_would(source, tmp_path):
+    alone = settings(source, tmp_path / "inline", "transfer_then_kl", "target=gla", "keep=[1]", micro_batch_size=1)
+    shared = settings(
+        source,
+        tmp_path / "ray",
+        "transfer_then_kl",
+        "target=gla",
+        "keep=[1]",
+        "runtime=ray",
+        "parallel.data=2",
+        micro_batch_size=1,
+    )
+    train_alone(alone)
+    _, reports = begun(shared).run()
+    assert [report["run"] for report in reports] == ["1-transfer", "2-kl"]
+    expected, came = weights_below(tmp_path / "inline"), weights_below(tmp_path / "ray")
+    assert came.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(came[name], value, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,210 @@
+"""What is measured of a student: against its teacher, without its parts, beyond its window, and what training gave."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from seqtrain.convert.ablation import converted_mixers, seen_by, switched_off
+from seqtrain.convert.scores import (
+    agreement,
+    by_position,
+    hidden_states,
+    perplexity,
+    recall,
+    repeated_passages,
+    surprise,
+)
+from seqtrain.convert.settings import VerifyConfig
+from seqtrain.convert.texts import Text
+from seqtrain.convert.verify import Judge, check_generation, gap_closed, goals, layer_errors
+from seqtrain.mixers import MIXERS
+from seqtrain.models import LanguageModel, ModelConfig
+from seqtrain.testing import relative_error
+from tests.convert.convert_cases import some_tokens
+from tests.convert.test_student import make_pair
+
+
+@pytest.fixture(scope="module")
+def pair(transformers_on_disk):
+    _, folder = transformers_on_disk("smollm2")
+    return make_pair(folder, "delta_net", window=8, memory_weight=0.9)
+
+
+@pytest.fixture(scope="module")
+def judge(pair):
+    return Judge(
+        pair[0], [Text("one", "one.txt", some_tokens(2, 70)), Text("two", "two.txt", some_tokens(1, 90, seed=4))]
+    )
+
+
+def test_scores_are_those_of_whole_logits(pair):
+    """In chunks of tokens, with 2 rows longer than a chunk, nothing is lost at their borders."""
+    tokens = some_tokens(2, 300)
+    hidden = [hidden_states(model, tokens) for model in pair]
+    with torch.no_grad():
+        logits = [model(tokens, all_logits=True)[0].double() for model in pair]
+    entropy = torch.nn.functional.cross_entropy(logits[1][:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert math.log(perplexity(surprise(pair[1], hidden[1], tokens))) == pytest.approx(float(entropy), rel=1e-6)
+    log_p, log_q = (each.log_softmax(-1) for each in logits)
+    divergence, same = agreement(pair[0], hidden[0], pair[1], hidden[1])
+    assert divergence == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-5)
+    assert same == pytest.approx(float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()))
+    assert divergence > 0.01
+
+
+def test_positions_double_and_their_mean_is_the_whole(pair):
+    surprises = torch.rand(3, 199, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows = by_position({"it": surprises})
+    assert [(row["from"], row["to"]) for row in rows] == [(1, 64), (64, 128), (128, 200)]
+    mean = sum(math.log(row["it"]) * (row["to"] - row["from"]) for row in rows) / 199
+    assert mean == pytest.approx(float(surprises.mean()))
+    assert rows[1]["it"] == pytest.approx(perplexity(surprises[:, 63:127]))
+
+
+def test_a_measure_says_what_each_part_is_worth(pair, judge):
+    came = judge.measure(pair[1])
+    models = {"teacher", "student", "student, memory off", "student, window off"}
+    for text in ("one", "two"):
+        found = came["texts"][text]
+        assert set(found["perplexity"]) == models
+        assert len(set(found["perplexity"].values())) == 4
+        assert set(found["by_position"][0]) == models | {"from", "to"}
+    assert came["texts"]["one"]["tokens"] == 140
+    assert set(came["recall"]) == models | {"tokens_between"}
+    assert judge.measure(pair[1]) == came
+    assert all(mixer.without == "" for mixer in converted_mixers(pair[1]))
+
+
+def test_a_teacher_is_measured_as_itself(pair, judge):
+    came = judge.measure(pair[0])
+    assert came["layer_errors"] == [0.0, 0.0, 0.0]
+    for found in came["texts"].values():
+        assert set(found["perplexity"]) == {"teacher", "student"}
+        assert found["perplexity"]["teacher"] == found["perplexity"]["student"]
+        assert (found["kl_to_teacher"], found["top1_agreement"]) == (pytest.approx(0.0, abs=1e-9), 1.0)
+
+
+@torch.no_grad()
+def test_a_layers_error_is_its_own(pair):
+    """On the teacher's input: what the layers before it do wrong does not count."""
+    teacher, student = pair
+    tokens = some_tokens(1, 50)
+    errors = layer_errors(teacher, student, tokens)
+    assert min(errors) > 1e-3
+    x = teacher.blocks[0](teacher.embedding(tokens))[0]
+    expected, _ = teacher.blocks[1].mixer(teacher.blocks[1].mixer_norm(x))
+    came, _ = student.blocks[1].mixer(teacher.blocks[1].mixer_norm(x))
+    assert errors[1] == pytest.approx(relative_error(came, expected))
+    replaced, student.blocks[0].mixer = student.blocks[0].mixer, teacher.blocks[0].mixer
+    try:
+        assert layer_errors(teacher, student, tokens) == [0.0, *errors[1:]]
+    finally:
+        student.blocks[0].mixer = replaced
+
+
+def test_alternating_layers_can_be_switched_off_too(transformers_on_disk):
+    _, folder = transformers_on_disk("llama")
+    _, student = make_pair(folder, "gla", window=8, sinks=3, arrangement="alternate")
+    assert seen_by(student) == (8, 3)
+    tokens = some_tokens(1, 40)
+    outs = [hidden_states(student, tokens)]
+    for part in ("memory", "window"):
+        with switched_off(student, part) as found:
+            assert found
+            outs.append(hidden_states(student, tokens))
+    assert min(relative_error(a, b) for a, b in zip(outs, outs[1:] + outs[:1], strict=True)) > 1e-3
+
+
+def test_repeated_passages_lie_beyond_the_window():
+    tokens = repeated_passages(some_tokens(2, 60), 8, first=4, least_between=30)
+    assert torch.equal(tokens[:, 4:12], tokens[:, -8:])
+    assert not torch.equal(tokens[0, 4:12], tokens[1, 4:12])
+    assert repeated_passages(some_tokens(2, 60), 8, first=4, least_between=49) is None
+
+
+MARKERS, FILL, ASKED = 6, 6, 7
+
+
+def marked_rows(rows, generator):
+    """A marker, text in which it does not occur for longer than the window, a question, and the marker again."""
+    marker = torch.randint(MARKERS, (rows, 1), generator=generator)
+    start, fill = torch.full((rows, 2), FILL), torch.full((rows, 14), FILL)
+    return torch.cat([start, marker, fill, torch.full((rows, 1), ASKED), marker], 1)
+
+
+@pytest.mark.parametrize("memory", ["gla", "gated_delta_net"])
+def test_trap_20_recall_beyond_the_window_is_the_memorys(memory):
+    """A tiny trained model answers from 15 tokens back, with a window of 4; without its memory it guesses."""
+    torch.manual_seed(0)
+    mixer = MIXERS.get("linearized_attention").Config(memory=memory, window=4, sinks=2, memory_weight=0.5)
+    config = ModelConfig(layers=("linearized_attention",), depth=1, width=32, heads=2, initializer_range=0.3)
+    model = LanguageModel(config, {"linearized_attention": mixer}, ASKED + 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(50):
+        rows = marked_rows(32, generator)
+        labels = torch.full_like(rows[:, :-1], -100)
+        labels[:, -1] = rows[:, -1]
+        optimizer.zero_grad()
+        (model(rows[:, :-1], labels) / 32).backward()
+        optimizer.step()
+    tokens = marked_rows(64, generator)
+    whole = recall(model, tokens, 1)
+    with switched_off(model, "memory") as found:
+        assert found
+        without = recall(model, tokens, 1)
+    assert whole["accuracy"] == 1.0
+    assert without["accuracy"] < 2 / MARKERS
+    assert without["surprise"] > whole["surprise"] + 1.0
+
+
+def measured(*, layers, student, off, teacher=10.0, alike=3):
+    perplexities = {"teacher": teacher, "student": student, "student, memory off": off}
+    return {
+        "layer_errors": layers,
+        "texts": {"prose": {"perplexity": perplexities}},
+        "answer": {"tokens_alike": alike},
+    }
+
+
+START = measured(layers=[0.2, 0.0, 0.3], student=25.0, off=20.0)
+
+
+def test_the_gap_is_that_of_window_and_sinks():
+    assert gap_closed(START, measured(layers=[], student=15.0, off=16.0)) == {"prose": 0.5}
+    # A start that is better as a whole is what must be beaten.
+    assert gap_closed(measured(layers=[], student=18.0, off=20.0), measured(layers=[], student=14.0, off=16.0)) == {
+        "prose": 0.5
+    }
+    assert gap_closed(measured(layers=[], student=9.0, off=9.0), measured(layers=[], student=9.0, off=9.0)) == {
+        "prose": None
+    }
+
+
+@pytest.mark.parametrize(
+    ("end", "missed"),
+    [
+        (measured(layers=[0.1, 0.0, 0.2], student=15.0, off=16.0), []),
+        (measured(layers=[0.1, 0.0, 0.3], student=15.0, off=16.0), ["a layer's error"]),
+        (measured(layers=[0.1, 0.0, 0.2], student=17.0, off=18.0), ["prose: part of the gap"]),
+        (measured(layers=[0.1, 0.0, 0.2], student=15.0, off=15.0), ["prose: perplexity with the memory"]),
+        (measured(layers=[0.1, 0.0, 0.2], student=15.0, off=16.0, alike=0), ["answers that begin otherwise"]),
+    ],
+)
+def test_goals_are_missed_by_name(end, missed):
+    wish = dataclasses.replace(VerifyConfig(), gap_closed=0.4)
+    found = goals(START, end, wish)
+    assert len(found) == 4
+    names = [each["name"] for each in found if not each["passed"]]
+    assert len(names) == len(missed)
+    assert all(name.startswith(beginning) for name, beginning in zip(names, missed, strict=True))
+    assert goals(START, end, VerifyConfig()) == []
+
+
+def test_a_cache_that_grows_is_a_failure_where_it_must_not():
+    rows = [{"tokens": 16, "bytes": 100}, {"tokens": 79, "bytes": 101}]
+    assert check_generation(rows, constant=False) == []
+    assert [each["passed"] for each in check_generation(rows, constant=True)] == [False]
+    assert [each["passed"] for each in check_generation([rows[0], rows[0]], constant=True)] == [True]

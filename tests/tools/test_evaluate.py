@@ -1,0 +1,107 @@
+"""lm-evaluation-harness on an exported model: the likelihoods it finds are the model's own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from seqtrain.mixers import MIXERS
+from seqtrain.models import ModelConfig
+from seqtrain.models.huggingface import SeqtrainForCausalLM
+from seqtrain.models.huggingface_config import SeqtrainConfig
+from tests.convert.convert_cases import COMMON, save_tokenizer
+
+TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
+TASK = """
+task: letters
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list:
+  - metric: acc
+"""
+DOCS = [
+    {"text": "abcabcab", "choices": ["c", "a", "bc"], "answer": 0},
+    {"text": "the window is short, the memory is long:", "choices": ["yes", "no"], "answer": 1},
+    {"text": "x", "choices": ["y", "zz"], "answer": 0},
+]
+
+
+def export(folder):
+    torch.manual_seed(0)
+    mixer = MIXERS.get("linearized_attention").Config(memory="gla", window=4, sinks=2, memory_weight=0.5)
+    model = ModelConfig(layers=("linearized_attention",), depth=2, width=32, heads=4, initializer_range=0.3)
+    config = SeqtrainConfig.of(
+        model, {"linearized_attention": mixer}, COMMON["vocab_size"], pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
+    exported = SeqtrainForCausalLM(config).eval()
+    exported.save_pretrained(folder)
+    save_tokenizer(folder)
+    return exported
+
+
+def evaluate(*arguments, cwd):
+    offline = {"HF_HOME": str(cwd / "cache"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    command = [sys.executable, str(TOOL), *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | offline, capture_output=True, text=True, timeout=280, check=False
+    )
+
+
+@torch.no_grad()
+def test_the_harness_finds_the_models_own_likelihoods(tmp_path):
+    pytest.importorskip("lm_eval")
+    from transformers import AutoTokenizer
+
+    model = export(tmp_path / "model")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "letters.jsonl").write_text("\n".join(json.dumps(doc) for doc in DOCS))
+    (tmp_path / "tasks" / "letters.yaml").write_text(TASK.format(data=tmp_path / "tasks" / "letters.jsonl"))
+    result = evaluate(
+        *("--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'},dtype=float32", "--device", "cpu"),
+        *("--include_path", str(tmp_path / "tasks"), "--tasks", "letters", "--batch_size", "4"),
+        *("--output_path", str(tmp_path / "out"), "--log_samples"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    (samples,) = (tmp_path / "out").rglob("samples_letters_*.jsonl")
+    found = {row["doc_id"]: row for row in map(json.loads, samples.read_text().splitlines())}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    right = 0
+    for number, doc in enumerate(DOCS):
+        likelihoods = []
+        for choice in doc["choices"]:
+            tokens = torch.tensor([tokenizer(doc["text"] + choice, add_special_tokens=False)["input_ids"]])
+            log_p = model(tokens[:, :-1]).logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[0, :, 0]
+            likelihoods.append(float(log_p[-len(choice) :].sum()))
+        came = [float(response[0]) for response in found[number]["filtered_resps"]]
+        assert came == pytest.approx(likelihoods, abs=1e-4)
+        right += likelihoods.index(max(likelihoods)) == doc["answer"]
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(results.read_text())["results"]["letters"]["acc,none"] == pytest.approx(right / len(DOCS))
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path):
+    (tmp_path / "lm_eval.py").write_text("raise ImportError('no such thing')")
+    command = [sys.executable, str(TOOL), "--help"]
+    result = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr == "lm-eval can't be imported (no such thing): pip install 'seqtrain[eval]'\n"
