@@ -34,6 +34,7 @@ from _scan_pictures import draw_efficiency
 from _settings import machine, read_settings
 from pydantic import Field
 
+from seqtrain.analysis.layout import Machine
 from seqtrain.analysis.scaling import Cluster, Noise, Scheme, Work, scan_seconds, simulate
 from seqtrain.config import validate
 from seqtrain.errors import ConfigError, SeqtrainError
@@ -129,6 +130,8 @@ class ClusterFile:
     backward: Scale = 0.0
     # What a scan takes of the computing thread's own time.
     caller: Scale = 0.0
+    # What tools/plan.py knows of one rank's processor; this program has no use for it.
+    machine: Machine | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,266 @@
+"""What a training step of a layout takes on a machine: seconds and bytes a rank, and what they are made of.
+
+Work is what `counts` finds; the machine's constants are measured on it or come from a YAML file. Compute is a sum over
+operators, each as slow as its products or as the bytes it moves; communication is simulated (`scaling`) with the cost
+model of the scans. Memory is that of the runtime's engine: float32 weights and AdamW's moments, divided as ZeRO says.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import Field
+
+from seqtrain.analysis.counts import ModelCounts
+from seqtrain.analysis.part_trace import Exchange
+from seqtrain.analysis.scaling import Cluster, Scheme, simulate
+from seqtrain.analysis.scaling import Work as StepWork
+from seqtrain.analysis.trace import Work
+from seqtrain.kernels.affine import AffineShape
+
+Rate = Annotated[float, Field(gt=0)]
+Scale = Annotated[float, Field(ge=0)]
+# Numbers DeepSpeed gathers in a bucket before it reduces them (reduce_bucket_size).
+BUCKET = 500_000_000
+AUTO = Scheme("auto")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One rank's processor and memory."""
+
+    # What it is, and where the figures are from.
+    name: str
+    # Bytes of memory a rank may use; of the whole node where `shared`.
+    memory: Rate
+    # Whether the ranks of a node share its memory, as processes of one computer do.
+    shared: bool = False
+    # Processors a node: more ranks than these take turns.
+    processors: Annotated[int, Field(gt=0)] = 8
+    # FLOP/s of matrix products, by number format.
+    products: dict[str, Rate] = field(default_factory=lambda: {"float32": 1e11, "bfloat16": 1e11})
+    # FLOP/s of softmax attention, and of the recurrences' kernels.
+    attention: Rate = 1e11
+    kernels: Rate = 1e11
+    # Bytes a second to and from memory.
+    stream: Rate = 1e10
+    # Seconds for each byte of a large block when it is first touched: where the system gives out empty pages.
+    fresh: Scale = 0.0
+    # Seconds each operator takes beside its work, where nothing hides them.
+    call: Scale = 0.0
+    # Seconds of AdamW for each parameter.
+    optimizer: Scale = 1e-10
+    # Bytes of a rank before it has a model.
+    base: Scale = 0.0
+    # Bytes of memory for each byte of small blocks that are kept, and that come and go: allocators leave holes.
+    kept_factor: Annotated[float, Field(ge=1)] = 1.0
+    passing_factor: Annotated[float, Field(ge=1)] = 1.0
+    # Measured seconds over those computed from the rates above, by mixer; "mlp" and "loss" too.
+    efficiency: dict[str, Rate] = field(default_factory=dict)
+    # Relative error of predictions, times and memory: half the width of the ranges.
+    time_error: Scale = 0.3
+    memory_error: Scale = 0.15
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is divided: groups of ranks `data`, ranks a sequence `sequence`, ZeRO's `stage`, whether layers are
+    computed again (`checkpointing`), rows at once (`micro_batch`), rows of the whole step (`batch`).
+    """
+
+    data: int
+    sequence: int
+    stage: int
+    checkpointing: bool
+    micro_batch: int
+    batch: int
+
+    @property
+    def ranks(self) -> int:
+        return self.data * self.sequence
+
+    @property
+    def rounds(self) -> int:
+        """Micro-batches one after the other."""
+        return self.batch // (self.data * self.micro_batch)
+
+    def overrides(self) -> list[str]:
+        """The launcher's words for it."""
+        return [
+            f"parallel.data={self.data}",
+            f"parallel.sequence={self.sequence}",
+            f"parallel.zero_stage={self.stage}",
+            f"model.activation_checkpointing={str(self.checkpointing).lower()}",
+            f"train.micro_batch_size={self.micro_batch}",
+            f"train.batch_size={self.batch}",
+        ]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`seconds` of a step and `bytes` of a rank, each by what they are made of."""
+
+    layout: Layout
+    seconds: dict[str, float]
+    bytes: dict[str, float]
+    # Bytes a rank may have.
+    room: float
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def peak_bytes(self) -> float:
+        return sum(self.bytes.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.room
+
+    @property
+    def binds(self) -> str:
+        """What most of the time goes to, or most of the memory where that is too little."""
+        share = self.seconds if self.fits else self.bytes
+        return max(share, key=lambda name: share[name])
+
+
+def predict(
+    counts: ModelCounts, layout: Layout, machine: Machine, cluster: Cluster, scheme: Scheme = AUTO
+) -> Prediction:
+    """The step of `layout`, given the counts of one rank's micro-batch on it: its tokens of a row, its rows.
+
+    `scheme`: how states travel.
+    """
+    # Ranks of a node beyond its processors wait for each other.
+    here = min(layout.ranks, cluster.node or layout.ranks)
+    crowd = max(1.0, here / machine.processors)
+    compute = compute_seconds(counts, machine, again=layout.checkpointing, pieces=layout.sequence)
+    compute = {name: crowd * layout.rounds * seconds for name, seconds in compute.items()}
+    own = layout.ranks if layout.stage else 1
+    update = crowd * machine.optimizer * counts.parameters / own
+    exchanged = communication_seconds(counts, layout, cluster, sum(compute.values()), scheme)
+    seconds = compute | exchanged | {"optimizer": update}
+    room = machine.memory / here if machine.shared else machine.memory
+    return Prediction(layout, seconds, memory_bytes(counts, layout, machine), room)
+
+
+def compute_seconds(counts: ModelCounts, machine: Machine, *, again: bool, pieces: int = 1) -> dict[str, float]:
+    """Seconds of one micro-batch's forward and backward pass on one rank that waits for nobody, by cause.
+
+    `again`: layers are computed again in the backward pass. `pieces`: ranks a sequence, of which `counts` are one's.
+    """
+    total = dict.fromkeys(("products", "attention", "kernels", "memory traffic", "calls", "recomputation"), 0.0)
+    product = machine.products[str(counts.dtype).removeprefix("torch.")]
+    for part in counts.parts:
+        factor = machine.efficiency.get(part.kind or part.part, 1.0)
+        directions = ((part.forward, part.executed_forward), (part.backward, part.executed_backward))
+        for index, (work, executed) in enumerate(directions):
+            taken = {name: factor * s for name, s in _work_seconds(work, executed, machine, product).items()}
+            if any(exchange.spread for exchange in part.exchanges):
+                # A piece's queries see the keys of all pieces: as many times the pairs, shared evenly.
+                taken["attention"] *= pieces
+            for name, seconds in taken.items():
+                total[name] += seconds
+            if again and index == 0 and part.layer >= 0:
+                total["recomputation"] += sum(taken.values())
+    return total
+
+
+def _work_seconds(work: Work, executed: float, machine: Machine, product: float) -> dict[str, float]:
+    seconds = dict.fromkeys(("products", "attention", "kernels", "memory traffic", "calls"), 0.0)
+    seconds["memory traffic"] = machine.fresh * work.mapped
+    hidden = max(0.0, executed - work.flops)
+    for name, calls in work.calls.items():
+        moving = calls.bytes / machine.stream
+        seconds["calls"] += calls.count * machine.call
+        if "scaled_dot_product" in name:
+            seconds["attention"] += max(moving, calls.flops / machine.attention)
+        elif calls.flops:
+            seconds["products"] += max(moving, calls.flops / product)
+        else:
+            seconds["memory traffic"] += moving
+    seconds["kernels"] = hidden / machine.kernels
+    return seconds
+
+
+def communication_seconds(
+    counts: ModelCounts, layout: Layout, cluster: Cluster, compute: float, scheme: Scheme = AUTO
+) -> dict[str, float]:
+    """Seconds that exchanges add to `compute` seconds of a rank."""
+    exchanges = [exchange for part in counts.parts for exchange in part.exchanges]
+    scans = [exchange for exchange in exchanges if exchange.shape is not None]
+    numbers = 4.0 * counts.parameters
+    layers = max(1, len(counts.layers)) * layout.rounds
+    largest = max(scans, key=lambda each: _scan_bytes(each), default=Exchange(AffineShape(1, 1, 1, identity=True)))
+    assert largest.shape is not None, "of the scans alone"
+    work = StepWork(
+        layers,
+        compute / layers / 3,
+        compute / layers * 2 / 3,
+        largest.shape,
+        item=largest.item,
+        gradient_bytes=numbers if layout.ranks > 1 else 0.0,
+        parameter_bytes=numbers / max(1, len(counts.layers)) if layout.stage == 3 and layout.ranks > 1 else 0.0,
+    )
+    ranks = layout.sequence if scans else 1
+    bare = dataclasses.replace(work, gradient_bytes=0.0, parameter_bytes=0.0)
+    gathering = dataclasses.replace(work, gradient_bytes=0.0)
+    passing, gathered, step = (
+        float(simulate(cluster, each, scheme, ranks=ranks, replicas=layout.ranks // ranks)[0])
+        for each in (bare, gathering, work)
+    )
+    return {
+        "sequence exchange": max(0.0, passing - compute) + _other_seconds(exchanges, layout, cluster),
+        "weights gathered": gathered - passing,
+        "gradient exchange": step - gathered,
+    }
+
+
+def _scan_bytes(exchange: Exchange) -> float:
+    shape = exchange.shape
+    return 0.0 if shape is None else (shape.state_numbers + shape.transition_numbers) * exchange.item
+
+
+def _other_seconds(exchanges: list[Exchange], layout: Layout, cluster: Cluster) -> float:
+    """Of what is no scan: tokens of the neighbour, and keys and values of all; nothing hides these."""
+    if layout.sequence == 1:
+        return 0.0
+    crosses = 0 < cluster.node < layout.sequence
+    costs = cluster.between if crosses else cluster.inside
+    rank = layout.sequence
+    each = 0.0
+    for exchange in exchanges:
+        if exchange.near:
+            each += costs.latency + exchange.near * costs.byte
+        if exchange.spread:
+            each += 2 * costs.latency * (rank - 1) + exchange.spread * (rank - 1) / rank * costs.byte
+    # Forward, and their gradients backward.
+    return 2 * layout.rounds * each
+
+
+def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[str, float]:
+    """Bytes of one rank at the peak of a step, by kind."""
+    again, own = layout.checkpointing, 1 / layout.ranks
+    size = 4.0 * counts.parameters
+    whole, small = (counts.peak_bytes(checkpointing=again, small=part) for part in (False, True))
+    kept, small_kept = (counts.saved_bytes(checkpointing=again, small=part) for part in (False, True))
+    small_kept = min(small_kept, small)
+    holes = (machine.kept_factor - 1) * small_kept + (machine.passing_factor - 1) * (small - small_kept)
+    bucket = min(size, 4.0 * BUCKET) if layout.ranks > 1 or layout.stage else 0.0
+    weights = size * own if layout.stage == 3 else size
+    gathered = size / max(1, len(counts.layers)) * 2 if layout.stage == 3 else 0.0
+    # ZeRO keeps a float32 copy of its part beside the weights, and the reduced gradients of its part.
+    moments = size * 3 * own if layout.stage else size * 2
+    reduced = size * own if layout.stage else 0.0
+    # From stage 2 on a rank's gradients leave with each bucket; the peak counts all of them.
+    fewer = min(whole - kept, size * (1 - own)) if layout.stage >= 2 else 0.0
+    return {
+        "program": machine.base,
+        "weights": weights + gathered,
+        "optimizer": moments,
+        "gradients reduced": reduced + bucket,
+        "activations kept": kept,
+        "temporaries and gradients": max(0.0, whole - kept - max(0.0, fewer)),
+        "allocator's holes": holes,
+    }

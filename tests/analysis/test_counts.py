@@ -1,0 +1,174 @@
+"""Counts of a model that was never allocated, beside the same model really built and run."""
+
+import dataclasses
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from seqtrain.analysis import part_trace
+from seqtrain.analysis.counts import count_model
+from seqtrain.analysis.part_trace import Batch, trace_layer
+from seqtrain.analysis.trace import Tracer
+from seqtrain.mixers import MIXERS
+from seqtrain.models import LanguageModel, ModelConfig
+from seqtrain.parallel.sequence import Sequence
+
+VOCAB = 40
+TOKENS = 96
+# Products that PyTorch's counter leaves out.
+IN_PLACE = {
+    torch.ops.aten.addmm_: lambda _, a, b, **others: 2 * a[0] * a[1] * b[1],
+    torch.ops.aten.baddbmm_: lambda _, a, b, **others: 2 * a[0] * a[1] * a[2] * b[2],
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config_of(*names, depth=None, **fields):
+    return ModelConfig(layers=names, depth=depth or len(names), width=32, heads=2, **fields)
+
+
+def mixers_of(*names):
+    return {name: MIXERS.get(name).Config() for name in names}
+
+
+class Saved:
+    """A tensor that a backward pass needs; it lives as long as that pass may come."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def saved_in_reality(run, module, x):
+    """Bytes that `run(x)` keeps for the backward pass of its output beside parameters, x and indices; and those of its
+    masks among them, of which some follow from places alone, others from what was computed.
+    """
+    # What was saved for other outputs, such as a state nobody takes, goes with them.
+    saved = weakref.WeakSet()
+
+    def pack(tensor):
+        holder = Saved(tensor)
+        saved.add(holder)
+        return holder
+
+    with saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        out = run(x)
+    gc.collect()
+    kept, masks = {}, {}
+    for tensor in (*(holder.tensor for holder in saved), out):
+        if tensor.dtype not in (torch.int32, torch.int64):
+            storage = tensor.untyped_storage()
+            (masks if tensor.dtype == torch.bool else kept)[storage.data_ptr()] = storage.nbytes()
+    for own in (*module.parameters(), x):
+        kept.pop(own.untyped_storage().data_ptr(), None)
+    return sum(kept.values()), sum(masks.values())
+
+
+@pytest.mark.parametrize("name", MIXERS.names)
+def test_every_mixer_is_counted_as_it_is(name):
+    config, mixers = config_of(name), mixers_of(name)
+    counts = count_model(config, mixers, VOCAB, tokens=TOKENS, rows=2)
+    model = LanguageModel(config, mixers, VOCAB)
+    block = model.blocks[0]
+    _, mixer, mlp, loss = counts.parts
+    assert [part.part for part in counts.parts] == ["embedding", "mixer", "mlp", "loss"]
+    assert mixer.kind == name
+    assert counts.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert mixer.parameters == block.mixer.parameter_count() + config.width
+    assert mixer.forward_flops == 2 * block.mixer.flops(TOKENS)
+    assert mixer.backward_flops == 2 * mixer.forward_flops
+    assert counts.forward_flops == 2 * model.flops(TOKENS)
+    assert counts.state_bytes == model.state_bytes(TOKENS)
+
+    x = torch.randn(2, TOKENS, config.width, requires_grad=True)
+    mixed, masks = saved_in_reality(lambda x: x + block.mixer(block.mixer_norm(x))[0], block, x)
+    assert mixed <= mixer.saved_bytes <= mixed + masks
+    assert (mlp.saved_bytes, 0) == saved_in_reality(lambda x: x + block.mlp(block.mlp_norm(x)), block, x)
+    assert loss.gradient_bytes == 4 * config.width * (VOCAB + 1)
+
+
+@pytest.mark.parametrize("name", ["gated_delta_net", "mamba2", "tensor_attention", "attention", "tcnca"])
+def test_executed_flops_are_those_of_the_chunk_forms(name):
+    config, mixers = config_of(name), mixers_of(name)
+    counts = count_model(config, mixers, VOCAB, tokens=TOKENS)
+    mixer = LanguageModel(config, mixers, VOCAB).blocks[0].mixer
+
+    def executed(kernel):
+        x = torch.randn(1, TOKENS, config.width, requires_grad=True)
+        with sdpa_kernel(kernel), FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+            out = mixer(x, sequence=Sequence(backend="chunked"))[0]
+            forward = counter.get_total_flops()
+            out.sum().backward()
+        return forward, counter.get_total_flops() - forward
+
+    # PyTorch does not count its softmax kernel on the CPU; without it softmax is two products over all pairs, counted.
+    forward, backward = executed(SDPBackend.FLASH_ATTENTION)
+    softmax = executed(SDPBackend.MATH)[0] - forward
+    assert (softmax > 0) == (name in ("attention", "tcnca"))
+    # The kernel skips half of the pairs; backward it has five products: the scores again, and four of gradients.
+    assert counts.parts[1].executed_forward - forward == softmax / 2
+    assert counts.parts[1].executed_backward - backward == 2.5 * softmax / 2
+    assert counts.executed_flops(checkpointing=True) > counts.executed_flops(checkpointing=False)
+
+
+@pytest.mark.parametrize("fields", [{}, {"tie_embeddings": False}, {"groups": (0, 24)}], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_parts_make_the_whole(checkpointing, fields):
+    names = ("gla", "sliding_attention", "s5")
+    config = config_of(*names, depth=5, activation_checkpointing=checkpointing, **fields)
+    mixers = mixers_of(*names)
+    counts = count_model(config, mixers, VOCAB, tokens=200)
+    tracer = Tracer()
+    model, tokens = tracer.module(lambda: LanguageModel(config, mixers, VOCAB)), torch.zeros(1, 200, dtype=torch.int64)
+    with tracer, tracer.record() as both:
+        with tracer.record() as forward:
+            loss = model(tokens, tokens)
+        loss.backward()
+    assert counts.saved_bytes(checkpointing=checkpointing) == pytest.approx(forward.kept, rel=1e-3)
+    assert counts.peak_bytes(checkpointing=checkpointing) == pytest.approx(both.peak, rel=0.02)
+    if checkpointing:
+        assert counts.saved_bytes(checkpointing=True) < 0.4 * counts.saved_bytes(checkpointing=False)
+
+
+# A window of 512: seven blocks, the first unlike the others, and 100 tokens.
+@pytest.mark.parametrize(("name", "tokens"), [("gla", 1536), ("hgrn", 1536), ("sliding_attention", 3684)])
+def test_long_sequences_follow_from_short_ones(name, tokens, monkeypatch):
+    config, mixers, batch = config_of(name), mixers_of(name), Batch(tokens, 1, torch.float32, "auto")
+    traced = trace_layer(config, mixers, 0, batch)
+    monkeypatch.setattr(part_trace, "TRACED", (512, 768))
+    for exact, line in zip(traced, trace_layer(config, mixers, 0, batch), strict=True):
+        for one, other in ((exact.forward, line.forward), (exact.backward, line.backward)):
+            assert other.kept == pytest.approx(one.kept, rel=0.02)
+            assert other.peak == pytest.approx(one.peak, rel=0.1)
+            assert other.bytes == pytest.approx(one.bytes, rel=0.05)
+        assert line.executed_forward == pytest.approx(exact.executed_forward, rel=0.02)
+
+
+def test_bfloat16_keeps_less_and_small_blocks_are_a_part():
+    config, mixers = config_of("gla", "attention"), mixers_of("gla", "attention")
+    wide, narrow = (count_model(config, mixers, VOCAB, tokens=TOKENS, dtype=d) for d in (torch.float32, torch.bfloat16))
+    kept = [counts.saved_bytes(checkpointing=False) for counts in (wide, narrow)]
+    assert 0.4 * kept[0] < kept[1] < 0.95 * kept[0]
+    # Here all blocks are small.
+    assert wide.saved_bytes(checkpointing=False, small=True) == kept[0]
+    assert wide.peak_bytes(checkpointing=True, small=True) == wide.peak_bytes(checkpointing=True)
+
+
+def test_a_model_of_billions_is_counted_without_its_memory():
+    names = ("gated_delta_net", "attention")
+    config = dataclasses.replace(config_of(*names, depth=24), width=4096, heads=32)
+    counts = count_model(config, mixers_of(*names), 50257, tokens=512, dtype=torch.bfloat16)
+    assert 5e9 < counts.parameters < 7e9
+    # 2 FLOPs a parameter and token forward, 4 backward; the embedding is read, but its matrix is the head's.
+    assert counts.step_flops == pytest.approx(6 * 512 * counts.parameters, rel=0.05)

@@ -1,0 +1,131 @@
+"""Predicted seconds and bytes follow from counts and constants as they should; figures by hand."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from seqtrain.analysis.counts import count_model
+from seqtrain.analysis.layout import Layout, Machine, compute_seconds, memory_bytes, predict
+from seqtrain.analysis.scaling import Cluster
+from seqtrain.mixers import MIXERS
+from seqtrain.models import ModelConfig
+from seqtrain.parallel.cost import Costs
+
+ONE = Layout(data=1, sequence=1, stage=0, checkpointing=False, micro_batch=1, batch=1)
+LINKS = Costs(latency=1e-4, overhead=1e-5, byte=1e-9, product=1e-10)
+CLUSTER = Cluster(LINKS, LINKS)
+MACHINE = Machine(name="by hand", memory=1e9, processors=4, base=5e6)
+
+
+@pytest.fixture(scope="module")
+def counts():
+    names = ("gated_delta_net", "attention")
+    config = ModelConfig(layers=names, depth=2, width=32, heads=2)
+    return count_model(config, {name: MIXERS.get(name).Config() for name in names}, 50, tokens=64)
+
+
+def changed(**fields):
+    return dataclasses.replace(ONE, **fields)
+
+
+def test_compute_is_products_over_their_rate_and_bytes_over_the_stream(counts):
+    free = dataclasses.replace(MACHINE, stream=1e30, attention=1e30, kernels=1e30, products={"float32": 1e9})
+    seconds = compute_seconds(counts, free, again=False)
+    # With nothing to wait for but products: those of projections, MLPs and the head.
+    found = [work.calls for part in counts.parts for work in (part.forward, part.backward)]
+    flops = sum(calls.flops for each in found for name, calls in each.items() if "scaled_dot_product" not in name)
+    assert seconds["products"] == pytest.approx(flops / 1e9)
+    assert sum(seconds.values()) == pytest.approx(seconds["products"], rel=1e-6)
+    slow = dataclasses.replace(free, stream=1e6)
+    assert compute_seconds(counts, slow, again=False)["memory traffic"] > 0
+    touched = dataclasses.replace(free, fresh=1.0)
+    mapped = dataclasses.replace(counts.parts[1].forward, mapped=3.0)
+    large = dataclasses.replace(counts, parts=(dataclasses.replace(counts.parts[1], forward=mapped),))
+    assert compute_seconds(large, touched, again=False)["memory traffic"] == pytest.approx(3.0)
+    called = dataclasses.replace(free, call=1.0)
+    operators = sum(part.forward.operators + part.backward.operators for part in counts.parts)
+    assert compute_seconds(counts, called, again=False)["calls"] == operators
+
+
+def test_layers_computed_again_cost_their_forward_pass(counts):
+    kept, again = (sum(compute_seconds(counts, MACHINE, again=flag).values()) for flag in (False, True))
+    layers = dataclasses.replace(
+        counts,
+        parts=tuple(
+            dataclasses.replace(p, backward=type(p.backward)(), executed_backward=0.0) for p in counts.parts[1:-1]
+        ),
+    )
+    assert again - kept == pytest.approx(sum(compute_seconds(layers, MACHINE, again=False).values()))
+    efficient = dataclasses.replace(MACHINE, efficiency={"gated_delta_net": 2.0})
+    assert sum(compute_seconds(counts, efficient, again=False).values()) > kept
+
+
+def test_more_rounds_and_crowded_processors_take_longer(counts):
+    once = predict(counts, ONE, MACHINE, CLUSTER)
+    twice = predict(counts, changed(batch=2), MACHINE, CLUSTER)
+    assert twice.step_seconds - twice.seconds["optimizer"] == pytest.approx(
+        2 * (once.step_seconds - once.seconds["optimizer"])
+    )
+    crowded = dataclasses.replace(MACHINE, processors=1)
+    pair = changed(data=2, batch=2)
+    compute = [predict(counts, pair, m, CLUSTER).seconds["products"] for m in (MACHINE, crowded)]
+    assert compute[1] == pytest.approx(2 * compute[0])
+
+
+def test_exchanges_are_there_where_ranks_are(counts):
+    alone = predict(counts, ONE, MACHINE, CLUSTER).seconds
+    assert alone["sequence exchange"] == alone["gradient exchange"] == 0
+    data = predict(counts, changed(data=2, batch=2), MACHINE, CLUSTER).seconds
+    # A reduce-scatter and an all-gather of half of the gradients each, at 1 GB/s.
+    assert data["gradient exchange"] == pytest.approx(2 * (1e-4 + 2 * counts.parameters * 1e-9))
+    pieces = predict(counts, changed(sequence=2), MACHINE, CLUSTER).seconds
+    assert pieces["sequence exchange"] > 2e-4
+    slower = Cluster(dataclasses.replace(LINKS, byte=1e-7), LINKS)
+    assert (
+        predict(counts, changed(sequence=2), MACHINE, slower).seconds["sequence exchange"] > pieces["sequence exchange"]
+    )
+
+
+def test_memory_by_zero_stage(counts):
+    size = 4 * counts.parameters
+    plain = memory_bytes(counts, ONE, MACHINE)
+    assert plain["program"] == 5e6
+    assert (plain["weights"], plain["optimizer"]) == (size, 2 * size)
+    stages = [memory_bytes(counts, changed(data=4, batch=4, stage=stage), MACHINE) for stage in range(4)]
+    assert stages[1]["optimizer"] == pytest.approx(3 * size / 4)
+    assert stages[3]["weights"] < stages[2]["weights"] * 0.9 + 2 * size
+    totals = [sum(each.values()) for each in stages]
+    assert totals[2] <= totals[1]
+    again = memory_bytes(counts, changed(checkpointing=True), MACHINE)
+    assert again["activations kept"] < plain["activations kept"]
+    holes = dataclasses.replace(MACHINE, kept_factor=1.5, passing_factor=2.0)
+    kept = counts.saved_bytes(checkpointing=False, small=True)
+    passing = counts.peak_bytes(checkpointing=False, small=True) - kept
+    assert memory_bytes(counts, ONE, holes)["allocator's holes"] == pytest.approx(0.5 * kept + passing)
+
+
+def test_ranks_of_one_computer_share_its_memory(counts):
+    shared = dataclasses.replace(MACHINE, shared=True)
+    pair = predict(counts, changed(data=2, batch=2), shared, CLUSTER)
+    assert pair.room == 5e8
+    assert pair.fits
+    tight = predict(counts, ONE, dataclasses.replace(MACHINE, memory=5.1e6), CLUSTER)
+    assert not tight.fits
+    assert tight.binds == max(tight.bytes, key=lambda kind: tight.bytes[kind])
+
+
+def test_rows_side_by_side_are_in_proportion(counts):
+    config = ModelConfig(layers=("gated_delta_net", "attention"), depth=2, width=32, heads=2)
+    mixers = {name: MIXERS.get(name).Config() for name in config.layers}
+    direct = count_model(config, mixers, 50, tokens=64, rows=3)
+    times = counts.of_rows(3)
+    assert times.step_flops == direct.step_flops
+    assert times.executed_flops(checkpointing=True) == pytest.approx(
+        direct.executed_flops(checkpointing=True), rel=0.02
+    )
+    for again in (False, True):
+        assert times.peak_bytes(checkpointing=again) == pytest.approx(direct.peak_bytes(checkpointing=again), rel=0.15)
+    shapes = [[each.shape for part in one.parts for each in part.exchanges] for one in (times, direct)]
+    assert [s.state_numbers for s in shapes[0] if s] == [s.state_numbers for s in shapes[1] if s]
+    assert times.dtype == torch.float32

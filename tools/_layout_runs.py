@@ -1,0 +1,87 @@
+"""Real training steps of a layout in processes of their own: seconds a step and the most memory any rank held."""
+
+import contextlib
+import os
+import statistics
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+# The ranks are forked from this process; each would import it anew, and hold its own copy.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import torch
+import torch._inductor.compile_fx
+from _overrides import read_run
+
+from seqtrain.data import prepare
+from seqtrain.memory import peak_resident_bytes
+from seqtrain.parallel.testing import run_ranks
+from seqtrain.runtime.metrics import read_lines
+from seqtrain.runtime.ranks import this_process
+from seqtrain.runtime.run_folder import RunFolder, claim
+from seqtrain.runtime.worker import Session, train
+
+# Keys of runs that measure and keep nothing; sequences of one document, as the counts take them.
+QUIET = (
+    "experiment=quickstart",
+    "runtime=inline",
+    "runtime.cpus_per_worker=1",
+    "tracking.mode=disabled",
+    "checkpoint.every=0",
+    "evaluation.every=0",
+    "sample.tokens=0",
+    "data.reset_at_documents=false",
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a layout took: the median of its steps but the first, the least, and bytes of the fullest rank: before the
+    first step, after it, and after the last.
+    """
+
+    seconds: float
+    least_seconds: float
+    start_bytes: int
+    first_bytes: int
+    peak_bytes: int
+
+
+class _Enough(Exception):
+    """The steps that were wanted are made."""
+
+
+def measure_layout(overrides: list[str], *, steps: int, limit: float = 600.0) -> Measured:
+    """Trains `steps` steps, the first of which is warm-up, on ranks of one thread each, and says what it took.
+
+    Raises `ConfigError` for wrong keys, `RankError` for ranks that failed or did not end within `limit` seconds.
+    """
+    config = read_run([*QUIET, *overrides])
+    # A step more than wanted: the last one would be followed by an evaluation.
+    config = replace(config, train=replace(config.train, steps=steps + 1))
+    corpus = prepare(config.data)
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(config, output_dir=folder)
+        claim(RunFolder(Path(folder)), config)
+        session = Session(config, corpus.folder.resolve(), "layout", "")
+        rows = run_ranks(config.parallel.ranks, lambda rank: _rank(session, steps), limit=limit, group_timeout=limit)
+        seconds = [record["step_seconds"] for record in read_lines(RunFolder(Path(folder)).metrics)]
+    later = seconds[1:] or seconds
+    start, first, last = (max(column) for column in zip(*rows, strict=True))
+    return Measured(statistics.median(later), min(later), start, first, last)
+
+
+def _rank(session: Session, steps: int) -> tuple[int, int, int]:
+    torch.set_num_threads(1)
+    seen: list[int] = []
+
+    def after_step() -> None:
+        seen.append(peak_resident_bytes())
+        if len(seen) == steps:
+            raise _Enough
+
+    before = peak_resident_bytes()
+    with contextlib.suppress(_Enough):
+        train(session, this_process(torch.device("cpu")), after_step=after_step)
+    return before, seen[0], seen[-1]
