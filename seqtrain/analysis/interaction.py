@@ -26,6 +26,7 @@ from seqtrain.kernels import (
     diagonal_system,
     linear_attention,
     short_convolution,
+    slot_scores,
     softmax_attention,
     tensor_attention,
 )
@@ -36,6 +37,7 @@ from seqtrain.parallel.sequence import Sequence
 # of two mixed values: either alone is linear.
 VALUES: dict[Callable, tuple[int, ...]] = {
     linear_attention: (2,),
+    slot_scores: (2,),
     delta_rule: (2,),
     diagonal_scan: (0,),
     diagonal_system: (0,),
