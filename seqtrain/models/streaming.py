@@ -21,8 +21,6 @@ from torch.utils._pytree import tree_map
 
 from seqtrain.mixers import State
 from seqtrain.parallel import sequence as sequences
-from seqtrain.parallel.continued import ContinuedSequence
-from seqtrain.parallel.sharded import even_offsets
 
 Gradients = Literal["exact", "truncated"]
 # States of all layers of a model, as `LanguageModel` takes and returns them.
@@ -42,25 +40,15 @@ class Segment:
     sequence: sequences.Sequence
     continues: bool
 
+    @classmethod
+    def of(
+        cls, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor, *, first: int, sequence: sequences.Sequence
+    ) -> "Segment":
+        """The segment that begins with token `first` of a row whose documents start at `cu_seqlens`, int `[N+1]`.
 
-def cut_in_time(
-    tokens: Tensor, labels: Tensor, cu_seqlens: Tensor, *, segments: int, backend: str = "auto"
-) -> list[Segment]:
-    """A packed row as `segments` segments whose lengths differ by one token at most.
-
-    `tokens`, `labels`: int64 `[1,n]`. `cu_seqlens`: int `[N+1]`, borders of the row's documents, anywhere.
-    """
-    offsets = even_offsets(tokens.shape[1], segments)
-    starts = cu_seqlens.to(device="cpu", dtype=torch.int64)
-    return [
-        Segment(
-            tokens[:, first:last],
-            labels[:, first:last],
-            ContinuedSequence.of(sequences.Sequence(borders_within(starts, first, last), backend)),
-            continues=not bool((starts == first).any()),
-        )
-        for first, last in pairwise(offsets)
-    ]
+        `sequence`: over the borders that `borders_within` finds for it.
+        """
+        return cls(tokens, labels, sequence, continues=not bool((cu_seqlens == first).any()))
 
 
 def stream_backward(

@@ -29,12 +29,6 @@ def as_segments(row: list[Batch], mesh: Mesh, *, backend: str, device: torch.dev
         sequence = mesh.sequence(tuple(offset - first for offset in offsets), borders, backend=backend)
         if mesh.group is None and len(row) > 1:
             sequence = ContinuedSequence.of(sequence)
-        found.append(
-            Segment(
-                batch.tokens.to(device),
-                batch.labels.to(device),
-                sequence,
-                continues=not bool((batch.cu_seqlens == first).any()),
-            )
-        )
+        tokens, labels = batch.tokens.to(device), batch.labels.to(device)
+        found.append(Segment.of(tokens, labels, batch.cu_seqlens, first=first, sequence=sequence))
     return found

@@ -1,10 +1,14 @@
 """A row run segment by segment: the loss and gradients of the row in one piece, or truncated as it says."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from seqtrain.models.streaming import cut_in_time, stream_backward, stream_forward
+from seqtrain.models.streaming import Segment, borders_within, stream_backward, stream_forward
+from seqtrain.parallel.continued import ContinuedSequence
 from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sharded import even_offsets
 from seqtrain.testing import relative_error
 from tests.models.cut_cases import LAYERS, build, row
 from tests.parallel.shard_cases import Cut
@@ -15,6 +19,16 @@ ROW = Cut((0, 201), (0, 13, 14, 40, 119, 161, 201))
 ONE = Cut((0, 150), (0, 150))
 HYBRID = ("gated_delta_net", "sliding_attention", "s5", "attention", "rwkv6")
 EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def cut_in_time(tokens, labels, cu_seqlens, *, segments):
+    """A packed row as segments whose lengths differ by one token at most."""
+    found = []
+    for first, last in pairwise(even_offsets(tokens.shape[1], segments)):
+        sequence = ContinuedSequence.of(Sequence(borders_within(cu_seqlens, first, last)))
+        held = slice(first, last)
+        found.append(Segment.of(tokens[:, held], labels[:, held], cu_seqlens, first=first, sequence=sequence))
+    return found
 
 
 def gradients(model):
