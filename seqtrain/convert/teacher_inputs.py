@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seqtrain.data import Batch
-from seqtrain.data.batches import rows_of
+from seqtrain.data import WHOLE_BATCH, Batch, Share
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.sequence import Sequence
 from seqtrain.runtime.objective import TrainingData
@@ -28,31 +27,14 @@ class CachedInputs:
         self.batch_size = batch_size
         self.rows = np.memmap(file, np.float32, "r").reshape(-1, sequence_length, width)
 
-    def at(
-        self,
-        index: int,
-        *,
-        rank: int = 0,
-        ranks: int = 1,
-        micro_batch: int = 0,
-        micro_batches: int = 1,
-        part: int = 0,
-        parts: int = 1,
-    ) -> Batch:
+    def at(self, index: int, share: Share = WHOLE_BATCH) -> Batch:
         """As `seqtrain.data.Batches.at`, but for the tokens."""
-        batch = self.batches.at(
-            index,
-            rank=rank,
-            ranks=ranks,
-            micro_batch=micro_batch,
-            micro_batches=micro_batches,
-            part=part,
-            parts=parts,
-        )
-        rows = rows_of(self.batch_size, rank, ranks, micro_batch, micro_batches)
+        batch, rows = self.batches.at(index, share), share.rows(self.batch_size)
         first = index * self.batch_size
         held = self.rows[first + rows.start : first + rows.stop].reshape(1, -1, self.rows.shape[2])
-        return replace(batch, tokens=torch.from_numpy(held[:, batch.offsets[part] : batch.offsets[part + 1]].copy()))
+        return replace(
+            batch, tokens=torch.from_numpy(held[:, slice(*batch.offsets[share.part : share.part + 2])].copy())
+        )
 
 
 @torch.no_grad()

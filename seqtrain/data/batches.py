@@ -38,22 +38,39 @@ class Batch:
         return int((self.labels != IGNORED).sum())
 
 
-def rows_of(batch_size: int, rank: int, ranks: int, micro_batch: int, micro_batches: int) -> range:
-    """The rows of a global batch that one of the data-parallel ranks reads in one micro-batch.
+@dataclass(frozen=True)
+class Share:
+    """What one process reads of a batch at a time; without arguments, all of it."""
 
-    Raises `ConfigError` if they don't come out even.
-    """
-    parts = ranks * micro_batches
-    if batch_size % parts:
-        raise ConfigError(
-            f"train.batch_size={batch_size}: must be a multiple of data-parallel ranks x micro-batches "
-            f"= {ranks} x {micro_batches}; {math.ceil(batch_size / parts) * parts} is"
-        )
-    assert 0 <= rank < ranks, (rank, ranks)
-    assert 0 <= micro_batch < micro_batches, (micro_batch, micro_batches)
-    size = batch_size // parts
-    first = (micro_batch * ranks + rank) * size
-    return range(first, first + size)
+    # Of the data-parallel ranks, this one.
+    rank: int = 0
+    ranks: int = 1
+    # Of the micro-batches each of them reads one after the other, this one.
+    micro_batch: int = 0
+    micro_batches: int = 1
+    # Of the pieces of this packed row, in time, this one.
+    part: int = 0
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.ranks, self
+        assert 0 <= self.micro_batch < self.micro_batches, self
+        assert 0 <= self.part < self.parts, self
+
+    def rows(self, batch_size: int) -> range:
+        """Which of a batch's rows they are. Raises `ConfigError` if they don't come out even."""
+        shares = self.ranks * self.micro_batches
+        if batch_size % shares:
+            raise ConfigError(
+                f"train.batch_size={batch_size}: must be a multiple of data-parallel ranks x micro-batches "
+                f"= {self.ranks} x {self.micro_batches}; {math.ceil(batch_size / shares) * shares} is"
+            )
+        size = batch_size // shares
+        first = (self.micro_batch * self.ranks + self.rank) * size
+        return range(first, first + size)
+
+
+WHOLE_BATCH = Share()
 
 
 class _Windows:
@@ -68,24 +85,10 @@ class _Windows:
         self.batch_size = batch_size
         self.reset_at_documents = reset_at_documents
 
-    def at(
-        self,
-        index: int,
-        *,
-        rank: int = 0,
-        ranks: int = 1,
-        micro_batch: int = 0,
-        micro_batches: int = 1,
-        part: int = 0,
-        parts: int = 1,
-    ) -> Batch:
-        """What `rank` of `ranks` data-parallel ranks reads in one of the micro-batches of batch `index`, from 0 on.
-
-        The rows of all ranks and micro-batches together are the same however many there are. `part` of `parts`: the
-        piece of this packed row that one of the ranks which share it holds.
-        """
-        rows = rows_of(self.batch_size, rank, ranks, micro_batch, micro_batches)
-        return self.pack([self._start(index * self.batch_size + row) for row in rows], part, parts)
+    def at(self, index: int, share: Share = WHOLE_BATCH) -> Batch:
+        """A share of batch `index`, from 0 on. All shares together are the same however many there are."""
+        rows = share.rows(self.batch_size)
+        return self.pack([self._start(index * self.batch_size + row) for row in rows], share.part, share.parts)
 
     def _start(self, sample: int) -> int:
         """Where in the stream the window of row `sample` starts, counted over all batches."""

@@ -47,8 +47,7 @@ def evaluate(
     sums = [0.0, 0.0, 0.0, 0.0]
     try:
         for index in range(len(batches)):
-            at = partial(batches.at, index, rank=mesh.data_rank, ranks=mesh.data_ranks)
-            row = read_row(at, mesh, pieces=pieces)
+            row = read_row(partial(batches.at, index), mesh, pieces=pieces)
             parts = as_segments(row, mesh, backend=backend, device=ranks.device)
             scored = zip(*stream_forward(score, parts), strict=True)
             *found, stopping = ranks.sum(*map(sum, scored), sum(part.bytes for part in row), stop.requested())

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from seqtrain.data import Batch, held_out_batches, open_corpus, training_batches
+from seqtrain.data import WHOLE_BATCH, Batch, Share, held_out_batches, open_corpus, training_batches
 from seqtrain.models import LanguageModel
 from seqtrain.runtime.engine import parameter_groups
 from seqtrain.runtime.settings import PretrainConfig, micro_batch
@@ -15,17 +15,7 @@ from seqtrain.runtime.settings import PretrainConfig, micro_batch
 class TrainingData(Protocol):
     """Batches that follow from their number alone, whoever reads them and in however many pieces."""
 
-    def at(
-        self,
-        index: int,
-        *,
-        rank: int = 0,
-        ranks: int = 1,
-        micro_batch: int = 0,
-        micro_batches: int = 1,
-        part: int = 0,
-        parts: int = 1,
-    ) -> Batch:
+    def at(self, index: int, share: Share = WHOLE_BATCH) -> Batch:
         """As `seqtrain.data.Batches.at`."""
         ...
 
@@ -42,7 +32,7 @@ class NothingHeldOut:
     def __len__(self) -> int:
         return 0
 
-    def at(self, index: int, **piece: int) -> Batch:
+    def at(self, index: int, share: Share = WHOLE_BATCH) -> Batch:
         raise IndexError(index)
 
 

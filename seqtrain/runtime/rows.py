@@ -1,22 +1,24 @@
 """A packed row on its way from the data to the model: whole, or in segments that follow each other in time."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from seqtrain.data import Batch
+from seqtrain.data import Batch, Share
 from seqtrain.models.streaming import Segment, borders_within
 from seqtrain.parallel.continued import ContinuedSequence
 from seqtrain.parallel.mesh import Mesh
 
 
-def read_row(at: Callable[..., Batch], mesh: Mesh, *, pieces: int) -> list[Batch]:
-    """What this rank holds of each of a row's `pieces`: `at(part=, parts=)` reads a part of it.
+def read_row(at: Callable[[Share], Batch], mesh: Mesh, *, pieces: int, number: int = 0, of: int = 1) -> list[Batch]:
+    """What this rank holds of each of the `pieces` of its row: micro-batch `number` of `of`. `at` reads a share.
 
     The ranks that share a sequence share each piece: the row is cut into `pieces * ranks` parts.
     """
-    ranks = mesh.sequence_ranks
-    return [at(part=piece * ranks + mesh.sequence_rank, parts=pieces * ranks) for piece in range(pieces)]
+    ranks, row = mesh.sequence_ranks, Share(mesh.data_rank, mesh.data_ranks, number, of)
+    parts = range(mesh.sequence_rank, pieces * ranks, ranks)
+    return [at(replace(row, part=part, parts=pieces * ranks)) for part in parts]
 
 
 def as_segments(row: list[Batch], mesh: Mesh, *, backend: str, device: torch.device) -> list[Segment]:

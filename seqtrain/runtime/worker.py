@@ -169,16 +169,9 @@ def _micro_batches(training: Training, index: int) -> list[list[Batch]]:
 
     The ranks that share a sequence read their own tokens of it from the corpus; nothing is sent between them.
     """
-    mesh, count = training.mesh, engines.micro_batches(training.config)
-    whose = {"rank": mesh.data_rank, "ranks": mesh.data_ranks, "micro_batches": count}
-    return [
-        read_row(
-            partial(training.work.batches.at, index, micro_batch=number, **whose),
-            mesh,
-            pieces=segments(training.config),
-        )
-        for number in range(count)
-    ]
+    at, pieces = partial(training.work.batches.at, index), segments(training.config)
+    count = engines.micro_batches(training.config)
+    return [read_row(at, training.mesh, pieces=pieces, number=number, of=count) for number in range(count)]
 
 
 def _update_weights(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from seqtrain.data import Batches, EvaluationBatches, prepare
+from seqtrain.data import Batches, EvaluationBatches, Share, prepare
 from seqtrain.errors import ConfigError, DataError
 
 
@@ -81,7 +81,7 @@ def test_the_union_over_ranks_and_micro_batches_is_the_same(corpus, ranks, kind)
     whole = batches.at(2)
     for micro_batches in [m for m in (1, 2, 4) if ranks * m <= 8]:
         parts = [
-            batches.at(2, rank=rank, ranks=ranks, micro_batch=micro, micro_batches=micro_batches)
+            batches.at(2, Share(rank=rank, ranks=ranks, micro_batch=micro, micro_batches=micro_batches))
             for micro in range(micro_batches)
             for rank in range(ranks)
         ]
@@ -101,8 +101,8 @@ def test_the_parts_of_a_row_are_the_row_cut_into_nearly_equal_pieces(corpus, par
     else:
         batches = EvaluationBatches(corpus.held_out, sequence_length=47, batch_size=8)
         step = len(batches) - 1  # some of it is filling
-    whole = batches.at(step, rank=1, ranks=2)
-    pieces = [batches.at(step, rank=1, ranks=2, part=part, parts=parts) for part in range(parts)]
+    whole = batches.at(step, Share(rank=1, ranks=2))
+    pieces = [batches.at(step, Share(rank=1, ranks=2, part=part, parts=parts)) for part in range(parts)]
     offsets = pieces[0].offsets
     assert (whole.offsets, offsets[0], offsets[-1], len(offsets)) == ((0, 188), 0, 188, parts + 1)
     sizes = np.diff(offsets)
@@ -120,7 +120,7 @@ def test_a_part_reads_no_more_than_its_own_tokens(corpus, monkeypatch):
     batches = training(corpus, length=500)
     read, asked = corpus.train.read, []
     monkeypatch.setattr(corpus.train, "read", lambda start, stop: asked.append(stop - start) or read(start, stop))
-    batches.at(0, part=1, parts=3)
+    batches.at(0, Share(part=1, parts=3))
     # 4000 tokens in rows of 500: the second third touches rows 2 to 5, and reads one label beyond each piece.
     assert sum(asked) <= 1334 + 4
 
@@ -146,7 +146,7 @@ def test_epochs_cut_at_other_places(corpus):
 def test_evaluation_predicts_every_token_once(corpus, length):
     stream = corpus.held_out
     batches = EvaluationBatches(stream, sequence_length=length, batch_size=4)
-    parts = [batches.at(index, rank=rank, ranks=2) for index in range(len(batches)) for rank in range(2)]
+    parts = [batches.at(index, Share(rank=rank, ranks=2)) for index in range(len(batches)) for rank in range(2)]
     assert {part.tokens.shape for part in parts} == {(1, 2 * length)}
     labels = torch.cat([part.labels for part in parts], dim=1)
     counted = labels[labels != -100].numpy()
@@ -165,7 +165,7 @@ def test_evaluation_of_a_few_windows_spreads_them(corpus):
     assert starts[9] > 0.8 * corpus.held_out.tokens
     # The rows beyond the limit are filling.
     assert starts[10:] == [corpus.held_out.tokens] * 2
-    assert batches.at(2, rank=1, ranks=2).label_count == 0
+    assert batches.at(2, Share(rank=1, ranks=2)).label_count == 0
 
 
 def test_nothing_held_out_is_no_batch(config, small_steps):
@@ -190,7 +190,7 @@ def test_a_tokenizer_that_normalises_is_scored_on_the_raw_text(config, tmp_path,
 
 def test_sizes_that_do_not_come_out_even(corpus):
     with pytest.raises(ConfigError, match=r"train\.batch_size=8: must be a multiple of .* = 3 x 2; 12 is"):
-        training(corpus).at(0, ranks=3, micro_batches=2)
+        training(corpus).at(0, Share(ranks=3, micro_batches=2))
     with pytest.raises(ConfigError, match=r"train\.sequence_length=0: at least 1"):
         training(corpus, length=0)
     with pytest.raises(DataError, match=r"train\.sequence_length=1000000: the train text has only \d+ tokens"):

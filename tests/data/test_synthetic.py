@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from seqtrain.data import synthetic
-from seqtrain.data.batches import IGNORED
+from seqtrain.data.batches import IGNORED, Share
 from seqtrain.data.synthetic import TASKS, SyntheticBatches, examples, make_task
 from seqtrain.errors import ConfigError
 
@@ -219,12 +219,12 @@ def test_a_batch_is_rows_end_to_end_each_a_document():
 def test_ranks_micro_batches_and_parts_share_one_batch():
     whole = batches().at(1)
     pieces = [
-        batches().at(1, rank=rank, ranks=3, micro_batch=micro, micro_batches=2)
+        batches().at(1, Share(rank=rank, ranks=3, micro_batch=micro, micro_batches=2))
         for micro in range(2)
         for rank in range(3)
     ]
     assert torch.equal(torch.cat([piece.tokens for piece in pieces], 1), whole.tokens)
-    parts = [batches().at(1, part=part, parts=4) for part in range(4)]
+    parts = [batches().at(1, Share(part=part, parts=4)) for part in range(4)]
     assert torch.equal(torch.cat([part.labels for part in parts], 1), whole.labels)
     assert {part.offsets for part in parts} == {(0, 15, 30, 45, 60)}
 

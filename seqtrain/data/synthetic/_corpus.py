@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from seqtrain.config import validate
-from seqtrain.data.batches import IGNORED, Batch, rows_of
+from seqtrain.data.batches import IGNORED, WHOLE_BATCH, Batch, Share
 from seqtrain.data.config import DataConfig
 from seqtrain.data.synthetic._base import Split, Task, examples
 from seqtrain.data.synthetic._registry import TASKS
@@ -61,19 +61,9 @@ class SyntheticBatches:
     def __len__(self) -> int:
         return -(-self.taken // self.batch_size)
 
-    def at(
-        self,
-        index: int,
-        *,
-        rank: int = 0,
-        ranks: int = 1,
-        micro_batch: int = 0,
-        micro_batches: int = 1,
-        part: int = 0,
-        parts: int = 1,
-    ) -> Batch:
-        """What `rank` of `ranks` reads of batch `index`: `part` of `parts` of its packed row, as in `Batches.at`."""
-        mine = rows_of(self.batch_size, rank, ranks, micro_batch, micro_batches)
+    def at(self, index: int, share: Share = WHOLE_BATCH) -> Batch:
+        """A share of batch `index`, as in `Batches.at`."""
+        mine = share.rows(self.batch_size)
         first = index * self.batch_size + mine.start
         tokens, labels = examples(
             self.task, length=self.sequence_length, seed=self.seed, first=first, count=len(mine), split=self.split
@@ -81,7 +71,7 @@ class SyntheticBatches:
         if self.taken:
             # Rows beyond the last fill up the batch; nothing is asked in them.
             labels[max(self.taken - first, 0) :] = IGNORED
-        offsets = even_offsets(tokens.numel(), parts)
-        held = slice(offsets[part], offsets[part + 1])
+        offsets = even_offsets(tokens.numel(), share.parts)
+        held = slice(offsets[share.part], offsets[share.part + 1])
         borders = torch.arange(len(mine) + 1, dtype=torch.int32) * self.sequence_length
         return Batch(tokens.view(1, -1)[:, held], labels.view(1, -1)[:, held], offsets, borders, bytes=0.0)
