@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ class Session:
     def folder(self) -> RunFolder:
         return RunFolder(Path(self.config.output_dir))
 
-    @property
+    # Found once: an objective may read whole files for it, and every checkpoint asks.
+    @cached_property
     def trajectory(self) -> dict[str, Any]:
         """What decides which numbers come out; checkpoints made with other values are refused."""
         return trajectory(self.config) | self.objective.trajectory()
