@@ -160,5 +160,22 @@ class Example:
         return read + written, 2 * read + written
 
 
+def recurrence_examples(operator: Callable[..., Any], *, beta: bool) -> tuple[Example, ...]:
+    """Calls of linear attention, or the delta rule (`beta`): without a decay, with one a token, with one a channel."""
+    tensors = dict.fromkeys(("q", "k"), ("B T H K", "bfloat16")) | {"v": ("B T H V", "bfloat16")}
+    if beta:
+        tensors["beta"] = ("B T H", "bfloat16")
+    sizes = {"B": 1, "H": 1, "K": 128, "V": 128}
+    decays = {
+        "no decay": {},
+        "decay [B,T,H]": {"log_decay": ("B T H", "float32")},
+        "decay [B,T,H,K]": {"log_decay": ("B T H K", "float32")},
+    }
+    return tuple(
+        Example(f"{operator.__name__} {name} K=V=128 bfloat16", operator, tensors | decay, sizes, tokens=(64, 128))
+        for name, decay in decays.items()
+    )
+
+
 def _bytes(dtype: str) -> int:
     return getattr(torch, dtype).itemsize

@@ -3,25 +3,11 @@
 from torch import Tensor
 
 from seqtrain.kernels.delta_rule import chunked, delta_rule
-from seqtrain.kernels.gpu import Example, unavailable
+from seqtrain.kernels.gpu import recurrence_examples, unavailable
 
 __all__ = ["EXAMPLES", "run", "step", "unavailable"]
 
-
-def _example(name: str, decay: str | None, width: int = 128, dtype: str = "bfloat16") -> Example:
-    tensors = dict.fromkeys(("q", "k"), ("B T H K", dtype)) | {"v": ("B T H V", dtype)}
-    tensors["beta"] = ("B T H", dtype)
-    if decay is not None:
-        tensors["log_decay"] = (decay, "float32")
-    sizes = {"B": 1, "H": 1, "K": width, "V": width}
-    return Example(f"delta_rule {name} K=V={width} {dtype}", delta_rule, tensors, sizes, tokens=(64, 128))
-
-
-EXAMPLES = (
-    _example("no decay", None),
-    _example("decay [B,T,H]", "B T H"),
-    _example("decay [B,T,H,K]", "B T H K"),
-)
+EXAMPLES = recurrence_examples(delta_rule, beta=True)
 
 
 def run(

@@ -2,25 +2,12 @@
 
 from torch import Tensor
 
-from seqtrain.kernels.gpu import Example, unavailable
+from seqtrain.kernels.gpu import recurrence_examples, unavailable
 from seqtrain.kernels.linear_attention import chunked, linear_attention
 
 __all__ = ["EXAMPLES", "run", "step", "unavailable"]
 
-
-def _example(name: str, decay: str | None, width: int = 128, dtype: str = "bfloat16") -> Example:
-    tensors = dict.fromkeys(("q", "k"), ("B T H K", dtype)) | {"v": ("B T H V", dtype)}
-    if decay is not None:
-        tensors["log_decay"] = (decay, "float32")
-    sizes = {"B": 1, "H": 1, "K": width, "V": width}
-    return Example(f"linear_attention {name} K=V={width} {dtype}", linear_attention, tensors, sizes, tokens=(64, 128))
-
-
-EXAMPLES = (
-    _example("no decay", None),
-    _example("decay [B,T,H]", "B T H"),
-    _example("decay [B,T,H,K]", "B T H K"),
-)
+EXAMPLES = recurrence_examples(linear_attention, beta=False)
 
 
 def run(
