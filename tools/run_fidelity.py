@@ -1,18 +1,22 @@
 """Trains small models on tasks that tell layers apart, and puts each figure beside the claim it stands for.
 
-    python tools/run_fidelity.py                            # everything, three seeds
+    python tools/run_fidelity.py jobs=2                     # everything, three seeds, on two cores
     python tools/run_fidelity.py rows=[recall] seeds=[0]    # one row
 
-Leaves a table as `fidelity.json` and `fidelity.md` and a picture of every row in `output_dir`. A claim is judged by the
-mean over the seeds. The exit status is 0 whether claims hold or not: the table says it.
+The models are small: a core each for several seeds takes less time than all cores for one. Leaves a table as
+`fidelity.json` and `fidelity.md` and a picture of every row in `output_dir`. A claim is judged by the mean over the
+seeds. The exit status is 0 whether claims hold or not: the table says it.
 """
 
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +24,7 @@ import torch
 from _settings import machine, read_settings
 from pydantic import Field
 
-from seqtrain.analysis.fidelity import ROWS, Effort, Figure, Row
+from seqtrain.analysis.fidelity import ROWS, Effort, Figure, Row, joined
 from seqtrain.errors import ConfigError, unknown_name
 
 
@@ -32,14 +36,16 @@ class Settings:
     seeds: Annotated[list[int], Field(min_length=1)] = field(default_factory=lambda: [0, 1, 2])
     # Multiplies the steps of every training; the claims are made for 1.
     scale: Annotated[float, Field(gt=0)] = 1.0
-    # CPU threads; 0 leaves PyTorch's own number.
-    threads: Annotated[int, Field(ge=0)] = 0
+    # Processes, each of which measures one row with one seed at a time.
+    jobs: Annotated[int, Field(gt=0)] = 1
+    # CPU threads of each.
+    threads: Annotated[int, Field(gt=0)] = 1
     output_dir: str = "outputs/fidelity"
 
 
 @dataclass(frozen=True)
 class Result:
-    """A row of the table, measured."""
+    """A row of the table, measured; the seconds are those of all seeds together."""
 
     row: Row
     figures: list[Figure]
@@ -110,16 +116,34 @@ def markdown(about: str, results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(row: Row, effort: Effort, show: Callable[[str], None]) -> Result:
-    """The figures of a row, each shown as it comes."""
-    started, figures = time.perf_counter(), []
-    show(f"{row.name}: {row.claim}")
-    for figure in row.measure(effort):
-        figures.append(figure)
+def measure(name: str, seed: int, scale: float, threads: int) -> tuple[list[Figure], float]:
+    """A row's figures with one seed, and the seconds they took."""
+    torch.set_num_threads(threads)
+    started = time.perf_counter()
+    return list(ROWS[name].measure(Effort((seed,), scale))), time.perf_counter() - started
+
+
+def measure_all(rows: list[Row], settings: Settings) -> Iterator[Result]:
+    """The rows in order, but those that are timed last: nothing runs beside them."""
+    rows = sorted(rows, key=lambda row: row.timed)
+    seeds = settings.seeds
+    with ProcessPoolExecutor(settings.jobs, mp_context=get_context("spawn")) as pool:
+        submit = partial(pool.submit, measure, scale=settings.scale, threads=settings.threads)
+        found = {row.name: [submit(row.name, seed) for seed in seeds] for row in rows if not row.timed}
+        for row in rows:
+            parts = [part.result() for part in found.get(row.name) or (submit(row.name, seed) for seed in seeds)]
+            figures = [joined(same) for same in zip(*(figures for figures, _ in parts), strict=True)]
+            yield Result(row, figures, sum(seconds for _, seconds in parts))
+
+
+def summary(result: Result) -> str:
+    """A row's figures in a few lines."""
+    lines = [f"{result.row.name}: {result.row.claim}"]
+    for figure in result.figures:
         outcome = ", ".join(part for part in (figure.bounds and f"claim {figure.bounds}", verdict(figure)) if part)
         values = " ".join(f"{value:.4g}" for value in figure.values)
-        show(f"  {figure.what}: {figure.mean:.4g} ± {figure.spread:.2g} ({values}) {outcome}")
-    return Result(row, figures, time.perf_counter() - started)
+        lines.append(f"  {figure.what}: {figure.mean:.4g} ± {figure.spread:.2g} ({values}) {outcome}")
+    return "\n".join(lines)
 
 
 def draw(result: Result, path: Path) -> None:
@@ -176,19 +200,17 @@ def main(arguments: list[str]) -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     about = machine()
     title = ", ".join(f"{key} {value}" for key, value in about.items())
-    effort = Effort(tuple(settings.seeds), settings.scale)
     title += f"; seeds {settings.seeds}, steps x {settings.scale:g}"
     print(title, flush=True)
     folder = Path(settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     results = []
-    for row in rows:
-        results.append(measure(row, effort, lambda line: print(line, flush=True)))
-        draw(results[-1], folder / f"{row.name}.png")
+    for result in measure_all(rows, settings):
+        results.append(result)
+        print(summary(result), flush=True)
+        draw(result, folder / f"{result.row.name}.png")
         # Written anew after every row, so that a run that is stopped leaves what it has.
         report = {"machine": about, "settings": asdict(settings), "rows": [as_json(result) for result in results]}
         (folder / "fidelity.json").write_text(json.dumps(report, indent=1, allow_nan=False))

@@ -21,10 +21,9 @@ def run(*arguments):
     return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=200)
 
 
-def a_row(name="mine", figures=()):
-    return Row(
-        name, "it works (arXiv 1)", "by trying", Axes("step", "accuracy"), lambda effort: iter(figures), {"width": 8}
-    )
+def a_row(name="mine"):
+    axes = Axes("step", "accuracy")
+    return Row(name, "it works (arXiv 1)", "by trying", axes, lambda effort: iter(()), settings={"width": 8})
 
 
 CURVES = (Curve("c", (1, 2), (0.1, 0.9)),)
@@ -40,7 +39,7 @@ FIGURES = (
 @pytest.fixture(scope="module")
 def two_rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fidelity")
-    done = run("rows=[entropy,query_gradient]", "seeds=[0,1]", "threads=1", f"output_dir={folder}")
+    done = run("rows=[entropy,query_gradient]", "seeds=[0,1]", "jobs=2", f"output_dir={folder}")
     assert done.returncode == 0, done.stderr
     return done.stdout, folder
 
@@ -57,7 +56,7 @@ def test_only_the_rows_asked_for_are_measured(two_rows):
 
 
 def test_a_figure_stands_beside_its_claim():
-    result = tool.measure(a_row(figures=FIGURES), tool.Effort(), lambda line: None)
+    result = tool.Result(a_row(), list(FIGURES), 1.0)
     good, bad, seen = (tool.cells(result, figure) for figure in FIGURES)
     assert good == ["mine", "good", "0.95 ± 0.071", "0.9 1", ">= 0.9", "holds", "0.5", "16", "10-12", "2", "7", "8"]
     assert bad[4:7] == [">= 0.9", "DOES NOT HOLD", ""]
@@ -68,7 +67,7 @@ def test_a_figure_stands_beside_its_claim():
 
 
 def test_numbers_that_are_not_finite_become_null():
-    result = tool.measure(a_row(figures=[Figure("x", (math.nan,))]), tool.Effort(), lambda line: None)
+    result = tool.Result(a_row(), [Figure("x", (math.nan,))], 1.0)
     stored = tool.as_json(result)
     assert stored["settings"] == {"width": "8"}
     assert stored["figures"][0]["values"] == [None]
@@ -85,7 +84,7 @@ def test_rows_keep_the_order_of_the_table():
 
 
 def test_a_picture_is_drawn_of_any_figures(tmp_path):
-    result = tool.measure(a_row(figures=FIGURES), tool.Effort(), lambda line: None)
+    result = tool.Result(a_row(), list(FIGURES), 1.0)
     tool.draw(result, tmp_path / "row.png")
     assert (tmp_path / "row.png").read_bytes().startswith(b"\x89PNG")
 

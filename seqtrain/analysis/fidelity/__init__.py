@@ -5,9 +5,9 @@ figures = list(ROWS["parity"].measure(Effort(seeds=(0,))))
 """
 
 from seqtrain.analysis.fidelity import entropy, fourier, match3, parity, query_gradient, recall, tensor_time
-from seqtrain.analysis.fidelity.results import Axes, Bounds, Curve, Effort, Figure, Row
+from seqtrain.analysis.fidelity.results import Axes, Bounds, Curve, Effort, Figure, Row, joined
 
 _MODULES = (recall, parity, match3, fourier, query_gradient, entropy, tensor_time)
 ROWS: dict[str, Row] = {module.ROW.name: module.ROW for module in _MODULES}
 
-__all__ = ["ROWS", "Axes", "Bounds", "Curve", "Effort", "Figure", "Row"]
+__all__ = ["ROWS", "Axes", "Bounds", "Curve", "Effort", "Figure", "Row", "joined"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seqtrain.analysis.fidelity.results import Axes, Bounds, Effort, Figure, Row
-from seqtrain.analysis.fidelity.training import HELD_OUT_SEED, Recipe, Stage, score, small_model, train_seeds
+from seqtrain.analysis.fidelity.training import Recipe, Stage, score, small_model, train_seeds
 from seqtrain.data.synthetic import Task, examples, make_task
 
 # Four numbers are the most that the task takes modulo 13. Sums modulo a prime M are told apart by (M - 1) / 2 waves,
@@ -34,7 +34,10 @@ def measure(effort: Effort) -> Iterator[Figure]:
         for name, degree in FORMS:
             yield Figure(
                 f"constructed, {name}, {numbers} numbers modulo {modulus}",
-                (constructed_accuracy(task, modulus, numbers, degree, rows=effort.of(256)),),
+                tuple(
+                    constructed_accuracy(task, modulus, numbers, degree, rows=effort.of(256), seed=seed)
+                    for seed in effort.seeds
+                ),
                 Bounds(at_least=0.9) if degree is None else Bounds(),
                 chance=task.chance,
             )
@@ -79,10 +82,10 @@ def pair_scores(angles: Tensor, temperature: float, degree: int | None) -> Tenso
     return torch.stack(terms).sum(0).sum(-1)
 
 
-def constructed_accuracy(task: Task, modulus: int, numbers: int, degree: int | None, *, rows: int) -> float:
+def constructed_accuracy(task: Task, modulus: int, numbers: int, degree: int | None, *, rows: int, seed: int) -> float:
     """The share of queries that a threshold on `pair_scores` answers, at the best threshold and temperature."""
     length = numbers + 16
-    tokens, labels = examples(task, length=length, seed=HELD_OUT_SEED, first=0, count=rows, split="held_out")
+    tokens, labels = examples(task, length=length, seed=seed, first=0, count=rows, split="held_out")
     wave = 2 * math.pi / modulus * tokens.double()
     # A query's id is its number above the modulus: a whole turn.
     pairs = wave[:, :numbers, None] + wave[:, None, :numbers]

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 
@@ -87,6 +87,19 @@ class Figure:
         return self.mean in self.bounds if self.bounds else None
 
 
+def joined(parts: Sequence[Figure]) -> Figure:
+    """One figure of the same measurement with several seeds, in order; curves are those of the first."""
+    first = parts[0]
+    if any(part.what != first.what for part in parts):
+        raise ValueError(f"figures of different measurements: {sorted({part.what for part in parts})}")
+    return replace(
+        first,
+        values=tuple(value for part in parts for value in part.values),
+        steps=tuple(steps for part in parts for steps in part.steps),
+        seconds=tuple(seconds for part in parts for seconds in part.seconds),
+    )
+
+
 @dataclass(frozen=True)
 class Axes:
     """How the curves of a row are drawn."""
@@ -108,5 +121,7 @@ class Row:
     method: str
     axes: Axes
     measure: Callable[[Effort], Iterator[Figure]]
+    # Whether its figures are times, which other work on the machine would change.
+    timed: bool = False
     # The fixed numbers of the experiment, by name: what a report needs to be repeated.
     settings: Mapping[str, object] = field(default_factory=dict)

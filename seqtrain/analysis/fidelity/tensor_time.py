@@ -64,4 +64,5 @@ ROW = Row(
     f"{REPEATS}. The bound of 1.15 is ours",
     axes=Axes("tokens", "seconds a step", log_x=True, log_y=True),
     measure=measure,
+    timed=True,
 )

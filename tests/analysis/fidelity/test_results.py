@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from seqtrain.analysis.fidelity import Bounds, Effort, Figure
+from seqtrain.analysis.fidelity import Bounds, Curve, Effort, Figure, joined
 
 
 def test_a_claim_is_judged_by_the_mean():
@@ -35,3 +35,14 @@ def test_bounds_are_read_as_words(bounds, words):
 def test_effort_scales_counts_and_leaves_one_at_least():
     assert Effort(scale=0.5).of(100) == 50
     assert Effort(scale=0.001).of(100) == 1
+
+
+def test_figures_of_several_seeds_are_one():
+    curves = (Curve("seed 0", (1,), (0.5,)),)
+    first = Figure("x", (0.5,), Bounds(at_least=0.4), steps=(10,), seconds=(1.0,), curves=curves)
+    second = Figure("x", (0.7,), Bounds(at_least=0.4), steps=(12,), seconds=(2.0,), curves=(Curve("b", (1,), (0.7,)),))
+    assert joined([first, second]) == Figure(
+        "x", (0.5, 0.7), Bounds(at_least=0.4), steps=(10, 12), seconds=(1.0, 2.0), curves=curves
+    )
+    with pytest.raises(ValueError, match=r"\['x', 'y'\]"):
+        joined([first, Figure("y", (0.5,))])

@@ -63,8 +63,8 @@ def test_the_construction_is_tensor_attention_of_sinusoids(degree):
 
 def test_exp_finds_triples_and_its_polynomial_does_not():
     task = make_task("match3", {"modulus": 31, "numbers": 7})
-    assert match3.constructed_accuracy(task, 31, 7, None, rows=64) == 1.0
-    assert match3.constructed_accuracy(task, 31, 7, 2, rows=64) < 0.8
+    assert match3.constructed_accuracy(task, 31, 7, None, rows=64, seed=0) == 1.0
+    assert match3.constructed_accuracy(task, 31, 7, 2, rows=64, seed=0) < 0.8
 
 
 def test_the_best_threshold_is_found():
