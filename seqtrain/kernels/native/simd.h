@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__SSE__)
 #include <immintrin.h>
@@ -156,16 +157,42 @@ static void multiply_to_lower(int rows, int depth, const float* a, int lda, cons
     multiply(kBlock, i + kBlock, depth, 1, a + int64_t(i) * lda, lda, b, ldb, 0, c + int64_t(i) * ldc, ldc);
 }
 
+// Lanes in blocks of SIZE: the odd blocks of `a` change places with the even ones of `b`.
+template <int SIZE, int... LANE>
+static inline __attribute__((always_inline)) void exchange(Vec& a, Vec& b, std::integer_sequence<int, LANE...>) {
+#if __GNUC__ >= 12 || defined(__clang__)
+  const Vec even = __builtin_shufflevector(a, b, (LANE / SIZE % 2 ? LANE - SIZE + kLanes : LANE)...);
+  b = __builtin_shufflevector(a, b, (LANE / SIZE % 2 ? LANE + kLanes : LANE + SIZE)...);
+#else
+  const Vec even = __builtin_shuffle(a, b, IntVec{(LANE / SIZE % 2 ? LANE - SIZE + kLanes : LANE)...});
+  b = __builtin_shuffle(a, b, IntVec{(LANE / SIZE % 2 ? LANE + kLanes : LANE + SIZE)...});
+#endif
+  a = even;
+}
+
+// One step of a transposition in registers, for row numbers that differ in the bit SIZE.
+template <int SIZE>
+static inline __attribute__((always_inline)) void exchange_rows(Vec (&rows)[kLanes]) {
+  if constexpr (SIZE < kLanes) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r)
+      if (!(r & SIZE)) exchange<SIZE>(rows[r], rows[r + SIZE], std::make_integer_sequence<int, kLanes>());
+  }
+}
+
 // out [columns, rows] = a^T; both sizes are multiples of kBlock.
 static void transpose(int rows, int columns, const float* a, int lda, float* out, int ldo) {
-  for (int i = 0; i < rows; i += kBlock)
-    for (int j = 0; j < columns; j += kBlock) {
-      float block[kBlock][kBlock];
-      for (int r = 0; r < kBlock; ++r) std::memcpy(block[r], a + int64_t(i + r) * lda + j, sizeof(block[r]));
-      for (int c = 0; c < kBlock; ++c) {
-        float* to = out + int64_t(j + c) * ldo + i;
-        for (int r = 0; r < kBlock; ++r) to[r] = block[r][c];
-      }
+  for (int i = 0; i < rows; i += kLanes)
+    for (int j = 0; j < columns; j += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) block[r] = load(a + int64_t(i + r) * lda + j);
+      exchange_rows<1>(block);
+      exchange_rows<2>(block);
+      exchange_rows<4>(block);
+      exchange_rows<8>(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) store(out + int64_t(j + r) * ldo + i, block[r]);
     }
 }
 
