@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from seqtrain.kernels import delta_rule, linear_attention
 from seqtrain.kernels.dispatch import choose, choose_anew
-from seqtrain.kernels.native import build, recurrence
+from seqtrain.kernels.native import build, cut, recurrence
 from seqtrain.testing import (
     assert_within,
     borders,
@@ -128,6 +128,22 @@ def test_any_shape(name, lengths, widths, decay_shape, seed):
         seed=seed,
     )
     assert_within(errors(name, tensors, cu_seqlens=borders(lengths)), torch.float32)
+
+
+@needs_library
+@pytest.mark.parametrize("tokens", [1024, 1100])
+@pytest.mark.parametrize("decay_shape", ["none", "BTH", "BTHK"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_row_cut_in_time_matches_the_definition(name, decay_shape, tokens, monkeypatch):
+    cut_into = []
+    run_pieces = cut.run_pieces
+    monkeypatch.setattr(cut, "run_pieces", lambda *arguments: cut_into.append(arguments[-1]) or run_pieces(*arguments))
+    # More threads than two heads and one block of columns can use.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    tensors = inputs(name, tokens, heads=2, key_width=20, value_width=12, decay_shape=decay_shape, decay="wide")
+    found = errors(name, tensors)
+    assert cut_into == [4]
+    assert_within(found, torch.float32)
 
 
 @needs_library

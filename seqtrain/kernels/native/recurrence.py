@@ -4,12 +4,14 @@ Sums and states are float32. Inputs may be float32 or bfloat16, each its own; ot
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqtrain.kernels.custom_ops import differentiable
+from seqtrain.kernels.native import cut
 from seqtrain.kernels.native.build import library
 from seqtrain.kernels.native.calls import KINDS, Array, check, contiguous, find_borders
 from seqtrain.kernels.states import chunk_length
@@ -50,11 +52,29 @@ def run(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`delta_rule`, or `linear_attention` without `beta`; arguments as the operators normalise them, not float64."""
-    tensors = [x if x is None or x.dtype in KINDS else x.float() for x in (q, k, v, beta, log_decay)]
-    inputs = [x for x in (*tensors, state) if x is not None]
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    inputs = (q, k, v, beta, log_decay)
+    pieces = 1 if cu_seqlens is not None else _pieces(q, v)
+    if pieces == 1:
+        return _run_whole(inputs, state, scale, cu_seqlens)
+    chunk = chunk_length(q.shape[3], v.shape[3])
+    length = q.shape[1] // (pieces * chunk) * chunk * pieces
+    out, state = cut.run_pieces([x if x is None else x[:, :length] for x in inputs], state, scale, pieces)
+    rest, state = _run_whole([x if x is None else x[:, length:] for x in inputs], state, scale, None)
+    return torch.cat([out, rest], 1), state
+
+
+def _pieces(q: Tensor, v: Tensor) -> int:
+    blocks = q.shape[0] * q.shape[2] * max(1, v.shape[3] // BLOCK_COLUMNS)
+    return cut.count_pieces(blocks, q.shape[1], chunk_length(q.shape[3], v.shape[3]))
+
+
+def _run_whole(inputs: Sequence[Any], state: Tensor, scale: float, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same with rows not cut in time; inputs: q, k, v, beta and log_decay."""
+    tensors = [x if x is None or x.dtype in KINDS else x.float() for x in inputs]
+    given = [x for x in (*tensors, state) if x is not None]
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     out, final_state = RECURRENCE(*tensors, state, cu_seqlens, scale, keep)
-    return out.to(v.dtype), final_state
+    return out.to(inputs[2].dtype), final_state
 
 
 def _forward(
