@@ -1,13 +1,13 @@
 """Tables on the terminal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# Columns of text where the output is no terminal, which would say its own.
-WIDTH = 140
+# Columns of text where the output is no terminal, which would say its own: rows of a log are not folded.
+WIDTH = 300
 
 
 def open_console() -> Console:
@@ -16,12 +16,12 @@ def open_console() -> Console:
     return console if console.is_terminal else Console(width=WIDTH)
 
 
-def show_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table of texts: the first column to the left, the others, which are numbers, to the right."""
-    shown = Table()
-    shown.add_column(columns[0], overflow="fold")
-    for column in columns[1:]:
-        shown.add_column(column, justify="right", overflow="fold")
+def show_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints `rows` below `columns`; texts to the left, numbers to the right."""
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        words = index == 0 or any(row[index][:1].isalpha() for row in rows)
+        shown.add_column(column, justify="left" if words else "right", overflow="fold")
     for row in rows:
         # A Text, since brackets in a plain string are markup.
         shown.add_row(*(Text(cell) for cell in row))

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from _console import open_console, show_table
 from _html import picture, table, text, write_page
 from _overrides import count_run, read_run, split_settings
-from _tables import show
 from pydantic import Field
 
 from seqtrain.analysis.counts import ModelCounts
@@ -136,7 +136,7 @@ def main(arguments: list[str]) -> int:
         return 2
     rows, whole = rows_of(counts), totals(counts)
     table_rows = [cells(row) for row in rows]
-    show(COLUMNS, table_rows)
+    show_table(open_console(), COLUMNS, table_rows)
     print(*sentences(whole), sep="\n")
     folder = Path(settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
+from _console import open_console, show_table
 from _html import picture, table, text, write_page
 from _overrides import count_run, read_run, split_settings
 from _plan_cases import CASES, LAYOUTS, Case, layout_words
 from _plan_pictures import draw_plan
-from _tables import show
 from pydantic import Field
 from simulate_scaling import Settings as LinkSettings
 from simulate_scaling import cluster_of, read_cluster
@@ -154,7 +154,7 @@ def plan(settings: Settings, overrides: list[str]) -> int:
     found = search(config, vocab, ranks, machine, cluster)
     tokens = config.train.batch_size * config.train.sequence_length
     rows = [cells(one, machine, tokens) for one in found[: settings.shown]]
-    show(COLUMNS, rows)
+    show_table(open_console(), COLUMNS, rows)
     words = describe(found[0], overrides, tokens, settings.tokens or tokens * config.train.steps)
     print(*words, sep="\n")
     print(f"machine: {machine.name}")
@@ -221,7 +221,7 @@ def check(settings: Settings) -> int:
         print("  ".join(rows[-1]), flush=True)
         records.append(as_record(one) | {"measured": asdict(measured), "time_error": times, "memory_error": memory})
     print()
-    show(CHECK_COLUMNS, rows)
+    show_table(open_console(), CHECK_COLUMNS, rows)
     near = [
         sum(abs(record[key]) <= limit for record in records)
         for key, limit in (("memory_error", 0.15), ("time_error", 0.3))
@@ -244,7 +244,7 @@ def published(settings: Settings) -> int:
             (case.name, f"{case.published:,.4g} {case.figure}", f"{value:,.4g}", f"{value / case.published:.2f}")
         )
         records.append(asdict(case) | {"predicted": value})
-    show(PUBLISHED_COLUMNS, rows)
+    show_table(open_console(), PUBLISHED_COLUMNS, rows)
     for case in CASES:
         print(f"\n{case.name}: {case.source}\n{case.discussion}")
     write(Path(settings.output_dir) / "published.json", records)
