@@ -34,7 +34,12 @@ def _positions(axes: Any, report: dict[str, Any]) -> None:
             rows = found["by_position"]
             edges = [rows[0]["from"], *(row["to"] for row in rows)]
             axes.stairs(
-                [row[key] for row in rows], edges, label=f"{name}, {label}", color=COLORS[label], linestyle=style
+                [row[key] for row in rows],
+                edges,
+                baseline=None,
+                label=f"{name}, {label}",
+                color=COLORS[label],
+                linestyle=style,
             )
     axes.legend(fontsize="small")
 
