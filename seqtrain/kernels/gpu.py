@@ -25,6 +25,8 @@ from torch import Tensor
 
 # The GPUs that configurations are pinned for: NVIDIA's by compute capability, AMD's by name.
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# How products of float32 are computed there with float32's precision and, where that can be, on matrix units.
+PRECISION = {"sm_80": "tf32x3", "sm_90": "tf32x3", "sm_100": "tf32x3", "gfx942": "ieee"}
 INSTALL = "needs Triton (pip install 'seqtrain[gpu]')"
 
 

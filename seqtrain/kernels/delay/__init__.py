@@ -31,9 +31,11 @@ def delay(
     check_state("delay", initial_state, expected, x.device)
     past = x.new_zeros(expected) if initial_state is None else initial_state.to(x.dtype)
     rows, new = Rows.of(x, cu_seqlens), x.flatten(0, 1)
-    after = rows.behind(past, new, rows.length[:, None] + torch.arange(by, device=x.device))
+    after = rows.last(past, new)
     if by == 0:
         return x, after
+    if cu_seqlens is None:
+        return torch.cat([past, x], 1)[:, : x.shape[1]], after
     piece, offset = rows.places(new.shape[0])
     # A token's number in its past followed by its row is its own offset in the row.
     before = piece * by + offset

@@ -89,14 +89,13 @@ def _past(
 
 def _after(k: Tensor, v: Tensor, past: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
     """The state after flat `k`, `v` `[total,G,K]`."""
-    kept, sinks = past["k"].shape[1], past["sink_k"].shape[1]
-    last = rows.length[:, None] + torch.arange(kept, device=k.device)
+    sinks = past["sink_k"].shape[1]
     first = torch.arange(sinks, device=k.device) - past["length"][:, None]
     new = (first >= 0) & (first < rows.length[:, None])
     # The sinks held, then the row's new tokens.
     index = torch.where(new, first + sinks, torch.arange(sinks, device=k.device))
     after = {"length": past["length"] + rows.length}
     for key, tensor in {"k": k, "v": v}.items():
-        after[key] = rows.behind(past[key], tensor, last)
+        after[key] = rows.last(past[key], tensor)
         after[f"sink_{key}"] = rows.behind(past[f"sink_{key}"], tensor, index)
     return after

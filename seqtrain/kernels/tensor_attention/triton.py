@@ -21,8 +21,11 @@ SEGMENT = 1 << 24
 # Features that the kernels take (K=4 has 15); more go to the chunked form: 64 of them spill 64 bytes a thread on sm_90.
 MOST_FEATURES = 16
 
-# Products are precise float32, without NVIDIA's tensor cores: "tf32" errs, "tf32x3" spills 600 bytes a thread on sm_90.
-PINNED = {name: Launch(warps=8, stages=1, sizes={"BW": 16, "TG": 2}) for name in gpu.TARGETS}
+# By kernel; on all GPUs the largest tiles that spill nothing.
+PINNED = {
+    "outputs": Launch(warps=4, stages=1, sizes={"BW": 32, "TG": 2}),
+    "gradients": Launch(warps=4, stages=1, sizes={"BW": 16, "TG": 1}),
+}
 
 
 def _example(name: str, width: int, dtype: str) -> Example:
@@ -72,7 +75,7 @@ def _outputs(piece: Piece, sums: Tensor) -> Tensor:
     from seqtrain.kernels.triton import pairs
 
     out = piece.q.new_empty(*piece.q.shape[:3], piece.v.shape[-1])
-    grid, sizes, options = _call(piece)
+    grid, sizes, options = _call(piece, "outputs")
     with gpu.on_device(out):
         pairs.outputs[grid](piece.q, piece.k, piece.v, sums, out, *sizes, **options)
     return from_steps(out)
@@ -82,7 +85,7 @@ def _gradients(piece: Piece, sums: Tensor, d_out: Tensor) -> tuple[Piece, Tensor
     """`chunked._gradients` by a kernel."""
     from seqtrain.kernels.triton import pairs
 
-    grid, sizes, options = _call(piece)
+    grid, sizes, options = _call(piece, "gradients")
     blocks = grid[1]
     d_q, d_k = piece.q.new_empty(blocks, *piece.q.shape), piece.k.new_empty(blocks, *piece.k.shape)
     d_v, d_sums = torch.empty_like(piece.v), torch.empty_like(sums)
@@ -91,15 +94,16 @@ def _gradients(piece: Piece, sums: Tensor, d_out: Tensor) -> tuple[Piece, Tensor
     return Piece(d_q.sum(0), d_k.sum(0), d_v), d_sums
 
 
-def _call(piece: Piece) -> tuple[tuple[int, int], tuple[int, ...], dict[str, Any]]:
+def _call(piece: Piece, kernel: str) -> tuple[tuple[int, int], tuple[int, ...], dict[str, Any]]:
     """Grid; lanes, steps, features and columns; compile-time arguments."""
     steps, lanes, _, width = piece.q.shape
     columns = piece.v.shape[-1]
-    launch = PINNED[gpu.target()]
+    launch = PINNED[kernel]
     options = {
         "C": STEP,
         "BF": MOST_FEATURES,
         "ACC": gpu.triton_dtype(piece.q.dtype),
+        "PRECISION": gpu.PRECISION[gpu.target()],
         **launch.options(),
     }
     return (lanes, -(-columns // launch.sizes["BW"])), (lanes, steps, width, columns), options

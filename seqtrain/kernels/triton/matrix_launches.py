@@ -6,9 +6,6 @@ import torch
 
 from seqtrain.kernels.gpu import Launch
 
-# How products of float32 are computed, and those of the delta rule's inverse: to float32's precision, on matrix units.
-PRECISION = {"sm_80": "tf32x3", "sm_90": "tf32x3", "sm_100": "tf32x3", "gfx942": "ieee"}
-
 # The longest chunk of any GPU and dtype.
 LONGEST = 64
 

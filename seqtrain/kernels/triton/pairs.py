@@ -11,9 +11,13 @@ import triton.language as tl
 
 
 @triton.jit
-def product(a, b, ACC: tl.constexpr):
-    """`a @ b`, precisely: with the 10 bits of "tf32" the gradient of q, which nearly cancels, errs by 1e-2."""
-    return tl.dot(a, b, input_precision="ieee", out_dtype=ACC)
+def product(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr = "ieee"):
+    """`a @ b`, precisely: with the 10 bits of "tf32" the gradient of q, which nearly cancels, errs by 1e-2.
+
+    PRECISION: for products of all pairs, which are most of the work, a way to float32's precision on matrix units. The
+    small ones of a step's tokens do without, for the registers.
+    """
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit
@@ -100,6 +104,7 @@ def outputs(
     BF: tl.constexpr,
     BW: tl.constexpr,
     ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """q `[n,L,C,F]`, k `[n,2,L,C,F]`, v `[n,2,L,C,W]`, sums before each chunk `[2,L,F,W]` -> out `[n,L,C,W]`."""
     lane = tl.program_id(0)
@@ -115,10 +120,10 @@ def outputs(
             query = load_tile(q, row, f, F, TG)
             queries = tl.where(pairs, of_token(query, TG, C, BF), 0.0)
             x1, x2 = queries * of_past(k1, TG, C, BF), queries * of_past(k2, TG, C, BF)
-            both_new = tl.where(seen, product(x1, tl.trans(k2), ACC), 0.0)
-            through = product(x1, s2, ACC) + product(both_new, v2, ACC)
+            both_new = tl.where(seen, product(x1, tl.trans(k2), ACC, PRECISION), 0.0)
+            through = product(x1, s2, ACC, PRECISION) + product(both_new, v2, ACC, PRECISION)
             rows = by_token(through * of_past(v1, TG, C, BW), TG, C, BW)
-            rows += by_token(product(x2, s1, ACC) * of_past(v2, TG, C, BW), TG, C, BW)
+            rows += by_token(product(x2, s1, ACC, PRECISION) * of_past(v2, TG, C, BW), TG, C, BW)
             rows += product(query, s1 * s2, ACC)
             store_tile(out, rows, row, w, W, TG)
         s1 += product(tl.trans(k1), v1, ACC)
@@ -145,6 +150,7 @@ def gradients(
     BF: tl.constexpr,
     BW: tl.constexpr,
     ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Gradients of q, k, v and of the sums before each chunk; sums: after each chunk. d_q, d_k: one a block of W."""
     lane, block = tl.program_id(0), tl.program_id(1)
@@ -177,23 +183,23 @@ def gradients(
             x1, x2 = queries * of_past(k1, TG, C, BF), queries * of_past(k2, TG, C, BF)
             d_pairs = tl.where(pairs, of_token(grad, TG, C, BW), 0.0)
             d_1, d_2 = d_pairs * of_past(v1, TG, C, BW), d_pairs * of_past(v2, TG, C, BW)
-            d_s1 += product(tl.trans(x2), d_2, ACC)
-            d_s2 += product(tl.trans(x1), d_1, ACC)
+            d_s1 += product(tl.trans(x2), d_2, ACC, PRECISION)
+            d_s2 += product(tl.trans(x1), d_1, ACC, PRECISION)
 
-            both_new = tl.where(seen, product(x1, tl.trans(k2), ACC), 0.0)
-            through = product(x1, s2, ACC) + product(both_new, v2, ACC)
+            both_new = tl.where(seen, product(x1, tl.trans(k2), ACC, PRECISION), 0.0)
+            through = product(x1, s2, ACC, PRECISION) + product(both_new, v2, ACC, PRECISION)
             d_v1 += by_past(through * d_pairs, TG, C, BW)
-            d_v2 += by_past(product(x2, s1, ACC) * d_pairs, TG, C, BW)
-            d_v2 += product(tl.trans(both_new), d_1, ACC)
+            d_v2 += by_past(product(x2, s1, ACC, PRECISION) * d_pairs, TG, C, BW)
+            d_v2 += product(tl.trans(both_new), d_1, ACC, PRECISION)
 
-            d_both_new = tl.where(seen, product(d_1, tl.trans(v2), ACC), 0.0)
-            d_x1 = product(d_1, tl.trans(s2), ACC) + product(d_both_new, k2, ACC)
-            d_x2 = product(d_2, tl.trans(s1), ACC)
+            d_both_new = tl.where(seen, product(d_1, tl.trans(v2), ACC, PRECISION), 0.0)
+            d_x1 = product(d_1, tl.trans(s2), ACC, PRECISION) + product(d_both_new, k2, ACC, PRECISION)
+            d_x2 = product(d_2, tl.trans(s1), ACC, PRECISION)
             d_pair = tl.where(pairs, d_x1 * of_past(k1, TG, C, BF) + d_x2 * of_past(k2, TG, C, BF), 0.0)
             d_query = by_token(d_pair, TG, C, BF) + product(grad, tl.trans(s1 * s2), ACC)
             store_tile(d_q, d_query, (block * steps * lanes) * C + row, f, F, TG)
             d_k1 += by_past(d_x1 * queries, TG, C, BF)
-            d_k2 += by_past(d_x2 * queries, TG, C, BF) + product(tl.trans(d_both_new), x1, ACC)
+            d_k2 += by_past(d_x2 * queries, TG, C, BF) + product(tl.trans(d_both_new), x1, ACC, PRECISION)
         one, other = (2 * n) * lanes + lane, (2 * n + 1) * lanes + lane
         before = block * steps * 2 * lanes
         store_tile(d_k, d_k1, (before + one) * C, f, F, C)

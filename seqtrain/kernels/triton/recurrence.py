@@ -16,7 +16,7 @@ from torch import Tensor
 from seqtrain.kernels import gpu
 from seqtrain.kernels.custom_ops import differentiable
 from seqtrain.kernels.triton import matrix
-from seqtrain.kernels.triton.matrix_launches import LONGEST, PRECISION, chunk_length, pinned
+from seqtrain.kernels.triton.matrix_launches import LONGEST, chunk_length, pinned
 
 # The widest K, which no program cuts: what is wider has no pinned configuration.
 WIDEST = 256
@@ -228,7 +228,7 @@ class _Call:
         places, blocks = self.state.shape[0], triton.cdiv(value, launch.sizes.get("BV", value))
         if kernel in (matrix.prepare, matrix.gradients):
             places, blocks = self.chunks.shape[0], 1
-        flags = {} if kernel is matrix.step else {"PRECISION": PRECISION[self.target]}
+        flags = {} if kernel is matrix.step else {"PRECISION": gpu.PRECISION[self.target]}
         kernel[(places * heads * blocks,)](
             *tensors,
             self.scale,
