@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from seqtrain.kernels import (
+    delay,
     delta_rule,
     diagonal_scan,
     diagonal_system,
     linear_attention,
     short_convolution,
+    sink_attention,
     slot_scores,
     softmax_attention,
     tensor_attention,
@@ -42,8 +44,11 @@ VALUES: dict[Callable, tuple[int, ...]] = {
     diagonal_scan: (0,),
     diagonal_system: (0,),
     softmax_attention: (2,),
+    sink_attention: (2, 4),
     tensor_attention: (3,),
 }
+# The same for every input, whatever it holds: these belong to the path of the values.
+PASSING: tuple[Callable, ...] = (short_convolution, delay)
 # Rows of a Jacobian computed at once.
 ROWS_AT_ONCE = 512
 
@@ -59,11 +64,10 @@ class _Watched(Sequence):
     def run(
         self, operator: Callable, *tensors: Tensor | None, initial_state: Any = None, **options: Any
     ) -> tuple[Tensor, Any]:
-        # A short convolution has the same weights everywhere, whatever the input: it belongs to the path of the values.
-        if operator is short_convolution:
+        if operator in PASSING:
             return self.inner.run(operator, *tensors, initial_state=initial_state, **options)
         if operator not in VALUES:
-            raise ValueError(f"interaction: it isn't known which tensors of {operator.__name__} carry values")
+            raise ValueError(f"interaction: {operator.__name__} isn't known to be linear in values it is given")
         fixed = [x if x is None or index in VALUES[operator] else x.detach() for index, x in enumerate(tensors)]
         out, state = self.inner.run(operator, *fixed, initial_state=initial_state, **options)
         self.outputs.append(torch.view_as_real(out).flatten(2) if out.is_complex() else out.flatten(2))
@@ -105,8 +109,9 @@ class Interaction:
 def mixing_blocks(mixer: Mixer, x: Tensor) -> list[Tensor]:
     """`x: [T,D]` -> the blocks `W_ij` of each operator the mixer runs, `[T,T,O,D]`; those with `j > i` are 0.
 
-    O: the channels of the operator's output, real and imaginary part counted each. Short convolutions are no operators
-    here. Raises `ValueError` for an operator whose values aren't known, and where a mixer runs none.
+    O: the channels of the operator's output, real and imaginary part counted each. Short convolutions and delays are no
+    operators here. Raises `ValueError` for an operator that isn't linear in its values (TTT's), and where a mixer runs
+    none.
     """
 
     def mixed(rows: Tensor) -> list[Tensor]:

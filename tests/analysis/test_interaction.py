@@ -38,10 +38,20 @@ def row(tokens: int = TOKENS, width: int = WIDTH):
         # Two operators, of which the second only takes a mean; and softmax within blocks of tokens.
         ("mala", {"conv_width": 0}),
         ("trans_normer", {"diag_share": 1.0, "block": 6}),
+        ("streaming_attention", {"window": 4, "sinks": 2}),
     ],
 )
 def test_mixers_of_scalar_weights_have_a_rank_of_their_heads(name, fields, heads):
     assert interaction(build(name, heads, **fields), row()).rank == heads
+
+
+def test_memory_and_window_of_a_converted_layer_are_both_measured():
+    mixer, x = build("linearized_attention", window=4, sinks=2, memory="gla"), row()
+    memory, both = mixing_blocks(mixer, x)
+    # The memory's first tokens are those that have left the window and are no sinks.
+    assert bool((memory[:6] == 0).all())
+    assert bool((memory[7, 2] != 0).any())
+    assert bool((both.diagonal().abs().sum((0, 1)) > 0).all())
 
 
 def linear_ssm(decays: list[float], frequencies: list[float]):
@@ -144,5 +154,5 @@ def test_an_operator_whose_values_are_unknown_is_named():
         raise AssertionError("not reached")
 
     mixer.forward = lambda x, state=None, *, sequence: sequence.run(unknown, x)  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match=r"^interaction: it isn't known which tensors of unknown carry values$"):
+    with pytest.raises(ValueError, match=r"^interaction: unknown isn't known to be linear in values it is given$"):
         mixing_blocks(mixer, row())
