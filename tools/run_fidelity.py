@@ -200,7 +200,7 @@ def main(arguments: list[str]) -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    about = machine()
+    about = machine() | {"processes": settings.jobs, "threads": settings.threads}
     title = ", ".join(f"{key} {value}" for key, value in about.items())
     title += f"; seeds {settings.seeds}, steps x {settings.scale:g}"
     print(title, flush=True)
