@@ -53,19 +53,15 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """`delta_rule`, or `linear_attention` without `beta`; arguments as the operators normalise them, not float64."""
     inputs = (q, k, v, beta, log_decay)
-    pieces = 1 if cu_seqlens is not None else _pieces(q, v)
+    chunk = chunk_length(q.shape[3], v.shape[3])
+    blocks = q.shape[0] * q.shape[2] * max(1, v.shape[3] // BLOCK_COLUMNS)
+    pieces = 1 if cu_seqlens is not None else cut.count_pieces(blocks, q.shape[1], chunk)
     if pieces == 1:
         return _run_whole(inputs, state, scale, cu_seqlens)
-    chunk = chunk_length(q.shape[3], v.shape[3])
     length = q.shape[1] // (pieces * chunk) * chunk * pieces
     out, state = cut.run_pieces([x if x is None else x[:, :length] for x in inputs], state, scale, pieces)
     rest, state = _run_whole([x if x is None else x[:, length:] for x in inputs], state, scale, None)
     return torch.cat([out, rest], 1), state
-
-
-def _pieces(q: Tensor, v: Tensor) -> int:
-    blocks = q.shape[0] * q.shape[2] * max(1, v.shape[3] // BLOCK_COLUMNS)
-    return cut.count_pieces(blocks, q.shape[1], chunk_length(q.shape[3], v.shape[3]))
 
 
 def _run_whole(inputs: Sequence[Any], state: Tensor, scale: float, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
