@@ -90,6 +90,7 @@ ARGUMENTS = {
     "delta_rule": ("q", "k", "v", "beta", "log_decay"),
     "scalar_decay": ("q", "k", "v", "log_decay"),
     "channel_decay": ("q", "k", "v", "channel_decay"),
+    "kda": ("q", "k", "v", "beta", "channel_decay"),
     "diagonal_scan": ("x", "log_a"),
     "tensor_attention": ("tq", "tk1", "tk2", "v", "v2"),
     "sliding_attention": ("q", "k", "v"),
@@ -105,6 +106,7 @@ def ours(
         "delta_rule": lambda *x: delta_rule(*x, backend=backend)[0],
         "scalar_decay": lambda *x: linear_attention(*x, backend=backend)[0],
         "channel_decay": lambda *x: linear_attention(*x, backend=backend)[0],
+        "kda": lambda *x: delta_rule(*x, backend=backend)[0],
         "diagonal_scan": lambda *x: diagonal_scan(*x, backend=backend)[0],
         "tensor_attention": lambda *x: tensor_attention(*x, backend=backend)[0],
         "sliding_attention": lambda *x: softmax_attention(*x, window=window, backend=backend)[0],
@@ -126,14 +128,14 @@ def sdpa(inputs: dict[str, Tensor]) -> Contender:
 
 @dataclass(frozen=True)
 class Rival:
-    """A function of another library: `call(function, shape, *tensors)` gives its output."""
+    """A function of another library: `call(function, shape, *tensors)` gives its output. `device`: what it is for."""
 
     operator: str
     name: str
     module: str
     function: str
     call: Callable[..., Tensor]
-    cuda: bool = False
+    device: str = "cpu"
 
 
 def _mamba(function: Callable, shape: Shape, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
@@ -157,7 +159,7 @@ RIVALS = (
         "fla.ops.gated_delta_rule",
         "chunk_gated_delta_rule",
         lambda f, _, q, k, v, beta, g: f(q, k, v, g=g, beta=beta, output_final_state=True)[0],
-        cuda=True,
+        device="cuda",
     ),
     Rival(
         "scalar_decay",
@@ -165,7 +167,7 @@ RIVALS = (
         "fla.ops.simple_gla",
         "chunk_simple_gla",
         lambda f, _, q, k, v, g: f(q, k, v, g=g, output_final_state=True)[0],
-        cuda=True,
+        device="cuda",
     ),
     Rival(
         "channel_decay",
@@ -173,7 +175,15 @@ RIVALS = (
         "fla.ops.gla",
         "chunk_gla",
         lambda f, _, q, k, v, g: f(q, k, v, g=g, output_final_state=True)[0],
-        cuda=True,
+        device="cuda",
+    ),
+    Rival(
+        "kda",
+        "fla_kda",
+        "fla.ops.kda",
+        "chunk_kda",
+        lambda f, _, q, k, v, beta, g: f(q, k, v, g=g, beta=beta, output_final_state=True)[0],
+        device="cuda",
     ),
     Rival(
         "diagonal_scan",
@@ -181,7 +191,7 @@ RIVALS = (
         "fla.ops.hgrn",
         "chunk_hgrn",
         lambda f, _, x, g: f(x, g, output_final_state=True)[0],
-        cuda=True,
+        device="cuda",
     ),
     Rival(
         "sliding_attention",
@@ -189,7 +199,7 @@ RIVALS = (
         "flash_attn",
         "flash_attn_func",
         lambda f, shape, q, k, v: f(q, k, v, causal=True, window_size=(shape.window - 1, 0)),
-        cuda=True,
+        device="cuda",
     ),
 )
 
@@ -203,8 +213,8 @@ def rivals(
     for rival in RIVALS:
         if rival.operator not in operators:
             continue
-        if rival.cuda and torch.device(shape.device).type != "cuda":
-            missing[rival.name] = "needs a CUDA device"
+        if rival.device != torch.device(shape.device).type:
+            missing[rival.name] = f"is for {rival.device}"
             continue
         try:
             function = getattr(import_module(rival.module), rival.function)

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from omegaconf import OmegaConf
 
+import seqtrain
 from seqtrain.config import validate
 from seqtrain.errors import ConfigError, SeqtrainError
 
@@ -40,8 +41,18 @@ def read_settings(cls: type[T], arguments: Sequence[str], *, about: str | None) 
 def machine(device: str = "cpu") -> dict[str, str]:
     """The device's name, threads, versions and the commit, for the head of a report."""
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _cpu()
-    versions = {package: metadata.version(package) for package in ("torch", "seqtrain")}
+    versions = {"torch": torch.__version__, "seqtrain": seqtrain.__version__}
+    if torch.device(device).type == "cuda":
+        versions["triton"] = version("triton")
     return {"device": name, "threads": str(torch.get_num_threads()), "commit": _commit(), **versions}
+
+
+def version(package: str) -> str:
+    """Of an installed package, or "absent"."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
 
 
 def _cpu() -> str:

@@ -6,7 +6,7 @@
 
 Lists are swept, each with each. Every round times each contender once, so that a busy moment of the machine falls on
 all of them. Printed are medians, half the distance between the quartiles, and `theirs / ours`: above 1, ours is faster.
-Rivals are Hugging Face's PyTorch forms; on a GPU flash-linear-attention and flash-attn too, where they are installed.
+Rivals are Hugging Face's PyTorch forms; on a GPU flash-linear-attention and flash-attn, where they are installed.
 `gemm_limit` is the time of the matrix products of the chunk form alone, in cache, on the chunk's own shapes; `idle` is
 ours, where `busy=true` has the rows' own times taken while a second process uses as many threads. A table,
 `bench_operators.json` and pictures are left in `output_dir`.
@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,11 +27,11 @@ import torch
 from _busy import busy
 from _contenders import Contender, Limit, Shape, limits, make_inputs, ours, rivals, sdpa
 from _gemm_limit import limit_source
-from _settings import machine, read_settings
+from _settings import machine, read_settings, version
 from pydantic import BeforeValidator, Field
 
 Operator = Literal[
-    "delta_rule", "scalar_decay", "channel_decay", "diagonal_scan", "tensor_attention", "sliding_attention"
+    "delta_rule", "scalar_decay", "channel_decay", "kda", "diagonal_scan", "tensor_attention", "sliding_attention"
 ]
 Dtype = Literal["float32", "bfloat16"]
 Size = Annotated[int, Field(gt=0)]
@@ -63,6 +62,7 @@ class Settings:
             "delta_rule",
             "scalar_decay",
             "channel_decay",
+            "kda",
             "diagonal_scan",
             "tensor_attention",
             "sliding_attention",
@@ -263,10 +263,7 @@ def _pictures(rows: list[dict], settings: Settings, title: str, folder: Path) ->
 def main(arguments: list[str]) -> None:
     settings = read_settings(Settings, arguments, about=__doc__)
     about = machine(settings.device)
-    try:
-        about["transformers"] = metadata.version("transformers")
-    except metadata.PackageNotFoundError:
-        about["transformers"] = "absent"
+    about |= {package: version(package) for package in ("transformers", "flash-linear-attention", "flash-attn")}
     title = ", ".join(f"{key} {value}" for key, value in about.items())
     sources = {name: limit_source(getattr(torch, name)) for name in settings.dtype} if settings.limit else {}
     print(title)

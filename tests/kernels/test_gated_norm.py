@@ -23,7 +23,8 @@ def case(width, *, own, gate):
 
 def errors_of(backend, tensors, options, dtype):
     """Relative errors of the output and of every gradient on inputs rounded to `dtype`; weights stay float32."""
-    d_out = torch.randn(tensors["x"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    d_out = torch.randn(tensors["x"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    d_out = d_out.to(tensors["x"].device, dtype)
     wide = torch.promote_types(dtype, torch.float32)
     rounded = {name: x.to(wide if name == "weight" else dtype) for name, x in tensors.items()}
     results = []

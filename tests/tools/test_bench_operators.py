@@ -50,15 +50,15 @@ def test_every_operator_is_compared_in_both_directions(tiny):
         for busy in (False, True)
         for pair in (rivals | idle if busy else rivals) - absent
     }
-    assert len(operators) == 6
+    assert len(operators) == 7
     assert len(came) == len(set(came))
     assert set(came) == expected
 
 
 def test_on_a_cpu_the_rivals_that_need_a_gpu_are_named(tiny):
     report = json.loads((tiny[1] / "bench_operators.json").read_text())
-    gpu = {"fla_gated_delta_rule", "fla_simple_gla", "fla_gla", "fla_hgrn", "flash_attn"}
-    assert {name for name, reason in report["skipped"].items() if reason == "needs a CUDA device"} == gpu
+    gpu = {"fla_gated_delta_rule", "fla_simple_gla", "fla_gla", "fla_kda", "fla_hgrn", "flash_attn"}
+    assert {name for name, reason in report["skipped"].items() if reason == "is for cuda"} == gpu
 
 
 def test_lists_are_swept_each_with_each(tmp_path):

@@ -1,6 +1,5 @@
 """The diagonal scan by a Triton kernel, forward and backward."""
 
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from seqtrain.kernels import gpu
-from seqtrain.kernels.custom_ops import Operator, differentiable
+from seqtrain.kernels.custom_ops import differentiable
 from seqtrain.kernels.diagonal_scan import diagonal_scan
 from seqtrain.kernels.gpu import Example, Launch, unavailable
 
@@ -45,15 +44,8 @@ EXAMPLES = (
 
 def run(x: Tensor, log_a: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `diagonal_scan`; `state` is given."""
-    out, final = _operator()(x, log_a, state, cu_seqlens)
+    out, final = _operator(x, log_a, state, cu_seqlens)
     return out, final
-
-
-@cache
-def _operator() -> Operator:
-    return differentiable(
-        "diagonal_scan_triton", forward=_forward, backward=_backward, shapes=_shapes, results=2, keep_results=True
-    )
 
 
 def _shapes(x: Tensor, log_a: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -133,3 +125,8 @@ def _as_real(x: Tensor | None) -> Tensor | None:
     if x is None or not x.is_complex():
         return x if x is None else x.contiguous()
     return torch.view_as_real(x.resolve_conj().contiguous())
+
+
+_operator = differentiable(
+    "diagonal_scan_triton", forward=_forward, backward=_backward, shapes=_shapes, results=2, keep_results=True
+)

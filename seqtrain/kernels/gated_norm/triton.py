@@ -1,13 +1,12 @@
 """Norm and gate by Triton kernels, forward and backward."""
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqtrain.kernels import gpu
-from seqtrain.kernels.custom_ops import Operator, differentiable
+from seqtrain.kernels.custom_ops import differentiable
 from seqtrain.kernels.gated_norm import gated_norm
 from seqtrain.kernels.gpu import Example, Launch, unavailable
 
@@ -55,12 +54,7 @@ def _pinned(width: int) -> Launch:
 
 def run(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, silu: bool, gate_first: bool) -> Tensor:
     """See `gated_norm`."""
-    return _operator()(x, weight, gate, eps, silu, gate_first)[0]
-
-
-@cache
-def _operator() -> Operator:
-    return differentiable("gated_norm_triton", forward=_forward, backward=_backward, shapes=_shapes, results=1)
+    return _operator(x, weight, gate, eps, silu, gate_first)[0]
 
 
 def _shapes(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, silu: bool, gate_first: bool) -> tuple[Tensor]:
@@ -133,3 +127,6 @@ def _call(
 
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+_operator = differentiable("gated_norm_triton", forward=_forward, backward=_backward, shapes=_shapes, results=1)

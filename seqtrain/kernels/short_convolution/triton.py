@@ -1,12 +1,11 @@
 """The short convolution by Triton kernels, forward and backward; the backward computes its sums again."""
 
-from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 from seqtrain.kernels import gpu
-from seqtrain.kernels.custom_ops import Operator, differentiable
+from seqtrain.kernels.custom_ops import differentiable
 from seqtrain.kernels.gpu import Example, Launch, unavailable
 from seqtrain.kernels.short_convolution import short_convolution
 
@@ -44,13 +43,8 @@ def run(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `short_convolution`; `state` is given, in the dtype of the sums."""
-    out, final = _operator()(x, weight, bias, state, cu_seqlens, activation == "silu", dilation)
+    out, final = _operator(x, weight, bias, state, cu_seqlens, activation == "silu", dilation)
     return out, final
-
-
-@cache
-def _operator() -> Operator:
-    return differentiable("short_convolution_triton", forward=_forward, backward=_backward, shapes=_shapes, results=2)
 
 
 def _shapes(
@@ -127,3 +121,6 @@ def _grid(x: Tensor, state: Tensor, cu_seqlens: Tensor | None, launch: Launch) -
     blocks = -(-x.shape[2] // launch.sizes["BD"])
     length = gpu.piece_length(borders, blocks, SHORTEST)
     return blocks, gpu.pieces(borders, length, x.device, past=state.shape[1]), gpu.borders_tensor(borders, x.device)
+
+
+_operator = differentiable("short_convolution_triton", forward=_forward, backward=_backward, shapes=_shapes, results=2)

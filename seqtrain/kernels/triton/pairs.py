@@ -9,14 +9,21 @@ again.
 import triton
 import triton.language as tl
 
+# Terms that a product must sum for `tl.dot` to take it: Triton before 3.8 refuses the C of a step.
+LEAST = tl.constexpr(8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16)
+IEEE = tl.constexpr("ieee")
+
 
 @triton.jit
-def product(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr = "ieee"):
+def product(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr = IEEE):
     """`a @ b`, precisely: with the 10 bits of "tf32" the gradient of q, which nearly cancels, errs by 1e-2.
 
     PRECISION: for products of all pairs, which are most of the work, a way to float32's precision on matrix units. The
     small ones of a step's tokens do without, for the registers.
     """
+    if a.shape[1] < LEAST:
+        a = tl.reshape(tl.join(a, tl.zeros_like(a)), (a.shape[0], 2 * a.shape[1]))
+        b = tl.reshape(tl.permute(tl.join(b, tl.zeros_like(b)), (0, 2, 1)), (2 * b.shape[0], b.shape[1]))
     return tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
 
 
