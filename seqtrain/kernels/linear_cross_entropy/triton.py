@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from seqtrain.kernels import gpu
+from seqtrain.kernels.custom_ops import NAMESPACE
 from seqtrain.kernels.gpu import Example, Launch, unavailable
 from seqtrain.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
 from seqtrain.kernels.linear_cross_entropy.chunked import chunk_by_chunk
@@ -35,14 +36,28 @@ def run(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
 
 
 def _softmax(logits: Tensor, labels: Tensor, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    logits = logits.contiguous()
+    losses = (_losses_op if torch.compiler.is_compiling() else _losses)(logits, labels, need_gradient)
+    return losses.sum(), logits if need_gradient else None
+
+
+def _losses(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
+    """Of each row, in the dtype of sums; with `gradient`, that of `logits` takes their place."""
     from seqtrain.kernels.triton.softmax import cross_entropy
 
-    logits = logits.contiguous()
-    dtype = torch.promote_types(torch.float32, logits.dtype)
-    losses = logits.new_empty(logits.shape[0], dtype=dtype)
-    flags = {"IGNORED": IGNORED, "GRADIENT": need_gradient, "ACC": gpu.triton_dtype(dtype)}
+    losses = _empty_losses(logits, labels, gradient)
+    flags = {"IGNORED": IGNORED, "GRADIENT": gradient, "ACC": gpu.triton_dtype(losses.dtype)}
     with gpu.on_device(logits):
         cross_entropy[(logits.shape[0],)](
             logits, labels.contiguous(), losses, logits.shape[1], **flags, **PINNED[gpu.target()].options()
         )
-    return losses.sum(), logits if need_gradient else None
+    return losses
+
+
+def _empty_losses(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.promote_types(torch.float32, logits.dtype))
+
+
+# Not `differentiable`: it is called where gradients are made by hand, and works in place.
+_losses_op = torch.library.custom_op(f"{NAMESPACE}::cross_entropy_triton", _losses, mutates_args=("logits",))
+_losses_op.register_fake(_empty_losses)

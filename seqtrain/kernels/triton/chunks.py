@@ -38,16 +38,32 @@ def load_numbers(pointer, rows, STRIDE: tl.constexpr, BT: tl.constexpr, ACC: tl.
 
 
 @triton.jit
-def scalar_decays(pointer, rows, H: tl.constexpr, BT: tl.constexpr, ACC: tl.constexpr):
-    """Of one decay a token: `2^G` `[BT]`, `2^(G_C - G)` `[BT]`, `2^(G_C)`, and G in two parts `[BT]` for `between`."""
-    # Strong decays take G into the thousands, where a float32 difference is wrong by 1e-4: two float32 parts are not.
-    g = load_numbers(pointer, rows, H, BT, tl.float64) * LOG2_E
-    sums = tl.cumsum(g, 0)
-    total = tl.sum(g, 0)
+def sum_decays(log_decay):
+    """Of a chunk's decays `[BT]`, float64: G `[BT]` and `G_C`."""
+    # Strong decays take G into the thousands, where a float32 difference is wrong by 1e-4.
+    g = log_decay * LOG2_E
+    return tl.cumsum(g, 0), tl.sum(g, 0)
+
+
+@triton.jit
+def load_sums(pointer, rows, H: tl.constexpr, BT: tl.constexpr):
+    """G of a chunk `[BT]` and `G_C`, of rows H apart, float64; from row `rows` on G is `G_C`."""
+    total = tl.load(pointer + (tl.minimum(rows, BT) - 1) * H, mask=rows > 0, other=0.0)
+    return tl.where(tl.arange(0, BT) < rows, load_numbers(pointer, rows, H, BT, tl.float64), total), total
+
+
+@triton.jit
+def in_parts(sums, ACC: tl.constexpr):
+    """G in two parts `[BT]` for `between`: with their sum differences are exact."""
     high = sums.to(ACC)
-    low = (sums - high.to(tl.float64)).to(ACC)
-    to_end = tl.math.exp2((total - sums).to(ACC))
-    return tl.math.exp2(high), to_end, tl.math.exp2(total.to(ACC)), high, low
+    return high, (sums - high.to(tl.float64)).to(ACC)
+
+
+@triton.jit
+def scalar_decays(sums, total, ACC: tl.constexpr):
+    """Of G and `G_C`: `2^G` `[BT]`, `2^(G_C - G)` `[BT]`, `2^(G_C)`, and `in_parts`."""
+    high, low = in_parts(sums, ACC)
+    return tl.math.exp2(high), tl.math.exp2((total - sums).to(ACC)), tl.math.exp2(total.to(ACC)), high, low
 
 
 @triton.jit

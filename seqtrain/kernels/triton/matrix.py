@@ -43,15 +43,18 @@ import triton.language as tl
 from seqtrain.kernels.triton.chunks import (
     LOG2_E,
     between,
+    in_parts,
     invert,
     is_later,
     is_pair,
     load_numbers,
     load_rows,
+    load_sums,
     merge_blocks,
     scalar_decays,
     store_rows,
     sum_before,
+    sum_decays,
     sum_rows_before,
 )
 
@@ -62,6 +65,7 @@ def prepare(
     k,
     beta,
     log_decay,
+    sums,
     inverse,
     decayed_q,
     decayed_k,
@@ -79,7 +83,7 @@ def prepare(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What needs no state: `inverse` of the delta rule; with a decay per channel, P and the decayed operands.
+    """What needs no state: of the delta rule `inverse` and `sums`; with a decay per channel, P and decayed operands.
 
     A program a chunk and head. Additive with less than a decay per channel, nothing needs preparing.
     """
@@ -125,7 +129,9 @@ def prepare(
         store_rows(pairs + at * BT, p * scale, rows, 0, H * BT, BT, BT, BT)
     if inverse is not None:
         if DECAY == 1:
-            _, _, _, high, low = scalar_decays(log_decay + at, rows, H, BT, ACC)
+            g, _ = sum_decays(load_numbers(log_decay + at, rows, H, BT, tl.float64))
+            tl.store(sums + at + i * H, g, mask=i < rows)
+            high, low = in_parts(g, ACC)
             below *= between(high, low, BT, False, k.dtype.element_ty.primitive_bitwidth >= 32)
         below *= load_numbers(beta + at, rows, H, BT, ACC)[None, :]
         below = tl.where(i[:, None] > i[None, :], below, 0.0)
@@ -139,6 +145,7 @@ def forward(
     v,
     beta,
     log_decay,
+    sums,
     inverse,
     asked,
     pairs,
@@ -162,7 +169,8 @@ def forward(
 ):
     """From chunk to chunk: writes those of `out`, `errors` (E), `states` (before each chunk), `final` that are given.
 
-    A program a block of V, head and document.
+    A program a block of V, head and document. `log_decay` given, `sums` are found and written, else they are read.
+    What is no operand of a product is loaded a chunk ahead, for Triton does that for operands only.
     """
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     column = tl.program_id(0) % BLOCKS * BV
@@ -174,6 +182,17 @@ def forward(
     chunk = tl.load(documents + 3 * n + 2).to(tl.int64)
     d = tl.arange(0, BK)
     state = load_rows(initial + nh.to(tl.int64) * K * V, K, column, V, V, BK, BV).to(ACC)
+    at = start * H + h
+    b_v = load_rows(v + at * V, length, column, H * V, V, BT, BV)
+    if beta is not None:
+        b_beta = load_numbers(beta + at, length, H, BT, ACC)
+    if DECAY == 1:
+        if log_decay is None:
+            g, total = load_sums(sums + at, length, H, BT)
+        else:
+            b_log = load_numbers(log_decay + at, length, H, BT, tl.float64)
+    if DECAY == 2:
+        total = tl.load(factors + (chunk * H + h) * K + d, mask=(d < K) & (length > 0), other=0.0)
     for c in range(tl.cdiv(length, BT)):
         rows = length - c * BT
         at = (start + c * BT) * H + h
@@ -182,9 +201,25 @@ def forward(
         b_state = state.to(dtype)
         if states is not None:
             store_rows(states + ((chunk + c) * H + h) * K * V, b_state, K, column, V, V, BK, BV)
+        written = b_v.to(ACC)
+        b_v = load_rows(v + (at + BT * H) * V, rows - BT, column, H * V, V, BT, BV)
+        if beta is not None:
+            strength = b_beta
+            b_beta = load_numbers(beta + at + BT * H, rows - BT, H, BT, ACC)
         if DECAY == 1:
-            from_start, to_end, factor, high, low = scalar_decays(log_decay + at, rows, H, BT, ACC)
-        written = load_rows(v + at * V, rows, column, H * V, V, BT, BV).to(ACC)
+            if log_decay is None:
+                from_start, to_end, factor, high, low = scalar_decays(g, total, ACC)
+                g, total = load_sums(sums + at + BT * H, rows - BT, H, BT)
+            else:
+                g, total = sum_decays(b_log)
+                b_log = load_numbers(log_decay + at + BT * H, rows - BT, H, BT, tl.float64)
+                i = tl.arange(0, BT)
+                tl.store(sums + at + i * H, g, mask=(i < rows) & (column == 0))
+                from_start, to_end, factor, high, low = scalar_decays(g, total, ACC)
+        if DECAY == 2:
+            factor = tl.math.exp2(total)[:, None]
+            left = (d < K) & (rows > BT)
+            total = tl.load(factors + ((chunk + c + 1) * H + h) * K + d, mask=left, other=0.0)
         if beta is not None:
             if DECAY == 2:
                 b_asked = load_rows(asked + at * K, rows, 0, H * K, K, BT, BK)
@@ -197,7 +232,7 @@ def forward(
             written = tl.dot(b_inverse, (written - held).to(dtype), input_precision=PRECISION)
             if errors is not None:
                 store_rows(errors + at * V, written, rows, column, H * V, V, BT, BV)
-            written *= load_numbers(beta + at, rows, H, BT, ACC)[:, None]
+            written *= strength[:, None]
         if out is not None:
             b_q = load_rows(q + at * K, rows, 0, H * K, K, BT, BK)
             b_out = tl.dot(b_q, b_state, input_precision=PRECISION)
@@ -214,12 +249,10 @@ def forward(
                     p = tl.where(i[:, None] >= i[None, :], p, 0.0)
                 b_out = tl.dot(p.to(dtype), written.to(dtype), b_out, input_precision=PRECISION) * scale
             store_rows(out + at * V, b_out, rows, column, H * V, V, BT, BV)
-        if DECAY == 1:
+        if DECAY > 0:
             state *= factor
+        if DECAY == 1:
             written *= to_end[:, None]
-        if DECAY == 2:
-            total = tl.load(factors + ((chunk + c) * H + h) * K + d, mask=d < K, other=0.0)
-            state *= tl.math.exp2(total)[:, None]
         state = tl.dot(tl.trans(b_k), written.to(dtype), state, input_precision=PRECISION)
     if final is not None:
         store_rows(final + nh.to(tl.int64) * K * V, state, K, column, V, V, BK, BV)
@@ -275,7 +308,7 @@ def reverse(
     q,
     k,
     beta,
-    log_decay,
+    sums,
     inverse,
     asked,
     pairs,
@@ -313,10 +346,21 @@ def reverse(
     d = tl.arange(0, BK)
     d_state = load_rows(d_final + nh.to(tl.int64) * K * V, K, column, V, V, BK, BV).to(ACC)
     count = tl.cdiv(length, BT)
+    # A chunk ahead, as in `forward`.
+    rows = tl.where(count > 0, length - (count - 1) * BT, 0)
+    at = (start + (count - 1) * BT) * H + h
+    if beta is not None:
+        b_beta = load_numbers(beta + at, rows, H, BT, ACC)
+    if DECAY == 1:
+        g, total = load_sums(sums + at, rows, H, BT)
+    if DECAY == 2:
+        total = tl.load(factors + ((chunk + count - 1) * H + h) * K + d, mask=(d < K) & (count > 0), other=0.0)
     for left in range(count):
         c = count - 1 - left
         rows = length - c * BT
         at = (start + c * BT) * H + h
+        ahead = at - BT * H
+        rows_ahead = tl.where(c > 0, BT, 0)
         b_k = load_rows(k + at * K, rows, 0, H * K, K, BT, BK)
         b_q = load_rows(q + at * K, rows, 0, H * K, K, BT, BK)
         dtype = b_k.dtype
@@ -327,12 +371,13 @@ def reverse(
         if DECAY == 2:
             b_pairs = load_rows(pairs + at * BT, rows, 0, H * BT, BT, BT, BT)
             written = tl.dot(tl.trans(b_pairs), b_out, written, input_precision=PRECISION)
-            total = tl.load(factors + ((chunk + c) * H + h) * K + d, mask=d < K, other=0.0)
             d_state *= tl.math.exp2(total)[:, None]
+            total = tl.load(factors + ((chunk + c - 1) * H + h) * K + d, mask=(d < K) & (c > 0), other=0.0)
         else:
             p = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # its row j holds what reads token j
             if DECAY == 1:
-                from_start, to_end, factor, high, low = scalar_decays(log_decay + at, rows, H, BT, ACC)
+                from_start, to_end, factor, high, low = scalar_decays(g, total, ACC)
+                g, total = load_sums(sums + ahead, rows_ahead, H, BT)
                 written *= to_end[:, None]
                 p *= between(high, low, BT, True, k.dtype.element_ty.primitive_bitwidth >= 32)
                 d_state *= factor
@@ -344,7 +389,8 @@ def reverse(
             else:
                 b_out = (b_out.to(ACC) * scale).to(dtype)
         if beta is not None:
-            written *= load_numbers(beta + at, rows, H, BT, ACC)[:, None]
+            written *= b_beta[:, None]
+            b_beta = load_numbers(beta + ahead, rows_ahead, H, BT, ACC)
             b_inverse = load_rows(inverse + at * BT, rows, 0, H * BT, BT, BT, BT)
             written = tl.dot(tl.trans(b_inverse), written.to(dtype), input_precision=PRECISION)
         store_rows(d_v + at * V, written, rows, column, H * V, V, BT, BV)
@@ -364,6 +410,7 @@ def gradients(
     k,
     beta,
     log_decay,
+    sums,
     values,
     d_out,
     d_v,
@@ -409,7 +456,8 @@ def gradients(
     below = i[:, None] > i[None, :]
     own = tl.sum(tl.where(i[:, None] == i[None, :], p, 0.0), 1) * scale
     if DECAY == 1:
-        from_start, to_end, factor, high, low = scalar_decays(log_decay + at, rows, H, BT, ACC)
+        g, total = load_sums(sums + at, rows, H, BT)
+        from_start, to_end, factor, high, low = scalar_decays(g, total, ACC)
         weights = between(high, low, BT, False, k.dtype.element_ty.primitive_bitwidth >= 32)
         p *= weights
         x *= weights

@@ -67,6 +67,9 @@ def pinned(target: str, kernel: str, key_width: int, dtype: torch.dtype, decay: 
     if kernel in ("forward", "reverse", "step"):
         # All of K is in one program.
         sizes |= {"BK": key_width, "BV": sizes["BV"] if key_width <= 128 else 16}
+        if key_width > 128 and decay == 2:
+            # Operands of two chunks in flight are more than shared memory holds.
+            launch = replace(launch, warps=8, stages=1)
     else:
         sizes["BK"] = min(sizes["BK"], key_width)
     if kernel != "step":

@@ -1,7 +1,7 @@
 """Launches the kernels of `matrix`: the differentiable recurrence of linear attention and the delta rule.
 
 Backward, states and E are computed again from the inputs; of the forward pass only the delta rule's inverses are kept,
-C numbers a token and head. One token a row is a launch of `step`.
+C numbers a token and head, and the sums of decays, one. One token a row is a launch of `step`.
 """
 
 from dataclasses import dataclass
@@ -54,18 +54,18 @@ def _forward(
     state: Tensor,
     cu_seqlens: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(out, final_state, inverse)`; inverse `[tokens, H, LONGEST]`, empty of the additive form."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(out, final_state, inverse, sums)`: the last two for the backward pass, see `_empty_kept`."""
     call = _Call.of(q, k, v, beta, log_decay, state, cu_seqlens, scale)
     out, final = torch.empty_like(call.v), torch.empty_like(call.state)
-    inverse = _empty_inverse(q, beta)
+    inverse, sums = _empty_kept(q, beta, log_decay)
     with gpu.on_device(q):
         if _is_step(q, cu_seqlens):
             call.step(out, final)
         else:
-            made = call.operands(None if beta is None else inverse, known=False)
+            made = call.operands(inverse, sums, known=False)
             call.forward(made, out=out, final=final)
-    return out, final, inverse
+    return out, final, inverse, sums
 
 
 def _shapes(
@@ -77,9 +77,9 @@ def _shapes(
     state: Tensor,
     cu_seqlens: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, final = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, state))
-    return out, final, _empty_inverse(q, beta)
+    return out, final, *_empty_kept(q, beta, log_decay)
 
 
 def _backward(
@@ -93,15 +93,15 @@ def _backward(
     states = call.q.new_empty(call.chunks.shape[0], *call.state.shape[1:])
     d_states = torch.empty_like(states)
     errors = None if call.beta is None else torch.empty_like(call.v, dtype=call.q.dtype)
-    known = not _is_step(call.q, arguments[6])  # a step leaves the inverses to be found
-    inverse = None if call.beta is None else kept[0] if known else torch.empty_like(kept[0])
+    known = not _is_step(call.q, arguments[6])  # a step leaves them to be found
+    inverse, sums = kept if known else (torch.empty_like(x) for x in kept)
     with gpu.on_device(call.q):
-        made = call.operands(inverse, known=known)
+        made = call.operands(inverse, sums, known=known)
         call.forward(made, errors=errors, states=states)
         call.reverse(made, d_out, d_v, d_states, d_final, d_state)
         del made
         values = call.v if errors is None else errors
-        call.gradients(values, d_out, d_v, states, d_states, d_q, d_k, d_beta, d_log)
+        call.gradients(sums if call.decay == 1 else None, values, d_out, d_v, states, d_states, d_q, d_k, d_beta, d_log)
     return d_q, d_k, d_v, d_beta, d_log, d_state, None, None
 
 
@@ -109,9 +109,15 @@ def _is_step(q: Tensor, cu_seqlens: Tensor | None) -> bool:
     return q.shape[1] == 1 and cu_seqlens is None
 
 
-def _empty_inverse(q: Tensor, beta: Tensor | None) -> Tensor:
-    """Of the longest chunk, so that its shape depends on no GPU; shorter ones take less of its memory."""
-    return q.new_empty(0 if beta is None else (*beta.shape, LONGEST))
+def _empty_kept(q: Tensor, beta: Tensor | None, log_decay: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Room for `inverse` and `sums` of the kernels; empty where there are none.
+
+    `inverse` `[tokens, H, LONGEST]`: of the longest chunk, so that its shape depends on no GPU; shorter ones take less
+    of its memory. `sums` `[tokens, H]`: float64.
+    """
+    scalar = log_decay is not None and log_decay.dim() == 3
+    inverse = q.new_empty(0 if beta is None else (*beta.shape, LONGEST))
+    return inverse, q.new_empty(log_decay.shape if scalar else 0, dtype=torch.float64)
 
 
 _recurrence = differentiable("matrix_recurrence", forward=_forward, backward=_backward, shapes=_shapes, results=2)
@@ -123,7 +129,10 @@ class _Operands:
 
     q: Tensor
     k: Tensor
+    # Both None of a form that has none; `log_decay` is given while `sums` are not found yet.
     inverse: Tensor | None
+    sums: Tensor | None
+    log_decay: Tensor | None = None
     asked: Tensor | None = None
     pairs: Tensor | None = None
     factors: Tensor | None = None
@@ -178,17 +187,21 @@ class _Call:
         """DECAY of the kernels."""
         return 0 if self.log_decay is None else self.log_decay.dim() - 2
 
-    def operands(self, inverse: Tensor | None, *, known: bool) -> _Operands:
-        """Runs `prepare` where there is something to prepare; writes `inverse` unless it is `known`."""
-        made = _Operands(self.q, self.k, inverse)
+    def operands(self, inverse: Tensor, sums: Tensor, *, known: bool) -> _Operands:
+        """Runs `prepare` where there is something to prepare; writes `inverse` and `sums` unless they are `known`."""
+        made = _Operands(self.q, self.k, None if self.beta is None else inverse, sums if self.decay == 1 else None)
         if self.decay == 2:
             made.q, made.k = torch.empty_like(self.q), torch.empty_like(self.k)
-            made.asked = None if inverse is None else torch.empty_like(self.k)
+            made.asked = None if self.beta is None else torch.empty_like(self.k)
             made.pairs = self.q.new_empty(*self.q.shape[:3], self.chunk)
             made.factors = self.state.new_empty(self.chunks.shape[0], *self.q.shape[2:])
-        elif inverse is None or known:
+        elif known:
             return made
-        written = (None if known else inverse, made.q, made.k, made.asked, made.pairs, made.factors)
+        elif self.beta is None:
+            # `forward` finds the sums as it goes: a launch less.
+            made.log_decay = self.log_decay
+            return made
+        written = (made.sums, None if known else made.inverse, made.q, made.k, made.asked, made.pairs, made.factors)
         inputs = (self.q, self.k, self.beta, self.log_decay)
         self._launch(matrix.prepare, *inputs, *written, self.chunks)
         return made
@@ -203,8 +216,8 @@ class _Call:
         final: Tensor | None = None,
     ) -> None:
         """Runs `forward` for the results that are given."""
-        inputs = (made.q, made.k, self.v, self.beta, self.log_decay)
-        prepared = (made.inverse, made.asked, made.pairs, made.factors)
+        inputs = (made.q, made.k, self.v, self.beta, made.log_decay)
+        prepared = (made.sums, made.inverse, made.asked, made.pairs, made.factors)
         self._launch(matrix.forward, *inputs, *prepared, out, errors, states, self.state, final, self.documents)
 
     def step(self, out: Tensor, final: Tensor) -> None:
@@ -215,11 +228,11 @@ class _Call:
         self, made: _Operands, d_out: Tensor, d_v: Tensor, d_states: Tensor, d_final: Tensor, d_state: Tensor
     ) -> None:
         """Runs `reverse`, which writes d_v, d_states and d_state."""
-        inputs = (made.q, made.k, self.beta, self.log_decay, made.inverse, made.asked, made.pairs, made.factors)
+        inputs = (made.q, made.k, self.beta, made.sums, made.inverse, made.asked, made.pairs, made.factors)
         self._launch(matrix.reverse, *inputs, d_out, d_v, d_states, d_final, d_state, self.documents)
 
     def gradients(self, *tensors: Tensor | None) -> None:
-        """Runs `gradients`; tensors from `values` to `d_log`."""
+        """Runs `gradients`; tensors from `sums` to `d_log`."""
         self._launch(matrix.gradients, self.q, self.k, self.beta, self.log_decay, *tensors, self.chunks)
 
     def _launch(self, kernel: Any, *tensors: Tensor | None) -> None:
