@@ -5,15 +5,18 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from _layout_runs import measure_layout
 from _overrides import count_run, read_run
 from _ranks import on_ranks
 from _scan_methods import CPU
 from _settings import machine as describe_machine
+from torch import Tensor
 
 from seqtrain.analysis.counts import count_model
 from seqtrain.analysis.layout import Layout, Machine, compute_seconds, memory_bytes
@@ -22,17 +25,23 @@ from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.parallel.cost import costs_of
 from seqtrain.parallel.engine import engine_of
+from seqtrain.parallel.mesh import form_mesh
+from seqtrain.parallel.sequence import Sequence as Tokens
 from seqtrain.runtime import PretrainConfig
 from seqtrain.runtime.settings import micro_batch
 
 BYTES_VOCAB = 257
 TOKENS, WIDTH, HEADS = 2048, 192, 4
+# Tokens of a piece of a cut sequence: in the processor's cache the work of finding its map would look like none.
+CUT_TOKENS = 8192
 REPEATS = 5
-# Two small layouts, with layers kept and computed again, tell the allocator's holes of both kinds.
+# With layers kept and computed again it tells the allocator's holes of both kinds.
 SMALL_LAYOUT = (
     "model=hybrid_tiny", "model.layers=[gla,gated_delta_net]", "model.depth=4", "model.width=192", "data=stdlib",
-    "train.sequence_length=4096", "train.batch_size=1", "train.micro_batch_size=1", "parallel.data=1",
+    "train.sequence_length=12288", "train.batch_size=1", "train.micro_batch_size=1", "parallel.data=1",
 )  # fmt: skip
+CUT = ("parallel.sequence=2", "train.sequence_length=24576", "model.layers=[gla]")
+AGAIN = "model.activation_checkpointing"
 
 
 def calibrate(mixers: Sequence[str], *, tell: Callable[[str], None]) -> tuple[Machine, dict[str, float]]:
@@ -45,13 +54,14 @@ def calibrate(mixers: Sequence[str], *, tell: Callable[[str], None]) -> tuple[Ma
     found = Machine(
         name=f"measured: {describe_machine()}", memory=0.9 * total, shared=True, processors=cores, **_rates()
     )
+    tell("memory of a small layout")
+    found = _with_memory(found)
     efficiency = {}
     for name in mixers:
         tell(f"layer {name}")
         efficiency |= _efficiency(name, found)
-    found = replace(found, efficiency=efficiency)
-    tell("memory of two small layouts")
-    return _with_memory(found), costs
+    tell("layers on a sequence cut over two ranks")
+    return replace(found, efficiency=efficiency, cut=on_ranks(2, _cut, tuple(mixers))), costs
 
 
 def layout_of(config: PretrainConfig) -> Layout:
@@ -67,13 +77,13 @@ def layout_of(config: PretrainConfig) -> Layout:
     )
 
 
-def _seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
+def _seconds(run: Callable[[], Any], repeats: int = REPEATS, *, clock: Callable[[], float] = time.thread_time) -> float:
     """Median processor seconds of this thread: other programs' share of the machine does not count."""
     times = []
     for _ in range(repeats + 1):
-        begin = time.thread_time()
+        begin = clock()
         run()
-        times.append(time.thread_time() - begin)
+        times.append(clock() - begin)
     return statistics.median(times[1:])
 
 
@@ -107,10 +117,35 @@ def _rates() -> dict[str, Any]:
     }
 
 
+def _cut(group: dist.ProcessGroup, mixers: Sequence[str]) -> dict[str, float]:
+    """By mixer, a layer's seconds on tokens of a sequence cut over two ranks, over those on as many of its own."""
+    found = {}
+    with form_mesh(group, sequence=2, algorithm="auto", device=CPU, timeout_seconds=600) as mesh:
+        cut = mesh.sequence((0, CUT_TOKENS, 2 * CUT_TOKENS), torch.tensor([0, 2 * CUT_TOKENS]), backend="auto")
+        for name in mixers:
+            config, settings = _layers(name)
+            mixer = LanguageModel(config, settings, BYTES_VOCAB).blocks[0].mixer
+            x = torch.randn(1, CUT_TOKENS, WIDTH, requires_grad=True)
+
+            def run(tokens: Tokens, mixer: Any = mixer, x: Tensor = x) -> None:
+                mixer(x, sequence=tokens)[0].sum().backward()
+
+            # Of all threads: messages have their own. The rank that works most is the one all wait for.
+            alone, shared = (_seconds(partial(run, tokens), 3, clock=time.process_time) for tokens in (Tokens(), cut))
+            ratio = torch.tensor(shared / alone)
+            dist.all_reduce(ratio, op=dist.ReduceOp.MAX, group=group)
+            found[name] = max(1.0, ratio.item())
+    return found
+
+
+def _layers(name: str) -> tuple[ModelConfig, dict[str, Any]]:
+    config = ModelConfig(layers=(name,), depth=2, width=WIDTH, heads=HEADS, mlp_ratio=2.0)
+    return config, {name: MIXERS.get(name).Config()}
+
+
 def _efficiency(name: str, found: Machine) -> dict[str, float]:
     """Measured over computed seconds of one layer of this mixer, its MLP and the loss taken alike."""
-    config = ModelConfig(layers=(name,), depth=2, width=WIDTH, heads=HEADS, mlp_ratio=2.0)
-    mixers = {name: MIXERS.get(name).Config()}
+    config, mixers = _layers(name)
     model = LanguageModel(config, mixers, BYTES_VOCAB)
     tokens = torch.randint(BYTES_VOCAB, (1, TOKENS))
     counts = count_model(config, mixers, BYTES_VOCAB, tokens=TOKENS)
@@ -134,20 +169,26 @@ def _efficiency(name: str, found: Machine) -> dict[str, float]:
 
 
 def _with_memory(found: Machine) -> Machine:
-    """`found` with the base and the holes that two small layouts and a tiny one show."""
+    """`found` with the base, and what small layouts show beyond it and what is counted: the allocator's holes, what
+    ZeRO 3's hooks hold, what a cut sequence keeps.
+    """
     tiny = ("model.depth=1", "model.width=32", "train.sequence_length=64", "parallel.zero_stage=0")
-    base = measure_layout([*SMALL_LAYOUT, *tiny], steps=2).peak_bytes
-    found = replace(found, base=base)
-    rows = []
-    for again in ("false", "true"):
-        words = [*SMALL_LAYOUT, "parallel.zero_stage=0", f"model.activation_checkpointing={again}"]
-        config = read_run(["experiment=quickstart", *words])
-        counts, measured = count_run(config), measure_layout(words, steps=3)
-        expected = sum(memory_bytes(counts, layout_of(config), found).values())
-        kept = counts.saved_bytes(checkpointing=again == "true", small=True)
-        passing = counts.peak_bytes(checkpointing=again == "true", small=True) - kept
-        rows.append((kept, passing, measured.peak_bytes - expected))
-    (a, b, x), (c, d, y) = rows
+    found = replace(found, base=measure_layout([*SMALL_LAYOUT, *tiny], steps=2).peak_bytes)
+    (a, b, x), (c, d, y) = (_beyond(found, "parallel.zero_stage=0", f"{AGAIN}={again}") for again in ("false", "true"))
     determinant = a * d - b * c
     factors = ((x * d - b * y) / determinant, (a * y - x * c) / determinant)
-    return replace(found, kept_factor=1 + max(0.0, factors[0]), passing_factor=1 + max(0.0, factors[1]))
+    found = replace(found, kept_factor=1 + max(0.0, factors[0]), passing_factor=1 + max(0.0, factors[1]))
+    _, passing, hooks = _beyond(found, "parallel.zero_stage=3", f"{AGAIN}=true")
+    kept, _, cut = _beyond(found, "parallel.zero_stage=0", f"{AGAIN}=false", *CUT)
+    return replace(found, hooks=max(0.0, hooks / passing), cut_kept=max(0.0, cut / kept))
+
+
+def _beyond(found: Machine, *words: str) -> tuple[float, float, float]:
+    """Of the small layout with these words: bytes kept and passing, in small blocks; measured bytes beyond expected."""
+    chosen = {word.split("=")[0]: word for word in (*SMALL_LAYOUT, *words)}
+    config = read_run(["experiment=quickstart", *chosen.values()])
+    counts, measured = count_run(config), measure_layout(list(chosen.values()), steps=3)
+    again = config.model.activation_checkpointing
+    kept = counts.saved_bytes(checkpointing=again, small=True)
+    passing = counts.peak_bytes(checkpointing=again, small=True) - kept
+    return kept, passing, measured.peak_bytes - sum(memory_bytes(counts, layout_of(config), found).values())

@@ -15,7 +15,7 @@ import torch._inductor.compile_fx
 from _overrides import read_run
 
 from seqtrain.data import prepare
-from seqtrain.memory import peak_resident_bytes
+from seqtrain.memory import peak_resident_bytes, return_freed_memory
 from seqtrain.parallel.testing import run_ranks
 from seqtrain.runtime.metrics import read_lines
 from seqtrain.runtime.ranks import this_process
@@ -65,6 +65,7 @@ def measure_layout(overrides: list[str], *, steps: int, limit: float = 600.0) ->
         config = replace(config, output_dir=folder)
         claim(RunFolder(Path(folder)), config)
         session = Session(config, corpus.folder.resolve(), "layout", "")
+        return_freed_memory()
         rows = run_ranks(config.parallel.ranks, lambda rank: _rank(session, steps), limit=limit, group_timeout=limit)
         seconds = [record["step_seconds"] for record in read_lines(RunFolder(Path(folder)).metrics)]
     later = seconds[1:] or seconds

@@ -55,8 +55,13 @@ class Machine:
     # Bytes of memory for each byte of small blocks that are kept, and that come and go: allocators leave holes.
     kept_factor: Annotated[float, Field(ge=1)] = 1.0
     passing_factor: Annotated[float, Field(ge=1)] = 1.0
+    # Bytes that ZeRO 3's hooks hold for each passing byte of small blocks; that a cut sequence keeps for each kept one.
+    hooks: Scale = 0.0
+    cut_kept: Scale = 0.0
     # Measured seconds over those computed from the rates above, by mixer; "mlp" and "loss" too.
     efficiency: dict[str, Rate] = field(default_factory=dict)
+    # Seconds of a layer on its part of a cut sequence, over those on as many tokens of its own, by mixer.
+    cut: dict[str, Rate] = field(default_factory=dict)
     # Relative error of predictions, times and memory: half the width of the ranges.
     time_error: Scale = 0.3
     memory_error: Scale = 0.15
@@ -154,10 +159,14 @@ def compute_seconds(counts: ModelCounts, machine: Machine, *, again: bool, piece
     product = machine.products[str(counts.dtype).removeprefix("torch.")]
     for part in counts.parts:
         factor = machine.efficiency.get(part.kind or part.part, 1.0)
+        spread = any(exchange.spread for exchange in part.exchanges)
+        if pieces > 1 and not spread:
+            # A piece finds how its states depend on those before it, too.
+            factor *= machine.cut.get(part.kind, 1.0)
         directions = ((part.forward, part.executed_forward), (part.backward, part.executed_backward))
         for index, (work, executed) in enumerate(directions):
             taken = {name: factor * s for name, s in _work_seconds(work, executed, machine, product).items()}
-            if any(exchange.spread for exchange in part.exchanges):
+            if spread:
                 # A piece's queries see the keys of all pieces: as many times the pairs, shared evenly.
                 taken["attention"] *= pieces
             for name, seconds in taken.items():
@@ -246,7 +255,8 @@ def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[
     whole, small = (counts.peak_bytes(checkpointing=again, small=part) for part in (False, True))
     kept, small_kept = (counts.saved_bytes(checkpointing=again, small=part) for part in (False, True))
     small_kept = min(small_kept, small)
-    holes = (machine.kept_factor - 1) * small_kept + (machine.passing_factor - 1) * (small - small_kept)
+    passing = small - small_kept
+    holes = (machine.kept_factor - 1) * small_kept + (machine.passing_factor - 1) * passing
     bucket = min(size, 4.0 * BUCKET) if layout.ranks > 1 or layout.stage else 0.0
     weights = size * own if layout.stage == 3 else size
     gathered = size / max(1, len(counts.layers)) * 2 if layout.stage == 3 else 0.0
@@ -263,4 +273,6 @@ def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[
         "activations kept": kept,
         "temporaries and gradients": max(0.0, whole - kept - max(0.0, fewer)),
         "allocator's holes": holes,
+        "held by ZeRO's hooks": machine.hooks * passing if layout.stage == 3 else 0.0,
+        "maps of pieces": machine.cut_kept * small_kept if layout.sequence > 1 else 0.0,
     }

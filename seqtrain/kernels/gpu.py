@@ -9,14 +9,17 @@ it: `seqtrain.analysis` compiles those launches for each target without running 
 interpreter to count what they move and compute. So a kernel's signature and its pinned configurations stand in one
 place, where it is launched.
 
-No kernel has been run on a GPU yet: what stands behind them is the interpreter and what they compile to.
+They have run on an H100, the matrix recurrences' also been timed there (tests/gpu, `tools/bench_operators.py`); for
+other GPUs what stands behind them is the interpreter and what they compile to.
 """
 
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -30,9 +33,37 @@ PRECISION = {"sm_80": "tf32x3", "sm_90": "tf32x3", "sm_100": "tf32x3", "gfx942":
 INSTALL = "needs Triton (pip install 'seqtrain[gpu]')"
 
 
+# CUDA 12.8's assembler leaves descriptors of operands unset in some kernels for Hopper: the delta rule's gradients come
+# out wrong, or memory is read that is nobody's. 12.9's, 13.0's and 13.4's do not.
+PTXAS = (12, 9)
+
+
 def unavailable() -> str | None:
     """Why Triton kernels can't run here, beyond the device; None where they can."""
-    return None if importlib.util.find_spec("triton") else INSTALL
+    return _unsound_assembler() if importlib.util.find_spec("triton") else INSTALL
+
+
+def _unsound_assembler() -> str | None:
+    """Why what Triton compiles for the GPU here can't be trusted; where it brings a newer assembler, that is taken."""
+    if torch.version.cuda is None or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return None
+    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    used = get_ptxas(90) if signature(get_ptxas).parameters else get_ptxas()
+    if _version(used) >= PTXAS:
+        return None
+    newer = getattr(knobs.nvidia, "ptxas_blackwell", None)
+    if newer is not None and _version(newer) >= PTXAS:
+        # The one way to it that all versions of Triton have, and that processes inherit.
+        os.environ["TRITON_PTXAS_PATH"] = newer.path
+        return None
+    need = f"needs ptxas {PTXAS[0]}.{PTXAS[1]} or newer on Hopper"
+    return f"{need} (Triton's is {used.version}): set TRITON_PTXAS_PATH, or upgrade Triton"
+
+
+def _version(tool: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in tool.version.split("."))
 
 
 def target() -> str:

@@ -103,6 +103,18 @@ def test_memory_by_zero_stage(counts):
     kept = counts.saved_bytes(checkpointing=False, small=True)
     passing = counts.peak_bytes(checkpointing=False, small=True) - kept
     assert memory_bytes(counts, ONE, holes)["allocator's holes"] == pytest.approx(0.5 * kept + passing)
+    more = dataclasses.replace(MACHINE, hooks=0.5, cut_kept=0.25)
+    found = [memory_bytes(counts, each, more) for each in (ONE, changed(stage=3), changed(sequence=2))]
+    assert [each["held by ZeRO's hooks"] for each in found] == pytest.approx([0, 0.5 * passing, 0])
+    assert [each["maps of pieces"] for each in found] == pytest.approx([0, 0, 0.25 * kept])
+
+
+def test_layers_of_a_cut_sequence_take_as_much_longer_as_was_measured(counts):
+    slower = dataclasses.replace(MACHINE, cut={"gated_delta_net": 3.0})
+    assert compute_seconds(counts, slower, again=False) == compute_seconds(counts, MACHINE, again=False)
+    whole, cut = (sum(compute_seconds(counts, m, again=False, pieces=2).values()) for m in (MACHINE, slower))
+    mixer = dataclasses.replace(counts, parts=tuple(part for part in counts.parts if part.kind == "gated_delta_net"))
+    assert cut - whole == pytest.approx(2 * sum(compute_seconds(mixer, MACHINE, again=False).values()))
 
 
 def test_ranks_of_one_computer_share_its_memory(counts):

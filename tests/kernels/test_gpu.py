@@ -1,5 +1,8 @@
 """What Triton backends share: pieces of documents, how many there are to be, examples and their floors."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -71,6 +74,31 @@ def test_an_example_makes_its_inputs_and_knows_its_floor():
     # A token's x, log_a and label are read, its sum (float32) is written; gradients in turn.
     read, written = 3 * 2 + 3 * 4 + 8, 3 * 4
     assert example.floor(example.call(inputs), 10) == (read + written, 2 * read + written)
+
+
+@pytest.mark.parametrize(
+    ("capability", "own", "other", "reason", "path"),
+    [
+        ((9, 0), "12.8", "13.1", None, "/other"),
+        ((9, 0), "12.8", "12.8", "needs ptxas 12.9 or newer on Hopper (Triton's is 12.8)", None),
+        ((9, 0), "13.0", "12.8", None, None),
+        ((8, 0), "12.8", "12.8", None, None),
+    ],
+)
+def test_an_assembler_that_errs_on_hopper_is_not_used(monkeypatch, capability, own, other, reason, path):
+    import triton.backends.nvidia.compiler as compiler
+    from triton import knobs
+
+    tool = type(knobs.nvidia.ptxas_blackwell)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(compiler, "get_ptxas", lambda arch: tool("/own", own))
+    monkeypatch.setattr(knobs, "nvidia", SimpleNamespace(ptxas_blackwell=tool("/other", other)))
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "")
+    came = gpu.unavailable()
+    assert came == reason or (reason and came.startswith(reason))
+    assert (os.environ["TRITON_PTXAS_PATH"] or None) == path
 
 
 def test_without_triton_the_way_to_it_is_named(monkeypatch):

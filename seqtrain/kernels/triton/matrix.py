@@ -24,8 +24,6 @@ Only differences of G that are at most 0 are exponentiated. A decay per channel 
 they are found by halving: blocks of 1, 2, 4 ... tokens, the right one's rows decayed from the border, the left one's to
 it (`chunks.merge_blocks`), which makes each level one matrix product.
 
-Nothing here was run on a GPU yet: the kernels are checked in Triton's interpreter and in what they compile to.
-
 Tensors are contiguous: rows of tokens `[tokens, H, width]` (q, k and what is like them K wide, v and its like V wide, C
 wide what pairs tokens of a chunk), numbers `[tokens, H]`, states `[chunks or documents, H, K, V]`. `chunks`: int32
 `[chunks, 5]`, of `gpu.pieces`. `documents`: int32 `[N, 3]`, first token, tokens, first chunk.
@@ -139,6 +137,43 @@ def prepare(
 
 
 @triton.jit
+def load_apart(
+    v,
+    beta,
+    log_decay,
+    sums,
+    factors,
+    at,
+    state_at,
+    rows,
+    column,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DECAY: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """What a chunk needs that no product takes as it is: `(v, beta, G or decays, G_C)`, `[1]` for what is not given."""
+    b_v, strength, g, total = tl.zeros([1], ACC), tl.zeros([1], ACC), tl.zeros([1], ACC), tl.zeros([1], ACC)
+    if v is not None:
+        b_v = load_rows(v + at * V, rows, column, H * V, V, BT, BV)
+    if beta is not None:
+        strength = load_numbers(beta + at, rows, H, BT, ACC)
+    if DECAY == 1:
+        if log_decay is None:
+            g, total = load_sums(sums + at, rows, H, BT)
+        else:
+            g = load_numbers(log_decay + at, rows, H, BT, tl.float64)
+    if DECAY == 2:
+        d = tl.arange(0, BK)
+        total = tl.load(factors + state_at * K + d, mask=(d < K) & (rows > 0), other=0.0)
+    return b_v, strength, g, total
+
+
+@triton.jit
 def forward(
     q,
     k,
@@ -163,6 +198,7 @@ def forward(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    AHEAD: tl.constexpr,
     DECAY: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -170,7 +206,7 @@ def forward(
     """From chunk to chunk: writes those of `out`, `errors` (E), `states` (before each chunk), `final` that are given.
 
     A program a block of V, head and document. `log_decay` given, `sums` are found and written, else they are read.
-    What is no operand of a product is loaded a chunk ahead, for Triton does that for operands only.
+    AHEAD: what is no operand of a product is loaded a chunk ahead (1) or where it is used (0).
     """
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     column = tl.program_id(0) % BLOCKS * BV
@@ -180,19 +216,12 @@ def forward(
     start = tl.load(documents + 3 * n).to(tl.int64)
     length = tl.load(documents + 3 * n + 1)
     chunk = tl.load(documents + 3 * n + 2).to(tl.int64)
-    d = tl.arange(0, BK)
     state = load_rows(initial + nh.to(tl.int64) * K * V, K, column, V, V, BK, BV).to(ACC)
     at = start * H + h
-    b_v = load_rows(v + at * V, length, column, H * V, V, BT, BV)
-    if beta is not None:
-        b_beta = load_numbers(beta + at, length, H, BT, ACC)
-    if DECAY == 1:
-        if log_decay is None:
-            g, total = load_sums(sums + at, length, H, BT)
-        else:
-            b_log = load_numbers(log_decay + at, length, H, BT, tl.float64)
-    if DECAY == 2:
-        total = tl.load(factors + (chunk * H + h) * K + d, mask=(d < K) & (length > 0), other=0.0)
+    if AHEAD:
+        b_v, b_beta, b_g, b_total = load_apart(
+            v, beta, log_decay, sums, factors, at, chunk * H + h, length, column, H, K, V, BT, BK, BV, DECAY, ACC
+        )
     for c in range(tl.cdiv(length, BT)):
         rows = length - c * BT
         at = (start + c * BT) * H + h
@@ -201,25 +230,22 @@ def forward(
         b_state = state.to(dtype)
         if states is not None:
             store_rows(states + ((chunk + c) * H + h) * K * V, b_state, K, column, V, V, BK, BV)
-        written = b_v.to(ACC)
-        b_v = load_rows(v + (at + BT * H) * V, rows - BT, column, H * V, V, BT, BV)
-        if beta is not None:
-            strength = b_beta
-            b_beta = load_numbers(beta + at + BT * H, rows - BT, H, BT, ACC)
+        if AHEAD:
+            written, strength, g, total = b_v.to(ACC), b_beta, b_g, b_total
+        b_v, b_beta, b_g, b_total = load_apart(
+            v, beta, log_decay, sums, factors, at + AHEAD * BT * H, (chunk + c + AHEAD) * H + h, rows - AHEAD * BT,
+            column, H, K, V, BT, BK, BV, DECAY, ACC,
+        )  # fmt: skip
+        if not AHEAD:
+            written, strength, g, total = b_v.to(ACC), b_beta, b_g, b_total
         if DECAY == 1:
-            if log_decay is None:
-                from_start, to_end, factor, high, low = scalar_decays(g, total, ACC)
-                g, total = load_sums(sums + at + BT * H, rows - BT, H, BT)
-            else:
-                g, total = sum_decays(b_log)
-                b_log = load_numbers(log_decay + at + BT * H, rows - BT, H, BT, tl.float64)
+            if log_decay is not None:
+                g, total = sum_decays(g)
                 i = tl.arange(0, BT)
                 tl.store(sums + at + i * H, g, mask=(i < rows) & (column == 0))
-                from_start, to_end, factor, high, low = scalar_decays(g, total, ACC)
+            from_start, to_end, factor, high, low = scalar_decays(g, total, ACC)
         if DECAY == 2:
             factor = tl.math.exp2(total)[:, None]
-            left = (d < K) & (rows > BT)
-            total = tl.load(factors + ((chunk + c + 1) * H + h) * K + d, mask=left, other=0.0)
         if beta is not None:
             if DECAY == 2:
                 b_asked = load_rows(asked + at * K, rows, 0, H * K, K, BT, BK)
@@ -326,13 +352,14 @@ def reverse(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    AHEAD: tl.constexpr,
     DECAY: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """From the last chunk to the first: `d_v`, `d_states` (of the state after each chunk) and `d_initial`.
 
-    A program a block of V, head and document.
+    A program a block of V, head and document. AHEAD: as in `forward`.
     """
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     column = tl.program_id(0) % BLOCKS * BV
@@ -343,24 +370,27 @@ def reverse(
     length = tl.load(documents + 3 * n + 1)
     chunk = tl.load(documents + 3 * n + 2).to(tl.int64)
     i = tl.arange(0, BT)
-    d = tl.arange(0, BK)
     d_state = load_rows(d_final + nh.to(tl.int64) * K * V, K, column, V, V, BK, BV).to(ACC)
     count = tl.cdiv(length, BT)
-    # A chunk ahead, as in `forward`.
-    rows = tl.where(count > 0, length - (count - 1) * BT, 0)
-    at = (start + (count - 1) * BT) * H + h
-    if beta is not None:
-        b_beta = load_numbers(beta + at, rows, H, BT, ACC)
-    if DECAY == 1:
-        g, total = load_sums(sums + at, rows, H, BT)
-    if DECAY == 2:
-        total = tl.load(factors + ((chunk + count - 1) * H + h) * K + d, mask=(d < K) & (count > 0), other=0.0)
+    if AHEAD:
+        rows = tl.where(count > 0, length - (count - 1) * BT, 0)
+        _, b_beta, b_g, b_total = load_apart(
+            None, beta, None, sums, factors, (start + (count - 1) * BT) * H + h, (chunk + count - 1) * H + h, rows, 0,
+            H, K, V, BT, BK, BV, DECAY, ACC,
+        )  # fmt: skip
     for left in range(count):
         c = count - 1 - left
         rows = length - c * BT
         at = (start + c * BT) * H + h
-        ahead = at - BT * H
-        rows_ahead = tl.where(c > 0, BT, 0)
+        if AHEAD:
+            strength, g, total = b_beta, b_g, b_total
+        ahead = tl.where(c > 0, BT, 0) if AHEAD else rows
+        _, b_beta, b_g, b_total = load_apart(
+            None, beta, None, sums, factors, at - AHEAD * BT * H, (chunk + c - AHEAD) * H + h, ahead, 0,
+            H, K, V, BT, BK, BV, DECAY, ACC,
+        )  # fmt: skip
+        if not AHEAD:
+            strength, g, total = b_beta, b_g, b_total
         b_k = load_rows(k + at * K, rows, 0, H * K, K, BT, BK)
         b_q = load_rows(q + at * K, rows, 0, H * K, K, BT, BK)
         dtype = b_k.dtype
@@ -372,12 +402,10 @@ def reverse(
             b_pairs = load_rows(pairs + at * BT, rows, 0, H * BT, BT, BT, BT)
             written = tl.dot(tl.trans(b_pairs), b_out, written, input_precision=PRECISION)
             d_state *= tl.math.exp2(total)[:, None]
-            total = tl.load(factors + ((chunk + c - 1) * H + h) * K + d, mask=(d < K) & (c > 0), other=0.0)
         else:
             p = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # its row j holds what reads token j
             if DECAY == 1:
                 from_start, to_end, factor, high, low = scalar_decays(g, total, ACC)
-                g, total = load_sums(sums + ahead, rows_ahead, H, BT)
                 written *= to_end[:, None]
                 p *= between(high, low, BT, True, k.dtype.element_ty.primitive_bitwidth >= 32)
                 d_state *= factor
@@ -389,8 +417,7 @@ def reverse(
             else:
                 b_out = (b_out.to(ACC) * scale).to(dtype)
         if beta is not None:
-            written *= b_beta[:, None]
-            b_beta = load_numbers(beta + ahead, rows_ahead, H, BT, ACC)
+            written *= strength[:, None]
             b_inverse = load_rows(inverse + at * BT, rows, 0, H * BT, BT, BT, BT)
             written = tl.dot(tl.trans(b_inverse), written.to(dtype), input_precision=PRECISION)
         store_rows(d_v + at * V, written, rows, column, H * V, V, BT, BV)
