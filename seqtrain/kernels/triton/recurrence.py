@@ -115,9 +115,9 @@ def _empty_kept(q: Tensor, beta: Tensor | None, log_decay: Tensor | None) -> tup
     `inverse` `[tokens, H, LONGEST]`: of the longest chunk, so that its shape depends on no GPU; shorter ones take less
     of its memory. `sums` `[tokens, H]`: float64.
     """
-    scalar = log_decay is not None and log_decay.dim() == 3
     inverse = q.new_empty(0 if beta is None else (*beta.shape, LONGEST))
-    return inverse, q.new_empty(log_decay.shape if scalar else 0, dtype=torch.float64)
+    sums = log_decay.shape if log_decay is not None and log_decay.dim() == 3 else (0,)
+    return inverse, q.new_empty(sums, dtype=torch.float64)
 
 
 _recurrence = differentiable("matrix_recurrence", forward=_forward, backward=_backward, shapes=_shapes, results=2)
