@@ -31,6 +31,8 @@ Constexprs: BT tokens a chunk; BK, BV the widths of blocks of K and V, powers of
 a channel; ACC the dtype of sums and states; PRECISION of products of float32. An absent tensor is None. `beta` given
 makes a kernel the delta rule's.
 
+With a decay a token, `sums` `[tokens, H]`, float64, is G of each: the first kernel finds it, the others read it.
+
 With a decay per channel, `prepare` writes the operands that others multiply with, already decayed: `q` is then scale
 2^G q, `k` is 2^(G_C - G) k, `asked` is 2^G k, `pairs` is P, and `factors` `[chunks, H, K]` is G_C.
 """
