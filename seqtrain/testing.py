@@ -17,6 +17,7 @@ from torch import Tensor
 TOLERANCES: dict[torch.dtype, float] = {
     torch.float64: 1e-11,  # the algebra itself: rounding of sums over some hundred terms
     torch.float32: 2e-5,  # the project's promise for odd T, packed documents, decays to -40 a token, beta to 2
+    torch.float16: 2e-3,  # rounded to 11 bits
     torch.bfloat16: 1e-2,  # inputs, outputs and gradients rounded to 8 bits (4e-3 each); sums are float32
 }
 

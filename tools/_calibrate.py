@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from _layout_runs import measure_layout
-from _overrides import count_run, read_run
+from _overrides import count_run, last_of_each, read_run
 from _ranks import on_ranks
 from _scan_methods import CPU
 from _settings import machine as describe_machine
@@ -185,9 +185,9 @@ def _with_memory(found: Machine) -> Machine:
 
 def _beyond(found: Machine, *words: str) -> tuple[float, float, float]:
     """Of the small layout with these words: bytes kept and passing, in small blocks; measured bytes beyond expected."""
-    chosen = {word.split("=")[0]: word for word in (*SMALL_LAYOUT, *words)}
-    config = read_run(["experiment=quickstart", *chosen.values()])
-    counts, measured = count_run(config), measure_layout(list(chosen.values()), steps=3)
+    chosen = last_of_each(*SMALL_LAYOUT, *words)
+    config = read_run(["experiment=quickstart", *chosen])
+    counts, measured = count_run(config), measure_layout(chosen, steps=3)
     again = config.model.activation_checkpointing
     kept = counts.saved_bytes(checkpointing=again, small=True)
     passing = counts.peak_bytes(checkpointing=again, small=True) - kept

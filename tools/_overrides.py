@@ -24,6 +24,11 @@ def split_settings(cls: type[T], name: str, arguments: Sequence[str], *, about: 
     return read_settings(cls, own, about=about), others
 
 
+def last_of_each(*words: str) -> list[str]:
+    """`key=value` words, of those with the same key the last one alone."""
+    return list({word.split("=")[0]: word for word in words}.values())
+
+
 def read_run(overrides: Sequence[str]) -> PretrainConfig:
     """The config of a run; whether this machine could start it is not asked. Raises `ConfigError`."""
     values = OmegaConf.to_container(compose_config("pretrain", list(overrides)), resolve=True)

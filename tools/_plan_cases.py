@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from _overrides import last_of_each
+
 from seqtrain.analysis.layout import Layout
 
 _SMALL = (
@@ -18,8 +20,8 @@ _SMALL = (
 
 def layout_words(mixers: str, length: int, words: tuple[str, ...], shorter: int = 1) -> list[str]:
     """The launcher's overrides of a small model of these mixers on sequences of `length / shorter` tokens."""
-    chosen = {word.split("=")[0]: word for word in (*_SMALL, f"model.layers=[{mixers}]", *words)}
-    return [*chosen.values(), f"train.sequence_length={length // shorter}"]
+    length //= shorter
+    return last_of_each(*_SMALL, f"model.layers=[{mixers}]", *words, f"train.sequence_length={length}")
 
 
 _AGAIN, _KEPT = "model.activation_checkpointing=true", "model.activation_checkpointing=false"
@@ -76,7 +78,10 @@ _LLAMA = ("model.layers=[attention]", "model.depth=32", "model.width=4096", "mod
 _GLA = ("model.layers=[gla]", "model.depth=24", "model.width=2048", "model.heads=4", "train.dtype=bfloat16")
 
 _FLA = "flash-linear-attention, issue 32, its benchmark of training throughput on one H100 (2024)"
-_BILLION = ("model.tie_embeddings=false", "train.dtype=bfloat16", "train.sequence_length=32768")
+_DELTA = ("model.layers=[delta_net]", "model.depth=24", "model.width=2048", "model.heads=16", "model.mlp_ratio=2.75",
+          "model.tie_embeddings=false", "train.dtype=bfloat16")  # fmt: skip
+_SAMBA = ("model.layers=[mamba2,sliding_attention]", "mixer.sliding_attention.window=2048", "model.depth=18",
+          "model.width=2304", "model.heads=18", "model.tie_embeddings=false", "train.dtype=bfloat16")  # fmt: skip
 _ALONE = Layout(data=1, sequence=1, stage=0, checkpointing=False, micro_batch=1, batch=1)
 
 CASES: tuple[Case, ...] = (
@@ -159,8 +164,7 @@ CASES: tuple[Case, ...] = (
         "1.3B DeltaNet, 32,768 tokens, one H100",
         f"{_FLA}: delta-net",
         "h100",
-        ("model.layers=[delta_net]", "model.depth=24", "model.width=2048", "model.heads=16", "model.mlp_ratio=2.75",
-         *_BILLION),
+        (*_DELTA, "train.sequence_length=32768"),
         _ALONE,
         32000,
         "tokens a second and GPU",
@@ -173,8 +177,7 @@ CASES: tuple[Case, ...] = (
         "1.3B hybrid of Mamba and a window of 2,048, 32,768 tokens, one H100",
         f"{_FLA}: samba",
         "h100",
-        ("model.layers=[mamba2,sliding_attention]", "model.depth=18", "model.width=2304", "model.heads=18",
-         "mixer.sliding_attention.window=2048", *_BILLION),
+        (*_SAMBA, "train.sequence_length=32768"),
         _ALONE,
         32000,
         "tokens a second and GPU",
@@ -183,4 +186,4 @@ CASES: tuple[Case, ...] = (
         "first form with a state of 16, here Mamba-2's with one of 128, which is more products; a window's "
         "attention is taken to run at the rate of full attention. Nothing was fitted to it.",
     ),
-)  # fmt: skip
+)

@@ -9,8 +9,8 @@ it: `seqtrain.analysis` compiles those launches for each target without running 
 interpreter to count what they move and compute. So a kernel's signature and its pinned configurations stand in one
 place, where it is launched.
 
-They have run on an H100, the matrix recurrences' also been timed there (tests/gpu, `tools/bench_operators.py`); for
-other GPUs what stands behind them is the interpreter and what they compile to.
+Kernels have run on an H100 (tests/gpu), and those of the matrix recurrences have been timed there; for other GPUs what
+stands behind them is the interpreter and what they compile to.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from inspect import signature
 from itertools import pairwise
 from typing import Any
@@ -34,7 +34,7 @@ INSTALL = "needs Triton (pip install 'seqtrain[gpu]')"
 
 
 # CUDA 12.8's assembler leaves descriptors of operands unset in some kernels for Hopper: the delta rule's gradients come
-# out wrong, or memory is read that is nobody's. 12.9's, 13.0's and 13.4's do not.
+# out wrong, or memory is read that is nobody's. 13.0's and 13.4's ran right; 12.9's machine code shows no such thing.
 PTXAS = (12, 9)
 
 
@@ -43,6 +43,8 @@ def unavailable() -> str | None:
     return _unsound_assembler() if importlib.util.find_spec("triton") else INSTALL
 
 
+# Each operator asks, and Triton starts a process to learn a version.
+@cache
 def _unsound_assembler() -> str | None:
     """Why what Triton compiles for the GPU here can't be trusted; where it brings a newer assembler, that is taken."""
     if torch.version.cuda is None or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
@@ -133,7 +135,10 @@ def piece_length(borders: tuple[int, ...], blocks: int, shortest: int) -> int:
 
 @dataclass(frozen=True)
 class Launch:
-    """A pinned configuration: what is handed to a kernel beside its tensors. `sizes`: its blocks, by constexpr name."""
+    """A pinned configuration: what is handed to a kernel beside its tensors.
+
+    `sizes`: its blocks, and what else the GPU decides, by constexpr name.
+    """
 
     warps: int = 4
     # Iterations of a loop whose loads are in flight at one time.

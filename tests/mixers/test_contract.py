@@ -99,7 +99,7 @@ def _real(x):
 
 
 def weights(x):
-    return torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(x.dtype)
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(x)
 
 
 def assert_close(came, expected, tolerance=EXACT):

@@ -97,12 +97,12 @@ def test_mistakes_are_one_line(arguments, message):
 def test_a_cut_layer_is_timed_beside_a_whole_one():
     # In a process of its own, as the tool is: its ranks are forked.
     code = (
-        "import _calibrate\n"
+        "import json, _calibrate\n"
         "_calibrate.CUT_TOKENS = 64\n"
-        "print(_calibrate.on_ranks(2, _calibrate._cut, ('gla', 'attention')))"
+        "print(json.dumps(_calibrate.on_ranks(2, _calibrate._cut, ('gla', 'attention'))))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=TOOLS, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    found = eval(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
     assert found.keys() == {"gla", "attention"}
     assert all(1 <= factor < 100 for factor in found.values())
