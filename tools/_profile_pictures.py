@@ -64,7 +64,7 @@ def draw_layers(report: Values, path: Path) -> None:
     colors = {kind: f"C{number % 10}" for number, kind in enumerate(dict.fromkeys([*times, *kept]))}
     _stacks(time_axes, times, colors, "milliseconds of a step, all passes")
     _stacks(memory_axes, kept, colors, "MiB kept for the backward pass, rank 0")
-    time_axes.legend(fontsize=8)
+    figure.legend(*time_axes.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
