@@ -20,25 +20,30 @@ PREFERENCE = {"cuda": ("flash", "triton", "chunked"), "cpu": ("native", "chunked
 # Device types Triton kernels run on; `seqtrain.analysis` adds the CPU where it interprets or compiles them.
 TRITON_DEVICES = {"cuda"}
 
-# What was chosen, by "operator.backend": torch.compile takes a name for a constant, but not a function.
-_runs: dict[str, Callable] = {}
-_steps: dict[str, Callable] = {}
+# Functions that a backend may have, each with the backend whose own is taken, or else whose `run`, where it has none.
+# One turn of the definition's loop is cheapest for a token a row.
+FUNCTIONS = {"step": "reference", "find_map": "chunked", "read": "chunked"}
+
+# What was chosen, by "operator.backend.function": torch.compile takes a name for a constant, but not a function.
+_functions: dict[str, Callable] = {}
 
 
-def choose(operator: str, requested: str, device: torch.device, *, single_token: bool = False) -> Callable:
-    """The function `run` of `seqtrain.kernels.<operator>.<backend>` for `requested` on `device`.
+def choose(
+    operator: str, requested: str, device: torch.device, *, single_token: bool = False, function: str = "run"
+) -> Callable:
+    """The function `run` of `seqtrain.kernels.<operator>.<backend>` for `requested` on `device`, or another `function`.
 
-    `single_token`: the call decodes one token a row. Then it is the backend's function `step`; where it has none, one
-    turn of the definition's loop is cheapest, so `reference` is taken whatever was requested. A request that can't run
-    here is refused all the same.
+    `single_token`: the call decodes one token a row, which is the function `step`.
+    A request that can't run here is refused, whether or not it has the function.
     Raises `ValueError` when `requested` is unknown or can't run here, with the reason.
     """
     name = _choose(operator, requested, device.type)
-    if single_token:
-        if f"{operator}.{name}" in _steps:
-            return _steps[f"{operator}.{name}"]
-        name = _choose(operator, "reference", device.type)
-    return _runs[f"{operator}.{name}"]
+    function = "step" if single_token else function
+    if f"{operator}.{name}.{function}" not in _functions:
+        name = _choose(operator, FUNCTIONS[function], device.type)
+    if f"{operator}.{name}.{function}" not in _functions:
+        function = "run"
+    return _functions[f"{operator}.{name}.{function}"]
 
 
 def choose_anew() -> None:
@@ -61,9 +66,9 @@ def _choose_once(operator: str, requested: str, device_type: str) -> str:
         if reason is None:
             log.info("%s: %s%s", operator, name, f" ({'; '.join(refused)})" if refused else "")
             module = importlib.import_module(f"seqtrain.kernels.{operator}.{name}")
-            _runs[f"{operator}.{name}"] = module.run
-            if hasattr(module, "step"):
-                _steps[f"{operator}.{name}"] = module.step
+            for function in ("run", *FUNCTIONS):
+                if hasattr(module, function):
+                    _functions[f"{operator}.{name}.{function}"] = getattr(module, function)
             return name
         refused.append(f"{name} {reason}")
     raise ValueError(f"{operator}: backend={requested} can't run here: {'; '.join(refused)}")

@@ -17,6 +17,7 @@ from seqtrain.kernels.native import build, cut, recurrence
 from seqtrain.testing import (
     assert_within,
     borders,
+    by_segment,
     compare_with_oracle,
     recurrence_inputs,
     relative_error,
@@ -147,6 +148,27 @@ def test_a_row_cut_in_time_matches_the_definition(name, decay_shape, tokens, mon
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("widths", [(8, 5), (40, 33)])
+@pytest.mark.parametrize(("decay_shape", "decay"), [*DECAYS, ("H", "mild")])
+def test_a_segment_s_map_and_what_it_reads_match_the_definition(decay_shape, decay, widths, dtype):
+    tensors = recurrence_inputs(
+        200, batch=2, key_width=widths[0], value_width=widths[1], decay_shape=decay_shape, decay=decay
+    )
+    parts = compare_with_oracle(by_segment(linear_attention), tensors, dtype=dtype, backend="native")
+    assert_within(parts, dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("tokens", [0, 1, 65])
+@pytest.mark.parametrize("decay_shape", ["none", "BTH", "BTHK"])
+def test_a_segment_of_any_length(decay_shape, tokens, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)  # blocks of value columns
+    tensors = recurrence_inputs(tokens, heads=1, key_width=20, value_width=70, decay_shape=decay_shape)
+    assert_within(compare_with_oracle(by_segment(linear_attention), tensors, backend="native"), torch.float32)
+
+
+@needs_library
 @pytest.mark.parametrize("decay_shape", ["BTH", "BTHK"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_blocks_of_columns_and_saved_states_change_nothing(name, decay_shape, monkeypatch):
@@ -215,6 +237,11 @@ def test_the_operators_pass_pytorch_s_own_check(decay_shape):
     leaves = [None if x is None else x.requires_grad_() for x in tensors.values()]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(recurrence.RECURRENCE.op, (*leaves, None, 0.5, True), test_utils=checks)
+    q, k, v, _, log_decay, state = leaves
+    for parts in ((None, k, v), (q, None, v)):
+        torch.library.opcheck(
+            recurrence.RECURRENCE.op, (*parts, None, log_decay, state, None, 0.5, True), test_utils=checks
+        )
 
 
 @needs_library

@@ -12,6 +12,7 @@ from torch import Tensor
 from seqtrain.kernels.custom_ops import opaque
 from seqtrain.kernels.decay import Products, decayed_products, decayed_products_backward
 from seqtrain.kernels.dispatch import full_precision
+from seqtrain.kernels.documents import state_dtype
 from seqtrain.kernels.layout import ChunkLayout, chunk_layout
 from seqtrain.kernels.states import chunk_length, factor_gradient, scan_additive, segment_limit
 
@@ -24,6 +25,44 @@ def run(
     chunk = chunk_length(q.shape[3], v.shape[3])
     layout = chunk_layout(q.shape[0], q.shape[1], cu_seqlens, chunk=chunk, device=q.device)
     return _LinearAttention.apply(q, k, v, log_decay, state, scale, layout)
+
+
+def find_map(k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """What a segment makes of the state, without its outputs: `(transition, update)`, see `segment`.
+
+    k `[B,T,H,K]`, v `[B,T,H,V]`, log_decay None, `[B,T,H]` or `[B,T,H,K]`; update `[B,H,K,V]`, transition None, `[B,H]`
+    or `[B,H,K]`, in the state's dtype.
+    """
+    dtype = state_dtype(k.dtype)
+    k, v = k.to(dtype), v.to(dtype)
+    if log_decay is None:
+        return None, _outer(k, v)
+    log_decay = log_decay.to(dtype)
+    # Summed from the end: where a weight is not negligible, its exponent is then a sum of few terms.
+    left = log_decay.flip(1).cumsum(1).flip(1)
+    to_end = torch.cat([left[:, 1:], torch.zeros_like(left[:, :1])], 1).exp()
+    return log_decay.sum(1).exp(), _outer(_weighted(k, to_end), v)
+
+
+def read(q: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, out: Tensor) -> Tensor:
+    """`out` `[B,T,H,V]` and what the queries read in the state before the segment, `scale (q_i e^{b_i}) S`.
+
+    q, log_decay: as for `find_map`; state `[B,H,K,V]`.
+    """
+    q = q.to(state.dtype)
+    if log_decay is not None:
+        q = _weighted(q, log_decay.to(state.dtype).cumsum(1).exp())
+    return out + torch.einsum("bthk,bhkv->bthv", q, state * scale).to(out.dtype)
+
+
+def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
+    """`rows [B,T,H,K] * weights`, `[B,T,H]` or `[B,T,H,K]`."""
+    return rows * (weights if weights.dim() == 4 else weights[..., None])
+
+
+def _outer(k: Tensor, v: Tensor) -> Tensor:
+    """`sum_t k_t^T v_t`: `[B,T,H,K]`, `[B,T,H,V]` -> `[B,H,K,V]`."""
+    return torch.einsum("bthk,bthv->bhkv", k, v)
 
 
 class _LinearAttention(torch.autograd.Function):

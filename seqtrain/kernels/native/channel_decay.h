@@ -24,7 +24,7 @@ inline void Decay::prepare_channel(Chunk& chunk, const float* log, int first, in
   }
   for (int i = 0; i < rows; ++i) {
     const int64_t at = int64_t(i) * key_;
-    multiply_row(near_keys_ + at, k + at, in_end_ + at, key_);
+    if (chunk.writes) multiply_row(near_keys_ + at, k + at, in_end_ + at, key_);
     for (int s = first; s < chunk.reads; ++s)
       multiply_row(near_reads_ + int64_t(s) * rows * key_ + at, chunk.x + int64_t(s) * rows * key_ + at, in_start_ + at, key_);
   }
@@ -42,7 +42,7 @@ inline void Decay::prepare_channel(Chunk& chunk, const float* log, int first, in
     }
     store(factor_ + c, product);
     product = filled(1.0f);
-    for (int block = blocks - 1; block >= 0; --block) {
+    for (int block = blocks - 1; block >= 0 && chunk.writes; --block) {
       for (int i = block * kBlock; i < (block + 1) * kBlock; ++i) {
         const int64_t at = int64_t(i) * key_ + c;
         store(keys_ + at, load(near_keys_ + at) * product);
@@ -51,7 +51,7 @@ inline void Decay::prepare_channel(Chunk& chunk, const float* log, int first, in
     }
   }
   // Keys of earlier blocks, transposed, decayed up to the start of the block that reads them.
-  for (int block = 0; block < blocks; ++block) {
+  for (int block = 0; block < blocks && first < pairs_end; ++block) {
     const int from = block * kBlock;
     for (int s = first; s < pairs_end; ++s)
       if (block)
@@ -101,9 +101,8 @@ inline void Decay::channel_gradients(const Chunk& chunk, float* d_start, float* 
       const int64_t at = int64_t(t) * key_ + c;
       const Vec before = load(product_ + c);
       store(d_log + at, before);
-      store(product_ + c, before + load(chunk.keys + at) * load(d_keys + at));
+      if (chunk.writes) store(product_ + c, before + load(chunk.keys + at) * load(d_keys + at));
     }
-  for (int64_t n = 0; n < int64_t(rows) * key_; n += kLanes) store(work_ + n, Vec{});
   // Reads and keys relative to their own blocks' borders: d_start and work_ take their gradients from other blocks.
   for (int c = 0; c < key_; c += kLanes) {
     Vec before = filled(1.0f), after = filled(1.0f);
@@ -115,7 +114,7 @@ inline void Decay::channel_gradients(const Chunk& chunk, float* d_start, float* 
         }
       before *= load(whole_ + int64_t(block) * key_ + c);
     }
-    for (int block = blocks - 1; block >= 0; --block) {
+    for (int block = blocks - 1; block >= 0 && chunk.writes; --block) {
       for (int i = block * kBlock; i < (block + 1) * kBlock; ++i) {
         float* p = d_keys + int64_t(i) * key_ + c;
         store(p, load(p) * after * load(in_end_ + int64_t(i) * key_ + c));
@@ -123,6 +122,45 @@ inline void Decay::channel_gradients(const Chunk& chunk, float* d_start, float* 
       after *= load(whole_ + int64_t(block) * key_ + c);
     }
   }
+  if (chunk.paired()) {
+    for (int64_t n = 0; n < int64_t(rows) * key_; n += kLanes) store(work_ + n, Vec{});
+    other_blocks(chunk, d_pairs, d_start);
+  }
+  for (int i = 0; i < rows; ++i) {
+    const int64_t at = int64_t(i) * key_;
+    if (chunk.paired()) multiply_row(work_ + at, work_ + at, in_end_ + at, key_);
+    for (int s = 0; s < chunk.reads; ++s)
+      multiply_row(d_start + int64_t(s) * rows * key_ + at, d_start + int64_t(s) * rows * key_ + at, in_start_ + at, key_);
+  }
+  for (int block = 0; block < blocks && chunk.paired(); ++block)
+    diagonal_gradients(chunk, block, d_pairs, d_start, work_);
+  // The gradient of b, and its sum from each token on.
+  for (int c = 0; c < key_ && chunk.reads; c += kLanes) {
+    Vec sum = {};
+    for (int t = rows - 1; t >= 0; --t) {
+      const int64_t at = int64_t(t) * key_ + c;
+      if (chunk.writes) sum -= load(k + at) * load(work_ + at);
+      for (int s = 0; s < chunk.reads; ++s) {
+        const int64_t read = int64_t(s) * rows * key_ + at;
+        sum += load(chunk.x + read) * load(d_start + read);
+      }
+      store(d_log + at, load(d_log + at) + sum);
+    }
+  }
+  // A token's product with its own key holds no decay and comes last.
+  for (int i = 0; i < rows && chunk.paired(); ++i) {
+    const Vec own = filled(d_pairs[0][i * kMaxChunk + i]);
+    for (int c = 0; c < key_; c += kLanes) {
+      const int64_t at = int64_t(i) * key_ + c;
+      store(d_keys + at, load(d_keys + at) + load(work_ + at) + own * load(chunk.x + at));
+      store(d_start + at, load(d_start + at) + own * load(k + at));
+    }
+  }
+}
+
+// What pairs of tokens of different blocks give the reads in d_start and, in work_, the keys, each up to its block's border.
+inline void Decay::other_blocks(const Chunk& chunk, float* const d_pairs[2], float* d_start) {
+  const int rows = chunk.rows, blocks = rows / kBlock;
   for (int block = 1; block < blocks; ++block) {
     const int from = block * kBlock;
     std::memcpy(far_ + int64_t(from - kBlock) * key_, near_keys_ + int64_t(from - kBlock) * key_,
@@ -140,35 +178,6 @@ inline void Decay::channel_gradients(const Chunk& chunk, float* d_start, float* 
     for (int s = 0; s < chunk.reads; ++s)
       multiply<kTransposed>(from, key_, kBlock, 1, d_pairs[s] + from * kMaxChunk, kMaxChunk,
                             near_reads_ + int64_t(s * rows + from) * key_, key_, 1, work_, key_);
-  }
-  for (int i = 0; i < rows; ++i) {
-    const int64_t at = int64_t(i) * key_;
-    multiply_row(work_ + at, work_ + at, in_end_ + at, key_);
-    for (int s = 0; s < chunk.reads; ++s)
-      multiply_row(d_start + int64_t(s) * rows * key_ + at, d_start + int64_t(s) * rows * key_ + at, in_start_ + at, key_);
-  }
-  for (int block = 0; block < blocks; ++block) diagonal_gradients(chunk, block, d_pairs, d_start, work_);
-  // The gradient of b, and its sum from each token on.
-  for (int c = 0; c < key_; c += kLanes) {
-    Vec sum = {};
-    for (int t = rows - 1; t >= 0; --t) {
-      const int64_t at = int64_t(t) * key_ + c;
-      sum -= load(k + at) * load(work_ + at);
-      for (int s = 0; s < chunk.reads; ++s) {
-        const int64_t read = int64_t(s) * rows * key_ + at;
-        sum += load(chunk.x + read) * load(d_start + read);
-      }
-      store(d_log + at, load(d_log + at) + sum);
-    }
-  }
-  // A token's product with its own key holds no decay and comes last.
-  for (int i = 0; i < rows; ++i) {
-    const Vec own = filled(d_pairs[0][i * kMaxChunk + i]);
-    for (int c = 0; c < key_; c += kLanes) {
-      const int64_t at = int64_t(i) * key_ + c;
-      store(d_keys + at, load(d_keys + at) + load(work_ + at) + own * load(chunk.x + at));
-      store(d_start + at, load(d_start + at) + own * load(k + at));
-    }
   }
 }
 

@@ -23,12 +23,15 @@ enum class DecayKind : int64_t { kNone = 0, kScalar = 1, kChannel = 2 };
 // The rows of one chunk and their products; `key` is the padded key width, and pairs have kMaxChunk columns.
 struct Chunk {
   int rows;         // tokens, padded to a multiple of kBlock; padding is zeros
-  int reads;        // 1: queries; 2: queries and keys
+  int reads;        // 0: none; 1: queries; 2: queries and keys
+  bool writes;      // whether there are keys
   float* x;         // [2 rows, key]: scaled queries, then keys
   float* start;     // [reads rows, key]
   float* keys;      // [rows, key]
   float* pairs[2];  // [rows, kMaxChunk] each, zero above the diagonal
   const float* k(int key) const { return x + int64_t(rows) * key; }
+  // How many reads meet keys of their own chunk.
+  int paired() const { return writes ? reads : 0; }
 };
 
 // Zeros above the diagonal of the diagonal blocks; with `strict` on it too. By assignment: products may be infinite.
@@ -56,13 +59,13 @@ class Decay {
   }
 
   // Fills start, keys and the factor from x and `log` ([rows], or [rows, key] per channel), for reads from `first` on,
-  // and the pairs of reads first <= s < pairs_end.
+  // and the pairs of reads first <= s < pairs_end. Without keys nothing is said of them.
   void prepare(Chunk& chunk, const float* log, int first, int pairs_end) {
     const float* k = chunk.k(key_);
     if (kind_ == DecayKind::kChannel) {
       prepare_channel(chunk, log, first, pairs_end);
     } else {
-      transpose(chunk.rows, key_, k, key_, transposed_, kMaxChunk);
+      if (first < pairs_end) transpose(chunk.rows, key_, k, key_, transposed_, kMaxChunk);
       for (int s = first; s < pairs_end; ++s)
         multiply_to_lower(chunk.rows, key_, chunk.x + int64_t(s) * chunk.rows * key_, key_, transposed_, kMaxChunk,
                           chunk.pairs[s], kMaxChunk);
@@ -78,20 +81,28 @@ class Decay {
 
   // state [key, width] = factor * state + a^T b, with a [depth, key] and b [depth, width].
   void step(float* state, int width, int depth, const float* a, const float* b) const {
-    if (kind_ == DecayKind::kChannel)
-      for (int c = 0; c < key_; ++c) scale_row(state + int64_t(c) * width, state + int64_t(c) * width, factor_[c], width);
+    if (kind_ == DecayKind::kChannel) decay_state(state, width);
     const float factor = kind_ == DecayKind::kScalar ? from_start_[last_] : 1.0f;
     multiply<kTransposed>(key_, width, depth, 1, a, key_, b, width, factor, state, width);
+  }
+
+  // state [key, width] = factor * state.
+  void decay_state(float* state, int width) const {
+    if (kind_ == DecayKind::kNone) return;
+    for (int c = 0; c < key_; ++c) {
+      float* row = state + int64_t(c) * width;
+      scale_row(row, row, kind_ == DecayKind::kScalar ? from_start_[last_] : factor_[c], width);
+    }
   }
 
   // Turns d_start [reads rows, key] into the gradient of x and d_keys [rows, key] into that of k, apart from x's second
   // part, and fills d_log, given d_pairs too (overwritten) and state and d_state [key, width] at the chunk's borders.
   void gradients(const Chunk& chunk, float* d_start, float* d_keys, float* const d_pairs[2], const float* state,
                  const float* d_state, int width, float* d_log) {
-    for (int s = 0; s < chunk.reads; ++s) clear_above(d_pairs[s], chunk.rows, s > 0);
+    for (int s = 0; s < chunk.paired(); ++s) clear_above(d_pairs[s], chunk.rows, s > 0);
     if (kind_ == DecayKind::kChannel) return channel_gradients(chunk, d_start, d_keys, d_pairs, state, d_state, width, d_log);
     if (kind_ == DecayKind::kScalar) scalar_gradients(chunk, d_start, d_keys, d_pairs, state, d_state, width, d_log);
-    for (int s = 0; s < chunk.reads; ++s) {
+    for (int s = 0; s < chunk.paired(); ++s) {
       const int64_t at = int64_t(s) * chunk.rows * key_;
       multiply_lower(chunk.rows, key_, d_pairs[s], kMaxChunk, chunk.k(key_), key_, d_start + at, key_);
       multiply_lower_transposed(chunk.rows, key_, d_pairs[s], kMaxChunk, chunk.x + at, key_, 1, d_keys, key_);
@@ -114,7 +125,7 @@ class Decay {
       store(from_start_ + i, exp_of(load(high + i) + load(low + i)));
       store(to_end_ + i, exp_of((high[last_] - load(high + i)) + (low[last_] - load(low + i))));
     }
-    for (int i = 0; i < rows; ++i)
+    for (int i = 0; i < rows && chunk.paired(); ++i)
       for (int j = 0; j <= i; j += kLanes) {
         const Vec difference = (high[i] - load(high + j)) + (low[i] - load(low + j));
         const IntVec future = difference > Vec{};
@@ -129,7 +140,7 @@ class Decay {
     chunk.keys = keys_;
     const float* k = chunk.k(key_);
     for (int i = 0; i < rows; ++i) {
-      scale_row(keys_ + int64_t(i) * key_, k + int64_t(i) * key_, to_end_[i], key_);
+      if (chunk.writes) scale_row(keys_ + int64_t(i) * key_, k + int64_t(i) * key_, to_end_[i], key_);
       for (int s = first; s < chunk.reads; ++s) {
         const int64_t at = int64_t(s * rows + i) * key_;
         scale_row(start_ + at, chunk.x + at, from_start_[i], key_);
@@ -145,7 +156,7 @@ class Decay {
     double written = 0;
     for (int t = 0; t < rows; ++t) {
       d_log[t] = static_cast<float>(written);
-      written += dot(chunk.keys + int64_t(t) * key_, d_keys + int64_t(t) * key_, key_);
+      if (chunk.writes) written += dot(chunk.keys + int64_t(t) * key_, d_keys + int64_t(t) * key_, key_);
     }
     double read = double(from_start_[last_]) * dot(state, d_state, key_ * width);
     float below[kMaxChunk] = {};  // for each column, the sum over the rows from t on
@@ -157,7 +168,7 @@ class Decay {
         read += dot(chunk.start + at, d_start + at, key_);
       }
       Vec across = {};
-      for (int j = 0; j < t; j += kLanes) {
+      for (int j = 0; j < t && chunk.paired(); j += kLanes) {
         const IntVec past = lane < t - j;
         Vec inside = {};
         for (int s = 0; s < chunk.reads; ++s) {
@@ -172,10 +183,12 @@ class Decay {
       d_log[t] += static_cast<float>(read + total(across));
     }
     for (int i = 0; i < rows; ++i) {
-      scale_row(d_keys + int64_t(i) * key_, d_keys + int64_t(i) * key_, to_end_[i], key_);
+      if (chunk.writes) scale_row(d_keys + int64_t(i) * key_, d_keys + int64_t(i) * key_, to_end_[i], key_);
       for (int s = 0; s < chunk.reads; ++s) {
         float* row = d_start + int64_t(s * rows + i) * key_;
         scale_row(row, row, from_start_[i], key_);
+      }
+      for (int s = 0; s < chunk.paired(); ++s) {
         float* pair = d_pairs[s] + i * kMaxChunk;
         for (int j = 0; j <= i; j += kLanes) store(pair + j, load(pair + j) * load(weights_ + i * kMaxChunk + j));
       }
@@ -186,6 +199,7 @@ class Decay {
   void diagonal_pairs(Chunk& chunk, int block, int first, int pairs_end);
   void channel_gradients(const Chunk& chunk, float* d_start, float* d_keys, float* const d_pairs[2], const float* state,
                          const float* d_state, int width, float* d_log);
+  void other_blocks(const Chunk& chunk, float* const d_pairs[2], float* d_start);
   void diagonal_gradients(const Chunk& chunk, int block, float* const d_pairs[2], float* d_reads, float* d_k);
 
   DecayKind kind_;

@@ -6,7 +6,8 @@
 //     E = (I + N diag(beta))^{-1} (v - start_k S)      out = P n + start_q S      S' = factor S + keys^T n
 //
 // The forward pass keeps the state before every `every` chunks; the backward pass recomputes the chunks between two of
-// these, then goes through them from the last to the first. Tasks are documents x heads x blocks of value columns,
+// these, then goes through them from the last to the first. Without queries there are no outputs, only the state; without
+// keys the state only decays, and what is read in it is added to v. Tasks are documents x heads x blocks of value columns,
 // which share nothing; each block has its own part of the gradients of q, k, beta and log_decay, summed by the caller.
 #include <algorithm>
 #include <cmath>
@@ -82,6 +83,8 @@ class Worker {
   Worker(const Call& call, bool backward)
       : call_(call),
         delta_(call.beta.kind != Kind::kAbsent),
+        reads_(call.q.kind != Kind::kAbsent),
+        writes_(call.k.kind != Kind::kAbsent),
         key_(padded(call.key)),
         width_(padded((call.value + call.value_blocks - 1) / call.value_blocks)),
         decay_(call.decay, key_, arena_) {
@@ -111,18 +114,19 @@ class Worker {
 
   void forward(const Task& task) {
     begin(task);
-    if (length_ == 1 && !call_.checkpoints) return step();
+    if (length_ == 1 && !call_.checkpoints && reads_ && writes_) return step();
     copy_state(call_.state, task.document, state_);
     for (int64_t n = 0; n < chunks_; ++n) {
       if (call_.checkpoints && n % call_.every == 0) put_state(state_, call_.checkpoints, checkpoint(n));
       Chunk chunk = take(n);
-      take_values(n, call_.v, 1, v_);
-      decay_.prepare(chunk, log_, 0, chunk.reads);
-      multiply(chunk.reads * chunk.rows, width_, key_, 1, chunk.start, key_, state_, width_, 0, read_, width_);
+      take_values(n, call_.v, 1, writes_ ? v_ : read_);
+      decay_.prepare(chunk, log_, 0, chunk.paired());
+      if (reads_)
+        multiply(chunk.reads * chunk.rows, width_, key_, 1, chunk.start, key_, state_, width_, !writes_, read_, width_);
       const float* written = write(chunk, v_);
-      multiply_lower(chunk.rows, width_, chunk.pairs[0], kMaxChunk, written, width_, read_, width_);
-      decay_.step(state_, width_, chunk.rows, chunk.keys, written);
-      put_values(n, read_, call_.out, 1);
+      if (chunk.paired()) multiply_lower(chunk.rows, width_, chunk.pairs[0], kMaxChunk, written, width_, read_, width_);
+      add_to_state(chunk, written, state_);
+      if (reads_) put_values(n, read_, call_.out, 1);
     }
     put_state(state_, call_.final_state, task.document);
   }
@@ -133,7 +137,7 @@ class Worker {
     const int64_t groups = (chunks_ + call_.every - 1) / call_.every;
     for (int64_t group = groups - 1; group >= 0; --group) {
       const int64_t first = group * call_.every, end = std::min(chunks_, first + call_.every);
-      recompute(first, end);
+      if (reads_ || call_.decay != DecayKind::kNone) recompute(first, end);
       for (int64_t n = end - 1; n >= first; --n) chunk_gradients(n, n - first);
     }
     put_state(d_state_, call_.d_state, task.document);
@@ -233,10 +237,11 @@ class Worker {
   }
 
   Chunk take(int64_t n) {
-    Chunk chunk{static_cast<int>(padded(tokens(n))), delta_ ? 2 : 1, x_, nullptr, nullptr, {pairs_[0], pairs_[1]}};
+    const int rows = static_cast<int>(padded(tokens(n))), reads = delta_ ? 2 : reads_;
+    Chunk chunk{rows, reads, writes_, x_, nullptr, nullptr, {pairs_[0], pairs_[1]}};
     const int key = static_cast<int>(call_.key);
-    take_rows(n, call_.q, key, 0, key, key_, static_cast<float>(call_.scale), x_);
-    take_rows(n, call_.k, key, 0, key, key_, 1, x_ + int64_t(chunk.rows) * key_);
+    if (reads_) take_rows(n, call_.q, key, 0, key, key_, static_cast<float>(call_.scale), x_);
+    if (writes_) take_rows(n, call_.k, key, 0, key, key_, 1, x_ + int64_t(rows) * key_);
     if (delta_) take_rows(n, call_.beta, 1, 0, 1, 1, 1, beta_);
     if (call_.decay == DecayKind::kScalar) take_rows(n, call_.log_decay, 1, 0, 1, 1, 1, log_);
     if (call_.decay == DecayKind::kChannel) take_rows(n, call_.log_decay, key, 0, key, key_, 1, log_);
@@ -252,6 +257,10 @@ class Worker {
     return written_;
   }
 
+  void add_to_state(const Chunk& chunk, const float* written, float* state) const {
+    writes_ ? decay_.step(state, width_, chunk.rows, chunk.keys, written) : decay_.decay_state(state, width_);
+  }
+
   // States, errors and pairs of keys of the chunks from `first` to `end`.
   void recompute(int64_t first, int64_t end) {
     const int64_t state = int64_t(key_) * width_;
@@ -262,7 +271,7 @@ class Worker {
       if (last && !delta_) break;
       Chunk chunk = take(n);
       float* values = delta_ ? errors_ + at * kMaxChunk * width_ : v_;
-      take_values(n, call_.v, 1, values);
+      if (writes_) take_values(n, call_.v, 1, values);
       if (delta_) chunk.pairs[1] = key_pairs_ + at * kMaxChunk * kMaxChunk;
       decay_.prepare(chunk, log_, 1, chunk.reads);
       const int64_t keys = int64_t(chunk.rows) * key_, found = int64_t(chunk.rows) * width_;
@@ -271,7 +280,7 @@ class Worker {
       const float* written = write(chunk, values);
       if (last) break;
       std::memcpy(states_ + (at + 1) * state, states_ + at * state, sizeof(float) * state);
-      decay_.step(states_ + (at + 1) * state, width_, chunk.rows, chunk.keys, written);
+      add_to_state(chunk, written, states_ + (at + 1) * state);
     }
   }
 
@@ -280,13 +289,15 @@ class Worker {
     Chunk chunk = take(n);
     const int rows = chunk.rows, both = chunk.reads * rows;
     if (delta_) chunk.pairs[1] = key_pairs_ + at * kMaxChunk * kMaxChunk;
-    decay_.prepare(chunk, log_, 0, 1);
+    decay_.prepare(chunk, log_, 0, std::min(chunk.paired(), 1));
     const float* state = states_ + at * int64_t(key_) * width_;
     // d_read: gradients of what the reads find, [d_out; -solved].
     float *d_read = read_, *solved = read_ + int64_t(rows) * width_;
-    take_values(n, call_.d_out, 1, d_read);
-    multiply_lower_transposed(rows, width_, chunk.pairs[0], kMaxChunk, d_read, width_, 0, d_written_, width_);
-    multiply(rows, width_, key_, 1, chunk.keys, key_, d_state_, width_, 1, d_written_, width_);
+    if (reads_) take_values(n, call_.d_out, 1, d_read);
+    if (chunk.paired())
+      multiply_lower_transposed(rows, width_, chunk.pairs[0], kMaxChunk, d_read, width_, 0, d_written_, width_);
+    if (writes_)
+      multiply(rows, width_, key_, 1, chunk.keys, key_, d_state_, width_, chunk.paired() > 0, d_written_, width_);
     float* written = v_;
     if (delta_) {
       const float* errors = errors_ + at * kMaxChunk * width_;
@@ -297,31 +308,35 @@ class Worker {
         beta_[i] = dot(d_written_ + int64_t(i) * width_, errors + int64_t(i) * width_, width_);
       put_part(n, beta_, 1, 1, call_.d_beta, 1);
       scale_row(solved, solved, -1, rows * width_);
-    } else {
+    } else if (writes_) {
       take_values(n, call_.v, 1, written);
       put_values(n, d_written_, call_.d_v, 1);
     }
-    transpose(rows, width_, written, width_, written_t_, kMaxChunk);
-    transpose(key_, width_, state, width_, state_t_, key_);
-    transpose(key_, width_, d_state_, width_, d_state_t_, key_);
-    multiply(both, key_, width_, 1, d_read, width_, state_t_, key_, 0, d_start_, key_);
-    multiply(rows, key_, width_, 1, written, width_, d_state_t_, key_, 0, d_keys_, key_);
-    for (int s = 0; s < chunk.reads; ++s)
+    if (reads_) {
+      transpose(key_, width_, state, width_, state_t_, key_);
+      multiply(both, key_, width_, 1, d_read, width_, state_t_, key_, 0, d_start_, key_);
+    }
+    if (writes_) {
+      transpose(key_, width_, d_state_, width_, d_state_t_, key_);
+      multiply(rows, key_, width_, 1, written, width_, d_state_t_, key_, 0, d_keys_, key_);
+    }
+    if (chunk.paired()) transpose(rows, width_, written, width_, written_t_, kMaxChunk);
+    for (int s = 0; s < chunk.paired(); ++s)
       multiply_to_lower(rows, width_, d_read + int64_t(s) * rows * width_, width_, written_t_, kMaxChunk, d_pairs_[s], kMaxChunk);
     decay_.gradients(chunk, d_start_, d_keys_, d_pairs_, state, d_state_, width_, d_log_);
-    decay_.step(d_state_, width_, both, chunk.start, d_read);
+    reads_ ? decay_.step(d_state_, width_, both, chunk.start, d_read) : decay_.decay_state(d_state_, width_);
     const int key = static_cast<int>(call_.key);
-    put_part(n, d_start_, key, key_, call_.d_q, static_cast<float>(call_.scale));
+    if (reads_) put_part(n, d_start_, key, key_, call_.d_q, static_cast<float>(call_.scale));
     if (delta_)
       for (int64_t m = 0; m < int64_t(rows) * key_; m += kLanes)
         store(d_keys_ + m, load(d_keys_ + m) + load(d_start_ + int64_t(rows) * key_ + m));
-    put_part(n, d_keys_, key, key_, call_.d_k, 1);
+    if (writes_) put_part(n, d_keys_, key, key_, call_.d_k, 1);
     if (call_.decay == DecayKind::kScalar) put_part(n, d_log_, 1, 1, call_.d_log, 1);
     if (call_.decay == DecayKind::kChannel) put_part(n, d_log_, key, key_, call_.d_log, 1);
   }
 
   const Call& call_;
-  const bool delta_;
+  const bool delta_, reads_, writes_;
   const int key_, width_;  // padded widths: of keys, and of a block of value columns
   Arena arena_;
   Decay decay_;

@@ -64,8 +64,20 @@ def run(
     return torch.cat([out, rest], 1), state
 
 
+def find_map(k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """`(transition, update)` of `linear_attention`: the update is its final state from zeros, without its outputs."""
+    state = k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
+    _, update = _run_whole([None, k, v, None, log_decay], state, 1.0, None)
+    return None if log_decay is None else log_decay.sum(1, dtype=torch.float32).exp(), update
+
+
+def read(q: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, out: Tensor) -> Tensor:
+    """`out` `[B,T,H,V]` and what `linear_attention` reads in its incoming state, its keys and values aside."""
+    return _run_whole([q, None, out, None, log_decay], state, scale, None)[0]
+
+
 def _run_whole(inputs: Sequence[Any], state: Tensor, scale: float, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same with rows not cut in time; inputs: q, k, v, beta and log_decay."""
+    """The same with rows not cut in time; inputs: q, k, v, beta and log_decay, see `_forward`."""
     tensors = [x if x is None or x.dtype in KINDS else x.float() for x in inputs]
     given = [x for x in (*tensors, state) if x is not None]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
@@ -74,8 +86,8 @@ def _run_whole(inputs: Sequence[Any], state: Tensor, scale: float, cu_seqlens: T
 
 
 def _forward(
-    q: Tensor,
-    k: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
     v: Tensor,
     beta: Tensor | None,
     log_decay: Tensor | None,
@@ -84,13 +96,16 @@ def _forward(
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(out, final_state, checkpoints)`; checkpoints are empty unless `keep`."""
+    """`(out, final_state, checkpoints)`; checkpoints are empty unless `keep`.
+
+    Without a beta, q or k may be missing. Without q, out is empty. Without k, nothing is written to the state, and out
+    is v and what q reads.
+    """
     q, k, v, beta, log_decay, state = contiguous(q, k, v, beta, log_decay, state)
-    out, final_state = torch.empty_like(v), torch.empty_like(state)
-    checkpoints = state.new_empty(_checkpoint_shape(q, v, state, keep))
+    out, final_state, checkpoints = _shapes(q, k, v, beta, log_decay, state, cu_seqlens, scale, keep)
     call = _describe(q, k, v, beta, log_decay, scale)
-    borders = find_borders(q, cu_seqlens)
-    _set_documents(call, borders, q.shape[2])
+    borders = find_borders(v, cu_seqlens)
+    _set_documents(call, borders, v.shape[2])
     call.out = Array.of(out)
     call.state, call.final_state = state.data_ptr(), final_state.data_ptr()
     call.checkpoints = checkpoints.data_ptr() if keep else None
@@ -99,8 +114,8 @@ def _forward(
 
 
 def _shapes(
-    q: Tensor,
-    k: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
     v: Tensor,
     beta: Tensor | None,
     log_decay: Tensor | None,
@@ -109,8 +124,8 @@ def _shapes(
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    checkpoints = state.new_empty(_checkpoint_shape(q, v, state, keep))
-    return v.new_empty(v.shape), state.new_empty(state.shape), checkpoints
+    out = v.new_empty(0 if q is None else v.shape)
+    return out, state.new_empty(state.shape), state.new_empty(_checkpoint_shape(v, state, keep))
 
 
 def _backward(
@@ -119,16 +134,16 @@ def _backward(
     q, k, v, beta, log_decay, _, cu_seqlens, scale, _ = arguments
     q, k, v, beta, log_decay, d_out, d_final = contiguous(q, k, v, beta, log_decay, *gradients)
     call = _describe(q, k, v, beta, log_decay, scale)
-    borders = find_borders(q, cu_seqlens)
-    _set_documents(call, borders, q.shape[2])
-    d_v, d_state = torch.empty_like(v), torch.empty_like(d_final)
+    borders = find_borders(v, cu_seqlens)
+    _set_documents(call, borders, v.shape[2])
+    d_v, d_state = d_out if k is None else torch.empty_like(v), torch.empty_like(d_final)
     blocks = call.value_blocks
     parts = [
         None if x is None else x.new_empty(blocks, *x.shape, dtype=x.dtype if blocks == 1 else torch.float32)
         for x in (q, k, beta, log_decay)
     ]
     call.d_q, call.d_k, call.d_beta, call.d_log = (Array.of(x) for x in parts)
-    call.d_out, call.d_v = Array.of(d_out), Array.of(d_v)
+    call.d_out, call.d_v = Array.of(d_out), Array.of(None if k is None else d_v)
     call.d_final, call.d_state = d_final.data_ptr(), d_state.data_ptr()
     call.checkpoints = kept[0].data_ptr()
     check(library().seqtrain_backward(ctypes.byref(call)))
@@ -149,16 +164,19 @@ def _group(key: int, value: int) -> tuple[int, int]:
     return chunk, max(1, min(GROUP_CHUNKS, GROUP_NUMBERS // numbers))
 
 
-def _checkpoint_shape(q: Tensor, v: Tensor, state: Tensor, keep: bool) -> tuple[int, ...]:
+def _checkpoint_shape(v: Tensor, state: Tensor, keep: bool) -> tuple[int, ...]:
     """`[places, H, K, V]`: as many places as documents of these tokens can need, however they are cut."""
     if not keep:
         return (0,)
-    chunk, every = _group(q.shape[3], v.shape[3])
-    return (q.shape[0] * q.shape[1] // (chunk * every) + state.shape[0], *state.shape[1:])
+    chunk, every = _group(*state.shape[2:])
+    return (v.shape[0] * v.shape[1] // (chunk * every) + state.shape[0], *state.shape[1:])
 
 
-def _describe(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None, scale: float) -> _Call:
-    call = _Call(scale=scale, tokens=q.shape[0] * q.shape[1], heads=q.shape[2], key=q.shape[3], value=v.shape[3])
+def _describe(
+    q: Tensor | None, k: Tensor | None, v: Tensor, beta: Tensor | None, log_decay: Tensor | None, scale: float
+) -> _Call:
+    key = next(x.shape[3] for x in (q, k) if x is not None)
+    call = _Call(scale=scale, tokens=v.shape[0] * v.shape[1], heads=v.shape[2], key=key, value=v.shape[3])
     call.q, call.k, call.v, call.beta, call.log_decay = (Array.of(x) for x in (q, k, v, beta, log_decay))
     call.decay = 0 if log_decay is None else log_decay.dim() - 2
     call.chunk, call.every = _group(call.key, call.value)
