@@ -12,9 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqtrain.kernels.affine import AffineMap, AffineShape
-from seqtrain.kernels.segments import segment_of
-
 # Largest relative Frobenius error against the float64 definition, for outputs, states and every gradient alike.
 # Widening a row, or adding one for a single tensor, needs its reason on the row.
 TOLERANCES: dict[torch.dtype, float] = {
@@ -88,27 +85,6 @@ def compare_with_oracle(
     weights = _normal_like((came["out"], came["final_state"]))
     expected = run_with_gradients(operator, exact, weights, backend="reference", **options)
     return {name: relative_error(came[name], expected[name]) for name in expected}
-
-
-def by_segment(operator: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The operator as a rank computes it on its part of a cut sequence: an affine map, work, and the incoming state.
-
-    What it gives is called with tensors by name, in the operator's order; its `backend="reference"` is the operator's.
-    """
-
-    def run(*, initial_state: Tensor, backend: str, **tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        if backend == "reference":
-            return operator(**tensors, initial_state=initial_state, backend=backend)
-        segment = segment_of(operator)
-        assert isinstance(segment, type)
-        part = segment(list(tensors.values()), {}, backend)
-        transition, update = part.find_map()
-        part.work()
-        shape = AffineShape.of(update.shape, None if transition is None else transition.shape)
-        final = AffineMap(shape.transition(transition), shape.state(update)).apply(shape.state(initial_state))
-        return part.finish(initial_state), final.view_as(update)
-
-    return run
 
 
 def assert_within(errors: Mapping[str, float], dtype: torch.dtype) -> None:

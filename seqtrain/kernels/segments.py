@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqtrain.kernels.affine import AffineMap, AffineShape
+
 Options = Mapping[str, Any]
 
 
@@ -95,3 +97,26 @@ def segment_of_package(package: str) -> Segment | None:
     except ModuleNotFoundError:  # the operator is not a package: it stands in a file of its own
         return None
     return None if found is None else importlib.import_module(name).SEGMENT
+
+
+def by_segment(operator: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The operator as a rank computes it on its part of a cut sequence: its map, its work, and what the state adds.
+
+    The segments of `operator` are affine. What comes takes tensors by name, in the operator's order; its
+    `backend="reference"` is the operator's own.
+    """
+
+    def run(*, initial_state: Tensor, backend: str, **tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        segment = segment_of(operator)
+        assert isinstance(segment, type)
+        if backend == "reference":
+            return operator(**tensors, initial_state=initial_state, backend=backend)
+        part = segment(list(tensors.values()), {}, backend)
+        initial_state = initial_state.to(segment.state_shape(part.tensors, part.options)[1])
+        transition, update = part.find_map()
+        part.work()
+        shape = AffineShape.of(update.shape, None if transition is None else transition.shape)
+        final = AffineMap(shape.transition(transition), shape.state(update)).apply(shape.state(initial_state))
+        return part.finish(initial_state), final.view_as(update)
+
+    return run

@@ -16,6 +16,7 @@ from seqtrain.kernels import (
     softmax_attention,
     tensor_attention,
 )
+from seqtrain.kernels.segments import by_segment
 from seqtrain.testing import (
     assert_within,
     borders,
@@ -94,6 +95,16 @@ def test_long_rows_and_many_programs(name, decay_shape):
     came, again = (run_with_gradients(MATRIX[name], narrow, backend="triton") for _ in range(2))
     assert_within({key: relative_error(came[key], expected[key]) for key in expected}, torch.bfloat16)
     assert all(torch.equal(came[key], again[key]) for key in came), "two runs differ: a race"
+
+
+@pytest.mark.parametrize("widths", [(16, 40), (128, 128), (256, 256)], ids=str)
+@every_dtype
+@pytest.mark.parametrize("decay_shape", ["none", "BTH", "BTHK"])
+@every_operator
+def test_segments_of_a_cut_sequence(name, decay_shape, dtype, widths):
+    sizes = {"batch": 2, "key_width": widths[0], "value_width": widths[1]}
+    tensors = matrix_inputs(name, 330, decay_shape=decay_shape, decay="wide", beta=1.0, **sizes)
+    check(by_segment(MATRIX[name]), tensors, dtype)
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from seqtrain.kernels import delta_rule, linear_attention
 from seqtrain.kernels.dispatch import choose, choose_anew
 from seqtrain.kernels.native import build, cut, recurrence
+from seqtrain.kernels.segments import by_segment
 from seqtrain.testing import (
     assert_within,
     borders,
-    by_segment,
     compare_with_oracle,
     recurrence_inputs,
     relative_error,

@@ -2,12 +2,28 @@
 
 from torch import Tensor
 
-from seqtrain.kernels.gpu import recurrence_examples, unavailable
+from seqtrain.kernels.gpu import Example, recurrence_examples, unavailable
 from seqtrain.kernels.linear_attention import chunked, linear_attention
+from seqtrain.kernels.segments import by_segment
 
-__all__ = ["EXAMPLES", "run", "step", "unavailable"]
+__all__ = ["EXAMPLES", "find_map", "read", "run", "step", "unavailable"]
 
-EXAMPLES = recurrence_examples(linear_attention, beta=False)
+_WHOLE = recurrence_examples(linear_attention, beta=False)
+
+EXAMPLES = (
+    *_WHOLE,
+    *(
+        Example(
+            f"segment of {whole.name}",
+            by_segment(linear_attention),
+            {**whole.tensors, "initial_state": ("B H K V", "float32")},
+            whole.sizes,
+            tokens=whole.tokens,
+        )
+        for whole in _WHOLE
+        if "K=V=128 bfloat16" in whole.name
+    ),
+)
 
 
 def run(
@@ -25,6 +41,20 @@ def run(
     if not recurrence.serves(q):
         return chunked.run(q, k, v, log_decay, state, scale, cu_seqlens)
     return recurrence.run(q, k, v, None, log_decay, state, scale, cu_seqlens)
+
+
+def find_map(k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """As that of the chunked form."""
+    from seqtrain.kernels.triton import recurrence, segment
+
+    return (segment if recurrence.serves(k) else chunked).find_map(k, v, log_decay)
+
+
+def read(q: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, out: Tensor) -> Tensor:
+    """As that of the chunked form."""
+    from seqtrain.kernels.triton import recurrence, segment
+
+    return (segment if recurrence.serves(q) else chunked).read(q, log_decay, state, scale, out)
 
 
 # Of one token a row, the forward pass is a single launch.

@@ -73,7 +73,7 @@ def find_map(k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor | N
 
 def read(q: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, out: Tensor) -> Tensor:
     """`out` `[B,T,H,V]` and what `linear_attention` reads in its incoming state, its keys and values aside."""
-    return _run_whole([q, None, out, None, log_decay], state, scale, None)[0]
+    return _run_whole([q, None, out, None, log_decay], state.float(), scale, None)[0]
 
 
 def _run_whole(inputs: Sequence[Any], state: Tensor, scale: float, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
