@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from seqtrain.analysis.triton_interpreter import assert_no_races, nan_filled_empty, recording
-from seqtrain.kernels import gated_norm
+from seqtrain.kernels import gated_norm, gpu
+from seqtrain.kernels.gated_norm import triton
 from tests.kernels.test_gated_norm import case, errors_of
 
 from .tolerances import assert_within
@@ -27,6 +28,14 @@ def test_the_algebra(width, own, gate):
 def test_other_dtypes(gate, dtype):
     tensors, options = case(100, own=False, gate=gate)
     assert_within(errors_of("triton", tensors, options, dtype), dtype)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["one weight", "a weight a head"])
+def test_a_program_sums_over_its_tiles(own, monkeypatch):
+    monkeypatch.setattr(gpu, "PROGRAMS", 1)
+    monkeypatch.setattr(triton, "TILE", 256)  # two rows
+    tensors, options = case(100, own=own, gate="silu")
+    assert_within(errors_of("triton", tensors, options, torch.float64), torch.float64)
 
 
 def test_slices_of_a_projection_are_read_in_place():
