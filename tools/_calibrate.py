@@ -174,13 +174,23 @@ def _with_memory(found: Machine) -> Machine:
     """
     tiny = ("model.depth=1", "model.width=32", "train.sequence_length=64", "parallel.zero_stage=0")
     found = replace(found, base=measure_layout([*SMALL_LAYOUT, *tiny], steps=2).peak_bytes)
-    (a, b, x), (c, d, y) = (_beyond(found, "parallel.zero_stage=0", f"{AGAIN}={again}") for again in ("false", "true"))
-    determinant = a * d - b * c
-    factors = ((x * d - b * y) / determinant, (a * y - x * c) / determinant)
-    found = replace(found, kept_factor=1 + max(0.0, factors[0]), passing_factor=1 + max(0.0, factors[1]))
+    kept, passing = _shares(found)
+    found = replace(found, kept_factor=1 + kept, passing_factor=1 + passing)
     _, passing, hooks = _beyond(found, "parallel.zero_stage=3", f"{AGAIN}=true")
-    kept, _, cut = _beyond(found, "parallel.zero_stage=0", f"{AGAIN}=false", *CUT)
-    return replace(found, hooks=max(0.0, hooks / passing), cut_kept=max(0.0, cut / kept))
+    found = replace(found, hooks=max(0.0, hooks / passing))
+    kept, passing = _shares(found, *CUT)
+    return replace(found, cut_kept=kept, cut_passing=passing)
+
+
+def _shares(found: Machine, *words: str) -> tuple[float, float]:
+    """What small layouts, with layers kept and computed again, take beyond what is expected: for each byte kept, and
+    for each passing one; of small blocks.
+    """
+    (a, b, x), (c, d, y) = (
+        _beyond(found, "parallel.zero_stage=0", f"{AGAIN}={again}", *words) for again in ("false", "true")
+    )
+    determinant = a * d - b * c
+    return max(0.0, (x * d - b * y) / determinant), max(0.0, (a * y - x * c) / determinant)
 
 
 def _beyond(found: Machine, *words: str) -> tuple[float, float, float]:

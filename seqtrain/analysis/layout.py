@@ -55,9 +55,11 @@ class Machine:
     # Bytes of memory for each byte of small blocks that are kept, and that come and go: allocators leave holes.
     kept_factor: Annotated[float, Field(ge=1)] = 1.0
     passing_factor: Annotated[float, Field(ge=1)] = 1.0
-    # Bytes that ZeRO 3's hooks hold for each passing byte of small blocks; that a cut sequence keeps for each kept one.
+    # Bytes that ZeRO 3's hooks hold for each passing byte of small blocks.
     hooks: Scale = 0.0
+    # Bytes that a cut sequence adds to each kept, and to each passing one: maps, and their gradients beside the others.
     cut_kept: Scale = 0.0
+    cut_passing: Scale = 0.0
     # Measured seconds over those computed from the rates above, by mixer; "mlp" and "loss" too.
     efficiency: dict[str, Rate] = field(default_factory=dict)
     # Seconds of a layer on its part of a cut sequence, over those on as many tokens of its own, by mixer.
@@ -257,6 +259,7 @@ def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[
     small_kept = min(small_kept, small)
     passing = small - small_kept
     holes = (machine.kept_factor - 1) * small_kept + (machine.passing_factor - 1) * passing
+    maps = machine.cut_kept * small_kept + machine.cut_passing * passing
     bucket = min(size, 4.0 * BUCKET) if layout.ranks > 1 or layout.stage else 0.0
     weights = size * own if layout.stage == 3 else size
     gathered = size / max(1, len(counts.layers)) * 2 if layout.stage == 3 else 0.0
@@ -274,5 +277,5 @@ def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[
         "temporaries and gradients": max(0.0, whole - kept - max(0.0, fewer)),
         "allocator's holes": holes,
         "held by ZeRO's hooks": machine.hooks * passing if layout.stage == 3 else 0.0,
-        "maps of pieces": machine.cut_kept * small_kept if layout.sequence > 1 else 0.0,
+        "maps of pieces": maps if layout.sequence > 1 else 0.0,
     }

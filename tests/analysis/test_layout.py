@@ -103,10 +103,10 @@ def test_memory_by_zero_stage(counts):
     kept = counts.saved_bytes(checkpointing=False, small=True)
     passing = counts.peak_bytes(checkpointing=False, small=True) - kept
     assert memory_bytes(counts, ONE, holes)["allocator's holes"] == pytest.approx(0.5 * kept + passing)
-    more = dataclasses.replace(MACHINE, hooks=0.5, cut_kept=0.25)
+    more = dataclasses.replace(MACHINE, hooks=0.5, cut_kept=0.25, cut_passing=0.125)
     found = [memory_bytes(counts, each, more) for each in (ONE, changed(stage=3), changed(sequence=2))]
     assert [each["held by ZeRO's hooks"] for each in found] == pytest.approx([0, 0.5 * passing, 0])
-    assert [each["maps of pieces"] for each in found] == pytest.approx([0, 0, 0.25 * kept])
+    assert [each["maps of pieces"] for each in found] == pytest.approx([0, 0, 0.25 * kept + 0.125 * passing])
 
 
 def test_layers_of_a_cut_sequence_take_as_much_longer_as_was_measured(counts):
