@@ -68,7 +68,7 @@ def compile_all(names: list[str], settings: Settings) -> Iterator[dict]:
 
 
 HEADER = (
-    f"{'example':34} {'kernel and flags':40} {'target':7} {'warps':>5} {'stages':>6} {'regs':>5} {'spill':>6} "
+    f"{'example':60} {'kernel and flags':40} {'target':7} {'warps':>5} {'stages':>6} {'regs':>5} {'spill':>6} "
     f"{'shared':>7} {'blocks':>6}  matrix and copy instructions"
 )
 
@@ -79,7 +79,7 @@ def line_of(row: dict) -> str:
     flags = [name for name, value in row["arguments"].items() if value == "True" and name.isupper()]
     kernel = " ".join([row["kernel"], *flags])
     text = (
-        f"{row['example'][:34]:34} {kernel[:40]:40} {row['target']:7} {row['warps']:5} {row['stages']:6} "
+        f"{row['example']:60} {kernel[:40]:40} {row['target']:7} {row['warps']:5} {row['stages']:6} "
         f"{row['registers']:5} {row['spilled']:6} {row['shared']:7} {row['blocks']:6}  "
         + (" ".join(f"{name}:{count}" for name, count in instructions.items()) or "-")
     )
@@ -87,7 +87,7 @@ def line_of(row: dict) -> str:
 
 
 COUNT_HEADER = (
-    f"\n{'example':34} {'direction':9} {'launches':>8} {'bytes a token':>14} {'floor':>9} {'ratio':>6} "
+    f"\n{'example':60} {'direction':9} {'launches':>8} {'bytes a token':>14} {'floor':>9} {'ratio':>6} "
     f"{'FLOPs a token':>14}"
 )
 
@@ -95,7 +95,7 @@ COUNT_HEADER = (
 def line_of_count(count: Count) -> str:
     """A row of the table of bytes and FLOPs."""
     return (
-        f"{count.example[:34]:34} {count.direction:9} {count.launches:8} {count.bytes:14.0f} {count.floor:9.0f} "
+        f"{count.example:60} {count.direction:9} {count.launches:8} {count.bytes:14.0f} {count.floor:9.0f} "
         f"{count.bytes / count.floor:6.2f} {count.flops:14.0f}"
     )
 

@@ -31,7 +31,8 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # How products of float32 are computed there with float32's precision and, where that can be, on matrix units.
 PRECISION = {"sm_80": "tf32x3", "sm_90": "tf32x3", "sm_100": "tf32x3", "gfx942": "ieee"}
 INSTALL = "needs Triton (pip install 'seqtrain[gpu]')"
-
+# The first whose `tl.range` has `disable_licm`, without which kernels spill.
+OLDEST = (3, 5)
 
 # CUDA 12.8's assembler leaves descriptors of operands unset in some kernels for Hopper: the delta rule's gradients come
 # out wrong, or memory is read that is nobody's. 13.0's and 13.4's ran right; 12.9's machine code shows no such thing.
@@ -40,7 +41,13 @@ PTXAS = (12, 9)
 
 def unavailable() -> str | None:
     """Why Triton kernels can't run here, beyond the device; None where they can."""
-    return _unsound_assembler() if importlib.util.find_spec("triton") else INSTALL
+    if not importlib.util.find_spec("triton"):
+        return INSTALL
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        return f"needs Triton {OLDEST[0]}.{OLDEST[1]} or newer (this is {triton.__version__})"
+    return _unsound_assembler()
 
 
 # Each operator asks, and Triton starts a process to learn a version.
@@ -198,19 +205,27 @@ class Example:
         return read + written, 2 * read + written
 
 
+# Widths and dtypes of `recurrence_examples`: what is trained most, then narrow heads, and the two of wide operands.
+_RECURRENCES = ((128, "bfloat16"), (64, "float16"), (256, "bfloat16"), (128, "float32"))
+
+
 def recurrence_examples(operator: Callable[..., Any], *, beta: bool) -> tuple[Example, ...]:
     """Calls of linear attention, or the delta rule (`beta`): without a decay, with one a token, with one a channel."""
-    tensors = dict.fromkeys(("q", "k"), ("B T H K", "bfloat16")) | {"v": ("B T H V", "bfloat16")}
-    if beta:
-        tensors["beta"] = ("B T H", "bfloat16")
-    sizes = {"B": 1, "H": 1, "K": 128, "V": 128}
+    shapes = {"q": "B T H K", "k": "B T H K", "v": "B T H V"} | ({"beta": "B T H"} if beta else {})
     decays = {
         "no decay": {},
         "decay [B,T,H]": {"log_decay": ("B T H", "float32")},
         "decay [B,T,H,K]": {"log_decay": ("B T H K", "float32")},
     }
     return tuple(
-        Example(f"{operator.__name__} {name} K=V=128 bfloat16", operator, tensors | decay, sizes, tokens=(64, 128))
+        Example(
+            f"{operator.__name__} {name} K=V={width} {dtype}",
+            operator,
+            {x: (shape, dtype) for x, shape in shapes.items()} | decay,
+            {"B": 1, "H": 1, "K": width, "V": width},
+            tokens=(64, 128),
+        )
+        for width, dtype in _RECURRENCES
         for name, decay in decays.items()
     )
 

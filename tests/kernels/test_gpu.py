@@ -112,3 +112,8 @@ def test_an_assembler_that_errs_on_hopper_is_not_used(monkeypatch, forgetful, ca
 def test_without_triton_the_way_to_it_is_named(monkeypatch):
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     assert gpu.unavailable() == "needs Triton (pip install 'seqtrain[gpu]')"
+
+
+def test_a_triton_that_lacks_what_kernels_name_is_not_used(monkeypatch):
+    monkeypatch.setattr("triton.__version__", "3.4.0")
+    assert gpu.unavailable() == "needs Triton 3.5 or newer (this is 3.4.0)"

@@ -87,6 +87,7 @@ def prepare(
 
     A program a chunk and head. Additive with less than a decay per channel, nothing needs preparing.
     """
+    FINE: tl.constexpr = k.dtype.element_ty.primitive_bitwidth >= 32
     n = tl.program_id(0) // H
     h = tl.program_id(0) % H
     token = tl.load(chunks + 5 * n + 1)
@@ -132,7 +133,7 @@ def prepare(
             g, _ = sum_decays(load_numbers(log_decay + at, rows, H, BT, tl.float64))
             tl.store(sums + at + i * H, g, mask=i < rows)
             high, low = in_parts(g, ACC)
-            below *= between(high, low, BT, False, k.dtype.element_ty.primitive_bitwidth >= 32)
+            below *= between(high, low, BT, False, FINE)
         below *= load_numbers(beta + at, rows, H, BT, ACC)[None, :]
         below = tl.where(i[:, None] > i[None, :], below, 0.0)
         store_rows(inverse + at * BT, invert(below, BT, PRECISION), rows, 0, H * BT, BT, BT, BT)
@@ -176,6 +177,40 @@ def load_apart(
 
 
 @triton.jit
+def is_wide(keys, BK: tl.constexpr):
+    """Whether a token's BK keys, of the dtype of `keys`, are so many bytes that what holds them whole spills."""
+    return BK * keys.dtype.element_ty.primitive_bitwidth > 2048
+
+
+@triton.jit
+def pair_products(
+    left,
+    right,
+    left_at,
+    right_at,
+    rows,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Products of the rows of two tiles, which lie at `left_at` and `right_at`: `[BT,BT]`."""
+    if is_wide(left_at, BK):
+        # Read again, 128 bytes a token at a time. Addresses found before the loop would hold registers, too.
+        PART: tl.constexpr = 1024 // left.dtype.primitive_bitwidth
+        products = tl.zeros([BT, BT], ACC)
+        for c in tl.range(0, K, PART, disable_licm=True):
+            b_left = load_rows(left_at, rows, c, H * K, K, BT, PART)
+            b_right = load_rows(right_at, rows, c, H * K, K, BT, PART)
+            products = tl.dot(b_left, tl.trans(b_right), products, input_precision=PRECISION)
+    else:
+        products = tl.dot(left, tl.trans(right), input_precision=PRECISION)
+    return products
+
+
+@triton.jit
 def forward(
     q,
     k,
@@ -210,6 +245,7 @@ def forward(
     A program a block of V, head and document. `log_decay` given, `sums` are found and written, else they are read.
     AHEAD: what is no operand of a product is loaded a chunk ahead (1) or where it is used (0).
     """
+    FINE: tl.constexpr = k.dtype.element_ty.primitive_bitwidth >= 32
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     column = tl.program_id(0) % BLOCKS * BV
     nh = tl.program_id(0) // BLOCKS
@@ -224,7 +260,7 @@ def forward(
         b_v, b_beta, b_g, b_total = load_apart(
             v, beta, log_decay, sums, factors, at, chunk * H + h, length, column, H, K, V, BT, BK, BV, DECAY, ACC
         )
-    for c in range(tl.cdiv(length, BT)):
+    for c in tl.range(tl.cdiv(length, BT), disable_licm=is_wide(k, BK)):
         rows = length - c * BT
         at = (start + c * BT) * H + h
         b_k = load_rows(k + at * K, rows, 0, H * K, K, BT, BK)
@@ -268,10 +304,10 @@ def forward(
                 b_pairs = load_rows(pairs + at * BT, rows, 0, H * BT, BT, BT, BT)
                 b_out = tl.dot(b_pairs, written.to(dtype), b_out, input_precision=PRECISION)
             else:
-                p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+                p = pair_products(b_q, b_k, q + at * K, k + at * K, rows, H, K, BT, BK, ACC, PRECISION)
                 if DECAY == 1:
                     b_out *= from_start[:, None]
-                    p *= between(high, low, BT, False, k.dtype.element_ty.primitive_bitwidth >= 32)
+                    p *= between(high, low, BT, False, FINE)
                 else:
                     i = tl.arange(0, BT)
                     p = tl.where(i[:, None] >= i[None, :], p, 0.0)
@@ -363,6 +399,7 @@ def reverse(
 
     A program a block of V, head and document. AHEAD: as in `forward`.
     """
+    FINE: tl.constexpr = k.dtype.element_ty.primitive_bitwidth >= 32
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     column = tl.program_id(0) % BLOCKS * BV
     nh = tl.program_id(0) // BLOCKS
@@ -380,7 +417,7 @@ def reverse(
             None, beta, None, sums, factors, (start + (count - 1) * BT) * H + h, (chunk + count - 1) * H + h, rows, 0,
             H, K, V, BT, BK, BV, DECAY, ACC,
         )  # fmt: skip
-    for left in range(count):
+    for left in tl.range(count, disable_licm=is_wide(k, BK)):
         c = count - 1 - left
         rows = length - c * BT
         at = (start + c * BT) * H + h
@@ -405,11 +442,12 @@ def reverse(
             written = tl.dot(tl.trans(b_pairs), b_out, written, input_precision=PRECISION)
             d_state *= tl.math.exp2(total)[:, None]
         else:
-            p = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # its row j holds what reads token j
+            # Its row j holds what reads token j.
+            p = pair_products(b_k, b_q, k + at * K, q + at * K, rows, H, K, BT, BK, ACC, PRECISION)
             if DECAY == 1:
                 from_start, to_end, factor, high, low = scalar_decays(g, total, ACC)
                 written *= to_end[:, None]
-                p *= between(high, low, BT, True, k.dtype.element_ty.primitive_bitwidth >= 32)
+                p *= between(high, low, BT, True, FINE)
                 d_state *= factor
             else:
                 p = tl.where(i[:, None] <= i[None, :], p, 0.0)
@@ -465,6 +503,7 @@ def gradients(
 
     A program a chunk and head; it goes over blocks of K, and for each over blocks of V.
     """
+    FINE: tl.constexpr = k.dtype.element_ty.primitive_bitwidth >= 32
     n = tl.program_id(0) // H
     h = tl.program_id(0) % H
     token = tl.load(chunks + 5 * n + 1)
@@ -487,7 +526,7 @@ def gradients(
     if DECAY == 1:
         g, total = load_sums(sums + at, rows, H, BT)
         from_start, to_end, factor, high, low = scalar_decays(g, total, ACC)
-        weights = between(high, low, BT, False, k.dtype.element_ty.primitive_bitwidth >= 32)
+        weights = between(high, low, BT, False, FINE)
         p *= weights
         x *= weights
     b_p = tl.where(below, p * scale, 0.0).to(dtype)
@@ -497,7 +536,8 @@ def gradients(
     read = tl.zeros([BT], ACC)
     wrote = tl.zeros([BT], ACC)
     carried = tl.zeros([BK], ACC)
-    for c in range(0, K, BK):
+    # Found before the loop, operands made of p and x would lie in registers all along and spill.
+    for c in tl.range(0, K, BK, disable_licm=True):
         if DECAY == 2:
             s_q, s_k, s_y, b_log, before, after = channel_pairs(
                 q + at * K, k + at * K, log_decay + at * K, b_p, b_x, strength, rows, c,

@@ -1,7 +1,8 @@
 """Pinned configurations of the kernels of `matrix`, by GPU, chosen by what they compile to: no spills, then tiles.
 
 Those of sm_90's `prepare`, `forward` and `reverse` are the fastest of some sixty timed on an H100 (bfloat16, K=V=128,
-16 heads of 32,768 tokens, Triton 3.6): its narrow blocks of V make twice the programs, of which there are few.
+16 heads of 32,768 tokens, Triton 3.6): its narrow blocks of V make twice the programs, of which there are few. What
+holds for float32, for K beyond 128 and for `gradients` was compiled by Triton 3.9, and timed nowhere.
 """
 
 from dataclasses import replace
@@ -53,11 +54,22 @@ _PINNED = {
     },
 }
 
+# Of float32, for all targets: its products take about three times the registers of 16 bits.
+_FLOAT32 = {
+    "prepare": Launch(warps=4, stages=1, sizes={"BK": 32}),
+    "forward": Launch(warps=8, stages=2, sizes={"BV": 32, "AHEAD": 0}),
+    "reverse": Launch(warps=8, stages=2, sizes={"BV": 32, "AHEAD": 0}),
+    "gradients": Launch(warps=8, stages=1, sizes={"BK": 32, "BV": 16}),
+    "step": Launch(warps=4, stages=1, sizes={"BV": 16}),
+}
+
 
 def chunk_length(target: str, dtype: torch.dtype) -> int:
     """Tokens a chunk (BT of the kernels) on `target`, for q and k of this dtype: at most LONGEST."""
-    # Where operands of products lie in registers, and where they are twice as wide, 64 rows of them spill.
-    return 32 if target == "sm_80" or dtype == torch.float32 else LONGEST
+    # Operands that lie in registers spill if they are longer: all of sm_80, and on every target those of float32.
+    if dtype == torch.float32:
+        return 16
+    return 32 if target == "sm_80" else LONGEST
 
 
 def pinned(target: str, kernel: str, key_width: int, dtype: torch.dtype, decay: int) -> Launch:
@@ -65,17 +77,25 @@ def pinned(target: str, kernel: str, key_width: int, dtype: torch.dtype, decay: 
 
     key_width: K, rounded up to a power of two of at least 16; dtype: of q and k; decay: DECAY.
     """
-    by_channel = decay == 2 and kernel in ("prepare", "gradients")
-    launch = _PINNED[target][f"{kernel} channel" if by_channel else kernel]
+    rows = _FLOAT32 if dtype == torch.float32 else _PINNED[target]
+    launch = rows.get(f"{kernel} channel", rows[kernel]) if decay == 2 else rows[kernel]
     sizes = dict(launch.sizes)
     if kernel in ("forward", "reverse", "step"):
         # All of K is in one program.
-        sizes |= {"BK": key_width, "BV": sizes["BV"] if key_width <= 128 else 16}
+        sizes["BK"] = key_width
         if key_width > 128:
-            # Operands of more chunks in flight are more than shared memory holds.
-            launch = replace(launch, warps=8, stages=1) if decay == 2 else replace(launch, stages=min(2, launch.stages))
+            # Operands of more chunks in flight are more than shared memory holds, and more than four warps' registers.
+            launch = replace(launch, warps=8, stages=1)
+        if key_width > 128 or target == "sm_80":
+            sizes["BV"] = 16
     else:
         sizes["BK"] = min(sizes["BK"], key_width)
+    if kernel == "gradients":
+        # V is taken to be as wide. A loop of one turn dissolves in the one around it, which then spills.
+        sizes["BV"] = min(sizes["BV"], max(16, key_width // 2))
+    if target == "gfx942":
+        # A thread has 512 registers there, but 256 where there are eight warps.
+        launch = replace(launch, warps=4)
     if kernel != "step":
         sizes["BT"] = chunk_length(target, dtype)
     return replace(launch, sizes=sizes)
