@@ -36,9 +36,8 @@ TOKENS, WIDTH, HEADS = 2048, 192, 4
 CUT_TOKENS = 8192
 REPEATS = 5
 # With layers kept and computed again it tells the allocator's holes of both kinds.
-SMALL_LAYERS = ("gla", "gated_delta_net")
 SMALL_LAYOUT = (
-    "model=hybrid_tiny", f"model.layers=[{','.join(SMALL_LAYERS)}]", "model.depth=4", "model.width=192", "data=stdlib",
+    "model=hybrid_tiny", "model.layers=[gla,gated_delta_net]", "model.depth=4", "model.width=192", "data=stdlib",
     "train.sequence_length=12288", "train.batch_size=1", "train.micro_batch_size=1", "parallel.data=1",
 )  # fmt: skip
 CUT = ("parallel.sequence=2", "train.sequence_length=24576", "model.layers=[gla]")
@@ -58,13 +57,11 @@ def calibrate(mixers: Sequence[str], *, tell: Callable[[str], None]) -> tuple[Ma
     tell("memory of a small layout")
     found = _with_memory(found)
     efficiency = {}
-    for name in dict.fromkeys([*mixers, *SMALL_LAYERS]):
+    for name in mixers:
         tell(f"layer {name}")
         efficiency |= _efficiency(name, found)
     tell("layers on a sequence cut over two ranks")
-    found = replace(found, efficiency=efficiency, cut=on_ranks(2, _cut, tuple(mixers)))
-    tell("steps of a small layout")
-    return replace(found, together=_together(found)), costs
+    return replace(found, efficiency=efficiency, cut=on_ranks(2, _cut, tuple(mixers))), costs
 
 
 def layout_of(config: PretrainConfig) -> Layout:
@@ -169,17 +166,6 @@ def _efficiency(name: str, found: Machine) -> dict[str, float]:
     )
     mixing = own / sum(compute_seconds(one, found, again=False).values())
     return {name: mixing, "mlp": others, "loss": others}
-
-
-def _together(found: Machine) -> float:
-    """Measured over expected seconds of the small layout's step, layers kept and computed again."""
-    ratios = []
-    for again in (False, True):
-        chosen = last_of_each(*SMALL_LAYOUT, "parallel.zero_stage=0", f"{AGAIN}={str(again).lower()}")
-        counts = count_run(read_run(["experiment=quickstart", *chosen]))
-        expected = sum(compute_seconds(counts, found, again=again).values())
-        ratios.append(measure_layout(chosen, steps=4).seconds / expected)
-    return statistics.fmean(ratios)
 
 
 def _with_memory(found: Machine) -> Machine:

@@ -117,11 +117,6 @@ def test_layers_of_a_cut_sequence_take_as_much_longer_as_was_measured(counts):
     assert cut - whole == pytest.approx(2 * sum(compute_seconds(mixer, MACHINE, again=False).values()))
 
 
-def test_steps_take_as_much_longer_than_their_parts_as_was_measured(counts):
-    alone, together = (predict(counts, ONE, dataclasses.replace(MACHINE, together=x), CLUSTER) for x in (1.0, 1.25))
-    assert together.step_seconds == pytest.approx(1.25 * alone.step_seconds)
-
-
 def test_ranks_of_one_computer_share_its_memory(counts):
     shared = dataclasses.replace(MACHINE, shared=True)
     pair = predict(counts, changed(data=2, batch=2), shared, CLUSTER)
