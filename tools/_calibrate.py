@@ -61,7 +61,10 @@ def calibrate(mixers: Sequence[str], *, tell: Callable[[str], None]) -> tuple[Ma
         tell(f"layer {name}")
         efficiency |= _efficiency(name, found)
     tell("layers on a sequence cut over two ranks")
-    return replace(found, efficiency=efficiency, cut=on_ranks(2, _cut, tuple(mixers))), costs
+    cut = on_ranks(2, _cut, tuple(mixers))
+    tell("two ranks side by side")
+    beside = on_ranks(2, _beside) if cores > 1 else 1.0
+    return replace(found, efficiency=efficiency, cut=cut, beside=beside), costs
 
 
 def layout_of(config: PretrainConfig) -> Layout:
@@ -136,6 +139,25 @@ def _cut(group: dist.ProcessGroup, mixers: Sequence[str]) -> dict[str, float]:
             dist.all_reduce(ratio, op=dist.ReduceOp.MAX, group=group)
             found[name] = max(1.0, ratio.item())
     return found
+
+
+def _beside(group: dist.ProcessGroup) -> float:
+    """Seconds of a model's pass while the other rank makes one, too, over those while it waits."""
+    config, settings = _layers("gated_delta_net")
+    model = LanguageModel(config, settings, BYTES_VOCAB)
+    tokens = torch.randint(BYTES_VOCAB, (1, CUT_TOKENS))
+
+    def run() -> None:
+        model(tokens, tokens).backward()
+
+    alone = torch.zeros(1)
+    for turn in range(2):
+        if group.rank() == turn:
+            alone += _seconds(run)
+        dist.barrier(group=group)
+    ratio = _seconds(run) / alone
+    dist.all_reduce(ratio, op=dist.ReduceOp.MAX, group=group)
+    return max(1.0, ratio.item())
 
 
 def _layers(name: str) -> tuple[ModelConfig, dict[str, Any]]:

@@ -62,6 +62,8 @@ class Machine:
     cut_passing: Scale = 0.0
     # Measured seconds over those computed from the rates above, by mixer; "mlp" and "loss" too.
     efficiency: dict[str, Rate] = field(default_factory=dict)
+    # Seconds of a rank's work while others work on its node, over those alone: caches and memory are shared.
+    beside: Rate = 1.0
     # Seconds of a layer on its part of a cut sequence, over those on as many tokens of its own, by mixer.
     cut: dict[str, Rate] = field(default_factory=dict)
     # Relative error of predictions, times and memory: half the width of the ranges.
@@ -141,7 +143,7 @@ def predict(
     """
     # Ranks of a node beyond its processors wait for each other.
     here = min(layout.ranks, cluster.node or layout.ranks)
-    crowd = max(1.0, here / machine.processors)
+    crowd = max(1.0, here / machine.processors) * (machine.beside if here > 1 else 1.0)
     compute = compute_seconds(counts, machine, again=layout.checkpointing, pieces=layout.sequence)
     compute = {name: crowd * layout.rounds * seconds for name, seconds in compute.items()}
     own = layout.ranks if layout.stage else 1

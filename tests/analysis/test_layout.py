@@ -117,6 +117,15 @@ def test_layers_of_a_cut_sequence_take_as_much_longer_as_was_measured(counts):
     assert cut - whole == pytest.approx(2 * sum(compute_seconds(mixer, MACHINE, again=False).values()))
 
 
+def test_ranks_of_a_node_slow_each_other_as_was_measured(counts):
+    slower = dataclasses.replace(MACHINE, beside=1.25, processors=2)
+    even = dataclasses.replace(slower, beside=1.0)
+    alone = [predict(counts, ONE, machine, CLUSTER).step_seconds for machine in (slower, even)]
+    assert alone[0] == alone[1]
+    pair = [predict(counts, changed(data=2, batch=2), machine, CLUSTER).seconds for machine in (slower, even)]
+    assert pair[0]["products"] == pytest.approx(1.25 * pair[1]["products"])
+
+
 def test_ranks_of_one_computer_share_its_memory(counts):
     shared = dataclasses.replace(MACHINE, shared=True)
     pair = predict(counts, changed(data=2, batch=2), shared, CLUSTER)

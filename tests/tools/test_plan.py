@@ -94,15 +94,17 @@ def test_mistakes_are_one_line(arguments, message):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_cut_layer_is_timed_beside_a_whole_one():
+def test_a_cut_layer_is_timed_beside_a_whole_one_and_two_ranks_beside_one():
     # In a process of its own, as the tool is: its ranks are forked.
     code = (
         "import json, _calibrate\n"
         "_calibrate.CUT_TOKENS = 64\n"
-        "print(json.dumps(_calibrate.on_ranks(2, _calibrate._cut, ('gla', 'attention'))))"
+        "print(json.dumps(_calibrate.on_ranks(2, _calibrate._cut, ('gla', 'attention'))))\n"
+        "print(json.dumps(_calibrate.on_ranks(2, _calibrate._beside)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=TOOLS, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found, beside = map(json.loads, done.stdout.splitlines()[-2:])
+    assert 1 <= beside < 100
     assert found.keys() == {"gla", "attention"}
     assert all(1 <= factor < 100 for factor in found.values())
