@@ -20,9 +20,9 @@ PREFERENCE = {"cuda": ("flash", "triton", "chunked"), "cpu": ("native", "chunked
 # Device types Triton kernels run on; `seqtrain.analysis` adds the CPU where it interprets or compiles them.
 TRITON_DEVICES = {"cuda"}
 
-# Functions that a backend may have, each with the backend whose own is taken, or else whose `run`, where it has none.
-# One turn of the definition's loop is cheapest for a token a row.
-FUNCTIONS = {"step": "reference", "find_map": "chunked", "read": "chunked"}
+# Functions that a backend may have, each with the backend and function taken where it has none. One turn of the
+# definition's loop is cheapest for a token a row.
+FUNCTIONS = {"step": ("reference", "run"), "find_map": ("chunked", "find_map"), "read": ("chunked", "read")}
 
 # What was chosen, by "operator.backend.function": torch.compile takes a name for a constant, but not a function.
 _functions: dict[str, Callable] = {}
@@ -40,9 +40,8 @@ def choose(
     name = _choose(operator, requested, device.type)
     function = "step" if single_token else function
     if f"{operator}.{name}.{function}" not in _functions:
-        name = _choose(operator, FUNCTIONS[function], device.type)
-    if f"{operator}.{name}.{function}" not in _functions:
-        function = "run"
+        other, function = FUNCTIONS[function]
+        name = _choose(operator, other, device.type)
     return _functions[f"{operator}.{name}.{function}"]
 
 
