@@ -55,7 +55,8 @@ def _loss_and_gradients(
     for start in range(0, hidden.shape[0], chunk):
         rows = hidden[start : start + chunk].to(product)
         of_chunk, d_logits = softmax(rows @ matrix.T, labels[start : start + chunk], need_hidden or need_weight)
-        loss += of_chunk
+        # Not in place: compiled by PyTorch 2.11, a result born without a gradient would have none.
+        loss = loss + of_chunk
         if d_logits is None:
             continue
         if d_hidden is not None:

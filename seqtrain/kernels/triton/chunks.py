@@ -95,6 +95,42 @@ def is_pair(size, BT: tl.constexpr):
 
 
 @triton.jit
+def is_mild(decays, operand, BT: tl.constexpr):
+    """Whether the log2 decays `[BT,BW]` of each half of a chunk sum to so little that its middle may stand for borders.
+
+    Operands, of the dtype that the pointer `operand` has, then grow by that much at most.
+    """
+    # What bfloat16 holds without overflow. float16 holds little; of float32 sums must be exact to 1e-6, too.
+    most = 100.0
+    if operand.dtype.element_ty == tl.float16:
+        most = 4.0
+    if operand.dtype.element_ty == tl.float32:
+        most = 8.0
+    size = tl.abs(decays)
+    first = tl.sum(tl.where(tl.arange(0, BT)[:, None] < BT // 2, size, 0.0), 0)
+    return tl.max(tl.maximum(first, tl.sum(size, 0) - first), 0) <= most
+
+
+@triton.jit
+def centred_decays(decays, BT: tl.constexpr):
+    """Of log2 decays `[BT,BW]`, m the token in the middle: `2^(G - G_m)`, `2^(G_m - G)`, `2^(G_m)`, `2^(G_C - G_m)`."""
+    middle = tl.sum(tl.where(tl.arange(0, BT)[:, None] < BT // 2, decays, 0.0), 0)[None, :]
+    away = tl.cumsum(decays, 0) - middle
+    rest = tl.sum(decays, 0)[None, :] - middle
+    return tl.math.exp2(away), tl.math.exp2(-away), tl.math.exp2(middle), tl.math.exp2(rest)
+
+
+@triton.jit
+def border_decays(from_start, to_end, size, BT: tl.constexpr):
+    """For pairs of blocks of `size` rows: what right rows decayed by since their pair's border, and left ones will up
+    to it; 0 where a row is no such one. `from_start`, `to_end`: as `merge_blocks` has them.
+    """
+    later = is_later(size, BT)[:, None]
+    decay = tl.math.exp2(tl.where(later, from_start, to_end))
+    return tl.where(later, decay, 0.0), tl.where(later, 0.0, decay)
+
+
+@triton.jit
 def merge_blocks(from_start, to_end, size, BT: tl.constexpr, BW: tl.constexpr):
     """Sums of log2 decays from the start of a row's block on, and after it to the block's end: of blocks twice `size`.
 

@@ -34,7 +34,7 @@ makes a kernel the delta rule's.
 With a decay a token, `sums` `[tokens, H]`, float64, is G of each: the first kernel finds it, the others read it.
 
 With a decay per channel, `prepare` writes the operands that others multiply with, already decayed: `q` is then scale
-2^G q, `k` is 2^(G_C - G) k, `asked` is 2^G k, `pairs` is P, and `factors` `[chunks, H, K]` is G_C.
+2^G q, `k` is 2^(G_C - G) k, `asked` is 2^G k, `pairs` is P, and `factors` `[chunks, H, K]` is 2^(G_C).
 """
 
 import triton
@@ -43,9 +43,11 @@ import triton.language as tl
 from seqtrain.kernels.triton.chunks import (
     LOG2_E,
     between,
+    border_decays,
+    centred_decays,
     in_parts,
     invert,
-    is_later,
+    is_mild,
     is_pair,
     load_numbers,
     load_rows,
@@ -94,39 +96,53 @@ def prepare(
     rows = tl.load(chunks + 5 * n + 2) - token
     at = token.to(tl.int64) * H + h
     i = tl.arange(0, BT)
+    state_at = n.to(tl.int64) * H + h
+    LEVELS: tl.constexpr = BT.bit_length() - 1
+    FEW: tl.constexpr = BK if FINE else 16
     p = tl.zeros([BT, BT], ACC)  # without scale
     below = tl.zeros([BT, BT], ACC)  # N
-    LEVELS: tl.constexpr = BT.bit_length() - 1
     for c in range(0, K, BK):
         b_k = load_rows(k + at * K, rows, c, H * K, K, BT, BK)
         if DECAY < 2:
             below = tl.dot(b_k, tl.trans(b_k), below, input_precision=PRECISION)
         else:
-            b_q = load_rows(q + at * K, rows, c, H * K, K, BT, BK).to(ACC)
-            w_k = b_k.to(ACC)
-            from_start = load_rows(log_decay + at * K, rows, c, H * K, K, BT, BK).to(ACC) * LOG2_E
-            to_end = tl.zeros([BT, BK], ACC)
-            p += tl.where(i[:, None] == i[None, :], tl.sum(b_q * w_k, 1)[:, None], 0.0)
-            for level in range(LEVELS):
-                size = 1 << level
-                later = is_later(size, BT)[:, None]
-                decay = tl.math.exp2(tl.where(later, from_start, to_end))
-                left = tl.trans(tl.where(later, 0.0, w_k * decay).to(b_k.dtype))
-                right = tl.where(later, b_q * decay, 0.0).to(b_k.dtype)
-                p += tl.where(is_pair(size, BT), tl.dot(right, left, input_precision=PRECISION), 0.0)
+            decays = load_rows(log_decay + at * K, rows, c, H * K, K, BT, BK).to(ACC) * LOG2_E
+            if is_mild(decays, k, BT):
+                b_q = load_rows(q + at * K, rows, c, H * K, K, BT, BK)
+                grown, shrunk, first, second = centred_decays(decays, BT)
+                right = tl.trans((b_k * shrunk).to(b_k.dtype))
+                p = tl.dot((b_q * grown).to(b_k.dtype), right, p, input_precision=PRECISION)
                 if inverse is not None:
-                    right = tl.where(later, w_k * decay, 0.0).to(b_k.dtype)
-                    below += tl.where(is_pair(size, BT), tl.dot(right, left, input_precision=PRECISION), 0.0)
-                from_start, to_end = merge_blocks(from_start, to_end, size, BT, BK)
-            decay = tl.math.exp2(from_start)
-            store_rows(decayed_q + at * K, b_q * decay * scale, rows, c, H * K, K, BT, BK)
-            store_rows(decayed_k + at * K, w_k * tl.math.exp2(to_end), rows, c, H * K, K, BT, BK)
-            if asked is not None:
-                store_rows(asked + at * K, w_k * decay, rows, c, H * K, K, BT, BK)
-            d = c + tl.arange(0, BK)
-            total = tl.sum(tl.where(i[:, None] == BT - 1, from_start, 0.0), 0)
-            tl.store(factors + (n.to(tl.int64) * H + h) * K + d, total, mask=d < K)
+                    below = tl.dot((b_k * grown).to(b_k.dtype), right, below, input_precision=PRECISION)
+                store_decayed(
+                    b_q, b_k, grown * first, shrunk * second, decayed_q, decayed_k, asked, factors, at, state_at, rows,
+                    c, scale, H, K, BT, BK,
+                )  # fmt: skip
+            else:
+                for few in tl.range(c, min(c + BK, K), FEW, disable_licm=True):
+                    b_q = load_rows(q + at * K, rows, few, H * K, K, BT, FEW).to(ACC)
+                    w_k = load_rows(k + at * K, rows, few, H * K, K, BT, FEW).to(ACC)
+                    from_start = load_rows(log_decay + at * K, rows, few, H * K, K, BT, FEW).to(ACC) * LOG2_E
+                    to_end = tl.zeros([BT, FEW], ACC)
+                    p += tl.where(i[:, None] == i[None, :], tl.sum(b_q * w_k, 1)[:, None], 0.0)
+                    for level in tl.range(LEVELS, disable_licm=True):
+                        size = 1 << level
+                        pair = is_pair(size, BT)
+                        grown, shrunk = border_decays(from_start, to_end, size, BT)
+                        right = tl.trans((w_k * shrunk).to(b_k.dtype))
+                        left = (b_q * grown).to(b_k.dtype)
+                        p += tl.where(pair, tl.dot(left, right, input_precision=PRECISION), 0.0)
+                        if inverse is not None:
+                            left = (w_k * grown).to(b_k.dtype)
+                            below += tl.where(pair, tl.dot(left, right, input_precision=PRECISION), 0.0)
+                        from_start, to_end = merge_blocks(from_start, to_end, size, BT, FEW)
+                    store_decayed(
+                        b_q, w_k, tl.math.exp2(from_start), tl.math.exp2(to_end), decayed_q, decayed_k, asked, factors,
+                        at, state_at, rows, few, scale, H, K, BT, FEW,
+                    )  # fmt: skip
     if DECAY == 2:
+        # What stands above the diagonal may be infinite.
+        p = tl.where(i[:, None] >= i[None, :], p, 0.0)
         store_rows(pairs + at * BT, p * scale, rows, 0, H * BT, BT, BT, BT)
     if inverse is not None:
         if DECAY == 1:
@@ -137,6 +153,37 @@ def prepare(
         below *= load_numbers(beta + at, rows, H, BT, ACC)[None, :]
         below = tl.where(i[:, None] > i[None, :], below, 0.0)
         store_rows(inverse + at * BT, invert(below, BT, PRECISION), rows, 0, H * BT, BT, BT, BT)
+
+
+@triton.jit
+def store_decayed(
+    b_q,
+    b_k,
+    before,
+    after,
+    decayed_q,
+    decayed_k,
+    asked,
+    factors,
+    at,
+    state_at,
+    rows,
+    column,
+    scale,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Writes a block of K of what `prepare` decays, by 2^G (`before`) and 2^(G_C - G) (`after`), and 2^(G_C)."""
+    i = tl.arange(0, BT)
+    d = column + tl.arange(0, BK)
+    store_rows(decayed_q + at * K, b_q * before * scale, rows, column, H * K, K, BT, BK)
+    store_rows(decayed_k + at * K, b_k * after, rows, column, H * K, K, BT, BK)
+    if asked is not None:
+        store_rows(asked + at * K, b_k * before, rows, column, H * K, K, BT, BK)
+    total = tl.sum(tl.where(i[:, None] == BT - 1, before, 0.0), 0)
+    tl.store(factors + state_at * K + d, total, mask=d < K)
 
 
 @triton.jit
@@ -172,7 +219,7 @@ def load_apart(
             g = load_numbers(log_decay + at, rows, H, BT, tl.float64)
     if DECAY == 2:
         d = tl.arange(0, BK)
-        total = tl.load(factors + state_at * K + d, mask=(d < K) & (rows > 0), other=0.0)
+        total = tl.load(factors + state_at * K + d, mask=(d < K) & (rows > 0), other=1.0)
     return b_v, strength, g, total
 
 
@@ -283,7 +330,7 @@ def forward(
                 tl.store(sums + at + i * H, g, mask=(i < rows) & (column == 0))
             from_start, to_end, factor, high, low = scalar_decays(g, total, ACC)
         if DECAY == 2:
-            factor = tl.math.exp2(total)[:, None]
+            factor = total[:, None]
         if beta is not None:
             if DECAY == 2:
                 b_asked = load_rows(asked + at * K, rows, 0, H * K, K, BT, BK)
@@ -440,7 +487,7 @@ def reverse(
         if DECAY == 2:
             b_pairs = load_rows(pairs + at * BT, rows, 0, H * BT, BT, BT, BT)
             written = tl.dot(tl.trans(b_pairs), b_out, written, input_precision=PRECISION)
-            d_state *= tl.math.exp2(total)[:, None]
+            d_state *= total[:, None]
         else:
             # Its row j holds what reads token j.
             p = pair_products(b_k, b_q, k + at * K, q + at * K, rows, H, K, BT, BK, ACC, PRECISION)
@@ -533,64 +580,61 @@ def gradients(
     b_x = tl.where(below, -x, 0.0).to(dtype)
     strength = 1.0 + tl.zeros([BT], ACC) if beta is None else load_numbers(beta + at, rows, H, BT, ACC)
     sum_beta = tl.zeros([BT], ACC)
+    FEW: tl.constexpr = BK if FINE else 16
     read = tl.zeros([BT], ACC)
     wrote = tl.zeros([BT], ACC)
     carried = tl.zeros([BK], ACC)
-    # Found before the loop, operands made of p and x would lie in registers all along and spill.
-    for c in tl.range(0, K, BK, disable_licm=True):
-        if DECAY == 2:
-            s_q, s_k, s_y, b_log, before, after = channel_pairs(
-                q + at * K, k + at * K, log_decay + at * K, b_p, b_x, strength, rows, c,
-                beta is not None, H, K, BT, BK, ACC, PRECISION,
-            )  # fmt: skip
-        g_q, y, g_k, through = state_products(
-            d_out + at * V, values + at * V, d_v + at * V, states + state_at + c * V, d_states + state_at + c * V,
-            rows, K - c, dtype, beta is not None, DECAY > 0, H, V, BT, BK, BV, ACC, PRECISION,
-        )  # fmt: skip
-        b_q = load_rows(q + at * K, rows, c, H * K, K, BT, BK)
-        b_k = load_rows(k + at * K, rows, c, H * K, K, BT, BK)
-        w_q = b_q.to(ACC)
-        w_k = b_k.to(ACC)
-        if DECAY == 1:
-            g_q *= from_start[:, None]
-            y *= to_end[:, None]
-            g_k *= from_start[:, None]
-        if DECAY == 2:
-            g_q *= before
-            y *= after
-            g_k *= before
-        g_q *= scale
-        if DECAY == 1:
-            read += tl.sum(g_q * w_q - g_k * w_k, 1)
-            wrote += tl.sum(y * w_k, 1) * strength
-            carried += through
-        if DECAY == 2:
-            through *= tl.sum(tl.where(i[:, None] == BT - 1, before, 0.0), 0)
-            b_log += tl.cumsum(g_q * w_q - g_k * w_k, 0, reverse=True) + through[None, :]
-            b_log += sum_rows_before(y * w_k * strength[:, None], BT, BK)
-            store_rows(d_log + at * K, b_log, rows, c, H * K, K, BT, BK)
+    # In loops, operands made of p and x before them would lie in registers all along and spill.
+    if DECAY == 2:
+        mild = True
+        for c in range(0, K, BK):
+            decays = load_rows(log_decay + at * K, rows, c, H * K, K, BT, BK).to(ACC) * LOG2_E
+            mild = mild & is_mild(decays, k, BT)
+        if mild:
+            for c in tl.range(0, K, BK, disable_licm=True):
+                sum_beta += mild_gradients(
+                    q, k, log_decay, values, d_out, d_v, states, d_states, d_q, d_k, d_log, b_p, b_x, own, strength,
+                    at, state_at, rows, c, scale, beta is not None, H, K, V, BT, BK, BV, ACC, PRECISION,
+                )  # fmt: skip
         else:
+            for c in tl.range(0, K, FEW, disable_licm=True):
+                sum_beta += exact_gradients(
+                    q, k, log_decay, values, d_out, d_v, states, d_states, d_q, d_k, d_log, b_p, b_x, own, strength,
+                    at, state_at, rows, c, scale, beta is not None, H, K, V, BT, FEW, BV, ACC, PRECISION,
+                )  # fmt: skip
+    else:
+        for c in tl.range(0, K, BK, disable_licm=True):
+            g_q, y, g_k, through = state_products(
+                d_out + at * V, values + at * V, d_v + at * V, states + state_at + c * V, d_states + state_at + c * V,
+                rows, K - c, dtype, beta is not None, DECAY > 0, H, V, BT, BK, BV, ACC, PRECISION,
+            )  # fmt: skip
+            b_q = load_rows(q + at * K, rows, c, H * K, K, BT, BK)
+            b_k = load_rows(k + at * K, rows, c, H * K, K, BT, BK)
+            w_q = b_q.to(ACC)
+            w_k = b_k.to(ACC)
+            g_q *= scale
+            if DECAY == 1:
+                g_q *= from_start[:, None]
+                y *= to_end[:, None]
+                g_k *= from_start[:, None]
+                read += tl.sum(g_q * w_q - g_k * w_k, 1)
+                wrote += tl.sum(y * w_k, 1) * strength
+                carried += through
             strong_k = (w_k * strength[:, None]).to(dtype)
             s_q = tl.dot(b_p, strong_k, input_precision=PRECISION)
             s_y = tl.dot(tl.trans(b_p), b_q, input_precision=PRECISION)
             if beta is not None:
                 s_y = tl.dot(tl.trans(b_x), b_k, s_y, input_precision=PRECISION)
                 s_k = tl.dot(b_x, strong_k, input_precision=PRECISION)
+                g_k = s_k - g_k
                 if DECAY == 1:
                     read += tl.sum(s_k * w_k, 1)
             if DECAY == 1:
                 # Of the rounded keys, so that rows and columns are sums of the same numbers.
                 read += tl.sum(s_q * w_q - s_y * strong_k.to(ACC), 1)
-        g_q += s_q
-        y += s_y
-        g_k = -g_k
-        if beta is not None:
-            g_k += s_k
-        g_q += own[:, None] * strength[:, None] * w_k
-        y += own[:, None] * w_q
-        store_rows(d_q + at * K, g_q, rows, c, H * K, K, BT, BK)
-        store_rows(d_k + at * K, g_k + y * strength[:, None], rows, c, H * K, K, BT, BK)
-        sum_beta += tl.sum(y * w_k, 1)
+            sum_beta += store_gradients(
+                d_q + at * K, d_k + at * K, g_q + s_q, g_k, y + s_y, w_q, w_k, own, strength, rows, c, H, K, BT, BK
+            )
     if beta is not None:
         tl.store(d_beta + at + i * H, sum_beta.to(d_beta.dtype.element_ty), mask=i < rows)
     if DECAY == 1:
@@ -639,58 +683,168 @@ def state_products(
 
 
 @triton.jit
-def channel_pairs(
+def mild_gradients(
     q,
     k,
     log_decay,
+    values,
+    d_out,
+    d_v,
+    states,
+    d_states,
+    d_q,
+    d_k,
+    d_log,
     b_p,
     b_x,
+    own,
     strength,
+    at,
+    state_at,
     rows,
     column,
+    scale,
     DELTA: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
+    V: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
+    BV: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What pairs of a chunk's tokens give a block of K of `gradients`, with a decay per channel, `[BT,BK]` each.
+    """A block of K of `gradients` with a decay per channel where `is_mild`; returns its part of dbeta."""
+    g_q, y, g_k, through = state_products(
+        d_out + at * V, values + at * V, d_v + at * V, states + state_at + column * V, d_states + state_at + column * V,
+        rows, K - column, b_p.dtype, DELTA, True, H, V, BT, BK, BV, ACC, PRECISION,
+    )  # fmt: skip
+    w_q = load_rows(q + at * K, rows, column, H * K, K, BT, BK).to(ACC)
+    w_k = load_rows(k + at * K, rows, column, H * K, K, BT, BK).to(ACC)
+    decays = load_rows(log_decay + at * K, rows, column, H * K, K, BT, BK).to(ACC) * LOG2_E
+    grown, shrunk, first, second = centred_decays(decays, BT)
+    # Rows and columns are multiplied with the same rounded operands, so that they are sums of the same numbers.
+    left = (w_k * strength[:, None] * shrunk).to(b_p.dtype)
+    right = (w_q * grown).to(b_p.dtype)
+    y *= second
+    b_log = sum_rows_before(y * left, BT, BK) + first * second * through[None, :]
+    g_q = tl.dot(b_p, left, g_q * (first * scale), input_precision=PRECISION)
+    t_y = tl.dot(tl.trans(b_p), right, input_precision=PRECISION)
+    turned = g_q * right
+    if DELTA:
+        right = (w_k * grown).to(b_p.dtype)
+        g_k = tl.dot(b_x, left, -first * g_k, input_precision=PRECISION)
+        t_y = tl.dot(tl.trans(b_x), right, t_y, input_precision=PRECISION)
+        turned += g_k * right
+    b_log += tl.cumsum(turned - t_y * left, 0, reverse=True)
+    store_rows(d_log + at * K, b_log, rows, column, H * K, K, BT, BK)
+    return store_gradients(
+        d_q + at * K, d_k + at * K, grown * g_q, grown * g_k, shrunk * (y + t_y), w_q, w_k, own, strength, rows, column,
+        H, K, BT, BK,
+    )  # fmt: skip
 
-    `(dP beta k, X beta k, dP^T q + X^T k, their part of d_log, 2^G, 2^(G_C - G))`, a token's pair with itself left out.
-    """
+
+@triton.jit
+def exact_gradients(
+    q,
+    k,
+    log_decay,
+    values,
+    d_out,
+    d_v,
+    states,
+    d_states,
+    d_q,
+    d_k,
+    d_log,
+    b_p,
+    b_x,
+    own,
+    strength,
+    at,
+    state_at,
+    rows,
+    column,
+    scale,
+    DELTA: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """As `mild_gradients`, at any decays."""
     LEVELS: tl.constexpr = BT.bit_length() - 1
-    w_q = load_rows(q, rows, column, H * K, K, BT, BK).to(ACC)
-    w_k = load_rows(k, rows, column, H * K, K, BT, BK).to(ACC)
-    from_start = load_rows(log_decay, rows, column, H * K, K, BT, BK).to(ACC) * LOG2_E
+    i = tl.arange(0, BT)
+    w_q = load_rows(q + at * K, rows, column, H * K, K, BT, BK).to(ACC)
+    w_k = load_rows(k + at * K, rows, column, H * K, K, BT, BK).to(ACC)
+    from_start = load_rows(log_decay + at * K, rows, column, H * K, K, BT, BK).to(ACC) * LOG2_E
     to_end = tl.zeros([BT, BK], ACC)
     s_q = tl.zeros([BT, BK], ACC)
     s_k = tl.zeros([BT, BK], ACC)
     s_y = tl.zeros([BT, BK], ACC)
     turned = tl.zeros([BT, BK], ACC)
-    for level in range(LEVELS):
+    for level in tl.range(LEVELS, disable_licm=True):
         size = 1 << level
-        later = is_later(size, BT)[:, None]
         pair = is_pair(size, BT)
-        decay = tl.math.exp2(tl.where(later, from_start, to_end))
-        left = tl.where(later, 0.0, w_k * strength[:, None] * decay).to(b_p.dtype)
-        right = tl.where(later, w_q * decay, 0.0).to(b_p.dtype)
+        grown, shrunk = border_decays(from_start, to_end, size, BT)
+        left = (w_k * strength[:, None] * shrunk).to(b_p.dtype)
+        right = (w_q * grown).to(b_p.dtype)
         part = tl.where(pair, b_p, 0.0)
         t_q = tl.dot(part, left, input_precision=PRECISION)
         t_y = tl.dot(tl.trans(part), right, input_precision=PRECISION)
-        # Of the rounded operands, so that rows and columns are sums of the same numbers.
-        turned += t_q * right.to(ACC)
-        s_q += t_q * decay
+        turned += t_q * right
+        s_q += t_q * grown
         if DELTA:
-            right = tl.where(later, w_k * decay, 0.0).to(b_p.dtype)
+            right = (w_k * grown).to(b_p.dtype)
             part = tl.where(pair, b_x, 0.0)
             t_k = tl.dot(part, left, input_precision=PRECISION)
             t_y = tl.dot(tl.trans(part), right, t_y, input_precision=PRECISION)
-            turned += t_k * right.to(ACC)
-            s_k += t_k * decay
-        turned -= t_y * left.to(ACC)
-        s_y += t_y * decay
+            turned += t_k * right
+            s_k += t_k * grown
+        turned -= t_y * left
+        s_y += t_y * shrunk
         from_start, to_end = merge_blocks(from_start, to_end, size, BT, BK)
-    d_log = tl.cumsum(turned, 0, reverse=True)
-    return s_q, s_k, s_y, d_log, tl.math.exp2(from_start), tl.math.exp2(to_end)
+    g_q, y, g_k, through = state_products(
+        d_out + at * V, values + at * V, d_v + at * V, states + state_at + column * V, d_states + state_at + column * V,
+        rows, K - column, b_p.dtype, DELTA, True, H, V, BT, BK, BV, ACC, PRECISION,
+    )  # fmt: skip
+    before = tl.math.exp2(from_start)
+    g_q *= before * scale
+    y *= tl.math.exp2(to_end)
+    g_k *= before
+    through *= tl.sum(tl.where(i[:, None] == BT - 1, before, 0.0), 0)
+    b_log = tl.cumsum(turned + g_q * w_q - g_k * w_k, 0, reverse=True) + through[None, :]
+    b_log += sum_rows_before(y * w_k * strength[:, None], BT, BK)
+    store_rows(d_log + at * K, b_log, rows, column, H * K, K, BT, BK)
+    return store_gradients(
+        d_q + at * K, d_k + at * K, g_q + s_q, s_k - g_k, y + s_y, w_q, w_k, own, strength, rows, column, H, K, BT, BK
+    )
+
+
+@triton.jit
+def store_gradients(
+    d_q,
+    d_k,
+    g_q,
+    g_k,
+    y,
+    w_q,
+    w_k,
+    own,
+    strength,
+    rows,
+    column,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Writes a block of K of dq and `dk = g_k + beta y`, each token's pair with itself added; returns `<y, k>`."""
+    y += own[:, None] * w_q
+    store_rows(d_q, g_q + (own * strength)[:, None] * w_k, rows, column, H * K, K, BT, BK)
+    store_rows(d_k, g_k + y * strength[:, None], rows, column, H * K, K, BT, BK)
+    return tl.sum(y * w_k, 1)

@@ -1,11 +1,12 @@
 """Pinned configurations of the kernels of `matrix`, by GPU, chosen by what they compile to: no spills, then tiles.
 
-Those of sm_90's `prepare`, `forward` and `reverse` are the fastest of some sixty timed on an H100 (bfloat16, K=V=128,
-16 heads of 32,768 tokens, Triton 3.6): its narrow blocks of V make twice the programs, of which there are few. What
-holds for float32, for K beyond 128 and for `gradients` was compiled by Triton 3.9, and timed nowhere.
+Those of sm_90 are the fastest without spills of some hundred timed on an H100 (bfloat16, K=V=128, 16 heads of 32,768
+tokens, Triton 3.6 and 3.9); narrow blocks of V make more programs, of which `forward` and `reverse` have few. What
+holds for float32, for K beyond 128 and for other GPUs was compiled by Triton 3.9, and timed nowhere.
 """
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -14,7 +15,8 @@ from seqtrain.kernels.gpu import Launch
 # The longest chunk of any GPU and dtype.
 LONGEST = 64
 
-# By target and kernel; those that find pairs of tokens do other work with a decay per channel. BK: the most.
+# By target and kernel; those that find pairs of tokens do other work with a decay per channel, and more of it for the
+# delta rule. BK: the most.
 _PINNED = {
     "sm_80": {
         "prepare": Launch(warps=4, stages=1, sizes={"BK": 32}),
@@ -27,11 +29,13 @@ _PINNED = {
     },
     "sm_90": {
         "prepare": Launch(warps=4, stages=2, sizes={"BK": 64}),
-        "prepare channel": Launch(warps=4, stages=1, sizes={"BK": 16}),
+        "prepare channel": Launch(warps=4, stages=1, sizes={"BK": 64}),
+        "prepare channel delta": Launch(warps=4, stages=1, sizes={"BK": 32}),
         "forward": Launch(warps=4, stages=3, sizes={"BV": 16, "AHEAD": 1}),
         "reverse": Launch(warps=4, stages=3, sizes={"BV": 16, "AHEAD": 1}),
-        "gradients": Launch(warps=8, stages=2, sizes={"BK": 64, "BV": 64}),
-        "gradients channel": Launch(warps=8, stages=1, sizes={"BK": 16, "BV": 64}),
+        "gradients": Launch(warps=4, stages=3, sizes={"BK": 32, "BV": 64}),
+        "gradients channel": Launch(warps=4, stages=1, sizes={"BK": 32, "BV": 64}),
+        "gradients channel delta": Launch(warps=8, stages=1, sizes={"BK": 32, "BV": 64}),
         "step": Launch(warps=4, stages=1, sizes={"BV": 16}),
     },
     "sm_100": {
@@ -72,13 +76,17 @@ def chunk_length(target: str, dtype: torch.dtype) -> int:
     return 32 if target == "sm_80" else LONGEST
 
 
-def pinned(target: str, kernel: str, key_width: int, dtype: torch.dtype, decay: int) -> Launch:
+@cache
+def pinned(target: str, kernel: str, key_width: int, dtype: torch.dtype, decay: int, *, delta: bool) -> Launch:
     """How `kernel` is launched on `target` (one of `gpu.TARGETS`).
 
-    key_width: K, rounded up to a power of two of at least 16; dtype: of q and k; decay: DECAY.
+    key_width: K, rounded up to a power of two of at least 16; dtype: of q and k; decay: DECAY; delta: for delta rules.
     """
     rows = _FLOAT32 if dtype == torch.float32 else _PINNED[target]
-    launch = rows.get(f"{kernel} channel", rows[kernel]) if decay == 2 else rows[kernel]
+    launch = rows[kernel]
+    if decay == 2:
+        launch = rows.get(f"{kernel} channel", launch)
+        launch = rows.get(f"{kernel} channel delta", launch) if delta else launch
     sizes = dict(launch.sizes)
     if kernel in ("forward", "reverse", "step"):
         # All of K is in one program.
@@ -93,6 +101,9 @@ def pinned(target: str, kernel: str, key_width: int, dtype: torch.dtype, decay: 
     if kernel == "gradients":
         # V is taken to be as wide. A loop of one turn dissolves in the one around it, which then spills.
         sizes["BV"] = min(sizes["BV"], max(16, key_width // 2))
+        if key_width > 128 and launch.warps == 4:
+            # Addresses of loads in flight spill.
+            launch = replace(launch, stages=1)
     if target == "gfx942":
         # A thread has 512 registers there, but 256 where there are eight warps.
         launch = replace(launch, warps=4)

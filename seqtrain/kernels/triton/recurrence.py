@@ -237,7 +237,8 @@ class _Call:
 
     def _launch(self, kernel: Any, *tensors: Tensor | None) -> None:
         heads, key, value = self.v.shape[2], self.q.shape[3], self.v.shape[3]
-        launch = pinned(self.target, kernel.__name__, triton.next_power_of_2(max(key, 16)), self.q.dtype, self.decay)
+        width, delta = triton.next_power_of_2(max(key, 16)), self.beta is not None
+        launch = pinned(self.target, kernel.__name__, width, self.q.dtype, self.decay, delta=delta)
         places, blocks = self.state.shape[0], triton.cdiv(value, launch.sizes.get("BV", value))
         if kernel in (matrix.prepare, matrix.gradients):
             places, blocks = self.chunks.shape[0], 1

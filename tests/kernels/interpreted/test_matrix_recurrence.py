@@ -1,5 +1,7 @@
 """The kernels of linear attention and the delta rule against the float64 definition, and what they move."""
 
+import math
+
 import pytest
 import torch
 
@@ -73,11 +75,12 @@ def test_float32(name, decay_shape, decay):
     check(name, tensors, torch.float32, cu_seqlens=cu_seqlens)
 
 
+# Blocks of K that are no whole number of them, but of narrower ones.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("decay_shape", ["none", "BTH", "BTHK"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_16_bits(name, decay_shape, dtype):
-    tensors, cu_seqlens = case(name, key_width=32, value_width=32, decay_shape=decay_shape, decay="wide", beta=1.0)
+    tensors, cu_seqlens = case(name, key_width=80, value_width=40, decay_shape=decay_shape, decay="wide", beta=1.0)
     check(name, tensors, dtype, cu_seqlens=cu_seqlens)
 
 
@@ -90,6 +93,19 @@ def test_constant_beta_and_keys_that_are_alike(beta, decay_shape, dtype, correla
     tensors, cu_seqlens = case("delta_rule", (70,), decay_shape=decay_shape, correlation=correlation)
     tensors["beta"] = torch.full_like(tensors["beta"], beta)
     check("delta_rule", tensors, dtype, cu_seqlens=cu_seqlens)
+
+
+# Log2 decays of a chunk's halves, about where its middle ceases to stand for borders: what grows from there must not
+# overflow, and what does not grow must not be lost.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("halves", [(99, 0), (0, 99), (99, 99), (150, 0), (0, 150), (120, 120)], ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_decays_about_what_the_middle_of_a_chunk_bears(name, halves, dtype):
+    tensors, cu_seqlens = case(name, (128,), key_width=20, decay_shape="BTHK", beta=1.0)
+    sums = torch.tensor(halves, dtype=torch.float64).repeat(2).repeat_interleave(32) * math.log(2) / 32
+    # Half of the channels decay so; the others hardly, so that there is something to see.
+    tensors["log_decay"][..., ::2] = -sums.view(1, 128, 1, 1)
+    check(name, tensors, dtype, cu_seqlens=cu_seqlens)
 
 
 @pytest.mark.parametrize("order", ["reversed", "shuffled"])
