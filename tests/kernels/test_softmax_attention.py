@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from seqtrain.analysis.trace import Tracer
 from seqtrain.kernels import softmax_attention
+from seqtrain.kernels.softmax_attention import chunked
 from seqtrain.testing import TOLERANCES, borders, relative_error
 
 H, G, K, V = 4, 2, 8, 5
@@ -160,3 +162,15 @@ def test_a_past_of_the_wrong_length_is_refused():
     state = {"k": k, "v": v, "length": torch.tensor([4, 5])}
     with pytest.raises(ValueError, match=r"length\] is \(4, 5\), but must be at most the S=4 rows"):
         softmax_attention(q, k, v, initial_state=state)
+
+
+@pytest.mark.parametrize("window", [None, 16], ids=["full", "window"])
+def test_one_document_costs_what_a_row_does(window):
+    def cost(cu_seqlens):
+        tracer = Tracer()
+        q, k, v = (tracer.empty(1, 61, H, K, requires_grad=True) for _ in range(3))
+        with tracer, tracer.record() as work:
+            chunked.run(q, k, v, window, 0.5, None, cu_seqlens)
+        return work
+
+    assert cost(borders([61])) == cost(None)
