@@ -220,7 +220,5 @@ def _beyond(found: Machine, *words: str) -> tuple[float, float, float]:
     chosen = last_of_each(*SMALL_LAYOUT, *words)
     config = read_run(["experiment=quickstart", *chosen])
     counts, measured = count_run(config), measure_layout(chosen, steps=3)
-    again = config.model.activation_checkpointing
-    kept = counts.saved_bytes(checkpointing=again, small=True)
-    passing = counts.peak_bytes(checkpointing=again, small=True) - kept
+    kept, passing = counts.small_bytes(checkpointing=config.model.activation_checkpointing)
     return kept, passing, measured.peak_bytes - sum(memory_bytes(counts, layout_of(config), found).values())

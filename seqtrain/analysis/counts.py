@@ -8,7 +8,7 @@ tensors that hold no numbers. Everything is for `rows` sequences of `tokens` tok
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from seqtrain.analysis.part_trace import SMALL, Batch, Exchange, Traced, trace_l
 from seqtrain.analysis.trace import Work
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.models.block import Block
+
+# Blocks of memory to count: all, the small ones, or these with those on the edge (see `Tracer`).
+Blocks = Literal["all", "small", "edge"]
+_SMALL_AND_EDGE: tuple[Blocks, Blocks] = ("small", "edge")
 
 
 @dataclass(frozen=True)
@@ -88,14 +92,12 @@ class ModelCounts:
         again = [part.executed_forward for part in self.parts if part.layer >= 0] if checkpointing else []
         return sum(part.executed_forward + part.executed_backward for part in self.parts) + sum(again)
 
-    def saved_bytes(self, *, checkpointing: bool, small: bool = False) -> float:
-        """Activations held when the forward pass has ended: all that is kept, or the residual stream of each layer;
-        of small blocks alone, with `small`.
-        """
+    def saved_bytes(self, *, checkpointing: bool, blocks: Blocks = "all") -> float:
+        """Activations held when the forward pass has ended: all that is kept, or the residual stream of each layer."""
         if not checkpointing:
-            return sum(_kept(part.forward, small) for part in self.parts)
-        outside = sum(_kept(part.forward, small) for part in self.parts if part.layer < 0)
-        return outside + self._stream(small) * len(self.layers)
+            return sum(_kept(part.forward, blocks) for part in self.parts)
+        outside = sum(_kept(part.forward, blocks) for part in self.parts if part.layer < 0)
+        return outside + self._stream(blocks) * len(self.layers)
 
     @property
     def layers(self) -> list[list[PartCounts]]:
@@ -103,31 +105,45 @@ class ModelCounts:
         count = 1 + max((part.layer for part in self.parts), default=-1)
         return [[part for part in self.parts if part.layer == layer] for layer in range(count)]
 
-    def peak_bytes(self, *, checkpointing: bool, small: bool = False) -> float:
+    def peak_bytes(self, *, checkpointing: bool, blocks: Blocks = "all") -> float:
         """Most bytes of activations, temporaries and gradients made so far at any moment of a forward and backward
-        pass (without parameters, and without gradients of an earlier pass); of small blocks alone, with `small`.
+        pass (without parameters, and without gradients of an earlier pass).
         """
         held = peak = 0.0
-        stream = self._stream(small)
+        stream = self._stream(blocks)
         for part in self.parts:
-            peak = max(peak, held + _peak(part.forward, small))
+            peak = max(peak, held + _peak(part.forward, blocks))
             inside = checkpointing and part.layer >= 0
-            held += _kept(part.forward, small) if not inside else stream * (part.part == "mlp")
+            held += _kept(part.forward, blocks) if not inside else stream * (part.part == "mlp")
         for group in reversed(self._groups()):
             again, inside = 0.0, checkpointing and group[0].layer >= 0
             for part in group if inside else ():
-                peak = max(peak, held + again + _peak(part.forward, small))
-                again += _kept(part.forward, small)
+                peak = max(peak, held + again + _peak(part.forward, blocks))
+                again += _kept(part.forward, blocks)
             # A part's output goes when its gradient, which is as large, has come.
             held += again - stream * inside
             for part in reversed(group):
-                peak = max(peak, held + _peak(part.backward, small))
-                held += part.gradient_bytes - _kept(part.forward, small)
+                peak = max(peak, held + _peak(part.backward, blocks))
+                held += part.gradient_bytes - _kept(part.forward, blocks)
         return peak
 
-    def _stream(self, small: bool) -> float:
-        """Bytes of one tensor of the residual stream, 0 where that is no small block and those are asked for."""
-        return self.stream_bytes if not small or self.stream_bytes <= SMALL else 0.0
+    def small_bytes(self, *, checkpointing: bool) -> tuple[float, float]:
+        """Bytes in blocks that an allocator keeps: kept from the forward to the backward pass, and passing.
+
+        Blocks on the edge go where smaller ones have left room: as many of them count as there are small ones among
+        both.
+        """
+        kept, edge_kept = (self.saved_bytes(checkpointing=checkpointing, blocks=blocks) for blocks in _SMALL_AND_EDGE)
+        peak, edge_peak = (self.peak_bytes(checkpointing=checkpointing, blocks=blocks) for blocks in _SMALL_AND_EDGE)
+        share = peak / edge_peak if edge_peak else 1.0
+        peak += share * (edge_peak - peak)
+        kept = min(kept + share * (edge_kept - kept), peak)
+        return kept, peak - kept
+
+    def _stream(self, blocks: Blocks) -> float:
+        """Bytes of one tensor of the residual stream, 0 where that is none of these blocks."""
+        counted = blocks == "all" or self.stream_bytes < SMALL or (blocks == "edge" and self.stream_bytes == SMALL)
+        return self.stream_bytes if counted else 0.0
 
     def of_rows(self, rows: int) -> "ModelCounts":
         """The counts of `rows` times as many rows, all work and activations in proportion."""
@@ -145,19 +161,20 @@ def _times(part: PartCounts, rows: int) -> PartCounts:
     forward, backward = part.forward.times(rows), part.backward.times(rows)
     # The gradients of weights are no more for more rows.
     more = (rows - 1) * part.gradient_bytes
-    backward = dataclasses.replace(backward, kept=backward.kept - more, small_kept=backward.small_kept - more)
+    fewer = {name: getattr(backward, name) - more for name in ("kept", "small_kept", "edge_kept")}
+    backward = dataclasses.replace(backward, **fewer)
     return dataclasses.replace(part, **work, forward=forward, backward=backward, exchanges=exchanges)
 
 
 _PROPORTIONAL = ("forward_flops", "backward_flops", "executed_forward", "executed_backward")
 
 
-def _kept(work: Work, small: bool) -> float:
-    return work.small_kept if small else work.kept
+def _kept(work: Work, blocks: Blocks) -> float:
+    return {"all": work.kept, "small": work.small_kept, "edge": work.edge_kept}[blocks]
 
 
-def _peak(work: Work, small: bool) -> float:
-    return work.small_peak if small else work.peak
+def _peak(work: Work, blocks: Blocks) -> float:
+    return {"all": work.peak, "small": work.small_peak, "edge": work.edge_peak}[blocks]
 
 
 def count_model(

@@ -256,10 +256,8 @@ def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[
     """Bytes of one rank at the peak of a step, by kind."""
     again, own = layout.checkpointing, 1 / layout.ranks
     size = 4.0 * counts.parameters
-    whole, small = (counts.peak_bytes(checkpointing=again, small=part) for part in (False, True))
-    kept, small_kept = (counts.saved_bytes(checkpointing=again, small=part) for part in (False, True))
-    small_kept = min(small_kept, small)
-    passing = small - small_kept
+    whole, kept = counts.peak_bytes(checkpointing=again), counts.saved_bytes(checkpointing=again)
+    small_kept, passing = counts.small_bytes(checkpointing=again)
     holes = (machine.kept_factor - 1) * small_kept + (machine.passing_factor - 1) * passing
     maps = machine.cut_kept * small_kept + machine.cut_passing * passing
     bucket = min(size, 4.0 * BUCKET) if layout.ranks > 1 or layout.stage else 0.0

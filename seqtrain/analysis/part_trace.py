@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqtrain.analysis.trace import Calls, Tracer, Work
+from seqtrain.analysis.trace import SIZES, Calls, Tracer, Work
 from seqtrain.kernels.affine import AffineShape
 from seqtrain.kernels.segments import PastInputs, Segment, segment_of
 from seqtrain.mixers import MIXERS
@@ -23,7 +23,7 @@ from seqtrain.parallel.sequence import Sequence as Tokens
 TRACED = (2048, 4096)
 # Tokens on which the chunk form of an operator with a kernel of its own is traced, for its FLOPs.
 CHUNKED = (512, 1024)
-# Largest block that the C library's allocator keeps (glibc's DEFAULT_MMAP_THRESHOLD_MAX); it returns larger ones.
+# Blocks below this size the C library's allocator keeps, larger ones it returns (glibc's DEFAULT_MMAP_THRESHOLD_MAX).
 SMALL = 32 * 2**20
 
 
@@ -225,10 +225,9 @@ def _at(batch: Batch, trace: Callable[[Batch, float], Traced], lengths: Sequence
             name: Calls(line(a.count, b.count), line(a.flops, b.flops), line(a.bytes, b.bytes))
             for name, (a, b) in pairs.items()
         }
-        fields = ("peak", "kept", "small_peak", "small_kept", "mapped")
         # What is kept may be less than nothing: the backward pass frees more than it makes.
-        a, b = ({name: getattr(each, name) for name in fields} for each in (first, second))
-        return Work(calls, **{name: a[name] + share * (b[name] - a[name]) for name in fields})
+        a, b = ({name: getattr(each, name) for name in SIZES} for each in (first, second))
+        return Work(calls, **{name: a[name] + share * (b[name] - a[name]) for name in SIZES})
 
     return Traced(
         work(low.forward, high.forward),

@@ -7,7 +7,7 @@ decide what is computed, and they are small.
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
@@ -34,8 +34,8 @@ class Calls:
 class Work:
     """What some code did. `calls`: by operator's name, views left out; FLOPs of matrix products, convolutions and
     attention alone. `peak`: most bytes that its tensors held at one time, `kept`: those they hold at its end; both
-    beside what there was before. `small_peak`, `small_kept`: the same of small blocks alone (see `Tracer`); `mapped`:
-    bytes of all larger blocks that were made.
+    beside what there was before. `small_peak`, `small_kept`: the same of small blocks alone (see `Tracer`);
+    `edge_peak`, `edge_kept`: of those on the edge, too; `mapped`: bytes of all larger blocks that were made.
     """
 
     calls: dict[str, Calls] = field(default_factory=dict)
@@ -43,6 +43,8 @@ class Work:
     kept: float = 0
     small_peak: float = 0
     small_kept: float = 0
+    edge_peak: float = 0
+    edge_kept: float = 0
     mapped: float = 0
 
     @property
@@ -60,35 +62,42 @@ class Work:
     def times(self, factor: float) -> "Work":
         """So many times the FLOPs and bytes, in as many calls."""
         calls = {name: Calls(c.count, c.flops * factor, c.bytes * factor) for name, c in self.calls.items()}
-        sizes = (self.peak, self.kept, self.small_peak, self.small_kept, self.mapped)
-        return Work(calls, *(size * factor for size in sizes))
+        return Work(calls, **{name: getattr(self, name) * factor for name in SIZES})
+
+
+# The fields of `Work` that are bytes.
+SIZES = tuple(each.name for each in fields(Work) if each.name != "calls")
 
 
 class Tracer(TorchDispatchMode):
     """A mode in which nothing floating is computed; `record` gives what the code inside it would have done.
 
-    `small`: bytes up to which a block of memory counts as small. Allocators keep such blocks for later ones, which
-    seldom fit exactly, and give larger ones back.
+    `small`: bytes below which a block of memory counts as small. Allocators keep such blocks for later ones, which
+    seldom fit exactly, and give larger ones back; a block of just these bytes is on the edge.
     """
 
     def __init__(self, small: float = 0) -> None:
         super().__init__()
         self.small = small
-        self.live = self.small_live = 0
+        self.live = self.small_live = self.edge_live = 0
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._held: dict[int, weakref.ref] = {}
-        self._open: list[tuple[Work, int, int]] = []
+        self._open: list[tuple[Work, int, int, int]] = []
 
     @contextmanager
     def record(self) -> Iterator[Work]:
         """Counts into the `Work` it gives; `kept` is there at the end."""
-        opened = (Work(), self.live, self.small_live)
+        work, live, small, edge = opened = Work(), self.live, self.small_live, self.edge_live
         self._open.append(opened)
         try:
-            yield opened[0]
+            yield work
         finally:
             self._open.pop()
-            opened[0].kept, opened[0].small_kept = self.live - opened[1], self.small_live - opened[2]
+            work.kept, work.small_kept, work.edge_kept = (
+                self.live - live,
+                self.small_live - small,
+                self.edge_live - edge,
+            )
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> Tensor:
         """A tensor on the CPU that holds nothing."""
@@ -141,20 +150,23 @@ class Tracer(TorchDispatchMode):
         if key in self._held and self._held[key]() is storage:
             return
 
-        small = size if size <= self.small else 0
+        small, edge = (size if size < self.small else 0), (size if size <= self.small else 0)
 
         def forget(_: Any) -> None:
             self.live -= size
             self.small_live -= small
+            self.edge_live -= edge
             self._held.pop(key, None)
 
         self._held[key] = weakref.ref(storage, forget)
         self.live += size
         self.small_live += small
-        for work, before, small_before in self._open:
-            work.mapped += size - small
-            work.peak = max(work.peak, self.live - before)
+        self.edge_live += edge
+        for work, live_before, small_before, edge_before in self._open:
+            work.mapped += size - edge
+            work.peak = max(work.peak, self.live - live_before)
             work.small_peak = max(work.small_peak, self.small_live - small_before)
+            work.edge_peak = max(work.edge_peak, self.edge_live - edge_before)
 
     def _count(self, func: Any, flops: int, tensors: Sequence[Tensor]) -> None:
         moved = sum(x.nbytes for x in tensors)

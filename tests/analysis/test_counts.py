@@ -161,8 +161,22 @@ def test_bfloat16_keeps_less_and_small_blocks_are_a_part():
     kept = [counts.saved_bytes(checkpointing=False) for counts in (wide, narrow)]
     assert 0.4 * kept[0] < kept[1] < 0.95 * kept[0]
     # Here all blocks are small.
-    assert wide.saved_bytes(checkpointing=False, small=True) == kept[0]
-    assert wide.peak_bytes(checkpointing=True, small=True) == wide.peak_bytes(checkpointing=True)
+    small = wide.small_bytes(checkpointing=False)
+    assert small[0] == kept[0]
+    assert sum(small) == wide.peak_bytes(checkpointing=False)
+
+
+def test_blocks_on_the_edge_count_as_often_as_smaller_ones_are_there():
+    # The residual stream's tensors are blocks on the edge: those of half the width are small, larger ones neither.
+    tokens = part_trace.SMALL // (32 * 4)
+    counts = count_model(config_of("gla", depth=2), mixers_of("gla"), VOCAB, tokens=tokens)
+    for again in (False, True):
+        small, edge = (counts.peak_bytes(checkpointing=again, blocks=blocks) for blocks in ("small", "edge"))
+        assert 0 < small < edge < counts.peak_bytes(checkpointing=again)
+        assert sum(counts.small_bytes(checkpointing=again)) == pytest.approx(small + small / edge * (edge - small))
+    # Of layers computed again the stream alone is kept.
+    kept = [counts.saved_bytes(checkpointing=True, blocks=blocks) for blocks in ("small", "edge")]
+    assert kept[1] - kept[0] >= 2 * part_trace.SMALL
 
 
 def test_a_model_of_billions_is_counted_without_its_memory():

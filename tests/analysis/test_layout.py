@@ -100,8 +100,7 @@ def test_memory_by_zero_stage(counts):
     again = memory_bytes(counts, changed(checkpointing=True), MACHINE)
     assert again["activations kept"] < plain["activations kept"]
     holes = dataclasses.replace(MACHINE, kept_factor=1.5, passing_factor=2.0)
-    kept = counts.saved_bytes(checkpointing=False, small=True)
-    passing = counts.peak_bytes(checkpointing=False, small=True) - kept
+    kept, passing = counts.small_bytes(checkpointing=False)
     assert memory_bytes(counts, ONE, holes)["allocator's holes"] == pytest.approx(0.5 * kept + passing)
     more = dataclasses.replace(MACHINE, hooks=0.5, cut_kept=0.25, cut_passing=0.125)
     found = [memory_bytes(counts, each, more) for each in (ONE, changed(stage=3), changed(sequence=2))]
