@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from _scan_methods import CPU
 from _settings import machine as describe_machine
 from torch import Tensor
 
-from seqtrain.analysis.counts import count_model
-from seqtrain.analysis.layout import Layout, Machine, compute_seconds, memory_bytes
+from seqtrain.analysis.counts import ModelCounts, count_model
+from seqtrain.analysis.layout import Holes, Layout, Machine, compute_seconds, memory_bytes
 from seqtrain.kernels import linear_attention
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
@@ -37,11 +37,14 @@ CUT_TOKENS = 8192
 REPEATS = 5
 # With layers kept and computed again it tells the allocator's holes of both kinds.
 SMALL_LAYOUT = (
-    "model=hybrid_tiny", "model.layers=[gla,gated_delta_net]", "model.depth=4", "model.width=192", "data=stdlib",
-    "train.sequence_length=12288", "train.batch_size=1", "train.micro_batch_size=1", "parallel.data=1",
+    "model=hybrid_tiny", "model.depth=4", "model.width=192", "data=stdlib", "train.sequence_length=12288",
+    "train.batch_size=1", "train.micro_batch_size=1", "parallel.data=1",
 )  # fmt: skip
-CUT = ("parallel.sequence=2", "train.sequence_length=24576", "model.layers=[gla]")
+# As many tokens a rank, of the mixer whose layers on a cut sequence are measured.
+CUT = ("parallel.sequence=2", "train.sequence_length=24576")
+CUT_MIXER = "gla"
 AGAIN = "model.activation_checkpointing"
+PLAIN = "parallel.zero_stage=0"
 
 
 def calibrate(mixers: Sequence[str], *, tell: Callable[[str], None]) -> tuple[Machine, dict[str, float]]:
@@ -54,8 +57,7 @@ def calibrate(mixers: Sequence[str], *, tell: Callable[[str], None]) -> tuple[Ma
     found = Machine(
         name=f"measured: {describe_machine()}", memory=0.9 * total, shared=True, processors=cores, **_rates()
     )
-    tell("memory of a small layout")
-    found = _with_memory(found)
+    found = _with_memory(found, mixers, tell)
     efficiency = {}
     for name in mixers:
         tell(f"layer {name}")
@@ -190,35 +192,57 @@ def _efficiency(name: str, found: Machine) -> dict[str, float]:
     return {name: mixing, "mlp": others, "loss": others}
 
 
-def _with_memory(found: Machine) -> Machine:
-    """`found` with the base, and what small layouts show beyond it and what is counted: the allocator's holes, what
-    ZeRO 3's hooks hold, what a cut sequence keeps.
+def _with_memory(found: Machine, mixers: Sequence[str], tell: Callable[[str], None]) -> Machine:
+    """`found` with the base, and what small layouts show beyond it and what is counted: the allocator's holes, what a
+    cut sequence keeps.
     """
-    tiny = ("model.depth=1", "model.width=32", "train.sequence_length=64", "parallel.zero_stage=0")
-    found = replace(found, base=measure_layout([*SMALL_LAYOUT, *tiny], steps=2).peak_bytes)
-    kept, passing = _shares(found)
-    found = replace(found, kept_factor=1 + kept, passing_factor=1 + passing)
-    _, passing, hooks = _beyond(found, "parallel.zero_stage=3", f"{AGAIN}=true")
-    found = replace(found, hooks=max(0.0, hooks / passing))
-    kept, passing = _shares(found, *CUT)
+    tell("memory of a program")
+    tiny = (_layers_of(CUT_MIXER), "model.depth=1", "model.width=32", "train.sequence_length=64", PLAIN)
+    found = replace(found, base=measure_layout(last_of_each(*SMALL_LAYOUT, *tiny), steps=2).peak_bytes)
+    holes = {}
+    for name in dict.fromkeys((CUT_MIXER, *mixers)):
+        tell(f"memory of {name}")
+        holes[name] = _holes(found, name)
+    found = replace(found, holes=holes)
+    tell("memory of a cut sequence")
+    kept, passing = _shares(found, _layers_of(CUT_MIXER), *CUT)
     return replace(found, cut_kept=kept, cut_passing=passing)
+
+
+def _holes(found: Machine, mixer: str) -> Holes:
+    """Of small layouts of this mixer alone."""
+    layers = _layers_of(mixer)
+    holes = Holes(*_shares(found, layers))
+    found = replace(found, holes={mixer: holes})
+    _, passing, more = _beyond(found, (layers,), "parallel.zero_stage=3", f"{AGAIN}=true")
+    return replace(holes, sharded=max(0.0, more / passing))
 
 
 def _shares(found: Machine, *words: str) -> tuple[float, float]:
     """What small layouts, with layers kept and computed again, take beyond what is expected: for each byte kept, and
     for each passing one; of small blocks.
     """
-    (a, b, x), (c, d, y) = (
-        _beyond(found, "parallel.zero_stage=0", f"{AGAIN}={again}", *words) for again in ("false", "true")
-    )
+    (a, b, x), (c, d, y) = (_beyond(found, words, PLAIN, f"{AGAIN}={again}") for again in ("false", "true"))
     determinant = a * d - b * c
     return max(0.0, (x * d - b * y) / determinant), max(0.0, (a * y - x * c) / determinant)
 
 
-def _beyond(found: Machine, *words: str) -> tuple[float, float, float]:
-    """Of the small layout with these words: bytes kept and passing, in small blocks; measured bytes beyond expected."""
-    chosen = last_of_each(*SMALL_LAYOUT, *words)
+def _beyond(found: Machine, words: tuple[str, ...], *how: str) -> tuple[float, float, float]:
+    """Of the small layout with these words, run so: bytes kept and passing, in small blocks; measured bytes beyond
+    expected.
+    """
+    chosen = last_of_each(*SMALL_LAYOUT, *words, *how)
     config = read_run(["experiment=quickstart", *chosen])
-    counts, measured = count_run(config), measure_layout(chosen, steps=3)
+    counts, measured = _counts(*words), measure_layout(chosen, steps=3)
     kept, passing = counts.small_bytes(checkpointing=config.model.activation_checkpointing)
     return kept, passing, measured.peak_bytes - sum(memory_bytes(counts, layout_of(config), found).values())
+
+
+@cache
+def _counts(*words: str) -> ModelCounts:
+    """Of the small layout with these words; ZeRO and layers computed again change nothing in it."""
+    return count_run(read_run(["experiment=quickstart", *last_of_each(*SMALL_LAYOUT, *words)]))
+
+
+def _layers_of(mixer: str) -> str:
+    return f"model.layers=[{mixer}]"

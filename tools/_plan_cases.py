@@ -28,7 +28,7 @@ _AGAIN, _KEPT = "model.activation_checkpointing=true", "model.activation_checkpo
 _ZERO = tuple(f"parallel.zero_stage={stage}" for stage in range(4))
 _PAIR = ("parallel.data=2", "train.batch_size=2")
 # Mixers, lengths from 2k to 64k, 1 to 4 ranks, ZeRO 0 to 3, layers kept and computed again. The machine's constants
-# come from other layouts: two layers of each mixer on 2,048 tokens, four memories of 12,288 a rank.
+# come from other layouts: two layers of each mixer on 2,048 tokens, and memories of four on 12,288 a rank.
 LAYOUTS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("gated_delta_net", 8192, (_KEPT,)),
     ("gla,attention", 2048, (_AGAIN, _ZERO[1], "train.batch_size=4", "train.micro_batch_size=4")),

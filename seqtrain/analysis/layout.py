@@ -7,6 +7,7 @@ model of the scans. Memory is that of the runtime's engine: float32 weights and 
 
 import dataclasses
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Annotated
 
 from pydantic import Field
@@ -23,6 +24,17 @@ Scale = Annotated[float, Field(ge=0)]
 # Numbers DeepSpeed gathers in a bucket before it reduces them (reduce_bucket_size).
 BUCKET = 500_000_000
 AUTO = Scheme("auto")
+
+
+@dataclass(frozen=True)
+class Holes:
+    """Bytes that an allocator leaves unused between small blocks: for each byte of blocks that are kept, for each of
+    those that come and go, and how many more for each of these under ZeRO 3, whose weights come and go between them.
+    """
+
+    kept: Scale = 0.0
+    passing: Scale = 0.0
+    sharded: Scale = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,8 +67,8 @@ class Machine:
     # Bytes of memory for each byte of small blocks that are kept, and that come and go: allocators leave holes.
     kept_factor: Annotated[float, Field(ge=1)] = 1.0
     passing_factor: Annotated[float, Field(ge=1)] = 1.0
-    # Bytes that ZeRO 3's hooks hold for each passing byte of small blocks.
-    hooks: Scale = 0.0
+    # The holes of models of one mixer, by mixer, where they were measured: each asks for other blocks.
+    holes: dict[str, Holes] = field(default_factory=dict)
     # Bytes that a cut sequence adds to each kept, and to each passing one: maps, and their gradients beside the others.
     cut_kept: Scale = 0.0
     cut_passing: Scale = 0.0
@@ -258,7 +270,8 @@ def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[
     size = 4.0 * counts.parameters
     whole, kept = counts.peak_bytes(checkpointing=again), counts.saved_bytes(checkpointing=again)
     small_kept, passing = counts.small_bytes(checkpointing=again)
-    holes = (machine.kept_factor - 1) * small_kept + (machine.passing_factor - 1) * passing
+    holes = _holes(counts, machine)
+    sharded = holes.sharded * passing if layout.stage == 3 else 0.0
     maps = machine.cut_kept * small_kept + machine.cut_passing * passing
     bucket = min(size, 4.0 * BUCKET) if layout.ranks > 1 or layout.stage else 0.0
     weights = size * own if layout.stage == 3 else size
@@ -275,7 +288,13 @@ def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[
         "gradients reduced": reduced + bucket,
         "activations kept": kept,
         "temporaries and gradients": max(0.0, whole - kept - max(0.0, fewer)),
-        "allocator's holes": holes,
-        "held by ZeRO's hooks": machine.hooks * passing if layout.stage == 3 else 0.0,
+        "allocator's holes": holes.kept * small_kept + holes.passing * passing + sharded,
         "maps of pieces": maps if layout.sequence > 1 else 0.0,
     }
+
+
+def _holes(counts: ModelCounts, machine: Machine) -> Holes:
+    """The mean of the mixers' own, or the machine's."""
+    general = Holes(machine.kept_factor - 1, machine.passing_factor - 1)
+    found = [machine.holes.get(part.kind, general) for part in counts.parts if part.part == "mixer"]
+    return Holes(*(fmean(each) for each in zip(*map(dataclasses.astuple, found), strict=True)))

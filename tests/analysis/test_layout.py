@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seqtrain.analysis.counts import count_model
-from seqtrain.analysis.layout import Layout, Machine, compute_seconds, memory_bytes, predict
+from seqtrain.analysis.layout import Holes, Layout, Machine, compute_seconds, memory_bytes, predict
 from seqtrain.analysis.scaling import Cluster
 from seqtrain.mixers import MIXERS
 from seqtrain.models import ModelConfig
@@ -102,10 +102,19 @@ def test_memory_by_zero_stage(counts):
     holes = dataclasses.replace(MACHINE, kept_factor=1.5, passing_factor=2.0)
     kept, passing = counts.small_bytes(checkpointing=False)
     assert memory_bytes(counts, ONE, holes)["allocator's holes"] == pytest.approx(0.5 * kept + passing)
-    more = dataclasses.replace(MACHINE, hooks=0.5, cut_kept=0.25, cut_passing=0.125)
-    found = [memory_bytes(counts, each, more) for each in (ONE, changed(stage=3), changed(sequence=2))]
-    assert [each["held by ZeRO's hooks"] for each in found] == pytest.approx([0, 0.5 * passing, 0])
-    assert [each["maps of pieces"] for each in found] == pytest.approx([0, 0, 0.25 * kept + 0.125 * passing])
+    cut = dataclasses.replace(MACHINE, cut_kept=0.25, cut_passing=0.125)
+    found = [memory_bytes(counts, each, cut)["maps of pieces"] for each in (ONE, changed(stage=3), changed(sequence=2))]
+    assert found == pytest.approx([0, 0, 0.25 * kept + 0.125 * passing])
+
+
+def test_holes_are_the_mean_of_the_mixers_own(counts):
+    kept, passing = counts.small_bytes(checkpointing=False)
+    # Attention's were not measured: for it the machine's factors hold.
+    own = {"gated_delta_net": Holes(kept=0.5, passing=1.0, sharded=2.0), "gla": Holes(kept=9.0)}
+    machine = dataclasses.replace(MACHINE, kept_factor=1.25, passing_factor=3.0, holes=own)
+    found = [memory_bytes(counts, changed(stage=stage), machine)["allocator's holes"] for stage in (0, 3)]
+    mean = (0.5 + 0.25) / 2 * kept + (1.0 + 2.0) / 2 * passing
+    assert found == pytest.approx([mean, mean + 1.0 * passing])
 
 
 def test_layers_of_a_cut_sequence_take_as_much_longer_as_was_measured(counts):

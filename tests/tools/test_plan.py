@@ -108,3 +108,40 @@ def test_a_cut_layer_is_timed_beside_a_whole_one_and_two_ranks_beside_one():
     assert 1 <= beside < 100
     assert found.keys() == {"gla", "attention"}
     assert all(1 <= factor < 100 for factor in found.values())
+
+
+# Memory measured is what a machine of known constants would need.
+KNOWN_HOLES = """
+import json
+from dataclasses import asdict, replace
+import _calibrate
+from _layout_runs import Measured
+from _overrides import count_run, read_run
+from seqtrain.analysis.layout import Holes, Machine, memory_bytes
+
+_calibrate.SMALL_LAYOUT = (*_calibrate.SMALL_LAYOUT, "train.sequence_length=256")
+_calibrate.CUT = ("parallel.sequence=2", "train.sequence_length=512")
+bare = Machine(name="by hand", memory=1e9)
+holes = {"gla": Holes(0.25, 1.5, 0.5), "attention": Holes(0.5, 2.0, 0.0)}
+true = replace(bare, base=3e8, holes=holes, cut_kept=0.125, cut_passing=0.0625)
+
+def needed(words, *, steps):
+    config = read_run(["experiment=quickstart", *words])
+    kinds = memory_bytes(count_run(config), _calibrate.layout_of(config), true)
+    tiny = config.model.depth == 1
+    return Measured(1.0, 1.0, 0, 0, kinds["program"] if tiny else sum(kinds.values()))
+
+_calibrate.measure_layout = needed
+found = _calibrate._with_memory(bare, ("attention",), lambda what: None)
+print(json.dumps([asdict(found), asdict(true)]))
+"""
+
+
+def test_memory_made_of_known_holes_gives_them_back():
+    done = subprocess.run([sys.executable, "-c", KNOWN_HOLES], cwd=TOOLS, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    found, true = json.loads(done.stdout.splitlines()[-1])
+    assert found["base"] == true["base"]
+    for name, holes in true["holes"].items():
+        assert found["holes"][name] == pytest.approx(holes, abs=1e-6)
+    assert [found[key] for key in ("cut_kept", "cut_passing")] == pytest.approx([0.125, 0.0625], abs=1e-6)
