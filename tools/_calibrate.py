@@ -54,15 +54,14 @@ def calibrate(mixers: Sequence[str], *, tell: Callable[[str], None]) -> tuple[Ma
     tell("products, memory, attention, recurrences, optimizer")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = len(os.sched_getaffinity(0))
-    # Here and below, in a process of its own: large blocks once freed change where the C library puts later ones, here
-    # and in the ranks forked from here, whose memory is measured.
-    rates = on_ranks(1, _rates)
-    found = Machine(name=f"measured: {describe_machine()}", memory=0.9 * total, shared=True, processors=cores, **rates)
+    found = Machine(
+        name=f"measured: {describe_machine()}", memory=0.9 * total, shared=True, processors=cores, **_rates()
+    )
     found = _with_memory(found, mixers, tell)
     efficiency = {}
     for name in mixers:
         tell(f"layer {name}")
-        efficiency |= on_ranks(1, _efficiency, name, found)
+        efficiency |= _efficiency(name, found)
     tell("layers on a sequence cut over two ranks")
     cut = on_ranks(2, _cut, tuple(mixers))
     tell("two ranks side by side")
@@ -93,7 +92,8 @@ def _seconds(run: Callable[[], Any], repeats: int = REPEATS, *, clock: Callable[
     return statistics.median(times[1:])
 
 
-def _rates(_: dist.ProcessGroup) -> dict[str, Any]:
+def _rates() -> dict[str, Any]:
+    torch.set_num_threads(1)
     rows, matrix = torch.randn(4096, WIDTH), torch.randn(WIDTH, 2 * WIDTH)
     flops = 2 * rows.numel() * matrix.shape[1]
     narrow = rows.bfloat16(), matrix.bfloat16()
@@ -167,7 +167,7 @@ def _layers(name: str) -> tuple[ModelConfig, dict[str, Any]]:
     return config, {name: MIXERS.get(name).Config()}
 
 
-def _efficiency(_: dist.ProcessGroup, name: str, found: Machine) -> dict[str, float]:
+def _efficiency(name: str, found: Machine) -> dict[str, float]:
     """Measured over computed seconds of one layer of this mixer, its MLP and the loss taken alike."""
     config, mixers = _layers(name)
     model = LanguageModel(config, mixers, BYTES_VOCAB)
