@@ -1,4 +1,4 @@
-"""Pinned configurations of the kernels of `matrix`, by GPU, chosen by what they compile to: no spills, then tiles.
+"""Pinned configurations of the kernels of matrix recurrences, chosen by what they compile to: no spills, then tiles.
 
 Those of sm_90 are the fastest without spills of some hundred timed on an H100 (bfloat16, K=V=128, 16 heads of 32,768
 tokens, Triton 3.6 and 3.9); narrow blocks of V make more programs, of which `forward` and `reverse` have few. What

@@ -1,4 +1,4 @@
-"""Launches the kernels of `matrix`: the differentiable recurrence of linear attention and the delta rule.
+"""Launches the kernels of `matrix` and `matrix_chunks`: linear attention and the delta rule, differentiable.
 
 Backward, states and E are computed again from the inputs; of the forward pass only the delta rule's inverses are kept,
 C numbers a token and head, and the sums of decays, one. One token a row is a launch of `step`.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seqtrain.kernels import gpu
 from seqtrain.kernels.custom_ops import differentiable
-from seqtrain.kernels.triton import matrix
+from seqtrain.kernels.triton import matrix, matrix_chunks
 from seqtrain.kernels.triton.matrix_launches import LONGEST, chunk_length, pinned
 
 # The widest K, which no program cuts: what is wider has no pinned configuration.
@@ -203,7 +203,7 @@ class _Call:
             return made
         written = (made.sums, None if known else made.inverse, made.q, made.k, made.asked, made.pairs, made.factors)
         inputs = (self.q, self.k, self.beta, self.log_decay)
-        self._launch(matrix.prepare, *inputs, *written, self.chunks)
+        self._launch(matrix_chunks.prepare, *inputs, *written, self.chunks)
         return made
 
     def forward(
@@ -233,14 +233,14 @@ class _Call:
 
     def gradients(self, *tensors: Tensor | None) -> None:
         """Runs `gradients`; tensors from `sums` to `d_log`."""
-        self._launch(matrix.gradients, self.q, self.k, self.beta, self.log_decay, *tensors, self.chunks)
+        self._launch(matrix_chunks.gradients, self.q, self.k, self.beta, self.log_decay, *tensors, self.chunks)
 
     def _launch(self, kernel: Any, *tensors: Tensor | None) -> None:
         heads, key, value = self.v.shape[2], self.q.shape[3], self.v.shape[3]
         width, delta = triton.next_power_of_2(max(key, 16)), self.beta is not None
         launch = pinned(self.target, kernel.__name__, width, self.q.dtype, self.decay, delta=delta)
         places, blocks = self.state.shape[0], triton.cdiv(value, launch.sizes.get("BV", value))
-        if kernel in (matrix.prepare, matrix.gradients):
+        if kernel in (matrix_chunks.prepare, matrix_chunks.gradients):
             places, blocks = self.chunks.shape[0], 1
         flags = {} if kernel is matrix.step else {"PRECISION": gpu.PRECISION[self.target]}
         kernel[(places * heads * blocks,)](
