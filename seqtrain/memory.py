@@ -1,7 +1,5 @@
 """How much memory this process has held."""
 
-import contextlib
-import ctypes
 import resource
 import sys
 import threading
@@ -19,12 +17,6 @@ def peak_resident_bytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def return_freed_memory() -> None:
-    """Gives what the C library holds of freed memory back to the system, where it can: forks would use it unseen."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def anonymous_bytes() -> int:

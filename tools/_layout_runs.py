@@ -4,23 +4,29 @@ import contextlib
 import os
 import statistics
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
-# The ranks are forked from this process; each would import it anew, and hold its own copy.
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
-import torch._inductor.compile_fx
 from _overrides import read_run
 
 from seqtrain.data import prepare
-from seqtrain.memory import peak_resident_bytes, return_freed_memory
+from seqtrain.memory import peak_resident_bytes
 from seqtrain.parallel.testing import run_ranks
 from seqtrain.runtime.metrics import read_lines
 from seqtrain.runtime.ranks import this_process
 from seqtrain.runtime.run_folder import RunFolder, claim
 from seqtrain.runtime.worker import Session, train
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Ranks are forked from a process that has imported what each would import for itself, and has done nothing else: blocks
+# once freed change where the C library puts later ones, in children too, and a run's ranks begin without any.
+FRESH = get_context("forkserver")
+FRESH.set_forkserver_preload(
+    ["deepspeed.runtime.zero.muon.muon_optimizer", "torch._inductor.compile_fx", "seqtrain.runtime.worker"]
+)
 
 # Keys of runs that measure and keep nothing; sequences of one document, as the counts take them.
 QUIET = (
@@ -65,12 +71,17 @@ def measure_layout(overrides: list[str], *, steps: int, limit: float = 600.0) ->
         config = replace(config, output_dir=folder)
         claim(RunFolder(Path(folder)), config)
         session = Session(config, corpus.folder.resolve(), "layout", "")
-        return_freed_memory()
-        rows = run_ranks(config.parallel.ranks, lambda rank: _rank(session, steps), limit=limit, group_timeout=limit)
+        with ProcessPoolExecutor(1, mp_context=FRESH) as fresh:
+            rows = fresh.submit(_run, session, steps, limit).result()
         seconds = [record["step_seconds"] for record in read_lines(RunFolder(Path(folder)).metrics)]
     later = seconds[1:] or seconds
     start, first, last = (max(column) for column in zip(*rows, strict=True))
     return Measured(statistics.median(later), min(later), start, first, last)
+
+
+def _run(session: Session, steps: int, limit: float) -> list[tuple[int, int, int]]:
+    ranks = session.config.parallel.ranks
+    return run_ranks(ranks, lambda rank: _rank(session, steps), limit=limit, group_timeout=limit)
 
 
 def _rank(session: Session, steps: int) -> tuple[int, int, int]:

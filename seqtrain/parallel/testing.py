@@ -27,7 +27,12 @@ class RankError(RuntimeError):
     def __init__(self, rank: int, message: str, error: BaseException | None = None):
         super().__init__(f"rank {rank}: {message}")
         self.rank = rank
+        self.message = message
         self.error = error
+
+    # Without it another process could not be told: the arguments differ from the text.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RankError, (self.rank, self.message, self.error)
 
 
 def run_ranks(
