@@ -61,6 +61,7 @@ def prepare(
     i = tl.arange(0, BT)
     state_at = n.to(tl.int64) * H + h
     LEVELS: tl.constexpr = BT.bit_length() - 1
+    # Keys a block of the exact way, of which more would spill.
     FEW: tl.constexpr = BK if FINE else 16
     p = tl.zeros([BT, BT], ACC)  # without scale
     below = tl.zeros([BT, BT], ACC)  # N
@@ -211,6 +212,7 @@ def gradients(
     b_x = tl.where(below, -x, 0.0).to(dtype)
     strength = 1.0 + tl.zeros([BT], ACC) if beta is None else load_numbers(beta + at, rows, H, BT, ACC)
     sum_beta = tl.zeros([BT], ACC)
+    # Keys a block of the exact way, of which more would spill.
     FEW: tl.constexpr = BK if FINE else 16
     read = tl.zeros([BT], ACC)
     wrote = tl.zeros([BT], ACC)
