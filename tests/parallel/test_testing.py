@@ -1,6 +1,7 @@
 """The launcher of forked ranks: results in order, the first failure first, nothing left behind."""
 
 import os
+import pickle
 import threading
 import time
 
@@ -70,3 +71,9 @@ def test_ranks_compute_after_the_parent_has():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+def test_what_went_wrong_can_be_told_to_another_process():
+    error = RankError(3, "out of memory", ValueError("no room"))
+    came = pickle.loads(pickle.dumps(error))
+    assert (str(came), came.rank, repr(came.error)) == (str(error), 3, repr(error.error))
