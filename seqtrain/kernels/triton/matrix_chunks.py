@@ -60,7 +60,6 @@ def prepare(
     at = token.to(tl.int64) * H + h
     i = tl.arange(0, BT)
     state_at = n.to(tl.int64) * H + h
-    LEVELS: tl.constexpr = BT.bit_length() - 1
     # Keys a block of the exact way, of which more would spill.
     FEW: tl.constexpr = BK if FINE else 16
     p = tl.zeros([BT, BT], ACC)  # without scale
@@ -86,23 +85,13 @@ def prepare(
                 for few in tl.range(c, min(c + BK, K), FEW, disable_licm=True):
                     b_q = load_rows(q + at * K, rows, few, H * K, K, BT, FEW).to(ACC)
                     w_k = load_rows(k + at * K, rows, few, H * K, K, BT, FEW).to(ACC)
-                    from_start = load_rows(log_decay + at * K, rows, few, H * K, K, BT, FEW).to(ACC) * LOG2_E
-                    to_end = tl.zeros([BT, FEW], ACC)
-                    p += tl.where(i[:, None] == i[None, :], tl.sum(b_q * w_k, 1)[:, None], 0.0)
-                    for level in tl.range(LEVELS, disable_licm=True):
-                        size = 1 << level
-                        pair = is_pair(size, BT)
-                        grown, shrunk = border_decays(from_start, to_end, size, BT)
-                        right = tl.trans((w_k * shrunk).to(b_k.dtype))
-                        left = (b_q * grown).to(b_k.dtype)
-                        p += tl.where(pair, tl.dot(left, right, input_precision=PRECISION), 0.0)
-                        if inverse is not None:
-                            left = (w_k * grown).to(b_k.dtype)
-                            below += tl.where(pair, tl.dot(left, right, input_precision=PRECISION), 0.0)
-                        from_start, to_end = merge_blocks(from_start, to_end, size, BT, FEW)
+                    b_log = load_rows(log_decay + at * K, rows, few, H * K, K, BT, FEW).to(ACC) * LOG2_E
+                    p, below, before, after = add_exact_pairs(
+                        p, below, b_q, w_k, b_log, b_k.dtype, inverse is not None, BT, FEW, ACC, PRECISION
+                    )
                     store_decayed(
-                        b_q, w_k, tl.math.exp2(from_start), tl.math.exp2(to_end), decayed_q, decayed_k, asked, factors,
-                        at, state_at, rows, few, scale, H, K, BT, FEW,
+                        b_q, w_k, before, after, decayed_q, decayed_k, asked, factors, at, state_at, rows, few, scale,
+                        H, K, BT, FEW,
                     )  # fmt: skip
     if DECAY == 2:
         # What stands above the diagonal may be infinite.
@@ -117,6 +106,37 @@ def prepare(
         below *= load_numbers(beta + at, rows, H, BT, ACC)[None, :]
         below = tl.where(i[:, None] > i[None, :], below, 0.0)
         store_rows(inverse + at * BT, invert(below, BT, PRECISION), rows, 0, H * BT, BT, BT, BT)
+
+
+@triton.jit
+def add_exact_pairs(
+    p,
+    below,
+    q,
+    k,
+    decays,
+    dtype: tl.constexpr,
+    DELTA: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """P and, with DELTA, N of a block of K at any decays, added to `p` and `below`; with these 2^G and 2^(G_C - G)."""
+    LEVELS: tl.constexpr = BT.bit_length() - 1
+    i = tl.arange(0, BT)
+    from_start, to_end = decays, tl.zeros([BT, BK], ACC)
+    p += tl.where(i[:, None] == i[None, :], tl.sum(q * k, 1)[:, None], 0.0)
+    for level in tl.range(LEVELS, disable_licm=True):
+        size = 1 << level
+        pair = is_pair(size, BT)
+        grown, shrunk = border_decays(from_start, to_end, size, BT)
+        right = tl.trans((k * shrunk).to(dtype))
+        p += tl.where(pair, tl.dot((q * grown).to(dtype), right, input_precision=PRECISION), 0.0)
+        if DELTA:
+            below += tl.where(pair, tl.dot((k * grown).to(dtype), right, input_precision=PRECISION), 0.0)
+        from_start, to_end = merge_blocks(from_start, to_end, size, BT, BK)
+    return p, below, tl.math.exp2(from_start), tl.math.exp2(to_end)
 
 
 @triton.jit
