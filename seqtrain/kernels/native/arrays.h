@@ -36,20 +36,39 @@ static void widen(const Array& from, int64_t offset, int count, float factor, fl
   }
 }
 
-static void narrow(const float* from, int count, float factor, const Array& to, int64_t offset) {
-  if (to.kind == Kind::kFloat) {
-    float* p = static_cast<float*>(to.data) + offset;
-    for (int n = 0; n < count; ++n) p[n] = from[n] * factor;
-    return;
+static uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
+}
+
+static void narrow(const float* from, int count, float factor, float* to) {
+  for (int n = 0; n < count; ++n) to[n] = from[n] * factor;
+}
+
+static void narrow(const float* from, int count, float factor, uint16_t* to) {
+  for (int n = 0; n < count; ++n) to[n] = to_bfloat16(from[n] * factor);
+}
+
+// Rows of whole cache lines go past the caches: written there, each line would first be read, and a call writes more than
+// they keep for its reader.
+template <class Number>
+static void put_row(const float* from, int count, float factor, Number* to) {
+  constexpr int line = kLine / sizeof(Number);
+  if (count % line || reinterpret_cast<uintptr_t>(to) % kLine) return narrow(from, count, factor, to);
+  for (int n = 0; n < count; n += line) {
+    alignas(kLine) Number numbers[line];
+    narrow(from + n, line, factor, numbers);
+    stream_line(to + n, numbers);
   }
-  uint16_t* p = static_cast<uint16_t*>(to.data) + offset;
-  for (int n = 0; n < count; ++n) {
-    const float x = from[n] * factor;
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof(bits));
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    p[n] = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
-  }
+}
+
+static void put_row(const float* from, int count, float factor, const Array& to, int64_t offset) {
+  if (to.kind == Kind::kFloat)
+    put_row(from, count, factor, static_cast<float*>(to.data) + offset);
+  else
+    put_row(from, count, factor, static_cast<uint16_t*>(to.data) + offset);
 }
 
 // Scratch memory of one worker, freed with it.

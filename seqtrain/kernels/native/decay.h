@@ -11,6 +11,8 @@
 // their own borders, and inside a block running products of decays are carried from token to token.
 #pragma once
 
+#include <algorithm>
+
 #include "arrays.h"
 #include "simd.h"
 
@@ -22,13 +24,14 @@ enum class DecayKind : int64_t { kNone = 0, kScalar = 1, kChannel = 2 };
 
 // The rows of one chunk and their products; `key` is the padded key width, and pairs have kMaxChunk columns.
 struct Chunk {
-  int rows;         // tokens, padded to a multiple of kBlock; padding is zeros
-  int reads;        // 0: none; 1: queries; 2: queries and keys
-  bool writes;      // whether there are keys
-  float* x;         // [2 rows, key]: scaled queries, then keys
-  float* start;     // [reads rows, key]
-  float* keys;      // [rows, key]
-  float* pairs[2];  // [rows, kMaxChunk] each, zero above the diagonal
+  int rows;           // tokens, padded to a multiple of kBlock; padding is zeros
+  int reads;          // 0: none; 1: queries; 2: queries and keys
+  bool writes;        // whether there are keys
+  float* x;           // [2 rows, key]: scaled queries, then keys
+  float* start;       // [reads rows, key]; without a scalar decay until `finish_start` is called
+  const float* left;  // [rows]: by how much that changes a row of `start`
+  float* keys;        // [rows, key]
+  float* pairs[2];    // [rows, kMaxChunk] each, zero above the diagonal
   const float* k(int key) const { return x + int64_t(rows) * key; }
   // How many reads meet keys of their own chunk.
   int paired() const { return writes ? reads : 0; }
@@ -48,6 +51,7 @@ class Decay {
         transposed_(arena.take(int64_t(key) * kMaxChunk)),
         start_(arena.take(2 * int64_t(kMaxChunk) * key)),
         keys_(arena.take(int64_t(kMaxChunk) * key)) {
+    std::fill_n(from_start_, kMaxChunk, 1.0f);
     if (kind == DecayKind::kScalar) weights_ = arena.take(kMaxChunk * kMaxChunk);
     if (kind == DecayKind::kChannel) {
       const int64_t all = int64_t(kMaxChunk) * key;
@@ -69,14 +73,23 @@ class Decay {
       for (int s = first; s < pairs_end; ++s)
         multiply_to_lower(chunk.rows, key_, chunk.x + int64_t(s) * chunk.rows * key_, key_, transposed_, kMaxChunk,
                           chunk.pairs[s], kMaxChunk);
-      if (kind_ == DecayKind::kScalar) {
-        prepare_scalar(chunk, log, first, pairs_end);
-      } else {
-        chunk.start = chunk.x;
-        chunk.keys = const_cast<float*>(k);
-      }
+      chunk.start = chunk.x;
+      chunk.keys = const_cast<float*>(k);
+      if (kind_ == DecayKind::kScalar) prepare_scalar(chunk, log, first, pairs_end);
     }
+    chunk.left = from_start_;
     for (int s = first; s < pairs_end; ++s) clear_above(chunk.pairs[s], chunk.rows, s > 0);
+  }
+
+  // Multiplies `start` by `left`. Who needs only what it reads in the state multiplies that instead, which costs less.
+  void finish_start(Chunk& chunk) {
+    if (kind_ != DecayKind::kScalar) return;
+    chunk.start = start_;
+    for (int i = 0; i < chunk.rows; ++i)
+      for (int s = 0; s < chunk.reads; ++s) {
+        const int64_t at = int64_t(s * chunk.rows + i) * key_;
+        scale_row(start_ + at, chunk.x + at, from_start_[i], key_);
+      }
   }
 
   // state [key, width] = factor * state + a^T b, with a [depth, key] and b [depth, width].
@@ -104,7 +117,7 @@ class Decay {
     if (kind_ == DecayKind::kScalar) scalar_gradients(chunk, d_start, d_keys, d_pairs, state, d_state, width, d_log);
     for (int s = 0; s < chunk.paired(); ++s) {
       const int64_t at = int64_t(s) * chunk.rows * key_;
-      multiply_lower(chunk.rows, key_, d_pairs[s], kMaxChunk, chunk.k(key_), key_, d_start + at, key_);
+      multiply_lower(chunk.rows, key_, d_pairs[s], kMaxChunk, chunk.k(key_), key_, 1, d_start + at, key_);
       multiply_lower_transposed(chunk.rows, key_, d_pairs[s], kMaxChunk, chunk.x + at, key_, 1, d_keys, key_);
     }
   }
@@ -136,16 +149,10 @@ class Decay {
           store(pair, load(pair) * weight);
         }
       }
-    chunk.start = start_;
+    const float* k = chunk.keys;
     chunk.keys = keys_;
-    const float* k = chunk.k(key_);
-    for (int i = 0; i < rows; ++i) {
-      if (chunk.writes) scale_row(keys_ + int64_t(i) * key_, k + int64_t(i) * key_, to_end_[i], key_);
-      for (int s = first; s < chunk.reads; ++s) {
-        const int64_t at = int64_t(s * rows + i) * key_;
-        scale_row(start_ + at, chunk.x + at, from_start_[i], key_);
-      }
-    }
+    for (int i = 0; i < rows && chunk.writes; ++i)
+      scale_row(keys_ + int64_t(i) * key_, k + int64_t(i) * key_, to_end_[i], key_);
   }
 
   // Each product's share of d_log comes from the product itself, so that no factor is divided out, and each running sum
@@ -208,7 +215,7 @@ class Decay {
   float* transposed_;             // [key, kMaxChunk]: keys
   float *start_, *keys_;          // what a Chunk points to
   float* weights_ = nullptr;      // [kMaxChunk, kMaxChunk]: e^{b_i - b_j}
-  float from_start_[kMaxChunk];   // e^{b_i}
+  float from_start_[kMaxChunk];   // e^{b_i}; ones where the decay is not scalar
   float to_end_[kMaxChunk];       // e^{b_C - b_i}
   // Per channel, [kMaxChunk, key]: decays; their products from a block's start to a token and from it to the block's
   // end; reads and keys times these.

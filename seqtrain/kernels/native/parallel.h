@@ -46,6 +46,7 @@ static int run_tasks(const Call& call, int64_t parts, bool backward) {
     } catch (const std::bad_alloc&) {
       status = 1;
     }
+    finish_streams();
   };
   if (threads <= 1) {
     work();

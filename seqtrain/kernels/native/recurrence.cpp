@@ -30,26 +30,51 @@ struct Call {
   double scale;
 };
 
+// Rows `from` to `from + kBlock` of E and n = beta E, VECS vectors of columns of them, given the rows before: side by
+// side, so that no sum waits for another.
+template <int VECS>
+static void solve_rows(int from, int width, const float* pairs, const float* beta, float* errors, float* written) {
+  for (int i = from; i < from + kBlock; ++i) {
+    Vec sum[VECS];
+    float* error = errors + int64_t(i) * width;
+    for (int v = 0; v < VECS; ++v) sum[v] = load(error + v * kLanes);
+    for (int j = from; j < i; ++j)
+      for (int v = 0; v < VECS; ++v)
+        sum[v] -= pairs[i * kMaxChunk + j] * load(written + int64_t(j) * width + v * kLanes);
+    for (int v = 0; v < VECS; ++v) {
+      store(error + v * kLanes, sum[v]);
+      store(written + int64_t(i) * width + v * kLanes, beta[i] * sum[v]);
+    }
+  }
+}
+
 // E from its right side and n = beta E, [rows, width] each, `pairs` strictly lower.
 static void solve(int rows, int width, const float* pairs, const float* beta, float* errors, float* written) {
   for (int from = 0; from < rows; from += kBlock) {
     if (from)
       multiply(kBlock, width, from, -1, pairs + from * kMaxChunk, kMaxChunk, written, width, 1,
                errors + int64_t(from) * width, width);
-    for (int c = 0; c < width; c += kBlock)
-      for (int i = from; i < from + kBlock; ++i) {
-        constexpr int vectors = kBlock / kLanes;
-        Vec sum[vectors];
-        float* error = errors + int64_t(i) * width + c;
-        for (int v = 0; v < vectors; ++v) sum[v] = load(error + v * kLanes);
-        for (int j = from; j < i; ++j)
-          for (int v = 0; v < vectors; ++v)
-            sum[v] -= pairs[i * kMaxChunk + j] * load(written + int64_t(j) * width + c + v * kLanes);
-        for (int v = 0; v < vectors; ++v) {
-          store(error + v * kLanes, sum[v]);
-          store(written + int64_t(i) * width + c + v * kLanes, beta[i] * sum[v]);
-        }
-      }
+    by_columns(width, [&](auto vectors, int c) {
+      solve_rows<vectors>(from, width, pairs, beta, errors + c, written + c);
+    });
+  }
+}
+
+// The same of the transposed solve, given the rows after.
+template <int VECS>
+static void solve_rows_transposed(int from, int width, const float* pairs, const float* beta, float* y, float* solved) {
+  const int to = from + kBlock;
+  for (int j = to - 1; j >= from; --j) {
+    Vec sum[VECS];
+    float* row = y + int64_t(j) * width;
+    for (int v = 0; v < VECS; ++v) sum[v] = load(row + v * kLanes);
+    for (int i = j + 1; i < to; ++i)
+      for (int v = 0; v < VECS; ++v)
+        sum[v] -= pairs[i * kMaxChunk + j] * load(solved + int64_t(i) * width + v * kLanes);
+    for (int v = 0; v < VECS; ++v) {
+      store(row + v * kLanes, sum[v]);
+      store(solved + int64_t(j) * width + v * kLanes, beta[j] * sum[v]);
+    }
   }
 }
 
@@ -60,20 +85,9 @@ static void solve_transposed(int rows, int width, const float* pairs, const floa
     if (to < rows)
       multiply<kTransposed>(kBlock, width, rows - to, -1, pairs + to * kMaxChunk + from, kMaxChunk,
                             solved + int64_t(to) * width, width, 1, y + int64_t(from) * width, width);
-    for (int c = 0; c < width; c += kBlock)
-      for (int j = to - 1; j >= from; --j) {
-        constexpr int vectors = kBlock / kLanes;
-        Vec sum[vectors];
-        float* row = y + int64_t(j) * width + c;
-        for (int v = 0; v < vectors; ++v) sum[v] = load(row + v * kLanes);
-        for (int i = j + 1; i < to; ++i)
-          for (int v = 0; v < vectors; ++v)
-            sum[v] -= pairs[i * kMaxChunk + j] * load(solved + int64_t(i) * width + c + v * kLanes);
-        for (int v = 0; v < vectors; ++v) {
-          store(row + v * kLanes, sum[v]);
-          store(solved + int64_t(j) * width + c + v * kLanes, beta[j] * sum[v]);
-        }
-      }
+    by_columns(width, [&](auto vectors, int c) {
+      solve_rows_transposed<vectors>(from, width, pairs, beta, y + c, solved + c);
+    });
   }
 }
 
@@ -119,14 +133,19 @@ class Worker {
     for (int64_t n = 0; n < chunks_; ++n) {
       if (call_.checkpoints && n % call_.every == 0) put_state(state_, call_.checkpoints, checkpoint(n));
       Chunk chunk = take(n);
-      take_values(n, call_.v, 1, writes_ ? v_ : read_);
       decay_.prepare(chunk, log_, 0, chunk.paired());
-      if (reads_)
-        multiply(chunk.reads * chunk.rows, width_, key_, 1, chunk.start, key_, state_, width_, !writes_, read_, width_);
-      const float* written = write(chunk, v_);
-      if (chunk.paired()) multiply_lower(chunk.rows, width_, chunk.pairs[0], kMaxChunk, written, width_, read_, width_);
+      if (reads_) multiply(chunk.reads * chunk.rows, width_, key_, 1, chunk.start, key_, state_, width_, 0, read_, width_);
+      const float* written = write(n, chunk, v_);
+      float* out = v_;
+      if (chunk.paired()) {
+        out = read_ + int64_t(chunk.rows) * width_;  // what `write` needed of it is used
+        multiply_lower(chunk.rows, width_, chunk.pairs[0], kMaxChunk, written, width_, 0, out, width_);
+      }
       add_to_state(chunk, written, state_);
-      if (reads_) put_values(n, read_, call_.out, 1);
+      for (int i = 0; i < tokens(n) && reads_; ++i) {
+        add_scaled_row(out + int64_t(i) * width_, read_ + int64_t(i) * width_, chunk.left[i], width_);
+        put_value(n, i, out, call_.out, 1);
+      }
     }
     put_state(state_, call_.final_state, task.document);
   }
@@ -224,21 +243,24 @@ class Worker {
     take_rows(n, from, call_.value, first_column_, columns_, width_, factor, to);
   }
 
+  void put_value(int64_t n, int i, const float* rows, const Array& to, float factor) const {
+    put_row(rows + int64_t(i) * width_, columns_, factor, to, place(n, i) * call_.value + first_column_);
+  }
+
   void put_values(int64_t n, const float* rows, const Array& to, float factor) const {
-    for (int i = 0; i < tokens(n); ++i)
-      narrow(rows + int64_t(i) * width_, columns_, factor, to, place(n, i) * call_.value + first_column_);
+    for (int i = 0; i < tokens(n); ++i) put_value(n, i, rows, to, factor);
   }
 
   // Rows of a gradient that this task's block of columns only has a part of.
   void put_part(int64_t n, const float* rows, int64_t width, int row_width, const Array& to, float factor) const {
     const int64_t block = value_block_ * call_.tokens * call_.heads;
     for (int i = 0; i < tokens(n); ++i)
-      narrow(rows + int64_t(i) * row_width, static_cast<int>(width), factor, to, (block + place(n, i)) * width);
+      put_row(rows + int64_t(i) * row_width, static_cast<int>(width), factor, to, (block + place(n, i)) * width);
   }
 
   Chunk take(int64_t n) {
     const int rows = static_cast<int>(padded(tokens(n))), reads = delta_ ? 2 : reads_;
-    Chunk chunk{rows, reads, writes_, x_, nullptr, nullptr, {pairs_[0], pairs_[1]}};
+    Chunk chunk{rows, reads, writes_, x_, nullptr, nullptr, nullptr, {pairs_[0], pairs_[1]}};
     const int key = static_cast<int>(call_.key);
     if (reads_) take_rows(n, call_.q, key, 0, key, key_, static_cast<float>(call_.scale), x_);
     if (writes_) take_rows(n, call_.k, key, 0, key, key_, 1, x_ + int64_t(rows) * key_);
@@ -248,11 +270,14 @@ class Worker {
     return chunk;
   }
 
-  // The values really written, given what reads found in the incoming state; `values` becomes E in the delta rule.
-  const float* write(const Chunk& chunk, float* values) {
+  // The values really written in chunk n, given what reads found in the incoming state; `values` takes v, or E in the
+  // delta rule.
+  const float* write(int64_t n, const Chunk& chunk, float* values) {
+    take_values(n, call_.v, 1, values);
     if (!delta_) return values;
     const float* found = read_ + int64_t(chunk.rows) * width_;
-    for (int64_t n = 0; n < int64_t(chunk.rows) * width_; n += kLanes) store(values + n, load(values + n) - load(found + n));
+    for (int i = 0; i < chunk.rows; ++i)
+      add_scaled_row(values + int64_t(i) * width_, found + int64_t(i) * width_, -chunk.left[i], width_);
     solve(chunk.rows, width_, chunk.pairs[1], beta_, values, written_);
     return written_;
   }
@@ -271,13 +296,12 @@ class Worker {
       if (last && !delta_) break;
       Chunk chunk = take(n);
       float* values = delta_ ? errors_ + at * kMaxChunk * width_ : v_;
-      if (writes_) take_values(n, call_.v, 1, values);
       if (delta_) chunk.pairs[1] = key_pairs_ + at * kMaxChunk * kMaxChunk;
       decay_.prepare(chunk, log_, 1, chunk.reads);
       const int64_t keys = int64_t(chunk.rows) * key_, found = int64_t(chunk.rows) * width_;
       if (delta_)
         multiply(chunk.rows, width_, key_, 1, chunk.start + keys, key_, states_ + at * state, width_, 0, read_ + found, width_);
-      const float* written = write(chunk, values);
+      const float* written = write(n, chunk, values);
       if (last) break;
       std::memcpy(states_ + (at + 1) * state, states_ + at * state, sizeof(float) * state);
       add_to_state(chunk, written, states_ + (at + 1) * state);
@@ -290,6 +314,7 @@ class Worker {
     const int rows = chunk.rows, both = chunk.reads * rows;
     if (delta_) chunk.pairs[1] = key_pairs_ + at * kMaxChunk * kMaxChunk;
     decay_.prepare(chunk, log_, 0, std::min(chunk.paired(), 1));
+    decay_.finish_start(chunk);
     const float* state = states_ + at * int64_t(key_) * width_;
     // d_read: gradients of what the reads find, [d_out; -solved].
     float *d_read = read_, *solved = read_ + int64_t(rows) * width_;

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__SSE__)
@@ -82,6 +83,25 @@ class FlushToZero {
 #endif
 };
 
+constexpr int kLine = 64;  // bytes of a cache line
+
+// Copies a line, both sides aligned to it, past the caches. Others may see it once `finish_streams` was called.
+static inline void stream_line(void* to, const void* from) {
+#if defined(__SSE__)
+  auto* target = static_cast<float*>(to);
+  auto* source = static_cast<const float*>(from);
+  for (int n = 0; n < kLine / 4; n += 4) _mm_stream_ps(target + n, _mm_load_ps(source + n));
+#else
+  std::memcpy(to, from, kLine);
+#endif
+}
+
+static inline void finish_streams() {
+#if defined(__SSE__)
+  _mm_sfence();
+#endif
+}
+
 enum Side { kPlain, kTransposed };
 
 // c = beta * c + alpha * a b for ROWS rows and VECS vectors of columns; a is [ROWS, depth], or [depth, ROWS] transposed.
@@ -137,10 +157,11 @@ static void multiply(int rows, int columns, int depth, float alpha, const float*
   for (; j < columns; j += kLanes) panel<1, SIDE>(rows, depth, alpha, a, lda, b + j, ldb, beta, c + j, ldc);
 }
 
-// c += lower b, `lower` [rows, rows] having zeros above its diagonal.
-static void multiply_lower(int rows, int columns, const float* lower, int ldl, const float* b, int ldb, float* c, int ldc) {
+// c = beta * c + lower b, `lower` [rows, rows] having zeros above its diagonal.
+static void multiply_lower(
+    int rows, int columns, const float* lower, int ldl, const float* b, int ldb, float beta, float* c, int ldc) {
   for (int i = 0; i < rows; i += kBlock)
-    multiply(kBlock, columns, i + kBlock, 1, lower + int64_t(i) * ldl, ldl, b, ldb, 1, c + int64_t(i) * ldc, ldc);
+    multiply(kBlock, columns, i + kBlock, 1, lower + int64_t(i) * ldl, ldl, b, ldb, beta, c + int64_t(i) * ldc, ldc);
 }
 
 // c = beta * c + lower^T b.
@@ -155,6 +176,16 @@ static void multiply_lower_transposed(
 static void multiply_to_lower(int rows, int depth, const float* a, int lda, const float* b, int ldb, float* c, int ldc) {
   for (int i = 0; i < rows; i += kBlock)
     multiply(kBlock, i + kBlock, depth, 1, a + int64_t(i) * lda, lda, b, ldb, 0, c + int64_t(i) * ldc, ldc);
+}
+
+// step(vectors, column) for all columns, so many vectors at a time that their sums hide each other's latency; `vectors`
+// is a constant.
+template <class Step>
+static void by_columns(int columns, Step step) {
+  constexpr int many = 4, few = kBlock / kLanes;
+  int c = 0;
+  for (; c + many * kLanes <= columns; c += many * kLanes) step(std::integral_constant<int, many>(), c);
+  for (; c < columns; c += few * kLanes) step(std::integral_constant<int, few>(), c);
 }
 
 // Lanes in blocks of SIZE: the odd blocks of `a` change places with the even ones of `b`.
@@ -209,6 +240,10 @@ static float dot(const float* a, const float* b, int size) {
 
 static void scale_row(float* out, const float* x, float factor, int size) {
   for (int n = 0; n < size; n += kLanes) store(out + n, load(x + n) * factor);
+}
+
+static void add_scaled_row(float* out, const float* x, float factor, int size) {
+  for (int n = 0; n < size; n += kLanes) store(out + n, load(out + n) + factor * load(x + n));
 }
 
 static void multiply_row(float* out, const float* x, const float* y, int size) {

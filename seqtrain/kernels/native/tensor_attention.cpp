@@ -61,7 +61,7 @@ class TensorWorker {
       if (call_.checkpoints) save_sums(before_, call_.checkpoints, checkpoint(n));
       run_block(n);
       for (int i = 0; i < count(n); ++i)
-        narrow(out_ + int64_t(i) * width_, value(), 1, call_.out, place(n, i) * call_.value);
+        put_row(out_ + int64_t(i) * width_, value(), 1, call_.out, place(n, i) * call_.value);
       merge(within_, before_);
     }
     save_sums(before_, call_.final_state, task.document);
@@ -163,7 +163,7 @@ class TensorWorker {
       d_phi[parent] += weighted * x_[which][variable];
     }
     const float factor = which ? 1 : static_cast<float>(call_.scale);
-    narrow(d_x, static_cast<int>(call_.key), factor, *arrays[which], at * call_.key);
+    put_row(d_x, static_cast<int>(call_.key), factor, *arrays[which], at * call_.key);
   }
 
   // Features, values, outputs and divisors of block n's tokens, and its own sums in within_.
@@ -255,8 +255,8 @@ class TensorWorker {
       }
       for (int which = 0; which < 3; ++which) d_phi_[which][f] += total(sum[which]);
     }
-    narrow(d_v_[0], value(), 1, call_.d_v1, at * call_.value);
-    narrow(d_v_[1], value(), 1, call_.d_v2, at * call_.value);
+    put_row(d_v_[0], value(), 1, call_.d_v1, at * call_.value);
+    put_row(d_v_[1], value(), 1, call_.d_v2, at * call_.value);
     const Array* rows[3] = {&call_.q, &call_.k1, &call_.k2};
     for (int which = 0; which < 3; ++which) {
       const float factor = which ? 1 : static_cast<float>(call_.scale);
