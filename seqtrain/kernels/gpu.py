@@ -205,8 +205,17 @@ class Example:
         return read + written, 2 * read + written
 
 
-# Widths and dtypes of `recurrence_examples`: what is trained most, then narrow heads, and the two of wide operands.
-_RECURRENCES = ((128, "bfloat16"), (64, "float16"), (256, "bfloat16"), (128, "float32"))
+# Widths and dtypes of `recurrence_examples`: what is trained most, then narrow heads, and those of wide operands.
+_RECURRENCES = (
+    (128, "bfloat16"),
+    (64, "float16"),
+    (32, "bfloat16"),
+    (32, "float32"),
+    (16, "bfloat16"),
+    (256, "bfloat16"),
+    (128, "float32"),
+    (256, "float32"),
+)
 
 
 def recurrence_examples(operator: Callable[..., Any], *, beta: bool) -> tuple[Example, ...]:

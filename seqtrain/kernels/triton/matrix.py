@@ -29,9 +29,9 @@ border, the left one's to it (`chunks.merge_blocks`), which makes each level one
 Tensors are contiguous: rows of tokens `[tokens, H, width]` (q, k and what is like them K wide, v and its like V wide, C
 wide what pairs tokens of a chunk), numbers `[tokens, H]`, states `[chunks or documents, H, K, V]`. `chunks`: int32
 `[chunks, 5]`, of `gpu.pieces`. `documents`: int32 `[N, 3]`, first token, tokens, first chunk.
-Constexprs: BT tokens a chunk; BK, BV the widths of blocks of K and V, powers of two; DECAY 0 none, 1 one a token, 2 one
-a channel; ACC the dtype of sums and states; PRECISION of products of float32. An absent tensor is None. `beta` given
-makes a kernel the delta rule's.
+Constexprs: BT tokens a chunk; BK, BV the widths of blocks of K and V, powers of two; PARTS, in which a state is held
+(`state`); DECAY 0 none, 1 one a token, 2 one a channel; ACC the dtype of sums and states; PRECISION of products of
+float32. An absent tensor is None. `beta` given makes a kernel the delta rule's.
 
 With a decay a token, `sums` `[tokens, H]`, float64, is G of each: the first kernel finds it, the others read it.
 
@@ -52,6 +52,7 @@ from seqtrain.kernels.triton.chunks import (
     store_rows,
     sum_decays,
 )
+from seqtrain.kernels.triton.state import decay_state, load_state, read_parts, store_state, write_state
 
 
 @triton.jit
@@ -71,6 +72,7 @@ def load_apart(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    PARTS: tl.constexpr,
     DECAY: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -86,8 +88,11 @@ def load_apart(
         else:
             g = load_numbers(log_decay + at, rows, H, BT, tl.float64)
     if DECAY == 2:
-        d = tl.arange(0, BK)
-        total = tl.load(factors + state_at * K + d, mask=(d < K) & (rows > 0), other=1.0)
+        d = tl.arange(0, BK // PARTS)
+        total = ()
+        for p in tl.static_range(PARTS):
+            part = p * (BK // PARTS) + d
+            total += (tl.load(factors + state_at * K + part, mask=(part < K) & (rows > 0), other=1.0),)
     return b_v, strength, g, total
 
 
@@ -150,6 +155,7 @@ def forward(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    PARTS: tl.constexpr,
     AHEAD: tl.constexpr,
     DECAY: tl.constexpr,
     ACC: tl.constexpr,
@@ -169,25 +175,31 @@ def forward(
     start = tl.load(documents + 3 * n).to(tl.int64)
     length = tl.load(documents + 3 * n + 1)
     chunk = tl.load(documents + 3 * n + 2).to(tl.int64)
-    state = load_rows(initial + nh.to(tl.int64) * K * V, K, column, V, V, BK, BV).to(ACC)
+    state = load_state(initial + nh.to(tl.int64) * K * V, column, K, V, BK, BV, PARTS, ACC)
     at = start * H + h
     if AHEAD:
         b_v, b_beta, b_g, b_total = load_apart(
-            v, beta, log_decay, sums, factors, at, chunk * H + h, length, column, H, K, V, BT, BK, BV, DECAY, ACC
+            v, beta, log_decay, sums, factors, at, chunk * H + h, length, column, H, K, V, BT, BK, BV, PARTS, DECAY, ACC
         )
     for c in tl.range(tl.cdiv(length, BT), disable_licm=is_wide(k, BK)):
         rows = length - c * BT
         at = (start + c * BT) * H + h
         b_k = load_rows(k + at * K, rows, 0, H * K, K, BT, BK)
         dtype = b_k.dtype
-        b_state = state.to(dtype)
+        b_state = state[0].to(dtype)
         if states is not None:
-            store_rows(states + ((chunk + c) * H + h) * K * V, b_state, K, column, V, V, BK, BV)
+            store_state(states + ((chunk + c) * H + h) * K * V, state, column, K, V, BK, BV, PARTS)
+        # Parts are read before anything else is held.
+        if PARTS > 1 and beta is not None:
+            asking, reads = k if DECAY < 2 else asked, None if out is None else q + at * K
+            held, b_out = read_parts(asking + at * K, reads, rows, state, H, K, BT, BK, BV, PARTS, PRECISION)
+        elif PARTS > 1 and out is not None:
+            b_out, _ = read_parts(q + at * K, None, rows, state, H, K, BT, BK, BV, PARTS, PRECISION)
         if AHEAD:
             written, strength, g, total = b_v.to(ACC), b_beta, b_g, b_total
         b_v, b_beta, b_g, b_total = load_apart(
             v, beta, log_decay, sums, factors, at + AHEAD * BT * H, (chunk + c + AHEAD) * H + h, rows - AHEAD * BT,
-            column, H, K, V, BT, BK, BV, DECAY, ACC,
+            column, H, K, V, BT, BK, BV, PARTS, DECAY, ACC,
         )  # fmt: skip
         if not AHEAD:
             written, strength, g, total = b_v.to(ACC), b_beta, b_g, b_total
@@ -198,12 +210,12 @@ def forward(
                 tl.store(sums + at + i * H, g, mask=(i < rows) & (column == 0))
             from_start, to_end, factor, high, low = scalar_decays(g, total, ACC)
         if DECAY == 2:
-            factor = total[:, None]
+            factor = total
         if beta is not None:
-            if DECAY == 2:
+            if PARTS == 1 and DECAY == 2:
                 b_asked = load_rows(asked + at * K, rows, 0, H * K, K, BT, BK)
                 held = tl.dot(b_asked, b_state, input_precision=PRECISION)
-            else:
+            elif PARTS == 1:
                 held = tl.dot(b_k, b_state, input_precision=PRECISION)
             if DECAY == 1:
                 held *= from_start[:, None]
@@ -214,7 +226,8 @@ def forward(
             written *= strength[:, None]
         if out is not None:
             b_q = load_rows(q + at * K, rows, 0, H * K, K, BT, BK)
-            b_out = tl.dot(b_q, b_state, input_precision=PRECISION)
+            if PARTS == 1:
+                b_out = tl.dot(b_q, b_state, input_precision=PRECISION)
             if DECAY == 2:
                 b_pairs = load_rows(pairs + at * BT, rows, 0, H * BT, BT, BT, BT)
                 b_out = tl.dot(b_pairs, written.to(dtype), b_out, input_precision=PRECISION)
@@ -229,12 +242,12 @@ def forward(
                 b_out = tl.dot(p.to(dtype), written.to(dtype), b_out, input_precision=PRECISION) * scale
             store_rows(out + at * V, b_out, rows, column, H * V, V, BT, BV)
         if DECAY > 0:
-            state *= factor
+            state = decay_state(state, factor, PARTS, DECAY)
         if DECAY == 1:
             written *= to_end[:, None]
-        state = tl.dot(tl.trans(b_k), written.to(dtype), state, input_precision=PRECISION)
+        state = write_state(b_k, k + at * K, rows, written.to(dtype), state, H, K, BT, BK, PARTS, PRECISION)
     if final is not None:
-        store_rows(final + nh.to(tl.int64) * K * V, state, K, column, V, V, BK, BV)
+        store_state(final + nh.to(tl.int64) * K * V, state, column, K, V, BK, BV, PARTS)
 
 
 @triton.jit
@@ -305,6 +318,7 @@ def reverse(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    PARTS: tl.constexpr,
     AHEAD: tl.constexpr,
     DECAY: tl.constexpr,
     ACC: tl.constexpr,
@@ -324,24 +338,28 @@ def reverse(
     length = tl.load(documents + 3 * n + 1)
     chunk = tl.load(documents + 3 * n + 2).to(tl.int64)
     i = tl.arange(0, BT)
-    d_state = load_rows(d_final + nh.to(tl.int64) * K * V, K, column, V, V, BK, BV).to(ACC)
+    d_state = load_state(d_final + nh.to(tl.int64) * K * V, column, K, V, BK, BV, PARTS, ACC)
     count = tl.cdiv(length, BT)
     if AHEAD:
         rows = tl.where(count > 0, length - (count - 1) * BT, 0)
         _, b_beta, b_g, b_total = load_apart(
             None, beta, None, sums, factors, (start + (count - 1) * BT) * H + h, (chunk + count - 1) * H + h, rows, 0,
-            H, K, V, BT, BK, BV, DECAY, ACC,
+            H, K, V, BT, BK, BV, PARTS, DECAY, ACC,
         )  # fmt: skip
     for left in tl.range(count, disable_licm=is_wide(k, BK)):
         c = count - 1 - left
         rows = length - c * BT
         at = (start + c * BT) * H + h
+        if PARTS > 1:
+            # Before anything else is held, as in `forward`.
+            store_state(d_states + ((chunk + c) * H + h) * K * V, d_state, column, K, V, BK, BV, PARTS)
+            written, _ = read_parts(k + at * K, None, rows, d_state, H, K, BT, BK, BV, PARTS, PRECISION)
         if AHEAD:
             strength, g, total = b_beta, b_g, b_total
         ahead = tl.where(c > 0, BT, 0) if AHEAD else rows
         _, b_beta, b_g, b_total = load_apart(
             None, beta, None, sums, factors, at - AHEAD * BT * H, (chunk + c - AHEAD) * H + h, ahead, 0,
-            H, K, V, BT, BK, BV, DECAY, ACC,
+            H, K, V, BT, BK, BV, PARTS, DECAY, ACC,
         )  # fmt: skip
         if not AHEAD:
             strength, g, total = b_beta, b_g, b_total
@@ -349,13 +367,13 @@ def reverse(
         b_q = load_rows(q + at * K, rows, 0, H * K, K, BT, BK)
         dtype = b_k.dtype
         b_out = load_rows(d_out + at * V, rows, column, H * V, V, BT, BV).to(dtype)
-        b_state = d_state.to(dtype)
-        store_rows(d_states + ((chunk + c) * H + h) * K * V, b_state, K, column, V, V, BK, BV)
-        written = tl.dot(b_k, b_state, input_precision=PRECISION)  # dn
+        if PARTS == 1:
+            store_state(d_states + ((chunk + c) * H + h) * K * V, d_state, column, K, V, BK, BV, PARTS)
+            written = tl.dot(b_k, d_state[0].to(dtype), input_precision=PRECISION)  # dn
         if DECAY == 2:
             b_pairs = load_rows(pairs + at * BT, rows, 0, H * BT, BT, BT, BT)
             written = tl.dot(tl.trans(b_pairs), b_out, written, input_precision=PRECISION)
-            d_state *= total[:, None]
+            d_state = decay_state(d_state, total, PARTS, DECAY)
         else:
             # Its row j holds what reads token j.
             p = pair_products(b_k, b_q, k + at * K, q + at * K, rows, H, K, BT, BK, ACC, PRECISION)
@@ -363,7 +381,7 @@ def reverse(
                 from_start, to_end, factor, high, low = scalar_decays(g, total, ACC)
                 written *= to_end[:, None]
                 p *= between(high, low, BT, True, FINE)
-                d_state *= factor
+                d_state = decay_state(d_state, factor, PARTS, DECAY)
             else:
                 p = tl.where(i[:, None] <= i[None, :], p, 0.0)
             written = tl.dot((p * scale).to(dtype), b_out, written, input_precision=PRECISION)
@@ -376,11 +394,13 @@ def reverse(
             b_inverse = load_rows(inverse + at * BT, rows, 0, H * BT, BT, BT, BT)
             written = tl.dot(tl.trans(b_inverse), written.to(dtype), input_precision=PRECISION)
         store_rows(d_v + at * V, written, rows, column, H * V, V, BT, BV)
-        d_state = tl.dot(tl.trans(b_q), b_out, d_state, input_precision=PRECISION)
+        d_state = write_state(b_q, q + at * K, rows, b_out, d_state, H, K, BT, BK, PARTS, PRECISION)
         if beta is not None:
             if DECAY == 1:
                 written *= from_start[:, None]
+            asking = k if DECAY < 2 else asked
             if DECAY == 2:
                 b_k = load_rows(asked + at * K, rows, 0, H * K, K, BT, BK)
-            d_state = tl.dot(tl.trans(b_k), (-written).to(dtype), d_state, input_precision=PRECISION)
-    store_rows(d_initial + nh.to(tl.int64) * K * V, d_state, K, column, V, V, BK, BV)
+            written = (-written).to(dtype)
+            d_state = write_state(b_k, asking + at * K, rows, written, d_state, H, K, BT, BK, PARTS, PRECISION)
+    store_state(d_initial + nh.to(tl.int64) * K * V, d_state, column, K, V, BK, BV, PARTS)

@@ -30,6 +30,7 @@ _PINNED = {
     "sm_90": {
         "prepare": Launch(warps=4, stages=2, sizes={"BK": 64}),
         "prepare channel": Launch(warps=4, stages=1, sizes={"BK": 64}),
+        "prepare channel float16": Launch(warps=4, stages=1, sizes={"BK": 32}),
         "prepare channel delta": Launch(warps=4, stages=1, sizes={"BK": 32}),
         "forward": Launch(warps=4, stages=3, sizes={"BV": 16, "AHEAD": 1}),
         "reverse": Launch(warps=4, stages=3, sizes={"BV": 16, "AHEAD": 1}),
@@ -86,6 +87,7 @@ def pinned(target: str, kernel: str, key_width: int, dtype: torch.dtype, decay: 
     launch = rows[kernel]
     if decay == 2:
         launch = rows.get(f"{kernel} channel", launch)
+        launch = rows.get(f"{kernel} channel float16", launch) if dtype == torch.float16 else launch
         launch = rows.get(f"{kernel} channel delta", launch) if delta else launch
     sizes = dict(launch.sizes)
     if kernel in ("forward", "reverse", "step"):
@@ -94,16 +96,28 @@ def pinned(target: str, kernel: str, key_width: int, dtype: torch.dtype, decay: 
         if key_width > 128:
             # Operands of more chunks in flight are more than shared memory holds, and more than four warps' registers.
             launch = replace(launch, warps=8, stages=1)
-        if key_width > 128 or target == "sm_80":
+        if kernel != "step":
+            sizes["PARTS"] = 1
+        if kernel != "step" and key_width > 128 and dtype == torch.float32:
+            # The state as one operand is 256 registers of each thread. Two parts or four: what spills on no target.
+            sizes["PARTS"] = 4 if kernel == "forward" and (decay == 1 or (decay == 0 and delta)) else 2
+        if key_width > 128 or target == "sm_80" or (dtype == torch.float32 and key_width == 32):
             sizes["BV"] = 16
     else:
         sizes["BK"] = min(sizes["BK"], key_width)
+    if kernel == "prepare" and dtype == torch.float32 and key_width == 16:
+        launch = replace(launch, warps=2)
     if kernel == "gradients":
-        # V is taken to be as wide. A loop of one turn dissolves in the one around it, which then spills.
-        sizes["BV"] = min(sizes["BV"], max(16, key_width // 2))
+        # V is taken to be as wide as K. A loop of one turn dissolves in the one around it, which then spills.
+        half = max(16, key_width // 2)
+        sizes["BV"] = min(sizes["BV"], half)
+        if decay == 2:
+            sizes["BK"] = min(sizes["BK"], half)
         if key_width > 128 and launch.warps == 4:
             # Addresses of loads in flight spill.
             launch = replace(launch, stages=1)
+            if decay == 2:
+                sizes["BV"] = min(sizes["BV"], 32)
     if target == "gfx942":
         # A thread has 512 registers there, but 256 where there are eight warps.
         launch = replace(launch, warps=4)

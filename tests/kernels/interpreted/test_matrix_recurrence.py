@@ -68,6 +68,15 @@ def test_blocks_of_wide_heads(name, decay_shape, widths):
     check(name, tensors, torch.float32)
 
 
+# The last part of the keys cut, or without any.
+@pytest.mark.parametrize("key_width", [200, 130])
+@pytest.mark.parametrize("decay_shape", ["none", "BTH", "BTHK"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_states_in_parts(name, decay_shape, key_width):
+    tensors, cu_seqlens = case(name, (34, 0, 1), key_width=key_width, decay_shape=decay_shape)
+    check(name, tensors, torch.float32, cu_seqlens=cu_seqlens)
+
+
 @pytest.mark.parametrize(("decay_shape", "decay"), [case for case in DECAYS if case[1] != "wide"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_float32(name, decay_shape, decay):
