@@ -89,7 +89,7 @@ def load_apart(
             g = load_numbers(log_decay + at, rows, H, BT, tl.float64)
     if DECAY == 2:
         d = tl.arange(0, BK // PARTS)
-        total = ()
+        total = tl.tuple(())
         for p in tl.static_range(PARTS):
             part = p * (BK // PARTS) + d
             total += (tl.load(factors + state_at * K + part, mask=(part < K) & (rows > 0), other=1.0),)

@@ -24,7 +24,7 @@ def load_state(
 ):
     """A block of V columns of a state `[K,V]`, in PARTS."""
     PART: tl.constexpr = BK // PARTS
-    state = ()
+    state = tl.tuple(())
     for p in tl.static_range(PARTS):
         state += (load_rows(pointer + p * PART * V, K - p * PART, column, V, V, PART, BV).to(ACC),)
     return state
@@ -93,7 +93,7 @@ def write_state(
     PRECISION: tl.constexpr,
 ):
     """`state + tile^T written` of a tile `[BT,BK]` that lies at `pointer`, `written` `[BT,BV]` in its dtype."""
-    after = ()
+    after = tl.tuple(())
     for p in tl.static_range(PARTS):
         part = load_part(tile, pointer, rows, p, H, K, BT, BK, PARTS)
         after += (tl.dot(tl.trans(part), written, state[p], input_precision=PRECISION),)
@@ -103,7 +103,7 @@ def write_state(
 @triton.jit
 def decay_state(state, factor, PARTS: tl.constexpr, DECAY: tl.constexpr):
     """`factor state`: a number, or with DECAY 2 `[BK]` in PARTS."""
-    after = ()
+    after = tl.tuple(())
     for p in tl.static_range(PARTS):
         if DECAY == 2:
             after += (state[p] * factor[p][:, None],)
