@@ -143,7 +143,7 @@ class Worker {
       }
       add_to_state(chunk, written, state_);
       for (int i = 0; i < tokens(n) && reads_; ++i) {
-        add_scaled_row(out + int64_t(i) * width_, read_ + int64_t(i) * width_, chunk.left[i], width_);
+        add_row(out + int64_t(i) * width_, read_ + int64_t(i) * width_, chunk.left[i], width_);
         put_value(n, i, out, call_.out, 1);
       }
     }
@@ -185,10 +185,6 @@ class Worker {
       add_row(out, row, q[c], columns_);
     }
     put_values(0, out, call_.out, 1);
-  }
-
-  static void add_row(float* __restrict to, const float* __restrict row, float factor, int columns) {
-    for (int w = 0; w < columns; ++w) to[w] += factor * row[w];
   }
 
   void begin(const Task& task) {
@@ -277,7 +273,7 @@ class Worker {
     if (!delta_) return values;
     const float* found = read_ + int64_t(chunk.rows) * width_;
     for (int i = 0; i < chunk.rows; ++i)
-      add_scaled_row(values + int64_t(i) * width_, found + int64_t(i) * width_, -chunk.left[i], width_);
+      add_row(values + int64_t(i) * width_, found + int64_t(i) * width_, -chunk.left[i], width_);
     solve(chunk.rows, width_, chunk.pairs[1], beta_, values, written_);
     return written_;
   }

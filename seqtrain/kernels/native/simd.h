@@ -242,8 +242,9 @@ static void scale_row(float* out, const float* x, float factor, int size) {
   for (int n = 0; n < size; n += kLanes) store(out + n, load(x + n) * factor);
 }
 
-static void add_scaled_row(float* out, const float* x, float factor, int size) {
-  for (int n = 0; n < size; n += kLanes) store(out + n, load(out + n) + factor * load(x + n));
+// Of any size, as rows of the caller's states are.
+static void add_row(float* __restrict out, const float* __restrict x, float factor, int size) {
+  for (int n = 0; n < size; ++n) out[n] += factor * x[n];
 }
 
 static void multiply_row(float* out, const float* x, const float* y, int size) {
