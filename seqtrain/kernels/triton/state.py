@@ -41,14 +41,6 @@ def store_state(
 
 
 @triton.jit
-def load_part(
-    tile, pointer, rows, p, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr
-):
-    """Part p of a tile `[BT,BK]` that lies at `pointer`: itself where there is one part, else read again."""
-    return tile if PARTS == 1 else load_rows(pointer, rows, p * (BK // PARTS), H * K, K, BT, BK // PARTS)
-
-
-@triton.jit
 def read_parts(
     first,
     second,
@@ -92,10 +84,14 @@ def write_state(
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`state + tile^T written` of a tile `[BT,BK]` that lies at `pointer`, `written` `[BT,BV]` in its dtype."""
+    """`state + tile^T written` of a tile `[BT,BK]`, `written` `[BT,BV]` in its dtype.
+
+    With several parts the tile is read again from where it lies, `pointer`.
+    """
+    PART: tl.constexpr = BK // PARTS
     after = tl.tuple(())
     for p in tl.static_range(PARTS):
-        part = load_part(tile, pointer, rows, p, H, K, BT, BK, PARTS)
+        part = tile if PARTS == 1 else load_rows(pointer, rows, p * PART, H * K, K, BT, PART)
         after += (tl.dot(tl.trans(part), written, state[p], input_precision=PRECISION),)
     return after
 
