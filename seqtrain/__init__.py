@@ -1,7 +1,7 @@
 """seqtrain: training of language models on very long sequences."""
 
-from seqtrain.hub import tell_transformers
+from seqtrain.hub import register_with_transformers
 
 __version__ = "0.1.0"
 
-tell_transformers()
+register_with_transformers()

@@ -13,7 +13,7 @@ CONFIGS = "transformers.models.auto.configuration_auto"
 MODELS = "transformers.models.auto.modeling_auto"
 
 
-def tell_transformers() -> None:
+def register_with_transformers() -> None:
     """Registers the models now where transformers is there already, else as soon as it is imported."""
     for name, register in {CONFIGS: _register_config, MODELS: _register_model}.items():
         if module := sys.modules.get(name):

@@ -112,7 +112,7 @@ def _to_precision(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return x.to(dtype)
 
 
-def borders(lengths: Sequence[int]) -> Tensor:
+def boundaries(lengths: Sequence[int]) -> Tensor:
     """`cu_seqlens` (int32 `[N+1]`) of documents of these lengths; lengths may be 0."""
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 

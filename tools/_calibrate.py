@@ -26,7 +26,7 @@ from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.parallel.cost import costs_of
 from seqtrain.parallel.engine import engine_of
 from seqtrain.parallel.mesh import form_mesh
-from seqtrain.parallel.sequence import Sequence as Tokens
+from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime import PretrainConfig
 from seqtrain.runtime.settings import micro_batch
 
@@ -132,11 +132,13 @@ def _cut(group: dist.ProcessGroup, mixers: Sequence[str]) -> dict[str, float]:
             mixer = LanguageModel(config, settings, BYTES_VOCAB).blocks[0].mixer
             x = torch.randn(1, CUT_TOKENS, WIDTH, requires_grad=True)
 
-            def run(tokens: Tokens, mixer: Any = mixer, x: Tensor = x) -> None:
+            def run(tokens: SequenceContext, mixer: Any = mixer, x: Tensor = x) -> None:
                 mixer(x, sequence=tokens)[0].sum().backward()
 
             # Of all threads: messages have their own. The rank that works most is the one all wait for.
-            alone, shared = (_seconds(partial(run, tokens), 3, clock=time.process_time) for tokens in (Tokens(), cut))
+            alone, shared = (
+                _seconds(partial(run, tokens), 3, clock=time.process_time) for tokens in (SequenceContext(), cut)
+            )
             ratio = torch.tensor(shared / alone)
             dist.all_reduce(ratio, op=dist.ReduceOp.MAX, group=group)
             found[name] = max(1.0, ratio.item())

@@ -6,8 +6,8 @@ from html import escape
 from pathlib import Path
 
 STYLE = """body { font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; font-variant-numeric: tabular-nums }
-th, td { padding: 0.2rem 0.8rem; border-bottom: 1px solid #ddd; text-align: right }
+table { boundary-collapse: collapse; margin: 0.5rem 0 1.5rem; font-variant-numeric: tabular-nums }
+th, td { padding: 0.2rem 0.8rem; boundary-bottom: 1px solid #ddd; text-align: right }
 th:first-child, td:first-child { text-align: left }
 img { max-width: 100%; display: block; margin: 0.5rem 0 1.5rem }
 pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; font-size: 13px }"""

@@ -21,7 +21,7 @@ from seqtrain.errors import SeqtrainError
 from seqtrain.memory import peak_resident_bytes
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ def measure(settings: Settings) -> dict[str, float]:
     mixers = {name: MIXERS.get(name).Config() for name in settings.layers}
     model = LanguageModel(config, mixers, settings.vocab_size)
     tokens = torch.randint(settings.vocab_size, (1, settings.tokens))
-    borders = torch.linspace(0, settings.tokens, settings.documents + 1).round().to(torch.int32)
+    boundaries = torch.linspace(0, settings.tokens, settings.documents + 1).round().to(torch.int32)
     # What PyTorch loads in a first step (with checkpointing its compiler, 140 MiB) is no memory of the sequence's.
     run_step(model, tokens[:, :1], torch.tensor([0, 1], dtype=torch.int32), settings.dtype)
     model.zero_grad()
     before, start = peak_resident_bytes(), time.perf_counter()
-    loss = run_step(model, tokens, borders, settings.dtype)
+    loss = run_step(model, tokens, boundaries, settings.dtype)
     seconds = time.perf_counter() - start
     return {
         "peak_bytes": peak_resident_bytes(),
@@ -83,10 +83,10 @@ def measure(settings: Settings) -> dict[str, float]:
     }
 
 
-def run_step(model: LanguageModel, tokens: torch.Tensor, borders: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Forward and backward pass over `tokens [1,T]` with documents at `borders [N+1]`; the loss, summed over tokens."""
+def run_step(model: LanguageModel, tokens: torch.Tensor, boundaries: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Forward and backward pass over `tokens [1,T]`, documents at `boundaries [N+1]`; the summed loss."""
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        loss = model(tokens, labels=tokens.roll(-1, 1), sequence=Sequence(cu_seqlens=borders))
+        loss = model(tokens, labels=tokens.roll(-1, 1), sequence=SequenceContext(cu_seqlens=boundaries))
     (loss / tokens.shape[1]).backward()
     return loss.detach()
 

@@ -134,7 +134,7 @@ def count_step(config: PretrainConfig, *, vocab_size: int) -> StepWork:
     rows = config.train.batch_size
     executed = counts.executed_flops(checkpointing=config.model.activation_checkpointing)
     if segments(config) > 1 and config.train.segment_gradients == "exact":
-        # The pass that finds the states at the borders between segments.
+        # The pass that finds the states at the boundaries between segments.
         executed += sum(part.executed_forward for part in counts.parts if part.layer >= 0)
     return StepWork(rows * config.train.sequence_length, rows * counts.step_flops, rows * executed)
 

@@ -33,7 +33,7 @@ from seqtrain.kernels import (
     tensor_attention,
 )
 from seqtrain.mixers import WHOLE, Mixer
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 # Which of an operator's tensors carry values; the others say how they are mixed. Tensor attention's output is a product
 # of two mixed values: either alone is linear.
@@ -54,11 +54,11 @@ ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
-class _Watched(Sequence):
+class _Watched(SequenceContext):
     """Holds all of an operator's tensors fixed but its values, and keeps its output, real and flat: `[B,T,O]`."""
 
     # What runs the operators.
-    inner: Sequence = WHOLE
+    inner: SequenceContext = WHOLE
     outputs: list[Tensor] = field(default_factory=list)
 
     def run(
@@ -73,10 +73,10 @@ class _Watched(Sequence):
         self.outputs.append(torch.view_as_real(out).flatten(2) if out.is_complex() else out.flatten(2))
         return out, state
 
-    def grouped(self, size: int, past: Tensor | None = None) -> Sequence:
+    def grouped(self, size: int, past: Tensor | None = None) -> SequenceContext:
         return replace(self, inner=self.inner.grouped(size, past))
 
-    def repeated(self, times: int) -> Sequence:
+    def repeated(self, times: int) -> SequenceContext:
         return replace(self, inner=self.inner.repeated(times))
 
 

@@ -17,11 +17,11 @@ from seqtrain.kernels.segments import PastInputs, Segment, segment_of
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.models.block import Block
-from seqtrain.parallel.sequence import Sequence as Tokens
+from seqtrain.parallel.sequence import SequenceContext
 
 # Longer sequences are not traced: two shorter ones are, of layers whose work grows in proportion to the tokens.
 TRACED = (2048, 4096)
-# Tokens on which the chunk form of an operator with a kernel of its own is traced, for its FLOPs.
+# Sequence on which the chunk form of an operator with a kernel of its own is traced, for its FLOPs.
 CHUNKED = (512, 1024)
 # Blocks below this size the C library's allocator keeps, larger ones it returns (glibc's DEFAULT_MMAP_THRESHOLD_MAX).
 SMALL = 32 * 2**20
@@ -58,7 +58,7 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Watched(Tokens):
+class Watched(SequenceContext):
     """A whole sequence that notes its operators' windows, and what they would exchange if it were cut."""
 
     exchanges: list[Exchange] = field(default_factory=list)

@@ -213,7 +213,7 @@ def _gather(start: Array, busy: _Busy, wires: _Wires, load: _Load) -> tuple[Arra
     index = np.arange(places)
     sizes = load.state + np.where(index == 0, 0.0, load.transition)
     before = np.concatenate([[0.0], np.cumsum(sizes)[:-1]])
-    first, last = _borders(wires)
+    first, last = _boundaries(wires)
     near, far = (wires.byte(np.full(1, crosses)) for crosses in (False, True))
     # What comes in from the own node, and from others; what goes out likewise.
     received = (before - before[first]) * near + before[first] * far
@@ -231,7 +231,7 @@ def _gather(start: Array, busy: _Busy, wires: _Wires, load: _Load) -> tuple[Arra
     return np.concatenate([start[:, :1], arrived], axis=1), busy._replace(sending=leaves, receiving=receiving)
 
 
-def _borders(wires: _Wires) -> tuple[Array, Array]:
+def _boundaries(wires: _Wires) -> tuple[Array, Array]:
     """The first and the last place of each place's node."""
     index = np.arange(wires.ranks)
     starts = np.concatenate([[True], wires.next])

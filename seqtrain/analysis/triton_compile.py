@@ -85,7 +85,7 @@ def compiling(target: str) -> Iterator[list[CompiledKernel]]:
         kernels.append(_examine(self.fn.__name__, compiled, grid(named) if callable(grid) else grid, named, target))
 
     use_target(target)
-    dispatch.choose_anew()
+    dispatch.reset_backend_choice()
     devices = frozenset(dispatch.TRITON_DEVICES)
     dispatch.TRITON_DEVICES.add("cpu")
     JITFunction.run = run
@@ -94,7 +94,7 @@ def compiling(target: str) -> Iterator[list[CompiledKernel]]:
     finally:
         JITFunction.run = stock_run
         dispatch.TRITON_DEVICES.intersection_update(devices)
-        dispatch.choose_anew()
+        dispatch.reset_backend_choice()
 
 
 def _examine(name: str, compiled: Any, grid: tuple[int, ...], arguments: dict[str, Any], target: str) -> CompiledKernel:

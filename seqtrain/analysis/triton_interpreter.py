@@ -475,7 +475,7 @@ def install(target: str = "sm_90") -> None:
         raise RuntimeError("Triton compiles in this process; start it with TRITON_INTERPRET=1 in the environment")
     use_target(target)
     dispatch.TRITON_DEVICES.add("cpu")
-    dispatch.choose_anew()
+    dispatch.reset_backend_choice()
     if _installed:
         return
     _installed = True

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from seqtrain.data.batches import IGNORED
-from seqtrain.mixers._parts import precise
+from seqtrain.layers import upcast
 
 
 def relative_error_sum(came: Tensor, expected: Tensor, labels: Tensor) -> Tensor:
@@ -15,7 +15,7 @@ def relative_error_sum(came: Tensor, expected: Tensor, labels: Tensor) -> Tensor
 
     `came`, `expected`: `[B,T,D]`; `labels`: int64 `[B,T]`, -100 for a token that does not count.
     """
-    came, expected = precise(came), precise(expected)
+    came, expected = upcast(came), upcast(expected)
     # A token whose output is all zero would else count without bound.
     size = expected.square().sum(-1).clamp(min=torch.finfo(expected.dtype).tiny)
     error = (came - expected).square().sum(-1) / size
@@ -24,7 +24,7 @@ def relative_error_sum(came: Tensor, expected: Tensor, labels: Tensor) -> Tensor
 
 def mean_square_sum(came: Tensor, expected: Tensor, labels: Tensor) -> Tensor:
     """`sum of mean((came - expected)^2)` over tokens whose label counts; shapes as in `relative_error_sum`."""
-    error = (precise(came) - precise(expected)).square().mean(-1)
+    error = (upcast(came) - upcast(expected)).square().mean(-1)
     return (error * (labels != IGNORED)).sum()
 
 
@@ -57,15 +57,15 @@ def distillation_sum(
             rows = hidden[start : start + chunk]
             teacher = None
             if expected is not None and expected_weight is not None:
-                teacher = precise(expected[start : start + chunk] @ expected_weight.T)
+                teacher = upcast(expected[start : start + chunk] @ expected_weight.T)
             loss, d_logits = _chunk(
-                precise(rows @ weight.T), teacher, labels[start : start + chunk, None], kl, ce, temperature
+                upcast(rows @ weight.T), teacher, labels[start : start + chunk, None], kl, ce, temperature
             )
             total += loss
             if d_hidden is not None:
                 d_hidden[start : start + chunk] = d_logits.to(weight.dtype) @ weight
             if d_weight is not None:
-                d_weight += d_logits.T @ precise(rows)
+                d_weight += d_logits.T @ upcast(rows)
     return known(total, inputs, [grad for grad in (d_hidden, d_weight) if grad is not None])
 
 

@@ -18,7 +18,7 @@ from seqtrain.data import open_corpus, training_batches
 from seqtrain.files import sha256_of
 from seqtrain.mixers import WHOLE
 from seqtrain.models import LanguageModel
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime.engine import parameter_groups
 from seqtrain.runtime.objective import NothingHeldOut, TrainingData, Work
 from seqtrain.runtime.run_folder import plain
@@ -137,7 +137,7 @@ class TransferModel(nn.Module):
         self.first = first
         self.error = ERRORS[error]
 
-    def forward(self, tokens: Tensor, labels: Tensor, *, sequence: Sequence = WHOLE) -> Tensor:
+    def forward(self, tokens: Tensor, labels: Tensor, *, sequence: SequenceContext = WHOLE) -> Tensor:
         """`tokens`: int64 `[B,T]`, or what enters layer `first`, float `[B,T,D]`. The sum of the layers' errors."""
         [teacher] = self.beside
         with torch.no_grad():
@@ -170,7 +170,7 @@ class DistilledModel(nn.Module):
         self.beside = (teacher,)
         self.stage = stage
 
-    def forward(self, tokens: Tensor, labels: Tensor, *, sequence: Sequence = WHOLE) -> Tensor:
+    def forward(self, tokens: Tensor, labels: Tensor, *, sequence: SequenceContext = WHOLE) -> Tensor:
         """`tokens`, `labels`: int64 `[B,T]` -> the stage's loss, a scalar summed over labels that count."""
         stage, student, [teacher] = self.stage, self.student, self.beside
         hidden, _ = student.hidden(tokens, sequence=sequence, keep_state=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seqtrain.data import WHOLE_BATCH, Batch, Share
 from seqtrain.models import LanguageModel
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime.objective import TrainingData
 
 
@@ -58,7 +58,7 @@ def advance(
         for step in range(steps):
             batch = batches.at(step)
             x = batch.tokens if batch.tokens.is_floating_point() else teacher.embedding(batch.tokens)
-            sequence = Sequence(cu_seqlens=batch.cu_seqlens, backend=backend)
+            sequence = SequenceContext(cu_seqlens=batch.cu_seqlens, backend=backend)
             for block in teacher.blocks[first:last]:
                 x = _through(block, x, sequence)
             opened.write(x.float().numpy().tobytes())
@@ -66,5 +66,5 @@ def advance(
     unfinished.rename(file)
 
 
-def _through(block: Any, x: Tensor, sequence: Sequence) -> Tensor:
+def _through(block: Any, x: Tensor, sequence: SequenceContext) -> Tensor:
     return block(x, None, sequence=sequence)[0]

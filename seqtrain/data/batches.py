@@ -22,7 +22,7 @@ class Batch:
     `tokens`, `labels`: int64 `[1, offsets[part + 1] - offsets[part]]`, all n where there is one part; a label is the
     token that follows in the same document, in this part or the next, -100 where none does.
     `offsets`: where the parts start in the row, and n. `cu_seqlens`: int32 `[N+1]` on the CPU, from 0 to n, the same
-    for every part: a border where one of the rows starts and, unless switched off, a document.
+    for every part: a boundary where one of the rows starts and, unless switched off, a document.
     `bytes`: text bytes that the labels stand for; a document's end stands for none.
     """
 
@@ -115,7 +115,7 @@ class _Windows:
             tokens=torch.from_numpy(tokens)[None],
             labels=torch.from_numpy(labels)[None],
             offsets=offsets,
-            cu_seqlens=self._borders(starts),
+            cu_seqlens=self._boundaries(starts),
             bytes=self.stream.tokenizer.byte_count(counted) * self.stream.byte_scale,
         )
 
@@ -132,25 +132,25 @@ class _Windows:
         labels[self.stream.starts(start + 1, start + held) - start - 1] = IGNORED
         return ids[:count], labels
 
-    def _borders(self, starts: list[int]) -> Tensor:
-        """The borders of the whole row: where windows start and, if they reset the state, documents."""
+    def _boundaries(self, starts: list[int]) -> Tensor:
+        """The boundaries of the whole row: where windows start and, if they reset the state, documents."""
         length, end = self.sequence_length, self.stream.tokens
-        borders = [0]
+        boundaries = [0]
         for row, start in enumerate(starts):
             if self.reset_at_documents:
-                borders.extend(row * length + self.stream.starts(start + 1, min(start + length, end)) - start)
+                boundaries.extend(row * length + self.stream.starts(start + 1, min(start + length, end)) - start)
                 if start < end < start + length:
                     # The filling behind the stream's end counts as a document of its own.
-                    borders.append(row * length + end - start)
-            borders.append((row + 1) * length)
-        return torch.tensor(borders, dtype=torch.int32)
+                    boundaries.append(row * length + end - start)
+            boundaries.append((row + 1) * length)
+        return torch.tensor(boundaries, dtype=torch.int32)
 
 
 class Batches(_Windows):
     """Training batches: windows in a shuffled order that is a pure function of `(seed, step)`.
 
     An epoch reads every window once. Its windows start at another place than those of the epoch before, so that
-    borders move and no token is left out for good. Raises `DataError` if the stream is shorter than one window.
+    boundaries move and no token is left out for good. Raises `DataError` if the stream is shorter than one window.
     """
 
     def __init__(

@@ -116,8 +116,8 @@ class Shard:
                 place = at + int(np.argmax(foreign))
                 offset = HEADER.size + place * ids.itemsize
                 raise self._error(f"id {ids[place]} at byte {offset}, but ids are below {self.vocab_size}")
-        borders = np.concatenate([[-1], self.starts(), [self.entry.tokens]])
-        if not (np.diff(borders) > 0).all():
+        boundaries = np.concatenate([[-1], self.starts(), [self.entry.tokens]])
+        if not (np.diff(boundaries) > 0).all():
             raise self._error("document starts do not rise inside the shard")
 
     def _check_header(self) -> None:

@@ -40,7 +40,8 @@ def check_floating(operator: str, tensors: Mapping[str, Tensor], *, allow_comple
 
 
 def check_documents(operator: str, cu_seqlens: Tensor | None, batch: int, tokens: int) -> int:
-    """Checks document borders and returns how many states the call carries: `N` documents, or `batch` without borders.
+    """Checks document boundaries and returns how many states the call carries: `N` documents, or `batch` without
+    boundaries.
 
     `cu_seqlens`: int `[N+1]`, from 0 to `tokens`, never falling; needs `batch == 1`. Empty documents are allowed.
     Raises `ValueError`.
@@ -54,12 +55,12 @@ def check_documents(operator: str, cu_seqlens: Tensor | None, batch: int, tokens
         raise ValueError(f"{operator}: cu_seqlens is {came}, expected int32 or int64 [N+1] with N >= 1")
     if torch.compiler.is_compiling():  # what a graph may not read, its operators do
         return cu_seqlens.shape[0] - 1
-    borders = cu_seqlens.tolist()
-    if borders[0] != 0 or borders[-1] != tokens or any(a > b for a, b in pairwise(borders)):
+    boundaries = cu_seqlens.tolist()
+    if boundaries[0] != 0 or boundaries[-1] != tokens or any(a > b for a, b in pairwise(boundaries)):
         raise ValueError(
-            f"{operator}: cu_seqlens must rise from 0 to T={tokens}, came {borders[:8]}... to {borders[-1]}"
+            f"{operator}: cu_seqlens must rise from 0 to T={tokens}, came {boundaries[:8]}... to {boundaries[-1]}"
         )
-    return len(borders) - 1
+    return len(boundaries) - 1
 
 
 def check_state(operator: str, state: Tensor | None, expected: tuple[int, ...], device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Operators for torch.compile: what it must not look into becomes one node of its graph, with gradients.
 
 `differentiable` is for kernels: two plain functions, forward and backward, and one that tells shapes. `opaque` is for
-PyTorch code that can't be traced, or is better not: loops over chunks, borders of documents read on the host. Both
+PyTorch code that can't be traced, or is better not: loops over chunks, boundaries of documents read on the host. Both
 leave calls outside of torch.compile as fast as they were: an operator of `torch.library` costs 50 microseconds more,
 forward and backward, than the `autograd.Function` that stands in for it.
 """

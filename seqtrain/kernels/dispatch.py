@@ -45,7 +45,7 @@ def choose(
     return _functions[f"{operator}.{name}.{function}"]
 
 
-def choose_anew() -> None:
+def reset_backend_choice() -> None:
     """Makes every operator choose, and say why, again: a process that starts another run has another log."""
     _choose_once.cache_clear()
 

@@ -21,14 +21,14 @@ def by_document(
 ) -> tuple[Tensor, Tensor]:
     """`run(*tensors, state) -> (out, final_state)` on each document of a packed row by itself, then joined again.
 
-    `tensors`: `[1,T,...]` or None each. `state`: `[N,...]`, a row a document. Without borders it is one plain call on
-    `[B,T,...]`.
+    `tensors`: `[1,T,...]` or None each. `state`: `[N,...]`, a row a document. Without boundaries it is one plain call
+    on `[B,T,...]`.
     """
     if cu_seqlens is None:
         return run(*tensors, state)
-    borders = cu_seqlens.tolist()
+    boundaries = cu_seqlens.tolist()
     pieces = [
         run(*(None if tensor is None else tensor[:, start:end] for tensor in tensors), state[n : n + 1])
-        for n, (start, end) in enumerate(pairwise(borders))
+        for n, (start, end) in enumerate(pairwise(boundaries))
     ]
     return torch.cat([out for out, _ in pieces], 1), torch.cat([final for _, final in pieces])

@@ -97,30 +97,30 @@ def on_device(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def borders(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
+def boundaries(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
     """Where the documents of `x: [B,T,...]` begin among its B T tokens, and their end; else its rows."""
     if cu_seqlens is None:
         return tuple(row * x.shape[1] for row in range(x.shape[0] + 1))
     return tuple(cu_seqlens.tolist())
 
 
-# A training step meets one set of borders in all its layers, forward and backward; a few more for evaluation.
+# A training step meets one set of boundaries in all its layers, forward and backward; a few more for evaluation.
 @lru_cache(maxsize=16)
-def borders_tensor(borders: tuple[int, ...], device: torch.device) -> Tensor:
-    """`borders` where kernels read them, int32."""
+def boundaries_tensor(boundaries: tuple[int, ...], device: torch.device) -> Tensor:
+    """`boundaries` where kernels read them, int32."""
     with torch.inference_mode(False):
-        return torch.tensor(borders, dtype=torch.int32, device=device)
+        return torch.tensor(boundaries, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=16)
-def pieces(borders: tuple[int, ...], length: int, device: torch.device, *, past: int = 0) -> Tensor:
+def pieces(boundaries: tuple[int, ...], length: int, device: torch.device, *, past: int = 0) -> Tensor:
     """Documents cut into pieces of at most `length` tokens, a document's pieces side by side: int32 `[P,5]`.
 
     A row: the document, the piece's first row, the row behind its last, and the document's first and last piece. The
     first begins `past` rows early, at inputs the document was given; without any an empty document has no piece.
     """
     rows: list[tuple[int, ...]] = []
-    for document, (start, end) in enumerate(pairwise(borders)):
+    for document, (start, end) in enumerate(pairwise(boundaries)):
         if start - past == end:
             continue
         edges = [start - past, *range(start + length, end, length), end]
@@ -135,9 +135,9 @@ def pieces(borders: tuple[int, ...], length: int, device: torch.device, *, past:
 PROGRAMS = 264
 
 
-def piece_length(borders: tuple[int, ...], blocks: int, shortest: int) -> int:
+def piece_length(boundaries: tuple[int, ...], blocks: int, shortest: int) -> int:
     """Tokens of a piece, so that pieces times `blocks` of channels fill a GPU where documents are long enough."""
-    return max(shortest, -(-borders[-1] // max(1, -(-PROGRAMS // blocks))))
+    return max(shortest, -(-boundaries[-1] // max(1, -(-PROGRAMS // blocks))))
 
 
 @dataclass(frozen=True)

@@ -170,26 +170,27 @@ class ChunkLayout:
 def chunk_layout(
     batch: int, tokens: int, cu_seqlens: Tensor | None, *, chunk: int, device: torch.device, smallest_chunk: int = 16
 ) -> ChunkLayout:
-    """The layout of `[batch, tokens]`, or of the documents of one row between the borders `cu_seqlens` (int `[N+1]`).
+    """The layout of `[batch, tokens]`, or of the documents of one row with boundaries `cu_seqlens` (int
+    `[N+1]`).
 
     `chunk`: chunk length for long documents, a power of two. It is halved, down to `smallest_chunk`, where documents
-    are so short that padding would outweigh what larger chunks save. Layouts are cached by their borders.
+    are so short that padding would outweigh what larger chunks save. Layouts are cached by their boundaries.
     """
-    borders = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    return _chunk_layout(batch, tokens, borders, chunk, smallest_chunk, device)
+    boundaries = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    return _chunk_layout(batch, tokens, boundaries, chunk, smallest_chunk, device)
 
 
-# A training step meets one set of borders in all its layers, forward and backward; a few more for evaluation.
+# A training step meets one set of boundaries in all its layers, forward and backward; a few more for evaluation.
 @lru_cache(maxsize=8)
 def _chunk_layout(
-    batch: int, tokens: int, borders: tuple[int, ...] | None, chunk: int, smallest_chunk: int, device: torch.device
+    batch: int, tokens: int, boundaries: tuple[int, ...] | None, chunk: int, smallest_chunk: int, device: torch.device
 ) -> ChunkLayout:
-    if borders is None:
+    if boundaries is None:
         starts = [row * tokens for row in range(batch)]
         lengths = [tokens] * batch
     else:
-        starts = list(borders[:-1])
-        lengths = [end - start for start, end in pairwise(borders)]
+        starts = list(boundaries[:-1])
+        lengths = [end - start for start, end in pairwise(boundaries)]
     while chunk > smallest_chunk and _padded(lengths, chunk) > 1.25 * _padded(lengths, chunk // 2):
         chunk //= 2
     order = sorted(range(len(lengths)), key=lambda n: -lengths[n])

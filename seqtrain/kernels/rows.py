@@ -20,8 +20,8 @@ class Rows:
         if cu_seqlens is None:
             start = torch.arange(x.shape[0], device=x.device) * x.shape[1]
             return Rows(start, torch.full_like(start, x.shape[1]), alike=True)
-        borders = cu_seqlens.to(device=x.device, dtype=torch.int64)
-        return Rows(borders[:-1], borders.diff())
+        boundaries = cu_seqlens.to(device=x.device, dtype=torch.int64)
+        return Rows(boundaries[:-1], boundaries.diff())
 
     def places(self, total: int) -> tuple[Tensor, Tensor]:
         """For each of `total` tokens: the piece it is in and its distance from that piece's start, int64 `[total]`."""

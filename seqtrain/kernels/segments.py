@@ -29,7 +29,7 @@ class AffineSegment(ABC):
     """
 
     def __init__(self, tensors: Sequence[Any], options: Options, backend: str):
-        """`tensors`, `options`: the operator's arguments for these tokens, states and borders aside."""
+        """`tensors`, `options`: the operator's arguments for these tokens, states and boundaries aside."""
         self.tensors = tensors
         self.options = options
         self.backend = backend

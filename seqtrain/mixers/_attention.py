@@ -8,11 +8,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import softmax_attention
+from seqtrain.layers import RMSNorm, positions, rotate
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
 from seqtrain.mixers._costs import softmax_attention_flops
-from seqtrain.mixers._parts import RMSNorm
-from seqtrain.mixers._rotary import positions, rotate
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,9 @@ class SoftmaxAttention(Mixer):
         self.k_norm = RMSNorm(self.key, config.norm_eps) if config.qk_norm else nn.Identity()
         self.out = nn.Linear(shape.heads * self.key, shape.width, bias=False)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         q, k, v = self.project(x)
         past = dict(state or EMPTY)
         place, position = positions(x, past.pop("position", None), sequence)

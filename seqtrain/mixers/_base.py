@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from seqtrain.errors import ConfigError
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 State = dict[str, Tensor]
-WHOLE = Sequence()
+WHOLE = SequenceContext()
 EMPTY: Mapping[str, Tensor] = {}
 
 
@@ -51,11 +51,13 @@ class Mixer(nn.Module):
         self.config = config
         self.shape = shape
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         """`x: [B,T,D]` -> `([B,T,D], state)`; `state` None is an empty past. With documents, states are `[N,...]`."""
         raise NotImplementedError
 
-    def step(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def step(self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE) -> tuple[Tensor, State]:
         """One token for each row: `x: [B,D]` -> `([B,D], state)`."""
         # Called as a module, so that hooks run: ZeRO-3 gathers the weights in one.
         out, state = self(x[:, None], state, sequence=sequence)

@@ -8,10 +8,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import delta_rule
+from seqtrain.layers import HeadNorm, HeadProjections, l2norm, upcast
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
 from seqtrain.mixers._costs import delta_rule_flops
-from seqtrain.mixers._parts import HeadNorm, HeadProjections, precise, unit
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 # q `[B,T,H,K]`, k of any length `[B,T,H,n*K]`, v `[B,T,H,n*V]`, beta `[B,T,H*n]` for n steps a token, and log_decay.
 DeltaInputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
@@ -49,23 +49,25 @@ class DeltaMixer(Mixer):
         self.norm = HeadNorm(self.value, self.gate_activation())
         self.out = nn.Linear(self.inner, shape.width, bias=False)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past = state or EMPTY
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)
-        beta = torch.sigmoid(precise(self.beta(x)))  # B T H*steps
+        beta = torch.sigmoid(upcast(self.beta(x)))  # B T H*steps
         if self.config.allow_negative_eigenvalues:
             beta = 2 * beta
-        out, after["memory"] = self.remember((unit(q), k, v, beta, self.log_decay(x)), past.get("memory"), sequence)
+        out, after["memory"] = self.remember((l2norm(q), k, v, beta, self.log_decay(x)), past.get("memory"), sequence)
         return self.out(self.norm(out, self.output_gate(x))), after
 
     def steps_per_token(self) -> int:
         """How many keys and values a token writes, one after the other."""
         return 1
 
-    def remember(self, inputs: DeltaInputs, past: Tensor | None, sequence: Sequence) -> tuple[Tensor, Tensor]:
+    def remember(self, inputs: DeltaInputs, past: Tensor | None, sequence: SequenceContext) -> tuple[Tensor, Tensor]:
         """The operator's output `[B,T,H,V]` and state."""
         q, k, *others = inputs
-        return sequence.run(delta_rule, q, unit(k), *others, initial_state=past)
+        return sequence.run(delta_rule, q, l2norm(k), *others, initial_state=past)
 
     @staticmethod
     def gate_activation() -> Literal["silu", "sigmoid"]:

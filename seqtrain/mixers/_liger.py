@@ -10,13 +10,12 @@ from pydantic import Field
 from torch import Tensor
 
 from seqtrain.kernels import linear_attention, softmax_attention
+from seqtrain.layers import positions, upcast
 from seqtrain.mixers._attention import AttentionConfig, SoftmaxAttention
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, State
 from seqtrain.mixers._costs import linear_attention_flops, softmax_attention_flops
-from seqtrain.mixers._parts import precise
-from seqtrain.mixers._rotary import positions
 from seqtrain.mixers._slots import run_grouped
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,9 @@ class Liger(SoftmaxAttention):
         # What an ablation leaves out: a part's name, or nothing.
         self.without: Literal["", "memory", "window"] = ""
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past = state or EMPTY
         q, k, v = self.project(x)
         place, position = positions(x, past.get("position"), sequence)
@@ -64,11 +65,11 @@ class Liger(SoftmaxAttention):
         return self.out(out.to(x.dtype).flatten(2)), kept | memory | {"position": position}
 
     def recur(
-        self, q: Tensor, k: Tensor, v: Tensor, past: Mapping[str, Tensor], sequence: Sequence
+        self, q: Tensor, k: Tensor, v: Tensor, past: Mapping[str, Tensor], sequence: SequenceContext
     ) -> tuple[Tensor, State]:
         """`q: [B,T,H,K]`, `k, v: [B,T,G,K]` -> `[B,T,H,K]` and the state: `S_t = diag(a_t) S_{t-1} + key_t^T v_t`."""
-        key, decay = self.gated(precise(k))
-        query = precise(q).softmax(-1).to(v.dtype)
+        key, decay = self.gated(upcast(k))
+        query = upcast(q).softmax(-1).to(v.dtype)
         out, memory = run_grouped(
             sequence, linear_attention, query, key.to(v.dtype), v, decay, scale=1.0, past=past.get("memory")
         )

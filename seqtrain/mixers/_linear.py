@@ -8,10 +8,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
+from seqtrain.layers import HeadProjections, upcast
 from seqtrain.mixers._base import LayerShape, Mixer
 from seqtrain.mixers._costs import linear_attention_flops
-from seqtrain.mixers._parts import HeadProjections, precise
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 def sums(
@@ -19,7 +19,7 @@ def sums(
     k: Tensor,
     v: Tensor,
     past: Tensor | None,
-    sequence: Sequence,
+    sequence: SequenceContext,
     *,
     log_decay: Tensor | None = None,
     scale: float | None = None,
@@ -29,7 +29,7 @@ def sums(
     `s_tj = scale * q_t . k_j`, decayed. The sum of weights is a count where q and k are ones, which bfloat16 would
     round.
     """
-    columns = F.pad(precise(v), (0, 1), value=1.0)
+    columns = F.pad(upcast(v), (0, 1), value=1.0)
     out, state = sequence.run(linear_attention, q, k, columns, log_decay, scale=scale, initial_state=past)
     return out[..., :-1], out[..., -1:], state
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqtrain.kernels import delta_rule, linear_attention
+from seqtrain.layers import LowRank, l2norm, reset_decay_rate, reset_step_bias, step_sizes, upcast
 from seqtrain.mixers._base import State
 from seqtrain.mixers._costs import delta_rule_flops, linear_attention_flops
-from seqtrain.mixers._parts import LowRank, precise, reset_decay_rate, reset_step_bias, step_sizes, unit
 from seqtrain.mixers._slots import run_grouped, slot_attention, slot_flops, slot_shapes
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 # Gates that are new start with a sigmoid of this, to the power 1/16: half is forgotten in 230 tokens.
 SLOW = 3.0
@@ -54,7 +54,7 @@ class Memory(nn.Module):
         raise NotImplementedError
 
     def read(
-        self, q: Tensor, written: Mapping[str, Tensor], past: Mapping[str, Tensor], sequence: Sequence
+        self, q: Tensor, written: Mapping[str, Tensor], past: Mapping[str, Tensor], sequence: SequenceContext
     ) -> tuple[Tensor, Tensor | None, State]:
         """`(value [B,T,H,K], logarithm of the mass [B,T,H] or None, state)`."""
         raise NotImplementedError
@@ -111,11 +111,11 @@ class Additive(Memory):
 
     def mapped(self, x: Tensor, maps: Tensor | None) -> Tensor:
         """The features of `x: [B,T,heads,K]` times a matrix `[heads,K,K]` for each head."""
-        return self.features(x if maps is None else torch.einsum("bthk,hkj->bthj", precise(x), precise(maps)))
+        return self.features(x if maps is None else torch.einsum("bthk,hkj->bthj", upcast(x), upcast(maps)))
 
     def features(self, x: Tensor) -> Tensor:
         """`[...,K]` -> `[...,F]`, positive."""
-        x = precise(x)
+        x = upcast(x)
         return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
 
     @property
@@ -127,7 +127,7 @@ class Additive(Memory):
         return {"k": self.mapped(k, self.key_map).to(v.dtype), "v": v}
 
     def read(
-        self, q: Tensor, written: Mapping[str, Tensor], past: Mapping[str, Tensor], sequence: Sequence
+        self, q: Tensor, written: Mapping[str, Tensor], past: Mapping[str, Tensor], sequence: SequenceContext
     ) -> tuple[Tensor, Tensor | None, State]:
         # The same recurrence sums the keys: a column of ones beside the values (MATH.md 1.1).
         k, v = written["k"], F.pad(written["v"], (0, 1), value=1.0)
@@ -135,7 +135,7 @@ class Additive(Memory):
         out, memory = run_grouped(
             sequence, linear_attention, q, k, v, written.get("log_decay"), scale=1.0, past=past.get("memory")
         )
-        value, mass = precise(out).split([out.shape[-1] - 1, 1], -1)
+        value, mass = upcast(out).split([out.shape[-1] - 1, 1], -1)
         empty = mass <= 0
         mass = mass.masked_fill(empty, 1.0)
         return value / mass, mass.log().masked_fill(empty, -torch.inf)[..., 0], {"memory": memory}
@@ -174,7 +174,7 @@ class GLAMemory(Additive):
         nn.init.constant_(self.forget[1].bias, SLOW)  # type: ignore[arg-type]
 
     def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-        decay = F.logsigmoid(precise(self.forget(x))) / TEMPERATURE
+        decay = F.logsigmoid(upcast(self.forget(x))) / TEMPERATURE
         return super().write(x, k, v) | {"log_decay": decay.unflatten(2, (self.shape.groups, -1))}
 
     def written_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -209,14 +209,14 @@ class HGRN2Memory(Additive):
         nn.init.constant_(self.bias, SLOW)
 
     def features(self, x: Tensor) -> Tensor:
-        return precise(x).softmax(-1)
+        return upcast(x).softmax(-1)
 
     @property
     def width(self) -> int:
         return self.shape.key
 
     def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-        decay = F.logsigmoid(precise(k) + self.bias.view(self.shape.groups, -1)) / TEMPERATURE
+        decay = F.logsigmoid(upcast(k) + self.bias.view(self.shape.groups, -1)) / TEMPERATURE
         return {"k": -torch.expm1(decay).to(v.dtype), "v": v, "log_decay": decay}
 
     def written_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -272,13 +272,15 @@ class DeltaMemory(Memory):
         self.beta = nn.Linear(shape.width, shape.groups, bias=False)
 
     def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-        return {"k": unit(k), "v": v, "beta": torch.sigmoid(precise(self.beta(x)))}
+        return {"k": l2norm(k), "v": v, "beta": torch.sigmoid(upcast(self.beta(x)))}
 
     def read(
-        self, q: Tensor, written: Mapping[str, Tensor], past: Mapping[str, Tensor], sequence: Sequence
+        self, q: Tensor, written: Mapping[str, Tensor], past: Mapping[str, Tensor], sequence: SequenceContext
     ) -> tuple[Tensor, Tensor | None, State]:
         k, v, beta, decay = written["k"], written["v"], written["beta"], written.get("log_decay")
-        out, memory = run_grouped(sequence, delta_rule, unit(q), k, v, beta, decay, scale=1.0, past=past.get("memory"))
+        out, memory = run_grouped(
+            sequence, delta_rule, l2norm(q), k, v, beta, decay, scale=1.0, past=past.get("memory")
+        )
         return out, None, {"memory": memory}
 
     def written_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -345,11 +347,11 @@ class SlotMemory(Memory):
             self.forget.bias.copy_(torch.linspace(0.0, SLOW + 0.6, self.slots).repeat(self.shape.groups))
 
     def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-        decay = (F.logsigmoid(precise(self.forget(x))) / TEMPERATURE).unflatten(2, (self.shape.groups, -1))
+        decay = (F.logsigmoid(upcast(self.forget(x))) / TEMPERATURE).unflatten(2, (self.shape.groups, -1))
         return {"k": k, "v": v, "log_decay": decay}
 
     def read(
-        self, q: Tensor, written: Mapping[str, Tensor], past: Mapping[str, Tensor], sequence: Sequence
+        self, q: Tensor, written: Mapping[str, Tensor], past: Mapping[str, Tensor], sequence: SequenceContext
     ) -> tuple[Tensor, Tensor | None, State]:
         out, after = slot_attention(q, written, past, sequence, scale=self.shape.key**-0.5)
         return out, None, after

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seqtrain.layers import HeadLayerNorm
 from seqtrain.mixers._base import LayerShape, Mixer
-from seqtrain.mixers._parts import HeadLayerNorm
 
 
 class RWKVMixer(Mixer):

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from seqtrain.kernels import linear_attention, slot_scores
+from seqtrain.layers import upcast
 from seqtrain.mixers._base import State
 from seqtrain.mixers._costs import linear_attention_flops
-from seqtrain.mixers._parts import precise
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 def run_grouped(
-    sequence: Sequence, operator: Callable, q: Tensor, *written: Tensor | None, scale: float, past: Tensor | None
+    sequence: SequenceContext, operator: Callable, q: Tensor, *written: Tensor | None, scale: float, past: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`operator` with every key head's tensors and state used by its query heads; the state is one a key head."""
     assert written[0] is not None
@@ -28,7 +28,7 @@ def run_grouped(
 
 
 def slot_attention(
-    q: Tensor, written: Mapping[str, Tensor], past: Mapping[str, Tensor], sequence: Sequence, *, scale: float
+    q: Tensor, written: Mapping[str, Tensor], past: Mapping[str, Tensor], sequence: SequenceContext, *, scale: float
 ) -> tuple[Tensor, State]:
     """GSA's two passes. `q: [B,T,H,K]`; k `[B,T,G,K]`, v `[B,T,G,V]`, log_decay `[B,T,G,M]` -> `[B,T,H,V]`, state.
 
@@ -37,7 +37,7 @@ def slot_attention(
     k, v, decay = written["k"], written["v"], written["log_decay"]
     taken = -torch.expm1(decay).to(v.dtype)
     scores, keys = run_grouped(sequence, slot_scores, q, k, taken, decay, scale=scale, past=past.get("slot_keys"))
-    weights = precise(scores).softmax(-1).to(v.dtype)
+    weights = upcast(scores).softmax(-1).to(v.dtype)
     out, values = run_grouped(
         sequence, linear_attention, weights, taken, v, decay, scale=1.0, past=past.get("slot_values")
     )

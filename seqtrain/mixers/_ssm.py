@@ -14,11 +14,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import diagonal_scan, diagonal_system
+from seqtrain.layers import upcast
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
 from seqtrain.mixers._costs import diagonal_scan_flops, diagonal_system_flops
 from seqtrain.mixers._hippo import Spectrum
-from seqtrain.mixers._parts import precise
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ class StateSpaceMixer(Mixer):
         self.gate = nn.Linear(shape.width, shape.width, bias=False)
         self.out = nn.Linear(shape.width, shape.width, bias=False)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         if self.causal:
             y, memory = self.respond(x, (state or EMPTY).get("memory"), sequence, 0)
             after = {"memory": memory}
@@ -84,7 +86,9 @@ class StateSpaceMixer(Mixer):
         y = F.gelu(y + self.skip * x)
         return self.out(y) * torch.sigmoid(self.gate(y)), after
 
-    def respond(self, x: Tensor, memory: Tensor | None, sequence: Sequence, direction: int) -> tuple[Tensor, Tensor]:
+    def respond(
+        self, x: Tensor, memory: Tensor | None, sequence: SequenceContext, direction: int
+    ) -> tuple[Tensor, Tensor]:
         """`2 Re(C x)` and the state for the input `x: [B,T,D]`; `direction`: 0 for the past's C, 1 for the future's."""
         raise NotImplementedError
 
@@ -140,12 +144,14 @@ class ChannelwiseMixer(StateSpaceMixer):
         """Eigenvalues, complex `[N/2]`, and `count` readouts `C * B`, complex `[count, N/2]`."""
         raise NotImplementedError
 
-    def respond(self, x: Tensor, memory: Tensor | None, sequence: Sequence, direction: int) -> tuple[Tensor, Tensor]:
+    def respond(
+        self, x: Tensor, memory: Tensor | None, sequence: SequenceContext, direction: int
+    ) -> tuple[Tensor, Tensor]:
         log_a, gain = (part.unflatten(0, (-1, self.pairs)) for part in self.discrete())  # D N/2
         readout = self.readout.unflatten(0, (self.directions, self.shape.width, self.pairs, 2))[direction]
         return sequence.run(
             diagonal_system,
-            precise(x),
+            upcast(x),
             log_a,
             gain,
             2 * torch.view_as_complex(readout),
@@ -218,9 +224,11 @@ class SharedMixer(StateSpaceMixer):
                     # 2 Re(C h) = sum of 2 Re(C) Re(h) - 2 Im(C) Im(h): the conjugate has the same factors.
                     read.weight.copy_(torch.view_as_real(2 * c.flatten(1).conj()).flatten(1))
 
-    def respond(self, x: Tensor, memory: Tensor | None, sequence: Sequence, direction: int) -> tuple[Tensor, Tensor]:
+    def respond(
+        self, x: Tensor, memory: Tensor | None, sequence: SequenceContext, direction: int
+    ) -> tuple[Tensor, Tensor]:
         log_a, gain = self.discrete()
-        inputs = torch.view_as_complex(precise(self.write(x)).unflatten(2, (-1, 2)))  # B T P/2
+        inputs = torch.view_as_complex(upcast(self.write(x)).unflatten(2, (-1, 2)))  # B T P/2
         hidden, memory = sequence.run(diagonal_scan, inputs * gain, log_a, initial_state=memory)
         read = self.read if direction == 0 or self.read_back is None else self.read_back
         return read(torch.view_as_real(hidden).flatten(2)), memory

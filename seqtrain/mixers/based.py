@@ -9,11 +9,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import softmax_attention
+from seqtrain.layers import FEATURE_MAPS
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, State
 from seqtrain.mixers._costs import softmax_attention_flops
-from seqtrain.mixers._features import FEATURE_MAPS
 from seqtrain.mixers._linear import LinearConfig, LinearMixer, sums
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 TAYLOR, FEATURE_COUNT, _ = FEATURE_MAPS["taylor2"]
 
@@ -49,7 +49,9 @@ class Based(LinearMixer):
     def feature_count(key: int) -> int:
         return FEATURE_COUNT(key)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past = state or EMPTY
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)
         weighted, weight, after["memory"] = sums(TAYLOR(q), TAYLOR(k), v, past.get("memory"), sequence, scale=1.0)
@@ -61,7 +63,7 @@ class Based(LinearMixer):
         return self.out(out.flatten(2).to(x.dtype)), after
 
     def _near(
-        self, q: Tensor, k: Tensor, v: Tensor, past: Mapping[str, Tensor], sequence: Sequence
+        self, q: Tensor, k: Tensor, v: Tensor, past: Mapping[str, Tensor], sequence: SequenceContext
     ) -> tuple[Tensor, State]:
         """Softmax attention over the window, `[B,T,H,V]`, and its part of the state."""
         kept = {name.removeprefix("window_"): tensor for name, tensor in past.items() if name.startswith("window_")}

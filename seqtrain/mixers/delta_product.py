@@ -8,10 +8,10 @@ from pydantic import Field
 from torch import Tensor
 
 from seqtrain.kernels import delta_rule
+from seqtrain.layers import l2norm
 from seqtrain.mixers._delta import DeltaInputs
-from seqtrain.mixers._parts import unit
 from seqtrain.mixers.gated_delta_net import GatedDeltaNet
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 class DeltaProduct(GatedDeltaNet):
@@ -38,13 +38,13 @@ class DeltaProduct(GatedDeltaNet):
     def steps_per_token(self) -> int:
         return self.config.steps
 
-    def remember(self, inputs: DeltaInputs, past: Tensor | None, sequence: Sequence) -> tuple[Tensor, Tensor]:
+    def remember(self, inputs: DeltaInputs, past: Tensor | None, sequence: SequenceContext) -> tuple[Tensor, Tensor]:
         q, k, v, beta, log_decay = inputs
         assert log_decay is not None
         k, v = (x.unflatten(3, (self.steps, -1)).transpose(2, 3) for x in (k, v))  # B T steps H K
         beta = beta.unflatten(2, (-1, self.steps)).transpose(2, 3)  # B T steps H
         q = F.pad(q[:, :, None], (0, 0, 0, 0, self.steps - 1, 0))
         log_decay = F.pad(log_decay[:, :, None], (0, 0, 0, self.steps - 1))
-        steps = (x.flatten(1, 2) for x in (q, unit(k), v, beta, log_decay))
+        steps = (x.flatten(1, 2) for x in (q, l2norm(k), v, beta, log_decay))
         out, state = sequence.repeated(self.steps).run(delta_rule, *steps, initial_state=past)
         return out[:, self.steps - 1 :: self.steps], state

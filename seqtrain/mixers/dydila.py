@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
 from seqtrain.kernels.dispatch import full_precision
+from seqtrain.layers import HeadNorm, upcast
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, State
 from seqtrain.mixers._linear import LinearConfig, LinearMixer
-from seqtrain.mixers._parts import HeadNorm, precise
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 # What tokens choose: projections of q' and k', powers of q, q', k and k', and the shares of q' and k' taken away.
 PROJECTIONS, POWERS, SHARES = 2, 4, 2
@@ -42,7 +42,7 @@ def choice(scores: Tensor) -> Tensor:
 
 def sharpened(z: Tensor, power: Tensor) -> Tensor:
     """`relu(z)^power` at the length of `relu(z)`; `z: [...,K]`, `power: [...,1]` at least 1."""
-    z = F.relu(precise(z))
+    z = F.relu(upcast(z))
     # Relative to the largest entry, so that no power overflows.
     raised = (z / z.amax(-1, keepdim=True).clamp(min=1e-6)) ** power
     return raised * (_length(z) / _length(raised))
@@ -84,12 +84,14 @@ class DyDiLA(LinearMixer):
         nn.init.constant_(self.powers, self.config.power - 1)
         nn.init.constant_(self.shares, 0.01)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past = state or EMPTY
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)
         with full_precision(x.device):
             scores = self.router(x.to(self.router.weight.dtype))
-        routes = [choice(part) for part in precise(scores).split(self.routes, 2)]
+        routes = [choice(part) for part in upcast(scores).split(self.routes, 2)]
         chosen = self.redundant(x).chunk(2, 2)
         other_q, other_k = (self._projected(z, route) for z, route in zip(chosen, routes[:2], strict=True))
         powers = (1 + F.relu(power) for power in self._factors(routes[2:6], self.powers))

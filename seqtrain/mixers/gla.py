@@ -8,10 +8,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
+from seqtrain.layers import HeadNorm, HeadProjections, LowRank, upcast
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
 from seqtrain.mixers._costs import linear_attention_flops
-from seqtrain.mixers._parts import HeadNorm, HeadProjections, LowRank, precise
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 class GLA(Mixer):
@@ -43,10 +43,12 @@ class GLA(Mixer):
         self.norm = HeadNorm(self.value)
         self.out = nn.Linear(shape.heads * self.value, shape.width, bias=False)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past = state or EMPTY
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)
-        log_decay = F.logsigmoid(precise(self.forget(x))) / self.config.gate_temperature
+        log_decay = F.logsigmoid(upcast(self.forget(x))) / self.config.gate_temperature
         log_decay = log_decay.unflatten(2, (self.shape.heads, self.key))  # B T H K
         out, after["memory"] = sequence.run(linear_attention, q, k, v, log_decay, initial_state=past.get("memory"))
         return self.out(self.norm(out, self.gate(x))), after

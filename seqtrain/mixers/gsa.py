@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from seqtrain.layers import HeadProjections, RMSNorm, upcast
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
-from seqtrain.mixers._parts import HeadProjections, RMSNorm, precise
 from seqtrain.mixers._slots import slot_attention, slot_flops, slot_shapes
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 class GSA(Mixer):
@@ -38,9 +38,11 @@ class GSA(Mixer):
         self.norm = RMSNorm(self.inner)
         self.out = nn.Linear(self.inner, shape.width, bias=False)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         (q, k, v, forget), _ = self.parts(x, None, sequence)
-        decay = F.logsigmoid(precise(forget)) / self.config.gate_temperature  # B T H M
+        decay = F.logsigmoid(upcast(forget)) / self.config.gate_temperature  # B T H M
         written = {"k": F.silu(k), "v": F.silu(v), "log_decay": decay}
         out, after = slot_attention(F.silu(q), written, state or EMPTY, sequence, scale=1.0)
         return self.out(self.norm(F.silu(out.flatten(2)))), after

@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import diagonal_scan
+from seqtrain.layers import NORM_EPS, upcast
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
 from seqtrain.mixers._costs import diagonal_scan_flops
-from seqtrain.mixers._parts import NORM_EPS, precise
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 # Where in its share of [0, 1] a layer's bound starts: low, since the paper's first layer has none.
 START = 0.1
@@ -58,14 +58,16 @@ class HGRN(Mixer):
             channel = torch.arange(self.hidden, dtype=torch.float64, device="cpu")
             self.theta.copy_(self.config.theta_base ** (-channel / self.hidden))
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         real, imaginary, forget, gate = self.parts(x).split([self.hidden] * 3 + [2 * self.hidden], 2)
         low = (self.shape.index + torch.sigmoid(self.bound)) / self.shape.depth
         free = torch.log1p(-low)
         # 1 - f and log f, both without cancellation however large the gate's input is.
-        log_write = free + F.logsigmoid(-precise(forget))
-        log_forget = torch.logaddexp(low.log(), free + F.logsigmoid(precise(forget)))
-        candidate = torch.complex(F.silu(precise(real)), F.silu(precise(imaginary)))
+        log_write = free + F.logsigmoid(-upcast(forget))
+        log_forget = torch.logaddexp(low.log(), free + F.logsigmoid(upcast(forget)))
+        candidate = torch.complex(F.silu(upcast(real)), F.silu(upcast(imaginary)))
         memory = (state or EMPTY).get("memory")
         hidden, memory = sequence.run(
             diagonal_scan,
@@ -73,7 +75,7 @@ class HGRN(Mixer):
             torch.complex(log_forget, self.theta.to(log_forget.dtype).expand(log_forget.shape)),
             initial_state=memory,
         )
-        read = torch.cat([hidden.real, hidden.imag], 2) * torch.sigmoid(precise(gate))
+        read = torch.cat([hidden.real, hidden.imag], 2) * torch.sigmoid(upcast(gate))
         return self.out(self.norm(read).to(x.dtype)), {"memory": memory}
 
     def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:

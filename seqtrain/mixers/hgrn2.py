@@ -9,10 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
+from seqtrain.layers import HeadProjections, RMSNorm, upcast
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
 from seqtrain.mixers._costs import linear_attention_flops
-from seqtrain.mixers._parts import HeadProjections, RMSNorm, precise
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 class HGRN2(Mixer):
@@ -38,9 +38,11 @@ class HGRN2(Mixer):
         self.norm = RMSNorm(shape.heads * self.value)
         self.out = nn.Linear(shape.heads * self.value, shape.width, bias=False)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         (q, forget, v), _ = self.qfv(x, None, sequence)
-        k, log_decay = self._forget(precise(forget))
+        k, log_decay = self._forget(upcast(forget))
         memory = (state or EMPTY).get("memory")
         out, memory = sequence.run(linear_attention, F.silu(q), k.to(v.dtype), v, log_decay, initial_state=memory)
         return self.out(self.norm(out.flatten(2))), {"memory": memory}

@@ -14,11 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention, softmax_attention
+from seqtrain.layers import HeadNorm, HeadProjections, LowRank, positions, rotate, upcast
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
 from seqtrain.mixers._costs import linear_attention_flops, softmax_attention_flops
-from seqtrain.mixers._parts import HeadNorm, HeadProjections, LowRank, precise
-from seqtrain.mixers._rotary import positions, rotate
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 class IntraHybrid(Mixer):
@@ -60,7 +59,9 @@ class IntraHybrid(Mixer):
         self.norms = nn.ModuleList(HeadNorm(self.head) for _ in range(1 + len(self.windows)))
         self.out = nn.Linear(shape.width, shape.width, bias=False)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past, after = state or EMPTY, {}
         (q, k, v), _ = self.qkv(x, None, sequence)
         written, log_decay = self._gated(x, k)
@@ -80,7 +81,7 @@ class IntraHybrid(Mixer):
     def _gated(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """The key as the linear branch writes it, and the logarithm of what it keeps, both `[B,T,H,K]`."""
         raw = -k if self.forget is None else self.forget(x).unflatten(2, (self.shape.heads, self.head))
-        log_decay = F.logsigmoid(precise(raw)) / self.config.gate_temperature
+        log_decay = F.logsigmoid(upcast(raw)) / self.config.gate_temperature
         # 1 - a without cancellation.
         return (k if self.forget is not None else -torch.expm1(log_decay).to(k.dtype)), log_decay
 

@@ -7,9 +7,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from seqtrain.layers import LowRank, reset_decay_rate, reset_step_bias, step_sizes
 from seqtrain.mixers._base import LayerShape
 from seqtrain.mixers._delta import DeltaConfig, DeltaMixer
-from seqtrain.mixers._parts import LowRank, reset_decay_rate, reset_step_bias, step_sizes
 
 
 class KDA(DeltaMixer):

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from seqtrain.layers import upcast
 from seqtrain.mixers._base import State
 from seqtrain.mixers._liger import Liger, LigerConfig, slow_gate
-from seqtrain.mixers._parts import precise
 from seqtrain.mixers._slots import slot_attention, slot_flops, slot_shapes
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 class LigerGSA(Liger):
@@ -20,9 +20,9 @@ class LigerGSA(Liger):
         pass
 
     def recur(
-        self, q: Tensor, k: Tensor, v: Tensor, past: Mapping[str, Tensor], sequence: Sequence
+        self, q: Tensor, k: Tensor, v: Tensor, past: Mapping[str, Tensor], sequence: SequenceContext
     ) -> tuple[Tensor, State]:
-        written = {"k": k, "v": v, "log_decay": slow_gate(precise(k))}
+        written = {"k": k, "v": v, "log_decay": slow_gate(upcast(k))}
         return slot_attention(q, written, past, sequence, scale=1.0)
 
     def recurrent_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:

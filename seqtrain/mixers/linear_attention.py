@@ -12,11 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
+from seqtrain.layers import FEATURE_MAPS, HeadNorm, HeadProjections, upcast
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
 from seqtrain.mixers._costs import linear_attention_flops
-from seqtrain.mixers._features import FEATURE_MAPS
-from seqtrain.mixers._parts import HeadNorm, HeadProjections, precise
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 class LinearAttention(Mixer):
@@ -52,7 +51,9 @@ class LinearAttention(Mixer):
         self.norm = HeadNorm(self.value) if config.normalizer == "rms" else None
         self.out = nn.Linear(shape.heads * self.value, shape.width, bias=False)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past = state or EMPTY
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)
         q, k = self.feature_map(q), self.feature_map(k)
@@ -63,7 +64,7 @@ class LinearAttention(Mixer):
         out, after["memory"] = sequence.run(linear_attention, q, k, v, initial_state=past.get("memory"))
         if summed:
             # The sum is 0 only where every weight is (relu): then so is the numerator.
-            out = (precise(out[..., :-1]) / precise(out[..., -1:]).clamp(min=1e-6)).to(x.dtype)
+            out = (upcast(out[..., :-1]) / upcast(out[..., -1:]).clamp(min=1e-6)).to(x.dtype)
         out = out.flatten(2) if self.norm is None else self.norm(out)
         return self.out(out), after
 

@@ -13,13 +13,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import delay, sink_attention
+from seqtrain.layers import RMSNorm, positions, upcast
 from seqtrain.mixers._attention import AttentionConfig, SoftmaxAttention
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, State
 from seqtrain.mixers._costs import softmax_attention_flops
 from seqtrain.mixers._memories import MEMORIES, Heads, TiedGLAMemory, opening
-from seqtrain.mixers._parts import RMSNorm, precise
-from seqtrain.mixers._rotary import positions
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 MemoryName = Literal[
     "linear_attention", "retnet", "gla", "hgrn2", "gsa", "mamba2", "delta_net", "gated_delta_net", "kda"
@@ -95,7 +94,9 @@ class LinearizedAttention(SoftmaxAttention):
         if isinstance(self.window_norm, RMSNorm):
             nn.init.ones_(self.window_norm.weight)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past = state or EMPTY
         q, k, v = self.project(x)
         place, position = positions(x, past.get("position"), sequence)
@@ -117,11 +118,16 @@ class LinearizedAttention(SoftmaxAttention):
         """What the memory counts for each query of `q: [B,T,H,K]`: `[B,T,H]`."""
         if self.opening is None or self.opening_slope is None:
             return None
-        slope = precise(self.opening_slope).unflatten(0, (-1, self.key))  # H K
-        return precise(self.opening) + torch.einsum("bthk,hk->bth", precise(q), slope)
+        slope = upcast(self.opening_slope).unflatten(0, (-1, self.key))  # H K
+        return upcast(self.opening) + torch.einsum("bthk,hk->bth", upcast(q), slope)
 
     def _delayed(
-        self, written: dict[str, Tensor], older: Tensor, past: Mapping[str, Tensor], after: State, sequence: Sequence
+        self,
+        written: dict[str, Tensor],
+        older: Tensor,
+        past: Mapping[str, Tensor],
+        after: State,
+        sequence: SequenceContext,
     ) -> dict[str, Tensor]:
         """What the token just behind the window writes; nothing where there is none or it is a sink."""
         passed = {}
@@ -141,7 +147,7 @@ class LinearizedAttention(SoftmaxAttention):
         older: Tensor,
         past: Mapping[str, Tensor],
         after: State,
-        sequence: Sequence,
+        sequence: SequenceContext,
     ) -> Tensor:
         """Softmax over window and sinks, joined with what the memory gave."""
         held = {key: past[key] for key in ("k", "v", "sink_k", "sink_v", "length") if key in past}

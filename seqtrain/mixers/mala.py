@@ -15,12 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from seqtrain.layers import elu, upcast
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, State
 from seqtrain.mixers._costs import linear_attention_flops
-from seqtrain.mixers._features import elu
 from seqtrain.mixers._linear import LinearConfig, LinearMixer, sums
-from seqtrain.mixers._parts import precise
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 # Below this a mean score is taken to be this: queries and keys of elu + 1 reach 0 only by underflow.
 SMALLEST = 1e-6
@@ -31,7 +30,7 @@ def magnitude_aware_weights(q: Tensor, k: Tensor) -> Tensor:
 
     `q, k`: `[B,T,H,K]` before the feature map. Rows sum to 1; entries may be negative.
     """
-    q, k = (elu(precise(x)).transpose(1, 2) for x in (q, k))  # B H T K
+    q, k = (elu(upcast(x)).transpose(1, 2) for x in (q, k))  # B H T K
     score = (q @ k.mT * q.shape[-1] ** -0.5).tril()
     count = torch.arange(1, score.shape[-1] + 1, device=q.device)[:, None]
     mean = (score.sum(-1, keepdim=True) / count).clamp(min=SMALLEST)
@@ -49,7 +48,9 @@ class MALA(LinearMixer):
         super().__init__(config, shape)
         self.gate = nn.Linear(shape.width, self.inner, bias=False)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past = state or EMPTY
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)
         weighted, weight, after["memory"] = sums(elu(q), elu(k), v, past.get("memory"), sequence)
@@ -57,7 +58,7 @@ class MALA(LinearMixer):
         total, count, after["mean"] = sums(one, one, v, past.get("mean"), sequence, scale=1.0)
         mean = (weight / count).clamp(min=SMALLEST)
         out = (weighted * (1 + 1 / mean) - mean * total) / count
-        return self.out((out.flatten(2) * precise(self.gate(x))).to(x.dtype)), after
+        return self.out((out.flatten(2) * upcast(self.gate(x))).to(x.dtype)), after
 
     def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
         return {**super().state_shapes(batch, tokens), "mean": (batch, self.shape.heads, 1, self.value + 1)}

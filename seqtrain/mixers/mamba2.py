@@ -8,16 +8,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
-from seqtrain.mixers._costs import convolution_flops, linear_attention_flops
-from seqtrain.mixers._parts import (
+from seqtrain.layers import (
     RMSNorm,
     ShortConvolution,
     reset_decay_rate,
     reset_step_bias,
     step_sizes,
 )
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
+from seqtrain.mixers._costs import convolution_flops, linear_attention_flops
+from seqtrain.parallel.sequence import SequenceContext
 
 
 class Mamba2(Mixer):
@@ -58,7 +58,9 @@ class Mamba2(Mixer):
         reset_step_bias(self.step_bias, generator)
         nn.init.ones_(self.skip)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past = state or EMPTY
         gate, mixed, raw = self.project(x).split([self.inner, self.channels, self.shape.heads], 2)
         mixed, conv = self.conv(mixed, past.get("conv"), sequence)

@@ -9,10 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import diagonal_scan
+from seqtrain.layers import upcast
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
 from seqtrain.mixers._costs import real_scan_flops
-from seqtrain.mixers._parts import precise
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 def positive(x: Tensor) -> Tensor:
@@ -40,8 +40,10 @@ class MinGRU(Mixer):
         self.parts = nn.Linear(shape.width, 2 * self.hidden, bias=False)
         self.out = nn.Linear(self.hidden, shape.width, bias=False)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
-        gate, candidate = precise(self.parts(x)).chunk(2, -1)
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
+        gate, candidate = upcast(self.parts(x)).chunk(2, -1)
         if self.config.candidate == "positive":
             candidate = positive(candidate)
         memory = (state or EMPTY).get("memory")

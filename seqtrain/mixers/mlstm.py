@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from seqtrain.layers import HeadLayerNorm, upcast
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, State
 from seqtrain.mixers._linear import LinearConfig, LinearMixer, sums
-from seqtrain.mixers._parts import HeadLayerNorm, precise
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 class MLSTM(LinearMixer):
@@ -52,14 +52,16 @@ class MLSTM(LinearMixer):
         write.fill_(self.config.input_bias)
         keep.copy_(torch.linspace(3, 6, self.shape.heads))
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past = state or EMPTY
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)
         cap = self.config.gate_cap
-        raw_input, raw_forget = (cap * torch.tanh(precise(self.gates(x)) / cap)).chunk(2, 2)  # B T H
-        k = precise(k) * raw_input.exp()[..., None]
+        raw_input, raw_forget = (cap * torch.tanh(upcast(self.gates(x)) / cap)).chunk(2, 2)  # B T H
+        k = upcast(k) * raw_input.exp()[..., None]
         out, weight, after["memory"] = sums(q, k, v, past.get("memory"), sequence, log_decay=F.logsigmoid(raw_forget))
-        out = self.norm(out / weight.abs().clamp(min=1)) * torch.sigmoid(precise(self.gate(x)))
+        out = self.norm(out / weight.abs().clamp(min=1)) * torch.sigmoid(upcast(self.gate(x)))
         return self.out(out.to(x.dtype)), after
 
     def weights(self) -> tuple[int, int]:

@@ -14,22 +14,22 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from seqtrain.layers import HeadNorm, l2norm, upcast
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, State
 from seqtrain.mixers._linear import LinearConfig, LinearMixer, sums
-from seqtrain.mixers._parts import HeadNorm, precise, unit
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 def query_features(q: Tensor, power: float) -> Tensor:
     """`relu(+-d) ** (power * (1/2 + tanh |q|))` with `d = q / |q|`: `[...,K]` -> `[...,2K]`, in float32 at least."""
-    q = precise(q)
+    q = upcast(q)
     length = (q.square().sum(-1, keepdim=True) + 1e-12).sqrt()
-    return _signed_parts(unit(q)) ** (power * (0.5 + torch.tanh(length)))
+    return _signed_parts(l2norm(q)) ** (power * (0.5 + torch.tanh(length)))
 
 
 def key_features(k: Tensor, power: float) -> Tensor:
     """`relu(+-k) ** power`, the length with the direction: `[...,K]` -> `[...,2K]`, in float32 at least."""
-    return _signed_parts(precise(k)) ** power
+    return _signed_parts(upcast(k)) ** power
 
 
 def _signed_parts(x: Tensor) -> Tensor:
@@ -59,7 +59,9 @@ class NaLaFormer(LinearMixer):
     def feature_count(key: int) -> int:
         return 2 * key
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past = state or EMPTY
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)
         q, k = query_features(q, self.config.power), key_features(k, self.config.power)

@@ -8,11 +8,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
+from seqtrain.layers import HeadNorm, HeadProjections, positions, rotate
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
 from seqtrain.mixers._costs import linear_attention_flops
-from seqtrain.mixers._parts import HeadNorm, HeadProjections
-from seqtrain.mixers._rotary import positions, rotate
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 class RetNet(Mixer):
@@ -55,7 +54,9 @@ class RetNet(Mixer):
                 nn.init.xavier_uniform_(weight, 2**-2.5, generator=generator)
             nn.init.xavier_uniform_(self.out.weight, 2**-1, generator=generator)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past = state or EMPTY
         (q, k, v), after = self.qkv(x, None, sequence)
         place, after["position"] = positions(x, past.get("position"), sequence)

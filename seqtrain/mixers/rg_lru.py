@@ -9,10 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import diagonal_scan
+from seqtrain.layers import ShortConvolution, upcast
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
 from seqtrain.mixers._costs import convolution_flops, real_scan_flops
-from seqtrain.mixers._parts import ShortConvolution, precise
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 # The paper's c: log a = -c softplus(L) r.
 POWER = 8.0
@@ -73,14 +73,16 @@ class RGLRU(Mixer):
             nn.init.uniform_(self.rate, 0.9, 0.999, generator=generator)
             self.rate.copy_(torch.expm1(-self.rate.log() / POWER).log())
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past = state or EMPTY
         gate, v = self.parts(x).chunk(2, 2)
         v, conv = self.conv(v, past.get("conv"), sequence)
-        log_a = -POWER * F.softplus(self.rate) * torch.sigmoid(precise(self.decay_gate(v)))
+        log_a = -POWER * F.softplus(self.rate) * torch.sigmoid(upcast(self.decay_gate(v)))
         # Bounded away from 0, where the square root's slope has no bound.
         scale = (-torch.expm1(2 * log_a)).clamp(min=1e-7).sqrt()
-        written = scale * torch.sigmoid(precise(self.input_gate(v))) * precise(v)
+        written = scale * torch.sigmoid(upcast(self.input_gate(v))) * upcast(v)
         hidden, memory = sequence.run(diagonal_scan, written, log_a, initial_state=past.get("memory"))
         y = hidden.to(x.dtype) * F.gelu(gate, approximate="tanh")
         return self.out(y), {"conv": conv, "memory": memory}

@@ -9,11 +9,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
+from seqtrain.layers import LowRank, token_shift, upcast
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, State
 from seqtrain.mixers._costs import convolution_flops, linear_attention_flops
-from seqtrain.mixers._parts import LowRank, precise, token_shift
 from seqtrain.mixers._rwkv import RWKVMixer, blends, depth_ratios, ramp
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 class RWKV6(RWKVMixer):
@@ -55,7 +55,9 @@ class RWKV6(RWKVMixer):
         channel = torch.arange(1, self.shape.width + 1, device=place.device)
         self.bonus.copy_(rising * (1 - place) + 0.1 * (channel % 3 - 1))
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past, after = state or EMPTY, {}
         before, after["shift"] = token_shift(x, past.get("shift"), sequence)
         difference = before - x
@@ -64,15 +66,15 @@ class RWKV6(RWKVMixer):
             blend + difference * part(first)
             for blend, part in zip(blends(x, difference, self.mixes), self.blend, strict=True)
         )
-        r, k, v = self.to_heads(self.r(for_r)), precise(self.k(for_k)), precise(self.v(for_v))
-        log_decay = -precise(self.decay(for_decay)).exp()
+        r, k, v = self.to_heads(self.r(for_r)), upcast(self.k(for_k)), upcast(self.v(for_v))
+        log_decay = -upcast(self.decay(for_decay)).exp()
         late, after["written"] = token_shift(torch.cat([k, v, log_decay], 2), past.get("written"), sequence)
         late_k, late_v, late_decay = (self.to_heads(part) for part in late.chunk(3, 2))
         out, after["memory"] = sequence.run(
             linear_attention, r, late_k, late_v, late_decay, scale=1.0, initial_state=past.get("memory")
         )
         out = out + (r * self.to_heads(k * self.bonus)).sum(-1, keepdim=True) * self.to_heads(v)
-        out = self.norm(out) * F.silu(precise(self.gate(for_gate)))
+        out = self.norm(out) * F.silu(upcast(self.gate(for_gate)))
         return self.out(out.to(x.dtype)), after
 
     def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:

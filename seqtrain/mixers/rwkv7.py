@@ -9,11 +9,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import delta_rule
+from seqtrain.layers import LowRank, l2norm, token_shift, upcast
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, State
 from seqtrain.mixers._costs import convolution_flops, delta_rule_flops
-from seqtrain.mixers._parts import LowRank, precise, token_shift, unit
 from seqtrain.mixers._rwkv import RWKVMixer, blends, depth_ratios, ramp
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 # The decay of a channel is exp(-STRONGEST * sigmoid(...)): at least 0.545 a token.
 STRONGEST = math.exp(-0.5)
@@ -64,15 +64,17 @@ class RWKV7(RWKVMixer):
         self.rate_weight.fill_(1.02)
         self.bonus.fill_(-0.04)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past, after = state or EMPTY, {}
         before, after["shift"] = token_shift(x, past.get("shift"), sequence)
         for_r, for_decay, for_k, for_v, for_rate, for_gate = blends(x, before - x, self.mixes)
         r, v = self.to_heads(self.r(for_r)), self.to_heads(self.v(for_v))
-        log_decay = self.to_heads(-STRONGEST * torch.sigmoid(precise(self.decay(for_decay))))
-        rate = torch.sigmoid(precise(self.rate(for_rate)))
-        raw = precise(self.k(for_k))
-        removal = unit(self.to_heads(raw * self.removal_scale))
+        log_decay = self.to_heads(-STRONGEST * torch.sigmoid(upcast(self.decay(for_decay))))
+        rate = torch.sigmoid(upcast(self.rate(for_rate)))
+        raw = upcast(self.k(for_k))
+        removal = l2norm(self.to_heads(raw * self.removal_scale))
         k = self.to_heads(raw * (1 + (rate - 1) * self.rate_weight))
         out, after["memory"] = sequence.run(
             delta_rule,

@@ -11,11 +11,11 @@ from pydantic import Field
 from torch import Tensor
 
 from seqtrain.kernels import sink_attention
+from seqtrain.layers import positions
 from seqtrain.mixers._attention import AttentionConfig, SoftmaxAttention
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, State
 from seqtrain.mixers._costs import softmax_attention_flops
-from seqtrain.mixers._rotary import positions
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 class StreamingAttention(SoftmaxAttention):
@@ -36,7 +36,9 @@ class StreamingAttention(SoftmaxAttention):
         # What an ablation leaves out: the window, which is all there is, or nothing.
         self.without: Literal["", "window"] = ""
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         q, k, v = self.project(x)
         past = dict(state or EMPTY)
         place, position = positions(x, past.pop("position", None), sequence)

@@ -13,11 +13,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import softmax_attention
+from seqtrain.layers import ShortConvolution, positions, rotate
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
 from seqtrain.mixers._costs import block_attention_flops, convolution_flops
-from seqtrain.mixers._parts import ShortConvolution
-from seqtrain.mixers._rotary import positions, rotate
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 class TCNCA(Mixer):
@@ -73,7 +72,9 @@ class TCNCA(Mixer):
         nn.init.ones_(self.scales)
         nn.init.zeros_(self.shifts)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past, after = dict(state or EMPTY), {}
         c = x
         for layer, conv in enumerate(self.convs):

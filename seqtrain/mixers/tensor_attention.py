@@ -8,10 +8,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import feature_count, tensor_attention
+from seqtrain.layers import HeadNorm, HeadProjections, l2norm, upcast
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
 from seqtrain.mixers._costs import tensor_attention_flops
-from seqtrain.mixers._parts import HeadNorm, HeadProjections, precise, unit
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 class TensorAttention(Mixer):
@@ -47,16 +47,18 @@ class TensorAttention(Mixer):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         nn.init.zeros_(self.temperature)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past = state or EMPTY
         (q, k1, k2, v1, v2), after = self.parts(x, past.get("conv"), sequence)
         tau = self.config.largest_temperature * torch.sigmoid(self.temperature)  # H
-        q = (unit(precise(q)) * tau[:, None]).to(q.dtype)
+        q = (l2norm(upcast(q)) * tau[:, None]).to(q.dtype)
         out, after["memory"] = sequence.run(
             tensor_attention,
             q,
-            unit(k1),
-            unit(k2),
+            l2norm(k1),
+            l2norm(k2),
             v1,
             v2,
             degree=self.config.degree,

@@ -8,12 +8,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention, softmax_attention
+from seqtrain.layers import FEATURE_MAPS, HeadNorm, HeadProjections, positions, rotate
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
 from seqtrain.mixers._costs import block_attention_flops, linear_attention_flops
-from seqtrain.mixers._features import FEATURE_MAPS
-from seqtrain.mixers._parts import HeadNorm, HeadProjections
-from seqtrain.mixers._rotary import positions, rotate
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 class TransNormer(Mixer):
@@ -51,7 +49,9 @@ class TransNormer(Mixer):
         self.norm = None if self.diagonal else HeadNorm(self.head)
         self.out = nn.Linear(shape.width, shape.width, bias=False)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past = dict(state or EMPTY)
         (q, k, v), _ = self.qkv(x, None, sequence)
         seen = past.pop("position", None)

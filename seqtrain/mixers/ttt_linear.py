@@ -8,10 +8,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.kernels import ttt_linear
+from seqtrain.layers import HeadNorm, HeadProjections, l2norm, upcast
 from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
 from seqtrain.mixers._costs import ttt_linear_flops
-from seqtrain.mixers._parts import HeadNorm, HeadProjections, precise, unit
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 class TTTLinear(Mixer):
@@ -62,12 +62,14 @@ class TTTLinear(Mixer):
         nn.init.zeros_(self.norm_bias)
         nn.init.zeros_(self.extra_share)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         past = state or EMPTY
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)
-        q, k = (unit(precise(part)) * self.head**0.5 for part in (q, k))
+        q, k = (l2norm(upcast(part)) * self.head**0.5 for part in (q, k))
         # Over K, the squared length of a key: a rate of 1 then cancels a token's error, but for the LayerNorm.
-        rate = self.config.base_rate / self.head * torch.sigmoid(precise(self.rate(x)))
+        rate = self.config.base_rate / self.head * torch.sigmoid(upcast(self.rate(x)))
         place = torch.arange(1, self.config.mini_batch + 1, dtype=self.extra_share.dtype, device=x.device)
         shares = (1 / place + self.extra_share).clamp(min=0)
         out, after["memory"] = sequence.run(

@@ -3,10 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seqtrain.layers import RMSNorm
 from seqtrain.mixers import WHOLE, Mixer, State
-from seqtrain.mixers._parts import RMSNorm
 from seqtrain.models.spiking import Spikes
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 class SwiGLU(nn.Module):
@@ -43,18 +43,20 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(width, norm_eps)
         self.mlp = SwiGLU(width, hidden, spike_rate=spike_rate)
 
-    def forward(self, x: Tensor, state: State | None = None, *, sequence: Sequence = WHOLE) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
         """`x: [B,T,D]`, or `[B,D]` for one token a row, and the layer's state -> the same after the block."""
         mix = self._mix_groups if self.group else self._mix
         mixed, state = mix(self.mixer_norm(x), state, sequence)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), state
 
-    def _mix(self, x: Tensor, state: State | None, sequence: Sequence) -> tuple[Tensor, State]:
+    def _mix(self, x: Tensor, state: State | None, sequence: SequenceContext) -> tuple[Tensor, State]:
         mix = self.mixer if x.dim() == 3 else self.mixer.step
         return mix(x, state, sequence=sequence)
 
-    def _mix_groups(self, x: Tensor, state: State | None, sequence: Sequence) -> tuple[Tensor, State]:
+    def _mix_groups(self, x: Tensor, state: State | None, sequence: SequenceContext) -> tuple[Tensor, State]:
         """The mixer's state is that of the unfinished group; the tokens seen, int64 `[B]`, say how far it is."""
         past = dict(state or {})
         seen = past.pop("seen", None)

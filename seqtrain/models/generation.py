@@ -5,7 +5,7 @@ from torch import Tensor
 
 from seqtrain.mixers import WHOLE
 from seqtrain.models.language_model import LanguageModel
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
     stop: int | None = None,
-    sequence: Sequence = WHOLE,
+    sequence: SequenceContext = WHOLE,
 ) -> Tensor:
     """`prompt: int64 [B,T]`, T >= 1, rows of equal length -> the new tokens, int64 `[B, at most max_new_tokens]`.
 

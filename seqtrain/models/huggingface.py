@@ -15,7 +15,7 @@ from seqtrain.errors import CheckpointError
 from seqtrain.mixers import State
 from seqtrain.models.huggingface_cache import StateCache, as_documents, as_rows
 from seqtrain.models.huggingface_config import SeqtrainConfig
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 class SeqtrainForCausalLM(PreTrainedModel, GenerationMixin):
@@ -104,9 +104,9 @@ class SeqtrainForCausalLM(PreTrainedModel, GenerationMixin):
         """What the head is given, `[B,T,D]`, zeros for padding (`real: bool [B,T]` is False), and the states."""
         if real is None:
             return self.model.hidden(input_ids, states)
-        borders = nn.functional.pad(real.sum(1).cumsum(0), (1, 0))
+        boundaries = nn.functional.pad(real.sum(1).cumsum(0), (1, 0))
         past = None if states is None else [as_documents(state) for state in states]
-        packed, after = self.model.hidden(input_ids[real][None], past, sequence=Sequence(borders))
+        packed, after = self.model.hidden(input_ids[real][None], past, sequence=SequenceContext(boundaries))
         hidden = packed.new_zeros(*input_ids.shape, packed.shape[-1])
         hidden[real] = packed[0]
         return hidden, [as_rows(state) for state in after]

@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 from seqtrain.errors import ConfigError
 from seqtrain.kernels import linear_cross_entropy
+from seqtrain.layers import RMSNorm, ShortConvolution
 from seqtrain.mixers import MIXERS, WHOLE, LayerShape, Mixer, State
-from seqtrain.mixers._parts import RMSNorm, ShortConvolution
 from seqtrain.models.block import Block, SwiGLU
 from seqtrain.parallel.checkpointing import checkpoint_contexts
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class LanguageModel(nn.Module):
         labels: Tensor | None = None,
         state: list[State] | None = None,
         *,
-        sequence: Sequence = WHOLE,
+        sequence: SequenceContext = WHOLE,
         all_logits: bool = False,
         keep_state: bool = False,
     ) -> Any:
@@ -156,7 +156,7 @@ class LanguageModel(nn.Module):
         tokens: Tensor,
         state: list[State] | None = None,
         *,
-        sequence: Sequence = WHOLE,
+        sequence: SequenceContext = WHOLE,
         keep_state: bool = True,
     ) -> tuple[Tensor, list[State]]:
         """What the head is given for `tokens: int64 [B,T]` or `[B]`: `[B,T,D]` or `[B,D]`, and the state after them."""
@@ -169,11 +169,13 @@ class LanguageModel(nn.Module):
                 after.append(new)
         return self.norm(x), after
 
-    def step(self, tokens: Tensor, state: list[State], *, sequence: Sequence = WHOLE) -> tuple[Tensor, list[State]]:
+    def step(
+        self, tokens: Tensor, state: list[State], *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, list[State]]:
         """One token for each row: `tokens: int64 [B]` -> `([B,vocab], state)`."""
         return self(tokens, state=state, sequence=sequence)
 
-    def _run(self, block: nn.Module, x: Tensor, state: State | None, sequence: Sequence) -> tuple[Tensor, State]:
+    def _run(self, block: nn.Module, x: Tensor, state: State | None, sequence: SequenceContext) -> tuple[Tensor, State]:
         if not (self.config.activation_checkpointing and torch.is_grad_enabled()):
             return block(x, state, sequence=sequence)
         contexts: dict[str, Any] = {"context_fn": checkpoint_contexts} if sequence.sends else {}

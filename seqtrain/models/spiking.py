@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from seqtrain.mixers._parts import precise
+from seqtrain.layers import upcast
 
 
 def spike_counts(x: Tensor, rate: float) -> tuple[Tensor, Tensor]:
@@ -14,7 +14,7 @@ def spike_counts(x: Tensor, rate: float) -> tuple[Tensor, Tensor]:
     The threshold follows the activations, so that neither all neurons fall silent nor all fire. Negative counts are
     inhibitory spikes. In float32 at least.
     """
-    x = precise(x)
+    x = upcast(x)
     threshold = x.abs().mean(-1, keepdim=True) / rate
     # A token of zeros has no threshold, and no spikes.
     counts = torch.where(threshold > 0, x / threshold, 0).round()

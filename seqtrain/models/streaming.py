@@ -3,10 +3,10 @@
 The state of every layer is carried from each segment to the next, so the loss is that of the row in one piece. For the
 gradient there is a choice:
 
-* exact: first the states at all borders between segments are found, without activations; then the segments are run
+* exact: first the states at all boundaries between segments are found, without activations; then the segments are run
   from last to first, each from its kept state, and each passes the gradient of that state on to the one before. This
-  is activation checkpointing in time: one more forward pass, and the borders' states are held.
-* truncated: segments are run from first to last and no gradient crosses a border (truncated backpropagation through
+  is activation checkpointing in time: one more forward pass, and the boundaries' states are held.
+* truncated: segments are run from first to last and no gradient crosses a boundary (truncated backpropagation through
   time, Williams and Peng 1990). One pass, and one state is held.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from seqtrain.mixers import State
-from seqtrain.parallel import sequence as sequences
+from seqtrain.parallel.sequence import SequenceContext
 
 Gradients = Literal["exact", "truncated"]
 # States of all layers of a model, as `LanguageModel` takes and returns them.
@@ -37,16 +37,16 @@ class Segment:
 
     tokens: Tensor
     labels: Tensor
-    sequence: sequences.Sequence
+    sequence: SequenceContext
     continues: bool
 
     @classmethod
     def of(
-        cls, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor, *, first: int, sequence: sequences.Sequence
+        cls, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor, *, first: int, sequence: SequenceContext
     ) -> "Segment":
         """The segment that begins with token `first` of a row whose documents start at `cu_seqlens`, int `[N+1]`.
 
-        `sequence`: over the borders that `borders_within` finds for it.
+        `sequence`: over the boundaries that `boundaries_within` finds for it.
         """
         return cls(tokens, labels, sequence, continues=not bool((cu_seqlens == first).any()))
 
@@ -69,7 +69,7 @@ def stream_backward(
         return _whole(model, segments[0], backward)
     if gradients == "truncated":
         return _truncated(model, segments, backward, done)
-    before = _border_states(model, segments, done)
+    before = _boundary_states(model, segments, done)
     runs = len(before) - 1 + len(segments)
     losses, arriving = [], None
     for segment in reversed(segments):
@@ -128,7 +128,7 @@ def _truncated(
     return torch.stack(losses).sum()
 
 
-def _border_states(
+def _boundary_states(
     model: Callable[..., Any], segments: Sequence[Segment], done: Callable[[int, int], None]
 ) -> list[States | None]:
     """The state before each segment; None where nothing is carried into it."""
@@ -181,7 +181,7 @@ def _with_gradients(loss: Tensor, states: States, gradients: Any) -> Tensor:
     return _Arriving.apply(loss, [gradient for _, gradient in pairs], *(state for state, _ in pairs))
 
 
-def borders_within(starts: Tensor, first: int, last: int) -> Tensor:
+def boundaries_within(starts: Tensor, first: int, last: int) -> Tensor:
     """int32 `[N+1]`: `cu_seqlens` of the tokens `first` to `last` of a row whose documents start at `starts`."""
     inner = starts[(starts > first) & (starts < last)] - first
     return torch.cat([inner.new_tensor([0]), inner, inner.new_tensor([last - first])]).to(torch.int32)

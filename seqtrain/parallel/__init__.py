@@ -12,7 +12,7 @@ from seqtrain.parallel.all_scan import (
     start_all_scan,
 )
 from seqtrain.parallel.checkpointing import checkpoint_contexts, save_scans
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.sharded import ShardedSequence, even_offsets
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "Algorithm",
     "OpenScan",
     "Scan",
-    "Sequence",
+    "SequenceContext",
     "ShardedSequence",
     "all_scan",
     "checkpoint_contexts",

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from seqtrain.kernels.segments import PastKeys, segment_of
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContinuedSequence(Sequence):
+class ContinuedSequence(SequenceContext):
     """A piece of a packed row, held whole: its first document may have begun before it, its last may go on behind it.
 
     States are those of one document, as with `ShardedSequence`: `initial_state` is what the first document has seen,
@@ -21,11 +21,11 @@ class ContinuedSequence(Sequence):
     """
 
     # The same tokens with a state a document.
-    documents: Sequence
+    documents: SequenceContext
 
     @classmethod
-    def of(cls, documents: Sequence) -> "ContinuedSequence":
-        """`documents`: the piece by itself, with borders `cu_seqlens` from 0 to its length."""
+    def of(cls, documents: SequenceContext) -> "ContinuedSequence":
+        """`documents`: the piece by itself, with boundaries `cu_seqlens` from 0 to its length."""
         assert documents.cu_seqlens is not None
         return cls(cu_seqlens=documents.cu_seqlens, backend=documents.backend, documents=documents)
 

@@ -16,33 +16,33 @@ from seqtrain.kernels.segments import PastKeys, segment_of_package
 class Groups:
     """Documents cut into groups of `size` tokens, counted from each document's start.
 
-    `borders`: int64 `[G+1]`, of all groups in the flattened batch; `first`, `last`: int64 `[N]`, each document's first
-    and last group; `whole`: bool `[N]`, whether the last is complete, so that the next token starts another.
+    `boundaries`: int64 `[G+1]`, of all groups in the flattened batch; `first`, `last`: int64 `[N]`, each document's
+    first and last group; `whole`: bool `[N]`, whether the last is complete, so that the next token starts another.
     """
 
-    borders: Tensor
+    boundaries: Tensor
     first: Tensor
     last: Tensor
     whole: Tensor
 
     @classmethod
-    def of(cls, borders: Tensor, past: Tensor, size: int, tokens: int) -> "Groups":
-        """`borders`: int64 `[N+1]`, of documents of `tokens` in all; `past`: int64 `[N]`, tokens that came before."""
-        start, length, begun = borders[:-1], borders.diff(), past % size
+    def of(cls, boundaries: Tensor, past: Tensor, size: int, tokens: int) -> "Groups":
+        """`boundaries`: int64 `[N+1]`, of documents, `tokens` in all; `past`: int64 `[N]`, tokens before."""
+        start, length, begun = boundaries[:-1], boundaries.diff(), past % size
         count = ((begun + length + size - 1) // size).clamp(min=1)
         ends = count.cumsum(0)
         # A compiled graph can't depend on how many groups there are: in it, empty ones follow the last.
         most = tokens // size + 2 * len(start)
-        group = torch.arange(most if torch.compiler.is_compiling() else int(ends[-1]), device=borders.device)
+        group = torch.arange(most if torch.compiler.is_compiling() else int(ends[-1]), device=boundaries.device)
         document = torch.searchsorted(ends, group, right=True).clamp(max=len(start) - 1)
         edges = (start - begun)[document] + (group - (ends - count)[document]) * size
-        edges = torch.minimum(torch.maximum(edges, start[document]), borders[1:][document])
+        edges = torch.minimum(torch.maximum(edges, start[document]), boundaries[1:][document])
         whole = (begun + length) % size == 0
-        return cls(torch.cat([edges, borders[-1:]]), ends - count, ends - 1, whole)
+        return cls(torch.cat([edges, boundaries[-1:]]), ends - count, ends - 1, whole)
 
     def spread(self, states: Tensor) -> Tensor:
         """A state a document `[N,...]` -> a state a group `[G,...]`: a document's is its first's, others are zero."""
-        count, first = len(self.borders) - 1, self.first.to(states.device)
+        count, first = len(self.boundaries) - 1, self.first.to(states.device)
         return states.new_zeros(count, *states.shape[1:]).index_copy(0, first, states)
 
     def collect(self, states: Tensor) -> Tensor:
@@ -74,9 +74,9 @@ def run_grouped(
         timed = isinstance(value, Tensor) and value.dim() >= 3 and value.shape[:2] == (batch, tokens)
         return value.reshape(1, batch * tokens, *value.shape[2:]) if timed else value
 
-    borders = torch.arange(batch + 1) * tokens if cu_seqlens is None else cu_seqlens.to(torch.int64)
-    seen = torch.zeros_like(borders[1:]) if past is None else past.to(borders.device)
-    groups = Groups.of(borders, seen, size, batch * tokens)
+    boundaries = torch.arange(batch + 1) * tokens if cu_seqlens is None else cu_seqlens.to(torch.int64)
+    seen = torch.zeros_like(boundaries[1:]) if past is None else past.to(boundaries.device)
+    groups = Groups.of(boundaries, seen, size, batch * tokens)
     keys = _keeps_keys(operator.__module__)
     if initial_state is not None:
         if keys:
@@ -86,7 +86,7 @@ def run_grouped(
     out, final = operator(
         *(flat(tensor) for tensor in tensors),
         initial_state=initial_state,
-        cu_seqlens=groups.borders,
+        cu_seqlens=groups.boundaries,
         backend=backend,
         **{name: flat(value) for name, value in options.items()},
     )

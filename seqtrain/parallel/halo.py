@@ -1,8 +1,8 @@
 """What lies to the left of a rank: the last tokens before its own, or its document's first, from whoever holds them.
 
 Positions count the row's tokens from 0; rows of a state that precede the row have negative positions and lie on the
-group's first rank, before its tokens. Every rank knows all `offsets` and document borders, so it knows what each other
-rank wants, and nothing but the tokens travels.
+group's first rank, before its tokens. Every rank knows all `offsets` and document boundaries, so it knows what each
+other rank wants, and nothing but the tokens travels.
 """
 
 from bisect import bisect_right
@@ -106,43 +106,43 @@ def _reach(traffic: Traffic) -> int:
 
 
 @lru_cache(maxsize=64)
-def _tokens_before(offsets: tuple[int, ...], borders: tuple[int, ...], count: int, given: int) -> Traffic:
+def _tokens_before(offsets: tuple[int, ...], boundaries: tuple[int, ...], count: int, given: int) -> Traffic:
     starts = [
         max(document or -given, start - count)
-        for start, document in zip(offsets, _first_documents(offsets, borders), strict=False)
+        for start, document in zip(offsets, _first_documents(offsets, boundaries), strict=False)
     ]
     return Traffic(tuple(starts), offsets, given)
 
 
 @lru_cache(maxsize=64)
-def _first_tokens(offsets: tuple[int, ...], borders: tuple[int, ...], count: int, given: int) -> Traffic:
-    documents = _first_documents(offsets, borders)
+def _first_tokens(offsets: tuple[int, ...], boundaries: tuple[int, ...], count: int, given: int) -> Traffic:
+    documents = _first_documents(offsets, boundaries)
     starts = tuple(document or -given for document in documents)
     ends = tuple(min(document + count, start) for start, document in zip(offsets, documents, strict=False))
     return Traffic(starts, offsets, given, ends)
 
 
-def _first_documents(offsets: tuple[int, ...], borders: tuple[int, ...]) -> list[int]:
+def _first_documents(offsets: tuple[int, ...], boundaries: tuple[int, ...]) -> list[int]:
     """Where the document of each rank's first token starts; of a rank without tokens, of the token before it."""
     firsts = [start if end > start else start - 1 for start, end in pairwise(offsets)]
-    return [borders[bisect_right(borders, first) - 1] if first > 0 else 0 for first in firsts]
+    return [boundaries[bisect_right(boundaries, first) - 1] if first > 0 else 0 for first in firsts]
 
 
 @dataclass(frozen=True)
 class CutRow:
     """A row of tokens of which rank r of `group` holds `offsets[r] ... offsets[r+1]`.
 
-    `offsets`: `P + 1` rising numbers from 0 to the row's length. `cu_seqlens`: int `[N+1]`, borders of the whole row's
-    documents, or None for one document (or B rows of one each).
+    `offsets`: `P + 1` rising numbers from 0 to the row's length. `cu_seqlens`: int `[N+1]`, boundaries of the whole
+    row's documents, or None for one document (or B rows of one each).
     """
 
     group: dist.ProcessGroup
     offsets: tuple[int, ...]
     cu_seqlens: Tensor | None = None
-    # Borders of the documents that have tokens, on the host: from 0 to the row's length.
-    borders: tuple[int, ...] = field(init=False)
-    # Borders of the pieces of documents that this rank holds, counted from its first token: at least two.
-    own_borders: tuple[int, ...] = field(init=False)
+    # Boundaries of the documents that have tokens, on the host: from 0 to the row's length.
+    boundaries: tuple[int, ...] = field(init=False)
+    # Boundaries of the pieces of documents that this rank holds, counted from its first token: at least two.
+    own_boundaries: tuple[int, ...] = field(init=False)
     # Where in the row this rank's first document starts; for a rank without tokens, see `before`.
     document_start: int = field(init=False)
 
@@ -154,11 +154,11 @@ class CutRow:
         # Found once and not when asked for: `torch.compile` can't trace a cached property.
         tokens, start, end = self.offsets[-1], self.offsets[self.rank], self.offsets[self.rank + 1]
         inner = set() if self.cu_seqlens is None else set(self.cu_seqlens.tolist())
-        borders = (0, *sorted(inner - {0, tokens}), tokens)
-        object.__setattr__(self, "borders", borders)
-        own = (0, *(border - start for border in borders if start < border < end), end - start)
-        object.__setattr__(self, "own_borders", own)
-        object.__setattr__(self, "document_start", _first_documents(self.offsets, borders)[self.rank])
+        boundaries = (0, *sorted(inner - {0, tokens}), tokens)
+        object.__setattr__(self, "boundaries", boundaries)
+        own = (0, *(boundary - start for boundary in boundaries if start < boundary < end), end - start)
+        object.__setattr__(self, "own_boundaries", own)
+        object.__setattr__(self, "document_start", _first_documents(self.offsets, boundaries)[self.rank])
 
     def before(self, count: int, *, given: int = 0) -> Traffic:
         """Each rank wants the last `count` positions before its tokens, as far as its first document reaches back.
@@ -166,7 +166,7 @@ class CutRow:
         The `given` rows belong to the row's first document. A rank without tokens goes on with the document of the
         token before it, so that the state after its last token is that of the rank before.
         """
-        return _tokens_before(self.offsets, self.borders, count, given)
+        return _tokens_before(self.offsets, self.boundaries, count, given)
 
     def first_of_document(self, count: int, *, given: int = 0) -> Traffic:
         """Each rank wants the first `count` positions of its first document, those before its own tokens.
@@ -174,7 +174,7 @@ class CutRow:
         The `given` rows belong to the row's first document and come before its tokens. For a rank without tokens, see
         `before`.
         """
-        return _first_tokens(self.offsets, self.borders, count, given)
+        return _first_tokens(self.offsets, self.boundaries, count, given)
 
 
 def left_halo(x: Tensor, traffic: Traffic, *, group: dist.ProcessGroup) -> Tensor:
@@ -249,8 +249,8 @@ def run_with_past_inputs(
     past = past_inputs(x, count, row=row, initial_state=initial_state)
     local, state = None, past
     if row.cu_seqlens is not None:
-        pieces = len(row.own_borders) - 1
-        local = torch.tensor(row.own_borders, dtype=torch.int32, device=x.device)
+        pieces = len(row.own_boundaries) - 1
+        local = torch.tensor(row.own_boundaries, dtype=torch.int32, device=x.device)
         # Documents that start here have no past.
         state = F.pad(past.flatten(1), (0, 0, 0, pieces - 1)).view(pieces, *past.shape[1:])
     out, states = operator(x, *others, initial_state=state, cu_seqlens=local, backend=backend, **options)

@@ -13,8 +13,8 @@ from torch import Tensor
 class Pieces:
     """A rank's `tokens`: the first `head` continue what came before, the others (the tail) start documents.
 
-    `tail`: int64 `[N+1]`, borders of the N documents that start here, from 0, counted from the head's end; None where
-    none does, and where B rows of one document each start here.
+    `tail`: int64 `[N+1]`, boundaries of the N documents that start here, from 0, counted from the head's end; None
+    where none does, and where B rows of one document each start here.
     """
 
     tokens: int
@@ -22,14 +22,14 @@ class Pieces:
     tail: Tensor | None
 
     @classmethod
-    def of(cls, borders: Sequence[int] | None, start: int, end: int, *, continues: bool) -> "Pieces":
+    def of(cls, boundaries: Sequence[int] | None, start: int, end: int, *, continues: bool) -> "Pieces":
         """Those of tokens `start` to `end` of a row; `continues`: its first token has a past.
 
-        `borders`: of the row's documents, rising from 0 to its length; None for B rows of one document each.
+        `boundaries`: of the row's documents, rising from 0 to its length; None for B rows of one document each.
         """
-        if borders is None:
+        if boundaries is None:
             return cls(end - start, 0 if start == 0 and not continues else end - start, None)
-        inner = [border for border in borders if start <= border < end]
+        inner = [boundary for boundary in boundaries if start <= boundary < end]
         if inner and inner[0] == 0 and continues:
             del inner[0]
         if not inner:

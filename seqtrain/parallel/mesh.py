@@ -12,7 +12,7 @@ from torch import Tensor
 from seqtrain.parallel.all_scan import Algorithm, flush_scans
 from seqtrain.parallel.cost import costs_of
 from seqtrain.parallel.engine import engine_of
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.sharded import ShardedSequence
 
 
@@ -32,10 +32,10 @@ class Mesh:
     # Schedule of the scans.
     algorithm: Algorithm
 
-    def sequence(self, offsets: tuple[int, ...], cu_seqlens: Tensor | None, *, backend: str) -> Sequence:
-        """What the layers are told of a packed row whose pieces start at `offsets`, with borders at `cu_seqlens`."""
+    def sequence(self, offsets: tuple[int, ...], cu_seqlens: Tensor | None, *, backend: str) -> SequenceContext:
+        """What the layers are told of a packed row whose pieces start at `offsets`, with boundaries at `cu_seqlens`."""
         if self.group is None:
-            return Sequence(cu_seqlens=cu_seqlens, backend=backend)
+            return SequenceContext(cu_seqlens=cu_seqlens, backend=backend)
         return ShardedSequence(
             group=self.group, offsets=offsets, cu_seqlens=cu_seqlens, backend=backend, algorithm=self.algorithm
         )

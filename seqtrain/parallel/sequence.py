@@ -11,10 +11,10 @@ from seqtrain.parallel.grouped import run_grouped
 
 
 @dataclass(frozen=True)
-class Sequence:
+class SequenceContext:
     """A batch of tokens held whole by this process; mixers call their operators through `run`.
 
-    `cu_seqlens`: int `[N+1]`, document borders of a packed row (then B == 1), or None for B separate rows.
+    `cu_seqlens`: int `[N+1]`, document boundaries of a packed row (then B == 1), or None for B separate rows.
     `backend`: the kernels' backend for every operator, `"auto"` to choose by device.
     """
 
@@ -32,7 +32,7 @@ class Sequence:
             *tensors, initial_state=initial_state, cu_seqlens=self.cu_seqlens, backend=self.backend, **options
         )
 
-    def grouped(self, size: int, past: Tensor | None = None) -> "Sequence":
+    def grouped(self, size: int, past: Tensor | None = None) -> "SequenceContext":
         """The sequence whose documents are cut into groups of `size` tokens that know nothing of each other.
 
         `past`: int64 `[B]` (`[N]` with documents), tokens of each seen before, where a group may have begun; None for
@@ -41,7 +41,7 @@ class Sequence:
         """
         return GroupedSequence(cu_seqlens=self.cu_seqlens, backend=self.backend, size=size, past=past)
 
-    def repeated(self, times: int) -> "Sequence":
+    def repeated(self, times: int) -> "SequenceContext":
         """The sequence in which every token stands `times` times, one copy behind the other."""
         return self if self.cu_seqlens is None else replace(self, cu_seqlens=times * self.cu_seqlens)
 
@@ -49,10 +49,10 @@ class Sequence:
         """`x: [B,T,...]` with the tokens of each document (or row) in reverse order."""
         if self.cu_seqlens is None:
             return x.flip(1)
-        borders = self.cu_seqlens.to(device=x.device, dtype=torch.int64)
+        boundaries = self.cu_seqlens.to(device=x.device, dtype=torch.int64)
         place = self.positions(x.shape[1], x.device)
         index = torch.arange(x.shape[1], device=x.device)
-        length = borders.diff().repeat_interleave(borders.diff(), output_size=x.shape[1])
+        length = boundaries.diff().repeat_interleave(boundaries.diff(), output_size=x.shape[1])
         return x.index_select(1, index - 2 * place + length - 1)
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
@@ -79,12 +79,12 @@ class Sequence:
         """For places in the whole row, int64, where their documents (or rows) start."""
         if self.cu_seqlens is None:
             return torch.zeros_like(index)
-        borders = self.cu_seqlens.to(device=index.device, dtype=torch.int64)
-        return borders[torch.searchsorted(borders, index, right=True) - 1]
+        boundaries = self.cu_seqlens.to(device=index.device, dtype=torch.int64)
+        return boundaries[torch.searchsorted(boundaries, index, right=True) - 1]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupedSequence(Sequence):
+class GroupedSequence(SequenceContext):
     """See `Sequence.grouped`."""
 
     size: int
@@ -104,15 +104,15 @@ class GroupedSequence(Sequence):
             backend=self.backend,
         )
 
-    def repeated(self, times: int) -> Sequence:
+    def repeated(self, times: int) -> SequenceContext:
         past = None if self.past is None else times * self.past
-        borders = None if self.cu_seqlens is None else times * self.cu_seqlens
-        return replace(self, cu_seqlens=borders, size=times * self.size, past=past)
+        boundaries = None if self.cu_seqlens is None else times * self.cu_seqlens
+        return replace(self, cu_seqlens=boundaries, size=times * self.size, past=past)
 
     def reverse(self, x: Tensor) -> Tensor:
         raise ValueError("groups are counted from the start: a bidirectional layer can't run in them")
 
-    def grouped(self, size: int, past: Tensor | None = None) -> Sequence:
+    def grouped(self, size: int, past: Tensor | None = None) -> SequenceContext:
         raise ValueError(
             f"groups of {size} tokens within groups of {self.size}: choose a layer that has none of its own"
         )

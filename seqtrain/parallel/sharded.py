@@ -21,26 +21,26 @@ from seqtrain.parallel.halo import CutRow, run_with_past_inputs
 from seqtrain.parallel.local_call import LocalCall, Pieces
 from seqtrain.parallel.relay import run_relayed
 from seqtrain.parallel.scanned import run_scanned
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.sinks import sharded_sink_attention
 from seqtrain.parallel.softmax import sharded_softmax_attention
 
 
 def even_offsets(tokens: int, ranks: int) -> tuple[int, ...]:
-    """Borders of `ranks` pieces of `tokens` whose lengths differ by one at most: `ranks + 1` numbers from 0."""
+    """Boundaries of `ranks` pieces of `tokens` whose lengths differ by one at most: `ranks + 1` numbers from 0."""
     return tuple(tokens * rank // ranks for rank in range(ranks + 1))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardedSequence(Sequence):
+class ShardedSequence(SequenceContext):
     """A row of tokens of which this rank holds `offsets[r]` to `offsets[r + 1]`, r its place in `group`.
 
     Tensors hold this rank's tokens alone, `[B, T_r, ...]`; any lengths will do, zero too.
     `group`: the ranks that hold the row, in order of time. Each runs the same operators in the same order, and asks for
         gradients where the others do.
-    `offsets`: `P + 1` borders of the ranks' pieces, from 0 to the row's length.
-    `cu_seqlens`: int `[N+1]`, document borders of the whole row (then B == 1), or None for B rows of one document each.
-    `algorithm`: of the scans, see `all_scan`.
+    `offsets`: `P + 1` boundaries of the ranks' pieces, from 0 to the row's length.
+    `cu_seqlens`: int `[N+1]`, document boundaries of the whole row (then B == 1), or None for B rows of one document
+    each. `algorithm`: of the scans, see `all_scan`.
 
     States are those of one document (or of B rows): `initial_state`, given on every rank or on none, is read on the
     group's first and continues the row's first document; the state that comes back is the one after this rank's last
@@ -57,7 +57,7 @@ class ShardedSequence(Sequence):
         ranks, offsets = self.group.size(), self.offsets
         if len(offsets) != ranks + 1 or offsets[0] != 0 or any(a > b for a, b in pairwise(offsets)):
             raise ValueError(
-                f"offsets={offsets}: expected {ranks + 1} rising numbers from 0, the borders of {ranks} ranks"
+                f"offsets={offsets}: expected {ranks + 1} rising numbers from 0, the boundaries of {ranks} ranks"
             )
         if self.cu_seqlens is not None and int(self.cu_seqlens[-1]) != offsets[-1]:
             raise ValueError(f"offsets={offsets}: expected to end at {int(self.cu_seqlens[-1])}, where cu_seqlens does")
@@ -98,8 +98,8 @@ class ShardedSequence(Sequence):
                 options=options,
             )
         packed = self.cu_seqlens is not None
-        borders = self._row.borders if packed else None
-        pieces = Pieces.of(borders, self.start, self.end, continues=initial_state is not None)
+        boundaries = self._row.boundaries if packed else None
+        pieces = Pieces.of(boundaries, self.start, self.end, continues=initial_state is not None)
         call = LocalCall(operator, tensors, options, self.backend, pieces, self.group, packed)
         if segment is None:
             return run_relayed(call, initial_state)

@@ -46,8 +46,8 @@ def sharded_sink_attention(
     past, came = _before(k, v, row, window, sinks, initial_state)
     local = None
     if row.cu_seqlens is not None:
-        pieces = len(row.own_borders) - 1
-        local = torch.tensor(row.own_borders, dtype=torch.int32, device=k.device)
+        pieces = len(row.own_boundaries) - 1
+        local = torch.tensor(row.own_boundaries, dtype=torch.int32, device=k.device)
         # Documents that start here have no past.
         past = {key: F.pad(part, (*(0, 0) * (part.dim() - 1), 0, pieces - 1)) for key, part in past.items()}
     out, state = sink_attention(

@@ -107,11 +107,11 @@ def _windowed(
         length = (initial_state["length"] + row.offsets[row.rank]).clamp(max=before)
     local = None
     if row.cu_seqlens is not None:
-        local = torch.tensor(row.own_borders, dtype=torch.int32, device=k.device)
+        local = torch.tensor(row.own_boundaries, dtype=torch.int32, device=k.device)
         # Packed pasts have no rows that don't count, and documents that start here have none at all.
         counted = int(length)
         past_k, past_v = past_k[:, before - counted :], past_v[:, before - counted :]
-        length = F.pad(length, (0, len(row.own_borders) - 2))
+        length = F.pad(length, (0, len(row.own_boundaries) - 2))
     past = {"k": past_k, "v": past_v, "length": length}
     out, state = softmax_attention(
         q, k, v, window=window, scale=scale, initial_state=past, cu_seqlens=local, backend=backend
@@ -125,7 +125,7 @@ def _of_last_document(state: State) -> State:
 
 
 def _own_keys(k: Tensor, v: Tensor, row: CutRow) -> State:
-    start, end = row.own_borders[-2:]
+    start, end = row.own_boundaries[-2:]
     length = torch.full((k.shape[0],), end - start, dtype=torch.int64, device=k.device)
     return {"k": k[:, start:], "v": v[:, start:], "length": length}
 
@@ -205,13 +205,13 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, row: CutRow, given: int, scale: f
     """Everything to everyone, cut by heads; the whole row for this rank's heads; and back."""
     heads = _ByHeads(row, q.shape[0], given)
     whole_q, whole_k, whole_v = heads.whole_rows(q, k.to(q.dtype), v.to(q.dtype))
-    state, borders = None, None
+    state, boundaries = None, None
     if row.cu_seqlens is not None:
-        borders = torch.tensor(row.borders, dtype=torch.int32, device=q.device)
+        boundaries = torch.tensor(row.boundaries, dtype=torch.int32, device=q.device)
     if given:
         length = torch.full((q.shape[0],), given, dtype=torch.int64, device=q.device)
         # The state is the first document's.
-        length = length if borders is None else F.pad(length, (0, len(row.borders) - 2))
+        length = length if boundaries is None else F.pad(length, (0, len(row.boundaries) - 2))
         state = {"k": whole_k[:, :given], "v": whole_v[:, :given], "length": length}
     out, _ = softmax_attention(
         whole_q,
@@ -219,7 +219,7 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, row: CutRow, given: int, scale: f
         whole_v[:, given:],
         scale=scale,
         initial_state=state,
-        cu_seqlens=borders,
+        cu_seqlens=boundaries,
         backend=backend,
     )
     return heads.own_rows(out).to(v.dtype)
@@ -229,7 +229,7 @@ def _by_blocks(
     q: Tensor, k: Tensor, v: Tensor, row: CutRow, traffic: Traffic, scale: float | None, backend: str
 ) -> Tensor:
     """The first document by blocks from the left, where it began on an earlier rank; the others by the operator."""
-    head = row.own_borders[1] if traffic.before(row.rank) else 0
+    head = row.own_boundaries[1] if traffic.before(row.rank) else 0
     outs = []
     if traffic.any:
         head_out = block_attention(
@@ -246,8 +246,8 @@ def _by_blocks(
         first = head + (traffic.given if row.rank == 0 else 0)
         local = None
         if row.cu_seqlens is not None:
-            inner = row.own_borders[1:] if head else row.own_borders
-            local = torch.tensor([border - head for border in inner], dtype=torch.int32, device=q.device)
+            inner = row.own_boundaries[1:] if head else row.own_boundaries
+            local = torch.tensor([boundary - head for boundary in inner], dtype=torch.int32, device=q.device)
         out, _ = softmax_attention(
             q[:, head:], k[:, first:], v[:, first:], scale=scale, cu_seqlens=local, backend=backend
         )

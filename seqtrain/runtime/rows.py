@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from seqtrain.data import Batch, Share
-from seqtrain.models.streaming import Segment, borders_within
+from seqtrain.models.streaming import Segment, boundaries_within
 from seqtrain.parallel.continued import ContinuedSequence
 from seqtrain.parallel.mesh import Mesh
 
@@ -27,8 +27,8 @@ def as_segments(row: list[Batch], mesh: Mesh, *, backend: str, device: torch.dev
     for piece, batch in enumerate(row):
         offsets = batch.offsets[piece * ranks : (piece + 1) * ranks + 1]
         first, last = offsets[0], offsets[-1]
-        borders = borders_within(batch.cu_seqlens, first, last)
-        sequence = mesh.sequence(tuple(offset - first for offset in offsets), borders, backend=backend)
+        boundaries = boundaries_within(batch.cu_seqlens, first, last)
+        sequence = mesh.sequence(tuple(offset - first for offset in offsets), boundaries, backend=backend)
         if mesh.group is None and len(row) > 1:
             sequence = ContinuedSequence.of(sequence)
         tokens, labels = batch.tokens.to(device), batch.labels.to(device)

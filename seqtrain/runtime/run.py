@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from seqtrain.data import prepare
-from seqtrain.kernels.dispatch import choose_anew
+from seqtrain.kernels.dispatch import reset_backend_choice
 from seqtrain.runtime import ray_launcher
 from seqtrain.runtime.log import log_to, warn_on_stderr
 from seqtrain.runtime.metrics import MetricsReader, read_within
@@ -73,7 +73,7 @@ def _drive(config: PretrainConfig, objective: Objective, watch: Watch, launch: L
     claim(folder, config)
     log_to(folder.log)
     warn_on_stderr()
-    choose_anew()
+    reset_backend_choice()
     log.info("data: %s", corpus.about)
     if finished := _finished_summary(folder, config):
         log.warning("output_dir=%s: this run has finished already; here is its summary", folder.path)

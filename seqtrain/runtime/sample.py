@@ -12,7 +12,7 @@ from seqtrain.data import load_tokenizer
 from seqtrain.data.tokenizer import Tokenizer
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.models import LanguageModel, generate
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.compose import typed_pretrain_config
 from seqtrain.runtime.run_folder import RunFolder
@@ -70,7 +70,7 @@ def continue_text(model: LanguageModel, tokenizer: Tokenizer, wish: Continuation
         top_p=wish.top_p,
         generator=torch.Generator().manual_seed(wish.seed),
         stop=tokenizer.end,
-        sequence=Sequence(backend=backend),
+        sequence=SequenceContext(backend=backend),
     )
     ids = [token for token in new[0].tolist() if token != tokenizer.end]
     return wish.prompt + tokenizer.decode(ids)

@@ -66,7 +66,7 @@ class TrainConfig:
     micro_batch_size: Positive = 8
     # Most tokens of those that run through the model at once, with the layers' states carried on; 0: all of them.
     segment_tokens: Count = 0
-    # Gradients between segments: exact (one more forward pass), or truncated (none crosses a segment's border).
+    # Gradients between segments: exact (one more forward pass), or truncated (none crosses a segment's boundary).
     segment_gradients: Gradients = "exact"
     # Number format of the matrix products. Weights and the optimizer's state are float32 in both.
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -16,7 +16,7 @@ from seqtrain.analysis.part_trace import Batch, trace_layer
 from seqtrain.analysis.trace import Tracer
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 
 VOCAB = 40
 TOKENS = 96
@@ -107,7 +107,7 @@ def test_executed_flops_are_those_of_the_chunk_forms(name):
     def executed(kernel):
         x = torch.randn(1, TOKENS, config.width, requires_grad=True)
         with sdpa_kernel(kernel), FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-            out = mixer(x, sequence=Sequence(backend="chunked"))[0]
+            out = mixer(x, sequence=SequenceContext(backend="chunked"))[0]
             forward = counter.get_total_flops()
             out.sum().backward()
         return forward, counter.get_total_flops() - forward

@@ -14,8 +14,8 @@ from seqtrain.convert.sources import open_source
 from seqtrain.convert.student import load_student, student_of, teacher_beside
 from seqtrain.convert.verify import end_checks, start_checks
 from seqtrain.errors import ConfigError
-from seqtrain.parallel.sequence import Sequence
-from seqtrain.testing import borders, relative_error
+from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.testing import boundaries, relative_error
 from tests.convert.convert_cases import FAMILIES, TINY, some_tokens
 
 
@@ -66,7 +66,7 @@ def test_every_family_becomes_every_target(transformers_on_disk, tmp_path, kind,
     assert ("bytes the state grows" in names) == (kept == ())
     assert student.parameter_count() == sum(parameter.numel() for parameter in student.parameters())
     expected = student(tokens, all_logits=True)[0]
-    row, documents = torch.cat([some_tokens(1, 9, seed=5), tokens], 1), Sequence(borders([9, 40]))
+    row, documents = torch.cat([some_tokens(1, 9, seed=5), tokens], 1), SequenceContext(boundaries([9, 40]))
     packed = student(row, sequence=documents, all_logits=True)[0]
     assert relative_error(packed[:, 9:], expected) < 1e-5
     export(student, architecture, source, tmp_path / "model")

@@ -40,7 +40,7 @@ def judge(pair):
 
 
 def test_scores_are_those_of_whole_logits(pair):
-    """In chunks of tokens, with 2 rows longer than a chunk, nothing is lost at their borders."""
+    """In chunks of tokens, with 2 rows longer than a chunk, nothing is lost at their boundaries."""
     tokens = some_tokens(2, 300)
     hidden = [hidden_states(model, tokens) for model in pair]
     with torch.no_grad():

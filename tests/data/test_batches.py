@@ -13,36 +13,36 @@ def rows(batch, length):
 
 
 def by_hand(stream, start, length):
-    """Tokens, labels and borders of one row, token by token."""
+    """Tokens, labels and boundaries of one row, token by token."""
     whole = stream.read(0, stream.tokens).tolist()
     begins = set(stream.starts(0, stream.tokens).tolist())
-    tokens, labels, borders = [], [], []
+    tokens, labels, boundaries = [], [], []
     for position in range(start, start + length):
         inside = position < stream.tokens
         tokens.append(whole[position] if inside else stream.tokenizer.end)
         follows = position + 1 < stream.tokens and position + 1 not in begins
         labels.append(whole[position + 1] if follows else -100)
         if position > start and (position in begins or position == stream.tokens):
-            borders.append(position - start)
-    return tokens, labels, borders
+            boundaries.append(position - start)
+    return tokens, labels, boundaries
 
 
 @pytest.mark.parametrize("length", [1, 7, 64, 999])
-def test_rows_labels_and_borders_against_a_loop_over_tokens(corpus, length):
+def test_rows_labels_and_boundaries_against_a_loop_over_tokens(corpus, length):
     batches = EvaluationBatches(corpus.held_out, sequence_length=length, batch_size=2)
     for index in {0, len(batches) // 2, len(batches) - 1}:
         batch = batches.at(index)
-        tokens, labels, borders = [], [], [0]
+        tokens, labels, boundaries = [], [], [0]
         for row in range(2):
             row_tokens, row_labels, inner = by_hand(corpus.held_out, (2 * index + row) * length, length)
             if (2 * index + row) * length >= corpus.held_out.tokens:
                 inner = []
             tokens += row_tokens
             labels += row_labels
-            borders += [row * length + place for place in inner] + [(row + 1) * length]
+            boundaries += [row * length + place for place in inner] + [(row + 1) * length]
         assert batch.tokens.tolist() == [tokens]
         assert batch.labels.tolist() == [labels]
-        assert batch.cu_seqlens.tolist() == borders
+        assert batch.cu_seqlens.tolist() == boundaries
         assert batch.label_count == sum(label != -100 for label in labels)
         assert batch.bytes == sum(label not in (-100, 256) for label in labels)
     assert (batch.tokens.dtype, batch.labels.dtype, batch.cu_seqlens.dtype) == (torch.int64, torch.int64, torch.int32)
@@ -89,8 +89,8 @@ def test_the_union_over_ranks_and_micro_batches_is_the_same(corpus, ranks, kind)
         assert torch.equal(torch.cat([part.labels for part in parts], dim=1), whole.labels)
         assert sum(part.bytes for part in parts) == whole.bytes
         shifts = [0, *np.cumsum([part.tokens.shape[1] for part in parts])]
-        borders = {int(b) + int(s) for part, s in zip(parts, shifts, strict=False) for b in part.cu_seqlens}
-        assert sorted(borders) == whole.cu_seqlens.tolist()
+        boundaries = {int(b) + int(s) for part, s in zip(parts, shifts, strict=False) for b in part.cu_seqlens}
+        assert sorted(boundaries) == whole.cu_seqlens.tolist()
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 400])
@@ -109,7 +109,7 @@ def test_the_parts_of_a_row_are_the_row_cut_into_nearly_equal_pieces(corpus, par
     assert sizes.max() - sizes.min() <= 1
     for part, piece in enumerate(pieces):
         assert piece.offsets == offsets
-        assert torch.equal(piece.cu_seqlens, whole.cu_seqlens), "borders are those of the whole row"
+        assert torch.equal(piece.cu_seqlens, whole.cu_seqlens), "boundaries are those of the whole row"
         assert torch.equal(piece.tokens, whole.tokens[:, offsets[part] : offsets[part + 1]])
         assert torch.equal(piece.labels, whole.labels[:, offsets[part] : offsets[part + 1]])
     assert sum(piece.bytes for piece in pieces) == whole.bytes

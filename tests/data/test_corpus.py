@@ -35,8 +35,8 @@ def test_streams_read_across_shards_and_know_where_documents_start(corpus, text_
 def test_documents_are_the_files(corpus, text_folder):
     found = []
     for stream in (corpus.train, corpus.held_out):
-        borders = [*stream.starts(0, stream.tokens).tolist(), stream.tokens]
-        for start, stop in itertools.pairwise(borders):
+        boundaries = [*stream.starts(0, stream.tokens).tolist(), stream.tokens]
+        for start, stop in itertools.pairwise(boundaries):
             found.append(corpus.tokenizer.decode(stream.read(start, stop - 1)))
     expected = [file.read_text(encoding="utf-8") for file in text_folder.rglob("*.txt")]
     assert sorted(found) == sorted(text for text in expected if text)

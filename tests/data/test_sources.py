@@ -168,7 +168,7 @@ def test_patterns_hidden_files_and_suffixes(tmp_path):
 
 
 @pytest.mark.parametrize("text", [b"a\n" * 500, "東".encode() * 400, b"\x80" * 1000, "ab\n東京".encode() * 100])
-def test_pieces_join_to_the_text_from_any_border(text, monkeypatch):
+def test_pieces_join_to_the_text_from_any_boundary(text, monkeypatch):
     monkeypatch.setattr(base, "PIECE_BYTES", 100)
     document = base.RowDocument("x", False, len(text), 1.0, text)
     pieces = list(document.pieces())

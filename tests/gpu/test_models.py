@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from seqtrain.parallel.sequence import Sequence
-from seqtrain.testing import borders, relative_error
+from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.testing import boundaries, relative_error
 from tests.mixers.test_contract import build, every_mixer, inputs, run
 from tests.models import test_compile
 
@@ -15,7 +15,7 @@ LENGTHS = (20, 0, 49, 1)
 @pytest.mark.parametrize("packed", [False, True], ids=["row", "documents"])
 @every_mixer
 def test_a_layer_is_what_it_is_on_the_cpu(name, fields, packed):
-    documents = {"cu_seqlens": borders(LENGTHS)} if packed else {}
+    documents = {"cu_seqlens": boundaries(LENGTHS)} if packed else {}
 
     def on(device, dtype):
         layer, x = build(name, fields, dtype=torch.float32).to(dtype), inputs(1, TOKENS, torch.float32).to(dtype)
@@ -34,7 +34,7 @@ def test_a_compiled_model_is_the_model(packed):
     model = test_compile.build(test_compile.HYBRID).cuda()
     compiled = torch.compile(model, fullgraph=True)
     tokens, labels = (x.cuda() for x in test_compile.batch(70))
-    sequence = Sequence(borders([15, 0, 55]) if packed else None)
+    sequence = SequenceContext(boundaries([15, 0, 55]) if packed else None)
     expected, came = (
         test_compile.loss_and_gradients(each, model, tokens, labels, sequence) for each in (model, compiled)
     )

@@ -19,7 +19,7 @@ from seqtrain.kernels import (
 from seqtrain.kernels.segments import by_segment
 from seqtrain.testing import (
     assert_within,
-    borders,
+    boundaries,
     compare_with_oracle,
     recurrence_inputs,
     relative_error,
@@ -56,7 +56,7 @@ def test_widths_and_dtypes(name, decay_shape, dtype, widths):
     lengths = (70, 0, 1, 90)
     sizes = {"key_width": widths[0], "value_width": widths[1], "states": len(lengths)}
     tensors = matrix_inputs(name, sum(lengths), decay_shape=decay_shape, decay="wide", beta=1.0, **sizes)
-    check(MATRIX[name], tensors, dtype, cu_seqlens=borders(lengths))
+    check(MATRIX[name], tensors, dtype, cu_seqlens=boundaries(lengths))
 
 
 @pytest.mark.parametrize("decay", ["mild", "strong", "spikes", "zero"])
@@ -159,7 +159,7 @@ def test_tensor_attention(width, value, degree, dtype):
     generator = torch.Generator().manual_seed(3)
     widths = dict.fromkeys(("q", "k1", "k2"), width) | dict.fromkeys(("v1", "v2"), value)
     tensors = {name: torch.randn(1, 90, 2, size, generator=generator).double() for name, size in widths.items()}
-    check(tensor_attention, on_gpu(tensors), dtype, degree=degree, cu_seqlens=borders([0, 1, 30, 59]))
+    check(tensor_attention, on_gpu(tensors), dtype, degree=degree, cu_seqlens=boundaries([0, 1, 30, 59]))
 
 
 @every_dtype
@@ -168,7 +168,7 @@ def test_tensor_attention(width, value, degree, dtype):
 def test_softmax_attention(window, documents, dtype):
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, 300, heads, 32, generator=generator).cuda().to(dtype) for heads in (4, 2, 2))
-    cu_seqlens = borders([100, 0, 1, 199]) if documents else None
+    cu_seqlens = boundaries([100, 0, 1, 199]) if documents else None
 
     def run(backend, *tensors):
         leaves = [x.detach().clone().requires_grad_() for x in tensors]

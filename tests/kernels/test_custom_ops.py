@@ -79,10 +79,10 @@ def test_a_result_that_is_not_used_has_a_gradient_of_zero():
 
 
 def test_what_can_t_be_traced_compiles():
-    x, borders = leaf(9, 2), torch.tensor([0, 4, 4, 9])
-    assert_compiles(lambda x: untraceable(x, "text", borders), x)
+    x, boundaries = leaf(9, 2), torch.tensor([0, 4, 4, 9])
+    assert_compiles(lambda x: untraceable(x, "text", boundaries), x)
     assert_compiles(lambda x: alone(x), x)
-    torch.library.opcheck(untraceable.operator.op, (x, "text", borders), test_utils=CHECKS)
+    torch.library.opcheck(untraceable.operator.op, (x, "text", boundaries), test_utils=CHECKS)
 
 
 def test_outside_of_graphs_the_function_itself_runs():
@@ -93,16 +93,16 @@ def test_outside_of_graphs_the_function_itself_runs():
 # What each opaque form is given for one row of 30 tokens in two documents; letters stand for shapes.
 SIZES = {"B": 1, "T": 30, "H": 2, "K": 4, "V": 3, "D": 5, "G": 3, "N": 2, "S": 2, "F": 15, "W": 3}
 FORMS = {
-    "linear_attention": ("run", ("BTHK", "BTHK", "BTHV", "-BTHK", "SHKV", 0.5, "borders")),
-    "delta_rule": ("run", ("BTHK", "BTHK", "BTHV", "BTH", "-BTH", "SHKV", 0.5, "borders", "BTHK", "BTHK")),
-    "diagonal_scan": ("run", ("BTD", "-BTD", "SD", "borders")),
-    "diagonal_system": ("run", ("BTG", "cGN", "cGN", "cGN", "scan", "cSX", "borders")),
-    "short_convolution": ("run", ("BTD", "DW", None, "silu", 1, "SSD", "borders")),
-    "slot_scores": ("run", ("BTHK", "BTHK", "BTHV", "-BTHV", "SHVK", 0.5, "borders")),
-    "tensor_attention": ("_run", ("BTHK",) * 3 + ("BTHV",) * 2 + (2, 0.5, "zSHSFK", "borders")),
+    "linear_attention": ("run", ("BTHK", "BTHK", "BTHV", "-BTHK", "SHKV", 0.5, "boundaries")),
+    "delta_rule": ("run", ("BTHK", "BTHK", "BTHV", "BTH", "-BTH", "SHKV", 0.5, "boundaries", "BTHK", "BTHK")),
+    "diagonal_scan": ("run", ("BTD", "-BTD", "SD", "boundaries")),
+    "diagonal_system": ("run", ("BTG", "cGN", "cGN", "cGN", "scan", "cSX", "boundaries")),
+    "short_convolution": ("run", ("BTD", "DW", None, "silu", 1, "SSD", "boundaries")),
+    "slot_scores": ("run", ("BTHK", "BTHK", "BTHV", "-BTHV", "SHVK", 0.5, "boundaries")),
+    "tensor_attention": ("_run", ("BTHK",) * 3 + ("BTHV",) * 2 + (2, 0.5, "zSHSFK", "boundaries")),
     "ttt_linear": (
         "_run",
-        ("BTHK",) * 3 + ("BTH", "HLK", "HbK", "HbK", "D", "zSHMK", "borders"),
+        ("BTHK",) * 3 + ("BTH", "HLK", "HbK", "HbK", "D", "zSHMK", "boundaries"),
     ),
 }
 SIZES |= {"X": 6, "L": 5, "M": 11, "b": 1}
@@ -111,7 +111,7 @@ SIZES |= {"X": 6, "L": 5, "M": 11, "b": 1}
 def argument(given, seed):
     if not isinstance(given, str) or given in ("scan", "silu"):
         return given
-    if given == "borders":
+    if given == "boundaries":
         return torch.tensor([0, 11, 30])
     kind, shape = (given[0], given[1:]) if given[0] in "-cz" else ("", given)
     x = torch.randn([SIZES[letter] for letter in shape], generator=torch.Generator().manual_seed(seed))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqtrain.kernels import delay
-from seqtrain.testing import borders
+from seqtrain.testing import boundaries
 
 
 def shifted(x, by):
@@ -32,8 +32,8 @@ def test_whole_rows_pieces_and_gradient(by):
 def test_documents_have_their_own_pasts():
     first, second = [4, 1, 7], [2, 0, 9]
     x, y = torch.randn(1, 12, 2), torch.randn(1, 11, 2)
-    _, state = delay(x, by=3, cu_seqlens=borders(first))
-    out, _ = delay(y, by=3, initial_state=state, cu_seqlens=borders(second))
+    _, state = delay(x, by=3, cu_seqlens=boundaries(first))
+    out, _ = delay(y, by=3, initial_state=state, cu_seqlens=boundaries(second))
     pairs = zip(x.split(first, 1), y.split(second, 1), strict=True)
     expected = [shifted(torch.cat(pair, 1), 3)[:, pair[0].shape[1] :] for pair in pairs]
     assert torch.equal(out, torch.cat(expected, 1))

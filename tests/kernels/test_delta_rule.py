@@ -11,7 +11,7 @@ from seqtrain.kernels import delta_rule, states
 from seqtrain.kernels.triangular import unit_lower_inverse
 from seqtrain.testing import (
     assert_within,
-    borders,
+    boundaries,
     compare_with_oracle,
     recurrence_inputs,
     relative_error,
@@ -26,7 +26,7 @@ DECAYS = [("none", "mild"), *itertools.product(("BTH", "BTHK"), ("mild", "wide",
 @pytest.mark.parametrize(("decay_shape", "decay"), DECAYS)
 def test_rows_match_the_definition(decay_shape, decay, tokens):
     # One token without documents would be decoded by the definition itself.
-    documents = {"cu_seqlens": borders([1])} if tokens == 1 else {}
+    documents = {"cu_seqlens": boundaries([1])} if tokens == 1 else {}
     batch = 1 if documents else 2
     tensors = recurrence_inputs(tokens, batch=batch, decay_shape=decay_shape, decay=decay, beta=1.0)
     assert_within(compare_with_oracle(delta_rule, tensors, **documents), torch.float32)
@@ -36,7 +36,7 @@ def test_rows_match_the_definition(decay_shape, decay, tokens):
 @pytest.mark.parametrize("decay_shape", DECAY_SHAPES)
 def test_documents_match_the_definition(decay_shape, lengths):
     tensors = recurrence_inputs(sum(lengths), states=len(lengths), decay_shape=decay_shape, decay="wide", beta=2.0)
-    assert_within(compare_with_oracle(delta_rule, tensors, cu_seqlens=borders(lengths)), torch.float32)
+    assert_within(compare_with_oracle(delta_rule, tensors, cu_seqlens=boundaries(lengths)), torch.float32)
 
 
 @pytest.mark.parametrize("correlation", [0.0, 3.0, 100.0])
@@ -65,7 +65,7 @@ def test_the_algebra_is_exact_in_float64(decay_shape, key_width):
 @pytest.mark.parametrize(("decay_shape", "decay"), DECAYS)
 def test_bfloat16_inputs(decay_shape, decay):
     tensors = recurrence_inputs(130, states=3, decay_shape=decay_shape, decay=decay, beta=2.0)
-    errors = compare_with_oracle(delta_rule, tensors, dtype=torch.bfloat16, cu_seqlens=borders([70, 0, 60]))
+    errors = compare_with_oracle(delta_rule, tensors, dtype=torch.bfloat16, cu_seqlens=boundaries([70, 0, 60]))
     assert_within(errors, torch.bfloat16)
 
 
@@ -92,13 +92,13 @@ def test_any_shape(lengths, widths, decay_shape, decay, seed):
         beta=1.0,
         seed=seed,
     )
-    assert_within(compare_with_oracle(delta_rule, tensors, cu_seqlens=borders(lengths)), torch.float32)
+    assert_within(compare_with_oracle(delta_rule, tensors, cu_seqlens=boundaries(lengths)), torch.float32)
 
 
 @pytest.mark.parametrize("decay_shape", DECAY_SHAPES)
 def test_many_segments_equal_one(decay_shape, monkeypatch):
     tensors = recurrence_inputs(400, states=3, key_width=40, decay_shape=decay_shape, decay="wide", beta=1.0)
-    options = {"cu_seqlens": borders([250, 20, 130]), "backend": "chunked"}
+    options = {"cu_seqlens": boundaries([250, 20, 130]), "backend": "chunked"}
     whole = run_with_gradients(delta_rule, tensors, **options)
     monkeypatch.setattr(states, "SEGMENT_NUMBERS", 1)
     parts = run_with_gradients(delta_rule, tensors, **options)
@@ -121,7 +121,7 @@ def test_a_split_in_time_with_the_state_carried_equals_the_whole(decay_shape):
 
 def test_a_document_never_feels_another():
     tensors = recurrence_inputs(100, states=2, decay_shape="BTH", beta=1.0)
-    options = {"cu_seqlens": borders([40, 60]), "backend": "chunked"}
+    options = {"cu_seqlens": boundaries([40, 60]), "backend": "chunked"}
     before = run_with_gradients(delta_rule, tensors, **options)
     changed = {**tensors, "v": tensors["v"].clone()}
     changed["v"][:, 39] += 1000.0
@@ -145,7 +145,7 @@ def wide_inputs(tokens, **options):
 @pytest.mark.parametrize(("decay_shape", "decay"), [("none", "mild"), ("BTH", "wide"), ("BTHK", "wide")])
 def test_reading_and_erasing_apart_from_the_key(decay_shape, decay, lengths):
     tensors = wide_inputs(sum(lengths), states=len(lengths), decay_shape=decay_shape, decay=decay)
-    documents = {"cu_seqlens": borders(lengths)}
+    documents = {"cu_seqlens": boundaries(lengths)}
     assert_within(compare_with_oracle(delta_rule, tensors, dtype=torch.float64, **documents), torch.float64)
     assert_within(compare_with_oracle(delta_rule, tensors, **documents), torch.float32)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqtrain.kernels import diagonal_scan
-from seqtrain.testing import assert_within, borders, compare_with_oracle, decay_like, relative_error
+from seqtrain.testing import assert_within, boundaries, compare_with_oracle, decay_like, relative_error
 
 D = 5
 
@@ -25,7 +25,7 @@ def case(tokens, *, documents=False, x_complex=False, a_complex=False, constant=
         "log_a": log_a,
         "initial_state": normal(len(lengths) if documents else batch, D, of_complex=x_complex or a_complex),
     }
-    return tensors, borders(lengths) if documents else None
+    return tensors, boundaries(lengths) if documents else None
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])

@@ -5,7 +5,7 @@ import torch
 
 from seqtrain.kernels import diagonal_scan, diagonal_system
 from seqtrain.kernels.diagonal_system.segment import SEGMENT
-from seqtrain.testing import assert_within, borders, compare_with_oracle, relative_error
+from seqtrain.testing import assert_within, boundaries, compare_with_oracle, relative_error
 
 G, N = 3, 4
 
@@ -27,7 +27,7 @@ def case(tokens, *, documents=False, fastest=100.0):
         "read": normal(G, N, dtype=torch.complex128),
         "initial_state": normal(len(lengths) if documents else batch, G * N, dtype=torch.complex128),
     }
-    return tensors, borders(lengths) if documents else None
+    return tensors, boundaries(lengths) if documents else None
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])

@@ -28,9 +28,9 @@ def test_pieces_begin_with_the_past():
 
 def test_rows_are_documents_of_one_length():
     x = torch.zeros(3, 7, 2)
-    assert gpu.borders(x, None) == (0, 7, 14, 21)
-    assert gpu.borders(x[:1], torch.tensor([0, 2, 7])) == (0, 2, 7)
-    assert gpu.borders_tensor((0, 2, 7), CPU).tolist() == [0, 2, 7]
+    assert gpu.boundaries(x, None) == (0, 7, 14, 21)
+    assert gpu.boundaries(x[:1], torch.tensor([0, 2, 7])) == (0, 2, 7)
+    assert gpu.boundaries_tensor((0, 2, 7), CPU).tolist() == [0, 2, 7]
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqtrain.kernels.layout import chunk_layout
-from seqtrain.testing import borders
+from seqtrain.testing import boundaries
 
 CPU = torch.device("cpu")
 
 
 def packed(lengths, chunk=16, smallest_chunk=16):
-    return chunk_layout(1, sum(lengths), borders(lengths), chunk=chunk, device=CPU, smallest_chunk=smallest_chunk)
+    return chunk_layout(1, sum(lengths), boundaries(lengths), chunk=chunk, device=CPU, smallest_chunk=smallest_chunk)
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,7 +62,7 @@ def test_steps_carry_each_documents_state_through_its_own_chunks(lengths, limit)
 def test_plain_rows_are_documents_of_equal_length(tokens):
     x = torch.randn(3, tokens, 2, 4)
     plain = chunk_layout(3, tokens, None, chunk=16, device=CPU)
-    flat = chunk_layout(1, 3 * tokens, borders([tokens] * 3), chunk=16, device=CPU)
+    flat = chunk_layout(1, 3 * tokens, boundaries([tokens] * 3), chunk=16, device=CPU)
     assert plain.counts == flat.counts
     for a, b in zip(plain.segments(4), flat.segments(4), strict=True):
         assert torch.equal(a.take(x, torch.float32), b.take(x.view(1, 3 * tokens, 2, 4), torch.float32))
@@ -80,7 +80,7 @@ def test_chunks_shrink_where_documents_are_short():
     assert packed([3] * 20, chunk=64, smallest_chunk=64).chunk == 64
 
 
-def test_layouts_are_cached_by_their_borders():
+def test_layouts_are_cached_by_their_boundaries():
     assert packed([5, 7]) is packed([5, 7])
     assert packed([5, 7]) is not packed([7, 5])
 

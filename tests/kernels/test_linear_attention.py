@@ -11,7 +11,7 @@ from seqtrain.kernels import linear_attention, states
 from seqtrain.testing import (
     DECAY_SHAPES,
     assert_within,
-    borders,
+    boundaries,
     compare_with_oracle,
     recurrence_inputs,
     relative_error,
@@ -26,7 +26,7 @@ DECAYS = [("none", "mild"), *itertools.product(("H", "BTH", "BTHK"), ("mild", "w
 def test_rows_match_the_definition(decay_shape, decay, tokens):
     tensors = recurrence_inputs(tokens, batch=2, decay_shape=decay_shape, decay=decay)
     # One token without documents would be decoded by the definition itself.
-    documents = {"cu_seqlens": borders([1])} if tokens == 1 else {}
+    documents = {"cu_seqlens": boundaries([1])} if tokens == 1 else {}
     if documents:
         tensors = recurrence_inputs(1, decay_shape=decay_shape, decay=decay)
     assert_within(compare_with_oracle(linear_attention, tensors, **documents), torch.float32)
@@ -36,7 +36,7 @@ def test_rows_match_the_definition(decay_shape, decay, tokens):
 @pytest.mark.parametrize("decay_shape", DECAY_SHAPES)
 def test_documents_match_the_definition(decay_shape, lengths):
     tensors = recurrence_inputs(sum(lengths), states=len(lengths), decay_shape=decay_shape, decay="wide")
-    errors = compare_with_oracle(linear_attention, tensors, cu_seqlens=borders(lengths))
+    errors = compare_with_oracle(linear_attention, tensors, cu_seqlens=boundaries(lengths))
     assert_within(errors, torch.float32)
 
 
@@ -50,7 +50,7 @@ def test_the_algebra_is_exact_in_float64(decay_shape, key_width):
 @pytest.mark.parametrize(("decay_shape", "decay"), DECAYS)
 def test_bfloat16_inputs(decay_shape, decay):
     tensors = recurrence_inputs(130, states=3, decay_shape=decay_shape, decay=decay)
-    errors = compare_with_oracle(linear_attention, tensors, dtype=torch.bfloat16, cu_seqlens=borders([70, 0, 60]))
+    errors = compare_with_oracle(linear_attention, tensors, dtype=torch.bfloat16, cu_seqlens=boundaries([70, 0, 60]))
     assert_within(errors, torch.bfloat16)
 
 
@@ -75,14 +75,14 @@ def test_any_shape(lengths, widths, decay_shape, decay, seed):
         decay=decay,
         seed=seed,
     )
-    errors = compare_with_oracle(linear_attention, tensors, cu_seqlens=borders(lengths))
+    errors = compare_with_oracle(linear_attention, tensors, cu_seqlens=boundaries(lengths))
     assert_within(errors, torch.float32)
 
 
 @pytest.mark.parametrize("decay_shape", DECAY_SHAPES)
 def test_many_segments_equal_one(decay_shape, monkeypatch):
     tensors = recurrence_inputs(400, states=3, key_width=40, decay_shape=decay_shape, decay="wide")
-    options = {"cu_seqlens": borders([250, 20, 130]), "backend": "chunked"}
+    options = {"cu_seqlens": boundaries([250, 20, 130]), "backend": "chunked"}
     whole = run_with_gradients(linear_attention, tensors, **options)
     monkeypatch.setattr(states, "SEGMENT_NUMBERS", 1)
     parts = run_with_gradients(linear_attention, tensors, **options)
@@ -105,7 +105,7 @@ def test_a_split_in_time_with_the_state_carried_equals_the_whole(decay_shape):
 
 def test_a_document_never_feels_another():
     tensors = recurrence_inputs(100, states=2, decay_shape="BTHK")
-    options = {"cu_seqlens": borders([40, 60]), "backend": "chunked"}
+    options = {"cu_seqlens": boundaries([40, 60]), "backend": "chunked"}
     before = run_with_gradients(linear_attention, tensors, **options)
     changed = {**tensors, "v": tensors["v"].clone()}
     changed["v"][:, 39] += 1000.0

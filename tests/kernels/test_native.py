@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqtrain.kernels import delta_rule, linear_attention
-from seqtrain.kernels.dispatch import choose, choose_anew
+from seqtrain.kernels.dispatch import choose, reset_backend_choice
 from seqtrain.kernels.native import build, cut, recurrence
 from seqtrain.kernels.segments import by_segment
 from seqtrain.testing import (
     assert_within,
-    borders,
+    boundaries,
     compare_with_oracle,
     recurrence_inputs,
     relative_error,
@@ -56,7 +56,7 @@ def test_documents_match_the_definition(name, decay_shape, decay, widths):
         decay_shape=decay_shape,
         decay=decay,
     )
-    assert_within(errors(name, tensors, cu_seqlens=borders(lengths)), torch.float32)
+    assert_within(errors(name, tensors, cu_seqlens=boundaries(lengths)), torch.float32)
 
 
 @needs_library
@@ -64,7 +64,7 @@ def test_documents_match_the_definition(name, decay_shape, decay, widths):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_rows_match_the_definition(name, tokens):
     # One token without documents would be decoded by the definition itself.
-    documents = {"cu_seqlens": borders([1])} if tokens == 1 else {}
+    documents = {"cu_seqlens": boundaries([1])} if tokens == 1 else {}
     tensors = inputs(name, tokens, batch=1 if documents else 2, key_width=48, value_width=40)
     assert_within(errors(name, tensors, **documents), torch.float32)
 
@@ -102,7 +102,7 @@ def test_constant_beta_and_keys_that_are_alike(beta):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_bfloat16_inputs(name, decay_shape):
     tensors = inputs(name, 130, states=3, decay_shape=decay_shape, decay="wide")
-    found = errors(name, tensors, dtype=torch.bfloat16, cu_seqlens=borders([70, 0, 60]))
+    found = errors(name, tensors, dtype=torch.bfloat16, cu_seqlens=boundaries([70, 0, 60]))
     assert_within(found, torch.bfloat16)
 
 
@@ -128,7 +128,7 @@ def test_any_shape(name, lengths, widths, decay_shape, seed):
         beta=1.0 if name == "delta_rule" else None,
         seed=seed,
     )
-    assert_within(errors(name, tensors, cu_seqlens=borders(lengths)), torch.float32)
+    assert_within(errors(name, tensors, cu_seqlens=boundaries(lengths)), torch.float32)
 
 
 @needs_library
@@ -174,7 +174,7 @@ def test_a_segment_of_any_length(decay_shape, tokens, monkeypatch):
 def test_blocks_of_columns_and_saved_states_change_nothing(name, decay_shape, monkeypatch):
     tensors = inputs(name, 300, states=2, heads=1, key_width=20, value_width=100, decay_shape=decay_shape)
     tensors = {key: x.float() for key, x in tensors.items()}
-    options = {"cu_seqlens": borders([260, 40]), "backend": "native"}
+    options = {"cu_seqlens": boundaries([260, 40]), "backend": "native"}
     monkeypatch.setattr(recurrence, "BLOCK_COLUMNS", 10**9)
     whole = run_with_gradients(OPERATORS[name], tensors, **options)
     monkeypatch.setattr(recurrence, "BLOCK_COLUMNS", 16)
@@ -191,7 +191,7 @@ def test_a_document_never_feels_another_even_if_it_is_not_a_number(name, decay_s
     tensors = {
         key: None if x is None else x.float() for key, x in inputs(name, 100, states=3, decay_shape=decay_shape).items()
     }
-    options = {"cu_seqlens": borders([30, 40, 30]), "backend": "native"}
+    options = {"cu_seqlens": boundaries([30, 40, 30]), "backend": "native"}
     before = run_with_gradients(OPERATORS[name], tensors, **options)
     for key, x in tensors.items():
         if key != "initial_state" and x is not None:
@@ -311,13 +311,13 @@ def fresh(monkeypatch, tmp_path):
     """No library loaded yet, an empty cache folder, and a compiler that takes no time: it writes its arguments."""
     build.library.cache_clear()
     build.unavailable.cache_clear()
-    choose_anew()
+    reset_backend_choice()
     monkeypatch.setattr(build, "cache_folder", lambda: tmp_path / "cache")
     yield tmp_path
     monkeypatch.undo()
     build.library.cache_clear()
     build.unavailable.cache_clear()
-    choose_anew()
+    reset_backend_choice()
 
 
 def compiler(folder, script):

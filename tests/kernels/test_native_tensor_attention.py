@@ -8,7 +8,7 @@ import torch
 from seqtrain.kernels import tensor_attention
 from seqtrain.kernels.native import build
 from seqtrain.kernels.native import tensor_attention as native
-from seqtrain.testing import assert_within, borders, compare_with_oracle, relative_error, run_with_gradients
+from seqtrain.testing import assert_within, boundaries, compare_with_oracle, relative_error, run_with_gradients
 from tests.kernels.test_tensor_attention import case, inputs
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=f"native {build.unavailable()}")
@@ -52,7 +52,7 @@ def test_float64_goes_to_the_chunked_form():
 
 def test_a_document_never_feels_another_even_if_it_is_not_a_number():
     tensors = {name: x.float() for name, x in inputs(1, 100).items()}
-    options = {"cu_seqlens": borders([30, 40, 30]), "backend": "native"}
+    options = {"cu_seqlens": boundaries([30, 40, 30]), "backend": "native"}
     before = run_with_gradients(tensor_attention, tensors, **options)
     for x in tensors.values():
         x[:, :30] = x[:, 70:] = float("nan")

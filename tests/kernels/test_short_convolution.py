@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from seqtrain.kernels import short_convolution
-from seqtrain.testing import assert_within, borders, compare_with_oracle, relative_error
+from seqtrain.testing import assert_within, boundaries, compare_with_oracle, relative_error
 
 D = 6
 
@@ -26,7 +26,7 @@ def case(tokens, width=4, *, documents=False, bias=True, dilation=1):
         "bias": normal(D) if bias else None,
         "initial_state": normal(rows, (width - 1) * dilation, D),
     }
-    return tensors, borders(lengths) if documents else None
+    return tensors, boundaries(lengths) if documents else None
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqtrain.kernels import sink_attention, softmax_attention
-from seqtrain.testing import borders, relative_error
+from seqtrain.testing import boundaries, relative_error
 
 H, G, K, V = 4, 2, 6, 5
 
@@ -72,8 +72,8 @@ def test_any_split_in_time_equals_the_whole(backend):
 def test_documents_equal_separate_rows(backend):
     first, second, options = [1, 30, 7, 2], [20, 1, 0, 33], {"window": 5, "sinks": 2, "backend": backend}
     x, y = inputs(1, sum(first)), inputs(1, sum(second), seed=4)
-    out, state = sink_attention(**x, cu_seqlens=borders(first), **options)
-    more, end = sink_attention(**y, initial_state=state, cu_seqlens=borders(second), **options)
+    out, state = sink_attention(**x, cu_seqlens=boundaries(first), **options)
+    more, end = sink_attention(**y, initial_state=state, cu_seqlens=boundaries(second), **options)
     expected, ends = [], []
     for n in range(4):
         mine, my_state = sink_attention(**{key: part.split(first, 1)[n] for key, part in x.items()}, **options)

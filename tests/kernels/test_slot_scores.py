@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqtrain.kernels import linear_attention, slot_scores
-from seqtrain.testing import assert_within, borders, compare_with_oracle, decay_like, relative_error
+from seqtrain.testing import assert_within, boundaries, compare_with_oracle, decay_like, relative_error
 
 
 def inputs(tokens, *, batch=1, states=None, heads=2, key=6, slots=5, decay="mild"):
@@ -32,7 +32,7 @@ def test_rows_match_the_definition(decay, dtype):
 @pytest.mark.parametrize("lengths", [(130, 0, 1, 1, 3, 65), (0, 0), (2,) * 20, (1,), (1, 100)])
 def test_documents_match_the_definition(lengths):
     tensors = inputs(sum(lengths), states=len(lengths), decay="wide")
-    assert_within(compare_with_oracle(slot_scores, tensors, cu_seqlens=borders(lengths)), torch.float32)
+    assert_within(compare_with_oracle(slot_scores, tensors, cu_seqlens=boundaries(lengths)), torch.float32)
 
 
 @pytest.mark.parametrize("slots", [5, 40])  # chunks of 32 and of 64 tokens

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from seqtrain.analysis.trace import Tracer
 from seqtrain.kernels import softmax_attention
 from seqtrain.kernels.softmax_attention import chunked
-from seqtrain.testing import TOLERANCES, borders, relative_error
+from seqtrain.testing import TOLERANCES, boundaries, relative_error
 
 H, G, K, V = 4, 2, 8, 5
 LENGTHS = [0, 0, 1, 3, 0, 30, 27, 0]
@@ -63,7 +63,7 @@ def assert_equals_the_definition(tensors, lengths, dtype=torch.float32, **option
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 100])
 def test_chunked_equals_the_definition(window, documents, past):
     tensors, lengths = case(61, documents=documents, window=window, past=past)
-    cu_seqlens = borders(LENGTHS) if documents else None
+    cu_seqlens = boundaries(LENGTHS) if documents else None
     assert_equals_the_definition(tensors, lengths, window=window, cu_seqlens=cu_seqlens)
 
 
@@ -75,7 +75,7 @@ def test_lengths(tokens, window):
 
 def test_long_documents_beside_short_ones():
     tensors, lengths = case(1300, documents=True, past=False)
-    assert_equals_the_definition(tensors, lengths, cu_seqlens=borders([3, 1100, 2, 150, 40, 5]))
+    assert_equals_the_definition(tensors, lengths, cu_seqlens=boundaries([3, 1100, 2, 150, 40, 5]))
 
 
 @pytest.mark.parametrize("values", [K, 2 * K])
@@ -86,7 +86,7 @@ def test_wide_values_and_a_scale(values):
 @pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
 def test_bfloat16(documents):
     tensors, lengths = case(61, documents=documents, window=16)
-    cu_seqlens = borders(LENGTHS) if documents else None
+    cu_seqlens = boundaries(LENGTHS) if documents else None
     assert_equals_the_definition(tensors, lengths, torch.bfloat16, window=16, cu_seqlens=cu_seqlens)
 
 
@@ -123,8 +123,8 @@ def test_documents_do_not_see_each_other():
     changed = v.clone()
     changed[:, :34] += 100.0
     for window in (None, 8):
-        out, _ = softmax_attention(q, k, v, window=window, cu_seqlens=borders(LENGTHS))
-        other, _ = softmax_attention(q, k, changed, window=window, cu_seqlens=borders(LENGTHS))
+        out, _ = softmax_attention(q, k, v, window=window, cu_seqlens=boundaries(LENGTHS))
+        other, _ = softmax_attention(q, k, changed, window=window, cu_seqlens=boundaries(LENGTHS))
         assert torch.equal(out[:, 34:], other[:, 34:])
         assert not torch.equal(out[:, :34], other[:, :34])
 
@@ -173,4 +173,4 @@ def test_one_document_costs_what_a_row_does(window):
             chunked.run(q, k, v, window, 0.5, None, cu_seqlens)
         return work
 
-    assert cost(borders([61])) == cost(None)
+    assert cost(boundaries([61])) == cost(None)

@@ -9,7 +9,7 @@ import torch
 
 from seqtrain.kernels import feature_count, tensor_attention
 from seqtrain.kernels.tensor_attention.features import features, features_gradient, monomials
-from seqtrain.testing import assert_within, borders, compare_with_oracle, relative_error
+from seqtrain.testing import assert_within, boundaries, compare_with_oracle, relative_error
 
 H, K, V = 2, 3, 5
 NAMES = ("q", "k1", "k2", "v1", "v2")
@@ -30,7 +30,7 @@ def case(tokens, degree, *, documents=False):
     rows = len(lengths) if documents else 2
     _, state = tensor_attention(**inputs(rows, 20, seed=3), degree=degree, backend="reference")
     tensors = inputs(1 if documents else 2, tokens) | {"initial_state": state}
-    return tensors, borders(lengths) if documents else None
+    return tensors, boundaries(lengths) if documents else None
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
@@ -121,7 +121,7 @@ def test_any_cut_in_time_equals_the_whole(cut):
 
 def test_documents_equal_separate_calls_exactly_too():
     tensors = inputs(1, 12)
-    packed, _ = tensor_attention(**tensors, degree=None, cu_seqlens=borders([5, 0, 7]))
+    packed, _ = tensor_attention(**tensors, degree=None, cu_seqlens=boundaries([5, 0, 7]))
     alone, _ = tensor_attention(**{name: x[:, 5:] for name, x in tensors.items()}, degree=None)
     assert relative_error(packed[:, 5:], alone) < 1e-12
 

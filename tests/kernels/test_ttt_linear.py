@@ -5,7 +5,7 @@ import torch
 
 from seqtrain.kernels import ttt_linear
 from seqtrain.kernels.ttt_linear.inner import error_gradient, layer_norm
-from seqtrain.testing import assert_within, borders, compare_with_oracle, relative_error, run_with_gradients
+from seqtrain.testing import assert_within, boundaries, compare_with_oracle, relative_error, run_with_gradients
 
 H, K, C = 2, 4, 5
 
@@ -44,7 +44,7 @@ def test_the_dual_form_equals_the_loop(tokens, past):
 @pytest.mark.parametrize("lengths", [(7, 0, 1, 12), (0, 0)])
 def test_documents_match_the_loop(lengths):
     tensors = inputs(sum(lengths), past=3, states=len(lengths))
-    errors = compare_with_oracle(ttt_linear, tensors, dtype=torch.float64, cu_seqlens=borders(lengths))
+    errors = compare_with_oracle(ttt_linear, tensors, dtype=torch.float64, cu_seqlens=boundaries(lengths))
     assert_within(errors, torch.float64)
 
 

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seqtrain.config import validate
 from seqtrain.mixers import MIXERS, LayerShape
-from seqtrain.parallel.sequence import Sequence
-from seqtrain.testing import borders, relative_error
+from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.testing import boundaries, relative_error
 
 CONF = Path(__file__).parents[2] / "conf" / "mixer"
 WIDTH, HEADS = 32, 2
@@ -83,7 +83,7 @@ def run(mixer, x, state=None, **sequence):
     """Output, state and the gradient of everything, by name."""
     x = x.detach().clone().requires_grad_()
     past = differentiable({key: value.detach().clone() for key, value in (state or {}).items()})
-    out, after = mixer(x, past or None, sequence=Sequence(**sequence))
+    out, after = mixer(x, past or None, sequence=SequenceContext(**sequence))
     results = {"out": out, **{f"state {key}": value for key, value in after.items()}}
     leaves = {"x": x, **{f"past {key}": value for key, value in past.items() if value.requires_grad}}
     leaves |= dict(mixer.named_parameters())
@@ -176,7 +176,7 @@ def test_packed_documents_equal_separate_ones(name, fields):
 
     def out_and_gradient(*parts, **sequence):
         parts = [part.detach().clone().requires_grad_() for part in parts]
-        out = torch.cat([mixer(part, sequence=Sequence(**sequence))[0] for part in parts], 1)
+        out = torch.cat([mixer(part, sequence=SequenceContext(**sequence))[0] for part in parts], 1)
         wanted = [*parts, *mixer.parameters()]
         gradients = torch.autograd.grad((out * weights(out)).sum(), wanted)
         names = [name for name, _ in mixer.named_parameters()]
@@ -185,7 +185,7 @@ def test_packed_documents_equal_separate_ones(name, fields):
         )
 
     pieces = inputs(1, sum(lengths)).split(lengths, 1)
-    packed = out_and_gradient(torch.cat(pieces, 1), cu_seqlens=borders(lengths))
+    packed = out_and_gradient(torch.cat(pieces, 1), cu_seqlens=boundaries(lengths))
     assert_close(packed, out_and_gradient(*pieces))
 
 
@@ -194,8 +194,8 @@ def test_packed_documents_equal_separate_ones(name, fields):
 def test_packed_documents_go_on_from_their_own_states(name, fields):
     mixer, first, second = build(name, fields), [3, 12, 1, 30], [17, 0, 66, 4]
     x, y = inputs(1, sum(first)), inputs(1, sum(second)) * 0.7
-    _, state = mixer(x, sequence=Sequence(borders(first)))
-    packed, _ = mixer(y, state, sequence=Sequence(borders(second)))
+    _, state = mixer(x, sequence=SequenceContext(boundaries(first)))
+    packed, _ = mixer(y, state, sequence=SequenceContext(boundaries(second)))
     separate = []
     for start, rest in zip(x.split(first, 1), y.split(second, 1), strict=True):
         separate.append(mixer(rest, mixer(start)[1])[0] if rest.shape[1] else rest)
@@ -238,7 +238,7 @@ def test_states_have_the_shapes_and_bytes_they_say(name, fields):
 
 
 @dataclass(frozen=True)
-class Counting(Sequence):
+class Counting(SequenceContext):
     """Counts what an operator needs from the tensors it is handed, and hands zeros back."""
 
     counted: list = field(default_factory=list)

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seqtrain.parallel.sequence import Sequence
-from seqtrain.testing import borders, relative_error
+from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.testing import boundaries, relative_error
 from tests.mixers.definition_cases import HEADS, TOKENS, WIDTH, build, heads, merged, x
 
 HEAD = WIDTH // HEADS
@@ -184,7 +184,7 @@ def test_ttt_linear():
 def test_within_groups_of_tokens_each_group_is_a_document(name):
     # 7 tokens are 14 steps of DeltaProduct, and no whole number of mini-batches of 4.
     mixer, inputs = build(name, **({"mini_batch": 4} if name == "ttt_linear" else {})), x()[:1]
-    documents, _ = mixer(inputs, sequence=Sequence(borders([7, 7, 7, 7, 2])))
-    first, state = mixer(inputs[:, :10], sequence=Sequence().grouped(7))
-    rest, _ = mixer(inputs[:, 10:], state, sequence=Sequence().grouped(7, torch.tensor([10])))
+    documents, _ = mixer(inputs, sequence=SequenceContext(boundaries([7, 7, 7, 7, 2])))
+    first, state = mixer(inputs[:, :10], sequence=SequenceContext().grouped(7))
+    rest, _ = mixer(inputs[:, 10:], state, sequence=SequenceContext().grouped(7, torch.tensor([10])))
     assert relative_error(torch.cat([first, rest], 1), documents) < 1e-12

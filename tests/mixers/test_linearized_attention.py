@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS, LayerShape
 from seqtrain.mixers._memories import MEMORIES
-from seqtrain.parallel.sequence import Sequence
-from seqtrain.testing import borders, relative_error
+from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.testing import boundaries, relative_error
 
 WIDTH, HEADS = 24, 4
 WINDOW, SINKS = 5, 2
@@ -73,7 +73,7 @@ def test_prefill_and_steps_equal_the_whole(memory, window):
 def test_packed_documents_equal_separate_ones(memory, window):
     mixer, lengths = hybrid(memory, window=window), [3, 30, 1, 12]
     x = inputs(46, batch=1)
-    packed, state = mixer(x, sequence=Sequence(borders(lengths)))
+    packed, state = mixer(x, sequence=SequenceContext(boundaries(lengths)))
     outs, states = zip(*(mixer(piece) for piece in x.split(lengths, 1)), strict=True)
     expected = {key: torch.cat([each[key] for each in states]) for key in states[0]}
     assert_same({"out": packed, **state}, {"out": torch.cat(outs, 1), **expected}, 1e-11)
@@ -181,11 +181,11 @@ def test_key_heads_are_shared_by_neighbouring_query_heads(memory, window):
     x, (_, state) = inputs(20), shared(inputs(20))
     q, k, v = (part.detach() for part in shared.project(x))
     written = shared.memory.write(x, k, v)
-    value, mass, _ = shared.memory.read(q, written, {}, Sequence())
+    value, mass, _ = shared.memory.read(q, written, {}, SequenceContext())
     for head in range(HEADS):
         group = slice(head // 2, head // 2 + 1)
         one = {name: part[:, :, group] for name, part in written.items()}
-        mine, my_mass, _ = shared.memory.read(q, one, {}, Sequence())
+        mine, my_mass, _ = shared.memory.read(q, one, {}, SequenceContext())
         assert relative_error(value[:, :, head], mine[:, :, head]) < EXACT
         if mass is not None:
             assert relative_error(mass[:, :, head], my_mass[:, :, head]) < EXACT
@@ -204,7 +204,7 @@ def test_the_memory_stays_as_large_as_the_window(memory):
     x = torch.randn(1, 1, 64) + 0.7 * torch.randn(1, tokens, 64)
     q, k, v = mixer.project(x)
     written = mixer.memory.write(x, k, v)
-    value, _, _ = mixer.memory.read(q, written, {}, Sequence())
+    value, _, _ = mixer.memory.read(q, written, {}, SequenceContext())
     mixer.without = "memory"
     mixer.out = torch.nn.Identity()
     near = mixer(x)[0].unflatten(2, (4, -1))

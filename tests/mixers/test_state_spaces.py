@@ -11,8 +11,8 @@ from seqtrain.mixers import MIXERS, LayerShape
 from seqtrain.mixers._hippo import hippo_legs, normal_legs, perturbed_legs, report_perturbation
 from seqtrain.mixers._ssm import discretize
 from seqtrain.models import LanguageModel, ModelConfig
-from seqtrain.parallel.sequence import Sequence
-from seqtrain.testing import borders, relative_error
+from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.testing import boundaries, relative_error
 
 WIDTH, TOKENS = 8, 30
 CHANNELWISE = [("s4d", {"initialization": name}) for name in ("lin", "inv", "legs")] + [("s4_ptd", {})]
@@ -77,7 +77,7 @@ def test_fft_goes_on_from_a_state_as_the_scan_does(form):
 
 @torch.no_grad()
 def test_documents_are_scanned_whatever_the_form():
-    packed = Sequence(borders([7, 0, 90]))
+    packed = SequenceContext(boundaries([7, 0, 90]))
     outs = [build("s4d", form=form)(x(97, batch=1), sequence=packed)[0] for form in ("scan", "fft")]
     assert torch.equal(*outs)
 
@@ -181,7 +181,7 @@ def started(name):
     (mixer(u)[0][:, -1] * target).sum(1).mean().backward()
     gradients = {key: parameter.grad.norm().item() for key, parameter in mixer.named_parameters()}
     with torch.no_grad():
-        return mixer.respond(u, None, Sequence(), 0)[0][:, -1].square().mean().sqrt().item(), gradients
+        return mixer.respond(u, None, SequenceContext(), 0)[0][:, -1].square().mean().sqrt().item(), gradients
 
 
 def test_s5_ptd_starts_at_the_scale_of_s5():
@@ -205,11 +205,11 @@ def test_both_directions_are_two_passes(name, fields):
         else:
             own = {"read.weight": (mixer.read, mixer.read_back)[direction].weight}
         one_way.load_state_dict(shared | own)
-        outs.append(one_way.respond(x().flip(1) if direction else x(), None, Sequence(), 0)[0])
+        outs.append(one_way.respond(x().flip(1) if direction else x(), None, SequenceContext(), 0)[0])
     expected = finished(mixer, past[0] + future[0].flip(1), x())
     assert relative_error(mixer(x())[0], expected) < 1e-12
     assert mixer.parameter_count() == sum(parameter.numel() for parameter in mixer.parameters())
-    packed = mixer(x(batch=1), sequence=Sequence(borders([11, 0, 19])))[0]
+    packed = mixer(x(batch=1), sequence=SequenceContext(boundaries([11, 0, 19])))[0]
     separate = [mixer(part)[0] for part in x(batch=1).split([11, 19], 1)]
     assert relative_error(packed, torch.cat(separate, 1)) < 1e-12
     assert mixer.operator_flops(100) == 2 * one_way.operator_flops(100)
@@ -221,7 +221,7 @@ def test_both_directions_carry_no_state_and_make_no_language_model():
     with pytest.raises(ValueError, match="bidirectional state-space layer has seen no past"):
         mixer(x(), {})
     with pytest.raises(ValueError, match="a bidirectional layer can't run in them"):
-        mixer(x(), sequence=Sequence().grouped(8))
+        mixer(x(), sequence=SequenceContext().grouped(8))
     config = MIXERS.get("s5").Config(bidirectional=True)
     with pytest.raises(ConfigError, match=r"^model\.layers=s5: sees tokens to come"):
         LanguageModel(ModelConfig(layers=("s5",), depth=1, width=32, heads=2), {"s5": config}, 50)

@@ -10,8 +10,8 @@ from seqtrain.mixers import MIXERS, LayerShape
 from seqtrain.models import LanguageModel, ModelConfig, generate
 from seqtrain.models.block import Block, SwiGLU
 from seqtrain.models.spiking import Spikes, spike_counts, spike_statistics
-from seqtrain.parallel.sequence import Sequence
-from seqtrain.testing import borders, relative_error
+from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.testing import boundaries, relative_error
 
 WIDTH, HEADS, GROUP, VOCAB = 32, 2, 8, 40
 # Of each kind of state: a matrix, a vector, past inputs, all keys and positions, a window of keys.
@@ -60,7 +60,7 @@ def test_groups_are_counted_over_pieces_and_steps(name):
 @torch.no_grad()
 def test_groups_begin_anew_with_each_document():
     grouped, lengths = block("gla", GROUP), [3, 20, 1, 11]
-    packed = grouped(x(35, batch=1), sequence=Sequence(borders(lengths)))[0]
+    packed = grouped(x(35, batch=1), sequence=SequenceContext(boundaries(lengths)))[0]
     separate = [grouped(part)[0] for part in x(35, batch=1).split(lengths, 1)]
     assert relative_error(packed, torch.cat(separate, 1)) < 1e-11
 

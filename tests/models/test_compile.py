@@ -8,8 +8,8 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
-from seqtrain.parallel.sequence import Sequence
-from seqtrain.testing import borders, relative_error
+from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.testing import boundaries, relative_error
 
 # One mixer of each operator, and groups of tokens.
 HYBRID = ("gated_delta_net", "gla", "s5", "s4d", "tensor_attention", "sliding_attention", "trans_normer", "ttt_linear")
@@ -62,7 +62,7 @@ def test_packed_documents_of_any_number(compiler, recompute):
     model = build(layers, activation_checkpointing=recompute)
     compiled = compile_(model)
     for lengths in ([15, 0, 25], [1, 20, 3, 16], [10, 10, 10, 5, 5]):
-        assert_same(model, compiled, Sequence(borders(lengths)))
+        assert_same(model, compiled, SequenceContext(boundaries(lengths)))
     # One for the first number of documents, one for all others.
     assert len(graphs) <= 2
 
@@ -70,14 +70,14 @@ def test_packed_documents_of_any_number(compiler, recompute):
 def test_rows_without_documents(compiler):
     compile_, graphs = compiler
     model = build(HYBRID)
-    assert_same(model, compile_(model), Sequence())
+    assert_same(model, compile_(model), SequenceContext())
     assert len(graphs) == 1
 
 
 def test_under_autocast(compiler):
     compile_, _ = compiler
     model = build(("gated_delta_net", "attention"))
-    compiled, sequence = compile_(model), Sequence(borders([15, 25]))
+    compiled, sequence = compile_(model), SequenceContext(boundaries([15, 25]))
     with torch.autocast("cpu", torch.bfloat16):
         expected = loss_and_gradients(model, model, *batch(40), sequence)
         came = loss_and_gradients(compiled, model, *batch(40), sequence)
@@ -89,4 +89,6 @@ def test_under_autocast(compiler):
 def test_inductor(packed):
     torch._dynamo.reset()
     model = build(HYBRID)
-    assert_same(model, torch.compile(model, fullgraph=True), Sequence(borders([15, 0, 25]) if packed else None))
+    assert_same(
+        model, torch.compile(model, fullgraph=True), SequenceContext(boundaries([15, 0, 25]) if packed else None)
+    )

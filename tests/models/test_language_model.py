@@ -9,8 +9,8 @@ from seqtrain.config import compose_config, conf_dir, validate
 from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
-from seqtrain.parallel.sequence import Sequence
-from seqtrain.testing import borders, relative_error
+from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.testing import boundaries, relative_error
 
 PRESETS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
 DEFAULTS = {name: MIXERS.get(name).Config() for name in MIXERS.names}
@@ -55,7 +55,7 @@ def test_loss_and_gradients_equal_cross_entropy_of_all_logits(tie_embeddings):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_recomputing_activations_changes_nothing(layers, autocast):
     tokens, labels = batch(tokens=70, rows=1)
-    sequence = Sequence(borders([30, 0, 40]))
+    sequence = SequenceContext(boundaries([30, 0, 40]))
     results = []
     for recompute in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel
-from seqtrain.parallel import Sequence, ShardedSequence, even_offsets, flush_scans, scans_opened
+from seqtrain.parallel import SequenceContext, ShardedSequence, even_offsets, flush_scans, scans_opened
 from seqtrain.parallel.testing import run_ranks
 from tests.models.cut_cases import LAYERS, build, row
 from tests.parallel.shard_cases import CUTS, Cut
@@ -22,7 +22,7 @@ def on_whole_row(layers: tuple[str, ...], cut: Cut, *, rows: int = 1, **fields) 
     """Loss and gradients of one process, summed over rows."""
     model, total = build(layers, **fields), torch.zeros(())
     for number in range(rows):
-        loss = model(*row(cut, number), sequence=Sequence(cut.cu_seqlens))
+        loss = model(*row(cut, number), sequence=SequenceContext(cut.cu_seqlens))
         loss.backward()
         total += loss.detach()
     return total, gradients(model)
@@ -55,8 +55,8 @@ def assert_same(came: tuple, truth: tuple) -> None:
 
 def degrees(layers: tuple[str, ...]) -> dict[int, Cut]:
     """One row, with documents of uneven lengths, cut for two, three and four ranks."""
-    borders = (0, 13, 14, 160, 201)
-    return {ranks: Cut(even_offsets(201, ranks), borders) for ranks in (2, 3, 4)}
+    boundaries = (0, 13, 14, 160, 201)
+    return {ranks: Cut(even_offsets(201, ranks), boundaries) for ranks in (2, 3, 4)}
 
 
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
@@ -87,7 +87,9 @@ def test_loss_and_gradients(layers):
         assert_same(part["two rows"], both)
 
 
-@pytest.mark.parametrize("cut", [cut for cut in CUTS.values() if cut.borders], ids=[n for n in CUTS if CUTS[n].borders])
+@pytest.mark.parametrize(
+    "cut", [cut for cut in CUTS.values() if cut.boundaries], ids=[n for n in CUTS if CUTS[n].boundaries]
+)
 def test_any_cut(cut):
     layers = ("gated_delta_net", "sliding_attention", "s5", "attention", "gla")
     found = run_ranks(cut.ranks, lambda rank: on_ranks(build(layers), cut, dist.group.WORLD))
@@ -107,7 +109,7 @@ def test_trap_16_no_layer_draws_random_numbers():
     tokens, labels = row(cut)
     model = build(tuple(MIXERS.names)).train()
     before = torch.get_rng_state()
-    model(tokens, labels, sequence=Sequence(cut.cu_seqlens)).backward()
+    model(tokens, labels, sequence=SequenceContext(cut.cu_seqlens)).backward()
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -5,15 +5,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from seqtrain.models.streaming import Segment, borders_within, stream_backward, stream_forward
+from seqtrain.models.streaming import Segment, boundaries_within, stream_backward, stream_forward
 from seqtrain.parallel.continued import ContinuedSequence
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.sharded import even_offsets
 from seqtrain.testing import relative_error
 from tests.models.cut_cases import LAYERS, build, row
 from tests.parallel.shard_cases import Cut
 
-# Five segments are cut at 40, 80, 120 and 160: at a border of documents, within a long one, just behind one that is
+# Five segments are cut at 40, 80, 120 and 160: at a boundary of documents, within a long one, just behind one that is
 # shorter than any convolution, just before one.
 ROW = Cut((0, 201), (0, 13, 14, 40, 119, 161, 201))
 ONE = Cut((0, 150), (0, 150))
@@ -25,7 +25,7 @@ def cut_in_time(tokens, labels, cu_seqlens, *, segments):
     """A packed row as segments whose lengths differ by one token at most."""
     found = []
     for first, last in pairwise(even_offsets(tokens.shape[1], segments)):
-        sequence = ContinuedSequence.of(Sequence(borders_within(cu_seqlens, first, last)))
+        sequence = ContinuedSequence.of(SequenceContext(boundaries_within(cu_seqlens, first, last)))
         held = slice(first, last)
         found.append(Segment.of(tokens[:, held], labels[:, held], cu_seqlens, first=first, sequence=sequence))
     return found
@@ -37,7 +37,7 @@ def gradients(model):
 
 def in_one_piece(model, cut=ROW):
     model.zero_grad()
-    loss = model(*row(cut), sequence=Sequence(cut.cu_seqlens))
+    loss = model(*row(cut), sequence=SequenceContext(cut.cu_seqlens))
     loss.backward()
     return loss.detach(), gradients(model)
 
@@ -121,13 +121,13 @@ def test_runs_are_reported_as_they_are_done(mode, runs):
     assert seen == [(count, runs) for count in range(1, runs + 1)]
 
 
-@pytest.mark.parametrize("borders", [(0, 120), (0, 40, 80, 120), (0, 40, 50, 120)], ids=str)
-def test_runs_are_as_many_whatever_the_documents(monkeypatch, borders):
+@pytest.mark.parametrize("boundaries", [(0, 120), (0, 40, 80, 120), (0, 40, 50, 120)], ids=str)
+def test_runs_are_as_many_whatever_the_documents(monkeypatch, boundaries):
     """Ranks that run the model together, as in ZeRO-3, have different documents."""
     model, calls = build(("gla",)), []
     run = type(model).forward
     monkeypatch.setattr(type(model), "forward", lambda *a, **k: calls.append(torch.is_grad_enabled()) or run(*a, **k))
-    streamed(model, Cut((0, 120), borders), segments=3)
+    streamed(model, Cut((0, 120), boundaries), segments=3)
     assert calls == [False] * 2 + [True] * 3
 
 
@@ -150,5 +150,5 @@ def test_a_forward_pass_gives_the_logits_of_the_row_in_one_piece():
         [0, 1, 41],
     ]
     with torch.no_grad():
-        expected, _ = model(tokens, sequence=Sequence(ROW.cu_seqlens), all_logits=True)
+        expected, _ = model(tokens, sequence=SequenceContext(ROW.cu_seqlens), all_logits=True)
     assert relative_error(torch.cat(list(stream_forward(run, pieces)), 1), expected) < EXACT[torch.float64]

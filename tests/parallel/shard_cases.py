@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqtrain.parallel import Sequence, ShardedSequence, flush_scans
+from seqtrain.parallel import SequenceContext, ShardedSequence, flush_scans
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Cut:
     """A row of tokens: where ranks and documents begin and end."""
 
     offsets: tuple[int, ...]
-    borders: tuple[int, ...] | None
+    boundaries: tuple[int, ...] | None
 
     @property
     def tokens(self) -> int:
@@ -28,7 +28,7 @@ class Cut:
 
     @property
     def cu_seqlens(self) -> Tensor | None:
-        return None if self.borders is None else torch.tensor(self.borders, dtype=torch.int32)
+        return None if self.boundaries is None else torch.tensor(self.boundaries, dtype=torch.int32)
 
 
 # Every rank's number of tokens is odd, none is a multiple of a chunk.
@@ -63,10 +63,10 @@ def whole(case: OperatorCase, cut: Cut, weights: Tensor) -> dict[str, Tensor]:
     """Outputs and gradients from one process: `out`, and a gradient for each tensor of the case."""
     leaves = case.leaves()
     state = leaves.get("initial_state")
-    if state is not None and cut.borders is not None:
-        state = torch.cat([state, state.new_zeros(len(cut.borders) - 2, *state.shape[1:])])
+    if state is not None and cut.boundaries is not None:
+        state = torch.cat([state, state.new_zeros(len(cut.boundaries) - 2, *state.shape[1:])])
     inputs = [leaves.get(name) for name in case.tensors]
-    out, final = Sequence(cut.cu_seqlens).run(case.operator, *inputs, initial_state=state, **case.options)
+    out, final = SequenceContext(cut.cu_seqlens).run(case.operator, *inputs, initial_state=state, **case.options)
     real(out * weights).sum().add(final_loss(final[-1])).backward()
     return {"out": out.detach(), "final": final[-1].detach()} | {name: leaf.grad for name, leaf in leaves.items()}
 

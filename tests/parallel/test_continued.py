@@ -5,14 +5,14 @@ import torch
 
 from seqtrain.kernels import linear_attention, softmax_attention
 from seqtrain.parallel.continued import ContinuedSequence
-from seqtrain.parallel.sequence import Sequence
-from seqtrain.testing import borders, relative_error
+from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.testing import boundaries, relative_error
 
 CPU = torch.device("cpu")
 
 
 def continued(*lengths):
-    return ContinuedSequence.of(Sequence(borders(lengths)))
+    return ContinuedSequence.of(SequenceContext(boundaries(lengths)))
 
 
 def inputs(tokens, seed):
@@ -23,13 +23,13 @@ def inputs(tokens, seed):
 @pytest.mark.parametrize(("operator", "options"), [(linear_attention, {}), (softmax_attention, {"window": 5})])
 def test_a_state_is_the_first_documents_and_the_one_that_comes_back_the_lasts(operator, options):
     before, tensors = inputs(9, 1), inputs(20, 2)
-    _, past = Sequence(borders([9])).run(operator, *before, **options)
+    _, past = SequenceContext(boundaries([9])).run(operator, *before, **options)
     out, after = continued(6, 11, 3).run(operator, *tensors, initial_state=past, **options)
-    own = Sequence(borders([9 + 6, 11, 3]))
+    own = SequenceContext(boundaries([9 + 6, 11, 3]))
     together = [torch.cat(pair, 1) for pair in zip(before, tensors, strict=True)]
     expected, _ = own.run(operator, *together, **options)
     assert relative_error(out, expected[:, 9:]) < 1e-12
-    _, last = Sequence(borders([3])).run(operator, *(tensor[:, -3:] for tensor in tensors), **options)
+    _, last = SequenceContext(boundaries([3])).run(operator, *(tensor[:, -3:] for tensor in tensors), **options)
     last, after = ({"state": x} if isinstance(x, torch.Tensor) else x for x in (last, after))
     assert after.keys() == last.keys()
     for name, state in last.items():

@@ -10,7 +10,7 @@ from seqtrain.parallel.engine import engine_of
 from seqtrain.parallel.exchange import EXCHANGES_IN_FLIGHT, exchange
 from seqtrain.parallel.halo import CutRow, Traffic, left_halo, past_inputs, run_with_past_inputs
 from seqtrain.parallel.testing import RankError, rank_outcomes, run_ranks
-from seqtrain.testing import borders
+from seqtrain.testing import boundaries
 
 TOKENS = 19
 OFFSETS = {
@@ -37,7 +37,7 @@ def rows_and_gradients(rank, ranks):
     dist.broadcast(x, 0)
     for offsets in OFFSETS[ranks]:
         for documents in DOCUMENTS.values():
-            row = CutRow(group, offsets, None if documents is None else borders(documents))
+            row = CutRow(group, offsets, None if documents is None else boundaries(documents))
             for count in (0, 1, 3, 8, 30):
                 own = x[:, offsets[rank] : offsets[rank + 1]].clone().requires_grad_()
                 halo = left_halo(own, row.before(count), group=group)
@@ -76,7 +76,7 @@ def convolutions(rank, ranks):
 def convolution(case, group, weight, x, d_out, initial, d_state):
     """One convolution against one process: outputs, the last rank's state, gradients of x and of both states."""
     (width, offsets, documents, given), rank = case, group.rank()
-    cu_seqlens = None if documents is None else borders(documents)
+    cu_seqlens = None if documents is None else boundaries(documents)
     own, last = slice(offsets[rank], offsets[rank + 1]), group.size() - 1
 
     whole, past = x.clone().requires_grad_(), initial.clone().requires_grad_()
@@ -116,7 +116,7 @@ def states_after(rank, ranks):
     group, offsets = dist.group.WORLD, (0, 4, 4, 9)
     x = torch.arange(9.0)[None, :, None]
     own = x[:, offsets[rank] : offsets[rank + 1]]
-    row = CutRow(group, offsets, borders([2, 5, 2]))
+    row = CutRow(group, offsets, boundaries([2, 5, 2]))
     past = past_inputs(own, 3, row=row)[0, :, 0].tolist()
     _, state = run_with_past_inputs(short_convolution, own, torch.ones(1, 4), count=3, row=row, options={})
     return past, state[0, :, 0].tolist()
@@ -202,7 +202,7 @@ def test_ranks_that_disagree_get_an_error():
 # Where nobody wants anything, nobody communicates.
 def nothing_wanted(rank):
     group = dist.group.WORLD
-    row = CutRow(group, (0, 4, 8), borders([4, 4]))
+    row = CutRow(group, (0, 4, 8), boundaries([4, 4]))
     x = torch.ones(1, 4, 2)
     assert left_halo(x, row.before(3), group=group).shape == (1, 0, 2)
     assert past_inputs(x, 3, row=row).tolist() == torch.zeros(1, 3, 2).tolist()

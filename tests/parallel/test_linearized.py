@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 
 from seqtrain.mixers import MIXERS, LayerShape
-from seqtrain.parallel import Sequence, ShardedSequence
+from seqtrain.parallel import SequenceContext, ShardedSequence
 from seqtrain.parallel.testing import run_ranks
-from seqtrain.testing import borders, relative_error
+from seqtrain.testing import boundaries, relative_error
 
 LENGTHS = [21, 3, 40]
 OFFSETS = (0, 20, 23, 64)
@@ -35,7 +35,7 @@ def outcome(name, fields, sequence, part):
 
 
 def on_rank(rank, packed):
-    cu_seqlens = borders(LENGTHS) if packed else None
+    cu_seqlens = boundaries(LENGTHS) if packed else None
     sequence = ShardedSequence(group=dist.group.WORLD, offsets=OFFSETS, cu_seqlens=cu_seqlens)
     part = slice(OFFSETS[rank], OFFSETS[rank + 1])
     return [outcome(name, fields, sequence, part) for name, fields in CASES]
@@ -45,7 +45,7 @@ def on_rank(rank, packed):
 def test_a_cut_row_gives_what_the_whole_one_gives(packed):
     found = run_ranks(3, on_rank, packed)
     for number, (name, fields) in enumerate(CASES):
-        expected = outcome(name, fields, Sequence(borders(LENGTHS) if packed else None), slice(None))
+        expected = outcome(name, fields, SequenceContext(boundaries(LENGTHS) if packed else None), slice(None))
         ranks = [rank[number] for rank in found]
         for key, value in expected.items():
             parts = [rank[key] for rank in ranks]

@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from seqtrain.parallel import ShardedSequence, all_scan
 from seqtrain.parallel.mesh import form_mesh
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.testing import run_ranks
 
 
@@ -36,7 +36,7 @@ def test_a_whole_sequence_needs_no_group():
             return mesh.group, mesh.data_rank, mesh.sequence((0, 5), torch.tensor([0, 5]), backend="auto")
 
     for rank, (group, data_rank, sequence) in enumerate(run_ranks(2, place)):
-        assert (group, data_rank, type(sequence)) == (None, rank, Sequence)
+        assert (group, data_rank, type(sequence)) == (None, rank, SequenceContext)
 
 
 def test_meshes_one_after_the_other_are_cut_differently():

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from seqtrain.kernels import delta_rule, diagonal_scan, linear_attention, slot_scores, tensor_attention
-from seqtrain.parallel import Sequence, ShardedSequence
+from seqtrain.parallel import SequenceContext, ShardedSequence
 from seqtrain.parallel.testing import run_ranks
 from tests.parallel.shard_cases import CUTS, Cut, OperatorCase, joined, sharded, whole
 
@@ -126,9 +126,9 @@ def test_nothing_leaks_into_the_next_document(last):
 
 def running_maximum(x, *, initial_state=None, cu_seqlens=None, backend):
     """An operator that no affine map describes, with the state in a dict."""
-    borders = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    boundaries = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     outs, states = [], []
-    for n, (start, end) in enumerate(pairwise(borders)):
+    for n, (start, end) in enumerate(pairwise(boundaries)):
         state = torch.full_like(x[:, 0] if x.shape[1] else x.sum(1), -1.0)
         if initial_state is not None:
             state = initial_state["largest"][n : n + 1]
@@ -147,7 +147,9 @@ def relayed(call: dict, cut: Cut, sequence) -> None:
     call |= {"out": out.detach(), "grad": x.grad}
 
 
-@pytest.mark.parametrize("cut", [c for c in CUTS.values() if c.borders], ids=[n for n, c in CUTS.items() if c.borders])
+@pytest.mark.parametrize(
+    "cut", [c for c in CUTS.values() if c.boundaries], ids=[n for n, c in CUTS.items() if c.boundaries]
+)
 def test_an_operator_of_unknown_kind_is_relayed(cut):
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(1, cut.tokens, 3, dtype=torch.float64, generator=generator) for _ in range(2))
@@ -160,7 +162,7 @@ def test_an_operator_of_unknown_kind_is_relayed(cut):
         return call
 
     truth = {"x": x, "weight": weight}
-    relayed(truth, cut, Sequence(cut.cu_seqlens))
+    relayed(truth, cut, SequenceContext(cut.cu_seqlens))
     found = run_ranks(cut.ranks, run)
     for name in ("out", "grad"):
         torch.testing.assert_close(torch.cat([part[name] for part in found], 1), truth[name])
@@ -183,12 +185,12 @@ def test_trap_17_places_are_the_rows_and_restart_with_each_document():
         ]
 
     found = run_ranks(cut.ranks, run)
-    places = Sequence(cut.cu_seqlens).positions(cut.tokens, torch.device("cpu"))
+    places = SequenceContext(cut.cu_seqlens).positions(cut.tokens, torch.device("cpu"))
     expected = places.clone()
     expected[:5] += 100  # the first document alone goes on from what came before
     assert [place for part in found for place in part[0]] == expected.tolist()
     assert [part[1] for part in found] == [[27], [6], [51]]
-    twice = (tuple(2 * offset for offset in cut.offsets), [2 * border for border in cut.borders])
+    twice = (tuple(2 * offset for offset in cut.offsets), [2 * boundary for boundary in cut.boundaries])
     assert all(part[2] == twice for part in found)
     assert [place for part in found for place in part[3]] == (places % 30).tolist()
 

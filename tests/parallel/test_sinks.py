@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from seqtrain.kernels import sink_attention
-from seqtrain.parallel import Sequence, ShardedSequence, relay
+from seqtrain.parallel import SequenceContext, ShardedSequence, relay
 from seqtrain.parallel.testing import run_ranks
 from seqtrain.testing import relative_error
 from tests.parallel.shard_cases import CUTS, Cut
@@ -81,7 +81,14 @@ def agree(cut, lengths, *, batch=1):
     errors = {}
     for number, ((window, sinks), past) in enumerate(zip(REACHES, pasts, strict=True)):
         whole = outcome(
-            Sequence(cut.cu_seqlens), tensors, weight, past, window=window, sinks=sinks, own=slice(None), last=True
+            SequenceContext(cut.cu_seqlens),
+            tensors,
+            weight,
+            past,
+            window=window,
+            sinks=sinks,
+            own=slice(None),
+            last=True,
         )
         ranks = [rank[number] for rank in found]
         came = {name: torch.cat([timed[name] for timed, _, _ in ranks], 1) for name in whole[0]}

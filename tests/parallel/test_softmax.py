@@ -14,7 +14,7 @@ from seqtrain.parallel.engine import engine_of
 from seqtrain.parallel.halo import CutRow, Traffic, left_halo
 from seqtrain.parallel.softmax import sharded_softmax_attention
 from seqtrain.parallel.testing import run_ranks
-from seqtrain.testing import borders
+from seqtrain.testing import boundaries
 
 TOKENS = 29
 # Documents in a row of 29 tokens: none but the row; over three ranks; starts at cuts, one empty; many short ones.
@@ -59,7 +59,7 @@ def compare(
 ):
     rank = group.rank()
     own = slice(offsets[rank], offsets[rank + 1])
-    cu_seqlens = None if documents is None else borders(documents)
+    cu_seqlens = None if documents is None else boundaries(documents)
     expected = truth(row, past, lengths, cu_seqlens, window)
     leaves = [x[:, own].clone().to(dtype).requires_grad_() for x in row[:3]]
     leaves += [x.clone().to(dtype).requires_grad_() for x in past or ()]
@@ -162,7 +162,7 @@ def final_states(rank, ranks):
         start, end = offsets[rank : rank + 2]
         for documents in DOCUMENTS.values():
             state = compare(row, offsets, dist.group.WORLD, documents=documents, window=9, past=past, lengths=[3])
-            first = max([0, *([] if documents is None else [x for x in borders(documents).tolist() if x < end])])
+            first = max([0, *([] if documents is None else [x for x in boundaries(documents).tolist() if x < end])])
             keys, values = (torch.cat([old, new[:, :end]], 1) for old, new in zip(past, (k, v), strict=True))
             count = min(8, end - first + (0 if first else 3))
             assert state["length"].tolist() == [count]
@@ -206,7 +206,7 @@ def one_document_changed(rank, ranks):
                     leaf[:, 16 - own.start] += change
             for leaf in leaves:
                 leaf.requires_grad_()
-            out, _ = sharded_softmax_attention(*leaves, row=CutRow(group, offsets, borders(documents)), **options)
+            out, _ = sharded_softmax_attention(*leaves, row=CutRow(group, offsets, boundaries(documents)), **options)
             (out * row[3][:, own]).sum().backward()
             results.append([out.detach(), *(leaf.grad for leaf in leaves)])
         others = [position for position in range(own.start, own.stop) if not 4 <= position < 17]

@@ -179,9 +179,9 @@ def test_trap_11_ranks_with_hardly_any_tokens(make, offsets):
 
 
 @pytest.mark.parametrize("make", [delta_case, convolution_case])
-@pytest.mark.parametrize("borders", [(0, 7, 14, 21), (0, 5, 19, 21), (0, 7, 7, 21)])
-def test_trap_12_documents_that_start_at_cuts_or_span_three_ranks(make, borders):
-    check_against_whole(make(21), Cut((0, 7, 14, 21), borders))
+@pytest.mark.parametrize("boundaries", [(0, 7, 14, 21), (0, 5, 19, 21), (0, 7, 7, 21)])
+def test_trap_12_documents_that_start_at_cuts_or_span_three_ranks(make, boundaries):
+    check_against_whole(make(21), Cut((0, 7, 14, 21), boundaries))
 
 
 def test_trap_13_the_gradient_of_a_convolutions_halo_returns_to_the_rank_before():

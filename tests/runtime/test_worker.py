@@ -9,7 +9,7 @@ from seqtrain.data import Batches, open_corpus
 from seqtrain.errors import CheckpointError, SeqtrainError
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime import objective, worker
 from seqtrain.runtime.checkpoint import find
 from tests.runtime.runtime_cases import (
@@ -77,7 +77,7 @@ def test_loss_and_gradient_are_those_of_the_mean_over_all_predicted_tokens(tmp_p
     torch.manual_seed(config.seed)
     model = LanguageModel(config.model, config.mixer, corpus.tokenizer.vocab_size)
     batch = Batches(corpus.train, seed=config.seed, sequence_length=32, batch_size=8).at(0)
-    loss = model(batch.tokens, batch.labels, sequence=Sequence(cu_seqlens=batch.cu_seqlens)) / batch.label_count
+    loss = model(batch.tokens, batch.labels, sequence=SequenceContext(cu_seqlens=batch.cu_seqlens)) / batch.label_count
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     train_alone(config)

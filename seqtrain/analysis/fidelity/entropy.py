@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from seqtrain.analysis.fidelity.results import Axes, Bounds, Curve, Effort, Figure, Row
-from seqtrain.mixers._features import elu
+from seqtrain.layers import elu
 from seqtrain.mixers.mala import magnitude_aware_weights
 
 TOKENS, HEADS, KEY = 256, 8, 16

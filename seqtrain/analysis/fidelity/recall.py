@@ -11,8 +11,7 @@ from seqtrain.analysis.fidelity.results import Axes, Bounds, Effort, Figure, Row
 from seqtrain.analysis.fidelity.training import Recipe, Stage, score, small_model, train_seeds
 from seqtrain.data.synthetic import make_task
 from seqtrain.kernels import delta_rule, linear_attention
-from seqtrain.mixers._features import elu
-from seqtrain.mixers._parts import unit
+from seqtrain.layers import elu, l2norm
 
 # Pairs, tokens, layers, width, heads and convolution are those of the authors' benchmark of DeltaNet on this task
 # (HazyResearch/zoology, zoology/experiments/models_repo.py: width 64, two heads). Its 8,192 symbols are 256 here.
@@ -75,9 +74,9 @@ def share_held(*, positive: bool, beta: float | None, rows: int, width: int, see
     """
     draw = torch.Generator().manual_seed(seed)
     keys = torch.randn(rows, PAIRS, HEADS, width, generator=draw)
-    directions = unit(torch.randn(SYMBOLS, HEADS, width, generator=draw))
+    directions = l2norm(torch.randn(SYMBOLS, HEADS, width, generator=draw))
     answers = torch.randint(SYMBOLS, (rows, PAIRS), generator=draw)
-    k, v = unit(elu(keys) if positive else keys), directions[answers]
+    k, v = l2norm(elu(keys) if positive else keys), directions[answers]
     if beta is None:
         _, state = linear_attention(k, k, v)
     else:

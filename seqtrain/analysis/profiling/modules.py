@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from seqtrain.analysis.profiling.parts import BACKWARD, FORWARD, RECOMPUTATION, Part, Timeline
+from seqtrain.layers import RMSNorm
 from seqtrain.mixers import Mixer
-from seqtrain.mixers._parts import RMSNorm
 from seqtrain.models.block import Block, SwiGLU
 from seqtrain.models.language_model import Head
 

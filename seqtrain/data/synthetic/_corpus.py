@@ -73,5 +73,5 @@ class SyntheticBatches:
             labels[max(self.taken - first, 0) :] = IGNORED
         offsets = even_offsets(tokens.numel(), share.parts)
         held = slice(offsets[share.part], offsets[share.part + 1])
-        borders = torch.arange(len(mine) + 1, dtype=torch.int32) * self.sequence_length
-        return Batch(tokens.view(1, -1)[:, held], labels.view(1, -1)[:, held], offsets, borders, bytes=0.0)
+        boundaries = torch.arange(len(mine) + 1, dtype=torch.int32) * self.sequence_length
+        return Batch(tokens.view(1, -1)[:, held], labels.view(1, -1)[:, held], offsets, boundaries, bytes=0.0)

@@ -18,8 +18,8 @@ def delay(
     """`out_t = x_{t - by}` within t's row or document, zeros before its start.
 
     `x`: `[B,T,...]`, any dtype. `by`: tokens, 0 or more. `initial_state`: `[B,by,...]`, the inputs before the first
-    token, oldest first (zeros when None); `[N,by,...]` with documents. `cu_seqlens`: int `[N+1]`, document borders of a
-    packed row (then B == 1). `backend`: all backends are this one.
+    token, oldest first (zeros when None); `[N,by,...]` with documents. `cu_seqlens`: int `[N+1]`, document boundaries
+    of a packed row (then B == 1). `backend`: all backends are this one.
 
     Returns `out`, `[B,T,...]`, and the last `by` inputs of each row or document, both in x's dtype. Raises `ValueError`
     for a wrong shape or device, or a negative `by`.

@@ -20,7 +20,7 @@ def diagonal_scan(
     `x`: `[B,T,D]`, floating or complex. `log_a`: `[B,T,D]`, or `[D]` where it is the same for all tokens (S4D, S5)
     and its exponential is taken once; floating or complex, its real part <= 0.
     `initial_state`: `[B,D]`, h before the first token (zeros when None); `[N,D]` with documents.
-    `cu_seqlens`: int `[N+1]`, document borders of a packed row (then B == 1).
+    `cu_seqlens`: int `[N+1]`, document boundaries of a packed row (then B == 1).
 
     Returns `h`, `[B,T,D]` in x's dtype (complex where log_a is), and the last h of each row or document, float32,
     float64 for float64 inputs, complex where an input is. Raises `ValueError` for a wrong shape, dtype, device or

@@ -28,9 +28,9 @@ def run(x: Tensor, log_a: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> t
         return x.to(out_dtype), state
     if cu_seqlens is None:
         return _DiagonalScan.apply(x, log_a, state, out_dtype, None)
-    borders = cu_seqlens.to(device=x.device, dtype=torch.int64)
-    full = (borders.diff() > 0).nonzero()[:, 0]
-    out, last = _DiagonalScan.apply(x, log_a, state[full], out_dtype, (borders[full], borders[full + 1] - 1))
+    boundaries = cu_seqlens.to(device=x.device, dtype=torch.int64)
+    full = (boundaries.diff() > 0).nonzero()[:, 0]
+    out, last = _DiagonalScan.apply(x, log_a, state[full], out_dtype, (boundaries[full], boundaries[full + 1] - 1))
     return out, state.index_copy(0, full, last)
 
 

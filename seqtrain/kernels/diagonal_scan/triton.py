@@ -55,7 +55,7 @@ def _shapes(x: Tensor, log_a: Tensor, state: Tensor, cu_seqlens: Tensor | None) 
 def _forward(x: Tensor, log_a: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     out, _ = _shapes(x, log_a, state, cu_seqlens)
     final = state.clone(memory_format=torch.contiguous_format)  # what an empty document leaves
-    _scan(x, log_a, out=out, enters=state, leaves=final, borders=gpu.borders(x, cu_seqlens))
+    _scan(x, log_a, out=out, enters=state, leaves=final, boundaries=gpu.boundaries(x, cu_seqlens))
     return out, final
 
 
@@ -66,9 +66,9 @@ def _backward(
     d_out, d_final = gradients
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     d_state = d_final.clone(memory_format=torch.contiguous_format)
-    borders = gpu.borders(x, cu_seqlens)
+    boundaries = gpu.boundaries(x, cu_seqlens)
     d_log_a = _scan(
-        d_out, log_a, out=dx, enters=d_final, leaves=d_state, borders=borders, back=(kept[0].contiguous(), state)
+        d_out, log_a, out=dx, enters=d_final, leaves=d_state, boundaries=boundaries, back=(kept[0].contiguous(), state)
     )
     return dx, d_log_a, d_state, None
 
@@ -80,7 +80,7 @@ def _scan(
     out: Tensor,
     enters: Tensor,
     leaves: Tensor,
-    borders: tuple[int, ...],
+    boundaries: tuple[int, ...],
     back: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | None:
     """Launches `scan`; writes `out` and `leaves`. back: h and the initial state; then the gradient of log_a."""
@@ -90,8 +90,8 @@ def _scan(
     is_complex = enters.is_complex()
     launch = (PINNED_COMPLEX if is_complex else PINNED)[gpu.target()]
     blocks = -(-width // launch.sizes["BD"])
-    length = gpu.piece_length(borders, blocks, SHORTEST)
-    table = gpu.pieces(borders, length, u.device)
+    length = gpu.piece_length(boundaries, blocks, SHORTEST)
+    table = gpu.pieces(boundaries, length, u.device)
     if not len(table):
         return None if back is None else torch.zeros_like(log_a)
     kept, state = back or (None, None)
@@ -101,7 +101,7 @@ def _scan(
         d_log_a = log_a.new_empty(len(table), width, dtype=torch.promote_types(log_a.dtype, accumulator))
     elif back is not None:
         d_log_a = torch.empty(log_a.shape, dtype=log_a.dtype, device=log_a.device)
-    cut = max(end - start for start, end in pairwise(borders)) > length
+    cut = max(end - start for start, end in pairwise(boundaries)) > length
     totals = enters.new_empty(len(table), 2, width) if cut else None
     tensors = [_as_real(x) for x in (u, log_a, kept, state, enters, out, leaves, d_log_a, totals)]
     flags = {

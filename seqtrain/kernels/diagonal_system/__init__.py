@@ -28,7 +28,7 @@ def diagonal_system(
     `form`: how outputs are found: "scan", a chunk at a time from the state before it; "fft", all at once as one long
     convolution, which is what S4 does; documents are always scanned. Both are equal to rounding.
     `initial_state`: complex `[B,G*N]`, h before the first token (zeros when None); one row a document with documents.
-    `cu_seqlens`: int `[N+1]`, document borders of a packed row (then B == 1).
+    `cu_seqlens`: int `[N+1]`, document boundaries of a packed row (then B == 1).
 
     Returns `y`, `[B,T,G]` in u's dtype, and the last h of each row or document, complex64 (complex128 for float64
     inputs). Raises `ValueError` for a wrong shape, dtype, device, form or backend. Source: arXiv 2206.11893.

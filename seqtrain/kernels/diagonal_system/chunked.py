@@ -111,14 +111,14 @@ def _convolution(u: Tensor, matrices: _Matrices) -> Tensor:
 class _Chunks:
     """Rows or documents, each cut into chunks of its own, the last one padded with zeros.
 
-    `slots`: int64 `[B*T]`, each token's place among the padded; None where nothing is padded. `borders`: int64 `[M+1]`,
-    the chunks of each of the M rows or documents that have tokens, `full`: int64 `[M]`, which these are, or None for
-    all. `rest`: int64 `[M]`, tokens in the last chunk of each. `tail`: int64 `[M,C]`, the tokens of that chunk at the
-    right end of a row, -1 for what is before them.
+    `slots`: int64 `[B*T]`, each token's place among the padded; None where nothing is padded. `boundaries`: int64
+    `[M+1]`, the chunks of each of the M rows or documents that have tokens, `full`: int64 `[M]`, which these are, or
+    None for all. `rest`: int64 `[M]`, tokens in the last chunk of each. `tail`: int64 `[M,C]`, the tokens of that chunk
+    at the right end of a row, -1 for what is before them.
     """
 
     slots: Tensor | None
-    borders: Tensor
+    boundaries: Tensor
     full: Tensor | None
     rest: Tensor
     tail: Tensor
@@ -127,7 +127,7 @@ class _Chunks:
         """`[B,T,G]` -> `[G,I,C]`."""
         rows = u.flatten(0, 1)
         if self.slots is not None:
-            rows = rows.new_zeros(int(self.borders[-1]) * CHUNK, u.shape[2]).index_copy(0, self.slots, rows)
+            rows = rows.new_zeros(int(self.boundaries[-1]) * CHUNK, u.shape[2]).index_copy(0, self.slots, rows)
         return rows.unflatten(0, (-1, CHUNK)).permute(2, 0, 1).contiguous()
 
     def put(self, out: Tensor, shape: torch.Size) -> Tensor:
@@ -139,22 +139,22 @@ class _Chunks:
 
 def _cut(batch: int, tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> _Chunks:
     if cu_seqlens is None:
-        borders, full = torch.arange(batch + 1) * tokens, None
+        boundaries, full = torch.arange(batch + 1) * tokens, None
     else:
-        borders = cu_seqlens.to(device="cpu", dtype=torch.int64)
-        full = (borders.diff() > 0).nonzero()[:, 0]
-        borders = torch.cat([borders[full], borders[-1:]])
-    lengths = borders.diff()
+        boundaries = cu_seqlens.to(device="cpu", dtype=torch.int64)
+        full = (boundaries.diff() > 0).nonzero()[:, 0]
+        boundaries = torch.cat([boundaries[full], boundaries[-1:]])
+    lengths = boundaries.diff()
     counts = (lengths + CHUNK - 1) // CHUNK
     chunks = F.pad(counts.cumsum(0), (1, 0))
     rest = lengths - (counts - 1) * CHUNK
     slots = None
     if not bool((rest == CHUNK).all()):
-        slots = (torch.arange(int(borders[-1])) + (chunks[:-1] * CHUNK - borders[:-1]).repeat_interleave(lengths)).to(
-            device
-        )
+        slots = (
+            torch.arange(int(boundaries[-1])) + (chunks[:-1] * CHUNK - boundaries[:-1]).repeat_interleave(lengths)
+        ).to(device)
     place = torch.arange(CHUNK)
-    tail = torch.where(place >= CHUNK - rest[:, None], borders[1:, None] - CHUNK + place, -1)
+    tail = torch.where(place >= CHUNK - rest[:, None], boundaries[1:, None] - CHUNK + place, -1)
     full = None if full is None else full.to(device)
     return _Chunks(slots, chunks.to(device), full, rest.to(device), tail.to(device))
 
@@ -166,10 +166,10 @@ def _states(inputs: Tensor, matrices: _Matrices, chunks: _Chunks, state: Tensor,
     updates = torch.view_as_complex((inputs @ real).unflatten(2, (-1, 2)))  # G I N
     given = state if chunks.full is None else state[chunks.full]
     added = updates.transpose(0, 1).flatten(1)[None]  # 1 I G*N
-    after, _ = diagonal_scan(added, matrices.log_chunk(), initial_state=given, cu_seqlens=chunks.borders)
+    after, _ = diagonal_scan(added, matrices.log_chunk(), initial_state=given, cu_seqlens=chunks.boundaries)
     # The state before a chunk is that after the one before it, or the given one.
-    before = torch.cat([given[:1], after[0, :-1]]).index_copy(0, chunks.borders[:-1], given)  # I G*N
-    last = before[chunks.borders[1:] - 1].unflatten(1, matrices.read.shape)  # M G N
+    before = torch.cat([given[:1], after[0, :-1]]).index_copy(0, chunks.boundaries[:-1], given)  # I G*N
+    last = before[chunks.boundaries[1:] - 1].unflatten(1, matrices.read.shape)  # M G N
     tokens = u.flatten(0, 1)[chunks.tail.clamp(min=0)] * (chunks.tail >= 0)[..., None]  # M C G
     new = torch.view_as_complex((tokens.to(inputs.dtype).permute(2, 0, 1) @ real).unflatten(2, (-1, 2)))  # G M N
     decayed = last * matrices.powers[..., chunks.rest].permute(2, 0, 1)

@@ -27,7 +27,7 @@ def linear_attention(
         a very negative number (-1e4) forgets as well.
     scale: factor of the output; `K ** -0.5` where None.
     initial_state: `[B,H,K,V]`, or `[N,H,K,V]` under `cu_seqlens`; zeros where None.
-    cu_seqlens: int32 or int64 `[N+1]`, borders of N documents packed into one row (B == 1); documents may be empty.
+    cu_seqlens: int32 or int64 `[N+1]`, boundaries of N documents packed into one row (B == 1); documents may be empty.
     backend: "auto", "chunked", "reference", "triton" or "native".
 
     Returns `(out, final_state)`: out `[B,T,H,V]` in v's dtype; final_state `[B or N,H,K,V]`, float32 (float64 for

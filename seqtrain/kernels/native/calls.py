@@ -24,8 +24,8 @@ def contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def find_borders(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Borders of documents among the tokens of all rows of `q: [B,T,...]`, int64."""
+def find_boundaries(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Boundaries of documents among the tokens of all rows of `q: [B,T,...]`, int64."""
     if cu_seqlens is None:
         return torch.arange(q.shape[0] + 1) * q.shape[1]
     return cu_seqlens.to(torch.int64).contiguous()

@@ -103,7 +103,7 @@ inline void Decay::channel_gradients(const Chunk& chunk, float* d_start, float* 
       store(d_log + at, before);
       if (chunk.writes) store(product_ + c, before + load(chunk.keys + at) * load(d_keys + at));
     }
-  // Reads and keys relative to their own blocks' borders: d_start and work_ take their gradients from other blocks.
+  // Reads and keys relative to their own blocks' boundaries: d_start and work_ take their gradients from other blocks.
   for (int c = 0; c < key_; c += kLanes) {
     Vec before = filled(1.0f), after = filled(1.0f);
     for (int block = 0; block < blocks; ++block) {
@@ -158,7 +158,7 @@ inline void Decay::channel_gradients(const Chunk& chunk, float* d_start, float* 
   }
 }
 
-// What pairs of tokens of different blocks give the reads in d_start and, in work_, the keys, each up to its block's border.
+// What pairs of tokens of different blocks give the reads in d_start and, in work_, the keys, each up to its block's boundary.
 inline void Decay::other_blocks(const Chunk& chunk, float* const d_pairs[2], float* d_start) {
   const int rows = chunk.rows, blocks = rows / kBlock;
   for (int block = 1; block < blocks; ++block) {

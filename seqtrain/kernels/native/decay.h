@@ -8,7 +8,7 @@
 //     factor   = e^{b_C}                                                          what is left of the incoming state
 //
 // No exponent is positive, and nothing is divided by a decay. Per channel, blocks of kBlock tokens are re-centred on
-// their own borders, and inside a block running products of decays are carried from token to token.
+// their own boundaries, and inside a block running products of decays are carried from token to token.
 #pragma once
 
 #include <algorithm>
@@ -109,7 +109,7 @@ class Decay {
   }
 
   // Turns d_start [reads rows, key] into the gradient of x and d_keys [rows, key] into that of k, apart from x's second
-  // part, and fills d_log, given d_pairs too (overwritten) and state and d_state [key, width] at the chunk's borders.
+  // part, and fills d_log, given d_pairs too (overwritten) and state and d_state [key, width] at the chunk's boundaries.
   void gradients(const Chunk& chunk, float* d_start, float* d_keys, float* const d_pairs[2], const float* state,
                  const float* d_state, int width, float* d_log) {
     for (int s = 0; s < chunk.paired(); ++s) clear_above(d_pairs[s], chunk.rows, s > 0);

@@ -29,7 +29,7 @@ static int run_tasks(const Call& call, int64_t parts, bool backward) {
   std::iota(documents.begin(), documents.end(), 0);
   // Longest first, so that no thread starts a long one when the others are done.
   std::stable_sort(documents.begin(), documents.end(), [&](int64_t a, int64_t b) {
-    return call.borders[a + 1] - call.borders[a] > call.borders[b + 1] - call.borders[b];
+    return call.boundaries[a + 1] - call.boundaries[a] > call.boundaries[b + 1] - call.boundaries[b];
   });
   const int64_t tasks = call.documents * parts;
   std::atomic<int64_t> next{0};

@@ -24,7 +24,7 @@ namespace seqtrain {
 struct Call {
   Array q, k, v, beta, log_decay, out, d_out, d_q, d_k, d_v, d_beta, d_log;
   float *state, *final_state, *checkpoints, *d_final, *d_state;
-  const int64_t* borders;
+  const int64_t* boundaries;
   int64_t documents, tokens, heads, key, value, chunk, every, value_blocks, threads;
   DecayKind decay;
   double scale;
@@ -191,8 +191,8 @@ class Worker {
     document_ = task.document;
     head_ = task.part / call_.value_blocks;
     value_block_ = task.part % call_.value_blocks;
-    start_ = call_.borders[task.document];
-    length_ = call_.borders[task.document + 1] - start_;
+    start_ = call_.boundaries[task.document];
+    length_ = call_.boundaries[task.document + 1] - start_;
     chunks_ = (length_ + call_.chunk - 1) / call_.chunk;
     first_column_ = value_block_ * width_;
     columns_ = static_cast<int>(std::min<int64_t>(width_, call_.value - first_column_));

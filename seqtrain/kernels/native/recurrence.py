@@ -13,7 +13,7 @@ from torch import Tensor
 from seqtrain.kernels.custom_ops import differentiable
 from seqtrain.kernels.native import cut
 from seqtrain.kernels.native.build import library
-from seqtrain.kernels.native.calls import KINDS, Array, check, contiguous, find_borders
+from seqtrain.kernels.native.calls import KINDS, Array, check, contiguous, find_boundaries
 from seqtrain.kernels.states import chunk_length
 
 # Numbers that the recomputed chunks between two saved states may take: 1 MB, half of a usual second-level cache.
@@ -35,7 +35,7 @@ class _Call(ctypes.Structure):
     _fields_ = [
         *((name, Array) for name in _ARRAYS),
         *((name, ctypes.c_void_p) for name in _FLOATS),
-        ("borders", ctypes.c_void_p),
+        ("boundaries", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in _NUMBERS),
         ("scale", ctypes.c_double),
     ]
@@ -104,8 +104,8 @@ def _forward(
     q, k, v, beta, log_decay, state = contiguous(q, k, v, beta, log_decay, state)
     out, final_state, checkpoints = _shapes(q, k, v, beta, log_decay, state, cu_seqlens, scale, keep)
     call = _describe(q, k, v, beta, log_decay, scale)
-    borders = find_borders(v, cu_seqlens)
-    _set_documents(call, borders, v.shape[2])
+    boundaries = find_boundaries(v, cu_seqlens)
+    _set_documents(call, boundaries, v.shape[2])
     call.out = Array.of(out)
     call.state, call.final_state = state.data_ptr(), final_state.data_ptr()
     call.checkpoints = checkpoints.data_ptr() if keep else None
@@ -134,8 +134,8 @@ def _backward(
     q, k, v, beta, log_decay, _, cu_seqlens, scale, _ = arguments
     q, k, v, beta, log_decay, d_out, d_final = contiguous(q, k, v, beta, log_decay, *gradients)
     call = _describe(q, k, v, beta, log_decay, scale)
-    borders = find_borders(v, cu_seqlens)
-    _set_documents(call, borders, v.shape[2])
+    boundaries = find_boundaries(v, cu_seqlens)
+    _set_documents(call, boundaries, v.shape[2])
     d_v, d_state = d_out if k is None else torch.empty_like(v), torch.empty_like(d_final)
     blocks = call.value_blocks
     parts = [
@@ -183,9 +183,9 @@ def _describe(
     return call
 
 
-def _set_documents(call: _Call, borders: Tensor, heads: int) -> None:
-    """Says which tokens belong together, and how the work is cut. `borders` must outlive the call."""
-    call.borders, call.documents = borders.data_ptr(), borders.shape[0] - 1
+def _set_documents(call: _Call, boundaries: Tensor, heads: int) -> None:
+    """Says which tokens belong together, and how the work is cut. `boundaries` must outlive the call."""
+    call.boundaries, call.documents = boundaries.data_ptr(), boundaries.shape[0] - 1
     call.threads = torch.get_num_threads()
     wanted = -(-call.threads // (call.documents * heads))
     wanted = max(1, min(wanted, call.value // BLOCK_COLUMNS))

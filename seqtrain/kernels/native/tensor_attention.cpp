@@ -23,7 +23,7 @@ struct TensorCall {
   Array q, k1, k2, v1, v2, out, d_out, d_q, d_k1, d_k2, d_v1, d_v2;
   float *state, *final_state, *checkpoints, *d_final, *d_state;
   const float* ratio;  // of each feature to its parent times its variable
-  const int64_t *parent, *variable, *borders;
+  const int64_t *parent, *variable, *boundaries;
   int64_t documents, tokens, heads, key, value, features, threads;
   double scale;
 };
@@ -91,8 +91,8 @@ class TensorWorker {
   void begin(const Task& task) {
     document_ = task.document;
     head_ = task.part;
-    start_ = call_.borders[task.document];
-    length_ = call_.borders[task.document + 1] - start_;
+    start_ = call_.boundaries[task.document];
+    length_ = call_.boundaries[task.document + 1] - start_;
     blocks_ = (length_ + kTokens - 1) / kTokens;
   }
 

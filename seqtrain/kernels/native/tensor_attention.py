@@ -9,12 +9,12 @@ from torch import Tensor
 
 from seqtrain.kernels.custom_ops import differentiable
 from seqtrain.kernels.native.build import library
-from seqtrain.kernels.native.calls import KINDS, Array, check, contiguous, find_borders
+from seqtrain.kernels.native.calls import KINDS, Array, check, contiguous, find_boundaries
 from seqtrain.kernels.tensor_attention.features import extensions, feature_count
 
 _TOKENS = 64  # kTokens in tensor_attention.cpp
 _ARRAYS = ("q", "k1", "k2", "v1", "v2", "out", "d_out", "d_q", "d_k1", "d_k2", "d_v1", "d_v2")
-_POINTERS = ("state", "final_state", "checkpoints", "d_final", "d_state", "ratio", "parent", "variable", "borders")
+_POINTERS = ("state", "final_state", "checkpoints", "d_final", "d_state", "ratio", "parent", "variable", "boundaries")
 _NUMBERS = ("documents", "tokens", "heads", "key", "value", "features", "threads")
 
 
@@ -54,8 +54,8 @@ def _forward(
     """`(out, final_state, checkpoints)`; checkpoints are empty unless `keep`."""
     out, final_state, checkpoints = _shapes(q, k1, k2, v1, v2, state, cu_seqlens, degree, scale, keep)
     *inputs, state = contiguous(q, k1, k2, v1, v2, state)
-    call, borders = _Call(), find_borders(q, cu_seqlens)
-    _describe(call, inputs, borders, degree, scale)
+    call, boundaries = _Call(), find_boundaries(q, cu_seqlens)
+    _describe(call, inputs, boundaries, degree, scale)
     call.out = Array.of(out)
     call.state, call.final_state = state.data_ptr(), final_state.data_ptr()
     call.checkpoints = checkpoints.data_ptr() if keep else None
@@ -85,8 +85,8 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     *inputs, _, cu_seqlens, degree, scale, _ = arguments
     inputs, (d_out, d_final) = contiguous(*inputs), contiguous(*gradients)
-    call, borders = _Call(), find_borders(inputs[0], cu_seqlens)
-    _describe(call, inputs, borders, degree, scale)
+    call, boundaries = _Call(), find_boundaries(inputs[0], cu_seqlens)
+    _describe(call, inputs, boundaries, degree, scale)
     found, d_state = [torch.empty_like(x) for x in inputs], torch.empty_like(d_final)
     for name, tensor in zip(_ARRAYS[6:], (d_out, *found), strict=True):
         setattr(call, name, Array.of(tensor))
@@ -99,8 +99,8 @@ def _backward(
 TENSOR_ATTENTION = differentiable("tensor_attention", forward=_forward, backward=_backward, shapes=_shapes, results=2)
 
 
-def _describe(call: _Call, inputs: list[Tensor], borders: Tensor, degree: int, scale: float) -> None:
-    """Fills in what forward and backward share. `inputs`, contiguous, and `borders` must outlive the call."""
+def _describe(call: _Call, inputs: list[Tensor], boundaries: Tensor, degree: int, scale: float) -> None:
+    """Fills in what forward and backward share. `inputs`, contiguous, and `boundaries` must outlive the call."""
     for name, tensor in zip(_ARRAYS, inputs, strict=False):
         setattr(call, name, Array.of(tensor))
     batch, tokens, call.heads, call.key = inputs[0].shape
@@ -108,7 +108,7 @@ def _describe(call: _Call, inputs: list[Tensor], borders: Tensor, degree: int, s
     call.features = feature_count(call.key, degree)
     parent, variable, ratio = _tables(call.key, degree)
     call.parent, call.variable, call.ratio = parent.data_ptr(), variable.data_ptr(), ratio.data_ptr()
-    call.borders, call.documents = borders.data_ptr(), borders.shape[0] - 1
+    call.boundaries, call.documents = boundaries.data_ptr(), boundaries.shape[0] - 1
     call.threads = torch.get_num_threads()
 
 

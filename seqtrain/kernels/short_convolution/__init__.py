@@ -27,7 +27,7 @@ def short_convolution(
     `dilation`: tokens from one input of an output to the next.
     `initial_state`: `[B,S,D]` with `S = past_tokens(weight, dilation)`, the inputs before the first token, oldest first
     (zeros when None); `[N,S,D]` with documents.
-    `cu_seqlens`: int `[N+1]`, document borders of a packed row (then B == 1).
+    `cu_seqlens`: int `[N+1]`, document boundaries of a packed row (then B == 1).
 
     Returns `out`, `[B,T,D]` in x's dtype, and the last S inputs of each row or document, float32 (float64 for float64
     inputs). Raises `ValueError` for a wrong shape, dtype, device, activation, dilation or backend.

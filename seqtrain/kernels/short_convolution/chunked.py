@@ -40,12 +40,12 @@ def _document_rows(cu_seqlens: Tensor, tokens: int, past: int) -> tuple[Tensor, 
     Returns int64 row numbers: of the outputs `[T]` (an input lies `past` rows further), of the given pasts `[N, past]`,
     and of the last `past` inputs of each document `[N, past]`.
     """
-    borders = cu_seqlens.to(torch.int64)
-    document = torch.repeat_interleave(borders.diff(), output_size=tokens)
-    outputs = torch.arange(tokens, device=borders.device) + document * past
-    step = torch.arange(past, device=borders.device)
-    shift = torch.arange(borders.numel() - 1, device=borders.device) * past
-    return outputs, (borders[:-1] + shift)[:, None] + step, (borders[1:] + shift)[:, None] + step
+    boundaries = cu_seqlens.to(torch.int64)
+    document = torch.repeat_interleave(boundaries.diff(), output_size=tokens)
+    outputs = torch.arange(tokens, device=boundaries.device) + document * past
+    step = torch.arange(past, device=boundaries.device)
+    shift = torch.arange(boundaries.numel() - 1, device=boundaries.device) * past
+    return outputs, (boundaries[:-1] + shift)[:, None] + step, (boundaries[1:] + shift)[:, None] + step
 
 
 def _with_past(x: Tensor, state: Tensor, rows: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:

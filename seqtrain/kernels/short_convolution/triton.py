@@ -72,13 +72,13 @@ def _forward(
 
     out, final = _shapes(x, weight, bias, state, cu_seqlens, silu, dilation)
     launch = PINNED[gpu.target()]
-    blocks, table, borders = _grid(x, state, cu_seqlens, launch)
+    blocks, table, boundaries = _grid(x, state, cu_seqlens, launch)
     tensors = [None if each is None else each.contiguous() for each in (x, weight, bias, state)]
     flags = {"W": weight.shape[1], "DILATION": dilation, "SILU": silu, "ACC": gpu.triton_dtype(state.dtype)}
     if len(table):
         with gpu.on_device(x):
             convolution.forward[len(table), blocks](
-                *tensors, out, final, table, borders, x.shape[2], **flags, **launch.options()
+                *tensors, out, final, table, boundaries, x.shape[2], **flags, **launch.options()
             )
     return out, final
 
@@ -93,7 +93,7 @@ def _backward(
     (width, taps), dtype = weight.shape, state.dtype
     dx, d_state = x.new_empty(x.shape), state.new_empty(state.shape)
     launch = PINNED[gpu.target()]
-    blocks, table, borders = _grid(x, state, cu_seqlens, launch)
+    blocks, table, boundaries = _grid(x, state, cu_seqlens, launch)
     d_weight = weight.new_empty(len(table), taps, width, dtype=dtype)
     d_bias = weight.new_empty(len(table), width, dtype=dtype)
     tensors = [None if each is None else each.contiguous() for each in (x, weight, bias, state, d_out, d_final)]
@@ -101,7 +101,7 @@ def _backward(
     if len(table):
         with gpu.on_device(x):
             convolution.backward[len(table), blocks](
-                *tensors, dx, d_state, d_weight, d_bias, table, borders, width, **flags,
+                *tensors, dx, d_state, d_weight, d_bias, table, boundaries, width, **flags,
                 TAPS=1 << (taps - 1).bit_length(), **launch.options(),
             )  # fmt: skip
     return (
@@ -116,11 +116,15 @@ def _backward(
 
 
 def _grid(x: Tensor, state: Tensor, cu_seqlens: Tensor | None, launch: Launch) -> tuple[int, Tensor, Tensor]:
-    """Blocks of channels, the pieces of documents with their pasts, and the documents' borders, int32 `[N+1]`."""
-    borders = gpu.borders(x, cu_seqlens)
+    """Blocks of channels, the pieces of documents with their pasts, and the documents' boundaries, int32 `[N+1]`."""
+    boundaries = gpu.boundaries(x, cu_seqlens)
     blocks = -(-x.shape[2] // launch.sizes["BD"])
-    length = gpu.piece_length(borders, blocks, SHORTEST)
-    return blocks, gpu.pieces(borders, length, x.device, past=state.shape[1]), gpu.borders_tensor(borders, x.device)
+    length = gpu.piece_length(boundaries, blocks, SHORTEST)
+    return (
+        blocks,
+        gpu.pieces(boundaries, length, x.device, past=state.shape[1]),
+        gpu.boundaries_tensor(boundaries, x.device),
+    )
 
 
 _operator = differentiable("short_convolution_triton", forward=_forward, backward=_backward, shapes=_shapes, results=2)

@@ -31,8 +31,8 @@ def sink_attention(
     (StreamingLLM, arXiv 2309.17453), each once. The extra entry stands for what lies between, as some memory gives it:
     a score of -inf leaves it out, and both terms are under one maximum.
     `q`: `[B,T,H,K]`. `k`: `[B,T,G,K]`, `v`: `[B,T,G,V]`, floating, H a multiple of G. `extra_score`: `[B,T,H]`,
-    `extra_value`: `[B,T,H,V]`, or neither. `scale` defaults to `K ** -0.5`. `cu_seqlens`: int `[N+1]`, document borders
-    of a packed row (then B == 1).
+    `extra_value`: `[B,T,H,V]`, or neither. `scale` defaults to `K ** -0.5`. `cu_seqlens`: int `[N+1]`, document
+    boundaries of a packed row (then B == 1).
 
     The state is what continuing needs, of the same size for any T: `dict(k=[B,window-1,G,K], v=[B,window-1,G,V],
     sink_k=[B,sinks,G,K], sink_v=[B,sinks,G,V], length=int64 [B])`, N for B with documents. `length` counts the tokens

@@ -27,7 +27,7 @@ def slot_scores(
     q, k: `[B,T,H,K]`, floating. written: w, `[B,T,H,M]`, floating. log_decay: `log a_t <= 0`, `[B,T,H,M]`, not -inf.
     scale: factor of the output; `K ** -0.5` where None.
     initial_state: `[B,H,M,K]`, or `[N,H,M,K]` under `cu_seqlens`; zeros where None.
-    cu_seqlens: int32 or int64 `[N+1]`, borders of N documents packed into one row (B == 1); documents may be empty.
+    cu_seqlens: int32 or int64 `[N+1]`, boundaries of N documents packed into one row (B == 1); documents may be empty.
     backend: "auto", "chunked" or "reference".
 
     Returns `(out, final_state)`: out `[B,T,H,M]` in q's dtype; final_state `[B or N,H,M,K]`, float32 (float64 for

@@ -95,13 +95,13 @@ def _whole(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, pa
 @opaque("softmax_attention_documents", like=lambda q, k, v, *_: (v.new_empty(*q.shape[:3], v.shape[3]),))
 def _documents(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, cu_seqlens: Tensor) -> tuple[Tensor]:
     """`(out,)` of documents of one packed row, nothing before them."""
-    borders = cu_seqlens.tolist()
-    if len(borders) == 2:
+    boundaries = cu_seqlens.tolist()
+    if len(boundaries) == 2:
         # Of one document nothing is put together again, which would copy it twice.
         return (_rows(q, k, v, window, scale, None),)
     outs, places = [], []
     batches: dict[int, list[tuple[int, int]]] = {}
-    for start, end in pairwise(borders):
+    for start, end in pairwise(boundaries):
         length = end - start
         if length >= ALONE or (window is not None and length > window):
             outs.append(_rows(q[:, start:end], k[:, start:end], v[:, start:end], window, scale, None)[0])

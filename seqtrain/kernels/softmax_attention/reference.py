@@ -14,10 +14,10 @@ def run(
 ) -> Tensor:
     """See `softmax_attention`; returns `out` alone."""
     tokens = q.shape[1]
-    borders = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
+    boundaries = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
     lengths = None if past is None else list(past.lengths)
     outs = []
-    for n, (start, end) in enumerate(pairwise(borders)):
+    for n, (start, end) in enumerate(pairwise(boundaries)):
         keys, values, skip = k[:, start:end], v[:, start:end], [0] * q.shape[0]
         if past is not None and lengths is not None:
             first = 0 if cu_seqlens is None else sum(lengths[:n])

@@ -35,7 +35,7 @@ def tensor_attention(
     small T, without a state.
 
     `q, k1, k2`: `[B,T,H,K]`, `v1, v2`: `[B,T,H,V]`, floating; keep K small, for there are `F = feature_count(K,
-    degree)` features. `scale` defaults to `K ** -0.5`. `cu_seqlens`: int `[N+1]`, document borders of a packed row
+    degree)` features. `scale` defaults to `K ** -0.5`. `cu_seqlens`: int `[N+1]`, document boundaries of a packed row
     (then B == 1).
     `initial_state`: `[B,H,2,F,V+1]` (zeros when None), `[N,...]` with documents: the two sums of `phi(k)^T [v, 1]`.
 

@@ -96,7 +96,8 @@ def is_pair(size, BT: tl.constexpr):
 
 @triton.jit
 def is_mild(decays, operand, BT: tl.constexpr):
-    """Whether the log2 decays `[BT,BW]` of each half of a chunk sum to so little that its middle may stand for borders.
+    """Whether the log2 decays `[BT,BW]` of each half of a chunk sum to so little that its middle may stand for
+    boundaries.
 
     Operands, of the dtype that the pointer `operand` has, then grow by that much at most.
     """
@@ -121,8 +122,8 @@ def centred_decays(decays, BT: tl.constexpr):
 
 
 @triton.jit
-def border_decays(from_start, to_end, size, BT: tl.constexpr):
-    """For pairs of blocks of `size` rows: what right rows decayed by since their pair's border, and left ones will up
+def boundary_decays(from_start, to_end, size, BT: tl.constexpr):
+    """For pairs of blocks of `size` rows: what right rows decayed by since their pair's boundary, and left ones will up
     to it; 0 where a row is no such one. `from_start`, `to_end`: as `merge_blocks` has them.
     """
     later = is_later(size, BT)[:, None]

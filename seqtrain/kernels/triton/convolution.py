@@ -59,12 +59,12 @@ def convolve(
 
 
 @triton.jit
-def place(pieces, borders):
+def place(pieces, boundaries):
     """Of this program's piece: its document, that one's first token and number of tokens, the piece's rows."""
     piece = tl.program_id(0)
     document = tl.load(pieces + 5 * piece).to(tl.int64)
-    start = tl.load(borders + document)
-    tokens = tl.load(borders + document + 1) - start
+    start = tl.load(boundaries + document)
+    tokens = tl.load(boundaries + document + 1) - start
     return document, start, tokens, tl.load(pieces + 5 * piece + 1) - start, tl.load(pieces + 5 * piece + 2) - start
 
 
@@ -77,7 +77,7 @@ def forward(
     out,
     final,
     pieces,
-    borders,
+    boundaries,
     D,
     W: tl.constexpr,
     DILATION: tl.constexpr,
@@ -87,7 +87,7 @@ def forward(
     BD: tl.constexpr,
 ):
     """Outputs of a piece's tokens, and those of its rows that are the document's last inputs."""
-    document, start, tokens, row, end = place(pieces, borders)
+    document, start, tokens, row, end = place(pieces, boundaries)
     past = (W - 1) * DILATION
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     inside = d < D
@@ -158,7 +158,7 @@ def backward(
     d_weight,
     d_bias,
     pieces,
-    borders,
+    boundaries,
     D,
     W: tl.constexpr,
     TAPS: tl.constexpr,
@@ -172,7 +172,7 @@ def backward(
 
     TAPS: W, rounded up to a power of two.
     """
-    document, start, tokens, row, end = place(pieces, borders)
+    document, start, tokens, row, end = place(pieces, boundaries)
     piece = tl.program_id(0).to(tl.int64)
     past = (W - 1) * DILATION
     d = tl.program_id(1) * BD + tl.arange(0, BD)

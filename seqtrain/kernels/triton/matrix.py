@@ -24,7 +24,7 @@ in a difference are taken over just the terms that belong to them: strong decays
 Only differences of G that are at most 0 are exponentiated, but for a decay per channel, which does not factor out of
 the products: where a chunk's decays are mild (`chunks.is_mild`) one factor grows from its middle on as the other
 shrinks. Elsewhere products are found by halving: blocks of 1, 2, 4 ... tokens, the right one's rows decayed from the
-border, the left one's to it (`chunks.merge_blocks`), which makes each level one matrix product.
+boundary, the left one's to it (`chunks.merge_blocks`), which makes each level one matrix product.
 
 Tensors are contiguous: rows of tokens `[tokens, H, width]` (q, k and what is like them K wide, v and its like V wide, C
 wide what pairs tokens of a chunk), numbers `[tokens, H]`, states `[chunks or documents, H, K, V]`. `chunks`: int32

@@ -6,7 +6,7 @@ import triton.language as tl
 from seqtrain.kernels.triton.chunks import (
     LOG2_E,
     between,
-    border_decays,
+    boundary_decays,
     centred_decays,
     in_parts,
     invert,
@@ -130,7 +130,7 @@ def add_exact_pairs(
     for level in tl.range(LEVELS, disable_licm=True):
         size = 1 << level
         pair = is_pair(size, BT)
-        grown, shrunk = border_decays(from_start, to_end, size, BT)
+        grown, shrunk = boundary_decays(from_start, to_end, size, BT)
         right = tl.trans((k * shrunk).to(dtype))
         p += tl.where(pair, tl.dot((q * grown).to(dtype), right, input_precision=PRECISION), 0.0)
         if DELTA:
@@ -443,7 +443,7 @@ def exact_gradients(
     for level in tl.range(LEVELS, disable_licm=True):
         size = 1 << level
         pair = is_pair(size, BT)
-        grown, shrunk = border_decays(from_start, to_end, size, BT)
+        grown, shrunk = boundary_decays(from_start, to_end, size, BT)
         left = (w_k * strength[:, None] * shrunk).to(b_p.dtype)
         right = (w_q * grown).to(b_p.dtype)
         part = tl.where(pair, b_p, 0.0)

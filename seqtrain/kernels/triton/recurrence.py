@@ -166,7 +166,7 @@ class _Call:
         cu_seqlens: Tensor | None,
         scale: float,
     ) -> "_Call":
-        borders, target = gpu.borders(q, cu_seqlens), gpu.target()
+        boundaries, target = gpu.boundaries(q, cu_seqlens), gpu.target()
         chunk = chunk_length(target, q.dtype)
         return cls(
             q.contiguous(),
@@ -176,8 +176,8 @@ class _Call:
             None if log_decay is None else log_decay.contiguous(),
             state.contiguous(),
             scale,
-            gpu.pieces(borders, chunk, q.device),
-            _documents(borders, chunk, q.device),
+            gpu.pieces(boundaries, chunk, q.device),
+            _documents(boundaries, chunk, q.device),
             chunk,
             target,
         )
@@ -256,12 +256,12 @@ class _Call:
         )
 
 
-# A training step meets one set of borders in all its layers, forward and backward; a few more for evaluation.
+# A training step meets one set of boundaries in all its layers, forward and backward; a few more for evaluation.
 @lru_cache(maxsize=16)
-def _documents(borders: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
-    """`documents` of the kernels, for documents between these borders."""
+def _documents(boundaries: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
+    """`documents` of the kernels, for documents between these boundaries."""
     rows, chunks = [], 0
-    for start, end in pairwise(borders):
+    for start, end in pairwise(boundaries):
         rows.append((start, end - start, chunks))
         chunks += -(-(end - start) // chunk)
     # A tensor born in inference mode could not take part in training later.

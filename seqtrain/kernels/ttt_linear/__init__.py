@@ -33,7 +33,7 @@ def ttt_linear(
     learned: one for all tokens.
     initial_state: `[B,H,2K+3,K]`, or `[N,...]` under `cu_seqlens`; zeros where None. W less `start` (K+1 rows), the sum
         of the unfinished mini-batch's `rate_s g_s` (K+1 rows), and how many tokens it has (1 row).
-    cu_seqlens: int32 or int64 `[N+1]`, borders of N documents packed into one row (B == 1); documents may be empty.
+    cu_seqlens: int32 or int64 `[N+1]`, boundaries of N documents packed into one row (B == 1); documents may be empty.
     backend: "auto", "chunked" or "reference".
 
     Returns `(out, final_state)`: out `[B,T,H,K]` in v's dtype; the state float32 (float64 for float64 inputs).

@@ -9,8 +9,8 @@ from seqtrain.analysis.fidelity import ROWS, Effort, entropy, fourier, match3, r
 from seqtrain.analysis.fidelity.query_gradient import largest_query_gradient
 from seqtrain.analysis.fidelity.tensor_time import slope
 from seqtrain.data.synthetic import make_task
+from seqtrain.layers import elu
 from seqtrain.mixers import MIXERS, LayerShape
-from seqtrain.mixers._features import elu
 
 TINY = Effort(seeds=(0,), scale=0.002)
 # Figures of each row; the slow one has its own test.

@@ -7,7 +7,7 @@ import torch
 
 from seqtrain.analysis.triton_interpreter import assert_no_races, between_nans, nan_filled_empty, recording
 from seqtrain.kernels import diagonal_scan
-from seqtrain.testing import borders, compare_with_oracle, run_with_gradients
+from seqtrain.testing import boundaries, compare_with_oracle, run_with_gradients
 from tests.kernels.test_diagonal_scan import case
 
 from .tolerances import assert_within
@@ -79,13 +79,13 @@ def test_documents_do_not_see_each_other():
         x[:, :20] = float("nan")
         x[:, 50:] = float("nan")
     weights = torch.ones(1, 64, 5), torch.ones(3, 5)
-    options = {"cu_seqlens": borders(lengths), "backend": "triton", "weights": weights}
+    options = {"cu_seqlens": boundaries(lengths), "backend": "triton", "weights": weights}
     clean = run_with_gradients(diagonal_scan, tensors, **options)
     # Called on the poisoned tensors themselves, which lie between NaNs.
     state = tensors["initial_state"].clone().requires_grad_()
     for x in poisoned.values():
         x.requires_grad_()
-    out, final = diagonal_scan(**poisoned, initial_state=state, cu_seqlens=borders(lengths), backend="triton")
+    out, final = diagonal_scan(**poisoned, initial_state=state, cu_seqlens=boundaries(lengths), backend="triton")
     wanted = [*poisoned.values(), state]
     dx, d_log_a, d_state = torch.autograd.grad([out, final], wanted, weights)
     inside = slice(20, 50)

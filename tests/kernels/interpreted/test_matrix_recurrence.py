@@ -9,7 +9,7 @@ from seqtrain.analysis.kernel_examples import count_example
 from seqtrain.analysis.triton_interpreter import assert_no_races, between_nans, nan_filled_empty, recording
 from seqtrain.kernels import delta_rule, linear_attention
 from seqtrain.kernels.delta_rule.segment import DeltaRuleSegment
-from seqtrain.testing import borders, compare_with_oracle, recurrence_inputs, relative_error, run_with_gradients
+from seqtrain.testing import boundaries, compare_with_oracle, recurrence_inputs, relative_error, run_with_gradients
 
 from .tolerances import assert_within
 
@@ -22,7 +22,7 @@ LENGTHS = (70, 0, 1, 17)
 
 
 def case(name, lengths=LENGTHS, *, key_width=16, value_width=20, beta=2.0, **options):
-    """Inputs for documents of these lengths, and their borders."""
+    """Inputs for documents of these lengths, and their boundaries."""
     tensors = recurrence_inputs(
         sum(lengths),
         heads=1,
@@ -32,7 +32,7 @@ def case(name, lengths=LENGTHS, *, key_width=16, value_width=20, beta=2.0, **opt
         beta=beta if name == "delta_rule" else None,
         **options,
     )
-    return tensors, borders(lengths)
+    return tensors, boundaries(lengths)
 
 
 def check(name, tensors, dtype=torch.float64, **options):
@@ -104,7 +104,7 @@ def test_constant_beta_and_keys_that_are_alike(beta, decay_shape, dtype, correla
     check("delta_rule", tensors, dtype, cu_seqlens=cu_seqlens)
 
 
-# Log2 decays of a chunk's halves, about where its middle ceases to stand for borders: what grows from there must not
+# Log2 decays of a chunk's halves, about where its middle ceases to stand for boundaries: what grows from there must not
 # overflow, and what does not grow must not be lost.
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("halves", [(99, 0), (0, 99), (99, 99), (150, 0), (0, 150), (120, 120)], ids=str)

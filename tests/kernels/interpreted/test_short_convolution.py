@@ -7,7 +7,7 @@ import torch
 
 from seqtrain.analysis.triton_interpreter import assert_no_races, between_nans, nan_filled_empty, recording
 from seqtrain.kernels import short_convolution
-from seqtrain.testing import borders, compare_with_oracle
+from seqtrain.testing import boundaries, compare_with_oracle
 from tests.kernels.test_short_convolution import case
 
 from .tolerances import assert_within
@@ -47,7 +47,7 @@ def test_other_dtypes(dtype):
 def test_documents_do_not_see_each_other():
     tensors, _ = case(64)
     x, weight, bias = (tensors[name] for name in ("x", "weight", "bias"))
-    x, cu_seqlens = x[:1], borders([20, 30, 14])
+    x, cu_seqlens = x[:1], boundaries([20, 30, 14])
     poisoned = between_nans(x)
     poisoned[:, :20] = float("nan")
     poisoned[:, 50:] = float("nan")

@@ -7,7 +7,7 @@ import torch
 
 from seqtrain.analysis.triton_interpreter import assert_no_races, nan_filled_empty, recording
 from seqtrain.kernels import tensor_attention
-from seqtrain.testing import borders, compare_with_oracle
+from seqtrain.testing import boundaries, compare_with_oracle
 
 from .tolerances import assert_within
 
@@ -22,7 +22,7 @@ def case(tokens, *, width=3, value=20, documents=False):
     batch = 1 if documents else 2
     tensors = {name: normal(batch, tokens, 2, width) for name in ("q", "k1", "k2")}
     tensors |= {name: normal(batch, tokens, 2, value) for name in ("v1", "v2")}
-    return tensors, borders(lengths) if documents else None
+    return tensors, boundaries(lengths) if documents else None
 
 
 # The gradient of q is a difference of what nearly cancels: the PyTorch form errs by the same 2.1e-6 on the case below.

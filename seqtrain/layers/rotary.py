@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from seqtrain.mixers._parts import precise
-from seqtrain.parallel.sequence import Sequence
+from seqtrain.layers.norms import upcast
+from seqtrain.parallel.sequence import SequenceContext
 
 
-def positions(x: Tensor, past: Tensor | None, sequence: Sequence) -> tuple[Tensor, Tensor]:
+def positions(x: Tensor, past: Tensor | None, sequence: SequenceContext) -> tuple[Tensor, Tensor]:
     """The place of each token of `x: [B,T,...]` in its row or document: int64 `[B,T]`, or `[1,T]` where all rows agree.
 
     `past`: int64 `[B]` (`[N]` with documents), tokens seen before; None for none. Returns it after these tokens, too.
@@ -30,7 +30,7 @@ def rotate(x: Tensor, place: Tensor, base: float, *, stretch: tuple[float, ...] 
     if stretch:
         rate = rate / torch.tensor(stretch, dtype=torch.float64, device=x.device)
     angle = place[..., None, None] * rate  # B T 1 K/2
-    wide = precise(x)
+    wide = upcast(x)
     cos, sin = (amplitude * angle.cos()).to(wide.dtype), (amplitude * angle.sin()).to(wide.dtype)
     first, second = wide.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from seqtrain.errors import ConfigError
+from seqtrain.layers import FEATURE_MAPS, RMSNorm, ShortConvolution, l2norm, positions, rotate, step_sizes, taylor2
 from seqtrain.mixers import MIXERS, LayerShape
-from seqtrain.mixers._features import FEATURE_MAPS, taylor2
-from seqtrain.mixers._parts import RMSNorm, ShortConvolution, step_sizes, unit
-from seqtrain.mixers._rotary import positions, rotate
-from seqtrain.parallel.sequence import Sequence
-from seqtrain.testing import borders, relative_error
+from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.testing import boundaries, relative_error
 
 
 def build(name, width=256, heads=64, **fields):
@@ -61,13 +59,13 @@ def test_far_positions_keep_their_precision_in_float32():
 
 def test_positions_continue_in_rows_and_in_documents():
     x = torch.zeros(2, 3, 1)
-    place, after = positions(x, None, Sequence())
+    place, after = positions(x, None, SequenceContext())
     assert place.tolist() == [[0, 1, 2]]
     assert after.tolist() == [3, 3]
-    place, after = positions(x, torch.tensor([4, 9]), Sequence())
+    place, after = positions(x, torch.tensor([4, 9]), SequenceContext())
     assert place.tolist() == [[4, 5, 6], [9, 10, 11]]
     assert after.tolist() == [7, 12]
-    packed = Sequence(borders([2, 0, 1]))
+    packed = SequenceContext(boundaries([2, 0, 1]))
     place, after = positions(x[:1], torch.tensor([4, 9, 20]), packed)
     assert place.tolist() == [[4, 5, 20]]
     assert after.tolist() == [6, 9, 21]
@@ -91,12 +89,12 @@ def test_feature_maps_say_their_width_and_sign(name):
 
 def test_norms_keep_the_dtype_and_survive_zeros():
     x = torch.zeros(2, 3, 8, dtype=torch.bfloat16, requires_grad=True)
-    for normalised in (RMSNorm(8)(x), unit(x)):
+    for normalised in (RMSNorm(8)(x), l2norm(x)):
         assert normalised.dtype == torch.bfloat16
         (gradient,) = torch.autograd.grad(normalised.sum(), x)
         assert gradient.isfinite().all()
     wide = torch.randn(64, 33, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert torch.equal(unit(wide), unit(wide.float()).bfloat16())
+    assert torch.equal(l2norm(wide), l2norm(wide.float()).bfloat16())
     assert torch.equal(RMSNorm(33)(wide), RMSNorm(33)(wide.float()).bfloat16())
     parts = RMSNorm(8, groups=2)(torch.tensor([3.0] * 4 + [100.0] * 4))
     assert relative_error(parts, torch.ones(8)) < 1e-6
