@@ -6,6 +6,7 @@ registries are known here: a launcher passes them in.
 
 import dataclasses
 import difflib
+import inspect
 import json
 import re
 import sys
@@ -142,6 +143,33 @@ def launch(name: str, read: Callable[[DictConfig], T], run: Callable[[T], int]) 
         return max(statuses)
 
     return _status(check_and_start)
+
+
+def read_settings(cls: type[T], arguments: Sequence[str], *, about: str | None) -> T:
+    """`cls` from `key=value` arguments; `--help` prints `about` and the dataclass itself, defaults and units included.
+
+    A wrong key or value is printed as one line, and the command exits with status 2.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(f"{about}\n\nSettings, as key=value:\n\n{inspect.getsource(cls)}")
+        sys.exit(0)
+    try:
+        for argument in arguments:
+            if "=" not in argument:
+                raise ConfigError(f"{argument!r} is not key=value; --help lists the keys")
+        values = OmegaConf.to_container(OmegaConf.from_cli(list(arguments)))
+        return validate(cls, {str(key): value for key, value in values.items()})  # type: ignore[union-attr]
+    except SeqtrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def split_settings(cls: type[T], name: str, arguments: Sequence[str], *, about: str | None) -> tuple[T, list[str]]:
+    """The settings given as `name.key=value`, and all other arguments. `--help` and mistakes as in `read_settings`."""
+    prefix = f"{name}."
+    own = [word.removeprefix(prefix) for word in arguments if word.startswith(prefix) or word in ("-h", "--help")]
+    others = [word for word in arguments if not word.startswith(prefix)]
+    return read_settings(cls, own, about=about), others
 
 
 def _status(work: Callable[[], int]) -> int:

@@ -1,0 +1,169 @@
+"""Reports of commands: tables on the terminal, one HTML page, JSON, figures, and the machine the numbers come from."""
+
+import base64
+import json
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seqtrain.files import replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Columns of text where the output is not a terminal, which would say its own: rows of a log are not folded.
+WIDTH = 300
+STYLE = """body { font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; font-variant-numeric: tabular-nums }
+th, td { padding: 0.2rem 0.8rem; border-bottom: 1px solid #ddd; text-align: right }
+th:first-child, td:first-child { text-align: left }
+img { max-width: 100%; display: block; margin: 0.5rem 0 1.5rem }
+pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; font-size: 13px }"""
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints `rows` below `columns`; texts to the left, numbers to the right."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        words = index == 0 or any(row[index][:1].isalpha() for row in rows)
+        shown.add_column(column, justify="left" if words else "right", overflow="fold")
+    for row in rows:
+        # A Text, since brackets in a plain string are markup.
+        shown.add_row(*(Text(cell) for cell in row))
+    console = Console()
+    (console if console.is_terminal else Console(width=WIDTH)).print(shown)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """HTML of a table of texts."""
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f"<table>\n<tr>{head}</tr>\n{body}</table>\n"
+
+
+def picture(path: Path, title: str) -> str:
+    """HTML of a PNG file, its bytes in the page."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">\n'
+
+
+def text(lines: Iterable[str]) -> str:
+    """HTML of one paragraph per line."""
+    return "".join(f"<p>{escape(line)}</p>\n" for line in lines)
+
+
+def listing(content: str) -> str:
+    """HTML of `content`, letter by letter."""
+    return f"<pre>{escape(content)}</pre>\n"
+
+
+def write_page(path: Path, title: str, sections: Iterable[tuple[str, str]]) -> None:
+    """Writes one HTML file that needs nothing else; `sections` are headings and the HTML below each."""
+    body = "".join(f"<h2>{escape(heading)}</h2>\n{content}" for heading, content in sections)
+    page = (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
+        f"<style>\n{STYLE}\n</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n{body}</body>\n</html>\n"
+    )
+    _write(path, page.encode())
+
+
+def write_json(path: Path, content: Any, *, allow_nan: bool = True) -> None:
+    """Writes `content` as indented JSON. `ValueError` for numbers that JSON has no word for, unless `allow_nan`."""
+    _write(path, (json.dumps(content, indent=1, allow_nan=allow_nan) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, content)
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches, belonging to no window."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: "Figure", path: Path, *, dpi: int = 120) -> None:
+    """Writes a PNG whose bytes follow from what was drawn; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi, metadata={"Software": None})
+
+
+def stacked_bars(
+    axes: "Axes",
+    labels: Sequence[Any],
+    values: Sequence[Mapping[str, float]],
+    *,
+    scale: float = 1.0,
+    colors: Mapping[str, str] | None = None,
+    upright: bool = False,
+) -> list[float]:
+    """Draws one bar per label, made of that label's `values` times `scale`, one color per name; returns the lengths.
+
+    Names come in the order in which they first occur. Bars lie, or stand where they are `upright`.
+    """
+    names = list(dict.fromkeys(name for each in values for name in each))
+    ends = [0.0] * len(labels)
+    for number, name in enumerate(names):
+        sizes = [scale * each.get(name, 0.0) for each in values]
+        color = colors[name] if colors else f"C{number % 10}"
+        style: dict[str, Any] = {"label": name, "color": color, "hatch": "//" if number >= 10 else None}
+        if upright:
+            axes.bar(labels, sizes, bottom=ends, **style)
+        else:
+            axes.barh(labels, sizes, left=ends, **style)
+        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+    axes.grid(axis="y" if upright else "x", alpha=0.3)
+    return ends
+
+
+def machine(device: str = "cpu") -> dict[str, str]:
+    """The device's name, threads, versions and the commit, for the head of a report."""
+    import torch
+
+    import seqtrain
+
+    cuda = torch.device(device).type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else _processor()
+    versions = {"torch": torch.__version__, "seqtrain": seqtrain.__version__}
+    if cuda:
+        versions["triton"] = version("triton")
+    return {"device": name, "threads": str(torch.get_num_threads()), "commit": _commit(), **versions}
+
+
+def version(package: str) -> str:
+    """The version of an installed package, or "absent"."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).resolve().parent
+        try:
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+        except OSError:
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "--short", "HEAD")
+    return (commit + ("-dirty" if git("status", "--porcelain") else "")) or "unknown"
