@@ -1,7 +1,6 @@
 """What the tests of conversion share."""
 
 import pytest
-import torch
 
 from tests.convert.convert_cases import make_transformer
 
@@ -20,11 +19,3 @@ def transformers_on_disk(tmp_path_factory):
         return made[kind]
 
     return make
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

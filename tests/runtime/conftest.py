@@ -1,10 +1,6 @@
 """What the tests of the runtime share."""
 
 import pytest
-import torch
-
-# Forked ranks need it: a thread pool that exists before the fork is dead after it.
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
