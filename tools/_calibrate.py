@@ -13,13 +13,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from _layout_runs import measure_layout
 from _overrides import count_run, last_of_each, read_run
-from _ranks import on_ranks
-from _scan_methods import CPU
 from _settings import machine as describe_machine
 from torch import Tensor
 
 from seqtrain.analysis.counts import ModelCounts, count_model
 from seqtrain.analysis.layout import Holes, Layout, Machine, compute_seconds, memory_bytes
+from seqtrain.benchmarks.ranks import on_ranks
+from seqtrain.benchmarks.scan_methods import CPU
 from seqtrain.kernels import linear_attention
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig

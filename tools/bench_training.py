@@ -1,85 +1,8 @@
-"""Tokens a second of training runs that differ in a few settings, run in turns, so that each meets the machine alike.
+"""Compares the throughput of training runs that differ in a few settings; `--help` lists the settings."""
 
-    python tools/bench_training.py                                  # the quickstart, backend auto against chunked
-    python tools/bench_training.py 'variants=[train.dtype=float32,train.dtype=bfloat16]' 'common=[train.steps=20]'
-
-Each round starts every variant once, as its own run of launch/pretrain.py. A variant's speed is the median over its
-steps of all rounds, the first few of each run left out; the ratio is to the last variant's. A table and
-`bench_training.json` are left in `output_dir`, and the runs' own folders.
-"""
-
-import json
-import statistics
-import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Annotated
 
-from _settings import machine, read_settings
-from pydantic import Field
-
-from seqtrain.runtime.metrics import read_lines
-from seqtrain.runtime.report import WARM_UP_STEPS
-from seqtrain.runtime.run_folder import RunFolder
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclass(frozen=True)
-class Settings:
-    # Overrides that make a variant, separated by blanks; the last is what the others are measured against.
-    variants: Annotated[list[str], Field(min_length=1)] = field(
-        default_factory=lambda: ["kernels.backend=auto", "kernels.backend=chunked"]
-    )
-    # Overrides of all variants.
-    common: list[str] = field(default_factory=lambda: ["train.steps=25"])
-    # Times each variant is run.
-    rounds: Annotated[int, Field(gt=0)] = 3
-    # What is run, a path in the checkout.
-    program: str = "launch/pretrain.py"
-    output_dir: str = "outputs/bench_training"
-
-
-def run_once(settings: Settings, variant: str, folder: Path) -> list[float]:
-    """Tokens a second of one run's steps behind the first few. Ends the tool where the run fails."""
-    overrides = [*settings.common, *variant.split(), f"output_dir={folder}"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / settings.program), *overrides], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        print(f"error: {variant}: {(done.stderr or done.stdout).strip().splitlines()[-1]}", file=sys.stderr)
-        sys.exit(2)
-    speeds = [record["tokens_per_second"] for record in read_lines(RunFolder(folder).metrics)[WARM_UP_STEPS:]]
-    if not speeds:
-        print(f"error: common: train.steps must be more than {WARM_UP_STEPS}, those that are left out", file=sys.stderr)
-        sys.exit(2)
-    return speeds
-
-
-def main(arguments: list[str]) -> None:
-    settings = read_settings(Settings, arguments, about=__doc__)
-    about = machine()
-    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    folder = Path(settings.output_dir).absolute()
-    speeds: dict[str, list[float]] = {variant: [] for variant in settings.variants}
-    for turn in range(settings.rounds):
-        for number, variant in enumerate(settings.variants):
-            found = run_once(settings, variant, folder / f"round_{turn}" / f"variant_{number}")
-            speeds[variant] += found
-            print(f"round {turn}  {statistics.median(found):10.0f} tokens/s  {variant}", flush=True)
-    base = statistics.median(speeds[settings.variants[-1]])
-    rows = [
-        {"variant": variant, "tokens_per_second": median, "ratio": median / base, "steps": len(found)}
-        for variant, found in speeds.items()
-        for median in [statistics.median(found)]
-    ]
-    print(f"\n{'tokens/s':>10} {'ratio':>6}  variant")
-    for row in rows:
-        print(f"{row['tokens_per_second']:10.0f} {row['ratio']:6.2f}  {row['variant']}")
-    report = {"machine": about, "settings": asdict(settings), "rows": rows, "speeds": speeds}
-    (folder / "bench_training.json").write_text(json.dumps(report, indent=1))
-
+from seqtrain.benchmarks.training import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

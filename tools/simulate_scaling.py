@@ -27,15 +27,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from _layers import CHAINS, Chain, step
-from _ranks import measure_in_turn, on_first_ranks, on_ranks
-from _scan_methods import CPU, Setting, map_shapes
-from _scan_pictures import draw_efficiency
 from _settings import machine, read_settings
 from pydantic import Field
 
 from seqtrain.analysis.layout import Machine
 from seqtrain.analysis.scaling import Cluster, Noise, Scheme, Work, scan_seconds, simulate
+from seqtrain.benchmarks.ranks import measure_in_turn, on_first_ranks, on_ranks
+from seqtrain.benchmarks.scan_layers import CHAINS, Chain, step
+from seqtrain.benchmarks.scan_methods import CPU, Setting, map_shapes
+from seqtrain.benchmarks.scan_pictures import draw_efficiency
 from seqtrain.config import validate
 from seqtrain.errors import ConfigError, SeqtrainError
 from seqtrain.kernels.affine import AffineShape

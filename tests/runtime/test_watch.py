@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 
-from seqtrain.analysis.profiling import ProfileConfig, Profiler, read_profiles
+from seqtrain.profiling import ProfileConfig, Profiler, read_profiles
 from seqtrain.runtime import run
 from tests.runtime.runtime_cases import change, losses, on_ranks, small_config
 

@@ -1,0 +1,1 @@
+"""Experiments on what layers do, outside the wheel; tools/run_fidelity.py and interaction_operator.py run them."""

@@ -1,0 +1,1 @@
+"""Operators, the collective and whole training steps, timed against others in turns, in one run."""

@@ -1,0 +1,98 @@
+"""A stand-in for a model: layers of slept compute with one All-Scan each, forward and backward through autograd."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from seqtrain.benchmarks.scan_methods import CPU, Setting
+from seqtrain.parallel import Algorithm, open_all_scan
+
+
+@dataclass(frozen=True)
+class Chain:
+    """How the layers of a step hand their states on; `algorithm=None`: not at all, compute alone."""
+
+    algorithm: Algorithm | None
+    overlapped: bool = True
+    barrier: bool = False
+
+
+CHAINS = {
+    "compute alone": Chain(None),
+    "auto": Chain("auto"),
+    "auto, not overlapped": Chain("auto", overlapped=False),
+    "auto, a barrier a layer": Chain("auto", barrier=True),
+    "pipeline": Chain("pipeline"),
+    "tree": Chain("tree"),
+    "all_gather": Chain("all_gather"),
+    "ring": Chain("ring"),
+}
+
+
+class _Slept(torch.autograd.Function):
+    """The identity, taking `seconds` forward and as many backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        time.sleep(ctx.seconds)
+        return gradients[0], None
+
+
+class _Barrier(torch.autograd.Function):
+    """The identity, waiting for all ranks forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        dist.barrier(group=group)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        dist.barrier(group=ctx.group)
+        return gradients[0], None
+
+
+def step(setting: Setting, layers: int, chain: Chain) -> Callable[[], object]:
+    """A training step of `layers` layers, each computing `setting.compute` seconds forward and as long backward."""
+
+    def timed() -> object:
+        x = first = setting.update.clone().requires_grad_()
+        transition = None if setting.transition is None else setting.transition.clone().requires_grad_()
+        for _ in range(layers):
+            x = _layer(x, transition, setting, chain)
+        x.sum().backward()
+        return first.grad
+
+    return timed
+
+
+def _layer(x: Tensor, transition: Tensor | None, setting: Setting, chain: Chain) -> Tensor:
+    if chain.algorithm is None:
+        return _Slept.apply(x, setting.compute)
+    opened = open_all_scan(
+        None if transition is None else transition.shape,
+        x.shape,
+        dtype=x.dtype,
+        device=CPU,
+        group=setting.group,
+        algorithm=chain.algorithm,
+    )
+    scan = opened.start(transition, 0.5 * x)
+    if chain.overlapped:
+        local = _Slept.apply(x, setting.compute)
+        out = 0.5 * (local + scan.wait()[0])
+    else:
+        out = _Slept.apply(0.5 * (x + scan.wait()[0]), setting.compute)
+    return _Barrier.apply(out, setting.group) if chain.barrier else out

@@ -1,0 +1,159 @@
+"""When a rank waits for others, and when messages travel while it computes.
+
+The calls that wait are replaced while a profiled step runs and put back after it: a step that isn't profiled runs the
+code as it is written.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+from seqtrain.parallel.engine import Engine, Job
+from seqtrain.parallel.wire import GlooWire, NcclWire
+from seqtrain.profiling.parts import Clock, Part, Timeline
+
+COMMUNICATION = "communication"
+# States of scans, tokens of neighbours, and what all ranks reduce or gather (gradients, weights, sums).
+SCAN, EXCHANGE, COLLECTIVE = (Part(COMMUNICATION, what) for what in ("scan", "exchange", "collective"))
+COLLECTIVES = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_reduce_coalesced",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+)
+# DeepSpeed's backend keeps these two of torch's functions under names of its own.
+KEPT_BY_DEEPSPEED = ("all_gather_function", "reduce_scatter_function")
+
+
+class InFlight:
+    """When messages were under way, from any thread."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self._marks: list[tuple[Any, Any]] = []
+
+    def add(self, begun: Any) -> None:
+        """Something that began at the mark `begun` ends now."""
+        self._marks.append((begun, self.clock.mark_here()))
+
+    def intervals(self) -> list[tuple[float, float]]:
+        """Start and end in seconds, one a message or scan."""
+        flat = self.clock.seconds([mark for pair in self._marks for mark in pair])
+        return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+class _Pending:
+    """A collective under way. It counts as in flight until it is waited for, so as an upper bound."""
+
+    def __init__(self, work: dist.Work, timeline: Timeline, in_flight: InFlight) -> None:
+        self._work, self._timeline, self._in_flight = work, timeline, in_flight
+        self._begun = in_flight.clock.mark_here()
+
+    def wait(self, *arguments: Any) -> Any:
+        self._in_flight.add(self._begun)
+        with self._timeline.during(COLLECTIVE):
+            return self._work.wait(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
+@contextmanager
+def replaced(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+    """While open, `owner.name` (of a module, a class or one object) is `wrap` of what it was."""
+    own = vars(owner).get(name)
+    setattr(owner, name, wrap(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
+def timed(timeline: Timeline, part: Part) -> Callable[[Callable], Callable]:
+    """A wrapper that counts a function's time for `part`, on the thread this is called from; on others, nothing."""
+    thread = threading.get_ident()
+
+    def wrap(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            if threading.get_ident() != thread:
+                return function(*arguments, **options)
+            with timeline.during(part):
+                return function(*arguments, **options)
+
+        return call
+
+    return wrap
+
+
+@contextmanager
+def watched_communication(timeline: Timeline, in_flight: InFlight) -> Iterator[None]:
+    """While open, `timeline` is told when this thread waits for others, `in_flight` of what travels meanwhile."""
+    from deepspeed.comm import comm
+
+    with ExitStack() as stack:
+        for owner, names, part in (
+            (Job, ("result",), SCAN),
+            (Engine, ("flush",), SCAN),
+            (Engine, ("keep",), EXCHANGE),
+            (GlooWire, ("receive",), EXCHANGE),
+            (NcclWire, ("receive",), EXCHANGE),
+        ):
+            for name in names:
+                stack.enter_context(replaced(owner, name, timed(timeline, part)))
+        stack.enter_context(replaced(Job, "run", _scanning(timeline, in_flight)))
+        collective = _collective(timeline, in_flight)
+        for name in COLLECTIVES:
+            stack.enter_context(replaced(dist, name, collective))
+        for name in KEPT_BY_DEEPSPEED:
+            stack.enter_context(replaced(comm.cdb, name, collective))
+        yield
+
+
+def _scanning(timeline: Timeline, in_flight: InFlight) -> Callable[[Callable], Callable]:
+    """For a scan's own work: in flight on whichever thread it runs, and waited for where that is the caller's."""
+
+    def wrap(run: Callable) -> Callable:
+        waited_for = timed(timeline, SCAN)(run)
+
+        @functools.wraps(run)
+        def call(job: Job) -> Any:
+            begun = in_flight.clock.mark_here()
+            try:
+                return waited_for(job)
+            finally:
+                in_flight.add(begun)
+
+        return call
+
+    return wrap
+
+
+def _collective(timeline: Timeline, in_flight: InFlight) -> Callable[[Callable], Callable]:
+    def wrap(function: Callable) -> Callable:
+        waited_for = timed(timeline, COLLECTIVE)(function)
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            result = waited_for(*arguments, **options)
+            return _Pending(result, timeline, in_flight) if isinstance(result, dist.Work) else result
+
+        return call
+
+    return wrap

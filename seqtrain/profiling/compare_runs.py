@@ -1,0 +1,260 @@
+"""Two or more runs, or profiles, side by side: losses, throughput, memory, where time goes, and settings that differ.
+
+    python tools/compare_runs.py 'runs=[runs/before,runs/after]'                  # losses bit for bit
+    python tools/compare_runs.py 'runs=[runs/a,runs/b,profiles/c]' tolerance=1e-5
+
+Each is a folder that launch/pretrain.py or tools/profile_throughput.py wrote; all are compared with the first. The exit
+status is 0 where every run has the first one's losses at every step, 1 where one has not, 2 for a mistake: so a change
+that is to leave results alone can prove it. Printed and written to `output_dir` are a table, JSON and a picture.
+"""
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field
+
+from seqtrain.config import read_settings
+from seqtrain.errors import ConfigError, SeqtrainError
+from seqtrain.profiling import by_kind
+from seqtrain.report import open_console, show_table
+from seqtrain.runtime.metrics import Record, read_lines
+from seqtrain.runtime.report import WARM_UP_STEPS
+from seqtrain.runtime.run_folder import RunFolder
+
+MIB = 2**20
+# Where a run lies says nothing of what it does.
+PLACES = ("output_dir", "tracking.name")
+
+
+@dataclass(frozen=True)
+class Settings:
+    # Folders of runs or profiles; the first is what the others are compared with.
+    runs: Annotated[list[str], Field(min_length=2)]
+    # Largest difference of a step's loss (nats a token) that counts as the same; 0: bit for bit.
+    tolerance: Annotated[float, Field(ge=0)] = 0.0
+    # Folder for the results.
+    output_dir: str = "outputs/compare_runs"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a folder says. `profile`: the report of tools/profile_throughput.py, empty for a run without."""
+
+    name: str
+    config: dict[str, Any]
+    records: list[Record]
+    summary: dict[str, Any]
+    profile: dict[str, Any]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """By step; NaN where it was not finite."""
+        return {r["step"]: math.nan if r["loss"] is None else r["loss"] for r in self.records}
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The profile's own figure; else the median over all steps but the warm-up."""
+        if self.profile:
+            return self.profile["tokens_per_second"]["median"]
+        counted = self.records[WARM_UP_STEPS:] or self.records
+        return statistics.median(record["tokens_per_second"] for record in counted)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the fullest rank; 0 where the run has not finished."""
+        if self.profile:
+            return max(rank["peak_bytes"] for rank in self.profile["memory"])
+        return self.summary.get("peak_memory_bytes", 0)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Losses of a run beside the first run's."""
+
+    name: str
+    same: bool
+    # Steps that both have, and that only one has.
+    common_steps: int
+    other_steps: int
+    # Largest difference of a loss, of a gradient norm; over the steps both have.
+    loss: float
+    grad_norm: float
+    # First step whose losses differ by more than the tolerance; 0: none.
+    first_step: int
+
+
+def read_run(path: str) -> Run:
+    """The run in `path`, or the one inside a profile. Raises `ConfigError` where there is none."""
+    folder = Path(path)
+    report = folder / "profile.json"
+    profile = json.loads(report.read_text()) if report.exists() else {}
+    run = RunFolder(folder / "run" if profile else folder)
+    records = read_lines(run.metrics)
+    if not records:
+        raise ConfigError(f"runs={path}: no such run; expected a folder with metrics.jsonl, or with profile.json")
+    config = profile["config"] if profile else yaml.safe_load(run.config.read_text())
+    summary = json.loads(run.summary.read_text()) if run.summary.exists() else {}
+    return Run(path, config, records, summary, profile)
+
+
+def difference(first: Run, other: Run, tolerance: float) -> Difference:
+    """How the losses of `other` differ from those of `first`. Two that aren't finite are the same."""
+    ours, theirs = first.losses, other.losses
+    common = sorted(ours.keys() & theirs.keys())
+    apart = {step: distance(ours[step], theirs[step]) for step in common}
+    norms = [
+        distance(*(math.nan if record["grad_norm"] is None else record["grad_norm"] for record in pair))
+        for pair in zip(*(at_steps(run.records, common) for run in (first, other)), strict=True)
+    ]
+    differing = [step for step, size in apart.items() if size > tolerance]
+    alone = len(ours.keys() ^ theirs.keys())
+    return Difference(
+        name=other.name,
+        same=bool(common) and not differing and not alone,
+        common_steps=len(common),
+        other_steps=alone,
+        loss=max(apart.values(), default=0.0),
+        grad_norm=max(norms, default=0.0),
+        first_step=differing[0] if differing else 0,
+    )
+
+
+def distance(a: float, b: float) -> float:
+    """`|a - b|`; nothing between two NaN, infinity between a NaN and a number."""
+    if math.isnan(a) or math.isnan(b):
+        return 0.0 if math.isnan(a) and math.isnan(b) else math.inf
+    return abs(a - b)
+
+
+def at_steps(records: Sequence[Record], steps: Sequence[int]) -> list[Record]:
+    by_step = {record["step"]: record for record in records}
+    return [by_step[step] for step in steps]
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `section.key`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return found
+
+
+def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Settings that are not the same in all runs: each run's value as JSON, "-" where it has none."""
+    configs = [flat(run.config) for run in runs]
+    names = [name for name in dict.fromkeys(name for config in configs for name in config) if name not in PLACES]
+    values = {name: [json.dumps(config[name]) if name in config else "-" for config in configs] for name in names}
+    return {name: own for name, own in values.items() if len(set(own)) > 1}
+
+
+def figures(runs: Sequence[Run]) -> dict[str, list[float | None]]:
+    """What each run came to: rows of a table, a column a run."""
+    return {
+        "steps": [len(run.records) for run in runs],
+        "last loss": [run.records[-1]["loss"] for run in runs],
+        "held-out bits per byte": [run.summary.get("held_out_bits_per_byte") for run in runs],
+        "tokens/s": [run.tokens_per_second for run in runs],
+        "tokens/s over the first's": [run.tokens_per_second / runs[0].tokens_per_second for run in runs],
+        "peak MiB of a rank": [run.peak_bytes / MIB if run.peak_bytes else None for run in runs],
+    }
+
+
+def part_times(runs: Sequence[Run]) -> dict[str, list[float | None]]:
+    """Milliseconds of each part, of the runs that are profiles."""
+    tables = [{row["part"]: 1e3 * row["seconds"] for row in by_kind(run.profile.get("parts", []))} for run in runs]
+    names = dict.fromkeys(name for table in tables for name in table)
+    return {f"ms of {name}": [table.get(name) for table in tables] for name in names}
+
+
+def cell(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
+def verdict(found: Difference, tolerance: float) -> str:
+    """A run's losses beside the first's, in a line."""
+    if found.same:
+        how = "bit for bit" if tolerance == 0 else f"to {tolerance:g}: at most {found.loss:.3g} apart"
+        return f"{found.name}: the same losses at all {found.common_steps} steps, {how}"
+    if not found.common_steps:
+        return f"{found.name}: no step in common"
+    said = [f"at most {found.loss:.3g} apart over {found.common_steps} steps"]
+    if found.first_step:
+        said.append(f"differing first at step {found.first_step}")
+    if found.other_steps:
+        said.append(f"{found.other_steps} steps are in one run only")
+    return f"{found.name}: OTHER LOSSES: {', '.join(said)} (gradient norms at most {found.grad_norm:.3g} apart)"
+
+
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """Losses, their distance from the first run's, and throughput, step by step."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    losses, apart, speed = figure.subplots(1, 3)
+    for number, run in enumerate(runs):
+        style = {"color": f"C{number}", "linewidth": 1 + 0.8 * (len(runs) - number), "alpha": 0.8, "label": run.name}
+        losses.plot(list(run.losses), list(run.losses.values()), **style)
+        speed.plot(list(run.losses), [record["tokens_per_second"] for record in run.records], **style)
+        if number:
+            common = sorted(runs[0].losses.keys() & run.losses.keys())
+            sizes = [distance(runs[0].losses[step], run.losses[step]) for step in common]
+            apart.plot(common, sizes, "o-", markersize=3, color=f"C{number}", label=run.name)
+    # A logarithm near 0 that still shows 0.
+    apart.set_yscale("symlog", linthresh=1e-9)
+    apart.set_ylim(bottom=0)
+    losses.set(xlabel="step", ylabel="loss (nats a token)")
+    apart.set(xlabel="step", ylabel="distance from the first run's loss")
+    speed.set(xlabel="step", ylabel="tokens a second")
+    for axes in (losses, apart, speed):
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: list[str]) -> int:
+    settings = read_settings(Settings, arguments, about=__doc__)
+    try:
+        runs = [read_run(path) for path in settings.runs]
+    except (SeqtrainError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    found = [difference(runs[0], other, settings.tolerance) for other in runs[1:]]
+    came, differing = figures(runs) | part_times(runs), differing_settings(runs)
+    console = open_console()
+    names = ["", *(run.name for run in runs)]
+    show_table(names, [(key, *map(cell, values)) for key, values in came.items()], console)
+    if differing:
+        show_table(["settings that differ", *names[1:]], [(key, *own) for key, own in differing.items()], console)
+    for one in found:
+        console.print(verdict(one, settings.tolerance), soft_wrap=True, highlight=False, markup=False)
+    folder = Path(settings.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "runs": settings.runs,
+        "tolerance": settings.tolerance,
+        "same": all(one.same for one in found),
+        "losses": [asdict(one) | {"loss": finite(one.loss), "grad_norm": finite(one.grad_norm)} for one in found],
+        "figures": came,
+        "settings": differing,
+    }
+    (folder / "compare_runs.json").write_text(json.dumps(content, indent=1, allow_nan=False))
+    draw(runs, folder / "compare_runs.png")
+    console.print(f"{folder / 'compare_runs.json'}, {folder / 'compare_runs.png'}", soft_wrap=True, markup=False)
+    return 0 if content["same"] else 1
+
+
+def finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,288 @@
+"""What a rank's memory holds during a step, by kind, and when it holds most."""
+
+import ctypes
+import gc
+import mmap
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from seqtrain.memory import peak_resident_bytes
+from seqtrain.profiling.parts import OTHER, Clock, Part, Timeline
+
+PARAMETERS, GRADIENTS, OPTIMIZER, BUFFERS, LOSS = "parameters", "gradients", "optimizer", "buffers", "loss"
+ACTIVATIONS, PROGRAM, WORKING = "activations", "program", "working memory"
+# Bytes from which a tensor may be a buffer that is mostly untouched, as DeepSpeed's for gradients is.
+LARGE = 2**24
+
+
+class Meter(Protocol):
+    """Bytes that a device or this process holds."""
+
+    def now(self) -> int:
+        """Bytes held at this moment."""
+
+    def peak(self) -> int:
+        """Most bytes held at one time since `reset`."""
+
+    def reset(self) -> None:
+        """Starts a new peak, at what is held now."""
+
+
+class ResidentMeter:
+    """Resident memory of this process. Where the system can't reset the peak, it is that of the whole program."""
+
+    def now(self) -> int:
+        statm = Path("/proc/self/statm")
+        if not statm.exists():
+            return peak_resident_bytes()
+        return int(statm.read_text().split()[1]) * mmap.PAGESIZE
+
+    def peak(self) -> int:
+        return peak_resident_bytes()
+
+    def reset(self) -> None:
+        return_free_memory()
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+class CudaMeter:
+    """What PyTorch has allocated on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def now(self) -> int:
+        return torch.cuda.memory_allocated(self._device)
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device)
+
+    def reset(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+
+def return_free_memory() -> None:
+    """Makes the C library give what it keeps of freed memory back to the system, so that it isn't counted as held."""
+    # Only glibc has it; another C library may keep nothing.
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_bytes_of(address: int, size: int) -> int:
+    """How much of `size` bytes at `address` is in memory: what was allocated and never written to isn't.
+
+    Where the system doesn't say, all of it.
+    """
+    page = mmap.PAGESIZE
+    first = address // page * page
+    pages = -(-(address + size - first) // page)
+    states = (ctypes.c_ubyte * pages)()
+    with suppress(AttributeError):
+        if ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(pages * page), states) == 0:
+            return min(size, page * sum(state & 1 for state in states))
+    return size
+
+
+class SavedTensors:
+    """Bytes that autograd keeps for the backward pass, by the part that was running when they were saved.
+
+    Each storage counts once, for the first part that saves it, as long as anything saved of it lives; weights, which
+    are there anyway, don't count.
+    """
+
+    def __init__(self, timeline: Timeline, model: nn.Module) -> None:
+        self.bytes: Counter[Part] = Counter()
+        self._timeline = timeline
+        self._weights = {pointer_of(weight) for weight in (*model.parameters(), *model.buffers())}
+        # By storage: how many saved tensors look at it, its bytes, and whose they are.
+        self._held: dict[int, tuple[int, int, Part]] = {}
+
+    def watching(self) -> AbstractContextManager[Any]:
+        """While open, what is saved is counted; it is let go when autograd drops it, in the context or after it."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        pointer = pointer_of(tensor)
+        if isinstance(tensor, nn.Parameter) or pointer in self._weights or tensor.numel() == 0:
+            return tensor
+        now = self._timeline.now
+        count, size, part = self._held.get(pointer, (0, storage_bytes(tensor), Part(now.kind, "", now.layer)))
+        if count == 0:
+            self.bytes[part] += size
+        self._held[pointer] = count + 1, size, part
+        return _Saved(tensor, lambda: self._drop(pointer))
+
+    def _drop(self, pointer: int) -> None:
+        count, size, part = self._held.pop(pointer)
+        if count > 1:
+            self._held[pointer] = count - 1, size, part
+        else:
+            self.bytes[part] -= size
+
+
+class _Saved:
+    """A saved tensor that says when it is let go."""
+
+    __slots__ = ("_drop", "tensor")
+
+    def __init__(self, tensor: Tensor, drop: Callable[[], None]) -> None:
+        self.tensor, self._drop = tensor, drop
+
+    def __del__(self) -> None:
+        self._drop()
+
+
+def _unpack(saved: Any) -> Tensor:
+    return saved.tensor if isinstance(saved, _Saved) else saved
+
+
+def pointer_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def storage_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's storage; on the CPU, of a large one, those that are in memory."""
+    size = tensor.untyped_storage().nbytes()
+    if size < LARGE or tensor.device.type != "cpu":
+        return size
+    return resident_bytes_of(pointer_of(tensor), size)
+
+
+def tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    """Tensors in `value` and in the lists, tuples and dicts inside it, `depth` deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item, depth - 1)
+    elif depth and isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item, depth - 1)
+
+
+def held_by_engine(engine: Any) -> dict[str, int]:
+    """Bytes of a DeepSpeed engine's tensors by kind, each storage once, for the first kind that has it.
+
+    ZeRO's flat copies of the weights in float32 are the optimizer's; what else it keeps is a gradient where it is
+    called one, else a buffer.
+    """
+    model, zero = engine.module, engine.optimizer
+    inner = zero if isinstance(zero, torch.optim.Optimizer) else zero.optimizer
+    weights = list(model.parameters())
+    own = vars(zero) if inner is not zero else {}
+    kinds = {
+        # In stage 3 a weight's values lie in its partition.
+        PARAMETERS: [*weights, *(vars(weight)["ds_tensor"] for weight in weights if "ds_tensor" in vars(weight))],
+        GRADIENTS: [
+            *(weight.grad for weight in weights if weight.grad is not None),
+            *tensors_in([value for name, value in own.items() if "grad" in name]),
+        ],
+        OPTIMIZER: [
+            *tensors_in([dict(state) for state in inner.state.values()]),
+            *tensors_in([group["params"] for group in inner.param_groups]),
+        ],
+        BUFFERS: [*model.buffers(), *tensors_in(list(own.values()))],
+    }
+    seen: set[int] = {0}
+    held = {}
+    for kind, tensors in kinds.items():
+        new = {pointer_of(tensor): storage_bytes(tensor) for tensor in tensors if pointer_of(tensor) not in seen}
+        seen |= set(new)
+        held[kind] = sum(new.values())
+    return held
+
+
+@dataclass
+class MemorySample:
+    """The most that was held while the step was in one part."""
+
+    part: Part
+    peak_bytes: int
+    # What autograd kept for the backward pass when the part began or ended, whichever is more.
+    saved_bytes: int
+
+
+@dataclass
+class MemoryReading:
+    """Memory of one rank over one step."""
+
+    # Bytes held between steps, when nothing is under way.
+    resting_bytes: int
+    peak_bytes: int
+    # Most that was held in the steps before, with what the allocator keeps of freed memory.
+    run_peak_bytes: int
+    # Where the step was when it held most.
+    peak_part: Part
+    # Bytes at that moment: PARAMETERS to BUFFERS, LOSS, ACTIVATIONS, PROGRAM, WORKING. Together the peak.
+    kinds: dict[str, int]
+    # Kept for the backward pass by layer and kind of module: at that moment, and the most of each at any.
+    layers: dict[Part, int]
+    layers_most: dict[Part, int]
+    # In the order of the step. When is not said: looking at memory takes longer than much that is looked at.
+    samples: list[MemorySample] = field(default_factory=list)
+
+
+class MemoryTimeline(Timeline):
+    """A time line that looks at the memory at every change of part."""
+
+    def __init__(self, clock: Clock, meter: Meter, engine: Any) -> None:
+        super().__init__(clock)
+        self.saved = SavedTensors(self, engine.module)
+        self._meter, self._engine = meter, engine
+        self._samples: list[MemorySample] = []
+        self._before: Counter[Part] = Counter()
+        self._peak = 0
+        self._part = self._at_peak = OTHER
+        self._kinds: dict[str, int] = {}
+        self._layers: Counter[Part] = Counter()
+        self._most: Counter[Part] = Counter()
+
+    def start(self) -> None:
+        self._run_peak = self._meter.peak()
+        gc.collect()
+        self._meter.reset()
+        self._resting = self._meter.now()
+        self._resting_kinds = held_by_engine(self._engine)
+        super().start()
+
+    def read(self) -> MemoryReading:
+        """Ends the step and gives what was seen."""
+        self.stop()
+        return MemoryReading(
+            resting_bytes=self._resting,
+            peak_bytes=self._peak,
+            run_peak_bytes=self._run_peak,
+            peak_part=self._at_peak,
+            kinds=self._by_kind(),
+            layers=dict(self._layers),
+            layers_most=dict(self._most),
+            samples=self._samples,
+        )
+
+    def _changed(self) -> None:
+        super()._changed()
+        peak, after = self._meter.peak(), Counter(self.saved.bytes)
+        # The first change is the step's beginning.
+        if len(self._parts) > 1:
+            saved = max(self._before, after, key=lambda sizes: sizes.total())
+            self._samples.append(MemorySample(self._part, peak, saved.total()))
+            self._most |= saved
+            if peak > self._peak:
+                self._peak, self._at_peak, self._layers = peak, self._part, saved
+                self._kinds = held_by_engine(self._engine)
+        self._before, self._part = after, self._parts[-1]
+        self._meter.reset()
+
+    def _by_kind(self) -> dict[str, int]:
+        loss = sum(size for part, size in self._layers.items() if part.kind == LOSS)
+        kinds = self._kinds | {LOSS: loss, ACTIVATIONS: self._layers.total() - loss}
+        program = max(0, self._resting - sum(self._resting_kinds.values()))
+        return kinds | {PROGRAM: program, WORKING: self._peak - program - sum(kinds.values())}

@@ -1,0 +1,243 @@
+"""Looks on while a rank trains: which steps are measured and how, and what every rank has measured at the end."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from seqtrain.profiling.communication import COMMUNICATION, InFlight, replaced, timed, watched_communication
+from seqtrain.profiling.memory import (
+    CudaMeter,
+    MemoryReading,
+    MemoryTimeline,
+    Meter,
+    ResidentMeter,
+)
+from seqtrain.profiling.modules import watched_model
+from seqtrain.profiling.parts import (
+    BACKWARD,
+    Clock,
+    CudaClock,
+    HostClock,
+    Part,
+    Span,
+    Timeline,
+    hidden_seconds,
+    seconds_by_part,
+)
+
+Step = Literal["warm-up", "plain", "profiled", "memory"]
+DATA, OPTIMIZER_STEP = Part("data"), Part("optimizer")
+# What the engine does with gradients beside autograd: scaling, ZeRO's buckets and partitions.
+ENGINE_GRADIENTS = Part("gradients", BACKWARD)
+# Autograd outside the modules that are parts: the graph's ends, the sums where paths meet.
+AUTOGRAD = Part("other", BACKWARD)
+# Side of the square matrices whose product the peak is measured with.
+PEAK_SIDES = {"cpu": 1024, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """The keys under `profile.`"""
+
+    # Steps that are profiled; as many are run without the profiler between them, and give the throughput.
+    steps: Annotated[int, Field(gt=0)] = 5
+    # Steps at the start that are discarded: they compile, fill caches and allocate.
+    warmup: Annotated[int, Field(ge=0)] = 2
+    # True: write trace.json, one time line a rank, for Perfetto (ui.perfetto.dev).
+    trace: bool = False
+    # Seconds for which every rank multiplies matrices to find the peak; 0: no utilisation.
+    peak: Annotated[float, Field(ge=0)] = 0.5
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run: the last one is looked at for its memory, and not timed."""
+        return self.warmup + 2 * self.steps + 1
+
+    def plan(self) -> list[Step]:
+        """What each step is for. With and without the profiler in turn, each as often the first of its pair."""
+        pairs: list[list[Step]] = [["plain", "profiled"], ["profiled", "plain"]]
+        measured = [step for number in range(self.steps) for step in pairs[number % 2]]
+        return [*["warm-up"] * self.warmup, *measured, "memory"]  # type: ignore[list-item]
+
+
+@dataclass
+class RankProfile:
+    """What one rank measured."""
+
+    rank: int
+    # Of the model.
+    vocab_size: int = 0
+    # Seconds of the steps of each kind, in order.
+    steps: dict[str, list[float]] = field(default_factory=dict)
+    # Seconds of the processor that this process used in them, all its threads together.
+    processor: dict[str, list[float]] = field(default_factory=dict)
+    # Seconds of each part in every profiled step; a part that a step did not meet has 0 there.
+    parts: dict[Part, list[float]] = field(default_factory=dict)
+    # Seconds of every profiled step in which something was in flight while the rank computed.
+    hidden: list[float] = field(default_factory=list)
+    # Seconds of each evaluation and each checkpoint.
+    phases: dict[str, list[float]] = field(default_factory=dict)
+    # Operations a second of a matrix product in the run's dtype, all ranks at once; 0: not measured.
+    peak_flops: float = 0.0
+    memory: MemoryReading | None = None
+    # Of the last profiled step, seconds from when the ranks began together: what it did, what was in flight.
+    spans: list[Span] = field(default_factory=list)
+    in_flight: list[tuple[float, float]] = field(default_factory=list)
+
+
+class Profiler:
+    """The watch of a profiled run, see `seqtrain.runtime.watch`: one on each rank, the same settings on all.
+
+    `path`: the JSON file into which the first rank writes what every rank has measured.
+    """
+
+    def __init__(self, config: ProfileConfig, path: Path) -> None:
+        self.config = config
+        self.path = path
+
+    def begin(self, training: Any) -> None:
+        self._training = training
+        device = training.ranks.device
+        self._clock, self._meter = instruments(device)
+        self._profile = RankProfile(training.ranks.rank, training.engine.module.vocab_size)
+        self._plan = iter(self.config.plan())
+        # Of the step that is under way, where that is looked into.
+        self._timeline: Timeline | None = None
+        training.ranks.gather(None)
+        if self.config.peak:
+            dtype = getattr(torch, training.config.train.dtype)
+            self._profile.peak_flops = matrix_flops(device, dtype, seconds=self.config.peak)
+        # The ranks leave this together, so that their clocks have one zero, as near as a message is fast.
+        training.ranks.gather(None)
+        [self._zero] = self._clock.seconds([self._clock.mark()])
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        if phase == "step":
+            with self._step(next(self._plan)):
+                yield
+        elif phase == "data":
+            with self._timeline.during(DATA) if self._timeline else nullcontext():
+                yield
+        else:
+            began = time.perf_counter()
+            yield
+            self._profile.phases.setdefault(phase, []).append(time.perf_counter() - began)
+
+    def end(self) -> None:
+        everyone = self._training.ranks.gather(self._profile)
+        if self._training.ranks.first:
+            self.path.write_text(json.dumps([plain_profile(profile) for profile in everyone]))
+
+    @contextmanager
+    def _step(self, kind: Step) -> Iterator[None]:
+        measured: Callable = {"profiled": self._profiled, "memory": self._memory}.get(kind, nullcontext)
+        times, used = (clock.setdefault(kind, []) for clock in (self._profile.steps, self._profile.processor))
+        with measured():
+            began, before = time.perf_counter(), time.process_time()
+            yield
+            times.append(time.perf_counter() - began)
+            used.append(time.process_time() - before)
+
+    @contextmanager
+    def _profiled(self) -> Iterator[None]:
+        timeline, in_flight = Timeline(self._clock), InFlight(self._clock)
+        with self._watching(timeline), watched_communication(timeline, in_flight):
+            timeline.start()
+            yield
+            spans = timeline.stop()
+        self._keep(spans, in_flight.intervals())
+
+    def _keep(self, spans: list[Span], in_flight: list[tuple[float, float]]) -> None:
+        profile = self._profile
+        before = len(profile.hidden)
+        for part, taken in seconds_by_part(spans).items():
+            profile.parts.setdefault(part, [0.0] * before).append(taken)
+        waits = [(span.start, span.end) for span in spans if span.part.kind == COMMUNICATION]
+        profile.hidden.append(hidden_seconds(in_flight, waits))
+        for seconds in profile.parts.values():
+            seconds.extend([0.0] * (before + 1 - len(seconds)))
+        if self.config.trace:
+            profile.spans = [Span(span.part, span.start - self._zero, span.seconds) for span in spans]
+            profile.in_flight = [(start - self._zero, end - self._zero) for start, end in in_flight]
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        timeline = MemoryTimeline(self._clock, self._meter, self._training.engine)
+        with self._watching(timeline), timeline.saved.watching():
+            timeline.start()
+            yield
+            self._profile.memory = timeline.read()
+
+    @contextmanager
+    def _watching(self, timeline: Timeline) -> Iterator[None]:
+        """While open, the time line follows the model and the engine's own calls."""
+        engine = self._training.engine
+        calls: list[tuple[Any, str, Part]] = [
+            (engine, "step", OPTIMIZER_STEP),
+            (engine, "backward", ENGINE_GRADIENTS),
+            (torch.autograd, "backward", AUTOGRAD),
+        ]
+        if "reduce_ready_partitions_and_remove_grads" in dir(engine.optimizer):
+            calls.append((engine.optimizer, "reduce_ready_partitions_and_remove_grads", ENGINE_GRADIENTS))
+        with ExitStack() as stack:
+            for owner, name, part in calls:
+                stack.enter_context(replaced(owner, name, timed(timeline, part)))
+            stack.enter_context(watched_model(engine.module, timeline))
+            self._timeline = timeline
+            yield
+            self._timeline = None
+
+
+def instruments(device: torch.device) -> tuple[Clock, Meter]:
+    """What time and memory of `device` are read from."""
+    if device.type == "cuda":
+        return CudaClock(device), CudaMeter(device)
+    return HostClock(), ResidentMeter()
+
+
+def plain_profile(profile: RankProfile) -> dict[str, Any]:
+    """A rank's measurements as values that JSON holds."""
+    memory = profile.memory
+    # Parts are keys, which JSON has no objects for.
+    values = asdict(replace(profile, parts={}, memory=None))
+    values["parts"] = [asdict(part) | {"seconds": seconds} for part, seconds in profile.parts.items()]
+    if memory:
+        layers = [
+            asdict(part) | {"bytes": memory.layers.get(part, 0), "most_bytes": most}
+            for part, most in memory.layers_most.items()
+        ]
+        values["memory"] = asdict(replace(memory, layers={}, layers_most={})) | {"layers": layers}
+        del values["memory"]["layers_most"]
+    return values
+
+
+def matrix_flops(
+    device: torch.device, dtype: torch.dtype, *, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Operations a second of the fastest of many products of square matrices, measured for `seconds`."""
+    side = PEAK_SIDES[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    times: list[float] = []
+    began = clock()
+    while len(times) < 3 or clock() - began < seconds:
+        start = clock()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(clock() - start)
+    return 2 * side**3 / min(times)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, quartiles, least and most."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": middle, "low": low, "high": high, "least": min(values), "most": max(values)}

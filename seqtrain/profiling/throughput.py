@@ -1,0 +1,318 @@
+"""Runs a few real training steps of any run and tells where time and memory go.
+
+    python tools/profile_throughput.py experiment=quickstart model.depth=4 train.sequence_length=4096
+    python tools/profile_throughput.py parallel.data=1 parallel.sequence=2 profile.trace=true
+    python tools/profile_throughput.py --multirun 'model.layers=[gla],[mamba2]' train.dtype=float32,bfloat16
+
+The keys are those of launch/pretrain.py and the group `profile` (steps, warmup, trace, peak); `--help` lists the
+groups. Steps with and without the profiler take turns after the warm-up: speed is that of the steps without, parts are
+those of the steps with it, and the difference is printed. Times are means over ranks; a rank's waiting for a slower one
+counts as communication. `output_dir` gets profile.json, pictures, report.html (one file, nothing loaded from
+elsewhere), ranks.json (what each rank measured), trace.json where asked for, and the run's own folder without its
+checkpoint.
+"""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from seqtrain.analysis.counts import count_model
+from seqtrain.config import launch, validate
+from seqtrain.errors import ConfigError
+from seqtrain.profiling import (
+    ProfileConfig,
+    Profiler,
+    StepWork,
+    by_kind,
+    read_profiles,
+    summarize,
+    trace_events,
+)
+from seqtrain.profiling.pictures import draw_layers, draw_memory, draw_parts, draw_sweep, words
+from seqtrain.report import listing, machine, open_console, picture, show_table, table, text, write_page
+from seqtrain.runtime import PretrainConfig, read_pretrain_config, run
+from seqtrain.runtime.metrics import read_lines
+from seqtrain.runtime.run_folder import RunFolder, plain
+from seqtrain.runtime.settings import segments
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One run to profile: as it was asked for, and how it is looked at."""
+
+    asked: PretrainConfig
+    settings: ProfileConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.asked.output_dir)
+
+    @property
+    def config(self) -> PretrainConfig:
+        """The run that is really made: as many steps as are looked at, and nothing written on the way."""
+        asked = self.asked
+        return dataclasses.replace(
+            asked,
+            train=dataclasses.replace(asked.train, steps=self.settings.total_steps),
+            # A run scores its model at the end; one sequence is the least.
+            evaluation=dataclasses.replace(asked.evaluation, every=0, max_tokens=asked.train.sequence_length),
+            checkpoint=dataclasses.replace(asked.checkpoint, every=0, resume="never"),
+            tracking=dataclasses.replace(asked.tracking, mode="disabled"),
+            sample=dataclasses.replace(asked.sample, tokens=0),
+            output_dir=str(self.folder / "run"),
+        )
+
+
+def read_profile(config: DictConfig) -> Profile:
+    """The checked settings of a composed config. Raises `ConfigError`."""
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    settings = validate(ProfileConfig, values.pop("profile"), prefix="profile.")
+    profile = Profile(read_pretrain_config(OmegaConf.create(values)), settings)
+    if (profile.folder / "profile.json").exists():
+        raise ConfigError(f"output_dir={profile.folder}: holds a profile already; use another output_dir")
+    return profile
+
+
+def measure(profile: Profile) -> dict[str, Any] | None:
+    """Trains with a profiler on every rank; gives the report; None where another process does, or it was stopped."""
+    config, folder = profile.config, profile.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = folder / "ranks.json"
+    summary = run(config, watch=Profiler(profile.settings, raw))
+    if not summary or summary["stopped"]:
+        return None
+    ranks, run_folder = read_profiles(raw), RunFolder(folder / "run")
+    profiled = [kind == "profiled" for kind in profile.settings.plan()]
+    records = [r for r, own in zip(read_lines(run_folder.metrics), profiled, strict=True) if own]
+    report = summarize(
+        ranks,
+        count_step(config, vocab_size=ranks[0]["vocab_size"]),
+        checkpoint_every=profile.asked.checkpoint.every,
+        step_seconds=[record["step_seconds"] for record in records],
+    )
+    checkpoints = list(run_folder.checkpoints.rglob("*"))
+    report["checkpoint"]["bytes"] = sum(path.stat().st_size for path in checkpoints if path.is_file())
+    shutil.rmtree(run_folder.checkpoints)
+    report |= {
+        "machine": machine(),
+        "parameters": summary["parameters"],
+        "profile": asdict(profile.settings),
+        "config": plain(profile.asked),
+    }
+    (folder / "profile.json").write_text(json.dumps(report, indent=1))
+    write_pictures(report, ranks, folder)
+    if profile.settings.trace:
+        (folder / "trace.json").write_text(json.dumps(trace_events(ranks)))
+    return report
+
+
+def count_step(config: PretrainConfig, *, vocab_size: int) -> StepWork:
+    """What a step of the run has to compute, all ranks together: whole sequences, documents not looked at."""
+    counts = count_model(
+        config.model,
+        config.mixer,
+        vocab_size,
+        tokens=config.train.sequence_length,
+        dtype=getattr(torch, config.train.dtype),
+        backend=config.kernels.backend,
+    )
+    rows = config.train.batch_size
+    executed = counts.executed_flops(checkpointing=config.model.activation_checkpointing)
+    if segments(config) > 1 and config.train.segment_gradients == "exact":
+        # The pass that finds the states at the boundaries between segments.
+        executed += sum(part.executed_forward for part in counts.parts if part.layer >= 0)
+    return StepWork(rows * config.train.sequence_length, rows * counts.step_flops, rows * executed)
+
+
+def describe(config: dict[str, Any]) -> str:
+    """The run in a line."""
+    model, train, parallel = config["model"], config["train"], config["parallel"]
+    again = ", activations checkpointed" if model["activation_checkpointing"] else ""
+    return (
+        f"{model['depth']} layers of {'+'.join(model['layers'])}, width {model['width']}, "
+        f"{train['batch_size']} x {train['sequence_length']} tokens a step, {train['dtype']}{again}, "
+        f"{parallel['data']} x {parallel['sequence']} ranks (data x sequence), ZeRO {parallel['zero_stage']}, "
+        f"{config['runtime']['name']}"
+    )
+
+
+def headlines(report: dict[str, Any]) -> list[str]:
+    """The figures of a profile as sentences."""
+    speed, own, warm_up = (
+        report["tokens_per_second"],
+        report["step_seconds"]["without_profiler"],
+        report["warm_up_seconds"],
+    )
+    cost, exchange, save = report["profiler_overhead"], report["communication"], report["checkpoint"]
+    often = (
+        f"{1e3 * save['seconds_a_step']:.1f} ms a step, one every {save['every']}" if save["every"] else "none asked"
+    )
+    return [
+        f"{speed['median']:,.0f} tokens/s (quartiles {speed['low']:,.0f} to {speed['high']:,.0f}), "
+        f"{1e3 * own['median']:.1f} ms a step (quartiles {1e3 * own['low']:.1f} to {1e3 * own['high']:.1f}), "
+        f"{report['parameters']:,} parameters",
+        work_line(report["flops"]),
+        f"{len(warm_up)} warm-up steps discarded: {', '.join(f'{1e3 * s:.0f} ms' for s in warm_up)}",
+        f"with the profiler steps take {cost['time']['median']:+.1%} (quartiles {cost['time']['low']:+.1%} to "
+        f"{cost['time']['high']:+.1%}), {cost['processor']['median']:+.1%} of the processor; "
+        f"its parts sum to {report['sum_of_parts']:.1%} of the steps as the run itself timed them",
+        f"communication: {1e3 * exchange['exposed_seconds']:.1f} ms exposed, "
+        f"{1e3 * exchange['hidden_seconds']:.1f} ms hidden behind computation",
+        f"a checkpoint takes {save['seconds']:.2f} s for {save['bytes'] / MIB:.1f} MiB: {often}",
+    ]
+
+
+def work_line(flops: dict[str, Any]) -> str:
+    """What a step computes, and how much of the machine that uses."""
+    work = f"{flops['model'] / 1e9:.2f} GFLOP of the model a step, {flops['executed'] / 1e9:.2f} computed"
+    if not flops["peak_a_second"]:
+        return work
+    return (
+        f"{work}; of the peak of {flops['peak_a_second'] / 1e9:.1f} GFLOP/s (matrix products on all ranks at once, in "
+        f"this run) {flops['model_utilisation']:.1%}, and {flops['executed_utilisation']:.1%}"
+    )
+
+
+TIME_COLUMNS = ("part", "forward ms", "backward ms", "ms", "share")
+MEMORY_COLUMNS = ("at the peak, MiB", "first rank", "fullest rank")
+
+
+def time_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Cells of the table of parts, the longest first, and their sum."""
+    rows = sorted(by_kind(report["parts"]), key=lambda row: -row["seconds"])
+    cells = [
+        (
+            row["part"],
+            *(f"{1e3 * row[column]:.2f}" if row[column] else "" for column in ("forward", "backward")),
+            f"{1e3 * row['seconds']:.2f}",
+            f"{row['share']:.1%}",
+        )
+        for row in rows
+    ]
+    total = sum(row["seconds"] for row in rows)
+    return [*cells, ("sum", "", "", f"{1e3 * total:.2f}", f"{report['sum_of_parts']:.1%}")]
+
+
+def memory_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Cells of the table of memory."""
+    first, fullest = report["memory"][0], max(report["memory"], key=lambda rank: rank["peak_bytes"])
+    sizes = {kind: [rank["kinds"][kind] for rank in (first, fullest)] for kind in first["kinds"]}
+    sizes["peak"] = [rank["peak_bytes"] for rank in (first, fullest)]
+    sizes["peak of the timed steps"] = [rank["run_peak_bytes"] for rank in (first, fullest)]
+    moments = [words(rank["peak_part"]) for rank in (first, fullest)]
+    return [*((kind, *(f"{size / MIB:.1f}" for size in own)) for kind, own in sizes.items()), ("peak during", *moments)]
+
+
+def write_pictures(report: dict[str, Any], ranks: list[dict[str, Any]], folder: Path) -> None:
+    """The pictures, and the page that holds them and the tables."""
+    draw_parts(report, folder / "parts.png", describe(report["config"]))
+    draw_layers(report, folder / "layers.png")
+    draw_memory(ranks, folder / "memory.png")
+    write_page(
+        folder / "report.html",
+        "Where a training step's time and memory go",
+        [
+            (describe(report["config"]), text(headlines(report))),
+            ("Time", table(TIME_COLUMNS, time_rows(report)) + picture(folder / "parts.png", "time by part")),
+            ("Layers", picture(folder / "layers.png", "time and activations by layer")),
+            ("Memory", table(MEMORY_COLUMNS, memory_rows(report)) + picture(folder / "memory.png", "memory")),
+            ("Machine", text([", ".join(f"{key} {value}" for key, value in report["machine"].items())])),
+            ("Configuration", listing(yaml.safe_dump(report["config"], sort_keys=False))),
+        ],
+    )
+
+
+SWEEP_COLUMNS = ("point", "tokens/s", "quartiles", "ms a step", "utilisation", "exposed ms", "hidden ms", "peak MiB")
+
+
+def sweep_rows(points: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, ...]]:
+    """Cells of the table over a sweep's points."""
+    rows = []
+    for label, report in points:
+        speed, used = report["tokens_per_second"], report["flops"]["model_utilisation"]
+        exchange = report["communication"]
+        rows.append(
+            (
+                label,
+                f"{speed['median']:,.0f}",
+                f"{speed['low']:,.0f} to {speed['high']:,.0f}",
+                f"{1e3 * report['step_seconds']['without_profiler']['median']:.1f}",
+                f"{used:.1%}" if used is not None else "",
+                *(f"{1e3 * exchange[key]:.1f}" for key in ("exposed_seconds", "hidden_seconds")),
+                f"{max(rank['peak_bytes'] for rank in report['memory']) / MIB:.0f}",
+            )
+        )
+    return rows
+
+
+def short(override: str) -> str:
+    """`section.key=value` without the section."""
+    key, _, value = override.partition("=")
+    return f"{key.rpartition('.')[2]}={value}"
+
+
+def collect(console: Console, folder: Path, points: list[tuple[tuple[str, ...], dict[str, Any]]]) -> None:
+    """The points of a sweep in one table, one picture, one JSON and one page; named by the overrides that differ."""
+    common = set.intersection(*(set(overrides) for overrides, _ in points))
+    named = [
+        (" ".join(short(word) for word in overrides if word not in common) or "alike", report)
+        for overrides, report in points
+    ]
+    rows = sweep_rows(named)
+    show_table(SWEEP_COLUMNS, rows, console)
+    content = [
+        {"point": label, "overrides": list(given)} | r for (label, r), (given, _) in zip(named, points, strict=True)
+    ]
+    (folder / "sweep.json").write_text(json.dumps(content, indent=1))
+    draw_sweep([label for label, _ in named], [report for _, report in named], folder / "sweep.png")
+    about = [describe(report["config"]) for _, report in named]
+    write_page(
+        folder / "sweep.html",
+        "Training steps compared",
+        [
+            ("Points", table(SWEEP_COLUMNS, rows) + picture(folder / "sweep.png", "throughput, time, memory")),
+            ("Runs", text(f"{label}: {line}" for (label, _), line in zip(named, about, strict=True))),
+            ("Machine", text([", ".join(f"{key} {value}" for key, value in named[0][1]["machine"].items())])),
+        ],
+    )
+    console.print(f"{folder / 'sweep.html'}, sweep.png, sweep.json", soft_wrap=True, markup=False)
+
+
+def main(arguments: list[str]) -> int:
+    console = open_console()
+    points: list[tuple[tuple[str, ...], dict[str, Any]]] = []
+    sweep: list[Path] = []
+
+    def start(profile: Profile) -> int:
+        report = measure(profile)
+        if report is None:
+            return 0
+        console.print(describe(report["config"]), highlight=False, markup=False)
+        for line in headlines(report):
+            console.print(line, highlight=False, markup=False)
+        show_table(TIME_COLUMNS, time_rows(report), console)
+        show_table(MEMORY_COLUMNS, memory_rows(report), console)
+        console.print(
+            f"{profile.folder / 'report.html'}, profile.json, parts.png, layers.png, memory.png", soft_wrap=True
+        )
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            points.append((tuple(HydraConfig.get().overrides.task), report))
+            sweep.append(profile.folder.parent)
+        return 0
+
+    status = launch("profile_throughput", read_profile, start)
+    if points:
+        collect(console, sweep[0], points)
+    return status

@@ -1,0 +1,94 @@
+"""tools/run_fidelity.py: rows that train nothing end to end; tables, pictures and mistakes."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.fidelity import Axes, Bounds, Curve, Figure, Row
+from experiments.fidelity import run as tool
+from seqtrain.errors import ConfigError
+
+TOOL = Path(__file__).parents[3] / "tools" / "run_fidelity.py"
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=200)
+
+
+def a_row(name="mine"):
+    axes = Axes("step", "accuracy")
+    return Row(name, "it works (arXiv 1)", "by trying", axes, lambda effort: iter(()), settings={"width": 8})
+
+
+CURVES = (Curve("c", (1, 2), (0.1, 0.9)),)
+FIGURES = (
+    Figure(
+        "good", (0.9, 1.0), Bounds(at_least=0.9), 0.5, 16, (10, 12), (1.0, 3.0), 7, 8, (Curve("c", (1, 2), (0.1, 0.9)),)
+    ),
+    Figure("bad", (0.2,), Bounds(at_least=0.9)),
+    Figure("seen", (0.3,)),
+)
+
+
+@pytest.fixture(scope="module")
+def two_rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fidelity")
+    done = run("rows=[entropy,query_gradient]", "seeds=[0,1]", "jobs=2", f"output_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    return done.stdout, folder
+
+
+def test_only_the_rows_asked_for_are_measured(two_rows):
+    printed, folder = two_rows
+    report = json.loads((folder / "fidelity.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["query_gradient", "entropy"]
+    assert all(len(figure["values"]) == 2 for row in report["rows"] for figure in row["figures"])
+    assert {file.name for file in folder.glob("*.png")} == {"query_gradient.png", "entropy.png"}
+    assert "seeds [0, 1]" in printed
+    assert printed.count(" holds ") == 4
+    assert (folder / "fidelity.md").read_text() in printed
+
+
+def test_a_figure_stands_beside_its_claim():
+    result = tool.Result(a_row(), list(FIGURES), 1.0)
+    good, bad, seen = (tool.cells(result, figure) for figure in FIGURES)
+    assert good == ["mine", "good", "0.95 ± 0.071", "0.9 1", ">= 0.9", "holds", "0.5", "16", "10-12", "2", "7", "8"]
+    assert bad[4:7] == [">= 0.9", "DOES NOT HOLD", ""]
+    assert seen[4:6] == ["", ""]
+    text = tool.markdown("machine", [result])
+    assert "**mine**" in text
+    assert "Claim: it works (arXiv 1).\nby trying\nSettings: width 8\n" in text
+
+
+def test_numbers_that_are_not_finite_become_null():
+    result = tool.Result(a_row(), [Figure("x", (math.nan,))], 1.0)
+    stored = tool.as_json(result)
+    assert stored["settings"] == {"width": "8"}
+    assert stored["figures"][0]["values"] == [None]
+    assert stored["figures"][0]["bounds"] == {"at_least": None, "at_most": None}
+    json.dumps(stored, allow_nan=False)
+
+
+def test_rows_keep_the_order_of_the_table():
+    table = {"a": a_row("a"), "b": a_row("b"), "c": a_row("c")}
+    assert [row.name for row in tool.chosen_rows(["c", "a"], table)] == ["a", "c"]
+    assert len(tool.chosen_rows([], table)) == 3
+    with pytest.raises(ConfigError, match="rows= 'bb' is unknown"):
+        tool.chosen_rows(["bb"], table)
+
+
+def test_a_picture_is_drawn_of_any_figures(tmp_path):
+    result = tool.Result(a_row(), list(FIGURES), 1.0)
+    tool.draw(result, tmp_path / "row.png")
+    assert (tmp_path / "row.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unknown_row_ends_it_in_one_line():
+    done = run("rows=[recal]")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [done.stderr.strip()]
+    assert "rows= 'recal' is unknown; did you mean 'recall'?" in done.stderr

@@ -1,0 +1,158 @@
+"""The interaction operator against cases whose rank, reach and blocks are known."""
+
+import math
+
+import pytest
+import torch
+
+from experiments.interaction.operator import (
+    Interaction,
+    interaction,
+    interaction_rank,
+    mixing_blocks,
+    whole_blocks,
+)
+from seqtrain.mixers import MIXERS, LayerShape
+
+WIDTH, TOKENS = 8, 12
+
+
+def build(name: str, heads: int = 1, width: int = WIDTH, **fields):
+    torch.manual_seed(0)
+    return MIXERS.get(name)(MIXERS.get(name).Config(**fields), LayerShape(width, heads)).double()
+
+
+def row(tokens: int = TOKENS, width: int = WIDTH):
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("attention", {}),
+        ("linear_attention", {}),
+        ("retnet", {}),
+        ("gla", {}),
+        ("delta_net", {"conv_width": 0}),
+        # Two operators, of which the second only takes a mean; and softmax within blocks of tokens.
+        ("mala", {"conv_width": 0}),
+        ("trans_normer", {"diag_share": 1.0, "block": 6}),
+        ("streaming_attention", {"window": 4, "sinks": 2}),
+    ],
+)
+def test_mixers_of_scalar_weights_have_a_rank_of_their_heads(name, fields, heads):
+    assert interaction(build(name, heads, **fields), row()).rank == heads
+
+
+def test_memory_and_window_of_a_converted_layer_are_both_measured():
+    mixer, x = build("linearized_attention", window=4, sinks=2, memory="gla"), row()
+    memory, both = mixing_blocks(mixer, x)
+    # The memory's first tokens are those that have left the window and are no sinks.
+    assert bool((memory[:6] == 0).all())
+    assert bool((memory[7, 2] != 0).any())
+    assert bool((both.diagonal().abs().sum((0, 1)) > 0).all())
+
+
+def linear_ssm(decays: list[float], frequencies: list[float]):
+    """S5 with these eigenvalues, steps of one token."""
+    mixer = build("s5", width=2 * len(decays), blocks=1)
+    with torch.no_grad():
+        mixer.decay_log.copy_(torch.tensor(decays, dtype=torch.float64).log())
+        mixer.frequency.copy_(torch.tensor(frequencies, dtype=torch.float64))
+        mixer.step_log.zero_()
+    return mixer
+
+
+@pytest.mark.parametrize(
+    ("decays", "frequencies", "rank"),
+    [
+        # So many different real decays, so many heads; equal ones share a head.
+        ([0.1, 0.5, 1.5], [0.0, 0.0, 0.0], 3),
+        ([0.1, 0.5, 0.5], [0.0, 0.0, 0.0], 2),
+        ([0.5, 0.5, 0.5], [0.0, 0.0, 0.0], 1),
+        # A state that turns stands for two: itself and its conjugate.
+        ([0.1, 0.1, 0.3], [0.4, 1.1, 2.0], 6),
+        ([0.1, 0.3, 0.3], [0.4, 2.0, 2.0], 4),
+    ],
+)
+def test_a_linear_ssm_needs_a_head_for_every_different_eigenvalue(decays, frequencies, rank):
+    mixer = linear_ssm(decays, frequencies)
+    assert interaction(mixer, row(16, mixer.shape.width)).rank == rank
+
+
+def test_the_rank_is_at_most_the_number_of_distances():
+    mixer = linear_ssm([0.1, 0.5, 1.5], [0.0, 0.0, 0.0])
+    assert interaction(mixer, row(2, 6)).rank == 2
+
+
+def test_blocks_of_attention_times_the_input_give_its_output():
+    mixer, x = build("attention", heads=2), row()
+    [blocks] = mixing_blocks(mixer, x)
+    assert blocks.shape == (TOKENS, TOKENS, WIDTH, WIDTH)
+    rebuilt = mixer.out(torch.einsum("ijod,jd->io", blocks, x))
+    torch.testing.assert_close(rebuilt, mixer(x[None])[0][0], rtol=1e-10, atol=1e-12)
+
+
+def test_blocks_of_an_ssm_depend_on_the_distance_alone():
+    [blocks] = mixing_blocks(linear_ssm([0.1, 0.5, 1.5], [0.3, 0.7, 2.0]), row(width=6))
+    for distance in range(TOKENS):
+        lag = blocks.diagonal(-distance).movedim(-1, 0)
+        torch.testing.assert_close(lag, lag[:1].expand_as(lag), rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("measure", [lambda *x: mixing_blocks(*x)[0], whole_blocks], ids=["mixing", "whole"])
+@pytest.mark.parametrize("name", ["gated_delta_net", "mamba2", "tensor_attention", "s5"])
+def test_no_block_reaches_back_from_the_future(measure, name):
+    blocks = measure(build(name, blocks=1) if name == "s5" else build(name), row())
+    assert bool((blocks[torch.triu_indices(TOKENS, TOKENS, 1).unbind()] == 0).all())
+    assert bool((blocks.diagonal().abs().sum((0, 1)) > 0).all())
+
+
+def test_the_whole_jacobian_is_the_derivative():
+    mixer, x = build("gated_delta_net", heads=2), row()
+    toward, step = torch.randn_like(x), 1e-5
+    with torch.no_grad():
+        ahead, behind = (mixer((x + sign * step * toward)[None])[0][0] for sign in (1, -1))
+    found = torch.einsum("ijod,jd->io", whole_blocks(mixer, x), toward)
+    torch.testing.assert_close(found, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_a_decaying_layer_reach_as_far_as_it_decays():
+    short = interaction(linear_ssm([1.0] * 4, [0.0] * 4), row(24)).reach
+    assert short[11] / short[1] == pytest.approx(math.exp(-10), rel=0.5)
+    attention = interaction(build("attention"), row(24)).reach
+    assert attention[11] / attention[1] > 0.1
+
+
+def test_half_distance_is_where_the_reach_has_halved():
+    assert Interaction(1, 1, 1, (1.0,), (5.0, 1.0, 0.6, 0.4)).half_distance == 3
+    assert Interaction(1, 1, 1, (1.0,), (5.0, 1.0, 0.6, 0.6)).half_distance == math.inf
+
+
+def test_rank_counts_directions_above_the_tolerance():
+    blocks = torch.zeros(3, 3, 2, 2, dtype=torch.float64)
+    blocks[0, 0, 0, 0], blocks[1, 0, 0, 1], blocks[2, 2, 1, 1] = 1e-3, 5e-5, 1e-10
+    assert interaction_rank(blocks, tolerance=1e-9)[:2] == (3, 1)
+    assert interaction_rank(blocks, tolerance=1e-2)[:2] == (2, 1)
+
+
+def test_the_mixer_is_left_as_it_was():
+    mixer = build("delta_net").float()
+    before = {name: weight.clone() for name, weight in mixer.state_dict().items()}
+    interaction(mixer, row())
+    for name, weight in mixer.state_dict().items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, before[name])
+    assert all(weight.grad is None for weight in mixer.parameters())
+
+
+def test_an_operator_whose_values_are_unknown_is_named():
+    mixer = build("attention")
+
+    def unknown(*tensors, **options):
+        raise AssertionError("not reached")
+
+    mixer.forward = lambda x, state=None, *, sequence: sequence.run(unknown, x)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"^interaction: unknown isn't known to be linear in values it is given$"):
+        mixing_blocks(mixer, row())

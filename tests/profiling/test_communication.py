@@ -1,0 +1,86 @@
+"""Waits for other ranks are told apart from work, and what is replaced is put back."""
+
+import threading
+from contextlib import suppress
+from types import SimpleNamespace
+
+import deepspeed.comm
+import torch
+import torch.distributed as dist
+
+from seqtrain.parallel import all_scan
+from seqtrain.parallel.engine import Job
+from seqtrain.parallel.testing import run_ranks
+from seqtrain.profiling.communication import (
+    COLLECTIVE,
+    SCAN,
+    InFlight,
+    replaced,
+    timed,
+    watched_communication,
+)
+from seqtrain.profiling.parts import OTHER, HostClock, Timeline, seconds_by_part
+from tests.profiling.profiling_cases import CountingClock
+
+# Forked ranks need it: a thread pool that exists before the fork is dead after it.
+torch.set_num_threads(1)
+
+
+class Counted:
+    def work(self):
+        return "done"
+
+
+def test_a_name_is_what_it_was_afterwards():
+    one = Counted()
+    with suppress(ZeroDivisionError), replaced(one, "work", lambda function: lambda: function() + "!"):
+        assert one.work() == "done!"
+        assert Counted().work() == "done"
+        raise ZeroDivisionError
+    assert one.work() == "done"
+    assert vars(one) == {}
+    own = vars(Counted)["work"]
+    with replaced(Counted, "work", lambda function: lambda self: "other"):
+        assert one.work() == "other"
+    assert vars(Counted)["work"] is own
+
+
+def test_calls_on_other_threads_are_not_this_threads_time():
+    timeline = Timeline(CountingClock())
+    timeline.start()
+    call = timed(timeline, SCAN)(lambda: timeline.now)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    thread.join()
+    assert found == [OTHER]
+    assert call() == SCAN
+
+
+def watched_step(rank):
+    """A collective, one that is waited for later, and a scan, watched; then what was seen, and whether it is undone."""
+    deepspeed.comm.comm.cdb = SimpleNamespace(all_gather_function=print, reduce_scatter_function=print)
+    timeline = Timeline(HostClock())
+    in_flight = InFlight(timeline.clock)
+    originals = dist.all_reduce, Job.run, Job.result
+    one = torch.ones(3)
+    with watched_communication(timeline, in_flight):
+        timeline.start()
+        dist.all_reduce(one)
+        work = dist.all_reduce(one, async_op=True)
+        assert timeline.now == OTHER
+        work.wait()
+        state, _ = all_scan(None, torch.full((1, 1, 2, 2), 5.0), group=dist.group.WORLD, algorithm="tree")
+        spans = timeline.stop()
+    undone = originals == (dist.all_reduce, Job.run, Job.result)
+    return one[0].item(), state[0, 0, 0, 0].item(), seconds_by_part(spans), len(in_flight.intervals()), undone
+
+
+def test_ranks_that_wait_for_each_other_say_so():
+    for rank, (reduced, state, parts, messages, undone) in enumerate(run_ranks(2, watched_step)):
+        assert (reduced, state) == (4.0, 5.0 * rank)
+        assert set(parts) == {OTHER, COLLECTIVE, SCAN}
+        assert all(seconds > 0 for seconds in parts.values())
+        # The collective that was waited for later, and the scan.
+        assert messages == 2
+        assert undone

@@ -1,0 +1,107 @@
+"""tools/compare_runs.py: same losses or not is its exit status; figures and settings that differ are its table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from seqtrain.profiling.compare_runs import main
+
+TOOL = Path(__file__).parents[2] / "tools" / "compare_runs.py"
+
+
+@pytest.fixture
+def compare(capsys):
+    """Runs the command in this process: exit status, and what it printed."""
+
+    def call(*arguments):
+        return main(list(arguments)), capsys.readouterr().out
+
+    return call
+
+
+def write_run(folder, losses, *, lr=0.001, speed=100.0):
+    folder.mkdir(parents=True)
+    config = {"optimizer": {"lr": lr, "betas": [0.9, 0.95]}, "seed": 0, "output_dir": str(folder)}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    records = [
+        {"step": step, "loss": loss, "grad_norm": 1.0, "tokens_per_second": speed if step > 1 else 1.0}
+        for step, loss in enumerate(losses, 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "summary.json").write_text(json.dumps({"peak_memory_bytes": 3 * 2**20, "held_out_bits_per_byte": 2.5}))
+    return folder
+
+
+def write_profile(folder, losses):
+    write_run(folder / "run", losses)
+    parts = [
+        {"kind": "gla", "phase": phase, "layer": 0, "seconds": 0.25, "share": 0.5} for phase in ("forward", "backward")
+    ]
+    report = {
+        "tokens_per_second": {"median": 400.0},
+        "memory": [{"peak_bytes": 2**20}, {"peak_bytes": 5 * 2**20}],
+        "parts": parts,
+        "config": {"optimizer": {"lr": 0.001, "betas": [0.9, 0.95]}, "seed": 1},
+    }
+    (folder / "profile.json").write_text(json.dumps(report))
+    return folder
+
+
+def test_the_same_losses_bit_for_bit(compare, tmp_path):
+    first, second = (
+        write_run(tmp_path / name, [3.0, 0.1 + 0.2, None], speed=speed) for name, speed in (("a", 100.0), ("b", 150.0))
+    )
+    status, printed = compare(f"runs=[{first},{second}]", f"output_dir={tmp_path / 'out'}")
+    assert status == 0, printed
+    assert "the same losses at all 3 steps, bit for bit" in printed
+    report = json.loads((tmp_path / "out" / "compare_runs.json").read_text())
+    assert report["same"]
+    assert report["settings"] == {}
+    assert report["losses"][0]["loss"] == report["losses"][0]["first_step"] == 0
+    figures = report["figures"]
+    # Without the first step, which warms up.
+    assert figures["tokens/s"] == [100.0, 150.0]
+    assert figures["tokens/s over the first's"] == [1.0, 1.5]
+    assert figures["peak MiB of a rank"] == [3.0, 3.0]
+    assert figures["steps"] == [3, 3]
+    assert (tmp_path / "out" / "compare_runs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tolerance_decides_and_the_first_step_is_named(compare, tmp_path):
+    first = write_run(tmp_path / "a", [3.0, 2.0, 1.0])
+    near, short = (
+        write_profile(tmp_path / "near", [3.0, 2.0 + 1e-6, 1.5]),
+        write_run(tmp_path / "c", [3.0, 2.0], lr=0.01),
+    )
+    status, printed = compare(f"runs=[{first},{near},{short}]", "tolerance=1e-5", f"output_dir={tmp_path / 'out'}")
+    assert status == 1
+    assert "at most 0.5 apart over 3 steps, differing first at step 3" in printed
+    assert "1 steps are in one run only" in printed
+    report = json.loads((tmp_path / "out" / "compare_runs.json").read_text())
+    assert [one["same"] for one in report["losses"]] == [False, False]
+    assert [one["first_step"] for one in report["losses"]] == [3, 0]
+    # A profile tells of itself, and has a run inside.
+    assert report["figures"]["tokens/s"] == [100.0, 400.0, 100.0]
+    assert report["figures"]["peak MiB of a rank"] == [3.0, 5.0, 3.0]
+    assert report["figures"]["ms of gla"] == [None, 500.0, None]
+    assert report["settings"] == {"optimizer.lr": ["0.001", "0.001", "0.01"], "seed": ["0", "1", "0"]}
+
+
+def test_a_loss_that_was_not_finite_differs_from_a_number(compare, tmp_path):
+    first, second = (write_run(tmp_path / name, [3.0, last]) for name, last in (("a", None), ("b", 2.0)))
+    status, _ = compare(f"runs=[{first},{second}]", "tolerance=1000", f"output_dir={tmp_path / 'out'}")
+    assert status == 1
+    assert json.loads((tmp_path / "out" / "compare_runs.json").read_text())["losses"][0]["first_step"] == 2
+
+
+def test_a_folder_without_a_run_is_one_line(tmp_path):
+    first = write_run(tmp_path / "a", [3.0])
+    arguments = [sys.executable, str(TOOL), f"runs=[{first},{tmp_path / 'none'}]"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "none: no such run" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,108 @@
+"""tools/profile_throughput.py on a tiny run: its files, its columns, a sweep."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from seqtrain.profiling import read_profiles
+from tests.runtime.runtime_cases import write_text
+
+TOOL = Path(__file__).parents[2] / "tools" / "profile_throughput.py"
+KINDS = {"parameters", "gradients", "optimizer", "buffers", "loss", "activations", "program", "working memory"}
+
+
+def profile(*arguments):
+    return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    root = tmp_path_factory.mktemp("profile")
+    text = write_text(root / "text")
+    tiny = ("model.depth=2", "model.width=16", "model.heads=2", "train.sequence_length=32", "train.batch_size=2")
+    here = ("runtime=inline", "runtime.cpus_per_worker=1", "parallel.data=1", "data=text", f"data.path={text}")
+    done = profile(
+        "--multirun", "model.layers=[gla],[attention]", *tiny, *here, f"data.cache_dir={root / 'cache'}",
+        "profile.steps=2", "profile.warmup=1", "profile.peak=0.01", "profile.trace=true", f"output_dir={root / 'out'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, root / "out"
+
+
+def test_a_point_leaves_its_report(sweep):
+    _, out = sweep
+    folder = out / "0"
+    names = {"profile.json", "ranks.json", "report.html", "trace.json", "run", "parts.png", "layers.png", "memory.png"}
+    assert {path.name for path in folder.iterdir()} == names
+    for picture in folder.glob("*.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert not (folder / "run" / "checkpoints").exists()
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page), "nothing is loaded from elsewhere"
+
+
+def test_the_parts_are_those_of_the_model_and_sum_to_the_steps(sweep):
+    _, out = sweep
+    report = json.loads((out / "0" / "profile.json").read_text())
+    found = {(row["kind"], row["phase"]) for row in report["parts"]}
+    both = {
+        (kind, phase)
+        for kind in ("gla", "mlp", "norm, residual", "embedding", "loss")
+        for phase in ("forward", "backward")
+    }
+    alone = {("data", ""), ("optimizer", ""), ("gradients", "backward"), ("communication", "collective")}
+    assert found == both | alone | {("other", ""), ("other", "backward")}
+    # By construction: every moment of a step is in one part.
+    for rank in read_profiles(out / "0" / "ranks.json"):
+        for index, step in enumerate(rank["steps"]["profiled"]):
+            assert sum(part["seconds"][index] for part in rank["parts"]) == pytest.approx(step, abs=0.005)
+    assert {row["layer"] for row in report["layers"] if row["kind"] == "gla"} == {0, 1}
+    assert len(report["warm_up_seconds"]) == 1
+    assert report["tokens_a_step"] == 2 * 32
+    assert report["flops"]["executed"] > report["flops"]["model"] > 0
+    assert report["flops"]["model_utilisation"] > 0
+    assert report["checkpoint"]["bytes"] > 0
+
+
+def test_memory_has_its_kinds_and_its_moment(sweep):
+    _, out = sweep
+    [memory] = json.loads((out / "1" / "profile.json").read_text())["memory"]
+    assert set(memory["kinds"]) == KINDS
+    assert sum(memory["kinds"].values()) == memory["peak_bytes"]
+    assert memory["kinds"]["parameters"] == 4 * json.loads((out / "1" / "profile.json").read_text())["parameters"]
+    assert {row["layer"] for row in memory["layers"] if row["kind"] == "attention"} == {0, 1}
+    assert memory["peak_part"]["kind"]
+
+
+def test_the_trace_is_one_perfetto_reads(sweep):
+    _, out = sweep
+    events = json.loads((out / "0" / "trace.json").read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X" and event["tid"] == 0]
+    assert {"gla forward", "gla backward", "optimizer", "data"} <= {event["name"] for event in spans}
+    ends = [event["ts"] + event["dur"] for event in spans]
+    assert ends[:-1] == pytest.approx([event["ts"] for event in spans[1:]])
+
+
+def test_a_sweep_is_one_table_and_one_picture(sweep):
+    printed, out = sweep
+    assert {path.name for path in out.iterdir()} >= {"0", "1", "sweep.json", "sweep.html", "sweep.png"}
+    assert "tokens/s" in printed
+    assert [row["point"] for row in json.loads((out / "sweep.json").read_text())] == [
+        "layers=[gla]",
+        "layers=[attention]",
+    ]
+    assert "layers=[attention]" in printed.split("utilisation")[-1]
+    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_with_a_profile_is_left_alone(tmp_path):
+    (tmp_path / "profile.json").write_text("{}")
+    done = profile(f"output_dir={tmp_path}")
+    assert done.returncode == 2
+    assert "holds a profile already" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
