@@ -84,7 +84,9 @@ def limit_source(dtype: torch.dtype) -> str:
 @cache
 def _packs(dtype: torch.dtype) -> bool:
     address = _address(_COULD_PACK)
-    return dtype != torch.float32 and bool(ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_int8)(address)(_NUMBERS[dtype]))
+    if dtype == torch.float32 or not address:
+        return False
+    return bool(ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_int8)(address)(_NUMBERS[dtype]))
 
 
 @cache

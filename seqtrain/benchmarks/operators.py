@@ -157,7 +157,8 @@ def compare(settings: Settings, show: Callable[[str], None]) -> tuple[list[dict]
 
 
 def _compare_at(shape: Shape, settings: Settings) -> tuple[list[dict], dict[str, str]]:
-    inputs, operators = make_inputs(shape), list(settings.operators)
+    inputs = make_inputs(shape)
+    operators: list[str] = [*settings.operators]
     own = ours(shape, inputs, operators, settings.backend, "")
     beside = [ours(shape, inputs, operators, name, f" {name}") for name in settings.beside]
     theirs, missing = rivals(shape, inputs, operators)
@@ -266,11 +267,11 @@ def main(arguments: list[str]) -> int:
     about = machine(settings.device)
     about |= {package: version(package) for package in ("transformers", "flash-linear-attention", "flash-attn")}
     title = ", ".join(f"{key} {value}" for key, value in about.items())
-    sources = {name: limit_source(getattr(torch, name)) for name in settings.dtype} if settings.limit else {}
+    sources = {dtype: limit_source(getattr(torch, dtype)) for dtype in settings.dtype} if settings.limit else {}
     print(title)
     print(f"tensor attention K={settings.tensor_key_width}, window {settings.window}; ± is half the quartile distance")
-    for name, source in sources.items():
-        print(f"gemm_limit of {name} by {source}")
+    for dtype, source in sources.items():
+        print(f"gemm_limit of {dtype} by {source}")
     rows, missing = compare(settings, lambda line: print(line, flush=True))
     for name, reason in missing.items():
         print(f"skipped {name}: {reason}")

@@ -23,7 +23,7 @@ from pydantic import Field
 from seqtrain.config import read_settings
 from seqtrain.errors import ConfigError, SeqtrainError
 from seqtrain.profiling import by_kind
-from seqtrain.report import open_console, show_table
+from seqtrain.report import show_table
 from seqtrain.runtime.metrics import Record, read_lines
 from seqtrain.runtime.report import WARM_UP_STEPS
 from seqtrain.runtime.run_folder import RunFolder
@@ -232,13 +232,12 @@ def main(arguments: list[str]) -> int:
         return 2
     found = [difference(runs[0], other, settings.tolerance) for other in runs[1:]]
     came, differing = figures(runs) | part_times(runs), differing_settings(runs)
-    console = open_console()
     names = ["", *(run.name for run in runs)]
-    show_table(names, [(key, *map(cell, values)) for key, values in came.items()], console)
+    show_table(names, [(key, *map(cell, values)) for key, values in came.items()])
     if differing:
-        show_table(["settings that differ", *names[1:]], [(key, *own) for key, own in differing.items()], console)
+        show_table(["settings that differ", *names[1:]], [(key, *own) for key, own in differing.items()])
     for one in found:
-        console.print(verdict(one, settings.tolerance), soft_wrap=True, highlight=False, markup=False)
+        print(verdict(one, settings.tolerance))
     folder = Path(settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     content = {
@@ -251,7 +250,7 @@ def main(arguments: list[str]) -> int:
     }
     (folder / "compare_runs.json").write_text(json.dumps(content, indent=1, allow_nan=False))
     draw(runs, folder / "compare_runs.png")
-    console.print(f"{folder / 'compare_runs.json'}, {folder / 'compare_runs.png'}", soft_wrap=True, markup=False)
+    print(f"{folder / 'compare_runs.json'}, {folder / 'compare_runs.png'}")
     return 0 if content["same"] else 1
 
 

@@ -24,7 +24,6 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from seqtrain.analysis.counts import count_model
 from seqtrain.config import launch, validate
@@ -39,7 +38,7 @@ from seqtrain.profiling import (
     trace_events,
 )
 from seqtrain.profiling.pictures import draw_layers, draw_memory, draw_parts, draw_sweep, words
-from seqtrain.report import listing, machine, open_console, picture, show_table, table, text, write_page
+from seqtrain.report import listing, machine, picture, show_table, table, text, write_page
 from seqtrain.runtime import PretrainConfig, read_pretrain_config, run
 from seqtrain.runtime.metrics import read_lines
 from seqtrain.runtime.run_folder import RunFolder, plain
@@ -263,7 +262,7 @@ def short(override: str) -> str:
     return f"{key.rpartition('.')[2]}={value}"
 
 
-def collect(console: Console, folder: Path, points: list[tuple[tuple[str, ...], dict[str, Any]]]) -> None:
+def collect(folder: Path, points: list[tuple[tuple[str, ...], dict[str, Any]]]) -> None:
     """The points of a sweep in one table, one picture, one JSON and one page; named by the overrides that differ."""
     common = set.intersection(*(set(overrides) for overrides, _ in points))
     named = [
@@ -271,7 +270,7 @@ def collect(console: Console, folder: Path, points: list[tuple[tuple[str, ...], 
         for overrides, report in points
     ]
     rows = sweep_rows(named)
-    show_table(SWEEP_COLUMNS, rows, console)
+    show_table(SWEEP_COLUMNS, rows)
     content = [
         {"point": label, "overrides": list(given)} | r for (label, r), (given, _) in zip(named, points, strict=True)
     ]
@@ -287,11 +286,10 @@ def collect(console: Console, folder: Path, points: list[tuple[tuple[str, ...], 
             ("Machine", text([", ".join(f"{key} {value}" for key, value in named[0][1]["machine"].items())])),
         ],
     )
-    console.print(f"{folder / 'sweep.html'}, sweep.png, sweep.json", soft_wrap=True, markup=False)
+    print(f"{folder / 'sweep.html'}, sweep.png, sweep.json")
 
 
 def main(arguments: list[str]) -> int:
-    console = open_console()
     points: list[tuple[tuple[str, ...], dict[str, Any]]] = []
     sweep: list[Path] = []
 
@@ -299,14 +297,10 @@ def main(arguments: list[str]) -> int:
         report = measure(profile)
         if report is None:
             return 0
-        console.print(describe(report["config"]), highlight=False, markup=False)
-        for line in headlines(report):
-            console.print(line, highlight=False, markup=False)
-        show_table(TIME_COLUMNS, time_rows(report), console)
-        show_table(MEMORY_COLUMNS, memory_rows(report), console)
-        console.print(
-            f"{profile.folder / 'report.html'}, profile.json, parts.png, layers.png, memory.png", soft_wrap=True
-        )
+        print("\n".join([describe(report["config"]), *headlines(report)]))
+        show_table(TIME_COLUMNS, time_rows(report))
+        show_table(MEMORY_COLUMNS, memory_rows(report))
+        print(f"{profile.folder / 'report.html'}, profile.json, parts.png, layers.png, memory.png")
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             points.append((tuple(HydraConfig.get().overrides.task), report))
             sweep.append(profile.folder.parent)
@@ -314,5 +308,5 @@ def main(arguments: list[str]) -> int:
 
     status = launch("profile_throughput", read_profile, start)
     if points:
-        collect(console, sweep[0], points)
+        collect(sweep[0], points)
     return status
