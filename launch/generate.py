@@ -1,40 +1,8 @@
 """Continues a prompt with a trained model: `python launch/generate.py run=FOLDER prompt=TEXT [key=value ...]`."""
 
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
-from omegaconf import DictConfig, OmegaConf
-
-from seqtrain.config import launch, validate
-from seqtrain.errors import ConfigError
-from seqtrain.runtime.sample import Continuation, continue_text, open_run
-
-
-@dataclass(frozen=True)
-class GenerateConfig(Continuation):
-    """What launch/generate.py can be told."""
-
-    # output_dir of the run.
-    run: str = ""
-    # Implementation of the operators.
-    backend: Literal["auto", "reference", "chunked", "triton", "native"] = "auto"
-
-
-def read(config: DictConfig) -> GenerateConfig:
-    typed = validate(GenerateConfig, OmegaConf.to_container(config))  # type: ignore[arg-type]
-    if not typed.run:
-        raise ConfigError("run: is required; name the output_dir of a run, as in run=runs/2026-01-31/12-00-00")
-    return typed
-
-
-def write(config: GenerateConfig) -> int:
-    """Prints the text."""
-    _, model, tokenizer = open_run(Path(config.run))
-    print(continue_text(model, tokenizer, config, backend=config.backend))
-    return 0
-
+from seqtrain.cli import run
 
 if __name__ == "__main__":
-    sys.exit(launch("generate", read, write))
+    sys.exit(run("generate", sys.argv[1:]))

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import hydra
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
+from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -27,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from seqtrain.errors import ConfigError, SeqtrainError, unknown_name
+from seqtrain.errors import ConfigError, SeqtrainError, exit_status, unknown_name
 
 T = TypeVar("T")
 
@@ -121,30 +120,6 @@ def _explain_key(key: str, name: str, overrides: Sequence[str]) -> str:
     return unknown_name("config key", known + part, [known + child for child in children])
 
 
-def launch(name: str, read: Callable[[DictConfig], T], run: Callable[[T], int]) -> int:
-    """The body of a program in launch/: reads the command line as Hydra does and returns the exit status.
-
-    `name`: the primary config in conf/. `read` gives the typed config and raises `ConfigError`; it is called for every
-    point of a sweep before the first one starts. `run` does the work. Each point of a sweep has its own `output_dir`,
-    below the one given. A `SeqtrainError` is printed as one line, status 2.
-    """
-    statuses = [0]
-
-    def job(config: DictConfig) -> None:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            config.output_dir = HydraConfig.get().runtime.output_dir
-        statuses.append(_status(lambda: run(read(config))))
-
-    def check_and_start() -> int:
-        arguments = get_args_parser().parse_args()
-        for overrides in _points(arguments.overrides, arguments.multirun):
-            read(compose_config(name, overrides))
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
-        return max(statuses)
-
-    return _status(check_and_start)
-
-
 def read_settings(cls: type[T], arguments: Sequence[str], *, about: str | None) -> T:
     """`cls` from `key=value` arguments; `--help` prints `about` and the dataclass itself, defaults and units included.
 
@@ -172,13 +147,53 @@ def split_settings(cls: type[T], name: str, arguments: Sequence[str], *, about: 
     return read_settings(cls, own, about=about), others
 
 
-def _status(work: Callable[[], int]) -> int:
-    """The exit status of `work`; a mistake of the user is printed as one line and is status 2."""
+def launch(name: str, arguments: Sequence[str], read: Callable[[DictConfig], T], run: Callable[[T], int]) -> int:
+    """Reads `arguments` as Hydra does and runs what they ask for; gives the exit status.
+
+    `name`: the primary config in conf/. `read` gives the typed config and raises `ConfigError`; it is called for every
+    point of a sweep before the first one starts. `run` does the work. Each point of a sweep has its own `output_dir`,
+    below the one given. A `SeqtrainError` before the first run is raised; one in a run is printed, status 2.
+    """
+    statuses = [0]
+
+    def job(config: DictConfig) -> None:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            config.output_dir = HydraConfig.get().runtime.output_dir
+        statuses.append(exit_status(lambda: run(read(config))))
+
+    parser = get_args_parser()
+    parsed = parser.parse_args(arguments)
+    for overrides in _points(parsed.overrides, parsed.multirun):
+        read(compose_config(name, overrides))
+    _run_hydra(parsed, parser, job, str(conf_dir()), name)
+    return max(statuses)
+
+
+def check_keys(name: str, arguments: Sequence[str]) -> None:
+    """Composes what `arguments` ask for, so that a wrong key is known before the program is imported."""
+    parsed = get_args_parser().parse_args(arguments)
+    for overrides in _points(parsed.overrides, parsed.multirun):
+        compose_config(name, overrides)
+
+
+def asks_for_text(arguments: Sequence[str]) -> bool:
+    """Whether `arguments` ask for help, a composed config or the like instead of a run."""
+    asked = get_args_parser().parse_args(arguments)
+    return any((asked.help, asked.hydra_help, asked.cfg, asked.info, asked.shell_completion))
+
+
+def show_text(name: str, arguments: Sequence[str]) -> int:
+    """Prints what `arguments` ask Hydra for about the primary config `name`; gives the exit status."""
+    parser = get_args_parser()
+    parsed = parser.parse_args(arguments)
+    _offer_every_mixer()
+    if parsed.cfg or parsed.info:
+        compose_config(name, parsed.overrides)
     try:
-        return work()
-    except SeqtrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        _run_hydra(parsed, parser, lambda config: None, str(conf_dir()), name)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
 
 
 def _points(overrides: Sequence[str], multirun: bool) -> list[Sequence[str]]:

@@ -1,7 +1,8 @@
 """Errors meant for users: one line that names what is wrong, what came, what is allowed, and the way out."""
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 
 class SeqtrainError(ValueError):
@@ -26,3 +27,12 @@ def unknown_name(what: str, name: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{what} {name!r} is unknown{hint} Known: {', '.join(known)}"
+
+
+def exit_status(work: Callable[[], int]) -> int:
+    """The exit status of `work`; a mistake of the user is printed as one line and is status 2."""
+    try:
+        return work()
+    except SeqtrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from pydantic import Field
 
 from seqtrain import config as config_module
-from seqtrain.config import compose_config, validate
+from seqtrain.config import compose_config, show_text, validate
 from seqtrain.errors import ConfigError
 
 
@@ -142,7 +142,7 @@ def run(program):
     (pathlib.Path(output_dir) / "done").write_text(str(train.steps))
     return 3 if train.steps == 30 else 0
 
-sys.exit(module.launch("main", read, run))
+sys.exit(module.exit_status(lambda: module.launch("main", sys.argv[1:], read, run)))
 """
 
 
@@ -182,8 +182,7 @@ def test_a_mistake_ends_with_status_2_one_line_and_nothing_written(conf, argumen
     assert sorted(conf.parent.rglob("*")) == before
 
 
-def test_the_composed_config_is_shown_on_request(conf):
-    result = start(conf, "--cfg", "job", "train.steps=7")
-    assert result.returncode == 0
-    assert "steps: 7" in result.stdout
+def test_the_composed_config_is_shown_on_request(conf, capsys):
+    assert show_text("main", ["--cfg", "job", "train.steps=7"]) == 0
+    assert "steps: 7" in capsys.readouterr().out
     assert written(conf) == {}

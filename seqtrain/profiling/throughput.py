@@ -306,7 +306,7 @@ def main(arguments: list[str]) -> int:
             sweep.append(profile.folder.parent)
         return 0
 
-    status = launch("profile_throughput", read_profile, start)
+    status = launch("profile_throughput", arguments, read_profile, start)
     if points:
         collect(sweep[0], points)
     return status

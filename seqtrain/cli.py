@@ -1,0 +1,106 @@
+"""The console command `seqtrain COMMAND [key=value ...]`; the scripts in launch/ and tools/ are doors to the same.
+
+    eval "$(seqtrain --shell-completion install=bash)"     completes commands, groups and keys (fish, zsh as well)
+
+A command's module is imported when it runs: help, a composed config and a wrong key cost no `import torch`.
+"""
+
+import ast
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from seqtrain.errors import ConfigError, exit_status, unknown_name
+from seqtrain.schema import read_module
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a word after `seqtrain` starts."""
+
+    # The module whose `main(arguments) -> status` does the work, and raises `SeqtrainError` for the user's mistakes.
+    module: str
+    # What it does, in a line.
+    about: str
+    # Its primary config in conf/, where it reads Hydra's overrides; else its class `Settings` lists its keys.
+    config: str = ""
+
+    def __call__(self, arguments: Sequence[str]) -> int:
+        if self.config:
+            from seqtrain.config import asks_for_text, check_keys, show_text
+
+            if asks_for_text(arguments):
+                return show_text(self.config, arguments)
+            check_keys(self.config, arguments)
+        elif {"-h", "--help"} & set(arguments):
+            print(self.help())
+            return 0
+        status: int = importlib.import_module(self.module).main(list(arguments))
+        return status
+
+    def help(self) -> str:
+        """The module's docstring, and the source of its class `Settings`: keys, defaults and units."""
+        module = read_module(self.module)
+        text = ast.get_docstring(module.tree) or ""
+        settings = module.find("Settings")
+        return f"{text}\n\nSettings, as key=value:\n\n{settings.source}" if settings else text
+
+
+COMMANDS = {
+    "pretrain": Command(
+        "seqtrain.runtime.pretrain", "train a language model; with no override, the quickstart", "pretrain"
+    ),
+    "convert": Command("seqtrain.convert.command", "turn a pretrained Transformer into a recurrent model", "convert"),
+    "generate": Command("seqtrain.runtime.generate", "continue a prompt with a trained model", "generate"),
+    "profile": Command(
+        "seqtrain.profiling.throughput", "tell where time and memory of a step go", "profile_throughput"
+    ),
+}
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Runs the command `name`; gives its exit status, 2 with one line for a mistake of the user."""
+
+    def work() -> int:
+        if name not in COMMANDS:
+            raise ConfigError(unknown_name("command", name, COMMANDS))
+        return COMMANDS[name](arguments)
+
+    return exit_status(work)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`seqtrain` itself."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] in (["-sc"], ["--shell-completion"]):
+        return _complete(words)
+    if not words or words[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = [f"  {name:<{width}}  {command.about}" for name, command in COMMANDS.items()]
+        print(
+            "\n".join(["seqtrain COMMAND [key=value ...]", "", *lines, "", "seqtrain COMMAND --help lists its keys."])
+        )
+        return 0
+    return run(words[0], words[1:])
+
+
+def _complete(words: list[str]) -> int:
+    """Hydra's shell completion, with the command's own config; the command itself is completed here."""
+    from seqtrain.config import show_text
+
+    program, *typed = os.environ.get("COMP_LINE", "seqtrain").split(" ")
+    command = COMMANDS.get(typed[0]) if len(typed) > 1 else None
+    if "query" not in words[-1]:
+        return show_text("pretrain", words)
+    if len(typed) < 2:
+        print(" ".join(name for name in COMMANDS if name.startswith("".join(typed))))
+    elif command and command.config:
+        os.environ["COMP_LINE"] = " ".join([program, *typed[1:]])
+        return show_text(command.config, words)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""`seqtrain convert`: turns a pretrained Transformer into a recurrent model and prints the outcome."""
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from seqtrain.config import launch
+from seqtrain.convert.run import convert
+from seqtrain.convert.settings import ConvertConfig, read_convert_config
+from seqtrain.convert.stages import Stopped
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Converts as `arguments` say; gives the exit status.
+
+    0, 1 where a check of the new model failed, 2 for a mistake, 128 + the signal's number where one stopped the
+    training, which the same command with that output_dir resumes.
+    """
+    return launch("convert", arguments, read_convert_config, start)
+
+
+def start(config: ConvertConfig) -> int:
+    """Converts, and prints the outcome."""
+    with Console(stderr=True).status("") as status:
+
+        def told(stage: str, what: str) -> None:
+            if stage == "train":
+                # The runtime shows how far it is.
+                status.stop()
+                print(f"training: {what}", file=sys.stderr)
+            else:
+                status.start()
+                status.update(f"{stage}: {what}")
+
+        try:
+            report = convert(config, told)
+        except Stopped as stopped:
+            print(f"stopped; rerun with output_dir={config.output_dir} to resume", file=sys.stderr)
+            return 128 + stopped.number
+    for text, found in report["end"]["texts"].items():
+        print(f"perplexity on {text}:", ", ".join(f"{name} {value:.2f}" for name, value in found["perplexity"].items()))
+    for check in report["checks"]:
+        if not check["passed"]:
+            print(f"FAILED: {check['name']}: {check['error']:.1e}, at most {check['limit']:.0e}")
+    print(f"model: {config.output_dir}/model, report: {config.output_dir}/report.md")
+    return 0 if report["passed"] else 1

@@ -1,0 +1,41 @@
+"""`seqtrain generate`: continues a prompt with a trained model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from omegaconf import DictConfig, OmegaConf
+
+from seqtrain.config import launch, validate
+from seqtrain.errors import ConfigError
+from seqtrain.runtime.sample import Continuation, continue_text, open_run
+
+
+@dataclass(frozen=True)
+class GenerateConfig(Continuation):
+    """What `seqtrain generate` can be told."""
+
+    # output_dir of the run.
+    run: str = ""
+    # Implementation of the operators.
+    backend: Literal["auto", "reference", "chunked", "triton", "native"] = "auto"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints the text; gives the exit status."""
+    return launch("generate", arguments, read, write)
+
+
+def read(config: DictConfig) -> GenerateConfig:
+    typed = validate(GenerateConfig, OmegaConf.to_container(config))  # type: ignore[arg-type]
+    if not typed.run:
+        raise ConfigError("run: is required; name the output_dir of a run, as in run=runs/2026-01-31/12-00-00")
+    return typed
+
+
+def write(config: GenerateConfig) -> int:
+    """Prints the text."""
+    _, model, tokenizer = open_run(Path(config.run))
+    print(continue_text(model, tokenizer, config, backend=config.backend))
+    return 0

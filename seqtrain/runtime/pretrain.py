@@ -1,0 +1,39 @@
+"""`seqtrain pretrain`: trains a language model and prints the outcome."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from seqtrain.config import launch
+from seqtrain.runtime.compose import read_pretrain_config
+from seqtrain.runtime.run import run
+from seqtrain.runtime.settings import PretrainConfig
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Trains as `arguments` say; gives the exit status: 0, or 128 + the number of the signal that stopped it."""
+    return launch("pretrain", arguments, read_pretrain_config, start)
+
+
+def start(config: PretrainConfig) -> int:
+    """Trains, prints the outcome, and returns the exit status."""
+    summary = run(config)
+    # Under torchrun, only rank 0 has a summary.
+    if summary:
+        print(describe(summary, config.output_dir))
+    return 128 + summary["stopped_by_signal"] if summary.get("stopped") else 0
+
+
+def describe(summary: dict[str, Any], output_dir: str) -> str:
+    """The outcome in a few lines."""
+    if summary["stopped"]:
+        return f"stopped after step {summary['steps']}; rerun with output_dir={output_dir} to resume"
+    lines = [
+        f"{summary['steps']} steps, {summary['parameters']:,} parameters",
+        f"{summary['tokens_per_second']:,.0f} tokens/s, at most {summary['peak_memory_bytes'] / 2**30:.2f} GiB a rank",
+    ]
+    if summary["held_out_bits_per_byte"] is not None:
+        lines.append(f"held-out text: {summary['held_out_bits_per_byte']:.3f} bits per byte")
+        lines[-1] += f"; a byte bigram of the training text: {summary['bigram_bits_per_byte']:.3f}"
+    if summary["sample"]:
+        lines += ["a sample:", *(f"    {line}" for line in summary["sample"].splitlines())]
+    return "\n".join([*lines, f"everything else: {output_dir}"])

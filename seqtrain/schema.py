@@ -1,0 +1,163 @@
+"""Dataclasses as their source states them: fields, types, defaults and comments, without importing their modules.
+
+Help, defaults and the reference of the configuration are read here, so that none of them waits for torch.
+"""
+
+import ast
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Key:
+    """One field of a dataclass."""
+
+    name: str
+    # The annotation as it is written.
+    type: str
+    # The value, or MISSING where there is none; a dict where the type is a dataclass.
+    default: Any
+    # The comment above it, or after it on its line.
+    comment: str
+    # Where the type is a dataclass.
+    nested: "Definition | None" = None
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of seqtrain, parsed."""
+
+    name: str
+    text: str
+    tree: ast.Module
+
+    def find(self, name: str) -> "Definition | None":
+        """The class `name` (`Outer.Inner` for one within another) that this module defines or imports from seqtrain."""
+        first, _, rest = name.partition(".")
+        for node in self.tree.body:
+            if isinstance(node, ast.ClassDef) and node.name == first:
+                return Definition(self, node).inner(rest)
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("seqtrain"):
+                for alias in node.names:
+                    if (alias.asname or alias.name) == first:
+                        return read_module(node.module).find(".".join(filter(None, (alias.name, rest))))
+        return None
+
+    def value(self, expression: ast.expr) -> Any:
+        """What a default evaluates to, with the constants of this module. Raises `NameError` for anything imported."""
+        return eval(compile(ast.Expression(expression), self.name, "eval"), {"field": dataclasses.field}, _Names(self))
+
+
+class _Names(dict[str, Any]):
+    """The constants of a module, each evaluated when it is asked for."""
+
+    def __init__(self, module: Module):
+        super().__init__()
+        self.module = module
+
+    def __missing__(self, name: str) -> Any:
+        for node in self.module.tree.body:
+            if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
+                return self.module.value(node.value)
+        raise KeyError(name)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A class of seqtrain as its source states it."""
+
+    module: Module
+    node: ast.ClassDef
+
+    @property
+    def docstring(self) -> str:
+        return ast.get_docstring(self.node) or ""
+
+    @property
+    def source(self) -> str:
+        """The lines of the class, with its decorators."""
+        first = min([self.node.lineno, *(decorator.lineno for decorator in self.node.decorator_list)])
+        return "\n".join(self.module.text.splitlines()[first - 1 : self.node.end_lineno])
+
+    @property
+    def is_dataclass(self) -> bool:
+        return any("dataclass" in ast.unparse(decorator) for decorator in self.node.decorator_list)
+
+    def inner(self, name: str) -> "Definition | None":
+        """The class `name` within this one or the classes it inherits from; itself for an empty name."""
+        if not name:
+            return self
+        for node in self.node.body:
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                return Definition(self.module, node)
+        return next((found for base in self.bases() if (found := base.inner(name))), None)
+
+    def bases(self) -> list["Definition"]:
+        """The classes of seqtrain that this one inherits from."""
+        return [found for base in self.node.bases if (found := self.module.find(ast.unparse(base)))]
+
+    def keys(self) -> dict[str, Key]:
+        """The fields by name, inherited ones first, as `dataclasses.fields` gives them."""
+        keys = {name: key for base in self.bases() for name, key in base.keys().items()}
+        for node in self.node.body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                keys[node.target.id] = self._key(node, node.target.id)
+        return keys
+
+    def defaults(self) -> dict[str, Any]:
+        """The values of the fields that have one, nested as they are, as a YAML file would hold them."""
+        return {name: _plain(key.default) for name, key in self.keys().items() if key.default is not MISSING}
+
+    def _key(self, node: ast.AnnAssign, name: str) -> Key:
+        annotation = ast.unparse(node.annotation)
+        nested = self.module.find(annotation) if annotation.isidentifier() else None
+        nested = nested if nested and nested.is_dataclass else None
+        return Key(name, annotation, self._default(node, nested), " ".join(self._comment(node)), nested)
+
+    def _default(self, node: ast.AnnAssign, nested: "Definition | None") -> Any:
+        if nested:
+            return nested.defaults()
+        if node.value is None:
+            return MISSING
+        value = self.module.value(node.value)
+        if isinstance(value, dataclasses.Field):
+            return value.default_factory() if value.default_factory is not MISSING else value.default
+        return value
+
+    def _comment(self, node: ast.AnnAssign) -> Iterator[str]:
+        lines = self.module.text.splitlines()
+        first = node.lineno - 1
+        while lines[first - 1].lstrip().startswith("#"):
+            first -= 1
+        yield from (line.strip(" #") for line in lines[first : node.lineno - 1])
+        assert node.end_lineno is not None
+        rest = lines[node.end_lineno - 1][node.end_col_offset :]
+        yield from (part.strip() for part in rest.split("#")[1:2])
+
+
+def _plain(value: Any) -> Any:
+    """`value` with lists for tuples."""
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def definition(target: str) -> Definition:
+    """The class that `target`, `package.module:Class`, names; followed through imports within seqtrain."""
+    module, _, name = target.partition(":")
+    found = read_module(module).find(name)
+    if found is None:
+        raise LookupError(f"{target}: no such class")
+    return found
+
+
+@lru_cache
+def read_module(name: str) -> Module:
+    """The module `name` of seqtrain, or of another package next to it, parsed but not imported."""
+    path = ROOT.joinpath(*name.split("."))
+    text = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+    return Module(name, text, ast.parse(text))
