@@ -24,8 +24,8 @@ from seqtrain.kernels import linear_attention
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.parallel.cost import costs_of
-from seqtrain.parallel.engine import engine_of
 from seqtrain.parallel.mesh import form_mesh
+from seqtrain.parallel.scan_engine import engine_of
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime import PretrainConfig
 from seqtrain.runtime.settings import micro_batch

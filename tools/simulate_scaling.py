@@ -41,7 +41,7 @@ from seqtrain.errors import ConfigError, SeqtrainError
 from seqtrain.kernels.affine import AffineShape
 from seqtrain.mixers import MIXERS, LayerShape
 from seqtrain.parallel.cost import Costs, costs_of
-from seqtrain.parallel.engine import engine_of
+from seqtrain.parallel.scan_engine import engine_of
 
 REPEATS = 5
 QUANTILES = (0.1, 0.5, 0.9)
@@ -303,7 +303,7 @@ def project(settings: Settings, cluster: Cluster, work: Work) -> list[Point]:
             plan = scheme.plan(cluster, own, ranks) if ranks > 1 else None
             times = tuple(1e3 * float(q) for q in np.quantile(seconds, QUANTILES))
             efficiency = tuple(float(q) for q in np.quantile(own.compute / seconds, QUANTILES))
-            points.append(Point(name, ranks, f"{plan.schedule} {plan.blocks}" if plan else "-", times, efficiency))
+            points.append(Point(name, ranks, f"{plan.name} {plan.blocks}" if plan else "-", times, efficiency))
     return points
 
 

@@ -31,7 +31,7 @@ from seqtrain.benchmarks.scan_pictures import draw_scans, draw_steps
 from seqtrain.config import read_settings
 from seqtrain.parallel import scans_opened
 from seqtrain.parallel.cost import Costs, costs_of
-from seqtrain.parallel.engine import engine_of
+from seqtrain.parallel.scan_engine import engine_of
 from seqtrain.report import machine
 
 WIRE_SCANS = 20

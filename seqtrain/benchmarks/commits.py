@@ -44,7 +44,12 @@ def run_python(tree: Path, arguments: Sequence[str]) -> float:
     environment = {**os.environ, "PYTHONPATH": str(tree), "WANDB_MODE": "disabled"}
     before = _child_seconds()
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *arguments],
+        cwd=tree,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     if done.returncode:
         shown = "\n".join(done.stdout.strip().splitlines()[-SHOWN:])

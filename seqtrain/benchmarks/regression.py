@@ -129,7 +129,15 @@ def compare(settings: Settings, old: Path, new: Path) -> list[Figure]:
 def row(figure: Figure) -> tuple[str, ...]:
     old, new = (statistics.median(side) for side in (figure.old, figure.new))
     verdict = "SLOWER" if figure.slower else "ok"
-    return figure.preset, figure.what, f"{old:.3f}", f"{new:.3f}", f"{figure.ratio:.3f}", f"{figure.spread:.3f}", verdict
+    return (
+        figure.preset,
+        figure.what,
+        f"{old:.3f}",
+        f"{new:.3f}",
+        f"{figure.ratio:.3f}",
+        f"{figure.spread:.3f}",
+        verdict,
+    )
 
 
 def write(settings: Settings, about: Mapping[str, str], figures: Sequence[Figure]) -> Path:
@@ -143,7 +151,9 @@ def write(settings: Settings, about: Mapping[str, str], figures: Sequence[Figure
 
 
 def main(arguments: list[str]) -> int:
-    named = [f"commit={argument}" if "=" not in argument and argument[:1] != "-" else argument for argument in arguments]
+    named = [
+        f"commit={argument}" if "=" not in argument and argument[:1] != "-" else argument for argument in arguments
+    ]
     settings = read_settings(Settings, named, about=__doc__)
     about, console = machine(), open_console()
     with checkout(settings.commit) as old:

@@ -168,7 +168,9 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, li
 
 
 def main(arguments: list[str]) -> int:
-    named = [f"commit={argument}" if "=" not in argument and argument[:1] != "-" else argument for argument in arguments]
+    named = [
+        f"commit={argument}" if "=" not in argument and argument[:1] != "-" else argument for argument in arguments
+    ]
     settings = read_settings(Settings, named, about=__doc__)
     names = settings.runs or (*RUNS, "conversion")
     root = Path(settings.output_dir).resolve()
@@ -182,7 +184,9 @@ def main(arguments: list[str]) -> int:
             found = difference(read_run(str(old / name / stage)), read_run(str(new / name / stage)), 0.0)
             same &= found.same
             said = verdict(found, 0.0).partition(": ")[2]
-            console.print(f"{name} {'' if stage == '.' else stage}: {said}", soft_wrap=True, highlight=False, markup=False)
+            console.print(
+                f"{name} {'' if stage == '.' else stage}: {said}", soft_wrap=True, highlight=False, markup=False
+            )
     configs = [json.loads((folder / "configs.json").read_text()) for folder in (old, new)]
     for change, choices in sorted(changed_keys(*configs).items()):
         shown = ", ".join(sorted(choices)[:3]) + (f" and {len(choices) - 3} more" if len(choices) > 3 else "")

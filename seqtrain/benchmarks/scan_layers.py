@@ -11,6 +11,7 @@ from torch import Tensor
 
 from seqtrain.benchmarks.scan_methods import CPU, Setting
 from seqtrain.parallel import Algorithm, open_all_scan
+from seqtrain.parallel.schedules import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,7 @@ CHAINS = {
     "auto": Chain("auto"),
     "auto, not overlapped": Chain("auto", overlapped=False),
     "auto, a barrier a layer": Chain("auto", barrier=True),
-    "pipeline": Chain("pipeline"),
-    "tree": Chain("tree"),
-    "all_gather": Chain("all_gather"),
-    "ring": Chain("ring"),
+    **{name: Chain(name) for name in SCHEDULES},
 }
 
 

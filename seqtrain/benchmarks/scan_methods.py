@@ -11,8 +11,10 @@ from torch import Tensor
 
 from seqtrain.kernels.affine import AffineMap, AffineShape
 from seqtrain.parallel import Algorithm, open_all_scan
-from seqtrain.parallel.cost import costs_of, payload_bytes, plan_scan, seconds
-from seqtrain.parallel.engine import engine_of
+from seqtrain.parallel.cost import costs_of
+from seqtrain.parallel.scan import plan_scan
+from seqtrain.parallel.scan_engine import engine_of
+from seqtrain.parallel.schedules import SCHEDULES
 
 CPU = torch.device("cpu")
 BLOCKS = (1, 2, 4, 8, 16, 32, 64)
@@ -93,14 +95,14 @@ def _schedules(setting: Setting) -> dict[str, Contender]:
     ranks, shape, dtype = setting.group.size(), setting.shape, setting.update.dtype
     wanted: list[tuple[str, Algorithm, int | None]] = [("auto", "auto", None)]
     wanted += [(f"pipeline {blocks}", "pipeline", blocks) for blocks in BLOCKS]
-    wanted += [("tree", "tree", None), ("all_gather", "all_gather", None), ("ring", "ring", None)]
+    wanted += [(name, name, None) for name in SCHEDULES if name != "pipeline"]
     found = {}
     for name, algorithm, blocks in wanted:
         plan = plan_scan(engine, shape, dtype, CPU, algorithm, blocks)
-        payload = max(payload_bytes(shape, plan, ranks, dtype.itemsize))
+        payload = max(plan.payload_bytes(shape, ranks, dtype.itemsize))
         chained = setting.compute * (ranks if plan.blocking else 0)
-        expected = max(seconds(costs, shape, plan, ranks, dtype.itemsize) + chained, setting.compute)
-        label = f"auto = {plan.schedule} {plan.blocks}" if name == "auto" else name
+        expected = max(plan.seconds(costs, shape, ranks, dtype.itemsize) + chained, setting.compute)
+        label = f"auto = {plan.name} {plan.blocks}" if name == "auto" else name
         found[label] = Contender(partial(scan, algorithm=algorithm, blocks=blocks), payload, expected)
     return found
 

@@ -1,9 +1,8 @@
 """One sequence over many ranks: All-Scan and what carries it."""
 
-from seqtrain.parallel.all_scan import (
-    ALGORITHMS,
+from seqtrain.parallel.checkpointing import checkpoint_contexts, save_scans
+from seqtrain.parallel.scan import (
     Algorithm,
-    OpenScan,
     Scan,
     all_scan,
     flush_scans,
@@ -11,14 +10,13 @@ from seqtrain.parallel.all_scan import (
     scans_opened,
     start_all_scan,
 )
-from seqtrain.parallel.checkpointing import checkpoint_contexts, save_scans
+from seqtrain.parallel.schedules import ALGORITHMS
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.sharded import ShardedSequence, even_offsets
 
 __all__ = [
     "ALGORITHMS",
     "Algorithm",
-    "OpenScan",
     "Scan",
     "SequenceContext",
     "ShardedSequence",

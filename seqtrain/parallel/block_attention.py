@@ -16,10 +16,9 @@ from torch import Tensor
 
 from seqtrain.kernels.documents import state_dtype
 from seqtrain.kernels.softmax_attention.blocks import attend, attend_gradients, merge
-from seqtrain.parallel.engine import engine_of
 from seqtrain.parallel.exchange import messages
 from seqtrain.parallel.halo import Rows, Traffic
-from seqtrain.parallel.wire import Wire
+from seqtrain.parallel.scan_engine import Wire, engine_of
 
 
 def block_attention(

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from seqtrain.parallel import block_attention, exchange, scan_operators
+from seqtrain.parallel import block_attention, exchange, scan
 
 COMMUNICATE = (
-    *scan_operators.COMMUNICATE,
+    *scan.COMMUNICATE,
     *exchange.COMMUNICATE,
     *block_attention.COMMUNICATE,
 )

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqtrain.parallel.engine import engine_of
-from seqtrain.parallel.wire import Wire
+from seqtrain.parallel.scan_engine import Wire, engine_of
 
 # How many exchanges a rank may be ahead of those it sends to; a layer has a few, and each holds a copy meanwhile.
 EXCHANGES_IN_FLIGHT = 16

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqtrain.parallel.all_scan import Algorithm, flush_scans
 from seqtrain.parallel.cost import costs_of
-from seqtrain.parallel.engine import engine_of
+from seqtrain.parallel.scan import Algorithm, flush_scans
+from seqtrain.parallel.scan_engine import engine_of
+from seqtrain.parallel.schedules import candidates
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.sharded import ShardedSequence
 
@@ -53,7 +54,7 @@ def form_mesh(
     rank, ranks = world.rank(), world.size()
     assert ranks % sequence == 0, (ranks, sequence)
     group = _sequence_group(rank, ranks, sequence, timeout_seconds) if sequence > 1 else None
-    if group is not None and algorithm in ("auto", "pipeline"):
+    if group is not None and len(candidates(algorithm)) > 1:
         # Now, when all ranks stand here with nothing else to do; the first layer would measure among its neighbours.
         costs_of(engine_of(group.group_name), device)
     yield Mesh(rank // sequence, ranks // sequence, rank % sequence, sequence, group, algorithm)

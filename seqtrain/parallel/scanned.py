@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from seqtrain.kernels.segments import AffineSegment
-from seqtrain.parallel.all_scan import Algorithm, open_all_scan
 from seqtrain.parallel.local_call import LocalCall, tie
+from seqtrain.parallel.scan import Algorithm, open_all_scan
 
 
 def run_scanned(

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqtrain.kernels.segments import PastInputs, PastKeys, PastKeysAndSinks, segment_of
-from seqtrain.parallel.all_scan import Algorithm
 from seqtrain.parallel.halo import CutRow, run_with_past_inputs
 from seqtrain.parallel.local_call import LocalCall, Pieces
 from seqtrain.parallel.relay import run_relayed
+from seqtrain.parallel.scan import Algorithm
 from seqtrain.parallel.scanned import run_scanned
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.sinks import sharded_sink_attention

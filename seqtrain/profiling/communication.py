@@ -12,8 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from seqtrain.parallel.engine import Engine, Job
-from seqtrain.parallel.wire import GlooWire, NcclWire
+from seqtrain.parallel.scan_engine import Engine, GlooWire, Job, NcclWire
 from seqtrain.profiling.parts import Clock, Part, Timeline
 
 COMMUNICATION = "communication"

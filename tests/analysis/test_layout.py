@@ -10,7 +10,7 @@ from seqtrain.analysis.layout import Holes, Layout, Machine, compute_seconds, me
 from seqtrain.analysis.scaling import Cluster
 from seqtrain.mixers import MIXERS
 from seqtrain.models import ModelConfig
-from seqtrain.parallel.cost import Costs
+from seqtrain.parallel.schedules.links import Costs
 
 ONE = Layout(data=1, sequence=1, stage=0, checkpointing=False, micro_batch=1, batch=1)
 LINKS = Costs(latency=1e-4, overhead=1e-5, byte=1e-9, product=1e-10)

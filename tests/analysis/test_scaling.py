@@ -5,16 +5,17 @@ import math
 import numpy as np
 import pytest
 
-from seqtrain.analysis.scaling import Cluster, Noise, Scheme, Work, scan_seconds, simulate
+from seqtrain.analysis.scaling import Noise, Scheme, Work, scan_seconds, simulate
 from seqtrain.kernels.affine import AffineShape
-from seqtrain.parallel.cost import Costs, seconds
+from seqtrain.parallel.schedules import SCHEDULES
+from seqtrain.parallel.schedules.links import Cluster, Costs
 
 LINKS = Costs(latency=1e-3, overhead=1e-4, byte=8e-8, product=1e-11)
 FREE = Costs(latency=0.0, overhead=0.0, byte=0.0, product=0.0)
 DENSE = AffineShape.of((1, 8, 64, 64), (1, 8, 64, 64))
 STATE = 4 * 8 * 64 * 64
 APPLY = 1e-11 * 8 * 64**3
-SCHEMES = [Scheme(), Scheme("pipeline", 8), Scheme("tree"), Scheme("all_gather"), Scheme("ring")]
+SCHEMES = [Scheme(), *(Scheme(name, 8 if name == "pipeline" else 0) for name in SCHEDULES)]
 
 
 def one_level(costs):
@@ -39,14 +40,14 @@ def test_an_all_gather_takes_what_the_cost_model_says(ranks):
     scheme = Scheme("all_gather")
     plan = scheme.plan(one_level(LINKS), work(), ranks)
     came = scan_seconds(one_level(LINKS), work(), scheme, ranks=ranks)
-    assert math.isclose(came, seconds(LINKS, DENSE, plan, ranks, 4))
+    assert math.isclose(came, plan.seconds(LINKS, DENSE, ranks, 4))
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8, 64])
 def test_a_tree_takes_what_the_cost_model_says_or_less(ranks):
     scheme = Scheme("tree")
     came = scan_seconds(one_level(LINKS), work(), scheme, ranks=ranks)
-    expected = seconds(LINKS, DENSE, scheme.plan(one_level(LINKS), work(), ranks), ranks, 4)
+    expected = scheme.plan(one_level(LINKS), work(), ranks).seconds(LINKS, DENSE, ranks, 4)
     assert 0.85 * expected < came <= expected * (1 + 1e-12)
 
 

@@ -8,12 +8,14 @@ import torch.distributed as dist
 
 from seqtrain.kernels.affine import AffineShape
 from seqtrain.parallel import all_scan, cost
-from seqtrain.parallel.cost import Costs, choose, payload_bytes, plan_scan, seconds
-from seqtrain.parallel.engine import engine_of
-from seqtrain.parallel.schedules import Plan
+from seqtrain.parallel.scan import plan_scan
+from seqtrain.parallel.scan_engine import engine_of
+from seqtrain.parallel.schedules import Costs, Pipeline, choose
+from seqtrain.parallel.schedules.all_gather import AllGather
+from seqtrain.parallel.schedules.tree import Tree
 from seqtrain.parallel.testing import run_ranks
 
-# 1 ms, 100 Mbit/s, and a float32 state of 128 KiB: the setting SEQUENCE_PARALLEL.md was measured in.
+# 1 ms, 100 Mbit/s, and a float32 state of 128 KiB: the setting of docs/sequence_parallel.md.
 LINKS = Costs(latency=1e-3, overhead=1e-4, byte=8e-8, product=0.0)
 DENSE = AffineShape.of((1, 8, 64, 64), (1, 8, 64, 64))
 HEADS = AffineShape.of((1, 8, 64, 64), (1, 8))
@@ -22,37 +24,37 @@ STATE = 4 * 8 * 64 * 64
 
 def test_seconds_by_hand():
     once = STATE * 8e-8  # the state on the link: 10.5 ms
-    assert math.isclose(seconds(LINKS, DENSE, Plan("pipeline", 1), 8, 4), 7 * (1e-3 + once))
+    assert math.isclose(Pipeline(1).seconds(LINKS, DENSE, 8, 4), 7 * (1e-3 + once))
     blocks = 7 * (1e-3 + once / 8) + 7 * math.hypot(1e-4, once / 8)
-    assert math.isclose(seconds(LINKS, DENSE, Plan("pipeline", 8), 8, 4), blocks)
+    assert math.isclose(Pipeline(8).seconds(LINKS, DENSE, 8, 4), blocks)
     # Three rounds: a state with M twice, then a state.
-    assert math.isclose(seconds(LINKS, DENSE, Plan("tree"), 8, 4), 3e-3 + (2 + 2 + 1) * once)
-    assert math.isclose(seconds(LINKS, DENSE, Plan("all_gather"), 8, 4), 1.5e-3 + 6e-4 + (7 + 6) * once)
+    assert math.isclose(Tree().seconds(LINKS, DENSE, 8, 4), 3e-3 + (2 + 2 + 1) * once)
+    assert math.isclose(AllGather().seconds(LINKS, DENSE, 8, 4), 1.5e-3 + 6e-4 + (7 + 6) * once)
     # Without M, half of the first place's other two messages is in the way of its first.
     factors = 4 * 8 * 8e-8
-    assert math.isclose(seconds(LINKS, HEADS, Plan("tree"), 8, 4), 3e-3 + (2 + 1 + 1) * once + factors)
-    assert seconds(LINKS, DENSE, Plan("tree"), 1, 4) == 0.0
+    assert math.isclose(Tree().seconds(LINKS, HEADS, 8, 4), 3e-3 + (2 + 1 + 1) * once + factors)
+    assert Tree().seconds(LINKS, DENSE, 1, 4) == 0.0
 
 
 def test_an_uneven_cut_waits_for_its_largest_blocks():
     # 8 heads in 6 blocks: two of them hold two heads, and each of the 6 further links takes one of those.
     head = STATE * 8e-8 / 8
     uneven = 7e-3 + 8 / 6 * head + 6 * 2 * head + 5 * math.hypot(1e-4, 8 / 6 * head)
-    assert math.isclose(seconds(LINKS, HEADS, Plan("pipeline", 6), 8, 4), uneven)
+    assert math.isclose(Pipeline(6).seconds(LINKS, HEADS, 8, 4), uneven)
 
 
 def test_seconds_count_the_dense_products():
     slow = Costs(latency=0.0, overhead=0.0, byte=0.0, product=1e-9)
     apply = 8 * 64**3 * 1e-9
-    assert math.isclose(seconds(slow, DENSE, Plan("pipeline", 4), 3, 4), (2 + 3) * apply / 4)
-    assert seconds(slow, HEADS, Plan("pipeline", 4), 3, 4) == 0.0
+    assert math.isclose(Pipeline(4).seconds(slow, DENSE, 3, 4), (2 + 3) * apply / 4)
+    assert Pipeline(4).seconds(slow, HEADS, 3, 4) == 0.0
 
 
 def test_payload_is_what_the_schedules_receive():
     factor = 4 * 8
-    assert payload_bytes(DENSE, Plan("pipeline", 5), 4, 4) == [0, STATE, STATE, STATE]
-    assert payload_bytes(HEADS, Plan("tree"), 4, 4) == [0, STATE, 2 * STATE + factor, 2 * STATE + factor]
-    assert payload_bytes(DENSE, Plan("all_gather"), 4, 4) == [0, STATE, 3 * STATE, 5 * STATE]
+    assert Pipeline(5).payload_bytes(DENSE, 4, 4) == [0, STATE, STATE, STATE]
+    assert Tree().payload_bytes(HEADS, 4, 4) == [0, STATE, 2 * STATE + factor, 2 * STATE + factor]
+    assert AllGather().payload_bytes(DENSE, 4, 4) == [0, STATE, 3 * STATE, 5 * STATE]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_payload_is_what_the_schedules_receive():
     ],
 )
 def test_each_schedule_is_chosen_where_it_is_cheapest(links, places, expected):
-    assert choose(links, HEADS, places, 4, "auto").schedule == expected
+    assert choose(links, HEADS, places, 4, "auto").name == expected
 
 
 def test_block_count_follows_the_optimum():

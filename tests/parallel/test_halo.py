@@ -6,9 +6,9 @@ import torch.distributed as dist
 
 from seqtrain.kernels import short_convolution
 from seqtrain.parallel import flush_scans, start_all_scan
-from seqtrain.parallel.engine import engine_of
 from seqtrain.parallel.exchange import EXCHANGES_IN_FLIGHT, exchange
 from seqtrain.parallel.halo import CutRow, Traffic, left_halo, past_inputs, run_with_past_inputs
+from seqtrain.parallel.scan_engine import engine_of
 from seqtrain.parallel.testing import RankError, rank_outcomes, run_ranks
 from seqtrain.testing import boundaries
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqtrain.kernels.affine import AffineShape
-from seqtrain.parallel.schedules import cut
+from seqtrain.parallel.schedules.pipeline import cut
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 8, 12, 64, 10_000])
@@ -19,8 +19,8 @@ from seqtrain.parallel.schedules import cut
 )
 def test_a_cut_holds_every_number_once(shape, blocks):
     grid = cut(shape, blocks)
-    assert grid.blocks >= min(blocks, shape.rows * shape.columns)
-    assert grid.blocks < 2 * blocks
+    count = len(grid.rows) * len(grid.columns)
+    assert min(blocks, shape.rows * shape.columns) <= count < 2 * blocks
     for sizes in (grid.rows, grid.columns):
         assert max(sizes) - min(sizes) <= 1
     state = torch.arange(shape.state_numbers).view(shape.rows, shape.depth, shape.columns)

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from seqtrain.kernels import softmax_attention
 from seqtrain.parallel import checkpoint_contexts
 from seqtrain.parallel.block_attention import block_attention
-from seqtrain.parallel.engine import engine_of
 from seqtrain.parallel.halo import CutRow, Traffic, left_halo
+from seqtrain.parallel.scan_engine import engine_of
 from seqtrain.parallel.softmax import sharded_softmax_attention
 from seqtrain.parallel.testing import run_ranks
 from seqtrain.testing import boundaries

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from seqtrain.parallel import all_scan
-from seqtrain.parallel.engine import Job
+from seqtrain.parallel.scan_engine import Job
 from seqtrain.parallel.testing import run_ranks
 from seqtrain.profiling.communication import (
     COLLECTIVE,

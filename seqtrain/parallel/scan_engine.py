@@ -1,48 +1,156 @@
-"""Runs the scans of one process group: in order, on a thread of its own, so that they advance while a rank computes."""
+"""Runs the scans of one process group: in order, on a thread of its own, so that they advance while a rank computes.
+
+Receives are posted early, sends never block. A *place* is a rank's position along a scan: ranks counted forwards, or
+from the last one backwards.
+"""
 
 import itertools
-import logging
 import queue
 import threading
 import zlib
+from abc import ABC, abstractmethod
 from collections import Counter, deque
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from seqtrain.kernels.affine import AffineMap, AffineShape
-from seqtrain.parallel.schedules import SCHEDULES, Line, Plan
-from seqtrain.parallel.wire import GlooWire, NcclWire, Sent, Wire
 
-log = logging.getLogger("seqtrain.parallel")
+if TYPE_CHECKING:
+    from seqtrain.parallel.schedules.base import Schedule
+    from seqtrain.parallel.schedules.links import Costs
 
-# Sends are waited for this many scans later: a rank may run ahead of a slow neighbour by as many layers.
+# Sends are waited for this many scans later: a rank may run ahead of a slow neighbor by as many layers.
 SCANS_IN_FLIGHT = 4
-# Scans are told apart on the wire by a tag: this bit keeps clear of small tags of others, then 16 bits of signature
-# (a disagreement about shapes never matches) and 12 bits of sequence number.
+# Scans are told apart on the wire by a tag: this bit keeps clear of small tags of others, then 16 bits of what peers
+# must agree on (a disagreement about shapes never matches) and 12 bits of sequence number.
 TAG_BASE = 1 << 30
-# Messages beside the scans have this bit instead, and a sequence number for each signature.
+# Messages outside scans have this bit instead, and a sequence number per agreed text.
 EXCHANGE_TAG = 1 << 29
 
+Sent = list[tuple[dist.Work, Tensor]]
 
-@dataclass(frozen=True)
-class Signature:
-    """All that peers must agree on before anything is sent."""
 
-    shape: AffineShape
-    dtype: torch.dtype
-    plan: Plan
-    reverse: bool
+class Wire(ABC):
+    """Messages between the ranks of a group, addressed by place. Buffers are contiguous."""
+
+    def __init__(self, group: dist.ProcessGroup, reverse: bool = False):
+        self.group = group
+        self.places = group.size()
+        self.reverse = reverse
+        self.place = self.rank(group.rank())
+
+    def rank(self, place: int) -> int:
+        """The rank in the group at a place (and the place of a rank)."""
+        return self.places - 1 - place if self.reverse else place
+
+    @abstractmethod
+    def post(self, buffer: Tensor, place: int) -> None:
+        """Announces that a message from `place` is to fill `buffer`; messages arrive in the order of posting."""
+
+    @abstractmethod
+    def send(self, buffer: Tensor, place: int) -> None:
+        """Sends `buffer`, which must stay untouched until the works that `close` returns are done."""
+
+    @abstractmethod
+    def receive(self, count: int = 1) -> None:
+        """Waits until the next `count` posted buffers are filled."""
+
+    @abstractmethod
+    def close(self) -> Sent:
+        """The sends that may still be under way, with the buffers they read."""
+
+
+class GlooWire(Wire):
+    """gloo: a receive is posted at once (a late one costs one more latency), a send leaves when it is called.
+
+    `tag` names the scan: two peers that disagree about which scan this is never match, where gloo would abort the
+    process on a message of another size. The group's own methods are used: `dist.isend` adds 30 us per message.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, tag: int, reverse: bool = False):
+        super().__init__(group, reverse)
+        self.tag = tag
+        self.receives: deque[tuple[dist.Work, Tensor]] = deque()
+        self.sends: Sent = []
+
+    def post(self, buffer: Tensor, place: int) -> None:
+        _check(buffer)
+        self.receives.append((self.group.recv([buffer], self.rank(place), self.tag), buffer))
+
+    def send(self, buffer: Tensor, place: int) -> None:
+        _check(buffer)
+        self.sends.append((self.group.send([buffer], self.rank(place), self.tag), buffer))
+
+    def receive(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.receives.popleft()[0].wait()
+
+    def close(self) -> Sent:
+        sends, self.sends = self.sends, []
+        return sends
+
+
+class NcclWire(Wire):
+    """NCCL: sends wait for the next receives and go with them as one batch, on the current stream.
+
+    NCCL has no tags and one queue per communicator: a send queued before the receive it depends on, on both peers,
+    would serialize or deadlock, and a receive posted early would hold up every send after it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, reverse: bool = False):
+        super().__init__(group, reverse)
+        self.receives: deque[tuple[Tensor, int]] = deque()
+        self.sends: deque[tuple[Tensor, int]] = deque()
+
+    def post(self, buffer: Tensor, place: int) -> None:
+        _check(buffer)
+        self.receives.append((buffer, self.rank(place)))
+
+    def send(self, buffer: Tensor, place: int) -> None:
+        _check(buffer)
+        self.sends.append((buffer, self.rank(place)))
+
+    def receive(self, count: int = 1) -> None:
+        self._batch([self.receives.popleft() for _ in range(count)])
+
+    def close(self) -> Sent:
+        self._batch([])
+        return []
+
+    def _batch(self, arriving: list[tuple[Tensor, int]]) -> None:
+        operations = [
+            # NCCL has no complex numbers.
+            dist.P2POp(
+                operation,
+                torch.view_as_real(buffer) if buffer.is_complex() else buffer,
+                None,
+                self.group,
+                group_peer=rank,
+            )
+            for operation, messages in ((dist.isend, self.sends), (dist.irecv, arriving))
+            for buffer, rank in messages
+        ]
+        self.sends.clear()
+        if operations:
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()  # orders the current stream after the messages; the host continues
+
+
+def _check(buffer: Tensor) -> None:
+    # gloo rejects a non-contiguous tensor on one rank, and the others then die by time-out.
+    assert buffer.is_contiguous(), f"a message must be contiguous, has strides {buffer.stride()} for {buffer.shape}"
 
 
 class Job:
     """One scan: opened (receives posted), started (own map known), finished."""
 
-    def __init__(self, signature: Signature, line: Line, arrivals: Tensor):
-        self.signature = signature
-        self.line = line
+    def __init__(self, plan: "Schedule", shape: AffineShape, wire: Wire, arrivals: Tensor):
+        self.plan = plan
+        self.shape = shape
+        self.wire = wire
         self.arrivals = arrivals
         self.inputs: tuple[AffineMap, Tensor | None] | None = None
         self.done = threading.Event()
@@ -53,23 +161,21 @@ class Job:
         self.forward: tuple[Tensor, Tensor | None] | None = None
 
     def run(self) -> Sent:
-        """Sends and receives; returns the sends that may be under way still."""
+        """Sends and receives; returns the sends that may still be under way."""
         assert self.inputs is not None, "a scan runs once, after it was given its map"
         own, first = self.inputs
         self.inputs = None
-        schedule = SCHEDULES[self.signature.plan.schedule]
         with torch.no_grad():
-            self.states = schedule.run(self.line, self.signature.shape, self.signature.plan, own, first, self.arrivals)
-        return self.line.wire.close()
+            self.states = self.plan.run(self.wire, self.shape, own, first, self.arrivals)
+        return self.wire.close()
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Waits, then `(incoming, outgoing)` state, `[rows, depth, columns]`; `RuntimeError` if the scan failed."""
         self.done.wait()
         if self.failure is not None:
-            place, places = self.line.place, self.line.places
             raise RuntimeError(
-                f"all_scan failed at place {place} of {places} ({self.signature.plan.schedule}, "
-                f"{self.signature.shape}): a rank has left, or ranks disagree about the scan: {self.failure}"
+                f"all_scan failed at place {self.wire.place} of {self.wire.places} ({self.plan.name}, {self.shape}): "
+                f"a rank has left, or ranks disagree about the scan: {self.failure}"
             ) from self.failure
         assert self.states is not None, "a finished scan has its states"
         if self.stream is not None:
@@ -87,6 +193,7 @@ class Engine:
         self.group = group
         self.rank = group.rank()
         self.size = group.size()
+        self.costs: Costs | None = None  # what scans cost here, once measured
         self.scans = 0  # for callers' use: how many of those opened were asked for by a model
         self.exchanges = 0  # likewise: how many times `messages` was asked for
         self._opened = 0
@@ -99,27 +206,31 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def open(self, signature: Signature, device: torch.device) -> Job:
+    def open(
+        self, plan: "Schedule", shape: AffineShape, dtype: torch.dtype, device: torch.device, *, reverse: bool = False
+    ) -> Job:
         """Posts the receives of the next scan. `device`: where its tensors live."""
         self._check_alive()
         with self._lock:
             number = self._opened
             self._opened += 1
-            place = self.size - 1 - self.rank if signature.reverse else self.rank
-            line = Line(place, self.size, self._wire(signature, number, device), signature.reverse)
-            schedule = SCHEDULES[signature.plan.schedule]
-            messages = schedule.receives(signature.shape, signature.plan, place, self.size)
-            arrivals = torch.empty(sum(m.numbers for m in messages), dtype=signature.dtype, device=device)
+            if device.type == "cuda":
+                wire: Wire = NcclWire(self.group, reverse)
+            else:
+                agreed = _signature(f"{plan} {shape} {dtype} {reverse}")
+                wire = GlooWire(self.group, TAG_BASE | agreed << 12 | number & 0xFFF, reverse)
+            messages = plan.receives(shape, wire.place, wire.places)
+            arrivals = torch.empty(sum(m.numbers for m in messages), dtype=dtype, device=device)
             for buffer, message in zip(arrivals.split([m.numbers for m in messages]), messages, strict=True):
-                line.post(buffer, message.place)
-        return Job(signature, line, arrivals)
+                wire.post(buffer, message.place)
+        return Job(plan, shape, wire, arrivals)
 
     def start(self, job: Job, own: AffineMap, first: Tensor | None) -> None:
         """Lets the scan run. `own`: this rank's map; `first`: the state before place 0, which only place 0 reads."""
         job.inputs = (own, first)
         if job.arrivals.is_cuda:
             self._start_on_stream(job, own, first)
-        elif job.signature.plan.blocking or self.size == 1:
+        elif job.plan.blocking or self.size == 1:
             self._run(job)
         else:
             if self._thread is None:
@@ -138,7 +249,7 @@ class Engine:
         self._settle(self._lent, 0)
 
     def messages(self, agreed: str, device: torch.device) -> Wire:
-        """Messages beside the scans, for a caller that waits for them itself.
+        """A wire outside the scans, for a caller that waits for its messages itself; places are ranks.
 
         `agreed`: all that peers must agree on, the same text on every rank. Calls with the same text come in the same
         order on every rank; on NCCL all calls and scans do.
@@ -169,11 +280,6 @@ class Engine:
         if self._thread is not None:
             self._queue.put(None)
             self._thread = None
-
-    def _wire(self, signature: Signature, number: int, device: torch.device) -> Wire:
-        if device.type == "cuda":
-            return NcclWire(self.group)
-        return GlooWire(self.group, TAG_BASE | _signature(repr(signature)) << 12 | number & 0xFFF)
 
     def _check_alive(self) -> None:
         if self._failure is not None:
@@ -256,5 +362,5 @@ def check_in(job: Job) -> int:
 
 
 def check_out(ticket: int) -> Job:
-    """The job behind a number, once."""
+    """The job of a number, once."""
     return _jobs.pop(ticket)
