@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from seqtrain.analysis.trace import SIZES, Calls, Tracer, Work
 from seqtrain.kernels.affine import AffineShape
-from seqtrain.kernels.segments import PastInputs, Segment, segment_of
+from seqtrain.kernels.operator import Operator
+from seqtrain.kernels.segments import AffineScan, PastInputs, Relayed
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.models.block import Block
@@ -64,22 +65,22 @@ class Watched(SequenceContext):
     exchanges: list[Exchange] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
 
-    def run(self, operator: Callable, *tensors: Any, initial_state: Any = None, **options: Any) -> tuple[Tensor, Any]:
-        self.exchanges.append(_exchange(segment_of(operator), tensors, options))
+    def run(self, operator: Any, *tensors: Any, initial_state: Any = None, **options: Any) -> tuple[Tensor, Any]:
+        self.exchanges.append(_exchange(operator, tensors, options))
         window = options.get("window")
         if window is not None:
             self.windows.append(window)
         return super().run(operator, *tensors, initial_state=initial_state, **options)
 
 
-def _exchange(segment: Segment | None, tensors: tuple[Any, ...], options: dict[str, Any]) -> Exchange:
-    if isinstance(segment, type):
-        shape, dtype = segment.state_shape(tensors, options)
-        return Exchange(AffineShape.of(shape, segment.transition_shape(tensors, options)), dtype.itemsize)
-    first = tensors[0]
-    if isinstance(segment, PastInputs):
-        return Exchange(near=first[:, :1].nbytes * segment.count(tensors, options))
-    if segment is None:
+def _exchange(operator: Operator, tensors: tuple[Any, ...], options: dict[str, Any]) -> Exchange:
+    first, time = tensors[0], operator.time
+    if isinstance(time, AffineScan):
+        shape, dtype = operator.state_shape(tensors, options, first.shape[0])
+        return Exchange(AffineShape.of(shape, time.segment.transition_shape(tensors, options)), dtype.itemsize)
+    if isinstance(time, PastInputs):
+        return Exchange(near=first[:, :1].nbytes * time.count(tensors, options))
+    if isinstance(time, Relayed):
         return Exchange()
     window = options.get("window")
     keys = tensors[1].nbytes + tensors[2].nbytes

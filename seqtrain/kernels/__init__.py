@@ -1,35 +1,24 @@
-"""The operators: pure functions of tensors, each with a definition and faster forms of it (DESIGN.md 4.1).
+"""The operators: pure functions of tensors, each with a definition and faster forms of it.
 
-Every recurrent operator takes `initial_state` and `cu_seqlens` and returns `(out, final_state)`.
+Each is an `Operator`; a recurrent one takes `initial_state` and `cu_seqlens` and returns `(out, final_state)`.
+`OPERATORS` has all of them by name.
 """
 
-from seqtrain.kernels.delay import delay
-from seqtrain.kernels.delta_rule import delta_rule
-from seqtrain.kernels.diagonal_scan import diagonal_scan
-from seqtrain.kernels.diagonal_system import diagonal_system
-from seqtrain.kernels.gated_norm import gated_norm
-from seqtrain.kernels.linear_attention import linear_attention
-from seqtrain.kernels.linear_cross_entropy import linear_cross_entropy
-from seqtrain.kernels.short_convolution import short_convolution
-from seqtrain.kernels.sink_attention import sink_attention
-from seqtrain.kernels.slot_scores import slot_scores
-from seqtrain.kernels.softmax_attention import softmax_attention
-from seqtrain.kernels.tensor_attention import feature_count, tensor_attention
-from seqtrain.kernels.ttt_linear import ttt_linear
+from seqtrain.kernels.delay import delay as delay
+from seqtrain.kernels.delta_rule import delta_rule as delta_rule
+from seqtrain.kernels.diagonal_scan import diagonal_scan as diagonal_scan
+from seqtrain.kernels.diagonal_system import diagonal_system as diagonal_system
+from seqtrain.kernels.gated_norm import gated_norm as gated_norm
+from seqtrain.kernels.linear_attention import linear_attention as linear_attention
+from seqtrain.kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from seqtrain.kernels.operator import Operator as Operator
+from seqtrain.kernels.operator import operator as operator
+from seqtrain.kernels.short_convolution import short_convolution as short_convolution
+from seqtrain.kernels.sink_attention import sink_attention as sink_attention
+from seqtrain.kernels.slot_scores import slot_scores as slot_scores
+from seqtrain.kernels.softmax_attention import softmax_attention as softmax_attention
+from seqtrain.kernels.tensor_attention import feature_count as feature_count
+from seqtrain.kernels.tensor_attention import tensor_attention as tensor_attention
+from seqtrain.kernels.ttt_linear import ttt_linear as ttt_linear
 
-__all__ = [
-    "delay",
-    "delta_rule",
-    "diagonal_scan",
-    "diagonal_system",
-    "feature_count",
-    "gated_norm",
-    "linear_attention",
-    "linear_cross_entropy",
-    "short_convolution",
-    "sink_attention",
-    "slot_scores",
-    "softmax_attention",
-    "tensor_attention",
-    "ttt_linear",
-]
+OPERATORS = {name: found for name, found in list(globals().items()) if isinstance(found, Operator)}

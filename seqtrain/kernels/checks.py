@@ -1,42 +1,43 @@
 """Argument checks shared by the operators: every complaint names the argument, what came and what was expected."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+# Dtypes an argument may have.
+KINDS: dict[str, Callable[[Tensor], bool]] = {
+    "a floating dtype": lambda x: x.is_floating_point(),
+    "a floating or complex dtype": lambda x: x.is_floating_point() or x.is_complex(),
+    "a complex dtype": lambda x: x.is_complex(),
+    "int64": lambda x: x.dtype == torch.int64,
+    "any dtype": lambda x: True,
+}
 
-def check_shapes(operator: str, tensors: Mapping[str, tuple[Tensor, str]]) -> dict[str, int]:
-    """Checks tensors against shapes written in letters and returns the letters' sizes.
 
-    `tensors` maps an argument's name to `(tensor, shape)`, the shape as letters separated by spaces (`"B T H K"`). A
-    letter takes its size where it first occurs and must agree everywhere else. All tensors must lie on one device.
-    Raises `ValueError`.
+def check_shape(name: str, tensor: Tensor, shapes: Mapping[int, Sequence[str]], sizes: dict[str, int]) -> None:
+    """Checks a tensor against shapes written in letters, given by their number of dimensions; adds to `sizes`.
+
+    A letter takes its size where it first occurs and must agree everywhere else; `K+1` is one more than K. Raises
+    `ValueError`.
     """
-    sizes: dict[str, int] = {}
-    first = next(iter(tensors))
-    device = tensors[first][0].device
-    for name, (tensor, shape) in tensors.items():
-        letters = shape.split()
-        came = tuple(tensor.shape)
-        if len(came) != len(letters):
-            raise ValueError(f"{operator}: {name} has shape {came}, expected [{', '.join(letters)}]")
-        for letter, size in zip(letters, came, strict=True):
-            if sizes.setdefault(letter, size) != size:
-                expected = f"[{', '.join(letters)}] with {letter}={sizes[letter]}"
-                raise ValueError(f"{operator}: {name} has shape {came}, expected {expected}")
-        if tensor.device != device:
-            raise ValueError(f"{operator}: {name} is on {tensor.device}, expected {device}, where {first} is")
-    return sizes
+    came = tensor.shape
+    letters = shapes.get(len(came))
+    if letters is None:
+        expected = " or ".join(f"[{', '.join(each)}]" for each in shapes.values())
+        raise ValueError(f"{name} has shape {tuple(came)}, expected {expected}")
+    for letter, size in zip(letters, came, strict=True):
+        wanted = sizes[letter[:-2]] + 1 if letter.endswith("+1") else sizes.setdefault(letter, size)
+        if wanted != size:
+            expected = f"[{', '.join(letters)}] with {letter}={wanted}"
+            raise ValueError(f"{name} has shape {tuple(came)}, expected {expected}")
 
 
-def check_floating(operator: str, tensors: Mapping[str, Tensor], *, allow_complex: bool = False) -> None:
-    """Raises `ValueError` for a tensor that is not floating point (or complex, where allowed)."""
-    for name, tensor in tensors.items():
-        if not (tensor.is_floating_point() or (allow_complex and tensor.is_complex())):
-            kind = "a floating or complex" if allow_complex else "a floating"
-            raise ValueError(f"{operator}: {name} has dtype {tensor.dtype}, expected {kind} dtype")
+def check_kind(name: str, tensor: Tensor, kind: str) -> None:
+    """Raises `ValueError` for a dtype that is not one of `kind`, of `KINDS`."""
+    if not KINDS[kind](tensor):
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected {kind}")
 
 
 def check_documents(operator: str, cu_seqlens: Tensor | None, batch: int, tokens: int) -> int:

@@ -78,9 +78,9 @@ class TTTLinear(Mixer):
             k,
             v,
             rate,
-            self.start.view(self.shape.heads, -1),
-            self.norm_weight,
-            self.norm_bias,
+            self.start.view(self.shape.heads, self.head + 1, self.head),
+            self.norm_weight.view(self.shape.heads, self.head),
+            self.norm_bias.view(self.shape.heads, self.head),
             shares,
             initial_state=past.get("memory"),
         )

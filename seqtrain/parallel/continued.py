@@ -1,6 +1,5 @@
 """A packed row that goes on where another ended: what a long row is where it is read piece by piece."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from seqtrain.kernels.segments import PastKeys, segment_of
+from seqtrain.kernels.segments import PastKeys
 from seqtrain.parallel.sequence import SequenceContext
 
 
@@ -30,9 +29,9 @@ class ContinuedSequence(SequenceContext):
         return cls(cu_seqlens=documents.cu_seqlens, backend=documents.backend, documents=documents)
 
     def run(
-        self, operator: Callable, *tensors: Tensor | None, initial_state: Any = None, **options: Any
+        self, operator: Any, *tensors: Tensor | None, initial_state: Any = None, **options: Any
     ) -> tuple[Tensor, Any]:
-        keys = isinstance(segment_of(operator), PastKeys)
+        keys = isinstance(operator.time, PastKeys)
         if initial_state is not None:
             # Rows of keys and values are counted by `length`: those of a first document are all there are.
             counted = {"length": self._first(initial_state["length"])} if keys else {}

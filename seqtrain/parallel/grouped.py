@@ -1,6 +1,5 @@
 """A sequence whose documents are cut into groups of tokens that know nothing of each other."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from seqtrain.kernels.custom_ops import constant
-from seqtrain.kernels.segments import PastKeys, segment_of_package
+from seqtrain.kernels.operator import Operator
+from seqtrain.kernels.segments import PastKeys
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Groups:
 
 
 def run_grouped(
-    operator: Callable,
+    operator: Operator,
     tensors: tuple[Any, ...],
     options: dict[str, Any],
     *,
@@ -67,28 +66,25 @@ def run_grouped(
 
     `past`: int64 `[B or N]`, tokens of each row or document seen before, None for none.
     """
+    tensors, options = operator.arranged(tensors, options)
     batch, tokens = tensors[0].shape[:2]
-
-    def flat(value: Any) -> Any:
-        # Weights have no time; whatever has three dimensions or more is `[B,T,...]`.
-        timed = isinstance(value, Tensor) and value.dim() >= 3 and value.shape[:2] == (batch, tokens)
-        return value.reshape(1, batch * tokens, *value.shape[2:]) if timed else value
-
+    pairs = zip(tensors, operator.along_time(tensors), strict=True)
+    flat = (x.reshape(1, batch * tokens, *x.shape[2:]) if timed else x for x, timed in pairs)
     boundaries = torch.arange(batch + 1) * tokens if cu_seqlens is None else cu_seqlens.to(torch.int64)
     seen = torch.zeros_like(boundaries[1:]) if past is None else past.to(boundaries.device)
     groups = Groups.of(boundaries, seen, size, batch * tokens)
-    keys = _keeps_keys(operator.__module__)
+    keys = isinstance(operator.time, PastKeys)
     if initial_state is not None:
         if keys:
             initial_state = _keys_in(initial_state, groups, packed=cu_seqlens is not None)
         else:
             initial_state = tree_map(groups.spread, initial_state)
     out, final = operator(
-        *(flat(tensor) for tensor in tensors),
+        *flat,
         initial_state=initial_state,
         cu_seqlens=groups.boundaries,
         backend=backend,
-        **{name: flat(value) for name, value in options.items()},
+        **options,
     )
     out = out.view(batch, tokens, *out.shape[2:])
     if not keys:
@@ -122,9 +118,3 @@ def _keys_out(state: dict[str, Tensor], groups: Groups, rows: int | None) -> dic
         return torch.cat([zero, values[0]])[torch.where(real, index + 1, 0)]
 
     return {"k": padded(state["k"]), "v": padded(state["v"]), "length": length}
-
-
-# By name, which torch.compile takes for a constant.
-@constant
-def _keeps_keys(package: str) -> bool:
-    return isinstance(segment_of_package(package), PastKeys)

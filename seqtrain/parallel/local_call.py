@@ -1,12 +1,14 @@
 """One operator called on one rank's part of a sequence, and the parts of that part."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from seqtrain.kernels.operator import Operator
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Pieces:
 class LocalCall:
     """`operator(*tensors, **options)` on a rank's tokens `[B,T_r,...]`, and where these stand in the row."""
 
-    operator: Callable
+    operator: Operator
     tensors: tuple[Any, ...]
     options: Mapping[str, Any]
     backend: str
@@ -78,17 +80,8 @@ class LocalCall:
         )
 
     def _slice(self, rows: slice) -> "LocalCall":
-        tokens = self.pieces.tokens
-
-        def part(value: Any) -> Any:
-            # Weights `[D]`, `[D,W]` have no time; whatever has three dimensions or more is `[B,T,...]`.
-            timed = isinstance(value, Tensor) and value.dim() >= 3 and value.shape[1] == tokens
-            return value[:, rows] if timed else value
-
         pieces = Pieces(rows.stop - rows.start, rows.stop - rows.start, None)
-        tensors = tuple(part(tensor) for tensor in self.tensors)
-        options = {name: part(value) for name, value in self.options.items()}
-        return LocalCall(self.operator, tensors, options, self.backend, pieces, self.group, self.packed)
+        return replace(self, tensors=self.operator.take(self.tensors, rows), pieces=pieces)
 
 
 class _Tie(torch.autograd.Function):

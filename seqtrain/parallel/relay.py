@@ -24,7 +24,7 @@ def run_relayed(call: LocalCall, initial_state: Any) -> tuple[Tensor, Any]:
     The operator's state is a tensor, or any nesting of tensors, `[B,...]`, whose shapes do not depend on the tokens
     seen; given no tokens the operator returns the state of an empty past, or the one it was given.
     """
-    _warn(call.operator.__name__)
+    _warn(call.operator.name)
     pieces, rank, ranks = call.pieces, call.group.rank(), call.group.size()
     tail = call.tail().run(cu_seqlens=pieces.tail) if pieces.head < pieces.tokens else None
     # Whatever is sent or received hangs on an input, so that gradients come this way on every rank or on none.

@@ -91,7 +91,7 @@ class GroupedSequence(SequenceContext):
     past: Tensor | None
 
     def run(
-        self, operator: Callable, *tensors: Tensor | None, initial_state: Any = None, **options: Any
+        self, operator: Any, *tensors: Tensor | None, initial_state: Any = None, **options: Any
     ) -> tuple[Tensor, Any]:
         return run_grouped(
             operator,

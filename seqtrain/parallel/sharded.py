@@ -5,7 +5,6 @@ tail). Only the head needs what other ranks know, and only the last document's s
 whose segments are affine maps costs one All-Scan, and the map of a rank where a document starts has a zero transition.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqtrain.kernels.segments import PastInputs, PastKeys, PastKeysAndSinks, segment_of
+from seqtrain.kernels.segments import AffineScan, PastInputs, PastKeys, PastKeysAndSinks
 from seqtrain.parallel.halo import CutRow, run_with_past_inputs
 from seqtrain.parallel.local_call import LocalCall, Pieces
 from seqtrain.parallel.relay import run_relayed
@@ -72,26 +71,27 @@ class ShardedSequence(SequenceContext):
         """The place in the row behind this rank's last token."""
         return self.offsets[self.group.rank() + 1]
 
-    def run(self, operator: Callable, *tensors: Any, initial_state: Any = None, **options: Any) -> tuple[Tensor, Any]:
+    def run(self, operator: Any, *tensors: Any, initial_state: Any = None, **options: Any) -> tuple[Tensor, Any]:
         """`operator(*tensors, ...)` as on the whole row: `(out, final_state)`, out for this rank's tokens.
 
-        What travels depends on what the operator's package says of its segments: a scan of affine maps, past inputs,
+        What travels depends on the operator's `time`: a scan of affine maps, past inputs,
         keys and values, or else its state from rank to rank.
         """
-        segment = segment_of(operator)
-        if isinstance(segment, PastKeys):
+        tensors, options = operator.arranged(tensors, options)
+        time = operator.time
+        if isinstance(time, PastKeys):
             return sharded_softmax_attention(
                 *tensors, row=self._row, initial_state=initial_state, backend=self.backend, **options
             )
-        if isinstance(segment, PastKeysAndSinks):
+        if isinstance(time, PastKeysAndSinks):
             return sharded_sink_attention(
                 *tensors, row=self._row, initial_state=initial_state, backend=self.backend, **options
             )
-        if isinstance(segment, PastInputs):
+        if isinstance(time, PastInputs):
             return run_with_past_inputs(
                 operator,
                 *tensors,
-                count=segment.count(tensors, options),
+                count=time.count(tensors, options),
                 row=self._row,
                 initial_state=initial_state,
                 backend=self.backend,
@@ -101,9 +101,9 @@ class ShardedSequence(SequenceContext):
         boundaries = self._row.boundaries if packed else None
         pieces = Pieces.of(boundaries, self.start, self.end, continues=initial_state is not None)
         call = LocalCall(operator, tensors, options, self.backend, pieces, self.group, packed)
-        if segment is None:
-            return run_relayed(call, initial_state)
-        return run_scanned(call, segment, initial_state, self.algorithm)
+        if isinstance(time, AffineScan):
+            return run_scanned(call, initial_state, self.algorithm)
+        return run_relayed(call, initial_state)
 
     def grouped(self, size: int, past: Tensor | None = None) -> "ShardedSequence":
         if past is not None:

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from seqtrain.kernels import diagonal_scan, diagonal_system
-from seqtrain.kernels.diagonal_system.segment import SEGMENT
 from seqtrain.testing import assert_within, boundaries, compare_with_oracle, relative_error
 
 G, N = 3, 4
@@ -79,14 +78,14 @@ def test_any_cut_in_time_equals_the_whole(cut):
 def test_a_segment_is_an_affine_map_of_its_state(tokens):
     u, *system, start = case(max(tokens, 2))[0].values()
     u = u[:, :tokens]
-    segment = SEGMENT((u, *system), {}, "auto")
-    transition, update = segment.find_map()
-    segment.work()
+    segment = diagonal_system.segment((u, *system), {}, "auto")
+    transition, update = segment.transition()
+    segment.local_output()
     out, final = diagonal_system(u, *system, initial_state=start)
-    assert segment.state_shape((u, *system), {}) == (tuple(update.shape), update.dtype)
+    assert diagonal_system.state_shape((u, *system), {}, 2) == (tuple(update.shape), update.dtype)
     assert segment.transition_shape((u, *system), {}) == tuple(transition.shape)
     assert relative_error(transition * start + update, final) < 1e-11
-    assert relative_error(segment.finish(start), out) < 1e-11
+    assert relative_error(segment.add_incoming(start), out) < 1e-11
 
 
 def test_no_state_of_a_token_is_kept_for_the_backward_pass():

@@ -55,7 +55,7 @@ def test_zeros_have_a_gradient():
     ("change", "message"),
     [
         ({"weight": torch.zeros(5)}, r"weight has shape \(5,\), expected \[V\] with V=4"),
-        ({"gate": torch.zeros(2, 8)}, r"gate has shape \(2, 8\), expected \[d0, H, V\]"),
+        ({"gate": torch.zeros(2, 8)}, r"gate has shape \(2, 8\), expected \[H, V\] with H=3"),
         ({"activation": "gelu"}, "activation='gelu', expected 'silu' or 'sigmoid'"),
         ({"x": torch.zeros(2, 3, 4, dtype=torch.int64)}, "x has dtype torch.int64"),
     ],

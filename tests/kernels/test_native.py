@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqtrain.kernels import delta_rule, linear_attention
-from seqtrain.kernels.dispatch import choose, reset_backend_choice
+from seqtrain.kernels.dispatch import reset_backend_choice
 from seqtrain.kernels.native import build, cut, recurrence
 from seqtrain.kernels.segments import by_segment
 from seqtrain.testing import (
@@ -76,7 +76,7 @@ def test_rows_match_the_definition(name, tokens):
 def test_a_single_token_matches_the_definition(name, decay_shape, dtype):
     tensors = inputs(name, 1, batch=3, key_width=20, value_width=37, decay_shape=decay_shape, decay="wide")
     tensors = {key: x if x is None else x.to(torch.float32 if "state" in key else dtype) for key, x in tensors.items()}
-    assert choose(name, "native", torch.device("cpu"), single_token=True).__module__.endswith("native")
+    assert OPERATORS[name].choose("native", torch.device("cpu"), single_token=True).__module__.endswith("native")
     came = OPERATORS[name](**tensors, backend="native")
     expected = OPERATORS[name](**tensors, backend="reference")
     for x, y in zip(came, expected, strict=True):

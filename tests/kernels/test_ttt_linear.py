@@ -20,9 +20,9 @@ def inputs(tokens, *, batch=1, past=0, states=None, seed=0):
     tensors = {
         **{name: normal(batch, tokens, H, K) for name in ("q", "k", "v")},
         "rate": torch.rand(batch, tokens, H, generator=generator, dtype=torch.float64),
-        "start": normal(H, (K + 1) * K),
-        "norm_weight": 1 + 0.3 * normal(H * K),
-        "norm_bias": 0.3 * normal(H * K),
+        "start": normal(H, K + 1, K),
+        "norm_weight": 1 + 0.3 * normal(H, K),
+        "norm_bias": 0.3 * normal(H, K),
         "shares": torch.rand(C, generator=generator, dtype=torch.float64),
     }
     if past:
@@ -58,7 +58,7 @@ def test_rows_in_the_midst_of_mini_batches_at_different_tokens():
 @torch.enable_grad()
 def test_the_loop_descends_the_gradient_of_the_error():
     tensors = inputs(13)
-    memory, total, rows = tensors["start"].view(H, K + 1, K), 0, []
+    memory, total, rows = tensors["start"], 0, []
     weight, bias = (tensors[name].view(H, 1, K) for name in ("norm_weight", "norm_bias"))
 
     def answer(x, memory):
@@ -77,7 +77,7 @@ def test_the_loop_descends_the_gradient_of_the_error():
     for backend in ("reference", "chunked"):
         out, state = ttt_linear(**tensors, backend=backend)
         assert relative_error(out[0], torch.stack(rows)) < 1e-12
-        assert relative_error(state[0, :, : K + 1], memory - tensors["start"].view(H, K + 1, K)) < 1e-11
+        assert relative_error(state[0, :, : K + 1], memory - tensors["start"]) < 1e-11
         assert relative_error(state[0, :, K + 1 : -1], total) < 1e-11
         assert (state[0, :, -1] == 13 % C).all()
 
@@ -120,7 +120,10 @@ def test_bfloat16_and_no_tokens():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"start": torch.zeros(H, K * K)}, r"ttt_linear: start has shape \(2, 16\), expected \(2, 20\)"),
+        (
+            {"start": torch.zeros(H, K, K)},
+            r"ttt_linear: start has shape \(2, 4, 4\), expected \[H, K\+1, K\] with K\+1=5",
+        ),
         ({"v": torch.zeros(1, 6, H, K + 1)}, r"v has shape .* with K=4"),
         ({"initial_state": torch.zeros(1, H, K, K)}, r"initial_state has shape .*, expected \(1, 2, 11, 4\)"),
     ],

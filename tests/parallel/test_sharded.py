@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from seqtrain.kernels import delta_rule, diagonal_scan, linear_attention, slot_scores, tensor_attention
+from seqtrain.kernels import delta_rule, diagonal_scan, linear_attention, operator, slot_scores, tensor_attention
 from seqtrain.parallel import SequenceContext, ShardedSequence
 from seqtrain.parallel.testing import run_ranks
 from tests.parallel.shard_cases import CUTS, Cut, OperatorCase, joined, sharded, whole
@@ -124,6 +124,7 @@ def test_nothing_leaks_into_the_next_document(last):
         assert not torch.equal(before["out"][:, last], after["out"][:, last]), name
 
 
+@operator(arguments={"x": "B T D"}, out="B T D", flops=lambda **_: 0)
 def running_maximum(x, *, initial_state=None, cu_seqlens=None, backend):
     """An operator that no affine map describes, with the state in a dict."""
     boundaries = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
@@ -205,3 +206,27 @@ def test_offsets_that_do_not_fit():
         return complaints
 
     assert all("expected" in complaint for complaint in run_ranks(2, run)[1])
+
+
+@operator(arguments={"x": "B T D", "weight": "G K V"}, out="B T D", flops=lambda **_: 0)
+def scaled(x, weight, *, initial_state=None, cu_seqlens=None, backend):
+    """An operator with a learned weight of three dimensions, none of them time."""
+    states = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    return x * weight.sum(), x.new_zeros(states, 1)
+
+
+@pytest.mark.parametrize("width", [15, 16])
+def test_a_weight_as_wide_as_a_rank_has_tokens_is_not_cut_in_time(width):
+    def on_rank(rank: int) -> torch.Tensor:
+        sequence = ShardedSequence(
+            group=dist.group.WORLD, offsets=(0, 16, 32), cu_seqlens=torch.tensor([0, 10, 20, 32], dtype=torch.int32)
+        )
+        return sequence.run(scaled, torch.ones(1, 16, 1), torch.ones(2, width, 3))[0]
+
+    assert [found.unique().tolist() for found in run_ranks(2, on_rank)] == 2 * [[width * 6.0]]
+
+
+@pytest.mark.parametrize("width", [15, 16])
+def test_groups_do_not_cut_it_either(width):
+    out, _ = SequenceContext().grouped(5).run(scaled, torch.ones(2, width, 1), torch.ones(2, width, 3))
+    assert out.unique().tolist() == [width * 6.0]

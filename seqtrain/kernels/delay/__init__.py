@@ -3,10 +3,20 @@
 import torch
 from torch import Tensor
 
-from seqtrain.kernels.checks import check_documents, check_state
+from seqtrain.kernels.operator import operator
 from seqtrain.kernels.rows import Rows
+from seqtrain.kernels.segments import PastInputs
 
 
+@operator(
+    arguments={"x": "B T ..."},
+    kinds={"x": "any dtype"},
+    out="B T ...",
+    state=lambda *, B, T, by, **rest: (by, *rest.values()),
+    state_dtype=lambda dtype: dtype,
+    flops=lambda **_: 0,
+    time=PastInputs(lambda tensors, options: options["by"]),
+)
 def delay(
     x: Tensor,
     *,
@@ -26,10 +36,7 @@ def delay(
     """
     if by < 0:
         raise ValueError(f"delay: by={by}, expected 0 tokens or more")
-    states = check_documents("delay", cu_seqlens, x.shape[0], x.shape[1])
-    expected = (states, by, *x.shape[2:])
-    check_state("delay", initial_state, expected, x.device)
-    past = x.new_zeros(expected) if initial_state is None else initial_state.to(x.dtype)
+    past = delay.prepare((x,), backend, initial_state, cu_seqlens, by=by).state
     rows, new = Rows.of(x, cu_seqlens), x.flatten(0, 1)
     after = rows.last(past, new)
     if by == 0:
@@ -39,5 +46,5 @@ def delay(
     piece, offset = rows.places(new.shape[0])
     # A token's number in its past followed by its row is its own offset in the row.
     before = piece * by + offset
-    source = torch.where(offset < by, before, states * by + torch.arange(new.shape[0], device=x.device) - by)
+    source = torch.where(offset < by, before, past.shape[0] * by + torch.arange(new.shape[0], device=x.device) - by)
     return torch.cat([past.flatten(0, 1), new])[source].view_as(x), after

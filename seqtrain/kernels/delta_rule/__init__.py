@@ -2,11 +2,29 @@
 
 from torch import Tensor
 
-from seqtrain.kernels.checks import check_documents, check_floating, check_shapes, check_state
-from seqtrain.kernels.dispatch import choose, full_precision
-from seqtrain.kernels.documents import state_dtype
+from seqtrain.kernels.delta_rule.segment import DeltaRuleSegment
+from seqtrain.kernels.dispatch import full_precision
+from seqtrain.kernels.operator import operator
+from seqtrain.kernels.segments import AffineScan
 
 
+@operator(
+    arguments={
+        "q": "B T H K",
+        "k": "B T H K",
+        "v": "B T H V",
+        "beta": "B T H",
+        "log_decay": ("B T H", "B T H K"),
+        "read": "B T H K",
+        "erase": "B T H K",
+    },
+    out="B T H V",
+    state=lambda *, H, K, V, **_: (H, K, V),
+    # What the state holds for k (`k S`), the correction of it, and the reading `q S`.
+    flops=lambda *, B, T, H, K, V, **_: 6 * B * T * H * K * V,
+    backends=("reference", "chunked", "native", "triton"),
+    time=AffineScan(DeltaRuleSegment),
+)
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -39,39 +57,15 @@ def delta_rule(
     float64 inputs). Differentiable in every tensor. Raises `ValueError` for wrong shapes, dtypes, devices or backends.
     Source: MATH.md 1.2; the chunk form is that of Yang et al. 2024 (arXiv 2406.06484, 2412.06464).
     """
-    tensors = {"q": (q, "B T H K"), "k": (k, "B T H K"), "v": (v, "B T H V"), "beta": (beta, "B T H")}
-    if log_decay is not None:
-        tensors["log_decay"] = (log_decay, "B T H" if log_decay.dim() == 3 else "B T H K")
-    vectors = _vectors(read, erase)
-    tensors |= {name: (tensor, "B T H K") for name, tensor in vectors.items()}
-    sizes = check_shapes("delta_rule", tensors)
-    check_floating("delta_rule", {name: tensor for name, (tensor, _) in tensors.items()})
-    states = check_documents("delta_rule", cu_seqlens, sizes["B"], sizes["T"])
-    shape = (states, sizes["H"], sizes["K"], sizes["V"])
-    check_state("delta_rule", initial_state, shape, q.device)
-
-    dtype = state_dtype(q.dtype)
-    state = q.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    if vectors:
-        backend = _wide_backend(backend)
-    run = choose("delta_rule", backend, q.device, single_token=cu_seqlens is None and q.shape[1] == 1)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with full_precision(q.device):
-        return run(q, k, v, beta, log_decay, state, scale, cu_seqlens, *vectors.values())
-
-
-def _vectors(read: Tensor | None, erase: Tensor | None) -> dict[str, Tensor]:
-    """The vectors that replace k, by name: two or none."""
-    if read is None and erase is None:
-        return {}
-    if read is None or erase is None:
+    if (read is None) != (erase is None):
         missing = "read" if read is None else "erase"
         raise ValueError(f"delta_rule: {missing} is None, expected both read and erase, or neither")
-    return {"read": read, "erase": erase}
-
-
-def _wide_backend(requested: str) -> str:
-    """The backend for calls with `read` and `erase`."""
-    if requested in ("triton", "native"):
-        raise ValueError(f"delta_rule: backend={requested} has no read and erase; use chunked or auto")
-    return "chunked" if requested == "auto" else requested
+    if read is not None and backend in ("triton", "native"):
+        raise ValueError(f"delta_rule: backend={backend} has no read and erase; use chunked or auto")
+    if read is not None and backend == "auto":
+        backend = "chunked"
+    tensors = (q, k, v, beta, log_decay, read, erase)
+    call = delta_rule.prepare(tensors, backend, initial_state, cu_seqlens, scale=scale)
+    vectors = () if read is None else (read, erase)
+    with full_precision(q.device):
+        return call.run(q, k, v, beta, log_decay, call.state, call.scale, cu_seqlens, *vectors)

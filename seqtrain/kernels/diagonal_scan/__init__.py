@@ -2,11 +2,22 @@
 
 from torch import Tensor
 
-from seqtrain.kernels.checks import check_documents, check_floating, check_shapes, check_state
-from seqtrain.kernels.dispatch import choose
-from seqtrain.kernels.documents import state_dtype
+from seqtrain.kernels.diagonal_scan.segment import DiagonalScanSegment
+from seqtrain.kernels.operator import operator
+from seqtrain.kernels.segments import AffineScan
 
 
+@operator(
+    arguments={"x": "B T D", "log_a": ("D", "B T D")},
+    kinds=dict.fromkeys(("x", "log_a"), "a floating or complex dtype"),
+    out="B T D",
+    state=lambda *, D, **_: (D,),
+    state_from=("x", "log_a", "initial_state"),
+    # A complex product is six operations, a complex sum two.
+    flops=lambda *, B, T, D, complex, **_: (8 if complex else 2) * B * T * D,
+    backends=("reference", "chunked", "triton"),
+    time=AffineScan(DiagonalScanSegment),
+)
 def diagonal_scan(
     x: Tensor,
     log_a: Tensor,
@@ -26,13 +37,6 @@ def diagonal_scan(
     float64 for float64 inputs, complex where an input is. Raises `ValueError` for a wrong shape, dtype, device or
     backend.
     """
-    name = "diagonal_scan"
-    sizes = check_shapes(name, {"x": (x, "B T D"), "log_a": (log_a, "D" if log_a.dim() == 1 else "B T D")})
-    check_floating(name, {"x": x, "log_a": log_a}, allow_complex=True)
-    states = check_documents(name, cu_seqlens, sizes["B"], sizes["T"])
-    check_state(name, initial_state, (states, sizes["D"]), x.device)
-    dtype = state_dtype(x.dtype, log_a.dtype, *(() if initial_state is None else (initial_state.dtype,)))
-    state = x.new_zeros(states, sizes["D"], dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    run = choose(name, backend, x.device, single_token=sizes["T"] == 1 and cu_seqlens is None)
-    out, final = run(x, log_a, state, cu_seqlens)
-    return out.to(dtype if dtype.is_complex else x.dtype), final
+    call = diagonal_scan.prepare((x, log_a), backend, initial_state, cu_seqlens)
+    out, final = call.run(x, log_a, call.state, cu_seqlens)
+    return out.to(call.state.dtype if call.state.is_complex() else x.dtype), final

@@ -2,14 +2,24 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from seqtrain.kernels.checks import check_documents, check_floating, check_shapes, check_state
-from seqtrain.kernels.dispatch import choose
-from seqtrain.kernels.documents import state_dtype
+from seqtrain.kernels.diagonal_system.segment import DiagonalSystemSegment
+from seqtrain.kernels.operator import operator
+from seqtrain.kernels.segments import AffineScan
 
 
+@operator(
+    arguments={"u": "B T G", "log_a": "G N", "write": "G N", "read": "G N"},
+    kinds=dict.fromkeys(("log_a", "write", "read"), "a complex dtype"),
+    out="B T G",
+    state=lambda *, G, N, **_: (G * N,),
+    state_from=("u", "log_a"),
+    # The scan of N complex states per channel (8), and `Re(read h)`, two products and two sums per state.
+    flops=lambda *, B, T, G, N, **_: 12 * B * T * G * N,
+    backends=("reference", "chunked"),
+    time=AffineScan(DiagonalSystemSegment),
+)
 def diagonal_system(
     u: Tensor,
     log_a: Tensor,
@@ -33,19 +43,8 @@ def diagonal_system(
     Returns `y`, `[B,T,G]` in u's dtype, and the last h of each row or document, complex64 (complex128 for float64
     inputs). Raises `ValueError` for a wrong shape, dtype, device, form or backend. Source: arXiv 2206.11893.
     """
-    name = "diagonal_system"
-    matrices = {"log_a": (log_a, "G N"), "write": (write, "G N"), "read": (read, "G N")}
-    sizes = check_shapes(name, {"u": (u, "B T G"), **matrices})
-    check_floating(name, {"u": u})
-    for key, (tensor, _) in matrices.items():
-        if not tensor.is_complex():
-            raise ValueError(f"{name}: {key} has dtype {tensor.dtype}, expected a complex dtype")
     if form not in ("scan", "fft"):
-        raise ValueError(f"{name}: form={form!r}, expected 'scan' or 'fft'")
-    states = check_documents(name, cu_seqlens, sizes["B"], sizes["T"])
-    expected = (states, sizes["G"] * sizes["N"])
-    check_state(name, initial_state, expected, u.device)
-    dtype = torch.promote_types(state_dtype(u.dtype), log_a.dtype)
-    state = torch.zeros(expected, dtype=dtype, device=u.device) if initial_state is None else initial_state.to(dtype)
-    run = choose(name, backend, u.device, single_token=sizes["T"] == 1 and cu_seqlens is None)
-    return run(u, log_a.to(dtype), write.to(dtype), read.to(dtype), form, state, cu_seqlens)
+        raise ValueError(f"diagonal_system: form={form!r}, expected 'scan' or 'fft'")
+    call = diagonal_system.prepare((u, log_a, write, read), backend, initial_state, cu_seqlens)
+    matrices = (matrix.to(call.state.dtype) for matrix in (log_a, write, read))
+    return call.run(u, *matrices, form, call.state, cu_seqlens)

@@ -4,12 +4,17 @@ from typing import Literal
 
 from torch import Tensor
 
-from seqtrain.kernels.checks import check_floating, check_shapes
-from seqtrain.kernels.dispatch import choose
+from seqtrain.kernels.operator import operator
 
 Activation = Literal["silu", "sigmoid"]
 
 
+@operator(
+    arguments={"x": "... H V", "weight": ("V", "H V"), "gate": "... H V"},
+    out="... H V",
+    flops=lambda **_: 0,
+    backends=("reference", "chunked", "triton"),
+)
 def gated_norm(
     x: Tensor,
     weight: Tensor,
@@ -28,14 +33,10 @@ def gated_norm(
     or None. Computed in float32 (float64 for float64 x), returned in x's dtype and shape. Raises `ValueError` for a
     wrong shape, dtype, device, activation or backend.
     """
-    name = "gated_norm"
-    # Norms are many and small: how their shapes fit is told by letters only where they don't.
-    if x.shape[-weight.dim() :] != weight.shape or weight.dim() > 2 or (gate is not None and gate.shape != x.shape):
-        shape = " ".join([*(f"d{i}" for i in range(x.dim() - 2)), "H V"])
-        tensors = {"x": (x, shape), "weight": (weight, "V" if weight.dim() == 1 else "H V")}
-        check_shapes(name, tensors if gate is None else tensors | {"gate": (gate, shape)})
-    if not x.is_floating_point():
-        check_floating(name, {"x": x})
     if activation not in ("silu", "sigmoid"):
-        raise ValueError(f"{name}: activation={activation!r}, expected 'silu' or 'sigmoid'")
-    return choose(name, backend, x.device)(x, weight, gate, eps, activation == "silu", gate_first)
+        raise ValueError(f"gated_norm: activation={activation!r}, expected 'silu' or 'sigmoid'")
+    # Norms are many and small: how their shapes fit is told by letters only where they don't.
+    fits = x.shape[-weight.dim() :] == weight.shape and weight.dim() <= 2 and (gate is None or gate.shape == x.shape)
+    if not fits or not x.is_floating_point():
+        gated_norm.check((x, weight, gate))
+    return gated_norm.choose(backend, x.device)(x, weight, gate, eps, activation == "silu", gate_first)

@@ -2,13 +2,21 @@
 
 from torch import Tensor
 
-from seqtrain.kernels.checks import check_documents, check_floating, check_shapes, check_state
-from seqtrain.kernels.dispatch import choose, full_precision
-from seqtrain.kernels.documents import state_dtype
+from seqtrain.kernels.dispatch import full_precision
+from seqtrain.kernels.linear_attention.segment import LinearAttentionSegment
+from seqtrain.kernels.operator import operator
+from seqtrain.kernels.segments import AffineScan
 
-_DECAY_SHAPES = {1: "H", 3: "B T H", 4: "B T H K"}
 
-
+@operator(
+    arguments={"q": "B T H K", "k": "B T H K", "v": "B T H V", "log_decay": ("H", "B T H", "B T H K")},
+    out="B T H V",
+    state=lambda *, H, K, V, **_: (H, K, V),
+    # The update `k^T v` and the reading `q S`.
+    flops=lambda *, B, T, H, K, V, **_: 4 * B * T * H * K * V,
+    backends=("reference", "chunked", "native", "triton"),
+    time=AffineScan(LinearAttentionSegment),
+)
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -34,20 +42,9 @@ def linear_attention(
     float64 inputs). Differentiable in every tensor. Raises `ValueError` for wrong shapes, dtypes, devices or backends.
     Source: MATH.md 1.1; the chunk form is that of GLA (Yang et al. 2023, arXiv 2312.06635, section 4).
     """
-    tensors = {"q": (q, "B T H K"), "k": (k, "B T H K"), "v": (v, "B T H V")}
-    if log_decay is not None:
-        tensors["log_decay"] = (log_decay, _DECAY_SHAPES.get(log_decay.dim(), "B T H K"))
-    sizes = check_shapes("linear_attention", tensors)
-    check_floating("linear_attention", {name: tensor for name, (tensor, _) in tensors.items()})
-    states = check_documents("linear_attention", cu_seqlens, sizes["B"], sizes["T"])
-    shape = (states, sizes["H"], sizes["K"], sizes["V"])
-    check_state("linear_attention", initial_state, shape, q.device)
-
-    dtype = state_dtype(q.dtype)
-    state = q.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    tensors = (q, k, v, log_decay)
+    call = linear_attention.prepare(tensors, backend, initial_state, cu_seqlens, scale=scale)
     if log_decay is not None and log_decay.dim() == 1:
-        log_decay = log_decay.to(dtype).expand(q.shape[:3])
-    run = choose("linear_attention", backend, q.device, single_token=cu_seqlens is None and q.shape[1] == 1)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+        log_decay = log_decay.to(call.state.dtype).expand(q.shape[:3])
     with full_precision(q.device):
-        return run(q, k, v, log_decay, state, scale, cu_seqlens)
+        return call.run(q, k, v, log_decay, call.state, call.scale, cu_seqlens)

@@ -1,4 +1,4 @@
-"""Linear attention over a cut sequence: the map of a segment, without its outputs, comes before them.
+"""Linear attention over a sharded sequence: the map of a segment, without its outputs, comes before them.
 
 With `b` the running sum of log decays over the segment's T tokens, the transition is `e^{b_T}`, the update
 `sum_j (k_j e^{b_T - b_j})^T v_j`, and the incoming state adds `scale (q_i e^{b_i}) S` to the outputs (MATH.md 1.1, 2).
@@ -7,22 +7,14 @@ With `b` the running sum of log decays over the segment's T tokens, the transiti
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from seqtrain.kernels.dispatch import choose, full_precision
-from seqtrain.kernels.documents import state_dtype
-from seqtrain.kernels.linear_attention import linear_attention
+from seqtrain.kernels.dispatch import full_precision
 from seqtrain.kernels.segments import AffineSegment, Options
 
 
 class LinearAttentionSegment(AffineSegment):
     """Outputs from a zero state are computed while the scan runs; the incoming state's part is added to them."""
-
-    @staticmethod
-    def state_shape(tensors: Sequence[Any], options: Options) -> tuple[tuple[int, ...], torch.dtype]:
-        q, v = tensors[0], tensors[2]
-        return (q.shape[0], q.shape[2], q.shape[3], v.shape[3]), state_dtype(q.dtype)
 
     @staticmethod
     def transition_shape(tensors: Sequence[Any], options: Options) -> tuple[int, ...] | None:
@@ -31,18 +23,18 @@ class LinearAttentionSegment(AffineSegment):
             return None
         return (q.shape[0], q.shape[2], q.shape[3])[: 3 if log_decay.dim() == 4 else 2]
 
-    def find_map(self) -> tuple[Tensor | None, Tensor]:
+    def transition(self) -> tuple[Tensor | None, Tensor]:
         _, k, v = self.tensors[:3]
-        find_map = choose("linear_attention", self.backend, k.device, function="find_map")
+        find_map = self.operator.choose(self.backend, k.device, function="find_map")
         with full_precision(k.device):
             return find_map(k, v, self._log_decay())
 
-    def work(self) -> None:
-        self.out, _ = linear_attention(*self.tensors, backend=self.backend, **self.options)
+    def local_output(self) -> None:
+        self.out, _ = self.operator(*self.tensors, backend=self.backend, **self.options)
 
-    def finish(self, state: Tensor) -> Tensor:
+    def add_incoming(self, state: Tensor) -> Tensor:
         q, scale = self.tensors[0], self.options.get("scale")
-        read = choose("linear_attention", self.backend, q.device, function="read")
+        read = self.operator.choose(self.backend, q.device, function="read")
         with full_precision(q.device):
             return read(q, self._log_decay(), state, q.shape[3] ** -0.5 if scale is None else scale, self.out)
 
@@ -54,6 +46,3 @@ class LinearAttentionSegment(AffineSegment):
 
 def _decay(tensors: Sequence[Any]) -> Tensor | None:
     return tensors[3] if len(tensors) > 3 else None
-
-
-SEGMENT = LinearAttentionSegment

@@ -1,16 +1,21 @@
 """Cross-entropy of a linear layer's logits, a chunk of tokens at a time, so that `[tokens, vocab]` never exists."""
 
-import torch
 from torch import Tensor
 
-from seqtrain.kernels.checks import check_floating, check_shapes
-from seqtrain.kernels.dispatch import choose
+from seqtrain.kernels.operator import operator
 
 __all__ = ["IGNORED", "linear_cross_entropy"]
 
 IGNORED = -100
 
 
+@operator(
+    arguments={"hidden": "n D", "weight": "vocab D", "labels": "n"},
+    kinds={"labels": "int64"},
+    out="",
+    flops=lambda *, n, D, vocab, **_: 2 * n * D * vocab,
+    backends=("reference", "chunked", "triton"),
+)
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int, backend: str = "auto"
 ) -> Tensor:
@@ -24,11 +29,7 @@ def linear_cross_entropy(
     again, so a ZeRO-3 parameter may be gone by then. Without gradients that work is left out. Raises `ValueError` for
     wrong arguments.
     """
-    name = "linear_cross_entropy"
-    check_shapes(name, {"hidden": (hidden, "n D"), "weight": (weight, "vocab D"), "labels": (labels, "n")})
-    check_floating(name, {"hidden": hidden, "weight": weight})
-    if labels.dtype != torch.int64:
-        raise ValueError(f"{name}: labels has dtype {labels.dtype}, expected int64")
     if chunk < 1:
-        raise ValueError(f"{name}: chunk={chunk}, expected at least 1 token")
-    return choose(name, backend, hidden.device)(hidden, weight, labels, chunk)
+        raise ValueError(f"linear_cross_entropy: chunk={chunk}, expected at least 1 token")
+    linear_cross_entropy.check((hidden, weight, labels))
+    return linear_cross_entropy.choose(backend, hidden.device)(hidden, weight, labels, chunk)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from seqtrain.kernels.affine import AffineMap, AffineShape
-from seqtrain.kernels.segments import AffineSegment
 
 # Fewer pieces do not win back what the maps cost: up to twice the work.
 LEAST_PIECES = 4
@@ -36,18 +35,18 @@ def run_pieces(tensors: Sequence[Tensor | None], state: Tensor, scale: float, pi
     tensors: q, k, v, beta (None: linear attention) and log_decay, `[B,T,...]`. state: `[B,H,K,V]`.
     """
     # They use the operators, which use this.
-    from seqtrain.kernels.delta_rule.segment import DeltaRuleSegment
-    from seqtrain.kernels.linear_attention.segment import LinearAttentionSegment
+    from seqtrain.kernels.delta_rule import delta_rule
+    from seqtrain.kernels.linear_attention import linear_attention
 
     batch = state.shape[0]
     q, k, v, beta, log_decay = (x if x is None else x.unflatten(1, (pieces, -1)).flatten(0, 1) for x in tensors)
-    segment: AffineSegment = (
-        LinearAttentionSegment([q, k, v, log_decay], {"scale": scale}, "native")
+    segment = (
+        linear_attention.segment([q, k, v, log_decay], {"scale": scale}, "native")
         if beta is None
-        else DeltaRuleSegment([q, k, v, beta, log_decay], {"scale": scale}, "native")
+        else delta_rule.segment([q, k, v, beta, log_decay], {"scale": scale}, "native")
     )
-    transition, update = segment.find_map()
-    segment.work()
+    transition, update = segment.transition()
+    segment.local_output()
     updates = update.unflatten(0, (batch, pieces)).unbind(1)
     transitions = [None] * pieces if transition is None else transition.unflatten(0, (batch, pieces)).unbind(1)
     shape = AffineShape.of(updates[0].shape, None if transitions[0] is None else transitions[0].shape)
@@ -56,5 +55,5 @@ def run_pieces(tensors: Sequence[Tensor | None], state: Tensor, scale: float, pi
         before.append(state)
         whole = AffineMap(shape.transition(factor), shape.state(added)).apply(shape.state(state))
         state = whole.view_as(state)
-    out = segment.finish(torch.stack(before, 1).flatten(0, 1))
+    out = segment.add_incoming(torch.stack(before, 1).flatten(0, 1))
     return out.unflatten(0, (batch, pieces)).flatten(1, 2), state

@@ -2,14 +2,25 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from seqtrain.kernels.checks import check_documents, check_floating, check_shapes, check_state
-from seqtrain.kernels.dispatch import choose
-from seqtrain.kernels.documents import state_dtype
+from seqtrain.kernels.operator import operator
+from seqtrain.kernels.segments import PastInputs
 
 
+def past_tokens(weight: Tensor, dilation: int = 1) -> int:
+    """Inputs of the past that a convolution with `weight: [D,W]` needs: the tokens of its state."""
+    return (weight.shape[1] - 1) * dilation
+
+
+@operator(
+    arguments={"x": "B T D", "weight": "D W", "bias": "D"},
+    out="B T D",
+    state=lambda *, W, D, dilation=1, **_: ((W - 1) * dilation, D),
+    flops=lambda *, B, T, D, W, **_: 2 * B * T * D * W,
+    backends=("reference", "chunked", "triton"),
+    time=PastInputs(lambda tensors, options: past_tokens(tensors[1], options.get("dilation", 1))),
+)
 def short_convolution(
     x: Tensor,
     weight: Tensor,
@@ -32,24 +43,9 @@ def short_convolution(
     Returns `out`, `[B,T,D]` in x's dtype, and the last S inputs of each row or document, float32 (float64 for float64
     inputs). Raises `ValueError` for a wrong shape, dtype, device, activation, dilation or backend.
     """
-    name = "short_convolution"
-    tensors = {"x": (x, "B T D"), "weight": (weight, "D W")} | ({} if bias is None else {"bias": (bias, "D")})
-    sizes = check_shapes(name, tensors)
-    check_floating(name, {key: tensor for key, (tensor, _) in tensors.items()})
     if activation not in ("silu", "none"):
-        raise ValueError(f"{name}: activation={activation!r}, expected 'silu' or 'none'")
+        raise ValueError(f"short_convolution: activation={activation!r}, expected 'silu' or 'none'")
     if dilation < 1:
-        raise ValueError(f"{name}: dilation={dilation}, expected at least 1")
-    states = check_documents(name, cu_seqlens, sizes["B"], sizes["T"])
-    expected = (states, past_tokens(weight, dilation), sizes["D"])
-    check_state(name, initial_state, expected, x.device)
-    run = choose(name, backend, x.device, single_token=sizes["T"] == 1 and cu_seqlens is None)
-    dtype = state_dtype(x.dtype)
-    if initial_state is None:
-        initial_state = torch.zeros(expected, dtype=dtype, device=x.device)
-    return run(x, weight, bias, activation, dilation, initial_state.to(dtype), cu_seqlens)
-
-
-def past_tokens(weight: Tensor, dilation: int = 1) -> int:
-    """Inputs of the past that a convolution with `weight: [D,W]` needs: the tokens of its state."""
-    return (weight.shape[1] - 1) * dilation
+        raise ValueError(f"short_convolution: dilation={dilation}, expected at least 1")
+    call = short_convolution.prepare((x, weight, bias), backend, initial_state, cu_seqlens, dilation=dilation)
+    return call.run(x, weight, bias, activation, dilation, call.state, cu_seqlens)

@@ -1,16 +1,46 @@
 """Softmax attention over a sliding window and a document's first tokens, which may share its softmax with a memory."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from seqtrain.kernels.checks import check_documents, check_floating, check_shapes, check_state
-from seqtrain.kernels.dispatch import choose
+from seqtrain.kernels.checks import check_documents, check_state
+from seqtrain.kernels.operator import operator
 from seqtrain.kernels.rows import Rows
+from seqtrain.kernels.segments import PastKeysAndSinks
 from seqtrain.kernels.sink_attention.known import Known
+from seqtrain.kernels.softmax_attention.past import pairs_seen
 
 __all__ = ["sink_attention"]
 
 
+def _states(*, G: int, K: int, V: int, window: int, sinks: int = 0, **_: Any) -> dict[str, tuple[int, ...]]:
+    rows = {"": window - 1, "sink_": sinks}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{of}{x}": (rows[of], G, size) for of in rows for x, size in (("k", K), ("v", V))
+    }
+    return shapes | {"length": ()}
+
+
+def _flops(*, B: int, T: int, H: int, K: int, V: int, window: int, sinks: int = 0, **_: Any) -> int:
+    return 2 * B * H * (K + V) * pairs_seen(T, window + sinks)
+
+
+@operator(
+    arguments={
+        "q": "B T H K",
+        "k": "B T G K",
+        "v": "B T G V",
+        "extra_score": "B T H",
+        "extra_value": "B T H V",
+    },
+    out="B T H V",
+    state=_states,
+    flops=_flops,
+    backends=("reference", "chunked"),
+    time=PastKeysAndSinks(),
+)
 def sink_attention(
     q: Tensor,
     k: Tensor,
@@ -42,13 +72,9 @@ def sink_attention(
     or backend. Backends: `reference`, `chunked` (PyTorch; time and memory linear in T).
     """
     name = "sink_attention"
-    tensors = {"q": (q, "B T H K"), "k": (k, "B T G K"), "v": (v, "B T G V")}
     if (extra_score is None) != (extra_value is None):
         raise ValueError(f"{name}: extra_score and extra_value come together or not at all")
-    if extra_score is not None and extra_value is not None:
-        tensors |= {"extra_score": (extra_score, "B T H"), "extra_value": (extra_value, "B T H V")}
-    sizes = check_shapes(name, tensors)
-    check_floating(name, {key: tensor for key, (tensor, _) in tensors.items()})
+    sizes = sink_attention.check((q, k, v, extra_score, extra_value))
     if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
         raise ValueError(f"{name}: q has H={sizes['H']} heads, expected a multiple of k's G={sizes['G']}")
     if window < 1 or sinks < 0:
@@ -59,7 +85,7 @@ def sink_attention(
     rows = Rows.of(k, cu_seqlens)
     flat = [None if tensor is None else tensor.flatten(0, 1) for tensor in (q, k, v, extra_score, extra_value)]
     after = _after(k.flatten(0, 1), v.flatten(0, 1), past, rows)
-    run = choose(name, backend, q.device)
+    run = sink_attention.choose(backend, q.device)
     out = run(*flat, window, scale, Known(rows, past, after, fresh=initial_state is None))
     return out.view(*q.shape[:3], v.shape[3]).to(v.dtype), after
 

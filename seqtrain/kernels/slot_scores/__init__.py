@@ -2,13 +2,22 @@
 
 from torch import Tensor
 
-from seqtrain.kernels.checks import check_documents, check_floating, check_shapes, check_state
-from seqtrain.kernels.dispatch import choose, full_precision
-from seqtrain.kernels.documents import state_dtype
+from seqtrain.kernels.dispatch import full_precision
+from seqtrain.kernels.operator import operator
+from seqtrain.kernels.segments import AffineScan
+from seqtrain.kernels.slot_scores.segment import SlotScoresSegment
 
 __all__ = ["slot_scores"]
 
 
+@operator(
+    arguments={"q": "B T H K", "k": "B T H K", "written": "B T H M", "log_decay": "B T H M"},
+    out="B T H M",
+    state=lambda *, H, M, K, **_: (H, M, K),
+    flops=lambda *, B, T, H, K, M, **_: 4 * B * T * H * K * M,
+    backends=("reference", "chunked"),
+    time=AffineScan(SlotScoresSegment),
+)
 def slot_scores(
     q: Tensor,
     k: Tensor,
@@ -34,17 +43,7 @@ def slot_scores(
     float64 inputs). Differentiable in every tensor. Raises `ValueError` for wrong shapes, dtypes, devices or backends.
     Source: GSA (Zhang et al. 2024, arXiv 2409.07146, eq. 6).
     """
-    name = "slot_scores"
-    tensors = {"q": (q, "B T H K"), "k": (k, "B T H K"), "written": (written, "B T H M")}
-    tensors["log_decay"] = (log_decay, "B T H M")
-    sizes = check_shapes(name, tensors)
-    check_floating(name, {key: tensor for key, (tensor, _) in tensors.items()})
-    states = check_documents(name, cu_seqlens, sizes["B"], sizes["T"])
-    shape = (states, sizes["H"], sizes["M"], sizes["K"])
-    check_state(name, initial_state, shape, q.device)
-    dtype = state_dtype(q.dtype)
-    state = q.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    run = choose(name, backend, q.device, single_token=cu_seqlens is None and q.shape[1] == 1)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    tensors = (q, k, written, log_decay)
+    call = slot_scores.prepare(tensors, backend, initial_state, cu_seqlens, scale=scale)
     with full_precision(q.device):
-        return run(q, k, written, log_decay, state, scale, cu_seqlens)
+        return call.run(*tensors, call.state, call.scale, cu_seqlens)

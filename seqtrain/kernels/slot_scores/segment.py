@@ -1,4 +1,4 @@
-"""Slot scores over a cut sequence: the map of a segment is that of linear attention, read along its other side."""
+"""Slot scores over a sharded sequence: the map of a segment is that of linear attention, read along its other side."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,29 +7,25 @@ import torch
 from torch import Tensor
 
 from seqtrain.kernels.dispatch import full_precision
+from seqtrain.kernels.linear_attention import linear_attention
 from seqtrain.kernels.linear_attention.segment import LinearAttentionSegment
 from seqtrain.kernels.segments import AffineSegment, Options
-from seqtrain.kernels.slot_scores import slot_scores
 
 
 class SlotScoresSegment(AffineSegment):
     """Outputs from a zero state are computed while the scan runs; the incoming state's part is added to them."""
 
     @staticmethod
-    def state_shape(tensors: Sequence[Any], options: Options) -> tuple[tuple[int, ...], torch.dtype]:
-        return LinearAttentionSegment.state_shape(_writing(tensors), options)
-
-    @staticmethod
     def transition_shape(tensors: Sequence[Any], options: Options) -> tuple[int, ...] | None:
         return LinearAttentionSegment.transition_shape(_writing(tensors), options)
 
-    def find_map(self) -> tuple[Tensor | None, Tensor]:
-        return LinearAttentionSegment(_writing(self.tensors), self.options, self.backend).find_map()
+    def transition(self) -> tuple[Tensor | None, Tensor]:
+        return linear_attention.segment(_writing(self.tensors), self.options, self.backend).transition()
 
-    def work(self) -> None:
-        self.out, _ = slot_scores(*self.tensors, backend=self.backend, **self.options)
+    def local_output(self) -> None:
+        self.out, _ = self.operator(*self.tensors, backend=self.backend, **self.options)
 
-    def finish(self, state: Tensor) -> Tensor:
+    def add_incoming(self, state: Tensor) -> Tensor:
         q, log_decay = (self.tensors[index].to(state.dtype) for index in (0, 3))
         scale = self.options.get("scale")
         with full_precision(q.device):
@@ -41,6 +37,3 @@ def _writing(tensors: Sequence[Any]) -> tuple[Tensor, ...]:
     """The arguments of the linear attention with the same state, which knows nothing of its queries: w stands there."""
     _, k, written, log_decay = tensors
     return written, written, k, log_decay
-
-
-SEGMENT = SlotScoresSegment

@@ -1,14 +1,30 @@
 """Causal softmax attention, full or over a sliding window, with grouped heads, packed documents and a state."""
 
+from typing import Any
+
 from torch import Tensor
 
-from seqtrain.kernels.checks import check_documents, check_floating, check_shapes
-from seqtrain.kernels.dispatch import choose
-from seqtrain.kernels.softmax_attention.past import check_past, kept
+from seqtrain.kernels.checks import check_documents
+from seqtrain.kernels.operator import operator
+from seqtrain.kernels.segments import PastKeys
+from seqtrain.kernels.softmax_attention.past import check_past, kept, pairs_seen
 
 __all__ = ["softmax_attention"]
 
 
+def _states(*, T: int, G: int, K: int, V: int, window: int | None = None, **_: Any) -> dict[str, tuple[int, ...]]:
+    rows = T if window is None else window - 1
+    return {"k": (rows, G, K), "v": (rows, G, V), "length": ()}
+
+
+@operator(
+    arguments={"q": "B T H K", "k": "B T G K", "v": "B T G V"},
+    out="B T H V",
+    state=_states,
+    flops=lambda *, B, T, H, K, V, window=None, **_: 2 * B * H * (K + V) * pairs_seen(T, window),
+    backends=("reference", "chunked", "flash"),
+    time=PastKeys(),
+)
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -37,8 +53,7 @@ def softmax_attention(
     `flash` (flash-attn, on CUDA, for float16 and bfloat16).
     """
     name = "softmax_attention"
-    sizes = check_shapes(name, {"q": (q, "B T H K"), "k": (k, "B T G K"), "v": (v, "B T G V")})
-    check_floating(name, {"q": q, "k": k, "v": v})
+    sizes = softmax_attention.check((q, k, v))
     if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
         raise ValueError(f"{name}: q has H={sizes['H']} heads, expected a multiple of k's G={sizes['G']}")
     if window is not None and window < 1:
@@ -47,6 +62,6 @@ def softmax_attention(
     past = check_past(initial_state, k, v, states, cu_seqlens is not None)
     if scale is None:
         scale = sizes["K"] ** -0.5
-    run = choose(name, backend, q.device)
+    run = softmax_attention.choose(backend, q.device)
     out = run(q, k.to(q.dtype), v.to(q.dtype), window, scale, past, cu_seqlens)
     return out.to(v.dtype), kept(k, v, window, past, cu_seqlens)

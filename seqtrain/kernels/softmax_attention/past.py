@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seqtrain.kernels.checks import check_shapes
+from seqtrain.kernels.checks import check_state
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,18 @@ def check_past(state: dict[str, Tensor] | None, k: Tensor, v: Tensor, states: in
     name = "softmax_attention"
     if set(state) != {"k", "v", "length"}:
         raise ValueError(f"{name}: initial_state has keys {sorted(state)}, expected k, v and length")
-    shapes = {"k": (k, "B T G K"), "v": (v, "B T G V")}
-    given = {f"initial_state[{key}]": (state[key], f"B S G {key.upper()}") for key in ("k", "v")}
-    sizes = check_shapes(name, shapes | given)
+    rows = state["k"].shape[1]
+    for key, new in (("k", k), ("v", v)):
+        expected = (new.shape[0], rows, *new.shape[2:])
+        check_state(f"{name}: {key} of", state[key], expected, k.device)
     length = state["length"]
     if length.dtype != torch.int64 or tuple(length.shape) != (states,):
         came = f"{length.dtype} {tuple(length.shape)}"
         raise ValueError(f"{name}: initial_state[length] is {came}, expected int64 ({states},)")
     lengths = tuple(length.tolist())
-    if min(lengths) < 0 or (sum(lengths) != sizes["S"] if packed else max(lengths) > sizes["S"]):
+    if min(lengths) < 0 or (sum(lengths) != rows if packed else max(lengths) > rows):
         rule = "sum to" if packed else "be at most"
-        raise ValueError(
-            f"{name}: initial_state[length] is {lengths[:8]}, but must {rule} the S={sizes['S']} rows of k"
-        )
+        raise ValueError(f"{name}: initial_state[length] is {lengths[:8]}, but must {rule} the S={rows} rows of k")
     return Past(state["k"].to(k.dtype), state["v"].to(v.dtype), length, lengths)
 
 
@@ -81,3 +80,9 @@ def _packed_rows(start: Tensor, length: Tensor) -> Tensor:
     return torch.arange(total, device=length.device) + torch.repeat_interleave(
         start - before, length, output_size=total
     )
+
+
+def pairs_seen(tokens: int, window: int | None) -> int:
+    """Pairs of a query and a key that it sees in one row: `window` keys each, fewer for the first tokens."""
+    seen = tokens if window is None else min(tokens, window)
+    return seen * (seen + 1) // 2 + (tokens - seen) * seen

@@ -2,18 +2,28 @@
 
 from torch import Tensor
 
-from seqtrain.kernels.checks import check_documents, check_floating, check_shapes, check_state
-from seqtrain.kernels.dispatch import choose, full_precision
+from seqtrain.kernels.checks import check_documents
+from seqtrain.kernels.dispatch import full_precision
 from seqtrain.kernels.documents import state_dtype
+from seqtrain.kernels.operator import operator
+from seqtrain.kernels.segments import AffineScan
 from seqtrain.kernels.tensor_attention import exact
-from seqtrain.kernels.tensor_attention.features import feature_count
-
-# Of the polynomial that stands for exp.
-DEGREE = 2
+from seqtrain.kernels.tensor_attention.features import DEGREE, feature_count
+from seqtrain.kernels.tensor_attention.segment import TensorAttentionSegment
 
 __all__ = ["DEGREE", "feature_count", "tensor_attention"]
 
 
+@operator(
+    arguments={"q": "B T H K", "k1": "B T H K", "k2": "B T H K", "v1": "B T H V", "v2": "B T H V"},
+    out="B T H V",
+    state=lambda *, H, K, V, degree=DEGREE, **_: (H, 2, feature_count(K, degree), V + 1),
+    state_from=("q", "k1", "k2", "v1", "v2"),
+    # Two updates (4), the elementwise product of two states (1) and its reading (2).
+    flops=lambda *, B, T, H, K, V, degree=DEGREE, **_: 7 * B * T * H * feature_count(K, degree) * (V + 1),
+    backends=("reference", "chunked", "native", "triton"),
+    time=AffineScan(TensorAttentionSegment),
+)
 def tensor_attention(
     q: Tensor,
     k1: Tensor,
@@ -42,30 +52,26 @@ def tensor_attention(
     Returns `out`, `[B,T,H,V]` in v1's dtype, and the final state, float32 (float64 for float64 inputs); None for
     `degree=None`. Raises `ValueError` for a wrong shape, dtype, device, degree or backend.
     """
-    name = "tensor_attention"
-    tensors = {"q": q, "k1": k1, "k2": k2, "v1": v1, "v2": v2}
-    sizes = check_shapes(
-        name, {key: (value, f"B T H {'V' if key[0] == 'v' else 'K'}") for key, value in tensors.items()}
-    )
-    check_floating(name, tensors)
-    if degree is not None and (degree < 0 or degree % 2):
-        raise ValueError(
-            f"{name}: degree={degree}, expected an even number (its polynomial is positive everywhere) or None"
-        )
-    states = check_documents(name, cu_seqlens, sizes["B"], sizes["T"])
-    if scale is None:
-        scale = sizes["K"] ** -0.5
-    dtype = state_dtype(*(tensor.dtype for tensor in tensors.values()))
+    tensors = (q, k1, k2, v1, v2)
     if degree is None:
-        if initial_state is not None:
-            raise ValueError(
-                f"{name}: initial_state given with degree=None, which has no state of constant size; pass None"
-            )
-        return exact.run((q, k1, k2, v1, v2), scale, dtype, cu_seqlens), None
-    shape = (states, sizes["H"], 2, feature_count(sizes["K"], degree), sizes["V"] + 1)
-    check_state(name, initial_state, shape, q.device)
-    state = q.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    run = choose(name, backend, q.device, single_token=sizes["T"] == 1 and cu_seqlens is None)
+        return _exact(tensors, scale, initial_state, cu_seqlens), None
+    if degree < 0 or degree % 2:
+        rule = "an even number (its polynomial is positive everywhere) or None"
+        raise ValueError(f"tensor_attention: degree={degree}, expected {rule}")
+    call = tensor_attention.prepare(tensors, backend, initial_state, cu_seqlens, scale=scale, degree=degree)
     with full_precision(q.device):
-        out, final = run((q, k1, k2, v1, v2), degree, scale, state, cu_seqlens)
+        out, final = call.run(tensors, degree, call.scale, call.state, cu_seqlens)
     return out.to(v1.dtype), final
+
+
+def _exact(
+    tensors: tuple[Tensor, ...], scale: float | None, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    if initial_state is not None:
+        raise ValueError(
+            "tensor_attention: initial_state given with degree=None, which has no state of constant size; pass None"
+        )
+    sizes = tensor_attention.check(tensors)
+    check_documents("tensor_attention", cu_seqlens, sizes["B"], sizes["T"])
+    dtype = state_dtype(*(tensor.dtype for tensor in tensors))
+    return exact.run(tensors, sizes["K"] ** -0.5 if scale is None else scale, dtype, cu_seqlens)

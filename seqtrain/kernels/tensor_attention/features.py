@@ -8,6 +8,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+# Of the polynomial that stands for exp, where none is asked for.
+DEGREE = 2
+
 
 @cache
 def monomials(width: int, degree: int) -> tuple[tuple[int, ...], ...]:

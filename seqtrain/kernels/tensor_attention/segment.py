@@ -1,4 +1,4 @@
-"""Tensor attention over a cut sequence: two sums of features and values; the outputs are products of both sums.
+"""Tensor attention over a sharded sequence: two sums of features and values; the outputs are products of both sums.
 
 The state has no decay, so a segment's map only adds. Its outputs are not linear in the state: they wait for it.
 """
@@ -11,10 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from seqtrain.kernels.dispatch import full_precision
-from seqtrain.kernels.documents import state_dtype
 from seqtrain.kernels.segments import AffineSegment, Options
-from seqtrain.kernels.tensor_attention import DEGREE, feature_count, tensor_attention
-from seqtrain.kernels.tensor_attention.features import features
+from seqtrain.kernels.tensor_attention.features import DEGREE, features
 
 # Tokens whose features are held at once: F of them stand for K numbers.
 TOKENS = 4096
@@ -24,21 +22,12 @@ class TensorAttentionSegment(AffineSegment):
     """The sums are found first, from features that are not kept; the rest is the operator itself."""
 
     @staticmethod
-    def state_shape(tensors: Sequence[Any], options: Options) -> tuple[tuple[int, ...], torch.dtype]:
-        q, v = tensors[0], tensors[3]
-        degree = options.get("degree", DEGREE)
-        if degree is None:
-            raise ValueError("tensor_attention: degree=None has no state, so its sequence can't be cut; give a degree")
-        shape = (q.shape[0], q.shape[2], 2, feature_count(q.shape[3], degree), v.shape[3] + 1)
-        return shape, state_dtype(*(tensor.dtype for tensor in tensors))
-
-    @staticmethod
     def transition_shape(tensors: Sequence[Any], options: Options) -> tuple[int, ...] | None:
         return None
 
-    def find_map(self) -> tuple[Tensor | None, Tensor]:
+    def transition(self) -> tuple[Tensor | None, Tensor]:
         _, k1, k2, v1, v2 = self.tensors
-        shape, dtype = self.state_shape(self.tensors, self.options)
+        shape, dtype = self.operator.state_shape(self.tensors, self.options, self.tensors[0].shape[0])
         degree = self.options.get("degree", DEGREE)
         sums = []
         with full_precision(k1.device):
@@ -52,11 +41,11 @@ class TensorAttentionSegment(AffineSegment):
                 sums.append(total)
         return None, torch.stack(sums, 2)
 
-    def work(self) -> None:
+    def local_output(self) -> None:
         pass
 
-    def finish(self, state: Tensor) -> Tensor:
-        out, _ = tensor_attention(*self.tensors, initial_state=state, backend=self.backend, **self.options)
+    def add_incoming(self, state: Tensor) -> Tensor:
+        out, _ = self.operator(*self.tensors, initial_state=state, backend=self.backend, **self.options)
         return out
 
 
@@ -64,6 +53,3 @@ def _sums(k: Tensor, v: Tensor, degree: int, dtype: torch.dtype) -> Tensor:
     """`sum_t phi(k_t)^T [v_t, 1]`: `[B,T,H,K]`, `[B,T,H,V]` -> `[B,H,F,V+1]`."""
     rows = torch.cat([v.to(dtype), torch.ones_like(v[..., :1], dtype=dtype)], 3)
     return torch.einsum("bthf,bthv->bhfv", features(k.to(dtype), degree), rows)
-
-
-SEGMENT = TensorAttentionSegment

@@ -2,12 +2,26 @@
 
 from torch import Tensor
 
-from seqtrain.kernels.checks import check_documents, check_floating, check_shapes, check_state
-from seqtrain.kernels.dispatch import choose, full_precision
-from seqtrain.kernels.documents import state_dtype
+from seqtrain.kernels.dispatch import full_precision
+from seqtrain.kernels.operator import operator
 from seqtrain.kernels.ttt_linear.inner import InnerModel
 
 
+@operator(
+    arguments={
+        **dict.fromkeys(("q", "k", "v"), "B T H K"),
+        "rate": "B T H",
+        "start": "H K+1 K",
+        "norm_weight": "H K",
+        "norm_bias": "H K",
+        "shares": "C",
+    },
+    out="B T H K",
+    state=lambda *, H, K, **_: (H, 2 * K + 3, K),
+    # The inner model's answers to k and to q, and the gradient's outer product.
+    flops=lambda *, B, T, H, K, **_: 6 * B * T * H * (K + 1) * K,
+    backends=("reference", "chunked"),
+)
 def ttt_linear(
     q: Tensor,
     k: Tensor,
@@ -28,8 +42,8 @@ def ttt_linear(
     all taken at W as it was before s's mini-batch; `W_t = W - shares[c] * sum_s rate_s g_s` over the mini-batch's
     tokens up to t, its c-th from 0. After its last token W_t is the next one's W.
 
-    q, k, v: `[B,T,H,K]`, floating. rate: `[B,T,H]`, at least 0. start: `[H,(K+1)*K]`, each head's first W, its last K
-    numbers the bias. norm_weight, norm_bias: `[H*K]`, of the LayerNorm. shares: `[C]`, at least 0. The last four are
+    q, k, v: `[B,T,H,K]`, floating. rate: `[B,T,H]`, at least 0. start: `[H,K+1,K]`, each head's first W, its last row
+    the bias. norm_weight, norm_bias: `[H,K]`, of the LayerNorm. shares: `[C]`, at least 0. The last four are
     learned: one for all tokens.
     initial_state: `[B,H,2K+3,K]`, or `[N,...]` under `cu_seqlens`; zeros where None. W less `start` (K+1 rows), the sum
         of the unfinished mini-batch's `rate_s g_s` (K+1 rows), and how many tokens it has (1 row).
@@ -41,26 +55,9 @@ def ttt_linear(
     take turns. Raises `ValueError` for wrong shapes, dtypes, devices or backends.
     Source: Sun et al. 2024 (arXiv 2407.04620), sections 2.4 to 2.7.
     """
-    tensors = {"q": (q, "B T H K"), "k": (k, "B T H K"), "v": (v, "B T H K"), "rate": (rate, "B T H")}
-    sizes = check_shapes("ttt_linear", tensors | {"shares": (shares, "C")})
-    heads, key = sizes["H"], sizes["K"]
-    learned: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "start": (start, (heads, (key + 1) * key)),
-        "norm_weight": (norm_weight, (heads * key,)),
-        "norm_bias": (norm_bias, (heads * key,)),
-    }
-    for name, (tensor, expected) in learned.items():
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"ttt_linear: {name} has shape {tuple(tensor.shape)}, expected {expected}")
-    check_floating("ttt_linear", {name: tensor for name, (tensor, _) in tensors.items()})
-    states = check_documents("ttt_linear", cu_seqlens, sizes["B"], sizes["T"])
-    shape = (states, heads, 2 * key + 3, key)
-    check_state("ttt_linear", initial_state, shape, q.device)
-
-    dtype = state_dtype(q.dtype)
-    state = q.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    run = choose("ttt_linear", backend, q.device, single_token=cu_seqlens is None and sizes["T"] == 1)
-    weight, bias = (x.to(dtype).view(heads, 1, key) for x in (norm_weight, norm_bias))
-    model = InnerModel(start.to(dtype).view(heads, key + 1, key), weight, bias, shares.to(dtype))
+    tensors = (q, k, v, rate, start, norm_weight, norm_bias, shares)
+    call = ttt_linear.prepare(tensors, backend, initial_state, cu_seqlens)
+    start, norm_weight, norm_bias, shares = (x.to(call.state.dtype) for x in tensors[4:])
+    model = InnerModel(start, norm_weight[:, None], norm_bias[:, None], shares)
     with full_precision(q.device):
-        return run((q, k, v, rate), model, state, cu_seqlens)
+        return call.run((q, k, v, rate), model, call.state, cu_seqlens)

@@ -8,7 +8,6 @@ import torch
 from seqtrain.analysis.kernel_examples import count_example
 from seqtrain.analysis.triton_interpreter import assert_no_races, between_nans, nan_filled_empty, recording
 from seqtrain.kernels import delta_rule, linear_attention
-from seqtrain.kernels.delta_rule.segment import DeltaRuleSegment
 from seqtrain.testing import boundaries, compare_with_oracle, recurrence_inputs, relative_error, run_with_gradients
 
 from .tolerances import assert_within
@@ -180,10 +179,10 @@ def test_a_segment_s_map_and_its_outputs_come_of_one_pass(decay_shape):
     tensors, _ = case("delta_rule", (70,), decay_shape=decay_shape)
     state = tensors.pop("initial_state")
     with recording() as launches:
-        segment = DeltaRuleSegment(list(tensors.values()), {}, "triton")
-        transition, update = segment.find_map()
-        segment.work()
-        out = segment.finish(state)
+        segment = delta_rule.segment(list(tensors.values()), {}, "triton")
+        transition, update = segment.transition()
+        segment.local_output()
+        out = segment.add_incoming(state)
     expected, final = delta_rule(**tensors, initial_state=state, backend="reference")
     assert relative_error(out, expected) < 1e-12
     assert relative_error(transition @ state + update, final) < 1e-12
