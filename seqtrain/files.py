@@ -1,23 +1,53 @@
-"""Files that must survive a crash, or be known to have: durable writes and checksums."""
+"""Files that must survive a crash, or be known to have: atomic, durable writes, checksums, manifests."""
 
 import hashlib
+import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from seqtrain.errors import DataError, SeqtrainError
 
 
-def replace_file(file: Path, content: bytes) -> None:
-    """Puts `content` in `file` atomically and durably."""
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with unfinished.open("wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
-    os.replace(unfinished, file)
+@contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A place next to `path` for a file or folder, which becomes `path` when the block ends; nothing is left on errors.
+
+    So a reader sees what was there before or all that was written. `durable`: also after the machine has crashed.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield unfinished
+        if durable:
+            publish(unfinished, path)
+        else:
+            os.replace(unfinished, path)
+    except BaseException:
+        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
+        raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the names of the files in `folder` durable."""
-    opened = os.open(folder, os.O_RDONLY)
+def replace_file(file: Path, content: bytes, *, durable: bool = True) -> None:
+    """Puts `content` in `file`, see `replacing`."""
+    with replacing(file, durable=durable) as unfinished:
+        unfinished.write_bytes(content)
+
+
+def publish(unfinished: Path, path: Path) -> None:
+    """Gives a finished file or folder its name, once all of it is on disk; `path` may be a file, or must not exist."""
+    for part in [*unfinished.rglob("*"), unfinished]:
+        sync(part)
+    os.replace(unfinished, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Makes the content of a file durable, or the names in a folder."""
+    opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
     finally:
@@ -28,3 +58,38 @@ def sha256_of(file: Path) -> str:
     """The checksum of a whole file, read in pieces."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+class Manifest:
+    """Base of what a folder says of itself in a JSON file: typed, written atomically, refused where it is damaged.
+
+    A subclass is a dataclass of values that JSON has, and of further such dataclasses.
+    """
+
+    # What is raised for a file that is missing or damaged, and what the user can do about it.
+    error: ClassVar[type[SeqtrainError]] = DataError
+    remedy: ClassVar[str]
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """What `file` says. Raises `error`, naming the file and the place in it."""
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            return TypeAdapter(cls).validate_python(json.loads(file.read_bytes()))
+        except FileNotFoundError:
+            reason = "missing"
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = f"damaged at {'.'.join(str(part) for part in first['loc']) or 'its start'}: {first['msg']}"
+        except (OSError, ValueError) as error:
+            reason = f"damaged: {error}"
+        raise cls.error(f"{file}: {reason}; {cls.remedy}")
+
+    def write(self, file: Path) -> None:
+        """Puts it in `file`, atomically and durably."""
+        replace_file(file, (json.dumps(self.values(), indent=1) + "\n").encode("utf-8"))
+
+    def values(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return asdict(self)  # type: ignore[call-overload]

@@ -19,7 +19,7 @@ def register_with_transformers() -> None:
         if module := sys.modules.get(name):
             register(module)
         else:
-            sys.meta_path.insert(0, _Awaited(name, register))
+            sys.meta_path.insert(0, _ImportHook(name, register))
 
 
 def _register_config(module: Any) -> None:
@@ -32,8 +32,8 @@ def _register_model(module: Any) -> None:
     module.AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
 
 
-class _Awaited(MetaPathFinder):
-    """Finds one module as everybody else would, once, and acts when it has been imported."""
+class _ImportHook(MetaPathFinder):
+    """Import hook: calls `act` when module `name` has been imported."""
 
     def __init__(self, name: str, act: Any):
         self.name = name
@@ -45,12 +45,12 @@ class _Awaited(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Acting(spec.loader, self.act)
+            spec.loader = _CallbackLoader(spec.loader, self.act)
         return spec
 
 
-class _Acting(Loader):
-    """Another loader, and what to do with the module it has loaded."""
+class _CallbackLoader(Loader):
+    """A loader that calls `act` with the module it has loaded."""
 
     def __init__(self, loader: Loader, act: Any):
         self.loader = loader

@@ -18,7 +18,7 @@ FLOORS = (
     ("runtime", "analysis", "profiling", "planning", "benchmarks"),
     "convert",
 )
-HEAVY = ("ray", "deepspeed", "triton", "transformers", "datasets", "wandb", "matplotlib", "pyarrow")
+HEAVY = ("ray", "deepspeed", "triton", "transformers", "datasets", "wandb", "matplotlib", "pyarrow", "tokenizers")
 
 
 def level(name: str) -> int:

@@ -88,12 +88,12 @@ def _rank(session: Session, steps: int) -> tuple[int, int, int]:
     torch.set_num_threads(1)
     seen: list[int] = []
 
-    def after_step() -> None:
+    def poll() -> None:
         seen.append(peak_resident_bytes())
         if len(seen) == steps:
             raise _Enough
 
     before = peak_resident_bytes()
     with contextlib.suppress(_Enough):
-        train(session, this_process(torch.device("cpu")), after_step=after_step)
+        train(session, this_process(torch.device("cpu")), poll=poll)
     return before, seen[0], seen[-1]

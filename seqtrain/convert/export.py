@@ -1,6 +1,5 @@
 """Writing the student as a folder that `AutoModelForCausalLM.from_pretrained` loads after `import seqtrain`."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 from seqtrain.convert.architecture import Architecture
 from seqtrain.convert.sources import Source
 from seqtrain.errors import ConfigError
-from seqtrain.files import sync_folder
+from seqtrain.files import replacing
 from seqtrain.models import LanguageModel
 from seqtrain.testing import relative_error
 
@@ -40,20 +39,15 @@ def refuse_existing(folder: Path) -> None:
 def export(student: LanguageModel, architecture: Architecture, source: Source, folder: Path) -> None:
     """Writes weights (safetensors), config, tokenizer, chat template and generation config; whole or not at all."""
     refuse_existing(folder)
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as unfinished:
+        unfinished.mkdir()
         _as_huggingface(student, architecture, source).save_pretrained(unfinished)
         for name in CARRIED:
             if source.path.is_dir() and (source.path / name).is_file():
                 shutil.copyfile(source.path / name, unfinished / name)
         if not source.path.is_dir() and (tokenizer := load_tokenizer(source)) is not None:
             tokenizer.save_pretrained(unfinished)
-        os.replace(unfinished, folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _as_huggingface(student: LanguageModel, architecture: Architecture, source: Source) -> Any:

@@ -1,18 +1,30 @@
-"""What a conversion with training has done already, so that it can go on where it was killed."""
+"""What a conversion with training has done already, so that it can resume where it was killed."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from seqtrain.errors import CheckpointError, ConfigError
-from seqtrain.files import replace_file, sha256_of
+from seqtrain.files import Manifest, sha256_of
 
 FORMAT = 1
 
 
+@dataclass(frozen=True)
+class Stored(Manifest):
+    """The file of a `ConversionManifest`."""
+
+    error = CheckpointError
+    remedy = "delete the folder to start the training again"
+
+    format: int
+    identity: dict[str, Any]
+    chosen: dict[str, Any]
+    runs: dict[str, dict[str, Any]]
+
+
 @dataclass
-class Manifest:
+class ConversionManifest:
     """`manifest.json` in the folder of the training: what it is of, and which of its runs are done.
 
     `identity`: what decides all that follows (hashes of source and recipe, seed: the one thing random numbers and the
@@ -26,16 +38,13 @@ class Manifest:
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, identity: dict[str, Any]) -> "Manifest":
+    def open(cls, folder: Path, identity: dict[str, Any]) -> "ConversionManifest":
         """The manifest in `folder`, or a new one. Raises `ConfigError` where it is of something else."""
         file = folder / "manifest.json"
         if not file.is_file():
             return cls(folder, identity)
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            found = cls(folder, stored["identity"], stored["chosen"], stored["runs"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise CheckpointError(f"{file}: is damaged; remove {folder} to begin anew") from None
+        stored = Stored.read(file)
+        found = cls(folder, stored.identity, stored.chosen, stored.runs)
         if differing := sorted(key for key in identity if found.identity.get(key) != identity[key]):
             was, now = found.identity.get(differing[0]), identity[differing[0]]
             raise ConfigError(
@@ -55,7 +64,7 @@ class Manifest:
             return False
         file = self.weights(name)
         if not file.is_file() or sha256_of(file) != self.runs[name]["sha256"]:
-            raise CheckpointError(f"{file}: is not what the manifest beside it says; remove {self.folder}")
+            raise CheckpointError(f"{file}: is not what the manifest next to it says; remove {self.folder}")
         return True
 
     def finish(self, name: str, about: dict[str, Any]) -> None:
@@ -69,5 +78,4 @@ class Manifest:
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        values = {"format": FORMAT, "identity": self.identity, "chosen": self.chosen, "runs": self.runs}
-        replace_file(self.folder / "manifest.json", (json.dumps(values, indent=1) + "\n").encode("utf-8"))
+        Stored(FORMAT, self.identity, self.chosen, self.runs).write(self.folder / "manifest.json")

@@ -12,7 +12,7 @@ from torch import Tensor
 from seqtrain.convert.architecture import Architecture, architecture_of
 from seqtrain.convert.beside import read_others
 from seqtrain.convert.export import check_reloaded, export, load_tokenizer, long_generation, refuse_existing
-from seqtrain.convert.manifest import Manifest
+from seqtrain.convert.manifest import ConversionManifest
 from seqtrain.convert.policy import kept_layers, restore_one_layer
 from seqtrain.convert.report import heading, write
 from seqtrain.convert.settings import ConvertConfig
@@ -75,7 +75,7 @@ def convert(config: ConvertConfig, progress: Progress = lambda stage, what: None
     folder, began = Path(config.output_dir).expanduser(), time.monotonic()
     refuse_existing(folder / "model")
     plan = _plan(config, progress)
-    manifest = Manifest.open(folder / "training", identity(config, plan.source.sha256()))
+    manifest = ConversionManifest.open(folder / "training", identity(config, plan.source.sha256()))
     kept, scores = _choose(plan, manifest)
     architecture = student_of(plan.teacher, config, kept)
     dtype, stages = getattr(torch, config.dtype), config.recipe.stages
@@ -152,7 +152,7 @@ def _plan(config: ConvertConfig, progress: Progress) -> _Plan:
     return _Plan(config, progress, source, teacher, texts, load_tokenizer(source))
 
 
-def _choose(plan: _Plan, manifest: Manifest) -> tuple[tuple[int, ...], list[float] | None]:
+def _choose(plan: _Plan, manifest: ConversionManifest) -> tuple[tuple[int, ...], list[float] | None]:
     """The layers that stay and their scores, as an unfinished training has chosen them, or chosen now."""
     if manifest.chosen:
         return tuple(manifest.chosen["kept"]), manifest.chosen["importance"]

@@ -13,23 +13,23 @@ from torch import Tensor
 
 from seqtrain.convert.adapters import merged_weights
 from seqtrain.convert.architecture import Architecture
-from seqtrain.convert.manifest import Manifest
-from seqtrain.convert.objectives import Distillation, Pair, Transfer
+from seqtrain.convert.manifest import ConversionManifest
 from seqtrain.convert.recipe import StageConfig
 from seqtrain.convert.settings import ConvertConfig
+from seqtrain.convert.tasks import Distillation, Pair, Transfer
 from seqtrain.convert.teacher_inputs import advance
 from seqtrain.convert.tensors import mapped, model_from, write_tensors
 from seqtrain.data import prepare
 from seqtrain.errors import ConfigError
 from seqtrain.models import LanguageModel
 from seqtrain.runtime import PretrainConfig, check, checkpoint, run
+from seqtrain.runtime.optimizers import OptimizerConfig
 from seqtrain.runtime.run_folder import plain
+from seqtrain.runtime.schedule import ScheduleConfig
 from seqtrain.runtime.settings import (
     EvaluationConfig,
     KernelsConfig,
-    OptimizerConfig,
     SampleConfig,
-    ScheduleConfig,
     TrainConfig,
 )
 from seqtrain.testing import relative_error
@@ -54,7 +54,7 @@ class Training:
 
     config: ConvertConfig
     pair: Pair
-    manifest: Manifest
+    manifest: ConversionManifest
     # Of Hugging Face; None where there is nothing to train.
     tokenizer: Any
     progress: Progress
@@ -108,35 +108,35 @@ class Training:
         before: Transfer | None = None
         for group in groups:
             part = name if len(groups) == 1 else f"{name}-layers-{group[0]:03d}-{group[-1]:03d}"
-            objective = Transfer(pair, stage, group)
+            task = Transfer(pair, stage, group)
             config = self._settings(stage, part)
             if not self.manifest.done(part):
                 if len(groups) > 1:
-                    objective = self._given(objective, before, config)
-                self._train(config, objective)
+                    task = self._given(task, before, config)
+                self._train(config, task)
                 weights = self._trained_weights(config)
                 found = {
                     f"blocks.{key.removeprefix('mixers.').replace('.', '.mixer.', 1)}": weights[key] for key in weights
                 }
                 write_tensors(self.manifest.weights(part), found)
                 self._finish(part, config, {"layers": list(group)})
-                before = objective
+                before = task
             yield part
         shutil.rmtree(self._cache(), ignore_errors=True)
 
     def _cache(self) -> Path:
         return self.manifest.folder / "inputs"
 
-    def _given(self, objective: Transfer, before: Transfer | None, config: PretrainConfig) -> Transfer:
-        """`objective` with the file of what enters its first layer, made from that of the layers before."""
-        first = objective.layers[0]
+    def _given(self, task: Transfer, before: Transfer | None, config: PretrainConfig) -> Transfer:
+        """`task` with the file of what enters its first layer, made from that of the layers before."""
+        first = task.layers[0]
         file = self._cache() / f"layer-{first:03d}.f32"
         corpus = prepare(config.data).folder
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            origin = before or self._nearest(objective)
+            origin = before or self._nearest(task)
             advance(
-                objective.pair.load_teacher(),
+                task.pair.load_teacher(),
                 origin.data(config, corpus),
                 file,
                 first=origin.first,
@@ -148,37 +148,37 @@ class Training:
         for other in self._cache().glob("layer-*.f32"):
             if other != file:
                 other.unlink()
-        return replace(objective, first=first, inputs=str(file))
+        return replace(task, first=first, inputs=str(file))
 
-    def _nearest(self, objective: Transfer) -> Transfer:
+    def _nearest(self, task: Transfer) -> Transfer:
         """Of the layers before, the last whose inputs are on disk."""
         held = sorted(self._cache().glob("layer-*.f32"))
         if not held:
-            return objective
-        return replace(objective, first=int(held[-1].stem.removeprefix("layer-")), inputs=str(held[-1]))
+            return task
+        return replace(task, first=int(held[-1].stem.removeprefix("layer-")), inputs=str(held[-1]))
 
     def _distillation(self, name: str, stage: StageConfig, pair: Pair) -> Iterator[str]:
-        objective, config = Distillation(pair, stage), self._settings(stage, name)
+        task, config = Distillation(pair, stage), self._settings(stage, name)
         if not self.manifest.done(name):
-            self._train(config, objective)
-            student, _ = objective.student(config)
+            self._train(config, task)
+            student, _ = task.student(config)
             with torch.no_grad():
                 parameters = dict(student.named_parameters())
                 for key, value in self._trained_weights(config).items():
                     parameters[key.removeprefix("student.")].copy_(value)
-            found, about = self._merged(student, objective)
+            found, about = self._merged(student, task)
             write_tensors(self.manifest.weights(name), found)
             self._finish(name, config, about)
         yield name
 
     @torch.no_grad()
-    def _merged(self, student: LanguageModel, objective: Distillation) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _merged(self, student: LanguageModel, task: Distillation) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The student's changed weights under their own names, and what merging adapters did to the logits."""
-        pair = objective.pair
+        pair = task.pair
         before = mapped(pair.files)
-        found = merged_weights(student) if objective.stage.trainable == "lora" else dict(student.named_parameters())
+        found = merged_weights(student) if task.stage.trainable == "lora" else dict(student.named_parameters())
         found = {name: value for name, value in found.items() if not torch.equal(value, before[name])}
-        if objective.stage.trainable != "lora":
+        if task.stage.trainable != "lora":
             return found, {}
         vocabulary = pair.student.vocab_size
         tokens = torch.arange(PROBE)[None] * 7919 % vocabulary
@@ -220,8 +220,8 @@ class Training:
             output_dir=str(self.manifest.folder / name),
         )
 
-    def _train(self, config: PretrainConfig, objective: Transfer | Distillation) -> None:
-        summary = run(config, objective)
+    def _train(self, config: PretrainConfig, task: Transfer | Distillation) -> None:
+        summary = run(config, task)
         if summary["stopped"]:
             raise Stopped(summary["stopped_by_signal"])
 
@@ -245,7 +245,7 @@ def prepare_training(
     config: ConvertConfig,
     teacher: Architecture,
     student: Architecture,
-    manifest: Manifest,
+    manifest: ConversionManifest,
     tokenizer: Any,
     progress: Progress,
 ) -> Training:

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seqtrain.data import WHOLE_BATCH, Batch, Share
+from seqtrain.data import WHOLE_BATCH, Batch, BatchSlice
+from seqtrain.files import replacing
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.sequence import SequenceContext
-from seqtrain.runtime.objective import TrainingData
+from seqtrain.runtime.task import TrainingData
 
 
 class CachedInputs:
@@ -27,14 +28,12 @@ class CachedInputs:
         self.batch_size = batch_size
         self.rows = np.memmap(file, np.float32, "r").reshape(-1, sequence_length, width)
 
-    def at(self, index: int, share: Share = WHOLE_BATCH) -> Batch:
+    def at(self, index: int, part: BatchSlice = WHOLE_BATCH) -> Batch:
         """As `seqtrain.data.Batches.at`, but for the tokens."""
-        batch, rows = self.batches.at(index, share), share.rows(self.batch_size)
+        batch, rows = self.batches.at(index, part), part.rows(self.batch_size)
         first = index * self.batch_size
         held = self.rows[first + rows.start : first + rows.stop].reshape(1, -1, self.rows.shape[2])
-        return replace(
-            batch, tokens=torch.from_numpy(held[:, slice(*batch.offsets[share.part : share.part + 2])].copy())
-        )
+        return replace(batch, tokens=torch.from_numpy(held[:, part.tokens(batch.offsets)].copy()))
 
 
 @torch.no_grad()
@@ -53,8 +52,7 @@ def advance(
 
     `batches`: of tokens where `first` is 0, else `CachedInputs` of layer `first`. `progress(step)`: what is done.
     """
-    unfinished = file.with_name(f".{file.name}.partial")
-    with unfinished.open("wb") as opened:
+    with replacing(file) as unfinished, unfinished.open("wb") as opened:
         for step in range(steps):
             batch = batches.at(step)
             x = batch.tokens if batch.tokens.is_floating_point() else teacher.embedding(batch.tokens)
@@ -63,7 +61,6 @@ def advance(
                 x = _through(block, x, sequence)
             opened.write(x.float().numpy().tobytes())
             progress(step + 1)
-    unfinished.rename(file)
 
 
 def _through(block: Any, x: Tensor, sequence: SequenceContext) -> Tensor:

@@ -1,6 +1,5 @@
 """Weights on disk that a model is laid over: nothing is read before it is used, and nothing held twice."""
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from seqtrain.convert.architecture import Architecture
-from seqtrain.files import sync_folder
+from seqtrain.files import replacing
 from seqtrain.models import LanguageModel
 
 
@@ -50,9 +49,5 @@ def mapped(files: Iterable[Path]) -> dict[str, Tensor]:
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes `tensors` as safetensors, whole or not at all."""
-    unfinished = file.with_name(f".{file.name}.partial")
-    save_file({name: tensor.detach().contiguous() for name, tensor in sorted(tensors.items())}, unfinished)
-    with unfinished.open("rb") as opened:
-        os.fsync(opened.fileno())
-    unfinished.rename(file)
-    sync_folder(file.parent)
+    with replacing(file) as unfinished:
+        save_file({name: tensor.detach().contiguous() for name, tensor in sorted(tensors.items())}, unfinished)

@@ -1,45 +1,53 @@
 """Windows of a token stream as packed batches: what a step reads follows from the seed and its number alone."""
 
+import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from seqtrain.data.corpus import TokenStream
-from seqtrain.data.order import round_keys, window_at
 from seqtrain.errors import ConfigError, DataError
-from seqtrain.parallel import even_offsets
+
+if TYPE_CHECKING:
+    from seqtrain.data.corpus import TokenStream
 
 IGNORED = -100
+# Rounds of the Feistel network; four make a pseudo-random permutation of a random round function.
+ROUNDS = 6
+MASK = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows laid end to end in one packed row of n tokens, or one part of that row.
+    """Rows laid end to end in one packed row of n tokens, or one part of that row in time: what one forward pass reads.
 
     `tokens`, `labels`: int64 `[1, offsets[part + 1] - offsets[part]]`, all n where there is one part; a label is the
     token that follows in the same document, in this part or the next, -100 where none does.
     `offsets`: where the parts start in the row, and n. `cu_seqlens`: int32 `[N+1]` on the CPU, from 0 to n, the same
     for every part: a boundary where one of the rows starts and, unless switched off, a document.
-    `bytes`: text bytes that the labels stand for; a document's end stands for none.
     """
 
     tokens: Tensor
     labels: Tensor
     offsets: tuple[int, ...]
     cu_seqlens: Tensor
-    bytes: float
 
     @property
     def label_count(self) -> int:
         """How many labels count."""
         return int((self.labels != IGNORED).sum())
 
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its tokens and labels on `device`."""
+        return replace(self, tokens=self.tokens.to(device), labels=self.labels.to(device))
+
 
 @dataclass(frozen=True)
-class Share:
+class BatchSlice:
     """What one process reads of a batch at a time; without arguments, all of it."""
 
     # Of the data-parallel ranks, this one.
@@ -48,7 +56,7 @@ class Share:
     # Of the micro-batches each of them reads one after the other, this one.
     micro_batch: int = 0
     micro_batches: int = 1
-    # Of the pieces of this packed row, in time, this one.
+    # Of the sequence-parallel ranks, which divide this packed row in time, this one.
     part: int = 0
     parts: int = 1
 
@@ -59,24 +67,33 @@ class Share:
 
     def rows(self, batch_size: int) -> range:
         """Which of a batch's rows they are. Raises `ConfigError` if they don't come out even."""
-        shares = self.ranks * self.micro_batches
-        if batch_size % shares:
+        slices = self.ranks * self.micro_batches
+        if batch_size % slices:
             raise ConfigError(
                 f"train.batch_size={batch_size}: must be a multiple of data-parallel ranks x micro-batches "
-                f"= {self.ranks} x {self.micro_batches}; {math.ceil(batch_size / shares) * shares} is"
+                f"= {self.ranks} x {self.micro_batches}; use {math.ceil(batch_size / slices) * slices}"
             )
-        size = batch_size // shares
+        size = batch_size // slices
         first = (self.micro_batch * self.ranks + self.rank) * size
         return range(first, first + size)
 
+    def tokens(self, offsets: tuple[int, ...]) -> slice:
+        """Which tokens of the packed row they are; `offsets`: where its parts start, and its end."""
+        return slice(offsets[self.part], offsets[self.part + 1])
 
-WHOLE_BATCH = Share()
+
+WHOLE_BATCH = BatchSlice()
+
+
+def even_offsets(tokens: int, parts: int) -> tuple[int, ...]:
+    """Boundaries of `parts` pieces of `tokens` whose lengths differ by one at most: `parts + 1` numbers from 0."""
+    return tuple(tokens * part // parts for part in range(parts + 1))
 
 
 class _Windows:
     """Cuts windows of `sequence_length` out of a stream and lays the rows of one rank end to end."""
 
-    def __init__(self, stream: TokenStream, sequence_length: int, batch_size: int, reset_at_documents: bool):
+    def __init__(self, stream: "TokenStream", sequence_length: int, batch_size: int, reset_at_documents: bool):
         for key, value in (("train.sequence_length", sequence_length), ("train.batch_size", batch_size)):
             if value < 1:
                 raise ConfigError(f"{key}={value}: at least 1 is needed")
@@ -85,24 +102,22 @@ class _Windows:
         self.batch_size = batch_size
         self.reset_at_documents = reset_at_documents
 
-    def at(self, index: int, share: Share = WHOLE_BATCH) -> Batch:
-        """A share of batch `index`, from 0 on. All shares together are the same however many there are."""
-        rows = share.rows(self.batch_size)
-        return self.pack([self._start(index * self.batch_size + row) for row in rows], share.part, share.parts)
+    def at(self, index: int, part: BatchSlice = WHOLE_BATCH) -> Batch:
+        """A slice of batch `index`, from 0 on. All slices together are the same however many there are."""
+        return self._pack([self._start(index * self.batch_size + row) for row in part.rows(self.batch_size)], part)
 
     def _start(self, sample: int) -> int:
         """Where in the stream the window of row `sample` starts, counted over all batches."""
         raise NotImplementedError
 
-    def pack(self, starts: list[int], part: int, parts: int) -> Batch:
-        """Part `part` of the row whose windows start at the given positions; past the stream's end it is filling.
+    def _pack(self, starts: list[int], part: BatchSlice) -> Batch:
+        """A part of the row whose windows start at the given positions; past the stream's end it is padding.
 
         Only this part's tokens are read; of the others, the places where documents start.
         """
-        assert 0 <= part < parts, (part, parts)
         length = self.sequence_length
-        offsets = even_offsets(len(starts) * length, parts)
-        first, last = offsets[part], offsets[part + 1]
+        offsets = even_offsets(len(starts) * length, part.parts)
+        first, last = offsets[part.part], offsets[part.part + 1]
         tokens = np.empty(last - first, dtype=np.int64)
         labels = np.empty_like(tokens)
         for row in range(first // length, -(-last // length)):
@@ -110,13 +125,11 @@ class _Windows:
             tokens[low - first : high - first], labels[low - first : high - first] = self._read(
                 starts[row] + low - row * length, high - low
             )
-        counted = labels[labels != IGNORED]
         return Batch(
             tokens=torch.from_numpy(tokens)[None],
             labels=torch.from_numpy(labels)[None],
             offsets=offsets,
             cu_seqlens=self._boundaries(starts),
-            bytes=self.stream.tokenizer.byte_count(counted) * self.stream.byte_scale,
         )
 
     def _read(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -140,7 +153,7 @@ class _Windows:
             if self.reset_at_documents:
                 boundaries.extend(row * length + self.stream.starts(start + 1, min(start + length, end)) - start)
                 if start < end < start + length:
-                    # The filling behind the stream's end counts as a document of its own.
+                    # The padding after the stream's end counts as a document of its own.
                     boundaries.append(row * length + end - start)
             boundaries.append((row + 1) * length)
         return torch.tensor(boundaries, dtype=torch.int32)
@@ -155,7 +168,7 @@ class Batches(_Windows):
 
     def __init__(
         self,
-        stream: TokenStream,
+        stream: "TokenStream",
         *,
         seed: int,
         sequence_length: int,
@@ -178,16 +191,16 @@ class Batches(_Windows):
 
 
 class EvaluationBatches(_Windows):
-    """The stream from its start to its end, every token once, in batches of one size; what is left over is filled up.
+    """The stream from its start to its end, every token once, in batches of one size; the last one is padded.
 
-    Every document's tokens but the first are predicted exactly once, so over all batches the sum of `Batch.bytes` is
+    Every document's tokens but the first are predicted exactly once, so over all batches the sum of `text_bytes` is
     `stream.predicted_bytes`, and bits per byte = nats / ln 2 / bytes. `len()` is the number of batches, the same on
     every rank. `limit`: at most so many windows, spread evenly over the stream; 0 takes all.
     """
 
     def __init__(
         self,
-        stream: TokenStream,
+        stream: "TokenStream",
         *,
         sequence_length: int,
         batch_size: int,
@@ -201,7 +214,55 @@ class EvaluationBatches(_Windows):
     def __len__(self) -> int:
         return math.ceil(self.taken / self.batch_size)
 
+    def text_bytes(self, batch: Batch) -> float:
+        """Bytes of text that the labels of `batch` stand for; a document's end stands for none."""
+        counted = batch.labels[batch.labels != IGNORED]
+        return self.stream.tokenizer.byte_count(counted) * self.stream.byte_scale
+
     def _start(self, sample: int) -> int:
         if sample >= self.taken:
             return self.stream.tokens
         return sample * self.windows // self.taken * self.sequence_length
+
+
+def window_at(sample: int, windows: int, seed: int) -> tuple[int, int]:
+    """`(epoch, window)` of the `sample`-th window a run with this seed reads; an epoch reads each window once."""
+    epoch, place = divmod(sample, windows)
+    return epoch, permute(place, windows, seed, epoch)
+
+
+def permute(place: int, size: int, seed: int, epoch: int) -> int:
+    """The image of `place` under a permutation of `range(size)` that `(seed, epoch)` selects.
+
+    A Feistel network over the next power of four, walked until it lands inside `range(size)` (Black and Rogaway 2002,
+    "Ciphers with arbitrary finite domains"): at most four tries on average, and no table.
+    """
+    assert 0 <= place < size, (place, size)
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    keys = round_keys(seed, epoch)
+    while True:
+        place = _encrypt(place, half, keys)
+        if place < size:
+            return place
+
+
+@lru_cache(maxsize=8)
+def round_keys(seed: int, epoch: int) -> tuple[int, ...]:
+    """`ROUNDS` numbers of 64 bits that depend on every bit of `seed` and `epoch`."""
+    digests = (hashlib.sha256(f"{seed}/{epoch}/{number}".encode()).digest() for number in range(ROUNDS + 1))
+    return tuple(int.from_bytes(digest[:8]) for digest in digests)
+
+
+def _encrypt(value: int, half: int, keys: tuple[int, ...]) -> int:
+    mask = (1 << half) - 1
+    left, right = value >> half, value & mask
+    for key in keys[:ROUNDS]:
+        left, right = right, left ^ (_mix(right ^ key) & mask)
+    return left << half | right
+
+
+def _mix(value: int) -> int:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): each bit of the result depends on every bit."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    return value ^ (value >> 31)

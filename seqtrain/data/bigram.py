@@ -1,4 +1,4 @@
-"""The yardstick: what a model that sees only the byte before would need for the held-out text."""
+"""The byte-bigram baseline: bits per byte of a model that sees only the previous byte."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ class BigramCounter:
         self.counts = np.zeros(SHAPE, dtype=np.int64) if counts is None else counts
 
     def add(self, pieces: list[tuple[bytes, int, bool]]) -> None:
-        """Counts `(text, byte before it or -1, whether the document ends behind it)` for every piece."""
+        """Counts `(text, byte before it or -1, whether the document ends after it)` for every piece."""
         symbols = np.concatenate(list(_symbols(pieces)))
         before, after = symbols[:-1], symbols[1:]
         pairs = (before < 256) & (after <= END)

@@ -12,21 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
+from seqtrain.data.batches import Batches, EvaluationBatches
 from seqtrain.data.config import DataConfig
 from seqtrain.data.ingest import BIGRAMS, content_key, ingest, open_sources
 from seqtrain.data.manifest import (
     MANIFEST,
+    REBUILD,
     VERSION,
-    Manifest,
+    CorpusManifest,
     SplitEntry,
     inside,
-    read_json,
-    write_json,
 )
 from seqtrain.data.shards import Shard
 from seqtrain.data.tokenizer import Tokenizer, load_tokenizer
 from seqtrain.errors import ConfigError, DataError
-from seqtrain.files import sha256_of
+from seqtrain.files import Manifest, sha256_of
 
 log = logging.getLogger("seqtrain.data")
 
@@ -83,10 +83,23 @@ class Corpus:
     """Tokens on disk in `folder`, open for reading. `bigrams`: file with the counts of byte pairs of both splits."""
 
     folder: Path
-    manifest: Manifest
+    manifest: CorpusManifest
     tokenizer: Tokenizer
     train: TokenStream
     held_out: TokenStream
+    # Whether a document's start clears the state of every layer.
+    reset_at_documents: bool
+
+    def training_batches(self, *, seed: int, sequence_length: int, batch_size: int) -> Batches:
+        """The batches of a run; `batch_size`: sequences in a step, all ranks together."""
+        sizes = {"sequence_length": sequence_length, "batch_size": batch_size}
+        return Batches(self.train, seed=seed, reset_at_documents=self.reset_at_documents, **sizes)
+
+    def held_out_batches(self, *, sequence_length: int, batch_size: int, max_tokens: int) -> EvaluationBatches:
+        """What a model is scored on: at most about `max_tokens` tokens, 0 for all."""
+        sizes = {"sequence_length": sequence_length, "batch_size": batch_size}
+        limit = -(-max_tokens // sequence_length)
+        return EvaluationBatches(self.held_out, reset_at_documents=self.reset_at_documents, limit=limit, **sizes)
 
     @property
     def bigrams(self) -> Path:
@@ -103,8 +116,10 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Stamps:
+class Stamps(Manifest):
     """Size and mtime in ns of the files whose checksums held when they were last read whole."""
+
+    remedy = REBUILD
 
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -134,7 +149,7 @@ def open_corpus(folder: Path | str, config: DataConfig, *, tokenizer: Tokenizer 
     """
     folder = Path(folder)
     tokenizer = tokenizer or load_tokenizer(config)
-    manifest = read_json(folder / MANIFEST, Manifest)
+    manifest = CorpusManifest.read(folder / MANIFEST)
     if manifest.version != VERSION:
         raise DataError(
             f"{folder / MANIFEST}: version {manifest.version}, this seqtrain reads {VERSION}; delete the folder"
@@ -149,7 +164,7 @@ def open_corpus(folder: Path | str, config: DataConfig, *, tokenizer: Tokenizer 
     opened = {name: _open_shards(folder, name, split, tokenizer) for name, split in splits.items()}
     _verify(folder, manifest, [shard for shards in opened.values() for shard in shards], config.verify)
     streams = {name: TokenStream(name, split, opened[name], tokenizer) for name, split in splits.items()}
-    return Corpus(folder, manifest, tokenizer, streams["train"], streams["held_out"])
+    return Corpus(folder, manifest, tokenizer, **streams, reset_at_documents=config.reset_at_documents)
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -171,19 +186,19 @@ def _open_shards(folder: Path, name: str, split: SplitEntry, tokenizer: Tokenize
     return shards
 
 
-def _verify(folder: Path, manifest: Manifest, shards: list[Shard], when: str) -> None:
+def _verify(folder: Path, manifest: CorpusManifest, shards: list[Shard], when: str) -> None:
     if when == "never":
         return
-    stamps = read_json(folder / VERIFIED, Stamps).files if (folder / VERIFIED).exists() else {}
+    stamps = Stamps.read(folder / VERIFIED).files if (folder / VERIFIED).exists() else {}
     now = {shard.path.name: _stamp(shard.path) for shard in shards}
     for shard in shards:
         if when == "always" or stamps.get(shard.path.name) != now[shard.path.name]:
             shard.verify()
     counts = inside(folder, BIGRAMS)
     if not counts.exists() or sha256_of(counts) != manifest.bigrams_sha256:
-        raise DataError(f"{counts}: missing or damaged; delete {folder} to make the corpus anew")
+        raise DataError(f"{counts}: missing or damaged; delete {folder} to rebuild the corpus")
     if now != stamps and os.access(folder, os.W_OK):
-        write_json(folder / VERIFIED, Stamps(now))
+        Stamps(now).write(folder / VERIFIED)
 
 
 def _stamp(file: Path) -> tuple[int, int]:
@@ -212,7 +227,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = f"{error.filename or folder}: {error.strerror or error}"
-        raise DataError(f"{reason}; finished shards are kept, run again to go on") from error
+        raise DataError(f"{reason}; finished shards are kept; rerun to resume") from error
     finally:
         lock.release()
 

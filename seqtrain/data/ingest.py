@@ -1,6 +1,6 @@
-"""Text to shards: stopped at any instant, it goes on from the last finished group and ends in the very same bytes.
+"""Text to shards: stopped at any instant, it resumes at the last finished group and ends in the very same bytes.
 
-A group is one training and one held-out shard written side by side. When both together are full, they are made
+A group is one training and one held-out shard written together. When both together are full, they are made
 durable, and `progress.json` names them with the place in the text at which the next group starts. Anything else in
 the folder is a leftover.
 """
@@ -21,21 +21,19 @@ from seqtrain.data.manifest import (
     MANIFEST,
     PROGRESS,
     VERSION,
+    CorpusManifest,
     Cursor,
-    Manifest,
-    Progress,
+    IngestProgress,
     SourceEntry,
     SplitEntry,
     TokenizerEntry,
-    read_json,
-    write_json,
 )
 from seqtrain.data.shards import Shard, ShardWriter
 from seqtrain.data.sources import SOURCES, Document, Source
 from seqtrain.data.sources._base import PIECE_BYTES, Part
 from seqtrain.data.tokenizer import Tokenizer
 from seqtrain.errors import DataError
-from seqtrain.files import replace_file, sha256_of, sync_folder
+from seqtrain.files import replace_file, sha256_of, sync
 
 log = logging.getLogger("seqtrain.data")
 
@@ -43,7 +41,7 @@ BIGRAMS = "bigrams.npy"
 # Text tokenized in one go. Groups end between batches, so this and the shard size decide where, never how often we
 # stopped.
 BATCH_BYTES = 2**21
-# A batch of many short rows ends here: each costs memory beside its text.
+# A batch of many short rows ends here: each takes memory besides its text.
 BATCH_PIECES = 4096
 
 Report = Callable[[float], None]
@@ -51,7 +49,7 @@ Report = Callable[[float], None]
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of one document. `after`: where ingesting goes on behind it."""
+    """A stretch of one document. `after`: where ingesting resumes after it."""
 
     document: Document
     data: bytes
@@ -86,7 +84,7 @@ def content_key(config: DataConfig, sources: list[Source], tokenizer: Tokenizer)
 def ingest(
     config: DataConfig, sources: list[Source], tokenizer: Tokenizer, folder: Path, key: str, report: Report
 ) -> None:
-    """Makes the corpus in `folder`, or goes on making it. `report` is told the units of text done so far.
+    """Makes the corpus in `folder`, or resumes making it. `report` is told the units of text done so far.
 
     The caller holds the folder's lock. Raises `DataError` for text that can't be read, and where a split stays empty.
     """
@@ -110,10 +108,10 @@ def ingest(
     _finish(config, sources, tokenizer, folder, progress)
 
 
-def _resume(folder: Path, key: str, tokenizer: Tokenizer) -> Progress:
+def _resume(folder: Path, key: str, tokenizer: Tokenizer) -> IngestProgress:
     """What is finished in `folder`, which is created; leftovers of a run that was stopped are removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    progress = read_json(folder / PROGRESS, Progress) if (folder / PROGRESS).exists() else Progress(key)
+    progress = IngestProgress.read(folder / PROGRESS) if (folder / PROGRESS).exists() else IngestProgress(key)
     if progress.key != key:
         raise DataError(f"{folder / PROGRESS}: belongs to another corpus; delete the folder and run again")
     kept = {PROGRESS, _counts_name(progress.groups)}
@@ -123,14 +121,14 @@ def _resume(folder: Path, key: str, tokenizer: Tokenizer) -> Progress:
         if file.name not in kept:
             file.unlink()
     if progress.groups:
-        log.info("data: going on with %s after %d finished groups of shards", folder.name, progress.groups)
+        log.info("data: resuming %s after %d finished groups of shards", folder.name, progress.groups)
     return progress
 
 
 class _Group:
     """The two shards being written, and everything counted with them."""
 
-    def __init__(self, folder: Path, progress: Progress, tokenizer: Tokenizer):
+    def __init__(self, folder: Path, progress: IngestProgress, tokenizer: Tokenizer):
         self.folder = folder
         self.progress = progress
         self.tokenizer = tokenizer
@@ -156,15 +154,17 @@ class _Group:
                 self.splits[split].add(chosen)
         self.cursor = batch[-1].after
 
-    def commit(self, cursor: Cursor, units: float) -> Progress:
+    def commit(self, cursor: Cursor, units: float) -> IngestProgress:
         """Makes shards and counts durable, then says so in `progress.json`: until then nothing has happened."""
         groups = self.progress.groups + 1
         entries = {name: split.close() for name, split in self.splits.items()}
         counts = np.stack([split.bigrams.counts for split in self.splits.values()])
         _save_counts(self.folder / _counts_name(groups), counts)
-        progress = Progress(self.progress.key, groups, cursor, self.empty, units, entries["train"], entries["held_out"])
-        sync_folder(self.folder)
-        write_json(self.folder / PROGRESS, progress)
+        progress = IngestProgress(
+            self.progress.key, groups, cursor, self.empty, units, entries["train"], entries["held_out"]
+        )
+        sync(self.folder)
+        progress.write(self.folder / PROGRESS)
         (self.folder / _counts_name(groups - 1)).unlink(missing_ok=True)
         return progress
 
@@ -225,16 +225,16 @@ def _pieces(config: DataConfig, sources: list[Source], cursor: Cursor) -> Iterat
     """Every piece from `cursor` on; an empty document is one piece without text."""
     for part in range(cursor.part, len(sources)):
         for number, document in enumerate(sources[part].documents(cursor.document), start=cursor.document):
-            behind = Cursor(part, number + 1)
+            after = Cursor(part, number + 1)
             if document.size == 0:
-                yield Piece(document, b"", -1, True, behind)
+                yield Piece(document, b"", -1, True, after)
             previous = cursor.previous
             for raw, offset in document.pieces(cursor.offset):
                 data = _checked(config, document, raw, offset - len(raw))
                 last = offset >= document.size
-                yield Piece(document, data, previous, last, behind if last else Cursor(part, number, offset, data[-1]))
+                yield Piece(document, data, previous, last, after if last else Cursor(part, number, offset, data[-1]))
                 previous = data[-1]
-            cursor = behind
+            cursor = after
         cursor = Cursor(part + 1)
 
 
@@ -250,7 +250,9 @@ def _checked(config: DataConfig, document: Document, raw: bytes, offset: int) ->
     return raw
 
 
-def _finish(config: DataConfig, sources: list[Source], tokenizer: Tokenizer, folder: Path, progress: Progress) -> None:
+def _finish(
+    config: DataConfig, sources: list[Source], tokenizer: Tokenizer, folder: Path, progress: IngestProgress
+) -> None:
     where = config.path or config.source
     if not progress.train.documents:
         raise DataError(f"data.path: no text to train on in {where} ({progress.empty_documents} empty documents)")
@@ -263,7 +265,7 @@ def _finish(config: DataConfig, sources: list[Source], tokenizer: Tokenizer, fol
         raise DataError(f"data.path: {where} changed while it was read; run again")
     # A copy, for a run stopped here must find the counts again.
     replace_file(folder / BIGRAMS, (folder / _counts_name(progress.groups)).read_bytes())
-    manifest = Manifest(
+    manifest = CorpusManifest(
         version=VERSION,
         key=progress.key,
         source=SourceEntry(config.source, sum(len(source.files) for source in sources)),
@@ -273,7 +275,7 @@ def _finish(config: DataConfig, sources: list[Source], tokenizer: Tokenizer, fol
         held_out=progress.held_out,
         bigrams_sha256=sha256_of(folder / BIGRAMS),
     )
-    write_json(folder / MANIFEST, manifest)
+    manifest.write(folder / MANIFEST)
     (folder / _counts_name(progress.groups)).unlink()
     (folder / PROGRESS).unlink()
 

@@ -1,17 +1,15 @@
 """The two small files of a corpus folder: `manifest.json` once it is whole, `progress.json` until then."""
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 from seqtrain.errors import DataError
-from seqtrain.files import replace_file
+from seqtrain.files import Manifest
 
 VERSION = 1
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
-T = TypeVar("T")
+REBUILD = "delete the folder to rebuild the corpus"
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,10 @@ class TokenizerEntry:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What a whole corpus says of itself. `bigrams_sha256`: checksum of the byte-bigram counts beside it."""
+class CorpusManifest(Manifest):
+    """What a whole corpus says of itself. `bigrams_sha256`: checksum of the byte-bigram counts next to it."""
+
+    remedy = REBUILD
 
     version: int
     key: str
@@ -74,7 +74,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where ingesting goes on: `offset` bytes into `document` of `part` (0 `data.path`, 1 `data.held_out_path`).
+    """Where ingesting resumes: `offset` bytes into `document` of `part` (0 `data.path`, 1 `data.held_out_path`).
 
     `previous`: the byte before, or -1 at a document's start.
     """
@@ -86,8 +86,10 @@ class Cursor:
 
 
 @dataclass(frozen=True)
-class Progress:
+class IngestProgress(Manifest):
     """What is finished of a corpus that is not whole yet: `groups` of shards, and everything counted so far."""
+
+    remedy = REBUILD
 
     key: str
     groups: int = 0
@@ -97,27 +99,6 @@ class Progress:
     units: float = 0.0
     train: SplitEntry = SplitEntry()
     held_out: SplitEntry = SplitEntry()
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Writes a dataclass so that a reader sees either the old file or the whole new one, whenever we are stopped."""
-    replace_file(file, (json.dumps(asdict(content), indent=1, sort_keys=True) + "\n").encode("utf-8"))
-
-
-def read_json(file: Path, form: type[T]) -> T:
-    """The dataclass in `file`. Raises `DataError` if it is missing or not of that form."""
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        return TypeAdapter(form).validate_json(file.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{file}: missing; delete the folder and run again to make the corpus anew") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "file"
-        raise DataError(
-            f"{file}: damaged at {place}: {first['msg']}; delete the folder to make the corpus anew"
-        ) from None
 
 
 def inside(folder: Path, name: str) -> Path:

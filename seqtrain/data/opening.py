@@ -1,20 +1,15 @@
 """What `data.` describes, whichever kind it is: text that became token shards, or a synthetic task."""
 
-import math
 from pathlib import Path
 
 from seqtrain.data import corpus as text
-from seqtrain.data.batches import Batches, EvaluationBatches
 from seqtrain.data.config import DataConfig
 from seqtrain.data.corpus import Corpus
 from seqtrain.data.sources import SOURCES
-from seqtrain.data.synthetic import TASKS, SyntheticBatches, SyntheticCorpus
+from seqtrain.data.synthetic import TASKS, SyntheticCorpus
 from seqtrain.data.tokenizer import Tokenizer
 from seqtrain.data.tokenizer import load_tokenizer as load_text_tokenizer
 from seqtrain.errors import ConfigError, unknown_name
-
-# Synthetic rows are scored under this seed whatever a run's own, so that runs can be compared.
-HELD_OUT_SEED = 0
 
 
 def check_source(config: DataConfig, *, sequence_length: int) -> None:
@@ -46,43 +41,3 @@ def load_tokenizer(config: DataConfig) -> Tokenizer:
     if config.source in TASKS.names:
         raise ConfigError(f"data.source={config.source}: tokens of a synthetic task stand for no text")
     return load_text_tokenizer(config)
-
-
-def training_batches(
-    corpus: Corpus | SyntheticCorpus, config: DataConfig, *, seed: int, sequence_length: int, batch_size: int
-) -> Batches | SyntheticBatches:
-    """The batches of a run; `batch_size`: sequences a step, all ranks together."""
-    if isinstance(corpus, SyntheticCorpus):
-        return SyntheticBatches(
-            corpus.task, split="train", seed=seed, sequence_length=sequence_length, batch_size=batch_size
-        )
-    return Batches(
-        corpus.train,
-        seed=seed,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        reset_at_documents=config.reset_at_documents,
-    )
-
-
-def held_out_batches(
-    corpus: Corpus | SyntheticCorpus, config: DataConfig, *, sequence_length: int, batch_size: int, max_tokens: int
-) -> EvaluationBatches | SyntheticBatches:
-    """What a model is scored on: at most about `max_tokens` tokens, 0 for all."""
-    limit = math.ceil(max_tokens / sequence_length)
-    if isinstance(corpus, SyntheticCorpus):
-        return SyntheticBatches(
-            corpus.task,
-            split="held_out",
-            seed=HELD_OUT_SEED,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            rows=min(limit or corpus.held_out_rows, corpus.held_out_rows),
-        )
-    return EvaluationBatches(
-        corpus.held_out,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        reset_at_documents=config.reset_at_documents,
-        limit=limit,
-    )

@@ -1,13 +1,12 @@
 """The shard: a header, token ids, and where documents start, in one file that is read through memory maps.
 
-    bytes 0-7   magic b"seqtrain"       8-11 version        12-15 bytes an id (2 or 4)      16-23 tokens
+    bytes 0-7   magic b"seqtrain"       8-11 version        12-15 bytes per id (2, 4)       16-23 tokens
     24-31       document starts         32-39 vocab_size    40-63 zero
     64-         ids, little endian, padded with zeros to a multiple of 8; then the starts, int64, rising
 
-A start is a position in this shard. A document may go on from one shard into the next: only its start is written.
+A start is a position in this shard. A document may continue in the next shard: only its start is written.
 """
 
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from seqtrain.data.manifest import ShardEntry, inside
 from seqtrain.errors import DataError
-from seqtrain.files import sha256_of
+from seqtrain.files import publish, sha256_of
 
 MAGIC = b"seqtrain"
 VERSION = 1
@@ -45,7 +44,7 @@ class ShardWriter:
         self.tokens = 0
         self._starts: list[np.ndarray] = []
         self._dtype = id_type(vocab_size)
-        self._unfinished = file.with_name(file.name + ".tmp")
+        self._unfinished = file.with_name(f"{file.name}.tmp")
         self._opened = self._unfinished.open("wb")
         self._opened.write(bytes(HEADER.size))
 
@@ -56,7 +55,7 @@ class ShardWriter:
         self.tokens += len(ids)
 
     def close(self) -> ShardEntry:
-        """Finishes the file: durable first, visible then."""
+        """Finishes the file, which then has its name."""
         starts = np.concatenate(self._starts)
         offset, _ = _layout(self.tokens, len(starts), self._dtype.itemsize)
         self._opened.write(bytes(offset - self._opened.tell()))
@@ -64,12 +63,9 @@ class ShardWriter:
         self._opened.seek(0)
         fields = (MAGIC, VERSION, self._dtype.itemsize, self.tokens, len(starts), self.vocab_size)
         self._opened.write(HEADER.pack(*fields))
-        self._opened.flush()
-        os.fsync(self._opened.fileno())
         self._opened.close()
-        checksum = sha256_of(self._unfinished)
-        os.replace(self._unfinished, self.file)
-        return ShardEntry(self.file.name, self.tokens, len(starts), checksum)
+        publish(self._unfinished, self.file)
+        return ShardEntry(self.file.name, self.tokens, len(starts), sha256_of(self.file))
 
     def abandon(self) -> None:
         """Closes the file without finishing it; the next run starts this shard again."""
@@ -142,7 +138,7 @@ class Shard:
         came = (came_itemsize, tokens, starts)
         if came != (itemsize, self.entry.tokens, self.entry.starts):
             expected_fields = (itemsize, self.entry.tokens, self.entry.starts)
-            raise self._error(f"header says {came} for (bytes an id, tokens, starts), the manifest {expected_fields}")
+            raise self._error(f"header says {came} for (bytes per id, tokens, starts), the manifest {expected_fields}")
 
     def _error(self, reason: str) -> DataError:
-        return DataError(f"{self.path}: {reason}; delete {self.path.parent} to make the corpus anew")
+        return DataError(f"{self.path}: {reason}; delete {self.path.parent} to rebuild the corpus")

@@ -161,7 +161,7 @@ def _end_id(path: str, vocabulary: dict[str, int], end: str, *, asked: bool) -> 
 
 
 def _token_bytes(backend: Any, vocabulary: dict[str, int]) -> np.ndarray:
-    """int64 `[vocab_size]`: bytes of text behind each id, read off the way the tokenizer writes its tokens."""
+    """int64 `[vocab_size]`: bytes of text that each id stands for, read off the way the tokenizer writes its tokens."""
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
     state = json.loads(backend.to_str())

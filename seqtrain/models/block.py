@@ -46,7 +46,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
     ) -> tuple[Tensor, State]:
-        """`x: [B,T,D]`, or `[B,D]` for one token a row, and the layer's state -> the same after the block."""
+        """`x: [B,T,D]`, or `[B,D]` for one token per row, and the layer's state -> the same after the block."""
         mix = self._mix_groups if self.group else self._mix
         mixed, state = mix(self.mixer_norm(x), state, sequence)
         x = x + mixed

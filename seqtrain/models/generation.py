@@ -1,4 +1,4 @@
-"""Continuing a prompt: the prompt in one forward pass, then a token at a time from the state."""
+"""Continuing a prompt: the prompt in one forward pass, then one token at a time from the state."""
 
 import torch
 from torch import Tensor

@@ -75,7 +75,7 @@ class StateCache(Cache):
 
     @property
     def states(self) -> list[State] | None:
-        """One dict a layer, or None before the first token."""
+        """One dict per layer, or None before the first token."""
         states = [layer.state for layer in self.own if layer.state is not None]
         return states or None
 
@@ -93,7 +93,7 @@ class StateCache(Cache):
 def as_rows(state: State) -> State:
     """The states of N documents as those of N rows: keys and values of softmax attention lie in rows of equal length.
 
-    See `softmax_attention`: with documents they lie one behind the other without padding. All other states are the same
+    See `softmax_attention`: with documents they are concatenated without padding. All other states are the same
     in both.
     """
     if not _holds_softmax(state):

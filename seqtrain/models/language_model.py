@@ -34,7 +34,7 @@ class ModelConfig:
     groups: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     # Hidden channels of the MLP over width, rounded to a multiple of 8 channels.
     mlp_ratio: Annotated[float, Field(gt=0)] = 8 / 3
-    # Mean spikes a value where the MLP computes on spike counts (SpikingBrain); 0: no spikes, plain activations.
+    # Mean spikes per value where the MLP computes on spike counts (SpikingBrain); 0: no spikes, plain activations.
     spike_rate: Annotated[float, Field(ge=0)] = 0.0
     # True: the head uses the embedding's matrix, which saves vocab * width parameters.
     tie_embeddings: bool = True
@@ -138,11 +138,11 @@ class LanguageModel(nn.Module):
         all_logits: bool = False,
         keep_state: bool = False,
     ) -> Any:
-        """`tokens: int64 [B,T]`, or `[B]` for one token a row.
+        """`tokens: int64 [B,T]`, or `[B]` for one token per row.
 
         With `labels: int64 [B,T]` (-100 does not count): the loss, a float32 scalar summed over tokens; with
         `keep_state` also the state after the last token. Without labels: logits of the last position, float32
-        `[B,vocab]` (of all, `[B,T,vocab]`, with `all_logits`), and that state, one dict a layer. `state`: the same
+        `[B,vocab]` (of all, `[B,T,vocab]`, with `all_logits`), and that state, one dict per layer. `state`: the same
         before the first token; None for an empty past.
         """
         x, after = self.hidden(tokens, state, sequence=sequence, keep_state=keep_state or labels is None)

@@ -32,7 +32,7 @@ class Spikes(nn.Module):
     spikes: Tensor
 
     def __init__(self, rate: float):
-        """`rate`: mean number of spikes a value, before rounding; a larger one is closer to x and less sparse."""
+        """`rate`: mean number of spikes per value, before rounding; a larger one is closer to x and less sparse."""
         super().__init__()
         self.rate = rate
         for name in ("values", "zeros", "spikes"):
@@ -52,7 +52,7 @@ class Spikes(nn.Module):
 
 @dataclass(frozen=True)
 class SpikeStatistics:
-    """`sparsity`: share of values that are 0. `spikes`: mean count a value. `values`: how many there were."""
+    """`sparsity`: share of values that are 0. `spikes`: mean count per value. `values`: how many there were."""
 
     sparsity: float
     spikes: float

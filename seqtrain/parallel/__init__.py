@@ -12,7 +12,7 @@ from seqtrain.parallel.scan import (
 )
 from seqtrain.parallel.schedules import ALGORITHMS
 from seqtrain.parallel.sequence import SequenceContext
-from seqtrain.parallel.sharded import ShardedSequence, even_offsets
+from seqtrain.parallel.sharded import ShardedSequence
 
 __all__ = [
     "ALGORITHMS",
@@ -22,7 +22,6 @@ __all__ = [
     "ShardedSequence",
     "all_scan",
     "checkpoint_contexts",
-    "even_offsets",
     "flush_scans",
     "open_all_scan",
     "save_scans",

@@ -25,11 +25,6 @@ from seqtrain.parallel.sinks import sharded_sink_attention
 from seqtrain.parallel.softmax import sharded_softmax_attention
 
 
-def even_offsets(tokens: int, ranks: int) -> tuple[int, ...]:
-    """Boundaries of `ranks` pieces of `tokens` whose lengths differ by one at most: `ranks + 1` numbers from 0."""
-    return tuple(tokens * rank // ranks for rank in range(ranks + 1))
-
-
 @dataclass(frozen=True, kw_only=True)
 class ShardedSequence(SequenceContext):
     """A row of tokens of which this rank holds `offsets[r]` to `offsets[r + 1]`, r its place in `group`.

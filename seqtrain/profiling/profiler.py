@@ -32,6 +32,7 @@ from seqtrain.profiling.parts import (
     hidden_seconds,
     seconds_by_part,
 )
+from seqtrain.runtime.callback import Callback, Phase
 
 Step = Literal["warm-up", "plain", "profiled", "memory"]
 DATA, OPTIMIZER_STEP = Part("data"), Part("optimizer")
@@ -93,8 +94,8 @@ class RankProfile:
     in_flight: list[tuple[float, float]] = field(default_factory=list)
 
 
-class Profiler:
-    """The watch of a profiled run, see `seqtrain.runtime.watch`: one on each rank, the same settings on all.
+class Profiler(Callback):
+    """The callback of a profiled run: one on each rank, the same settings on all.
 
     `path`: the JSON file into which the first rank writes what every rank has measured.
     """
@@ -103,38 +104,38 @@ class Profiler:
         self.config = config
         self.path = path
 
-    def begin(self, training: Any) -> None:
-        self._training = training
-        device = training.ranks.device
+    def begin(self, state: Any) -> None:
+        self._state = state
+        device = state.ranks.device
         self._clock, self._meter = instruments(device)
-        self._profile = RankProfile(training.ranks.rank, training.engine.module.vocab_size)
+        self._profile = RankProfile(state.ranks.rank, state.engine.module.vocab_size)
         self._plan = iter(self.config.plan())
         # Of the step that is under way, where that is looked into.
         self._timeline: Timeline | None = None
-        training.ranks.gather(None)
+        state.ranks.gather(None)
         if self.config.peak:
-            dtype = getattr(torch, training.config.train.dtype)
+            dtype = getattr(torch, state.config.train.dtype)
             self._profile.peak_flops = matrix_flops(device, dtype, seconds=self.config.peak)
         # The ranks leave this together, so that their clocks have one zero, as near as a message is fast.
-        training.ranks.gather(None)
+        state.ranks.gather(None)
         [self._zero] = self._clock.seconds([self._clock.mark()])
 
     @contextmanager
-    def during(self, phase: str) -> Iterator[None]:
-        if phase == "step":
+    def phase(self, name: Phase) -> Iterator[None]:
+        if name == "step":
             with self._step(next(self._plan)):
                 yield
-        elif phase == "data":
+        elif name == "data":
             with self._timeline.during(DATA) if self._timeline else nullcontext():
                 yield
         else:
             began = time.perf_counter()
             yield
-            self._profile.phases.setdefault(phase, []).append(time.perf_counter() - began)
+            self._profile.phases.setdefault(name, []).append(time.perf_counter() - began)
 
     def end(self) -> None:
-        everyone = self._training.ranks.gather(self._profile)
-        if self._training.ranks.first:
+        everyone = self._state.ranks.gather(self._profile)
+        if self._state.ranks.first:
             self.path.write_text(json.dumps([plain_profile(profile) for profile in everyone]))
 
     @contextmanager
@@ -171,7 +172,7 @@ class Profiler:
 
     @contextmanager
     def _memory(self) -> Iterator[None]:
-        timeline = MemoryTimeline(self._clock, self._meter, self._training.engine)
+        timeline = MemoryTimeline(self._clock, self._meter, self._state.engine.deepspeed)
         with self._watching(timeline), timeline.saved.watching():
             timeline.start()
             yield
@@ -180,7 +181,7 @@ class Profiler:
     @contextmanager
     def _watching(self, timeline: Timeline) -> Iterator[None]:
         """While open, the time line follows the model and the engine's own calls."""
-        engine = self._training.engine
+        engine = self._state.engine.deepspeed
         calls: list[tuple[Any, str, Part]] = [
             (engine, "step", OPTIMIZER_STEP),
             (engine, "backward", ENGINE_GRADIENTS),

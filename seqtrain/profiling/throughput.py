@@ -89,7 +89,7 @@ def measure(profile: Profile) -> dict[str, Any] | None:
     config, folder = profile.config, profile.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     raw = folder / "ranks.json"
-    summary = run(config, watch=Profiler(profile.settings, raw))
+    summary = run(config, callback=Profiler(profile.settings, raw))
     if not summary or summary["stopped"]:
         return None
     ranks, run_folder = read_profiles(raw), RunFolder(folder / "run")

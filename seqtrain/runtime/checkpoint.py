@@ -1,6 +1,6 @@
 """Checkpoints that become visible only when whole, and are believed only while their hashes hold.
 
-A checkpoint is a folder `step-00000100` with `model.safetensors`, one `optimizer-*.safetensors` a rank, and
+A checkpoint is a folder `step-00000100` with `model.safetensors`, one `optimizer-*.safetensors` per rank, and
 `manifest.json`, which names every file with its size and hash. Ranks write into a hidden folder; when all have
 finished, rank 0 writes the manifest and renames the folder. Nothing in it is a pickle, and nothing in it depends on the
 number of ranks or the ZeRO stage.
@@ -9,10 +9,9 @@ number of ranks or the ZeRO stage.
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from seqtrain.errors import CheckpointError
-from seqtrain.files import sha256_of, sync_folder
-from seqtrain.runtime.optimizer_state import (
-    MOMENTS,
-    link_moments,
-    restore_moments,
-    trained,
-    whole_moments,
-    whole_weight,
-)
+from seqtrain.files import Manifest, publish, sha256_of, sync
+from seqtrain.runtime.engine import Engine
 from seqtrain.runtime.ranks import Ranks
 
 log = logging.getLogger("seqtrain.runtime")
@@ -70,13 +62,44 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class FileEntry:
+    """What the manifest vouches for of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CheckpointManifest(Manifest):
+    """What a checkpoint says of itself, signed.
+
+    `fingerprint`: the hash of `trajectory`, which is `Checkpoint.fingerprint`. `sha256`: of everything else here.
+    """
+
+    error = CheckpointError
+    remedy = "so the checkpoint is incomplete"
+
+    format: int
+    progress: Progress
+    tracking_id: str
+    fingerprint: str
+    trajectory: dict[str, Any]
+    files: dict[str, FileEntry]
+    sha256: str
+
+    def signature(self) -> str:
+        """What `sha256` must be."""
+        return _digest({key: value for key, value in self.values().items() if key != "sha256"})
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A whole checkpoint: its folder and what its manifest says."""
 
     folder: Path
     progress: Progress
-    # What the run's later steps depend on, as plain values (see `run_folder.trajectory`).
-    trajectory: dict[str, Any]
+    # What the run's later steps depend on, as plain values (see `run_folder.fingerprint`).
+    fingerprint: dict[str, Any]
     # Run of Weights & Biases that the checkpoint's run logs to; empty without.
     tracking_id: str
     # Files the manifest vouches for.
@@ -97,18 +120,19 @@ class Checkpoint:
                     raise CheckpointError(f"{self.folder}: {name} has shape {came}, the model wants {wanted}")
                 own[name].copy_(value)
 
-    def restore_optimizer(self, engine: Any) -> None:
+    def restore_optimizer(self, engine: Engine) -> None:
         """Gives the optimizer of `engine` the moments and the step count. All ranks call it."""
         if self.progress.taken:
-            restore_moments(engine, self._moments(), steps_taken=self.progress.taken)
+            moments = self._moments(engine.optimizer_state.moments)
+            engine.optimizer_state.restore(moments, steps_taken=self.progress.taken)
 
-    def _moments(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def _moments(self, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for file in self.files:
             if file == WEIGHTS:
                 continue
             with self._open(file) as stored:
                 for name in sorted({key.rpartition(":")[0] for key in stored.keys()}):  # noqa: SIM118
-                    yield name, {moment: stored.get_tensor(f"{name}:{moment}") for moment in MOMENTS}
+                    yield name, {key: stored.get_tensor(f"{name}:{key}") for key in keys}
 
     def _open(self, name: str) -> Any:
         try:
@@ -118,13 +142,13 @@ class Checkpoint:
 
 
 def save(
-    engine: Any,
+    engine: Engine,
     root: Path,
     progress: Progress,
     ranks: Ranks,
     *,
     keep: int,
-    trajectory: dict[str, Any],
+    fingerprint: dict[str, Any],
     tracking_id: str,
 ) -> Path:
     """Writes a checkpoint below `root` and drops all but the newest `keep`. All ranks call it; returns its folder.
@@ -137,14 +161,13 @@ def save(
         _remove_leftovers(root)
         partial.mkdir(parents=True)
     ranks.gather(None)
-    entries = _agreed(ranks, _write_share(engine, partial, progress, ranks), partial)
+    entries = _agreed(ranks, _write_own(engine, partial, progress, ranks), partial)
     if ranks.first:
-        _write_manifest(partial, progress, entries, trajectory, tracking_id)
+        _manifest(progress, entries, fingerprint, tracking_id).write(partial / MANIFEST)
         if folder.exists():
-            # Only a damaged one can be here: a run goes on from the newest that is whole.
+            # Only a damaged one can be here: a run resumes from the newest that is whole.
             shutil.rmtree(folder)
-        partial.rename(folder)
-        sync_folder(root)
+        publish(partial, folder)
         for old in _folders(root)[keep:]:
             shutil.rmtree(old)
         log.info("checkpoint: %s", folder)
@@ -152,26 +175,27 @@ def save(
     return folder
 
 
-def _write_share(engine: Any, partial: Path, progress: Progress, ranks: Ranks) -> dict[str, Any] | str:
+def _write_own(engine: Engine, partial: Path, progress: Progress, ranks: Ranks) -> dict[str, FileEntry] | str:
     """Writes this rank's files; gives their manifest entries, or what went wrong."""
-    shares: dict[str, dict[str, Tensor]] = {WEIGHTS: {}, f"optimizer-{ranks.rank:05d}.safetensors": {}}
-    weights, moments = shares.values()
-    # Gathering is a collective, so every rank walks over all weights and keeps its own share.
-    for name, parameter in engine.module.named_parameters():
-        whole = whole_weight(engine, parameter)
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    # Gathering is a collective, so every rank walks over all weights and keeps its own.
+    for name, whole in engine.weights():
         if ranks.first:
             weights[name] = _kept(whole)
+    optimizer = engine.optimizer_state
     if progress.taken:
-        link_moments(engine)
-    for index, (name, parameter) in enumerate(trained(engine) if progress.taken else []):
-        both = whole_moments(engine, parameter)
+        optimizer.link()
+    for index, name in enumerate(optimizer.names if progress.taken else []):
+        whole_moments = optimizer.whole(name)
         if index % ranks.count == ranks.rank:
-            moments |= {f"{name}:{moment}": _kept(whole) for moment, whole in both.items()}
+            moments |= {f"{name}:{key}": _kept(whole) for key, whole in whole_moments.items()}
     if ranks.first:
         state = engine.module.state_dict()
         weights |= {name: _kept(state[name]) for name in _untied(engine.module) if name not in weights}
     try:
-        return {name: _write(partial / name, tensors) for name, tensors in shares.items() if tensors}
+        own = {WEIGHTS: weights, f"optimizer-{ranks.rank:05d}.safetensors": moments}
+        return {name: _write(partial / name, tensors) for name, tensors in own.items() if tensors}
     except (OSError, SafetensorError) as error:
         return f"rank {ranks.rank}: {error}"
 
@@ -187,39 +211,27 @@ def _untied(model: nn.Module) -> list[str]:
     return [name for name in model.state_dict() if name in parameters or name not in every_parameter]
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _write(path: Path, tensors: dict[str, Tensor]) -> FileEntry:
     save_file(tensors, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    sync(path)
+    return FileEntry(path.stat().st_size, sha256_of(path))
 
 
-def _agreed(ranks: Ranks, mine: dict[str, Any] | str, partial: Path) -> dict[str, Any]:
+def _agreed(ranks: Ranks, mine: dict[str, FileEntry] | str, partial: Path) -> dict[str, FileEntry]:
     """The manifest entries of all ranks, once all have written. Raises `CheckpointError` where one failed."""
     everyone = ranks.gather(mine)
-    failed = [share for share in everyone if isinstance(share, str)]
+    failed = [each for each in everyone if isinstance(each, str)]
     if failed:
         raise CheckpointError(f"{partial}: can't be written: {failed[0]}; older checkpoints are untouched")
-    return {name: entry for share in everyone for name, entry in share.items()}
+    return {name: entry for each in everyone for name, entry in each.items()}
 
 
-def _write_manifest(
-    partial: Path, progress: Progress, entries: dict[str, Any], trajectory: dict[str, Any], tracking_id: str
-) -> None:
-    manifest = {
-        "format": FORMAT,
-        "progress": asdict(progress),
-        "tracking_id": tracking_id,
-        "fingerprint": _digest(trajectory),
-        "trajectory": trajectory,
-        "files": entries,
-    }
-    manifest["sha256"] = _digest(manifest)
-    with (partial / MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(partial)
+def _manifest(
+    progress: Progress, files: dict[str, FileEntry], fingerprint: dict[str, Any], tracking_id: str
+) -> CheckpointManifest:
+    digest = _digest(fingerprint)
+    manifest = CheckpointManifest(FORMAT, progress, tracking_id, digest, fingerprint, files, sha256="")
+    return replace(manifest, sha256=manifest.signature())
 
 
 def find(root: Path) -> Checkpoint | None:
@@ -235,29 +247,24 @@ def find(root: Path) -> Checkpoint | None:
 def read(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, each file checked against the manifest. Raises `CheckpointError`."""
     manifest = read_manifest(folder)
-    for name, entry in manifest["files"].items():
+    for name, entry in manifest.files.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else -1
-        if size != entry["bytes"]:
-            came = "is missing" if size < 0 else f"has {size} bytes instead of {entry['bytes']}"
+        if size != entry.bytes:
+            came = "is missing" if size < 0 else f"has {size} bytes instead of {entry.bytes}"
             raise CheckpointError(f"{folder}: {name} {came}")
-        if sha256_of(path) != entry["sha256"]:
+        if sha256_of(path) != entry.sha256:
             raise CheckpointError(f"{folder}: {name} is damaged, its hash is not the manifest's")
-    progress = Progress(**manifest["progress"])
-    return Checkpoint(folder, progress, manifest["trajectory"], manifest["tracking_id"], tuple(manifest["files"]))
+    return Checkpoint(folder, manifest.progress, manifest.trajectory, manifest.tracking_id, tuple(manifest.files))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> CheckpointManifest:
     """What the manifest in `folder` says; the files it names are not looked at. Raises `CheckpointError`."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        signature = manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: {MANIFEST} is missing or damaged, so this is no whole checkpoint") from error
-    if signature != _digest(manifest):
+    manifest = CheckpointManifest.read(folder / MANIFEST)
+    if manifest.sha256 != manifest.signature():
         raise CheckpointError(f"{folder}: {MANIFEST} was changed after it was written")
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{folder}: has format {manifest['format']}, this version reads {FORMAT}")
+    if manifest.format != FORMAT:
+        raise CheckpointError(f"{folder}: has format {manifest.format}, this version reads {FORMAT}")
     return manifest
 
 

@@ -1,45 +1,20 @@
-"""The DeepSpeed engine: the environment it wants, its configuration, the optimizer inside it."""
+"""DeepSpeed's engine as one typed object: the environment it needs, its configuration, backward pass and step."""
 
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from seqtrain.runtime.optimizer_state import OptimizerState
+from seqtrain.runtime.optimizers import build_optimizer, set_learning_rate
 from seqtrain.runtime.ranks import Ranks
-from seqtrain.runtime.settings import OptimizerConfig, PretrainConfig, micro_batch, segments
+from seqtrain.runtime.settings import PretrainConfig, micro_batch, segments
 
 log = logging.getLogger("seqtrain.runtime")
-
-
-class FiniteStep:
-    """Mixed into an optimizer for ZeRO stage 0: clips, and leaves everything alone when a gradient isn't finite.
-
-    ZeRO's own optimizers do both; the plain optimizer that DeepSpeed runs in stage 0 does neither in float32. The two
-    public attributes are those the engine reads from ZeRO's optimizers.
-    """
-
-    param_groups: list[dict[str, Any]]
-    # Largest norm of the gradient; 0 doesn't clip.
-    clipping = 0.0
-    # Whether the last step was left out.
-    overflow = False
-    # Norm of the last gradient, before clipping.
-    _global_grad_norm = 0.0
-
-    def step(self, closure: None = None) -> None:
-        weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in weights])
-        self._global_grad_norm = norm.item()
-        self.overflow = not bool(torch.isfinite(norm))
-        if self.overflow:
-            return
-        if self.clipping:
-            nn.utils.clip_grads_with_norm_(weights, self.clipping, norm)
-        super().step()  # type: ignore[misc]
 
 
 def prepare_environment(ranks: Ranks) -> None:
@@ -66,33 +41,87 @@ def prepare_environment(ranks: Ranks) -> None:
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
-def build_engine(model: nn.Module, groups: list[dict[str, Any]], config: PretrainConfig, ranks: Ranks) -> Any:
-    """`model` inside a DeepSpeed engine that knows the optimizer, the ZeRO stage, clipping and accumulation.
+class Engine:
+    """A model under training: forward, backward and step, over all ranks, with what ZeRO divides over them.
 
-    `groups`: the parameters to train, as `parameter_groups` gives them.
+    Called as the model is. `deepspeed` is DeepSpeed's engine, which nothing outside this package's engine.py and
+    optimizer_state.py needs; `optimizer_state` is what a checkpoint holds besides the weights.
     """
-    prepare_environment(ranks)
-    import deepspeed
 
-    model.to(ranks.device)
-    engine, _, _, _ = deepspeed.initialize(
-        model=model,
-        optimizer=_optimizer(groups, config),
-        config=_deepspeed_config(config, ranks.device),
-        dist_init_required=False,
-    )
-    log.info(
-        "engine: DeepSpeed %s, ZeRO %d, %s over %d x %d ranks (data x sequence, %s), optimizer %s of %s",
-        deepspeed.__version__,
-        config.parallel.zero_stage,
-        config.train.dtype,
-        config.parallel.data,
-        config.parallel.sequence,
-        ranks.device.type,
-        config.optimizer.name,
-        config.optimizer.implementation,
-    )
-    return engine
+    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: PretrainConfig, ranks: Ranks):
+        """`groups`: the parameters to train, as `parameter_groups` gives them. Every rank builds its own."""
+        prepare_environment(ranks)
+        import deepspeed
+
+        self.module = model.to(ranks.device)
+        self.stage = config.parallel.zero_stage
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(
+                groups, config.optimizer, finite=self.stage == 0, clipping=config.train.gradient_clipping
+            ),
+            config=_deepspeed_config(config, ranks.device),
+            dist_init_required=False,
+        )
+        self.optimizer_state = OptimizerState(self.deepspeed, self.stage, config.optimizer)
+        log.info(
+            "engine: DeepSpeed %s, ZeRO %d, %s over %d x %d ranks (data x sequence, %s), optimizer %s of %s",
+            deepspeed.__version__,
+            self.stage,
+            config.train.dtype,
+            config.parallel.data,
+            config.parallel.sequence,
+            ranks.device.type,
+            config.optimizer.name,
+            config.optimizer.implementation,
+        )
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.deepspeed(*arguments, **options)
+
+    def train(self, mode: bool = True) -> None:
+        """Training mode, or evaluation mode."""
+        self.deepspeed.train(mode)
+
+    def set_learning_rate(self, rate: float) -> None:
+        set_learning_rate(self.deepspeed.optimizer.param_groups, rate)
+
+    def backward(self, loss_sum: Tensor, *, weight: float) -> None:
+        """Adds the gradients of `loss_sum` (a scalar, summed over tokens) times `weight`.
+
+        DeepSpeed divides by the number of micro-batches and averages over all ranks, sequence-parallel ones too, so
+        `weight` is `ranks * backward passes of a step / tokens of the whole batch`. A loss that isn't finite makes
+        every gradient NaN: so one test, the norm of the reduced gradient, finds both and comes out alike on all ranks.
+        """
+        # On one thread, where autograd would take one per kind of device: gradients then come in the same order on
+        # every rank, however long it waits for its neighbors' states, and DeepSpeed reduces them by order of arrival.
+        with torch.autograd.set_multithreading_enabled(False):
+            self.deepspeed.backward(loss_sum * torch.where(loss_sum.detach().isfinite(), weight, torch.nan))
+
+    def step(self) -> None:
+        """After every backward pass: the last of a step's changes the weights, unless a gradient isn't finite."""
+        self.deepspeed.step()
+
+    def last_step(self) -> tuple[float, bool]:
+        """The gradient's norm before clipping in the step just made, and whether the step was taken.
+
+        A step whose gradient isn't finite on any rank is left out on all: weights, moments and step count stay.
+        """
+        if self.deepspeed.optimizer.overflow:
+            return float("nan"), False
+        return float(self.deepspeed.get_global_grad_norm()), True
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter once, by name: the float32 weight in its full shape. A collective in stage 3."""
+        for name, parameter in self.module.named_parameters():
+            if self.stage < 3:
+                yield name, parameter.detach()
+                continue
+            from deepspeed.runtime.zero import GatheredParameters
+
+            with GatheredParameters([parameter]):
+                whole = parameter.detach().clone()
+            yield name, whole
 
 
 def micro_batches(config: PretrainConfig) -> int:
@@ -107,7 +136,7 @@ def _deepspeed_config(config: PretrainConfig, device: torch.device) -> dict[str,
         "train_batch_size": pieces * config.train.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch(config),
         "gradient_accumulation_steps": pieces * micro_batches(config),
-        # Ranks to an entry of the batch, for DeepSpeed's arithmetic of batches. All else there is over all ranks alike:
+        # Ranks per entry of the batch, for DeepSpeed's arithmetic of batches. All else there is over all ranks alike:
         # with its own mesh, gradients would stay unreduced over the ranks of a sequence in stages 0 to 2.
         "sequence_parallel_size": config.parallel.sequence,
         # In stage 0 the optimizer clips, see FiniteStep.
@@ -123,62 +152,3 @@ def _deepspeed_config(config: PretrainConfig, device: torch.device) -> dict[str,
         },
         "steps_per_print": None,
     }
-
-
-def _optimizer(groups: list[dict[str, Any]], config: PretrainConfig) -> torch.optim.Optimizer:
-    cls = _optimizer_class(config.optimizer)
-    if config.parallel.zero_stage == 0:
-        cls = type(f"Finite{cls.__name__}", (FiniteStep, cls), {"clipping": config.train.gradient_clipping})
-    options = config.optimizer
-    return cls(groups, lr=options.lr, betas=options.betas, eps=options.eps)
-
-
-def _optimizer_class(options: OptimizerConfig) -> Any:
-    if options.implementation == "torch":
-        return torch.optim.AdamW
-    from deepspeed.ops.adam import FusedAdam
-
-    return FusedAdam
-
-
-def parameter_groups(
-    parameters: Iterable[nn.Parameter], weight_decay: float, *, rate: float = 1.0
-) -> list[dict[str, Any]]:
-    """Those that are trained as two groups: matrices decay; vectors and scalars (norms, gates, biases) do not.
-
-    `rate`: a factor on the run's learning rate.
-    """
-    weights = [p for p in parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in weights if p.dim() >= 2], "weight_decay": weight_decay, "rate": rate},
-        {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0, "rate": rate},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def set_learning_rate(engine: Any, rate: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate * group["rate"]
-
-
-def backward(engine: Any, loss_sum: Tensor, *, weight: float) -> None:
-    """Adds the gradients of `loss_sum` (a scalar, summed over tokens) times `weight`.
-
-    DeepSpeed divides by the number of micro-batches and averages over all ranks, those of one sequence too, so
-    `weight` is `ranks * backward passes of a step / tokens of the whole batch`. A loss that isn't finite makes every
-    gradient NaN: so one test, the norm of the reduced gradient, finds both and comes out alike on all ranks.
-    """
-    # On one thread, where autograd would take one for each kind of device: gradients then come in the same order on
-    # every rank, however long it waits for its neighbours' states, and DeepSpeed reduces them by order of arrival.
-    with torch.autograd.set_multithreading_enabled(False):
-        engine.backward(loss_sum * torch.where(loss_sum.detach().isfinite(), weight, torch.nan))
-
-
-def last_step(engine: Any) -> tuple[float, bool]:
-    """The gradient's norm before clipping in the step just made, and whether the step was taken.
-
-    A step whose gradient isn't finite on any rank is left out on all of them: weights, moments and step count stay.
-    """
-    if engine.optimizer.overflow:
-        return float("nan"), False
-    return float(engine.get_global_grad_norm()), True

@@ -1,15 +1,15 @@
-"""`metrics.jsonl`: one line a step, written by rank 0 and followed by whoever shows it."""
+"""`metrics.jsonl`: one line per step, written by rank 0 and followed by whoever shows it."""
 
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from seqtrain.files import replace_file
 from seqtrain.runtime.run_folder import RunFolder
 
 log = logging.getLogger("seqtrain.runtime")
@@ -20,7 +20,7 @@ Record = dict[str, Any]
 class MetricsFile:
     """Appends records to `path`, after cutting off what is there from steps beyond `step`.
 
-    Steps that were done after the checkpoint a run goes on from are done again, and each is to have one line.
+    Steps that were done after the checkpoint a run resumes from are done again, and each is to have one line.
     """
 
     def __init__(self, path: Path, *, step: int):
@@ -41,7 +41,7 @@ class MetricsFile:
 class MetricsReader:
     """Gives each record once, as it appears; the steps that are done again after a restart, again.
 
-    Begins behind what the folder holds already.
+    Begins after what the folder holds already.
     """
 
     def __init__(self, folder: RunFolder):
@@ -80,11 +80,8 @@ class Within:
 
 
 def write_within(folder: RunFolder, within: Within) -> None:
-    """Tells whoever watches how far a long step is."""
-    # Seen whole or not at all; after a crash it would mean nothing.
-    partial = folder.within.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(within)))
-    os.replace(partial, folder.within)
+    """Writes the progress within the current step, for the progress bar; after a crash it would mean nothing."""
+    replace_file(folder.within, json.dumps(asdict(within)).encode(), durable=False)
 
 
 def read_within(folder: RunFolder) -> Within | None:

@@ -1,4 +1,4 @@
-"""What people watch while a run goes: a bar on a terminal, a line now and then anywhere else."""
+"""The progress display: a bar on a terminal, a line now and then anywhere else."""
 
 import time
 from types import TracebackType

@@ -1,4 +1,4 @@
-"""The processes of a run: which one this is, and the few exchanges they make beside DeepSpeed's."""
+"""The processes of a run: which one this is, and the few exchanges they make besides DeepSpeed's."""
 
 import atexit
 import datetime

@@ -41,7 +41,7 @@ def launch(session: Session, *, poll: Callable[[], None]) -> None:
     import ray
 
     try:
-        _watch(session, _trainer(session), poll)
+        _follow(session, _trainer(session), poll)
     finally:
         ray.shutdown()
 
@@ -130,7 +130,7 @@ def train_or_leave_error(session: Session, ranks: Ranks) -> None:
 
 
 def _leave_error(folder: RunFolder, rank: int, error: Exception) -> None:
-    """Tells the driver of an error that a restart would meet again. The first rank to fail is the one that counts."""
+    """Writes .error.json for the driver. The first rank to fail is the one that counts."""
     kind = type(error).__name__ if isinstance(error, SeqtrainError) else ""
     text = "".join(traceback.format_exception(error))
     partial = folder.error.with_suffix(f".{rank}")
@@ -148,8 +148,8 @@ def _one_line(error: Exception) -> str:
     return text if isinstance(error, SeqtrainError) else f"{type(error).__name__}: {text}"
 
 
-def _watch(session: Session, trainer: "TorchTrainer", poll: Callable[[], None]) -> None:
-    """Runs the trainer beside this thread, which stays free for signals, and polls until it is done."""
+def _follow(session: Session, trainer: "TorchTrainer", poll: Callable[[], None]) -> None:
+    """Runs the trainer in another thread, so that this one stays free for signals, and polls until it is done."""
     failed: list[BaseException] = []
 
     def fit() -> None:
@@ -169,7 +169,7 @@ def _watch(session: Session, trainer: "TorchTrainer", poll: Callable[[], None]) 
     if failed:
         raise WorkerError(
             f"the workers failed more than runtime.max_restarts={session.config.runtime.max_restarts} times; the last "
-            f"checkpoint is kept, start again to go on from it. Last error: {_one_line(failed[0])[:500]}"  # type: ignore[arg-type]
+            f"checkpoint is kept; rerun to resume from it. Last error: {_one_line(failed[0])[:500]}"  # type: ignore[arg-type]
         ) from failed[0]
 
 

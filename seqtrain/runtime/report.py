@@ -75,7 +75,7 @@ def draw_loss(records: list[Record], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
     finite = [record for record in records if record["loss"] is not None]
     axes.plot([r["step"] for r in finite], [r["loss"] for r in finite], linewidth=1, label="training loss")
     for key, label in (

@@ -14,17 +14,17 @@ import torch
 from seqtrain.data import prepare
 from seqtrain.kernels.dispatch import reset_backend_choice
 from seqtrain.runtime import ray_launcher
+from seqtrain.runtime.callback import Callback
 from seqtrain.runtime.log import log_to, warn_on_stderr
 from seqtrain.runtime.metrics import MetricsReader, read_within
-from seqtrain.runtime.objective import PRETRAINING, Objective
 from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ranks import form_group, pick_device
 from seqtrain.runtime.report import write_report
 from seqtrain.runtime.run_folder import RunFolder, claim, refuse_foreign
 from seqtrain.runtime.settings import PretrainConfig, check
 from seqtrain.runtime.signals import listening
+from seqtrain.runtime.task import Pretraining, Task
 from seqtrain.runtime.tracking import Tracker, tracking_id
-from seqtrain.runtime.watch import UNWATCHED, Watch
 from seqtrain.runtime.worker import Session, train
 
 log = logging.getLogger("seqtrain.runtime")
@@ -32,24 +32,25 @@ log = logging.getLogger("seqtrain.runtime")
 Launch = Callable[[Session, Callable[[], None]], None]
 
 
-def run(config: PretrainConfig, objective: Objective = PRETRAINING, *, watch: Watch = UNWATCHED) -> dict[str, Any]:
+def run(config: PretrainConfig, task: Task | None = None, *, callback: Callback | None = None) -> dict[str, Any]:
     """Prepares the data, trains, writes the report; gives the summary (also in `output_dir/summary.json`).
 
-    `objective`: what is trained, for runs that do something else than train a new model. `watch`: who looks on.
+    `task`: what is trained, by default a new language model. `callback`: told of every phase, on every rank.
 
-    A run that was asked to stop has saved a checkpoint, and its summary says `stopped: true`. The same call again goes
-    on from there; for a run that has finished it gives the old summary. Under torchrun every rank calls it, and gets an
+    A run that was asked to stop has saved a checkpoint, and its summary says `stopped: true`. The same call again
+    resumes it; for a run that has finished it gives the old summary. Under torchrun every rank calls it, and gets an
     empty summary on all but rank 0. Raises `ConfigError`, `DataError` or `CheckpointError` for what the user can put
     right, before anything is written where that is possible.
     """
     check(config)
     config = replace(config, output_dir=str(Path(config.output_dir).absolute()))
+    told = (task or Pretraining(), callback or Callback())
     if config.runtime.name == "inline":
-        return _run_inline(config, objective, watch)
-    return _drive(config, objective, watch, lambda session, poll: ray_launcher.launch(session, poll=poll))
+        return _run_inline(config, *told)
+    return _drive(config, *told, lambda session, poll: ray_launcher.launch(session, poll=poll))
 
 
-def _run_inline(config: PretrainConfig, objective: Objective, watch: Watch) -> dict[str, Any]:
+def _run_inline(config: PretrainConfig, task: Task, callback: Callback) -> dict[str, Any]:
     """The ranks are this process, or those torchrun started; rank 0 is the driver too."""
     if config.runtime.cpus_per_worker:
         torch.set_num_threads(config.runtime.cpus_per_worker)
@@ -57,16 +58,16 @@ def _run_inline(config: PretrainConfig, objective: Objective, watch: Watch) -> d
     if ranks.first:
 
         def launch(session: Session, poll: Callable[[], None]) -> None:
-            train(ranks.from_first(session), ranks, after_step=poll)
+            train(ranks.from_first(session), ranks, poll=poll)
 
-        return _drive(config, objective, watch, launch)
+        return _drive(config, task, callback, launch)
     with listening(RunFolder(Path(config.output_dir)).stop):
         train(ranks.from_first(None), ranks)
     return {}
 
 
-def _drive(config: PretrainConfig, objective: Objective, watch: Watch, launch: Launch) -> dict[str, Any]:
-    """Everything around the steps: the folder, the data, who watches, the report."""
+def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launch) -> dict[str, Any]:
+    """Everything around the steps: the folder, the data, progress and tracking, the report."""
     folder = RunFolder(Path(config.output_dir))
     refuse_foreign(folder, config)
     corpus = prepare(config.data)
@@ -83,8 +84,8 @@ def _drive(config: PretrainConfig, objective: Objective, watch: Watch, launch: L
         corpus.folder.resolve(),
         name=uuid.uuid4().hex[:8],
         tracking_id=tracking_id(config, folder),
-        objective=objective,
-        watch=watch,
+        task=task,
+        callback=callback,
     )
     reader = MetricsReader(folder)
     with (

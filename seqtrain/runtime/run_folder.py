@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,65 +15,29 @@ from seqtrain.runtime.settings import PretrainConfig, segments
 SEGMENTATION = ("micro_batch_size", "segment_tokens", "segment_gradients")
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths below `output_dir`."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def within(self) -> Path:
-        """How much of the running step is done."""
-        return self.path / ".within.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
-
-    @property
-    def loss_curve(self) -> Path:
-        return self.path / "loss.png"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "run.log"
-
-    @property
-    def starts(self) -> Path:
-        """One line each time the ranks began to train, with the step they began at."""
-        return self.path / "starts.jsonl"
-
-    @property
-    def stop(self) -> Path:
-        """Appears when the ranks are to save and stop."""
-        return self.path / ".stop"
-
-    @property
-    def outcome(self) -> Path:
-        """What rank 0 hands back to the process that started it."""
-        return self.path / ".outcome.json"
-
-    @property
-    def error(self) -> Path:
-        """The first error of a rank that a restart would not cure."""
-        return self.path / ".error.json"
-
-    @property
-    def ray(self) -> Path:
-        """Ray's own records of the run."""
-        return self.path / ".ray"
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.summary = path / "summary.json"
+        self.loss_curve = path / "loss.png"
+        self.log = path / "run.log"
+        # One line each time the ranks began to train, with the step they began at.
+        self.starts = path / "starts.jsonl"
+        # How much of the current step is done.
+        self.within = path / ".within.json"
+        # Appears when the ranks are to save and stop.
+        self.stop = path / ".stop"
+        # What rank 0 hands back to the process that started it.
+        self.outcome = path / ".outcome.json"
+        # The first error of a rank that a restart would not cure.
+        self.error = path / ".error.json"
+        # Ray's own records of the run.
+        self.ray = path / ".ray"
 
 
 def plain(value: Any) -> Any:
@@ -83,7 +47,7 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(asdict(value)))
 
 
-def trajectory(config: PretrainConfig) -> dict[str, Any]:
+def fingerprint(config: PretrainConfig) -> dict[str, Any]:
     """The part of `config` that decides which numbers come out, whoever computes them and in however many pieces."""
     values = {
         "model": plain(config.model),
@@ -96,7 +60,7 @@ def trajectory(config: PretrainConfig) -> dict[str, Any]:
     }
     for key in ("cache_dir", "verify", "shard_tokens"):
         del values["data"][key]
-    # Where gradients end depends on where a row is cut; where they don't, no number does.
+    # Truncated gradients depend on where a row is cut into segments; exact ones don't.
     truncated = config.train.segment_gradients == "truncated" and segments(config) > 1
     for key in ("max_nonfinite_steps", *(() if truncated else SEGMENTATION)):
         del values["train"][key]
@@ -123,19 +87,19 @@ def refuse_foreign(folder: RunFolder, config: PretrainConfig) -> None:
                 f"checkpoint.resume={resume}: no such folder; use auto, never or a checkpoint's folder"
             )
         return
-    now = trajectory(config)
-    # `auto` goes on with whatever is there, also with a run that began from another's checkpoint.
+    now = fingerprint(config)
+    # `auto` resumes whatever is there, also a run that began from another's checkpoint.
     if resume not in ("auto", "never"):
         now["checkpoint"] = {"resume": resume}
     before = _same_keys(yaml.safe_load(folder.config.read_text()), now)
     if difference := first_difference(before, now):
         raise ConfigError(
             f"output_dir={folder.path}: holds a run with {difference}; use another output_dir "
-            f"(checkpoint.resume={folder.checkpoints}/STEP goes on from its weights)"
+            f"(checkpoint.resume={folder.checkpoints}/STEP starts from its weights)"
         )
     if resume == "never":
         raise ConfigError(
-            f"output_dir={folder.path}: holds a run already; use checkpoint.resume=auto to go on with it, "
+            f"output_dir={folder.path}: holds a run already; use checkpoint.resume=auto to resume it, "
             "or another output_dir"
         )
 
@@ -157,7 +121,7 @@ def _same_keys(values: Any, like: Any) -> Any:
 
 
 def check_fits(checkpoint_folder: Path, stored: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises `CheckpointError` naming the first key in which a checkpoint's `trajectory` differs from this run's."""
+    """Raises `CheckpointError` naming the first key in which a checkpoint's `fingerprint` differs from this run's."""
     if difference := first_difference(stored, now):
         raise CheckpointError(
             f"{checkpoint_folder}: was made with {difference}; use the same value, or another output_dir"

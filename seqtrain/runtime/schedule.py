@@ -2,8 +2,26 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from seqtrain.runtime.settings import ScheduleConfig
+from pydantic import Field
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the steps of a run."""
+
+    # Shape after the warm-up: half a cosine, a straight line, or constant with a straight end (warm-up, stable, decay).
+    name: Literal["cosine", "linear", "wsd"] = "cosine"
+    # Share of all steps, at the start, over which the rate rises in a straight line from zero to optimizer.lr.
+    warmup_fraction: Share = 0.02
+    # wsd only: share of all steps, at the end, over which the rate falls.
+    decay_fraction: Share = 0.2
+    # Learning rate of the last step, as a share of optimizer.lr.
+    final_lr_ratio: Share = 0.1
 
 
 def _cosine(left: float) -> float:

@@ -10,46 +10,14 @@ from pydantic import Field
 from seqtrain.data import DataConfig, check_source
 from seqtrain.errors import ConfigError
 from seqtrain.models import LanguageModel, ModelConfig
-from seqtrain.models.streaming import Gradients
 from seqtrain.parallel import Algorithm
+from seqtrain.runtime.optimizers import OptimizerConfig
+from seqtrain.runtime.schedule import ScheduleConfig
+from seqtrain.runtime.segmented import Gradients
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """The rule that turns gradients into new weights."""
-
-    # The rule's name.
-    name: Literal["adamw"] = "adamw"
-    # Who computes it: torch.optim, or DeepSpeed's fused kernel (which needs a C++ compiler at the first start).
-    implementation: Literal["torch", "deepspeed"] = "torch"
-    # Highest learning rate, reached after the warm-up.
-    lr: Rate = 1e-3
-    # Decay rates of the running means of gradient and squared gradient, a step.
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    # Added to the root of the squared gradient.
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    # Share of a weight taken off each step, times the learning rate; matrices only.
-    weight_decay: Rate = 0.1
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """The learning rate over the steps of a run."""
-
-    # Shape after the warm-up: half a cosine, a straight line, or constant with a straight end (warm-up, stable, decay).
-    name: Literal["cosine", "linear", "wsd"] = "cosine"
-    # Share of all steps, at the start, over which the rate rises in a straight line from zero to optimizer.lr.
-    warmup_fraction: Share = 0.02
-    # wsd only: share of all steps, at the end, over which the rate falls.
-    decay_fraction: Share = 0.2
-    # Learning rate of the last step, as a share of optimizer.lr.
-    final_lr_ratio: Share = 0.1
 
 
 @dataclass(frozen=True)

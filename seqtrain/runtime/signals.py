@@ -11,7 +11,7 @@ from types import FrameType
 # Programs that start others (timeout, make) pass on a SIGINT that the terminal has sent to both: one key, two signals.
 REPEAT_SECONDS = 0.5
 
-# Set when this process was asked to stop. A signal reaches a process, so this is one a process.
+# Set when this process was asked to stop. A signal reaches a process, so there is one per process.
 ASKED = threading.Event()
 
 

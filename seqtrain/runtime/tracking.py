@@ -20,7 +20,7 @@ def tracking_id(config: PretrainConfig, folder: RunFolder) -> str:
         return ""
     for path in sorted(folder.checkpoints.glob("step-*"), reverse=True):
         try:
-            return checkpoints.read_manifest(path)["tracking_id"] or _new_id()
+            return checkpoints.read_manifest(path).tracking_id or _new_id()
         except CheckpointError:
             continue
     return _new_id()

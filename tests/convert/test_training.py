@@ -17,11 +17,11 @@ from seqtrain.config import compose_config, conf_dir
 from seqtrain.convert import convert, read_convert_config
 from seqtrain.convert.architecture import architecture_of
 from seqtrain.convert.export import load_tokenizer
-from seqtrain.convert.manifest import Manifest
-from seqtrain.convert.objectives import Distillation, Transfer
+from seqtrain.convert.manifest import ConversionManifest
 from seqtrain.convert.sources import open_source
 from seqtrain.convert.stages import prepare_training
 from seqtrain.convert.student import load_student, student_of
+from seqtrain.convert.tasks import Distillation, Transfer
 from seqtrain.data import prepare
 from seqtrain.errors import ConfigError
 from seqtrain.parallel.testing import RankError
@@ -101,21 +101,21 @@ def begun(config):
     opened = open_source(config.source)
     teacher = architecture_of(opened)
     student = student_of(teacher, config, () if config.keep == "none" else config.keep)
-    manifest = Manifest.open(Path(config.output_dir) / "training", {})
+    manifest = ConversionManifest.open(Path(config.output_dir) / "training", {})
     training = prepare_training(config, teacher, student, manifest, load_tokenizer(opened), lambda stage, what: None)
     training.begin(load_student(student, opened, dtype=torch.float32, seed=config.seed))
     return training
 
 
-def session_of(training, objective, *, ranks=1, sequence=1, name="run"):
+def session_of(training, task, *, ranks=1, sequence=1, name="run"):
     """What `run` would give the ranks for a stage."""
-    stage = dataclasses.replace(objective.stage, sequence_ranks=sequence)
+    stage = dataclasses.replace(task.stage, sequence_ranks=sequence)
     parallel = dataclasses.replace(training.config.parallel, data=ranks)
     one = dataclasses.replace(training, config=dataclasses.replace(training.config, parallel=parallel))
     config = one._settings(stage, name)
     config = dataclasses.replace(config, output_dir=f"{config.output_dir}-{ranks}-{sequence}")
     corpus = prepare(config.data, progress=False)
-    session = Session(config, corpus.folder.resolve(), "test", "", dataclasses.replace(objective, stage=stage))
+    session = Session(config, corpus.folder.resolve(), "test", "", dataclasses.replace(task, stage=stage))
     claim(session.folder, config)
     return session
 
@@ -199,20 +199,20 @@ def test_a_stage_comes_to_the_same_on_any_ranks(source, tmp_path):
     training = begun(config)
     transfer, kl = config.recipe.stages.values()
     hidden = dataclasses.replace(kl, kl=0.5, ce=0.5, hidden=1.0, temperature=2.0)
-    objectives = {
+    tasks = {
         "transfer": Transfer(training.pair, transfer, (0, 2)),
         "distillation": Distillation(training.pair, hidden),
     }
     meshes = {1: [(1, 1)], 2: [(2, 1), (2, 2)]}
     sessions = {
-        (name, mesh): session_of(training, objective, ranks=mesh[0], sequence=mesh[1], name=name)
-        for name, objective in objectives.items()
+        (name, mesh): session_of(training, task, ranks=mesh[0], sequence=mesh[1], name=name)
+        for name, task in tasks.items()
         for each in meshes.values()
         for mesh in each
     }
     for count in meshes:
         on_ranks(count, lambda ranks, count=count: [train(s, ranks) for (_, m), s in sessions.items() if m[0] == count])
-    for name in objectives:
+    for name in tasks:
         expected = losses(sessions[name, (1, 1)].config)
         assert len(set(expected)) == transfer.steps
         for mesh in meshes[2]:
@@ -227,7 +227,7 @@ def test_frozen_weights_are_in_memory_once_and_stay_what_they_were(source, tmp_p
     training = begun(config)
     stage = dataclasses.replace(config.recipe.stages["kl"], lr=0.0)
     session = session_of(training, Distillation(training.pair, stage))
-    work = session.objective.work(session.config, session.corpus)
+    work = session.task.build(session.config, session.corpus)
     moving = {name for name, parameter in work.model.named_parameters() if parameter.requires_grad}
     assert moving == {f"student.{name}" for name in training.pair.new()}
     [teacher] = work.model.beside
@@ -276,7 +276,7 @@ def test_what_only_the_model_shows_to_be_wrong_is_one_line_before_training(sourc
 
 def test_an_unfinished_training_of_another_recipe_is_left_alone(source, tmp_path):
     config = settings(source, tmp_path, "transfer_then_kl", "target=gla", "keep=[1]")
-    Manifest.open(tmp_path / "training", {"recipe": "another"}).choose((1,), None)
+    ConversionManifest.open(tmp_path / "training", {"recipe": "another"}).choose((1,), None)
     with pytest.raises(ConfigError, match="holds an unfinished conversion of another"):
         convert(config)
 

@@ -1,16 +1,13 @@
 import itertools
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 
-from seqtrain.config import compose_config, validate
-from seqtrain.data import DataConfig, load_tokenizer, open_corpus, prepare
+from seqtrain.data import DataConfig, open_corpus, prepare
 from seqtrain.data import corpus as corpus_module
 from seqtrain.errors import DataError
 
@@ -68,12 +65,6 @@ def flip(file):
     file.write_bytes(content)
 
 
-def test_a_flipped_bit_is_found_when_the_corpus_is_opened(corpus, config):
-    flip(corpus.folder / "train-00001.bin")
-    with pytest.raises(DataError, match=r"train-00001\.bin: checksum is .*; delete .* to make the corpus anew"):
-        open_corpus(corpus.folder, config)
-
-
 def test_checksums_are_compared_once(corpus, config, monkeypatch):
     file = corpus.folder / "train-00001.bin"
     stamp = file.stat()
@@ -89,46 +80,40 @@ def test_checksums_are_compared_once(corpus, config, monkeypatch):
         open_corpus(corpus.folder, config)
 
 
-def test_a_missing_or_truncated_shard_is_found_even_unverified(corpus, config):
-    never = replace(config, verify="never")
-    file = corpus.folder / "held_out-00000.bin"
-    os.truncate(file, 100)
-    with pytest.raises(DataError, match=r"held_out-00000\.bin: truncated"):
-        open_corpus(corpus.folder, never)
-    file.unlink()
-    with pytest.raises(DataError, match=r"held_out-00000\.bin: can't be read"):
-        open_corpus(corpus.folder, never)
+@pytest.mark.parametrize(
+    ("damage", "name", "verify", "message"),
+    [
+        (flip, "train-00001.bin", "first", r"train-00001\.bin: checksum is .*; delete .* to rebuild the corpus"),
+        (flip, "bigrams.npy", "first", r"bigrams\.npy: missing or damaged"),
+        (lambda file: os.truncate(file, 100), "held_out-00000.bin", "never", r"held_out-00000\.bin: truncated"),
+        (Path.unlink, "held_out-00000.bin", "never", r"held_out-00000\.bin: can't be read"),
+        (Path.unlink, "manifest.json", "never", r"manifest\.json: missing; delete the folder to rebuild the corpus"),
+    ],
+)
+def test_damage_is_found_when_the_corpus_is_opened(corpus, config, damage, name, verify, message):
+    damage(corpus.folder / name)
+    with pytest.raises(DataError, match=message):
+        open_corpus(corpus.folder, replace(config, verify=verify))
 
 
-def test_damaged_bigrams_are_found(corpus, config):
-    flip(corpus.folder / "bigrams.npy")
-    with pytest.raises(DataError, match=r"bigrams\.npy: missing or damaged"):
-        open_corpus(corpus.folder, config)
+SHARD = {"file": "train-00000.bin", "tokens": 1, "starts": 1, "sha256": ""}
 
 
-def edit(corpus, **fields):
+@pytest.mark.parametrize(
+    ("train", "fields", "message"),
+    [
+        ({"shards": [SHARD | {"file": "../train-00000.bin"}]}, {}, "shards must be plain files of that folder"),
+        ({"shards": [SHARD | {"file": "/etc/passwd"}]}, {}, "shards must be plain files of that folder"),
+        ({"shards": []}, {}, r"manifest\.json: train has \d+ tokens in \d+ documents, its shards"),
+        ({"tokens": "many"}, {}, r"manifest\.json: damaged at train\.tokens"),
+        ({}, {"version": 2}, r"manifest\.json: version 2, this seqtrain reads 1"),
+    ],
+)
+def test_manifests_that_lie(corpus, config, train, fields, message):
     file = corpus.folder / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-
-
-def test_manifests_that_lie(corpus, config):
-    whole = json.loads((corpus.folder / "manifest.json").read_text())
-    shard = whole["train"]["shards"][0]
-    for name in ("../train-00000.bin", "/etc/passwd"):
-        edit(corpus, train=whole["train"] | {"shards": [shard | {"file": name}]})
-        with pytest.raises(DataError, match="shards must be plain files of that folder"):
-            open_corpus(corpus.folder, config)
-    edit(corpus, train=whole["train"] | {"shards": whole["train"]["shards"][1:]})
-    with pytest.raises(DataError, match=r"manifest\.json: train has \d+ tokens in \d+ documents, its shards"):
-        open_corpus(corpus.folder, config)
-    edit(corpus, train=whole["train"] | {"tokens": "many"})
-    with pytest.raises(DataError, match=r"manifest\.json: damaged at train\.tokens"):
-        open_corpus(corpus.folder, config)
-    edit(corpus, version=2, train=whole["train"])
-    with pytest.raises(DataError, match=r"manifest\.json: version 2, this seqtrain reads 1"):
-        open_corpus(corpus.folder, config)
-    (corpus.folder / "manifest.json").unlink()
-    with pytest.raises(DataError, match=r"manifest\.json: missing"):
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps(manifest | fields | {"train": manifest["train"] | train}))
+    with pytest.raises(DataError, match=message):
         open_corpus(corpus.folder, config)
 
 
@@ -173,19 +158,3 @@ def test_the_cache_folder_of_the_user_is_the_default(monkeypatch):
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: f"/caches/{name}")
     assert str(corpus_module.cache_folder(DataConfig())) == "/caches/seqtrain"
     assert str(corpus_module.cache_folder(DataConfig(cache_dir="/x"))) == "/x"
-
-
-def test_importing_the_data_floor_is_light():
-    heavy = {"datasets", "transformers", "tokenizers", "pyarrow", "rich", "ray"}
-    code = f"import sys, seqtrain.data; print(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("source", ["huggingface", "jsonl", "parquet", "stdlib", "text"])
-def test_a_file_of_the_group_holds_every_field_and_its_own_source(source):
-    values = OmegaConf.to_container(compose_config("pretrain", [f"data={source}"]).data)
-    assert set(values) == set(DataConfig.__dataclass_fields__)
-    config = validate(DataConfig, values)
-    assert config.source == source
-    assert load_tokenizer(config).vocab_size == 257

@@ -45,7 +45,8 @@ def forked(target, *arguments):
     return process
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+@pytest.mark.all
+@pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("bpe", marks=pytest.mark.full)])
 def test_killed_at_any_instant_it_ends_in_the_same_bytes(config, tokenizer, bpe_folder, small_steps, tmp_path):
     if tokenizer == "bpe":
         config = replace(config, tokenizer=str(bpe_folder), shard_tokens=1000)
@@ -53,7 +54,7 @@ def test_killed_at_any_instant_it_ends_in_the_same_bytes(config, tokenizer, bpe_
     expected = content(tmp_path / "undisturbed")
     assert len([name for name in expected if name.startswith("train")]) > 3
     deaths = 0
-    # One death an attempt, always a little later than the attempt before began: many different instants in one ingest.
+    # One death per attempt, always a little later than the attempt before began: many different instants in one ingest.
     for instant in range(1, 200, 3):
         process = forked(prepare_and_die, config, instant)
         process.join()
@@ -65,6 +66,7 @@ def test_killed_at_any_instant_it_ends_in_the_same_bytes(config, tokenizer, bpe_
     assert content(tmp_path / "cache") == expected
 
 
+@pytest.mark.full
 def test_killed_once_at_every_instant(config, small_steps, tmp_path):
     config = replace(config, shard_tokens=12_000)
     prepare(replace(config, cache_dir=str(tmp_path / "undisturbed")), progress=False)
@@ -76,12 +78,13 @@ def test_killed_once_at_every_instant(config, small_steps, tmp_path):
         if process.exitcode == 0:
             break
         prepare(replace(config, cache_dir=str(cache)), progress=False)
-        # A run that dies behind its last rename but one leaves its notes beside the whole corpus.
+        # A run that dies after its last rename but one leaves its notes next to the whole corpus.
         found = content(cache)
         assert {name: found[name] for name in expected} == expected
     assert 20 < instant < 1000
 
 
+@pytest.mark.all
 def test_finished_shards_are_not_made_again(config, small_steps, tmp_path):
     forked(prepare_and_die, config, 60).join()
     (folder,) = [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
@@ -97,6 +100,7 @@ def test_finished_shards_are_not_made_again(config, small_steps, tmp_path):
     assert corpus.train.bytes + corpus.held_out.bytes == sum(source.total for source in open_sources(config))
 
 
+@pytest.mark.all
 def test_two_processes_at_once_make_one_corpus(config, small_steps, tmp_path):
     log = tmp_path / "log"
 
@@ -177,7 +181,7 @@ print(corpus.train.bytes + corpus.held_out.bytes, memory("VmHWM") - before)
 
 
 def write_rows(kind, file, texts):
-    """Texts in the form of `kind`; text files get one line a text. Returns how many bytes of text that is."""
+    """Texts in the form of `kind`; text files get one line per text. Returns how many bytes of text that is."""
     if kind == "text":
         file.write_text("\n".join(texts))
         return file.stat().st_size
@@ -193,7 +197,8 @@ def write_rows(kind, file, texts):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to reset the peak")
-@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", [pytest.param("text", marks=pytest.mark.full), "jsonl", "parquet"])
+@pytest.mark.all
 def test_memory_does_not_grow_with_the_text(kind, tmp_path):
     big, small = tmp_path / f"big.{kind}", tmp_path / f"small.{kind}"
     size = write_rows(kind, big, [os.urandom(2**10).hex() for _ in range(2**15)])

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from seqtrain.data import synthetic
-from seqtrain.data.batches import IGNORED, Share
+from seqtrain.data.batches import IGNORED, BatchSlice
 from seqtrain.data.synthetic import TASKS, SyntheticBatches, examples, make_task
 from seqtrain.errors import ConfigError
 
@@ -197,7 +196,9 @@ def test_wrong_fields_are_named(name, fields, message):
 
 def test_a_row_too_short_is_refused():
     task = make_task("mqar", {"pairs": 4})
-    with pytest.raises(ConfigError, match=r"^train\.sequence_length=15: data\.source=mqar .* at least 16 tokens a row"):
+    with pytest.raises(
+        ConfigError, match=r"^train\.sequence_length=15: data\.source=mqar .* at least 16 tokens per row"
+    ):
         examples(task, length=15, seed=0, first=0, count=1)
 
 
@@ -213,18 +214,18 @@ def test_a_batch_is_rows_end_to_end_each_a_document():
     assert torch.equal(batch.labels, labels.view(1, -1))
     assert batch.cu_seqlens.tolist() == [0, 10, 20, 30, 40, 50, 60]
     assert batch.offsets == (0, 60)
-    assert batch.bytes == 0
+    assert batches().text_bytes(batch) == 0
 
 
 def test_ranks_micro_batches_and_parts_share_one_batch():
     whole = batches().at(1)
     pieces = [
-        batches().at(1, Share(rank=rank, ranks=3, micro_batch=micro, micro_batches=2))
+        batches().at(1, BatchSlice(rank=rank, ranks=3, micro_batch=micro, micro_batches=2))
         for micro in range(2)
         for rank in range(3)
     ]
     assert torch.equal(torch.cat([piece.tokens for piece in pieces], 1), whole.tokens)
-    parts = [batches().at(1, Share(part=part, parts=4)) for part in range(4)]
+    parts = [batches().at(1, BatchSlice(part=part, parts=4)) for part in range(4)]
     assert torch.equal(torch.cat([part.labels for part in parts], 1), whole.labels)
     assert {part.offsets for part in parts} == {(0, 15, 30, 45, 60)}
 
@@ -234,7 +235,3 @@ def test_held_out_rows_end():
     assert len(held_out) == 2
     assert sum(held_out.at(index).label_count for index in range(2)) == 80
     assert held_out.at(1).label_count == 20
-
-
-def test_the_package_is_importable_by_name():
-    assert synthetic.make_task("parity").name == "parity"

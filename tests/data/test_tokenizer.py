@@ -61,6 +61,7 @@ def test_cutting_and_padding_of_a_saved_tokenizer_are_switched_off(bpe_folder, t
     assert len(ids[1]) == 1
 
 
+@pytest.mark.all
 def test_a_transformers_folder_without_tokenizer_json_is_converted(tmp_path):
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "state", "scan", "##s"]
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))

@@ -58,7 +58,7 @@ def test_groups_are_counted_over_pieces_and_steps(name):
 
 
 @torch.no_grad()
-def test_groups_begin_anew_with_each_document():
+def test_groups_begin_again_with_each_document():
     grouped, lengths = block("gla", GROUP), [3, 20, 1, 11]
     packed = grouped(x(35, batch=1), sequence=SequenceContext(boundaries(lengths)))[0]
     separate = [grouped(part)[0] for part in x(35, batch=1).split(lengths, 1)]

@@ -1,7 +1,5 @@
 """A whole language model as one graph of torch.compile: the same loss and gradients, with documents and without."""
 
-import os
-
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
@@ -14,6 +12,7 @@ from seqtrain.testing import boundaries, relative_error
 # One mixer of each operator, and groups of tokens.
 HYBRID = ("gated_delta_net", "gla", "s5", "s4d", "tensor_attention", "sliding_attention", "trans_normer", "ttt_linear")
 VOCAB = 50
+pytestmark = pytest.mark.all
 
 
 def build(layers, **fields):
@@ -84,7 +83,7 @@ def test_under_autocast(compiler):
     assert all(relative_error(x, y) < 1e-2 for x, y in zip(came, expected, strict=True))
 
 
-@pytest.mark.skipif("SEQTRAIN_TEST_INDUCTOR" not in os.environ, reason="takes minutes: set SEQTRAIN_TEST_INDUCTOR")
+@pytest.mark.full
 @pytest.mark.parametrize("packed", [False, True])
 def test_inductor(packed):
     torch._dynamo.reset()

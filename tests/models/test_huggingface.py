@@ -66,7 +66,7 @@ def padded(side):
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
 def test_saved_and_loaded_it_is_the_same(tmp_path, tied):
-    """Traps 13, 14: the tied head stays tied, in the file too, and nothing is left to unsaved buffers."""
+    """The tied head stays tied, in the file too, and nothing is left to unsaved buffers."""
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
@@ -80,6 +80,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path, tied):
     assert list(model.buffers()) == []
 
 
+@pytest.mark.all
 def test_importing_seqtrain_after_transformers_is_enough_too(folder):
     code = (
         "import transformers.models.auto.modeling_auto, seqtrain; from transformers import AutoModelForCausalLM; "
@@ -92,7 +93,6 @@ def test_importing_seqtrain_after_transformers_is_enough_too(folder):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_half_precision_loads_and_generates(model, folder, dtype):
-    """Trap 15."""
     from transformers import AutoModelForCausalLM
 
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -105,7 +105,7 @@ def test_half_precision_loads_and_generates(model, folder, dtype):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding_changes_nothing(model, side):
-    """Trap 12: pads neither decay nor write nor become sinks, and a padded batch goes on like its rows alone."""
+    """Pads neither decay nor write nor become sinks, and a padded batch continues like its rows alone."""
     tokens, mask = padded(side)
     out = model(tokens, attention_mask=mask)
     more = some_tokens(3, 5, seed=8)
@@ -209,7 +209,6 @@ def changed(folder, place, change):
     ],
 )
 def test_an_edited_config_is_refused(folder, tmp_path, change):
-    """Trap 17."""
     from transformers import AutoModelForCausalLM
 
     with pytest.raises(CheckpointError, match="were changed after export"):

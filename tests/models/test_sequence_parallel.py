@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from seqtrain.data.batches import even_offsets
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel
-from seqtrain.parallel import SequenceContext, ShardedSequence, even_offsets, flush_scans, scans_opened
+from seqtrain.parallel import SequenceContext, ShardedSequence, flush_scans, scans_opened
 from seqtrain.parallel.testing import run_ranks
 from tests.models.cut_cases import LAYERS, build, row
 from tests.parallel.shard_cases import CUTS, Cut
@@ -59,6 +60,7 @@ def degrees(layers: tuple[str, ...]) -> dict[int, Cut]:
     return {ranks: Cut(even_offsets(201, ranks), boundaries) for ranks in (2, 3, 4)}
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
 def test_loss_and_gradients(layers):
     cuts = degrees(layers)
@@ -103,7 +105,7 @@ def test_groups_of_tokens():
     assert_same(found[0], on_whole_row(layers, cut, **fields))
 
 
-def test_trap_16_no_layer_draws_random_numbers():
+def test_no_layer_draws_random_numbers():
     """One that did would have to draw by a token's place in the whole row: the same on any number of ranks."""
     cut = CUTS["uneven"]
     tokens, labels = row(cut)
@@ -113,6 +115,7 @@ def test_trap_16_no_layer_draws_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_one_scan_a_layer_and_direction(checkpointing):
     cut, layers = CUTS["across three ranks"], ("gated_delta_net", "gla", "s5", "tensor_attention", "attention")

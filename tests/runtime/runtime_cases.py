@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-# Imported before ranks are forked, so that each doesn't import it anew.
+# Imported before ranks are forked, so that each doesn't import it again.
 os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch._inductor.compile_fx
@@ -23,18 +23,18 @@ from seqtrain.models import ModelConfig
 from seqtrain.parallel.testing import RankError, rank_outcomes
 from seqtrain.runtime.checkpoint import find
 from seqtrain.runtime.metrics import read_lines
-from seqtrain.runtime.ranks import Ranks, this_process
+from seqtrain.runtime.optimizers import OptimizerConfig
+from seqtrain.runtime.ranks import this_process
 from seqtrain.runtime.run_folder import RunFolder, claim
+from seqtrain.runtime.schedule import ScheduleConfig
 from seqtrain.runtime.settings import (
     CheckpointConfig,
     EvaluationConfig,
     KernelsConfig,
-    OptimizerConfig,
     ParallelConfig,
     PretrainConfig,
     RuntimeConfig,
     SampleConfig,
-    ScheduleConfig,
     TrackingConfig,
     TrainConfig,
 )
@@ -55,16 +55,25 @@ def write_text(folder: Path) -> Path:
     return folder
 
 
-def small_config(root: Path, **sections: Any) -> PretrainConfig:
-    """A run of a few seconds below `root`; `sections` are keyword changes by section, as dicts."""
-    layers = ("linear_attention",)
+def short_documents(folder: Path) -> str:
+    """Texts of 1 to 60 letters: some shorter than a convolution, some longer than a rank's part of a row."""
+    folder.mkdir()
+    for number in range(60):
+        text = "state scan delta gate "[number % 7 :] * 3 if number % 3 else "abc"[: 1 + number % 2]
+        (folder / f"{number:02d}.txt").write_text(text)
+    return str(folder)
+
+
+def small_config(root: Path, *layers: str, **sections: Any) -> PretrainConfig:
+    """A run of a few seconds below `root`, of one block per mixer; `sections`: changes as in `change`."""
+    layers = layers or ("linear_attention", "linear_attention")
     config = PretrainConfig(
-        model=ModelConfig(layers=layers, depth=2, width=16, heads=2),
+        model=ModelConfig(layers=layers, depth=len(layers), width=16, heads=2),
         mixer={name: MIXERS.get(name).Config() for name in layers},
         data=DataConfig(
             source="text", path=str(write_text(root / "text")), cache_dir=str(root / "cache"), held_out=0.2
         ),
-        optimizer=OptimizerConfig(lr=1e-2),
+        optimizer=OptimizerConfig(lr=1e-2, betas=BETAS),
         schedule=ScheduleConfig(warmup_fraction=0.1),
         train=TrainConfig(steps=6, sequence_length=32, batch_size=8, micro_batch_size=2),
         evaluation=EvaluationConfig(),
@@ -80,27 +89,30 @@ def small_config(root: Path, **sections: Any) -> PretrainConfig:
     return change(config, **sections)
 
 
-def change(config: PretrainConfig, **sections: Any) -> PretrainConfig:
-    """`config` with other values: `change(c, train={"steps": 3}, seed=2)`."""
-    new = {
-        name: replace(getattr(config, name), **value) if isinstance(value, dict) and name != "mixer" else value
-        for name, value in sections.items()
-    }
-    return replace(config, **new)
+def change(config: PretrainConfig, name: str = "", **sections: Any) -> PretrainConfig:
+    """`config` with other values: `change(c, train={"steps": 3}, seed=2)`. `name`: of another output folder."""
+    new = {key: replace(getattr(config, key), **v) if isinstance(v, dict) else v for key, v in sections.items()}
+    changed = replace(config, **new)
+    return replace(changed, output_dir=str(Path(config.output_dir).with_name(name))) if name else changed
 
 
-def session_for(config: PretrainConfig) -> Session:
-    """Prepares data and folder as the driver does."""
+def session_for(config: PretrainConfig, **told: Any) -> Session:
+    """Prepares data and folder as the driver does; `told`: task and callback."""
     corpus = prepare(config.data, progress=False)
-    session = Session(config, corpus.folder.resolve(), name="test", tracking_id="")
+    session = Session(config, corpus.folder.resolve(), name="test", tracking_id="", **told)
     claim(session.folder, config)
     return session
 
 
-def train_alone(config: PretrainConfig, *, after_step: Callable[[], None] = lambda: None) -> None:
-    """Trains `config` on one rank, in a process of its own: a group formed here would be in the way of later forks."""
-    session = session_for(config)
-    on_ranks(1, lambda ranks: train(session, ranks, after_step=after_step))
+def train_on(*configs: PretrainConfig | Session, poll: Callable[[], None] = lambda: None) -> None:
+    """Trains each on the ranks it asks for, and those that ask for equally many in one launch.
+
+    Also a single rank is a process of its own: a group formed here would be in the way of later forks.
+    """
+    sessions = [each if isinstance(each, Session) else session_for(each) for each in configs]
+    for count in sorted({session.config.parallel.ranks for session in sessions}):
+        chosen = [session for session in sessions if session.config.parallel.ranks == count]
+        on_ranks(count, lambda ranks, chosen=chosen: [train(session, ranks, poll=poll) for session in chosen] and None)
 
 
 def on_ranks(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -124,16 +136,6 @@ def launched(rank: int, count: int, work: Callable[..., Any], arguments: tuple[A
     return work(this_process(torch.device("cpu")), *arguments)
 
 
-def short_documents(folder: Path) -> str:
-    """Texts of 1 to 60 letters: some shorter than a convolution, some longer than a rank's share of a row."""
-    folder.mkdir()
-    for number in range(60):
-        (folder / f"{number:02d}.txt").write_text(
-            "state scan delta gate "[number % 7 :] * 3 if number % 3 else "abc"[: 1 + number % 2]
-        )
-    return str(folder)
-
-
 def folder_of(config: PretrainConfig) -> RunFolder:
     return RunFolder(Path(config.output_dir))
 
@@ -152,8 +154,13 @@ def outcome(config: PretrainConfig) -> dict[str, Any]:
     return json.loads(folder_of(config).outcome.read_text())
 
 
+def score(config: PretrainConfig) -> float:
+    """Held-out bits per byte after the last step."""
+    return outcome(config)["held_out_bits_per_byte"]
+
+
 def first_gradients(config: PretrainConfig) -> dict[str, torch.Tensor]:
-    """The gradient of each weight in a run's only step, from Adam's first moment after it; its betas are `BETAS`."""
+    """The gradient of each weight in a run's only step, from Adam's first moment after it."""
     folder = find(folder_of(config).checkpoints).folder
     moments = {key: value for file in folder.glob("optimizer-*") for key, value in load_file(file).items()}
     return {key: value / (1 - BETAS[0]) for key, value in moments.items() if key.endswith(":exp_avg")}
@@ -161,15 +168,9 @@ def first_gradients(config: PretrainConfig) -> dict[str, torch.Tensor]:
 
 def as_it_was_at(config: PretrainConfig, step: int, name: str, **sections: Any) -> PretrainConfig:
     """A copy of a finished run without the checkpoints after `step`: as if it had been killed after its last step."""
-    copy = change(config, output_dir=str(Path(config.output_dir).with_name(name)), **sections)
+    copy = change(config, name, **sections)
     shutil.copytree(config.output_dir, copy.output_dir)
     for folder in folder_of(copy).checkpoints.iterdir():
         if folder.name > f"step-{step:08d}":
             shutil.rmtree(folder)
     return copy
-
-
-def train_each(ranks: Ranks, sessions: list[Session]) -> None:
-    """Trains several sessions one after the other on the same ranks."""
-    for session in sessions:
-        train(session, ranks)

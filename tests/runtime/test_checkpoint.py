@@ -3,34 +3,37 @@
 import json
 import logging
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from seqtrain.errors import CheckpointError
 from seqtrain.models import LanguageModel
 from seqtrain.runtime import checkpoint
 from seqtrain.runtime.checkpoint import Progress, find, read
+from seqtrain.runtime.compose import typed_pretrain_config
 from seqtrain.runtime.ranks import is_lost_peer
 from tests.runtime.runtime_cases import (
     as_it_was_at,
     change,
     folder_of,
     losses,
-    on_ranks,
-    session_for,
     small_config,
-    train_alone,
-    train_each,
+    train_on,
 )
+
+MADE_EARLIER = Path(__file__).with_name("made_by_0aa027e")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run with checkpoints at steps 3 and 6."""
     config = small_config(tmp_path_factory.mktemp("finished"))
-    train_alone(config)
+    train_on(config)
     return config
 
 
@@ -81,7 +84,7 @@ def test_a_missing_or_shortened_file_is_found(root):
     with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
         read(newest)
     (newest / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"manifest\.json is missing or damaged"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json: missing; so the checkpoint is incomplete"):
         read(newest)
 
 
@@ -93,7 +96,7 @@ def test_a_changed_manifest_is_found(root):
     with pytest.raises(CheckpointError, match="was changed after it was written"):
         read(path.parent)
     path.write_text("[]")
-    with pytest.raises(CheckpointError, match="missing or damaged"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json: damaged at its start"):
         read(path.parent)
 
 
@@ -107,25 +110,28 @@ def test_nothing_there_is_no_checkpoint(tmp_path):
     assert find(tmp_path / "checkpoints") is None
 
 
-def test_a_run_goes_on_past_a_damaged_newest_checkpoint(finished):
+@pytest.mark.all
+def test_a_run_resumes_before_a_damaged_newest_checkpoint(finished):
     config = as_it_was_at(finished, 6, "past-damage")
     (folder_of(config).checkpoints / "step-00000006" / "model.safetensors").write_bytes(b"")
-    train_alone(config)
+    train_on(config)
     assert losses(config) == losses(finished)
     assert find(folder_of(config).checkpoints).progress.step == 6
 
 
+@pytest.mark.all
 def test_only_the_newest_are_kept(tmp_path):
     config = small_config(tmp_path, checkpoint={"every": 1, "keep": 3})
-    train_alone(config)
+    train_on(config)
     names = sorted(path.name for path in folder_of(config).checkpoints.iterdir())
     assert names == ["step-00000004", "step-00000005", "step-00000006"]
 
 
+@pytest.mark.all
 def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     config = small_config(tmp_path, parallel={"data": 2})
-    whole = change(config, output_dir=str(tmp_path / "whole"))
-    on_ranks(2, train_each, [session_for(whole)])
+    whole = change(config, "whole")
+    train_on(whole)
     write = checkpoint._write
 
     def killed_in_the_second(path, tensors):
@@ -136,16 +142,17 @@ def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write", killed_in_the_second)
         with pytest.raises(RuntimeError) as caught:
-            on_ranks(2, train_each, [session_for(config)])
+            train_on(config)
     assert is_lost_peer(caught.value), "this is what Ray is to restart the ranks after"
     root = folder_of(config).checkpoints
     assert sorted(path.name for path in root.iterdir()) == [".step-00000006.partial", "step-00000003"]
     assert find(root).progress.step == 3
-    on_ranks(2, train_each, [session_for(config)])
+    train_on(config)
     assert losses(config) == losses(whole)
     assert sorted(path.name for path in root.iterdir()) == ["step-00000003", "step-00000006"]
 
 
+@pytest.mark.all
 def test_a_rank_that_cannot_write_stops_all_and_keeps_what_is_there(tmp_path, monkeypatch):
     config = small_config(tmp_path, parallel={"data": 2})
     write = checkpoint._write
@@ -159,7 +166,7 @@ def test_a_rank_that_cannot_write_stops_all_and_keeps_what_is_there(tmp_path, mo
     with pytest.raises(
         CheckpointError, match=r"can't be written: rank 1: .*No space left on device; older checkpoints"
     ):
-        on_ranks(2, train_each, [session_for(config)])
+        train_on(config)
     assert find(folder_of(config).checkpoints).progress.step == 3
 
 
@@ -171,3 +178,26 @@ def test_weights_of_another_shape_or_name_are_refused(finished, root):
         model = LanguageModel(change(finished, model=changes).model, finished.mixer, vocab_size=257)
         with pytest.raises(CheckpointError, match=message):
             read(root / "step-00000006").load_weights(model)
+
+
+def earlier_config(**sections):
+    return change(typed_pretrain_config(yaml.safe_load((MADE_EARLIER / "config.yaml").read_text())), **sections)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read():
+    [found] = map(read, (MADE_EARLIER / "checkpoints").iterdir())
+    assert found.progress == Progress(step=2, taken=2, tokens=256)
+    config = earlier_config()
+    found.load_weights(LanguageModel(config.model, config.mixer, vocab_size=17))
+
+
+@pytest.mark.all
+def test_a_run_of_an_earlier_version_is_resumed(tmp_path):
+    """Its last two steps are done again here, from its checkpoint after the second."""
+    config = earlier_config(output_dir=str(tmp_path / "out"))
+    shutil.copytree(MADE_EARLIER, config.output_dir)
+    before = losses(config)
+    train_on(config)
+    assert len(before) == 4
+    assert losses(config) == pytest.approx(before, rel=1e-5)
+    assert folder_of(config).starts.read_text().count('"step": 2') == 1

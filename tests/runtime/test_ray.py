@@ -10,10 +10,9 @@ import psutil
 import pytest
 
 from seqtrain.errors import DataError
-from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.testing import rank_outcomes
-from seqtrain.runtime import objective, ray_launcher, run
+from seqtrain.runtime import ray_launcher, run, task
 from seqtrain.runtime.ranks import is_lost_peer
 from seqtrain.runtime.worker import Session
 from tests.runtime.runtime_cases import (
@@ -21,12 +20,10 @@ from tests.runtime.runtime_cases import (
     folder_of,
     launched,
     losses,
-    on_ranks,
     records,
     session_for,
     small_config,
-    train_alone,
-    train_each,
+    train_on,
 )
 
 WORKER_NAME = "RayTrainWorker"
@@ -40,21 +37,19 @@ def workers() -> list[psutil.Process]:
 HYBRID = ("gated_delta_net", "mamba2", "s5", "sliding_attention", "attention", "tensor_attention")
 
 
+@pytest.mark.all
 def test_a_killed_worker_is_replaced_and_the_losses_stay_the_same(tmp_path):
-    """On a sequence cut over two workers: what the one knows of the other is lost in the middle of a scan."""
+    """On a sequence sharded over two workers: what the one knows of the other is lost in the middle of a scan."""
     config = small_config(
         tmp_path,
-        model={"layers": HYBRID, "depth": len(HYBRID)},
-        mixer={name: MIXERS.get(name).Config() for name in HYBRID},
+        *HYBRID,
         runtime={"name": "ray"},
         parallel={"sequence": 2, "zero_stage": 2},
         train={"steps": 20, "sequence_length": 101, "batch_size": 2, "micro_batch_size": 1},
         checkpoint={"every": 4},
     )
-    undisturbed = change(config, output_dir=str(tmp_path / "undisturbed"))
-    on_ranks(2, train_each, [session_for(undisturbed)])
-    alone = change(config, parallel={"sequence": 1}, output_dir=str(tmp_path / "alone"))
-    train_alone(alone)
+    undisturbed, alone = change(config, "undisturbed"), change(config, "alone", parallel={"sequence": 1})
+    train_on(undisturbed, alone)
     listening: list[str] = []
 
     def kill() -> None:
@@ -98,9 +93,10 @@ class Failing(LanguageModel):
         return loss
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("way", ["forward", "backward", "death"])
 def test_a_rank_that_fails_ends_those_that_wait_for_its_states(tmp_path, monkeypatch, way):
-    monkeypatch.setattr(objective, "LanguageModel", Failing)
+    monkeypatch.setattr(task, "LanguageModel", Failing)
     monkeypatch.setattr(Failing, "way", way)
     config = small_config(tmp_path, parallel={"sequence": 2}, checkpoint={"every": 0})
     session = session_for(config)
@@ -117,6 +113,7 @@ def test_a_rank_that_fails_ends_those_that_wait_for_its_states(tmp_path, monkeyp
         ray_launcher._raise_left_error(session.folder)
 
 
+@pytest.mark.all
 def test_an_error_that_a_restart_would_meet_again_stops_at_once(tmp_path):
     config = small_config(tmp_path, runtime={"name": "ray"})
     session = session_for(config)

@@ -112,8 +112,9 @@ def test_a_folder_of_another_run_is_left_alone(finished, monkeypatch, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_then_stops_and_the_next_call_goes_on(tmp_path, number):
+def test_a_signal_saves_then_stops_and_the_next_call_resumes(tmp_path, number):
     config = small_config(tmp_path, train={"steps": 150}, checkpoint={"every": 0})
 
     def interrupted(ranks) -> dict:
@@ -133,7 +134,7 @@ def test_a_signal_saves_then_stops_and_the_next_call_goes_on(tmp_path, number):
     again = run_alone(config)
     assert not again["stopped"]
     assert [record["step"] for record in records(config)] == list(range(1, 151))
-    whole = change(config, output_dir=str(tmp_path / "whole"))
+    whole = change(config, "whole")
     run_alone(whole)
     assert losses(config) == losses(whole)
 
@@ -153,6 +154,7 @@ def test_a_second_sigint_aborts_at_once(tmp_path):
     assert signals.StopRequest(tmp_path / "stop", watch_file=True).requested()
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(("data", "sequence"), [(2, 1), (1, 2)])
 def test_torchrun_s_ranks_train_together(tmp_path, data, sequence):
     config = small_config(tmp_path, parallel={"data": data, "sequence": sequence})

@@ -5,8 +5,7 @@ import math
 
 import pytest
 
-from seqtrain.runtime.schedule import learning_rate
-from seqtrain.runtime.settings import ScheduleConfig
+from seqtrain.runtime.schedule import ScheduleConfig, learning_rate
 
 STEPS = 40
 

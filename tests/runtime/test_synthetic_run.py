@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from seqtrain.data import DataConfig
-from seqtrain.data.synthetic import examples, make_task
 from seqtrain.errors import ConfigError
 from seqtrain.runtime.evaluation import _score_answers
 from seqtrain.runtime.settings import check
-from tests.runtime.runtime_cases import change, on_ranks, outcome, records, session_for, small_config, train_each
+from tests.runtime.runtime_cases import change, outcome, records, small_config, train_on
 
 
 def on_parity(root, *, output="out", **sections):
@@ -22,11 +21,11 @@ def on_parity(root, *, output="out", **sections):
     )
 
 
+@pytest.mark.all
 def test_accuracy_and_loss_are_recorded_and_don_t_depend_on_the_ranks(tmp_path):
     alone = on_parity(tmp_path, output="one")
     split = on_parity(tmp_path, output="four", parallel={"data": 2, "sequence": 2})
-    on_ranks(1, train_each, [session_for(alone)])
-    on_ranks(4, train_each, [session_for(split)])
+    train_on(alone, split)
     for one, four in zip(records(alone), records(split), strict=True):
         assert 0 < one["held_out_accuracy"] <= 1
         for key in ("loss", "held_out_loss", "held_out_accuracy"):
@@ -43,13 +42,6 @@ def test_answers_are_counted_where_they_are_asked():
     assert (right, asked) == (2, 3)
     low, high = torch.log_softmax(torch.tensor([0.0, 2.0]), 0).tolist()
     assert nats == pytest.approx(-(2 * high + low))
-
-
-def test_held_out_rows_are_none_that_are_trained_on():
-    task = make_task("parity")
-    drawn = {"length": 24, "seed": 0, "first": 0, "count": 200}
-    train, held_out = (examples(task, split=split, **drawn)[0] for split in ("train", "held_out"))
-    assert not {tuple(row) for row in train.tolist()} & {tuple(row) for row in held_out.tolist()}
 
 
 @pytest.mark.parametrize(

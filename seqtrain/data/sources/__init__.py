@@ -1,4 +1,4 @@
-"""Where text comes from: one file a source, found by its name."""
+"""Where text comes from: one file per source, found by its name."""
 
 from seqtrain.data.sources._base import Document, Source
 from seqtrain.registry import Registry

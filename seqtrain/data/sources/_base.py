@@ -38,12 +38,12 @@ class Document:
         raise NotImplementedError
 
     def pieces(self, offset: int = 0) -> Iterator[tuple[bytes, int]]:
-        """`(bytes, offset behind them)` from `offset` on: cut at line ends where possible, never in a character."""
+        """`(bytes, offset after them)` from `offset` on: cut at line ends where possible, never in a character."""
         while offset < self.size:
             piece = self.read(offset, min(PIECE_BYTES, self.size - offset))
             if not piece:
                 raise DataError(
-                    f"{self.name}: ends at byte {offset} of {self.size}; it changed while it was read, run again"
+                    f"{self.name}: ends at byte {offset} of {self.size}; it changed while it was read; rerun"
                 )
             if offset + len(piece) < self.size:
                 piece = piece[: _cut(piece)]
@@ -135,7 +135,7 @@ def walk(root: Path, suffix: str, skip: frozenset[str] = frozenset()) -> list[Pa
 
 
 def _cut(piece: bytes) -> int:
-    """Where to cut a piece that is not the last: behind the last line end, else before the last character."""
+    """Where to cut a piece that is not the last: after the last line end, else before the last character."""
     line = piece.rfind(b"\n") + 1
     if line:
         return line

@@ -68,7 +68,7 @@ class TextFiles(Source):
         return frozenset(chosen or {min(filled, key=lambda name: sizes[name])})
 
     def _tail(self, file: Path, size: int) -> int:
-        """The byte at which the held-out tail starts: the first line end behind the wanted place, or that place."""
+        """The byte at which the held-out tail starts: the first line end after the wanted place, or that place."""
         wanted = int(size * (1 - self.part.held_out))
         with file.open("rb") as opened:
             opened.seek(wanted)

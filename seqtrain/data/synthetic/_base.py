@@ -20,24 +20,15 @@ class Task:
     """
 
     Config: ClassVar[type]
+    # Ids of tokens and labels are below it.
+    vocab_size: int
+    # The share of right answers that guessing among all possible ones gives.
+    chance: float
+    # The fewest tokens in a row.
+    shortest = 1
 
     def __init__(self, config: Any):
         self.config = config
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids of tokens and labels are below it."""
-        raise NotImplementedError
-
-    @property
-    def chance(self) -> float:
-        """The share of right answers that guessing among all possible ones gives."""
-        raise NotImplementedError
-
-    @property
-    def shortest(self) -> int:
-        """The fewest tokens a row can have."""
-        return 1
 
     def example(self, length: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """`(tokens, labels)`, int64 `[length]` each: a label is the answer at its token, -100 where nothing is asked.
@@ -56,7 +47,7 @@ class Task:
         if length < self.shortest:
             raise ConfigError(
                 f"train.sequence_length={length}: data.source={self.name} with these data.task settings needs "
-                f"at least {self.shortest} tokens a row"
+                f"at least {self.shortest} tokens per row"
             )
 
     def config_error(self, field: str, rule: str) -> ConfigError:

@@ -22,17 +22,9 @@ class Induction(Task):
 
     config: Config
 
-    @property
-    def vocab_size(self) -> int:
-        return self.config.symbols + 1
-
-    @property
-    def chance(self) -> float:
-        return 1 / self.config.symbols
-
-    @property
-    def shortest(self) -> int:
-        return 3
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.vocab_size, self.chance, self.shortest = config.symbols + 1, 1 / config.symbols, 3
 
     def example(self, length: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         tokens, labels = draw.integers(self.config.symbols, size=length), nothing_asked(length)

@@ -40,18 +40,11 @@ class ListOps(Task):
 
     config: Config
 
-    @property
-    def vocab_size(self) -> int:
-        return FIRST_DIGIT + 10
-
-    @property
-    def chance(self) -> float:
-        return 0.1
-
-    @property
-    def shortest(self) -> int:
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.vocab_size, self.chance = FIRST_DIGIT + 10, 0.1
         # Twice the least: expressions far longer than usual are rare, and finding one would take long.
-        return max(8, 2 * self.config.tokens)
+        self.shortest = max(8, 2 * config.tokens)
 
     def example(self, length: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         while True:

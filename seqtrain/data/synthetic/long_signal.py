@@ -11,7 +11,7 @@ from seqtrain.data.synthetic._base import Task, nothing_asked
 
 
 class LongSignal(Task):
-    """A wave of one of several frequencies, at the start of the row only, under noise that goes on to its end.
+    """A wave of one of several frequencies, at the start of the row only, under noise that lasts to its end.
 
     At the last token the answer is the frequency's number. Ids: the levels the signal is rounded to, then the answers.
     """
@@ -29,18 +29,11 @@ class LongSignal(Task):
 
     config: Config
 
-    @property
-    def vocab_size(self) -> int:
-        return self.config.levels + self.config.classes
-
-    @property
-    def chance(self) -> float:
-        return 1 / self.config.classes
-
-    @property
-    def shortest(self) -> int:
-        # Neighbouring frequencies must differ by something while the wave lasts.
-        return math.ceil(8 / self.config.share)
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.vocab_size, self.chance = config.levels + config.classes, 1 / config.classes
+        # Neighboring frequencies must differ by something while the wave lasts.
+        self.shortest = math.ceil(8 / config.share)
 
     def example(self, length: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         levels, classes = self.config.levels, self.config.classes

@@ -32,18 +32,7 @@ class Match3(Task):
         if config.numbers * (config.numbers + 1) // 2 >= config.modulus:
             rule = f"all sums could occur among its pairs; it must be below sqrt(2 * modulus={config.modulus})"
             raise self.config_error("numbers", rule)
-
-    @property
-    def vocab_size(self) -> int:
-        return 2 * self.config.modulus + 2
-
-    @property
-    def chance(self) -> float:
-        return 0.5
-
-    @property
-    def shortest(self) -> int:
-        return self.config.numbers + 1
+        self.vocab_size, self.chance, self.shortest = 2 * config.modulus + 2, 0.5, config.numbers + 1
 
     def example(self, length: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         modulus, count = self.config.modulus, self.config.numbers

@@ -33,19 +33,9 @@ class MultiQueryRecall(Task):
         super().__init__(config)
         if config.pairs > config.keys:
             raise self.config_error("pairs", f"a row can't have more different keys than data.task.keys={config.keys}")
-
-    @property
-    def vocab_size(self) -> int:
-        return 1 + self.config.keys + self.config.values
-
-    @property
-    def chance(self) -> float:
-        return 1 / self.config.values
-
-    @property
-    def shortest(self) -> int:
-        # A pair takes two tokens, and so does a query: the value could stand behind it.
-        return 4 * self.config.pairs
+        self.vocab_size, self.chance = 1 + config.keys + config.values, 1 / config.values
+        # A pair takes two tokens, and so does a query: the value could follow it.
+        self.shortest = 4 * config.pairs
 
     def example(self, length: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         pairs = self.config.pairs

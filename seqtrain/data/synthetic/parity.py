@@ -15,14 +15,7 @@ class Parity(Task):
         pass
 
     config: Config
-
-    @property
-    def vocab_size(self) -> int:
-        return 2
-
-    @property
-    def chance(self) -> float:
-        return 0.5
+    vocab_size, chance = 2, 0.5
 
     def example(self, length: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         bits = draw.integers(2, size=length)

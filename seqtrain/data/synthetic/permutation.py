@@ -31,14 +31,7 @@ class Permutation(Task):
         super().__init__(config)
         self._product, moved = _group(config.things)
         self._moves = np.flatnonzero(moved <= 2) if config.moves == "swaps" else np.arange(len(moved))
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self._product)
-
-    @property
-    def chance(self) -> float:
-        return 1 / self.vocab_size
+        self.vocab_size, self.chance = len(self._product), 1 / len(self._product)
 
     def example(self, length: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         tokens = self._moves[draw.integers(len(self._moves), size=length)]

@@ -24,17 +24,9 @@ class SelectiveCopy(Task):
 
     config: Config
 
-    @property
-    def vocab_size(self) -> int:
-        return 2 + self.config.symbols
-
-    @property
-    def chance(self) -> float:
-        return 1 / self.config.symbols
-
-    @property
-    def shortest(self) -> int:
-        return 2 * self.config.copied
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.vocab_size, self.chance, self.shortest = 2 + config.symbols, 1 / config.symbols, 2 * config.copied
 
     def example(self, length: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         copied = self.config.copied

@@ -1,26 +1,29 @@
-"""A watch sees a rank's phases in their order; a profiler on two ranks sees the parts of each, and changes nothing."""
+"""A callback sees a rank's phases in order; a profiler on two ranks sees the parts of each, and changes nothing."""
 
 from contextlib import contextmanager
 
+import pytest
+
 from seqtrain.profiling import ProfileConfig, Profiler, read_profiles
 from seqtrain.runtime import run
+from seqtrain.runtime.callback import Callback
 from tests.runtime.runtime_cases import change, losses, on_ranks, small_config
 
 
-class Notes:
+class Notes(Callback):
     """Writes down what it is told."""
 
     def __init__(self):
         self.seen = []
 
-    def begin(self, training):
-        self.seen.append(f"begin at {training.progress.step}")
+    def begin(self, state):
+        self.seen.append(f"begin at {state.progress.step}")
 
     @contextmanager
-    def during(self, phase):
-        self.seen.append(phase)
+    def phase(self, name):
+        self.seen.append(name)
         yield
-        self.seen.append(f"/{phase}")
+        self.seen.append(f"/{name}")
 
     def end(self):
         self.seen.append("end")
@@ -28,7 +31,7 @@ class Notes:
 
 def watched(ranks, config):
     notes = Notes()
-    run(config, watch=notes)
+    run(config, callback=notes)
     return notes.seen
 
 
@@ -42,10 +45,11 @@ def test_the_phases_of_a_run_come_in_order(tmp_path):
 
 
 def run_both(ranks, watched, settings, path, unwatched):
-    run(watched, watch=Profiler(settings, path))
+    run(watched, callback=Profiler(settings, path))
     run(unwatched)
 
 
+@pytest.mark.all
 def test_two_ranks_of_one_sequence_tell_their_own_parts_and_lose_nothing(tmp_path):
     settings = ProfileConfig(steps=1, warmup=1, peak=0.0, trace=True)
     config = small_config(
@@ -56,7 +60,7 @@ def test_two_ranks_of_one_sequence_tell_their_own_parts_and_lose_nothing(tmp_pat
         evaluation={"max_tokens": 32},
         sample={"tokens": 0},
     )
-    unwatched = change(config, output_dir=str(tmp_path / "unwatched"))
+    unwatched = change(config, "unwatched")
     on_ranks(2, run_both, config, settings, tmp_path / "ranks.json", unwatched)
     ranks = read_profiles(tmp_path / "ranks.json")
     assert [rank["rank"] for rank in ranks] == [0, 1]

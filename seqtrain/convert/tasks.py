@@ -14,15 +14,15 @@ from seqtrain.convert.losses import distillation_sum, mean_square_sum, relative_
 from seqtrain.convert.recipe import StageConfig
 from seqtrain.convert.teacher_inputs import CachedInputs
 from seqtrain.convert.tensors import model_from
-from seqtrain.data import open_corpus, training_batches
+from seqtrain.data import open_corpus
 from seqtrain.files import sha256_of
 from seqtrain.mixers import WHOLE
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.sequence import SequenceContext
-from seqtrain.runtime.engine import parameter_groups
-from seqtrain.runtime.objective import NothingHeldOut, TrainingData, Work
+from seqtrain.runtime.optimizers import parameter_groups
 from seqtrain.runtime.run_folder import plain
 from seqtrain.runtime.settings import PretrainConfig
+from seqtrain.runtime.task import Trainable, TrainingData
 
 ERRORS = {"relative": relative_error_sum, "mean_square": mean_square_sum}
 
@@ -66,10 +66,10 @@ class Transfer:
     first: int = 0
     inputs: str = ""
 
-    def trajectory(self) -> dict[str, Any]:
-        return _trajectory(self.stage, self.pair) | {"layers": list(self.layers)}
+    def fingerprint(self) -> dict[str, Any]:
+        return _fingerprint(self.stage, self.pair) | {"layers": list(self.layers)}
 
-    def work(self, config: PretrainConfig, corpus: Path) -> Work:
+    def build(self, config: PretrainConfig, corpus: Path) -> Trainable:
         stage, pair, new = self.stage, self.pair, self.pair.new()
         rates = {
             name: stage.lr_new if name in new else stage.lr
@@ -80,7 +80,7 @@ class Transfer:
         groups = _groups(student, rates, config)
         mixers = {str(index): student.get_submodule(f"blocks.{index}.mixer") for index in self.layers}
         model = TransferModel(mixers, pair.load_teacher(), first=self.first, error=stage.error)
-        return Work(model, groups, self.data(config, corpus), NothingHeldOut())
+        return Trainable(model, groups, self.data(config, corpus))
 
     def data(self, config: PretrainConfig, corpus: Path) -> TrainingData:
         """What the layers are given."""
@@ -98,13 +98,13 @@ class Distillation:
     pair: Pair
     stage: StageConfig
 
-    def trajectory(self) -> dict[str, Any]:
-        return _trajectory(self.stage, self.pair)
+    def fingerprint(self) -> dict[str, Any]:
+        return _fingerprint(self.stage, self.pair)
 
-    def work(self, config: PretrainConfig, corpus: Path) -> Work:
+    def build(self, config: PretrainConfig, corpus: Path) -> Trainable:
         student, groups = self.student(config)
         model = DistilledModel(student, self._teacher(), self.stage)
-        return Work(model, groups, training_data(config, corpus), NothingHeldOut())
+        return Trainable(model, groups, training_data(config, corpus))
 
     def student(self, config: PretrainConfig) -> tuple[LanguageModel, list[dict[str, Any]]]:
         """The student as it is trained, with adapters where the stage has them, and the optimizer's groups."""
@@ -198,7 +198,7 @@ class DistilledModel(nn.Module):
         return loss
 
 
-def _trajectory(stage: StageConfig, pair: Pair) -> dict[str, Any]:
+def _fingerprint(stage: StageConfig, pair: Pair) -> dict[str, Any]:
     # How it is computed does not change what comes out.
     told = replace(stage, micro_batch_size=1, sequence_ranks=1, activation_checkpointing=False, layers_at_once=0)
     return {"stage": plain(told), "weights": [sha256_of(file) for file in pair.files]}
@@ -220,4 +220,4 @@ def training_data(config: PretrainConfig, corpus: Path) -> TrainingData:
     """The tokens a stage trains on."""
     opened = open_corpus(corpus, config.data)
     length, batch = config.train.sequence_length, config.train.batch_size
-    return training_batches(opened, config.data, seed=config.seed, sequence_length=length, batch_size=batch)
+    return opened.training_batches(seed=config.seed, sequence_length=length, batch_size=batch)

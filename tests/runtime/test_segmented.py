@@ -1,19 +1,18 @@
 """A row run segment by segment: the loss and gradients of the row in one piece, or truncated as it says."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 
-from seqtrain.models.streaming import Segment, boundaries_within, stream_backward, stream_forward
-from seqtrain.parallel.continued import ContinuedSequence
+from seqtrain.data import Batch
 from seqtrain.parallel.sequence import SequenceContext
-from seqtrain.parallel.sharded import even_offsets
+from seqtrain.runtime import segmented
+from seqtrain.runtime.evaluation import _score
+from seqtrain.runtime.segmented import Segment, segment_losses
 from seqtrain.testing import relative_error
 from tests.models.cut_cases import LAYERS, build, row
 from tests.parallel.shard_cases import Cut
 
-# Five segments are cut at 40, 80, 120 and 160: at a boundary of documents, within a long one, just behind one that is
+# Five segments are cut at 40, 80, 120 and 160: at a boundary of documents, within a long one, just after one that is
 # shorter than any convolution, just before one.
 ROW = Cut((0, 201), (0, 13, 14, 40, 119, 161, 201))
 ONE = Cut((0, 150), (0, 150))
@@ -21,14 +20,10 @@ HYBRID = ("gated_delta_net", "sliding_attention", "s5", "attention", "rwkv6")
 EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def cut_in_time(tokens, labels, cu_seqlens, *, segments):
-    """A packed row as segments whose lengths differ by one token at most."""
-    found = []
-    for first, last in pairwise(even_offsets(tokens.shape[1], segments)):
-        sequence = ContinuedSequence.of(SequenceContext(boundaries_within(cu_seqlens, first, last)))
-        held = slice(first, last)
-        found.append(Segment.of(tokens[:, held], labels[:, held], cu_seqlens, first=first, sequence=sequence))
-    return found
+def pieces_of(cut, *, segments=5):
+    """A row of documents as segments."""
+    tokens, labels = row(cut)
+    return segmented.cut(Batch(tokens, labels, cut.offsets, cut.cu_seqlens), segments, backend="auto")
 
 
 def gradients(model):
@@ -42,11 +37,14 @@ def in_one_piece(model, cut=ROW):
     return loss.detach(), gradients(model)
 
 
-def streamed(model, cut=ROW, *, segments=5, mode="exact", scale=1.0, **options):
+def streamed(model, cut=ROW, *, segments=5, mode="exact", scale=1.0):
     model.zero_grad()
-    pieces = cut_in_time(*row(cut), cut.cu_seqlens, segments=segments)
-    loss = stream_backward(model, pieces, gradients=mode, backward=lambda loss: (scale * loss).backward(), **options)
-    return loss, gradients(model)
+    losses = []
+    for loss in segment_losses(model, pieces_of(cut, segments=segments), mode):
+        if loss is not None:
+            (scale * loss).backward()
+            losses.append(loss.detach())
+    return torch.stack(losses).sum(), gradients(model)
 
 
 def assert_same(came, truth, tolerance=EXACT[torch.float64], *, scale=1.0):
@@ -58,12 +56,14 @@ def assert_same(came, truth, tolerance=EXACT[torch.float64], *, scale=1.0):
         assert error < tolerance * scale * max(expected.norm(), 1e-2 * largest), name
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
 def test_exact_gradients_are_those_of_the_row_in_one_piece(layers):
     model = build(layers).double()
     assert_same(streamed(model), in_one_piece(model))
 
 
+@pytest.mark.all
 def test_float32():
     model = build(LAYERS["recurrent"] + LAYERS["with attention"])
     assert_same(streamed(model), in_one_piece(model), EXACT[torch.float32])
@@ -89,6 +89,7 @@ def test_gradients_that_arrive_are_not_scaled_again():
     assert_same(streamed(model, scale=0.25), in_one_piece(model), scale=0.25)
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
 def test_truncated_gradients_are_those_with_detached_states(layers):
     model = build(layers).double()
@@ -114,11 +115,11 @@ def test_truncated_documents_know_nothing_of_each_other():
     assert_same(streamed(model, apart, segments=3, mode="truncated"), in_one_piece(model, apart))
 
 
-@pytest.mark.parametrize(("mode", "runs"), [("exact", 9), ("truncated", 5)])
-def test_runs_are_reported_as_they_are_done(mode, runs):
-    seen = []
-    streamed(build(("gla",)), mode=mode, done=lambda count, of: seen.append((count, of)))
-    assert seen == [(count, runs) for count in range(1, runs + 1)]
+@pytest.mark.parametrize(("mode", "count"), [("exact", 9), ("truncated", 5)])
+def test_every_pass_is_told(mode, count):
+    told = list(segment_losses(build(("gla",)), pieces_of(ROW), mode))
+    assert len(told) == segmented.passes(5, mode) == count
+    assert sum(loss is not None for loss in told) == 5
 
 
 @pytest.mark.parametrize("boundaries", [(0, 120), (0, 40, 80, 120), (0, 40, 50, 120)], ids=str)
@@ -131,16 +132,9 @@ def test_runs_are_as_many_whatever_the_documents(monkeypatch, boundaries):
     assert calls == [False] * 2 + [True] * 3
 
 
-def test_a_forward_pass_gives_the_logits_of_the_row_in_one_piece():
-    model = build(HYBRID).double()
-    tokens, labels = row(ROW)
-
-    def run(segment, state, *, keep_state):
-        logits, state = model(segment.tokens, state=state, sequence=segment.sequence, all_logits=True)
-        assert not logits.requires_grad
-        return logits, state if keep_state else None
-
-    pieces = cut_in_time(tokens, labels, ROW.cu_seqlens, segments=5)
+@torch.no_grad()
+def test_answers_are_scored_as_in_one_piece():
+    model, pieces = build(HYBRID).double(), pieces_of(ROW)
     assert [piece.continues for piece in pieces] == [False, False, True, True, True]
     assert [piece.sequence.cu_seqlens.tolist() for piece in pieces] == [
         [0, 13, 14, 40],
@@ -149,6 +143,7 @@ def test_a_forward_pass_gives_the_logits_of_the_row_in_one_piece():
         [0, 40],
         [0, 1, 41],
     ]
-    with torch.no_grad():
-        expected, _ = model(tokens, sequence=SequenceContext(ROW.cu_seqlens), all_logits=True)
-    assert relative_error(torch.cat(list(stream_forward(run, pieces)), 1), expected) < EXACT[torch.float64]
+    whole = [Segment(*row(ROW), SequenceContext(ROW.cu_seqlens))]
+    for answers in (False, True):
+        expected = _score(model, whole, answers=answers)
+        assert _score(model, pieces, answers=answers) == pytest.approx(expected, rel=EXACT[torch.float64])

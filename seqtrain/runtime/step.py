@@ -1,0 +1,132 @@
+"""One training step on one rank: from the batch that is read to the weights that change."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from seqtrain.data import Batch, BatchSlice
+from seqtrain.parallel.mesh import Mesh
+from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.runtime.callback import Callback
+from seqtrain.runtime.checkpoint import Progress
+from seqtrain.runtime.engine import Engine, micro_batches
+from seqtrain.runtime.metrics import MetricsFile, Record, Within, write_within
+from seqtrain.runtime.ranks import Ranks
+from seqtrain.runtime.run_folder import RunFolder
+from seqtrain.runtime.schedule import learning_rate
+from seqtrain.runtime.segmented import cut, passes, segment_losses
+from seqtrain.runtime.settings import PretrainConfig, segments
+from seqtrain.runtime.signals import StopRequest
+from seqtrain.runtime.task import Trainable
+
+
+@dataclass
+class TrainState:
+    """Where a run stands on one rank."""
+
+    config: PretrainConfig
+    folder: RunFolder
+    ranks: Ranks
+    mesh: Mesh
+    engine: Engine
+    trainable: Trainable
+    callback: Callback
+    stop: StopRequest
+    progress: Progress
+    # Rank 0's; None on the others.
+    metrics: MetricsFile | None
+    # Lets the driver look at what was written, where it is this process.
+    poll: Callable[[], None]
+    # Numbers the model learns, all ranks together.
+    parameters: int
+    # Step of the newest checkpoint.
+    saved_step: int
+
+    @cached_property
+    def segments(self) -> int:
+        """Pieces in which a row runs through the model, one after the other."""
+        return segments(self.config)
+
+    def slice(self, number: int = 0, of: int = 1) -> BatchSlice:
+        """What this rank reads of a batch: micro-batch `number` of `of`."""
+        mesh = self.mesh
+        return BatchSlice(mesh.data_rank, mesh.data_ranks, number, of, mesh.sequence_rank, mesh.sequence_ranks)
+
+    def sequence(self, batch: Batch) -> SequenceContext:
+        """What the layers are told of a row that runs through the model in one piece."""
+        return self.mesh.sequence(batch.offsets, batch.cu_seqlens, backend=self.config.kernels.backend)
+
+
+def train_step(state: TrainState) -> Record | None:
+    """One optimizer step over the global batch. None, with nothing changed, when a stop was requested."""
+    config, ranks, engine, index = state.config, state.ranks, state.engine, state.progress.step
+    started = time.perf_counter()
+    with state.callback.phase("data"):
+        batches = _micro_batches(state, index)
+    labels, stopping = ranks.sum(sum(batch.label_count for batch in batches), state.stop.requested())
+    if stopping:
+        return None
+    # No layer draws anything today. Here a resumed run would draw the same; a run on another mesh would need draws that
+    # follow from a token's place in the global batch.
+    torch.manual_seed(hash((config.seed, index, ranks.rank)))
+    rate = learning_rate(config.schedule, peak=config.optimizer.lr, steps=config.train.steps, step=index)
+    engine.set_learning_rate(rate)
+    # The loss is the mean over the labels of the global batch, all ranks together.
+    weight = ranks.count * state.segments * len(batches) / max(labels, 1)
+    loss_sum = torch.zeros((), device=ranks.device)
+    for number, batch in enumerate(batches):
+        if state.segments > 1:
+            loss_sum += _train_segments(state, batch, weight, number, len(batches))
+            continue
+        loss = engine(batch.tokens, batch.labels, sequence=state.sequence(batch))
+        engine.backward(loss, weight=weight)
+        engine.step()
+        loss_sum += loss.detach()
+        # Its graph, before the next forward pass makes another.
+        del loss
+    [loss_total] = ranks.sum(loss_sum.item())
+    grad_norm, taken = engine.last_step()
+
+    tokens = config.train.batch_size * config.train.sequence_length
+    state.progress = state.progress.after(taken=taken, tokens=tokens)
+    seconds = time.perf_counter() - started
+    return {
+        "step": state.progress.step,
+        "loss": loss_total / max(labels, 1),
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "grad_norm": grad_norm,
+        "lr": rate,
+        "step_seconds": seconds,
+        "total_tokens": state.progress.tokens,
+        "skipped": not taken,
+    }
+
+
+def _micro_batches(state: TrainState, index: int) -> list[Batch]:
+    """What this rank reads of the global batch of step `index`: packed rows that are run one after the other.
+
+    Sequence-parallel ranks read their own tokens of a row from the corpus; nothing is sent between them.
+    """
+    at, count = state.trainable.batches.at, micro_batches(state.config)
+    return [at(index, state.slice(number, count)).to(state.ranks.device) for number in range(count)]
+
+
+def _train_segments(state: TrainState, batch: Batch, weight: float, number: int, rows: int) -> Tensor:
+    """Forward and backward over row `number` of `rows`, segment by segment; its loss, summed over tokens."""
+    gradients, losses = state.config.train.segment_gradients, []
+    pieces = cut(batch, state.segments, backend=state.config.kernels.backend)
+    of = passes(len(pieces), gradients)
+    for done, loss in enumerate(segment_losses(state.engine, pieces, gradients), 1):
+        if loss is not None:
+            state.engine.backward(loss, weight=weight)
+            state.engine.step()
+            losses.append(loss.detach())
+        if state.metrics:
+            write_within(state.folder, Within(state.progress.step, done + number * of, rows * of))
+            state.poll()
+    return torch.stack(losses).sum()

@@ -1,0 +1,80 @@
+"""What a run trains, apart from how: the training loop is given a task and knows nothing of its purpose."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from seqtrain.data import WHOLE_BATCH, Batch, BatchSlice, open_corpus
+from seqtrain.models import LanguageModel
+from seqtrain.runtime.optimizers import parameter_groups
+from seqtrain.runtime.settings import PretrainConfig, micro_batch
+
+
+class TrainingData(Protocol):
+    """Batches that follow from their number alone, whoever reads them and in however many slices."""
+
+    def at(self, index: int, part: BatchSlice = WHOLE_BATCH) -> Batch:
+        """As `seqtrain.data.Batches.at`."""
+        ...
+
+
+class HeldOut(TrainingData, Protocol):
+    """What a model is scored on: so many batches."""
+
+    def __len__(self) -> int: ...
+
+    def text_bytes(self, batch: Batch) -> float:
+        """Bytes of text that the labels of a batch stand for."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What one rank trains.
+
+    `model(tokens, labels, sequence=)` is the loss, a scalar summed over the labels that count. `groups`: the
+    optimizer's, as `parameter_groups` makes them. `held_out`: what the model is scored on; None for no score.
+    """
+
+    model: nn.Module
+    groups: list[dict[str, Any]]
+    batches: TrainingData
+    held_out: HeldOut | None = None
+
+
+class Task(Protocol):
+    """What to train. Plain values only: it is sent to every rank, and each builds its own `Trainable`."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides, besides the config, which numbers come out; checkpoints made with other values are refused."""
+        ...
+
+    def build(self, config: PretrainConfig, corpus: Path) -> Trainable:
+        """Builds the model and opens the corpus in the folder `corpus`; draws from torch's own generator."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """A new language model, trained to predict the next token."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {}
+
+    def build(self, config: PretrainConfig, corpus: Path) -> Trainable:
+        opened = open_corpus(corpus, config.data)
+        model = LanguageModel(config.model, config.mixer, opened.vocab_size)
+        return Trainable(
+            model=model,
+            groups=parameter_groups(model.parameters(), config.optimizer.weight_decay),
+            batches=opened.training_batches(
+                seed=config.seed, sequence_length=config.train.sequence_length, batch_size=config.train.batch_size
+            ),
+            held_out=opened.held_out_batches(
+                sequence_length=config.train.sequence_length,
+                batch_size=micro_batch(config) * config.parallel.data,
+                max_tokens=config.evaluation.max_tokens,
+            ),
+        )

@@ -1,0 +1,212 @@
+"""The numbers of a run don't tell how it was divided: over ranks, ZeRO stages, in time over ranks or in segments."""
+
+import pytest
+import torch
+
+from seqtrain.data import Batches, open_corpus
+from seqtrain.errors import CheckpointError, ConfigError
+from seqtrain.models import LanguageModel
+from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.runtime.metrics import read_within
+from seqtrain.runtime.run_folder import fingerprint
+from seqtrain.runtime.settings import PretrainConfig, check, segments
+from tests.runtime.runtime_cases import (
+    as_it_was_at,
+    change,
+    first_gradients,
+    folder_of,
+    losses,
+    outcome,
+    records,
+    score,
+    session_for,
+    short_documents,
+    small_config,
+    train_on,
+)
+
+STAGES = (0, 1, 2, 3)
+
+
+def grid(data: int, sequence: int, stage: int) -> dict[str, int]:
+    return {"data": data, "sequence": sequence, "zero_stage": stage}
+
+
+@pytest.fixture
+def hybrid(tmp_path) -> PretrainConfig:
+    """Layers with every kind of state, micro-batches of two rows of 37 tokens, short documents, one step."""
+    layers = ("gated_delta_net", "s5", "sliding_attention", "attention")
+    return small_config(
+        tmp_path,
+        *layers,
+        data={"path": short_documents(tmp_path / "short")},
+        train={"steps": 1, "sequence_length": 37, "gradient_clipping": 0.0},
+        evaluation={"max_tokens": 148},
+    )
+
+
+def assert_same_step(config: PretrainConfig, expected: PretrainConfig, tolerance: float = 1e-5) -> None:
+    came, gradients = first_gradients(config), first_gradients(expected)
+    assert came.keys() == gradients.keys()
+    assert len(gradients) > 20
+    largest = max(gradient.norm() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        # A gradient that is zero but for rounding is held to the size of the others.
+        assert (came[name] - gradient).norm() < tolerance * max(gradient.norm(), 1e-2 * largest), (config, name)
+    # Each weight counts once in the norm, and each token once, though every rank has a copy or a piece of them.
+    [record], [truth] = records(config), records(expected)
+    for field in ("loss", "grad_norm", "tokens", "total_tokens"):
+        assert record[field] == pytest.approx(truth[field], rel=tolerance), (config.parallel, field)
+    assert score(config) == pytest.approx(score(expected), rel=tolerance), config.parallel
+
+
+@pytest.mark.all
+def test_losses_are_the_same_for_every_rank_count_and_zero_stage(tmp_path):
+    base = small_config(tmp_path, train={"steps": 20}, checkpoint={"every": 0})
+    grids = [(count, 1, stage) for count in (1, 2, 4) for stage in STAGES]
+    expected, *others = configs = [change(base, f"{case}", parallel=grid(*case)) for case in grids]
+    train_on(*configs)
+    assert len(losses(expected)) == 20
+    assert losses(expected)[-1] < losses(expected)[0] - 0.5, "the model must learn, or equal losses say little"
+    for config in others:
+        assert losses(config) == pytest.approx(losses(expected), abs=1e-5), config.parallel
+        assert score(config) == pytest.approx(score(expected), abs=1e-5), config.parallel
+
+
+@pytest.mark.all
+def test_recomputed_blocks_have_the_same_losses_in_every_stage(tmp_path):
+    layers = ("gated_delta_net", "gla", "hgrn2", "s5", "tensor_attention", "sliding_attention")
+    base = small_config(tmp_path, *layers, train={"steps": 3}, checkpoint={"every": 0}, parallel=grid(2, 1, 0))
+    recomputed = [
+        change(base, f"{stage}", model={"activation_checkpointing": True}, parallel=grid(2, 1, stage))
+        for stage in STAGES
+    ]
+    train_on(base, *recomputed)
+    for config in recomputed:
+        assert losses(config) == pytest.approx(losses(base), abs=1e-5), config.parallel
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("micro", [1, 8])
+def test_loss_and_gradient_are_those_of_the_mean_over_all_predicted_tokens(tmp_path, micro):
+    config = small_config(tmp_path, train={"steps": 1, "micro_batch_size": micro}, parallel={"zero_stage": 2})
+    session = session_for(config)
+    corpus = open_corpus(session.corpus, config.data)
+    torch.manual_seed(config.seed)
+    model = LanguageModel(config.model, config.mixer, corpus.tokenizer.vocab_size)
+    batch = Batches(corpus.train, seed=config.seed, sequence_length=32, batch_size=8).at(0)
+    loss = model(batch.tokens, batch.labels, sequence=SequenceContext(cu_seqlens=batch.cu_seqlens)) / batch.label_count
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    train_on(session)
+    [record] = records(config)
+    assert record["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert record["tokens"] == 8 * 32
+
+
+@pytest.mark.all
+def test_a_sharded_sequence_has_the_gradients_of_one_rank_on_every_mesh_and_stage(hybrid):
+    meshes = (*((2, 2, stage) for stage in STAGES), (1, 2, 1), (1, 2, 3), (1, 3, 2), (1, 4, 0))
+    hybrid = change(hybrid, model={"activation_checkpointing": True})
+    alone, *sharded = [change(hybrid, f"{mesh}", parallel=grid(*mesh)) for mesh in ((1, 1, 1), *meshes)]
+    train_on(alone, *sharded)
+    for config in sharded:
+        assert_same_step(config, alone)
+
+
+@pytest.mark.all
+def test_a_checkpoint_resumes_on_any_other_mesh_and_stage(hybrid):
+    longer = change(hybrid, train={"steps": 4}, checkpoint={"every": 2})
+    alone, begun = (change(longer, f"{mesh}", parallel=grid(*mesh)) for mesh in ((1, 1, 0), (1, 3, 3)))
+    train_on(alone, begun)
+    meshes = ((2, 2, 1), (1, 1, 2), (2, 1, 0))
+    others = [as_it_was_at(begun, 2, f"from-{mesh}", parallel=grid(*mesh)) for mesh in meshes]
+    train_on(*others)
+    for config in others:
+        assert losses(config)[:2] == losses(begun)[:2]
+        assert losses(config) == pytest.approx(losses(alone), rel=1e-5), config.parallel
+
+
+@pytest.mark.all
+def test_a_rank_without_labels_adds_nothing(hybrid, tmp_path):
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number:02d}.txt").write_text("ab"[number % 2])
+    # A letter and its document's end, again and again: of two tokens only one is to predict the other.
+    sizes = {"steps": 4, "sequence_length": 2, "batch_size": 1}
+    alone = change(hybrid, data={"path": str(folder)}, train=sizes, evaluation={"max_tokens": 0})
+    sharded = change(alone, "sharded", parallel=grid(1, 2, 1))
+    train_on(alone, sharded)
+    assert losses(sharded) == pytest.approx(losses(alone), rel=1e-5)
+    assert outcome(sharded)["skipped_steps"] == 0
+
+
+@pytest.mark.all
+@pytest.mark.parametrize(("ranks", "stages"), [(2, (0, 1, 2)), (1, (3,))], ids=str)
+def test_a_step_in_segments_has_the_gradients_of_one_in_one_piece(hybrid, ranks, stages):
+    whole = change(hybrid, parallel=grid(ranks, 1, 1))
+    pieces = [
+        change(whole, f"{stage}", train={"segment_tokens": 15}, parallel=grid(ranks, 1, stage)) for stage in stages
+    ]
+    assert [segments(config) for config in (whole, *pieces)] == [1, *[5] * len(stages)]
+    train_on(whole, *pieces)
+    for config in pieces:
+        assert_same_step(config, whole)
+
+
+@pytest.mark.all
+def test_segments_in_bfloat16(hybrid):
+    whole = change(hybrid, train={"dtype": "bfloat16"})
+    pieces = change(whole, "pieces", train={"segment_tokens": 15})
+    train_on(whole, pieces)
+    # The roundings to eight bits are others where products are cut elsewhere.
+    assert_same_step(pieces, whole, 4e-3)
+
+
+@pytest.mark.all
+def test_a_checkpoint_resumes_in_other_segments_and_truncated_ones_are_another_run(tmp_path):
+    whole = small_config(tmp_path, train={"steps": 4, "sequence_length": 40}, checkpoint={"every": 2})
+    cut = change(whole, "cut", train={"segment_tokens": 7})
+    truncated = change(cut, "truncated", train={"segment_gradients": "truncated"})
+    train_on(whole, cut, truncated)
+    other = as_it_was_at(cut, 2, "other", train={"segment_tokens": 33})
+    train_on(other)
+    assert losses(other)[:2] == losses(cut)[:2]
+    for config in (cut, other):
+        assert losses(config) == pytest.approx(losses(whole), rel=1e-5)
+    assert fingerprint(cut) == fingerprint(other) == fingerprint(whole)
+    assert fingerprint(truncated)["train"]["segment_tokens"] == 7
+    with pytest.raises(CheckpointError, match=r"was made with train.*, now"):
+        train_on(as_it_was_at(cut, 2, "refused", train={"segment_gradients": "truncated"}))
+    assert losses(truncated)[0] == pytest.approx(losses(whole)[0], rel=1e-5)
+    assert losses(truncated)[1:] != pytest.approx(losses(whole)[1:], rel=1e-5)
+
+
+@pytest.mark.all
+def test_a_step_says_how_far_it_is(tmp_path):
+    config = small_config(tmp_path, train={"steps": 2, "segment_tokens": 32}, evaluation={"max_tokens": 64})
+    folder, seen = folder_of(config), tmp_path / "seen"
+
+    def look() -> None:
+        within = read_within(folder)
+        with seen.open("a") as file:
+            file.write(f"{len(records(config))} {within.step} {within.done}/{within.of}\n")
+
+    train_on(config, poll=look)
+    # Four micro-batches of two segments: one pass forward, two with gradients.
+    parts = [f"0 0 {done}/12" for done in range(1, 13)] + ["1 0 12/12"]
+    assert seen.read_text().splitlines()[:13] == parts
+    assert seen.read_text().splitlines()[-2:] == ["1 1 12/12", "2 1 12/12"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "way_out"),
+    [({"sequence": 2}, "parallel.sequence=1"), ({"data": 2, "zero_stage": 3}, "parallel.zero_stage=2 or less")],
+)
+def test_what_can_not_be_segmented_is_refused(tmp_path, grid, way_out):
+    config = small_config(tmp_path, parallel=grid, runtime={"name": "ray"}, train={"segment_tokens": 16})
+    with pytest.raises(ConfigError, match=rf"train.segment_tokens=16: .* use {way_out}"):
+        check(config)
+    check(change(config, train={"segment_tokens": 64}))
