@@ -25,9 +25,9 @@ from typing import Annotated, Literal
 from _settings import machine, read_settings
 from pydantic import Field
 
-from seqtrain.analysis.kernel_examples import Count, compile_example, count_in_child, find_examples
 from seqtrain.errors import ConfigError
 from seqtrain.kernels.gpu import unavailable
+from seqtrain.kernels.inspect.examples import Count, compile_example, count_in_child, find_examples
 
 Target = Literal["sm_80", "sm_90", "sm_100", "gfx942"]
 

@@ -8,15 +8,13 @@ from functools import cache
 import torch
 
 from seqtrain.errors import unknown_name
+from seqtrain.kernels import gpu
 
 log = logging.getLogger("seqtrain.kernels")
 
 BACKENDS = ("reference", "chunked", "triton", "native", "flash")
 # Fastest first; `reference` is the definition and is only taken when asked for by name.
 PREFERENCE = {"cuda": ("flash", "triton", "chunked"), "cpu": ("native", "chunked")}
-
-# Device types Triton kernels run on; `seqtrain.analysis` adds the CPU where it interprets or compiles them.
-TRITON_DEVICES = {"cuda"}
 
 # Functions that a backend may have, each with the backend and function taken where it has none. One turn of the
 # definition's loop is cheapest for one token per row.
@@ -47,8 +45,8 @@ def choose(operator: str, package: str, backends: tuple[str, ...], requested: st
 
 
 def _why_not(operator: str, package: str, backends: tuple[str, ...], name: str, device_type: str) -> str | None:
-    if name == "triton" and device_type not in TRITON_DEVICES:
-        return "needs a CUDA device"
+    if name == "triton" and (reason := gpu.refuses(device_type)):
+        return reason
     if name not in backends:
         return f"has no {operator} in this version"
     # A backend that depends on the machine (a compiler, a GPU generation) says so itself.

@@ -1,21 +1,12 @@
-"""What Triton backends share: which GPU this is, how a kernel is launched on it, and example calls to examine it by.
+"""What Triton backends share: where kernels run, which GPU this is, and how a kernel is launched on it.
 
-A backend is a module `seqtrain.kernels.<operator>.triton` with `run`, `unavailable` (the one below) and
-
-    EXAMPLES = (Example("scan, bfloat16", diagonal_scan, {"x": ("B T D", "bfloat16"), ...}, {"B": 1, "D": 512}),)
-
-An example is a call of the public operator. Every kernel that call launches, forward and backward, is found by making
-it: `seqtrain.analysis` compiles those launches for each target without running them, and runs them in Triton's
-interpreter to count what they move and compute. So a kernel's signature and its pinned configurations stand in one
-place, where it is launched.
-
-Kernels have run on an H100 (tests/gpu), and those of the matrix recurrences have been timed there; for other GPUs what
-stands behind them is the interpreter and what they compile to.
+A backend is a module `seqtrain.kernels.<operator>.triton` with `run`, `unavailable` (the one below) and `EXAMPLES`:
+calls of the public operator, by which `seqtrain.kernels.inspect` finds every kernel that they launch.
 """
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -26,21 +17,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Device types that kernels are launched on: CUDA only, but for processes that interpret or compile (`inspect`).
+DEVICES = {"cuda"}
 # The GPUs that configurations are pinned for: NVIDIA's by compute capability, AMD's by name.
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# How products of float32 are computed there with float32's precision and, where that can be, on matrix units.
+# How float32 products are computed there in full precision and, where possible, on matrix units.
 PRECISION = {"sm_80": "tf32x3", "sm_90": "tf32x3", "sm_100": "tf32x3", "gfx942": "ieee"}
 INSTALL = "needs Triton (pip install 'seqtrain[gpu]')"
 # The first whose `tl.range` has `disable_licm`, without which kernels spill.
 OLDEST = (3, 5)
 
-# CUDA 12.8's assembler leaves descriptors of operands unset in some kernels for Hopper: the delta rule's gradients come
-# out wrong, or memory is read that is nobody's. 13.0's and 13.4's ran right; 12.9's machine code shows no such thing.
+# CUDA 12.8's assembler leaves operand descriptors unset in some kernels for Hopper: the delta rule's gradients are
+# wrong, or out-of-bounds memory is read. 13.0 and 13.4 ran correctly; 12.9's machine code has the descriptors set.
 PTXAS = (12, 9)
 
 
+def refuses(device_type: str) -> str | None:
+    """Why kernels are not launched on tensors of this device type; None where they are.
+
+    With TRITON_INTERPRET=1 in the environment they are interpreted, and take CPU tensors alone.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from seqtrain.kernels.inspect import interpreter
+
+        try:
+            interpreter.install()
+        except RuntimeError as error:
+            return f"can't be interpreted: {error}"
+    if device_type in DEVICES:
+        return None
+    return "needs a CUDA device" if "cuda" in DEVICES else "needs CPU tensors (TRITON_INTERPRET=1 is set)"
+
+
 def unavailable() -> str | None:
-    """Why Triton kernels can't run here, beyond the device; None where they can."""
+    """Why Triton kernels can't run here, whatever the device; None where they can."""
     if not importlib.util.find_spec("triton"):
         return INSTALL
     import triton
@@ -53,7 +63,7 @@ def unavailable() -> str | None:
 # Each operator asks, and Triton starts a process to learn a version.
 @cache
 def _unsound_assembler() -> str | None:
-    """Why what Triton compiles for the GPU here can't be trusted; where it brings a newer assembler, that is taken."""
+    """Why Triton's assembler can't be trusted for the GPU here; a newer one that Triton brings along is switched to."""
     if torch.version.cuda is None or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return None
     from triton import knobs
@@ -64,7 +74,7 @@ def _unsound_assembler() -> str | None:
         return None
     newer = getattr(knobs.nvidia, "ptxas_blackwell", None)
     if newer is not None and _version(newer) >= PTXAS:
-        # The one way to it that all versions of Triton have, and that processes inherit.
+        # The one setting that all versions of Triton have, and that child processes inherit.
         os.environ["TRITON_PTXAS_PATH"] = newer.path
         return None
     need = f"needs ptxas {PTXAS[0]}.{PTXAS[1]} or newer on Hopper"
@@ -86,7 +96,7 @@ def target() -> str:
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
-    """Triton's name of a dtype, for the dtype of a kernel's sums."""
+    """Triton's name of an accumulator's dtype."""
     import triton.language as tl
 
     return {torch.float32: tl.float32, torch.float64: tl.float64}[dtype]
@@ -114,10 +124,10 @@ def boundaries_tensor(boundaries: tuple[int, ...], device: torch.device) -> Tens
 
 @lru_cache(maxsize=16)
 def pieces(boundaries: tuple[int, ...], length: int, device: torch.device, *, past: int = 0) -> Tensor:
-    """Documents cut into pieces of at most `length` tokens, a document's pieces side by side: int32 `[P,5]`.
+    """Documents split into pieces of at most `length` tokens, a document's pieces consecutive: int32 `[P,5]`.
 
-    A row: the document, the piece's first row, the row behind its last, and the document's first and last piece. The
-    first begins `past` rows early, at inputs the document was given; without any an empty document has no piece.
+    A row: the document, the piece's first row, the row after its last, and the document's first and last piece. The
+    first begins `past` rows early, at the past inputs of the document; without these an empty document has no piece.
     """
     rows: list[tuple[int, ...]] = []
     for document, (start, end) in enumerate(pairwise(boundaries)):
@@ -136,108 +146,22 @@ PROGRAMS = 264
 
 
 def piece_length(boundaries: tuple[int, ...], blocks: int, shortest: int) -> int:
-    """Tokens of a piece, so that pieces times `blocks` of channels fill a GPU where documents are long enough."""
+    """Tokens per piece, so that pieces times `blocks` of channels fill a GPU where documents are long enough."""
     return max(shortest, -(-boundaries[-1] // max(1, -(-PROGRAMS // blocks))))
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A pinned configuration: what is handed to a kernel beside its tensors.
+    """A pinned configuration: what a kernel is launched with next to its tensors.
 
-    `sizes`: its blocks, and what else the GPU decides, by constexpr name.
+    sizes: block sizes and whatever else depends on the GPU, by constexpr name.
     """
 
     warps: int = 4
-    # Iterations of a loop whose loads are in flight at one time.
+    # Loop iterations whose loads are in flight at a time.
     stages: int = 2
     sizes: Mapping[str, int] = field(default_factory=dict)
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of the launch. Fusing a*b+c into one step is named, for its default changes in Triton."""
+        """Keyword arguments of the launch; fusing a*b+c is explicit, since its default changes between Tritons."""
         return {**self.sizes, "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-
-
-@dataclass(frozen=True)
-class Example:
-    """A call of an operator: `operator(**tensors, **options, backend="triton")`.
-
-    `tensors`: shape in letters and dtype of each. `sizes`: what the letters stand for, T (tokens) aside, which whoever
-    makes the call chooses; B T tokens are what bytes and FLOPs are divided by. The floor counts each of `tensors` and
-    the first output once: forward, inputs are read and the output written; backward, inputs and the output's gradient
-    are read and the inputs' gradients written. Shapes without T (weights, states) count nothing.
-    """
-
-    name: str
-    operator: Callable[..., Any]
-    tensors: Mapping[str, tuple[str, str]]
-    sizes: Mapping[str, int]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    # The two numbers of tokens that counts are the difference of; kernels are compiled as for the larger one.
-    tokens: tuple[int, int] = (128, 256)
-
-    def inputs(self, tokens: int, seed: int = 0) -> dict[str, Tensor]:
-        """CPU tensors for the call: normal numbers (at most 0 in `log_*`) that ask for gradients; integers 0."""
-        generator = torch.Generator().manual_seed(seed)
-        letters = {**self.sizes, "T": tokens}
-        tensors = {}
-        for name, (shape, dtype) in self.tensors.items():
-            x = torch.randn([letters[letter] for letter in shape.split()], generator=generator)
-            x = -x.abs() if name.startswith("log_") else x
-            kind = getattr(torch, dtype)
-            real = kind.is_floating_point or kind.is_complex
-            tensors[name] = x.to(kind).requires_grad_() if real else torch.zeros_like(x, dtype=kind)
-        return tensors
-
-    def call(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """What the operator returns, tensors only."""
-        result = self.operator(**tensors, **self.options, backend="triton")
-        return tuple(x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, Tensor))
-
-    def floor(self, outputs: tuple[Tensor, ...], tokens: int) -> tuple[float, float]:
-        """Bytes a token that must be moved, forward and backward, given what `call` returned for `tokens` tokens."""
-        batch = self.sizes["B"]
-        letters = {**self.sizes, "T": 1}
-        read = 0.0
-        for shape, dtype in self.tensors.values():
-            if "T" in shape.split():
-                read += torch.Size([letters[letter] for letter in shape.split()]).numel() * _bytes(dtype) / batch
-        written = outputs[0].nbytes / (batch * tokens)
-        return read + written, 2 * read + written
-
-
-# Widths and dtypes of `recurrence_examples`: what is trained most, then narrow heads, and those of wide operands.
-_RECURRENCES = (
-    (128, "bfloat16"),
-    (64, "float16"),
-    (32, "bfloat16"),
-    (32, "float32"),
-    (16, "bfloat16"),
-    (256, "bfloat16"),
-    (128, "float32"),
-    (256, "float32"),
-)
-
-
-def recurrence_examples(operator: Callable[..., Any], *, beta: bool) -> tuple[Example, ...]:
-    """Calls of linear attention, or the delta rule (`beta`): without a decay, with one a token, with one a channel."""
-    shapes = {"q": "B T H K", "k": "B T H K", "v": "B T H V"} | ({"beta": "B T H"} if beta else {})
-    decays = {
-        "no decay": {},
-        "decay [B,T,H]": {"log_decay": ("B T H", "float32")},
-        "decay [B,T,H,K]": {"log_decay": ("B T H K", "float32")},
-    }
-    return tuple(
-        Example(
-            f"{operator.__name__} {name} K=V={width} {dtype}",
-            operator,
-            {x: (shape, dtype) for x, shape in shapes.items()} | decay,
-            {"B": 1, "H": 1, "K": width, "V": width},
-            tokens=(64, 128),
-        )
-        for width, dtype in _RECURRENCES
-        for name, decay in decays.items()
-    )
-
-
-def _bytes(dtype: str) -> int:
-    return getattr(torch, dtype).itemsize

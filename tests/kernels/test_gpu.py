@@ -1,5 +1,6 @@
 """What Triton backends share: pieces of documents, how many there are to be, examples and their floors."""
 
+import importlib
 import os
 from types import SimpleNamespace
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from seqtrain.kernels import gpu
-from seqtrain.kernels.gpu import Example, Launch
+from seqtrain.kernels.gpu import Launch
+from seqtrain.kernels.inspect.examples import Example
 
 CPU = torch.device("cpu")
 
@@ -117,3 +119,14 @@ def test_without_triton_the_way_to_it_is_named(monkeypatch):
 def test_a_triton_that_lacks_what_kernels_name_is_not_used(monkeypatch):
     monkeypatch.setattr("triton.__version__", "3.4.0")
     assert gpu.unavailable() == "needs Triton 3.5 or newer (this is 3.4.0)"
+
+
+def test_kernels_run_on_cuda_alone():
+    assert gpu.refuses("cuda") is None
+    assert gpu.refuses("cpu") == "needs a CUDA device"
+
+
+def test_a_process_whose_triton_compiles_does_not_interpret(monkeypatch):
+    importlib.import_module("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert gpu.refuses("cpu").startswith("can't be interpreted: Triton compiles in this process; start it with TRITON_")

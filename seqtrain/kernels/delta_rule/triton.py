@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from seqtrain.kernels.delta_rule import chunked, delta_rule
-from seqtrain.kernels.gpu import recurrence_examples, unavailable
+from seqtrain.kernels.gpu import unavailable
+from seqtrain.kernels.inspect.examples import recurrence_examples
 
 __all__ = ["EXAMPLES", "run", "step", "unavailable"]
 

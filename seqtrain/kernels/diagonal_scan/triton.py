@@ -9,7 +9,8 @@ from torch import Tensor
 from seqtrain.kernels import gpu
 from seqtrain.kernels.custom_ops import differentiable
 from seqtrain.kernels.diagonal_scan import diagonal_scan
-from seqtrain.kernels.gpu import Example, Launch, unavailable
+from seqtrain.kernels.gpu import Launch, unavailable
+from seqtrain.kernels.inspect.examples import Example
 
 __all__ = ["EXAMPLES", "run", "unavailable"]
 

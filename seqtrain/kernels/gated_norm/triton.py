@@ -8,7 +8,8 @@ from torch import Tensor
 from seqtrain.kernels import gpu
 from seqtrain.kernels.custom_ops import differentiable
 from seqtrain.kernels.gated_norm import gated_norm
-from seqtrain.kernels.gpu import Example, Launch, unavailable
+from seqtrain.kernels.gpu import Launch, unavailable
+from seqtrain.kernels.inspect.examples import Example
 
 __all__ = ["EXAMPLES", "run", "unavailable"]
 

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from seqtrain.kernels.gpu import Example, recurrence_examples, unavailable
+from seqtrain.kernels.gpu import unavailable
+from seqtrain.kernels.inspect.examples import Example, recurrence_examples
 from seqtrain.kernels.linear_attention import chunked, linear_attention
 from seqtrain.kernels.segments import by_segment
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from seqtrain.kernels import gpu
 from seqtrain.kernels.custom_ops import NAMESPACE
-from seqtrain.kernels.gpu import Example, Launch, unavailable
+from seqtrain.kernels.gpu import Launch, unavailable
+from seqtrain.kernels.inspect.examples import Example
 from seqtrain.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
 from seqtrain.kernels.linear_cross_entropy.chunked import chunk_by_chunk
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from seqtrain.kernels import gpu
 from seqtrain.kernels.custom_ops import differentiable
-from seqtrain.kernels.gpu import Example, Launch, unavailable
+from seqtrain.kernels.gpu import Launch, unavailable
+from seqtrain.kernels.inspect.examples import Example
 from seqtrain.kernels.short_convolution import short_convolution
 
 __all__ = ["EXAMPLES", "run", "unavailable"]

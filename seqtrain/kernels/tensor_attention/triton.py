@@ -10,7 +10,8 @@ from torch import Tensor
 
 from seqtrain.kernels import gpu
 from seqtrain.kernels.custom_ops import opaque
-from seqtrain.kernels.gpu import Example, Launch, unavailable
+from seqtrain.kernels.gpu import Launch, unavailable
+from seqtrain.kernels.inspect.examples import Example
 from seqtrain.kernels.tensor_attention import tensor_attention
 from seqtrain.kernels.tensor_attention.chunked import STEP, Piece, Products, attend, from_steps
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from seqtrain.analysis.triton_interpreter import assert_no_races, nan_filled_empty, recording
 from seqtrain.kernels import gated_norm, gpu
 from seqtrain.kernels.gated_norm import triton
+from seqtrain.kernels.inspect.interpreter import assert_no_races, nan_filled_empty, recording
 from tests.kernels.test_gated_norm import case, errors_of
 
 from .tolerances import assert_within

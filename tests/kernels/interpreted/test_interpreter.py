@@ -1,4 +1,4 @@
-"""The mended interpreter: bfloat16 as GPUs compute it, loops, scans, and what it says of a launch."""
+"""The patched interpreter: bfloat16 as GPUs compute it, loops, scans, and what it says of a launch."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from seqtrain.analysis.triton_interpreter import assert_no_races, between_nans, nan_filled_empty, recording
+from seqtrain.kernels.inspect.interpreter import assert_no_races, between_nans, nan_filled_empty, recording
 
 BF16 = torch.bfloat16
 

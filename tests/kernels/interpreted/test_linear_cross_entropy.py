@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from seqtrain.analysis.triton_interpreter import assert_no_races, nan_filled_empty, recording
 from seqtrain.kernels import linear_cross_entropy
+from seqtrain.kernels.inspect.interpreter import assert_no_races, nan_filled_empty, recording
 from seqtrain.testing import relative_error
 from tests.kernels.test_linear_cross_entropy import ROWS, WIDTH, case, expected
 

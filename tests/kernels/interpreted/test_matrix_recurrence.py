@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from seqtrain.analysis.kernel_examples import count_example
-from seqtrain.analysis.triton_interpreter import assert_no_races, between_nans, nan_filled_empty, recording
 from seqtrain.kernels import delta_rule, linear_attention
+from seqtrain.kernels.inspect.examples import count_example
+from seqtrain.kernels.inspect.interpreter import assert_no_races, between_nans, nan_filled_empty, recording
 from seqtrain.testing import boundaries, compare_with_oracle, recurrence_inputs, relative_error, run_with_gradients
 
 from .tolerances import assert_within

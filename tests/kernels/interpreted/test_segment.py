@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from seqtrain.analysis.triton_interpreter import assert_no_races, between_nans, nan_filled_empty, recording
 from seqtrain.kernels import gpu, linear_attention
+from seqtrain.kernels.inspect.interpreter import assert_no_races, between_nans, nan_filled_empty, recording
 from seqtrain.kernels.linear_attention.segment import LinearAttentionSegment
 from seqtrain.kernels.segments import by_segment
 from seqtrain.kernels.triton import segment

@@ -5,8 +5,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from seqtrain.analysis.triton_interpreter import assert_no_races, nan_filled_empty, recording
 from seqtrain.kernels import tensor_attention
+from seqtrain.kernels.inspect.interpreter import assert_no_races, nan_filled_empty, recording
 from seqtrain.testing import boundaries, compare_with_oracle
 
 from .tolerances import assert_within

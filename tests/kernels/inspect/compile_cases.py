@@ -1,4 +1,4 @@
-"""Kernels compiled by tests/analysis/test_triton_compile.py, in a process of its own: prints what came out as JSON."""
+"""Kernels compiled by tests/kernels/inspect/test_compile.py, in a process of its own: prints what came out as JSON."""
 
 import json
 import sys
@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from seqtrain.analysis.triton_compile import compiling
 from seqtrain.kernels.gpu import target
+from seqtrain.kernels.inspect.compile import compiling
 
 
 @triton.jit

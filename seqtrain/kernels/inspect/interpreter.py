@@ -1,18 +1,17 @@
-"""Triton's interpreter, mended, and watching: kernels run on the CPU, and every launch tells what it read and wrote.
+"""Triton's interpreter, patched and instrumented: kernels run on the CPU, and each launch records its memory accesses.
 
 Triton reads `TRITON_INTERPRET=1` when it is first imported and when a kernel is defined, so a process either interprets
-or compiles. In a process that interprets:
+or compiles. In a process that interprets, `backend="triton"` takes CPU tensors and installs this module by itself:
 
-    install("sm_90")                                   # once; from then on backend="triton" takes CPU tensors
     with recording(order="shuffled") as launches:
         linear_attention(q, k, v, backend="triton")
     launches[0].traffic["k"].read                      # bytes, each counted once
     assert_no_races(launches)
 
-Mended, of Triton 3.9: bfloat16 is computed in float32 and rounded to nearest (it is computed on raw 16-bit patterns,
-and casts cut off); comparisons give booleans (a scalar one makes an integer mask); the numbers of `range` have `.to`
-and `.dtype`; float32 products of precision tf32 round their operands; custom reductions and scans go row by row instead
-of element by element; modules are patched once instead of at every call. Any access outside of the memory of a launch's
+Patched, of Triton 3.9: bfloat16 is computed in float32 and rounded to nearest (stock: on raw 16-bit patterns, and casts
+truncate); comparisons give booleans (stock: a scalar one makes an integer mask); the numbers of `range` have `.to` and
+`.dtype`; float32 products of precision tf32 round their operands; custom reductions and scans go row by row instead of
+element by element; modules are patched once instead of at every call. An access outside the memory of a launch's
 tensors is an error that names the kernel.
 """
 
@@ -23,6 +22,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partialmethod
 from typing import Any, Literal
 
 import numpy as np
@@ -32,13 +32,25 @@ from torch import Tensor
 from triton._C.libtriton import ir
 from triton.runtime import interpreter as stock
 
-from seqtrain.analysis.triton_targets import use_target
-from seqtrain.kernels import dispatch
+from seqtrain.kernels import gpu
+from seqtrain.kernels.inspect.targets import use_target
 
 Order = Literal["given", "reversed", "shuffled"]
 _builder = stock.interpreter_builder
 _Handle = stock.TensorHandle
 _COMPARISONS = {np.less_equal, np.less, np.greater, np.greater_equal, np.equal, np.not_equal}
+# What `install` replaces: an owner, the name of its attribute, and what stands there then.
+_patches: list[tuple[Any, str, Any]] = []
+
+
+def _patch(owner: Any, *names: str) -> Callable[[Callable], Callable]:
+    """Has `install` put a function in place of methods of `owner`; it takes the stock method after `self`."""
+
+    def register(function: Callable) -> Callable:
+        _patches.extend((owner, name, partialmethod(function, getattr(owner, name))) for name in names)
+        return function
+
+    return register
 
 
 # What a launch did.
@@ -46,10 +58,10 @@ _COMPARISONS = {np.less_equal, np.less, np.greater, np.greater_equal, np.equal, 
 
 @dataclass
 class Traffic:
-    """Bytes of one tensor (or of tensors that share memory) that a launch touched, each element counted once.
+    """Bytes of one tensor (or of tensors that share memory) that a launch accessed, each element counted once.
 
-    `rewritten`: elements that more than one program wrote. `crossed`: elements that one program read and another wrote.
-    `repeated`: elements that one store wrote more than once.
+    rewritten: elements that more than one program wrote. crossed: elements that one program read and another wrote.
+    repeated: elements that one store wrote more than once.
     """
 
     read: int = 0
@@ -61,7 +73,7 @@ class Traffic:
 
 @dataclass
 class LaunchRecord:
-    """A launch: its kernel, programs, products of matrices, and its traffic by tensor (names of arguments)."""
+    """A launch: its kernel, grid, matrix products, and its traffic by tensor (names of arguments)."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -71,12 +83,12 @@ class LaunchRecord:
 
     @property
     def bytes(self) -> int:
-        """Read and written, each element once each."""
+        """Bytes read and written, each element counted once for either."""
         return sum(each.read + each.written for each in self.traffic.values())
 
 
 class _Memory:
-    """One storage that a launch was handed, and which of its elements were touched by whom."""
+    """One storage that a launch was given, and which program accessed which of its elements."""
 
     def __init__(self, tensor: Tensor, watched: bool):
         storage = tensor.untyped_storage()
@@ -102,7 +114,7 @@ class _Memory:
 
 
 class _Watch:
-    """The launch that runs now."""
+    """The running launch."""
 
     def __init__(self, kernel: str, arguments: dict[str, Any], watched: bool):
         self.kernel, self.watched, self.program = kernel, watched, 0
@@ -163,7 +175,7 @@ _watch: _Watch | None = None
 
 @contextmanager
 def recording(*, order: Order = "given", seed: int = 0) -> Iterator[list[LaunchRecord]]:
-    """Collects the launches made inside, whose programs run in the order given; see `LaunchRecord`."""
+    """Collects the launches made inside; their programs run in the given order."""
     global _recorder
     before, _recorder = _recorder, _Recorder(order, seed, watched=True)
     try:
@@ -180,7 +192,7 @@ def assert_no_races(launches: list[LaunchRecord]) -> None:
             assert not any(found.values()), f"{launch.kernel}: {name}: {found}"
 
 
-# Inputs that show what a kernel should not have read.
+# Inputs that reveal reads of what no kernel should read.
 
 
 @contextmanager
@@ -195,7 +207,7 @@ def nan_filled_empty() -> Iterator[None]:
 
 
 def between_nans(x: Tensor, rows: int = 64) -> Tensor:
-    """`x`, contiguous, in a memory whose `rows` tokens (dimension 1) before and after it are NaN."""
+    """A contiguous copy of `x` in memory with `rows` tokens (dimension 1) of NaN before and after it."""
     margin = rows * x[0, 0].numel()
     memory = torch.full((x.numel() + 2 * margin,), float("nan"), dtype=x.dtype)
     inner = memory[margin : margin + x.numel()].view(x.shape)
@@ -233,60 +245,55 @@ def _to_tf32(x: np.ndarray) -> np.ndarray:
     return (_rounded(x, 13) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-_stock_binary = stock.InterpreterBuilder.binary_op
-_stock_ternary = stock.InterpreterBuilder.ternary_op
-_stock_unary = stock.InterpreterBuilder.unary_op
-_stock_cast = stock.InterpreterBuilder.cast_impl
-_stock_fma = stock.InterpreterBuilder.create_fma
-_stock_rsqrt = stock.InterpreterBuilder.create_rsqrt
-_stock_load = stock.InterpreterBuilder.create_masked_load
-_stock_store = stock.InterpreterBuilder.create_masked_store
-_stock_atomic = stock.InterpreterBuilder.create_atomic_rmw
-
-
-def _binary_op(self: Any, left: Any, right: Any, op: Callable) -> Any:
+@_patch(stock.InterpreterBuilder, "binary_op")
+def _binary_op(self: Any, plain: Callable, left: Any, right: Any, op: Callable) -> Any:
     with np.errstate(all="ignore"):
         if op in _COMPARISONS:
             return _Handle(op(_wide(left), _wide(right)), tl.int1)
-        if _is_bf16(left):
-            return _to_bf16(op(_wide(left), _wide(right)))
-        return _stock_binary(self, left, right, op)
+        return _to_bf16(op(_wide(left), _wide(right))) if _is_bf16(left) else plain(self, left, right, op)
 
 
-def _ternary_op(self: Any, first: Any, second: Any, third: Any, op: Callable) -> Any:
+@_patch(stock.InterpreterBuilder, "ternary_op")
+def _ternary_op(self: Any, plain: Callable, first: Any, second: Any, third: Any, op: Callable) -> Any:
     if op is not np.where and _is_bf16(third):
         return _to_bf16(op(_wide(first), _wide(second), _wide(third)))
-    return _stock_ternary(self, first, second, third, op)
+    return plain(self, first, second, third, op)
 
 
-def _unary_op(self: Any, x: Any, op: Callable) -> Any:
+@_patch(stock.InterpreterBuilder, "unary_op")
+def _unary_op(self: Any, plain: Callable, x: Any, op: Callable) -> Any:
     with np.errstate(all="ignore"):
-        return _to_bf16(op(_wide(x))) if _is_bf16(x) else _stock_unary(self, x, op)
+        return _to_bf16(op(_wide(x))) if _is_bf16(x) else plain(self, x, op)
 
 
-def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-    return _to_bf16(_wide(x) * _wide(y) + _wide(z)) if _is_bf16(z) else _stock_fma(self, x, y, z)
+@_patch(stock.InterpreterBuilder, "create_fma")
+def _fma(self: Any, plain: Callable, x: Any, y: Any, z: Any) -> Any:
+    return _to_bf16(_wide(x) * _wide(y) + _wide(z)) if _is_bf16(z) else plain(self, x, y, z)
 
 
-def _rsqrt(self: Any, x: Any) -> Any:
+@_patch(stock.InterpreterBuilder, "create_rsqrt")
+def _rsqrt(self: Any, plain: Callable, x: Any) -> Any:
     with np.errstate(all="ignore"):
-        return _to_bf16(1 / np.sqrt(_wide(x))) if _is_bf16(x) else _stock_rsqrt(self, x)
+        return _to_bf16(1 / np.sqrt(_wide(x))) if _is_bf16(x) else plain(self, x)
 
 
-def _cast(self: Any, source: Any, kind: Any) -> Any:
+@_patch(stock.InterpreterBuilder, "cast_impl")
+def _cast(self: Any, plain: Callable, source: Any, kind: Any) -> Any:
     with np.errstate(all="ignore"):
         if _is_bf16(source) and kind.scalar != tl.bfloat16:
             source = _Handle(_wide(source), tl.float32)
         if kind.scalar == tl.bfloat16:
             return source if _is_bf16(source) else _to_bf16(source.data.astype(np.float32))
-        return _stock_cast(self, source, kind)
+        return plain(self, source, kind)
 
 
-def _convert(self: Any, source: Any, kind: Any, rounding: Any) -> Any:
-    return _cast(self, source, kind)
+@_patch(stock.InterpreterBuilder, "create_fp_to_fp")
+def _convert(self: Any, plain: Callable, source: Any, kind: Any, rounding: Any) -> Any:
+    return self.cast_impl(source, kind)
 
 
-def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: int) -> Any:
+@_patch(stock.InterpreterBuilder, "create_dot")
+def _dot(self: Any, plain: Callable, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: int) -> Any:
     left, right = _wide(a), _wide(b)
     if input_precision == ir.INPUT_PRECISION.TF32 and a.dtype.scalar == tl.float32:
         left, right = _to_tf32(left), _to_tf32(right)
@@ -301,27 +308,32 @@ def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprec
 # Memory.
 
 
-def _load(self: Any, pointers: Any, mask: Any, other: Any, cache_policy: Any, is_volatile: bool) -> Any:
+def _see(pointers: Any, mask: Any, *, write: bool) -> None:
     if _watch is not None:
         size = stock._get_np_dtype(pointers.get_element_ty()).itemsize
-        _watch.access(pointers.data, mask.data, size, write=False)
-    return _stock_load(self, pointers, mask, other, cache_policy, is_volatile)
+        _watch.access(pointers.data, mask.data, size, write=write)
 
 
-def _store(self: Any, pointers: Any, value: Any, mask: Any, cache_policy: Any) -> Any:
-    if _watch is not None:
-        size = stock._get_np_dtype(pointers.get_element_ty()).itemsize
-        _watch.access(pointers.data, mask.data, size, write=True)
-    return _stock_store(self, pointers, value, mask, cache_policy)
+@_patch(stock.InterpreterBuilder, "create_masked_load")
+def _load(self: Any, plain: Callable, pointers: Any, mask: Any, *options: Any, **named: Any) -> Any:
+    _see(pointers, mask, write=False)
+    return plain(self, pointers, mask, *options, **named)
 
 
-def _atomic(self: Any, op: Any, pointers: Any, value: Any, mask: Any, sem: Any, scope: Any) -> Any:
+@_patch(stock.InterpreterBuilder, "create_masked_store")
+def _store(self: Any, plain: Callable, pointers: Any, value: Any, mask: Any, *options: Any, **named: Any) -> Any:
+    _see(pointers, mask, write=True)
+    return plain(self, pointers, value, mask, *options, **named)
+
+
+@_patch(stock.InterpreterBuilder, "create_atomic_rmw")
+def _atomic(self: Any, plain: Callable, op: Any, pointers: Any, value: Any, *options: Any, **named: Any) -> Any:
     if _is_bf16(value):
         raise TypeError("atomics on bfloat16 are not interpreted: sum in float32")
-    return _stock_atomic(self, op, pointers, value, mask, sem, scope)
+    return plain(self, op, pointers, value, *options, **named)
 
 
-# Reductions and scans with a function of the kernel's own: along the axis row by row.
+# Reductions and scans with a custom function: along the axis, row by row.
 
 
 def _rows(operands: tuple, axis: int) -> list[tuple]:
@@ -343,7 +355,8 @@ def _combine(function: Any, left: tuple, right: tuple) -> tuple:
     return combined if isinstance(combined, tuple) else (combined,)
 
 
-def _generic_scan(self: Any, operands: tuple) -> list:
+@_patch(stock.ScanOps, "generic_scan")
+def _generic_scan(self: Any, plain: Callable, operands: tuple) -> list:
     rows = _rows(operands, self.axis)
     found = list(itertools.accumulate(rows, lambda left, right: _combine(self.combine_fn, left, right)))
     return [
@@ -351,7 +364,8 @@ def _generic_scan(self: Any, operands: tuple) -> list:
     ]
 
 
-def _generic_reduce(self: Any, operands: tuple) -> list:
+@_patch(stock.ReduceOps, "generic_reduce")
+def _generic_reduce(self: Any, plain: Callable, operands: tuple) -> list:
     flat, axis = self.unravel(operands, self.axis)
     last = None
     for row in _rows(flat, axis):
@@ -368,24 +382,20 @@ def _generic_reduce(self: Any, operands: tuple) -> list:
     return [_tensor(array, x.dtype) for array, x in zip(arrays, operands, strict=True)]
 
 
-_stock_reduce = stock.ReduceOps.apply_impl
-_stock_scan = stock.ScanOps.apply_impl
-
-
-def _widened(apply: Callable) -> Callable:
+def _widened(self: Any, plain: Callable, operands: tuple) -> Any:
     """Reductions and scans of bfloat16 in float32, as the GPU promotes them."""
-
-    def wide_apply(self: Any, operands: tuple) -> Any:
-        return apply(self, tuple(x.to(tl.float32) if x.dtype == tl.bfloat16 else x for x in operands))
-
-    return wide_apply
+    return plain(self, tuple(x.to(tl.float32) if x.dtype == tl.bfloat16 else x for x in operands))
 
 
-# Numbers of loops.
+for _owner in (stock.ReduceOps, stock.ScanOps):
+    _patch(_owner, "apply_impl")(_widened)
+
+
+# Loop variables.
 
 
 class _Index(int):
-    """An int that behaves as the loop variable of a compiled kernel: it has a dtype and can be cast."""
+    """An int that behaves like the loop variable of a compiled kernel: it has a dtype and can be cast."""
 
     dtype = tl.int32
 
@@ -418,23 +428,23 @@ def _range(*bounds: Any, step: Any = 1, **options: Any) -> Iterator[_Index]:
     return map(_Index, builtins.range(_number(start), _number(end), _number(by)))
 
 
-_stock_rewrite = stock.FunctionRewriter._compile_and_exec
-
-
-def _rewrite(self: Any, tree: Any) -> Any:
+@_patch(stock.FunctionRewriter, "_compile_and_exec")
+def _rewrite(self: Any, plain: Callable, tree: Any) -> Any:
     self.fn.__globals__.setdefault("range", _range)
-    return _stock_rewrite(self, tree)
+    return plain(self, tree)
 
 
 # Launches.
 
 
-def _call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
+@_patch(stock.InterpretedFunction, "__call__")
+def _call_device_function(self: Any, plain: Callable, *args: Any, **kwargs: Any) -> Any:
     return self.rewrite()(*args, **kwargs)
 
 
-def _launch(self: Any, *args: Any, **kwargs: Any) -> None:
-    """In place of `GridExecutor.__call__`: on CPU tensors, without copies, watched."""
+@_patch(stock.GridExecutor, "__call__")
+def _launch(self: Any, plain: Callable, *args: Any, **kwargs: Any) -> None:
+    """Runs a kernel on CPU tensors, without copies, watched."""
     global _watch
     names = inspect.signature(self.fn).parameters
     bound = inspect.getcallargs(self.fn, *args, **{name: x for name, x in kwargs.items() if name in names})
@@ -454,8 +464,8 @@ def _launch(self: Any, *args: Any, **kwargs: Any) -> None:
         _recorder.launches.append(watch.finish(grid))
 
 
-class _Nothing:
-    """What is to be restored after a call once modules stay patched."""
+class _NothingToRestore:
+    """What `_patch_lang` returns once modules stay patched."""
 
     def restore(self) -> None:
         pass
@@ -464,44 +474,27 @@ class _Nothing:
 _installed = False
 
 
-def install(target: str = "sm_90") -> None:
-    """Mends the interpreter of this process, for good, and lets `backend="triton"` take CPU tensors.
+def install() -> None:
+    """Patches the interpreter of this process, for good; kernels then take CPU tensors and sm_90's configurations.
 
-    target: whose pinned configurations kernels are launched with, one of `gpu.TARGETS`. Raises `RuntimeError` in a
-    process that was not started with `TRITON_INTERPRET=1`.
+    Raises `RuntimeError` in a process where Triton was imported without `TRITON_INTERPRET=1`.
     """
     global _installed
     if not isinstance(tl.sum, stock.InterpretedFunction):
         raise RuntimeError("Triton compiles in this process; start it with TRITON_INTERPRET=1 in the environment")
-    use_target(target)
-    dispatch.TRITON_DEVICES.add("cpu")
-    dispatch.reset_backend_choice()
     if _installed:
         return
     _installed = True
+    use_target("sm_90")
+    gpu.DEVICES.symmetric_difference_update(("cuda", "cpu"))
 
     class Everything:
         __globals__ = {"tl": tl, "core": tl.core}  # noqa: RUF012
 
     stock._patch_lang(Everything)
-    for name in ("range", "static_range"):
-        setattr(tl, name, _range)
-    for owner, name, mended in (
-        (stock, "_patch_lang", lambda fn: _Nothing()),
-        (stock.GridExecutor, "__call__", _launch),
-        (stock.InterpretedFunction, "__call__", _call_device_function),
-        (stock.FunctionRewriter, "_compile_and_exec", _rewrite),
-        (stock.ReduceOps, "apply_impl", _widened(_stock_reduce)),
-        (stock.ReduceOps, "generic_reduce", _generic_reduce),
-        (stock.ScanOps, "apply_impl", _widened(_stock_scan)),
-        (stock.ScanOps, "generic_scan", _generic_scan),
-    ):
-        setattr(owner, name, mended)
-    builder = stock.InterpreterBuilder
-    builder.binary_op, builder.ternary_op, builder.unary_op = _binary_op, _ternary_op, _unary_op
-    builder.cast_impl, builder.create_fp_to_fp = _cast, _convert
-    builder.create_fma, builder.create_rsqrt, builder.create_dot = _fma, _rsqrt, _dot
-    builder.create_masked_load, builder.create_masked_store = _load, _store
-    builder.create_atomic_rmw = _atomic
-    # NVIDIA's least sizes, so that what could not be compiled fails here, too.
+    stock._patch_lang = lambda fn: _NothingToRestore()
+    tl.range = tl.static_range = _range
+    for owner, name, patched in _patches:
+        setattr(owner, name, patched)
+    # NVIDIA's smallest sizes, so that what could not be compiled fails here, too.
     _builder.codegen_fns["min_dot_size"] = lambda left, right: (1, 1, 16 if left.scalar.primitive_bitwidth < 32 else 8)

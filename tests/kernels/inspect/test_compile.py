@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import pytest
 
-from seqtrain.analysis.triton_compile import CompiledKernel
-from seqtrain.analysis.triton_targets import TARGETS
+from seqtrain.kernels.inspect.compile import CompiledKernel
+from seqtrain.kernels.inspect.targets import TARGETS
 
 
 @pytest.fixture(scope="module")
 def compiled():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.analysis.compile_cases"],
+        [sys.executable, "-m", "tests.kernels.inspect.compile_cases"],
         capture_output=True,
         text=True,
         timeout=280,

@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
-from seqtrain.analysis.triton_targets import TARGETS, use_target
-from seqtrain.kernels import dispatch
+from seqtrain.kernels import dispatch, gpu
+from seqtrain.kernels.inspect.targets import TARGETS, use_target
 
 # From this many rows on, products of 16-bit matrices are to run on the fastest matrix instructions of a target.
 WIDE_ROWS = 64
@@ -85,15 +85,13 @@ def compiling(target: str) -> Iterator[list[CompiledKernel]]:
         kernels.append(_examine(self.fn.__name__, compiled, grid(named) if callable(grid) else grid, named, target))
 
     use_target(target)
-    dispatch.reset_backend_choice()
-    devices = frozenset(dispatch.TRITON_DEVICES)
-    dispatch.TRITON_DEVICES.add("cpu")
+    gpu.DEVICES.add("cpu")
     JITFunction.run = run
     try:
         yield kernels
     finally:
         JITFunction.run = stock_run
-        dispatch.TRITON_DEVICES.intersection_update(devices)
+        gpu.DEVICES.discard("cpu")
         dispatch.reset_backend_choice()
 
 

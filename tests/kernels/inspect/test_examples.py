@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 import seqtrain.kernels
-from seqtrain.analysis import kernel_examples
-from seqtrain.kernels.gpu import Example
+from seqtrain.kernels.inspect import examples as kernel_examples
 
 BACKENDS = sorted(path.parent.name for path in Path(seqtrain.kernels.__path__[0]).glob("*/triton.py"))
 
@@ -33,6 +32,6 @@ def test_what_went_wrong_while_counting_is_told():
 
 
 def test_a_process_that_compiles_does_not_count():
-    assert isinstance(next(iter(kernel_examples.find_examples().values())), Example)
+    assert isinstance(next(iter(kernel_examples.find_examples().values())), kernel_examples.Example)
     with pytest.raises(RuntimeError, match="start it with TRITON_INTERPRET=1"):
         kernel_examples.count_example(next(iter(kernel_examples.find_examples())))

@@ -4,19 +4,107 @@ The examples of `seqtrain.kernels.<operator>.triton` are found by looking, so a 
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import seqtrain.kernels
-from seqtrain.kernels.gpu import Example
+from seqtrain.kernels.inspect.targets import use_target
+
+
+@dataclass(frozen=True)
+class Example:
+    """A call of an operator: `operator(**tensors, **options, backend="triton")`.
+
+    `tensors`: shape in letters and dtype of each. `sizes`: what the letters stand for, T (tokens) aside, which whoever
+    makes the call chooses; B T tokens are what bytes and FLOPs are divided by. The floor counts each of `tensors` and
+    the first output once: forward, inputs are read and the output written; backward, inputs and the output's gradient
+    are read and the inputs' gradients written. Shapes without T (weights, states) count nothing.
+    """
+
+    name: str
+    operator: Callable[..., Any]
+    tensors: Mapping[str, tuple[str, str]]
+    sizes: Mapping[str, int]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    # The two numbers of tokens that counts are the difference of; kernels are compiled as for the larger one.
+    tokens: tuple[int, int] = (128, 256)
+
+    def inputs(self, tokens: int, seed: int = 0) -> dict[str, Tensor]:
+        """CPU tensors for the call: normal numbers (at most 0 in `log_*`) that ask for gradients; integers 0."""
+        generator = torch.Generator().manual_seed(seed)
+        letters = {**self.sizes, "T": tokens}
+        tensors = {}
+        for name, (shape, dtype) in self.tensors.items():
+            x = torch.randn([letters[letter] for letter in shape.split()], generator=generator)
+            x = -x.abs() if name.startswith("log_") else x
+            kind = getattr(torch, dtype)
+            real = kind.is_floating_point or kind.is_complex
+            tensors[name] = x.to(kind).requires_grad_() if real else torch.zeros_like(x, dtype=kind)
+        return tensors
+
+    def call(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """What the operator returns, tensors only."""
+        result = self.operator(**tensors, **self.options, backend="triton")
+        return tuple(x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, Tensor))
+
+    def floor(self, outputs: tuple[Tensor, ...], tokens: int) -> tuple[float, float]:
+        """Bytes a token that must be moved, forward and backward, given what `call` returned for `tokens` tokens."""
+        batch = self.sizes["B"]
+        letters = {**self.sizes, "T": 1}
+        read = 0.0
+        for shape, dtype in self.tensors.values():
+            if "T" in shape.split():
+                read += torch.Size([letters[letter] for letter in shape.split()]).numel() * _bytes(dtype) / batch
+        written = outputs[0].nbytes / (batch * tokens)
+        return read + written, 2 * read + written
+
+
+# Widths and dtypes of `recurrence_examples`: what is trained most, then narrow heads, and those of wide operands.
+_RECURRENCES = (
+    (128, "bfloat16"),
+    (64, "float16"),
+    (32, "bfloat16"),
+    (32, "float32"),
+    (16, "bfloat16"),
+    (256, "bfloat16"),
+    (128, "float32"),
+    (256, "float32"),
+)
+
+
+def recurrence_examples(operator: Callable[..., Any], *, beta: bool) -> tuple[Example, ...]:
+    """Calls of linear attention, or the delta rule (`beta`): without a decay, with one a token, with one a channel."""
+    shapes = {"q": "B T H K", "k": "B T H K", "v": "B T H V"} | ({"beta": "B T H"} if beta else {})
+    decays = {
+        "no decay": {},
+        "decay [B,T,H]": {"log_decay": ("B T H", "float32")},
+        "decay [B,T,H,K]": {"log_decay": ("B T H K", "float32")},
+    }
+    return tuple(
+        Example(
+            f"{operator.__name__} {name} K=V={width} {dtype}",
+            operator,
+            {x: (shape, dtype) for x, shape in shapes.items()} | decay,
+            {"B": 1, "H": 1, "K": width, "V": width},
+            tokens=(64, 128),
+        )
+        for width, dtype in _RECURRENCES
+        for name, decay in decays.items()
+    )
+
+
+def _bytes(dtype: str) -> int:
+    return getattr(torch, dtype).itemsize
 
 
 def find_examples() -> dict[str, Example]:
@@ -48,7 +136,7 @@ class Count:
 
 def compile_example(name: str, target: str) -> list[dict]:
     """`CompiledKernel`s, with their `faults`, of every launch of an example, each configuration once."""
-    from seqtrain.analysis.triton_compile import compiling
+    from seqtrain.kernels.inspect.compile import compiling
 
     example = find_examples()[name]
     with compiling(target) as kernels:
@@ -59,9 +147,10 @@ def compile_example(name: str, target: str) -> list[dict]:
 
 def count_example(name: str, target: str = "sm_90") -> list[Count]:
     """Both directions of an example. In a process that interprets."""
-    from seqtrain.analysis.triton_interpreter import LaunchRecord, install, recording
+    from seqtrain.kernels.inspect.interpreter import LaunchRecord, install, recording
 
-    install(target)
+    install()
+    use_target(target)
     example = find_examples()[name]
     launches: dict[tuple[int, str], list[LaunchRecord]] = {}
     floors = (0.0, 0.0)
@@ -96,7 +185,7 @@ def count_example(name: str, target: str = "sm_90") -> list[Count]:
 def count_in_child(names: Sequence[str]) -> list[Count]:
     """`count_example` of each, in a process of its own that interprets. Raises `RuntimeError` with what went wrong."""
     code = (
-        "import json, sys; from dataclasses import asdict; from seqtrain.analysis.kernel_examples import count_example;"
+        "import json, sys; from dataclasses import asdict; from seqtrain.kernels.inspect.examples import count_example;"
         "print(json.dumps([asdict(x) for name in json.loads(sys.argv[1]) for x in count_example(name)]))"
     )
     done = subprocess.run(

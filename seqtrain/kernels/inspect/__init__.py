@@ -1,0 +1,1 @@
+"""Examining Triton kernels without a GPU: interpreted on the CPU, compiled for GPUs, counted and reported."""
