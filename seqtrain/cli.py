@@ -57,6 +57,7 @@ COMMANDS = {
     "profile": Command(
         "seqtrain.profiling.throughput", "tell where time and memory of a step go", "profile_throughput"
     ),
+    "kernel-report": Command("seqtrain.kernels.inspect.report", "compile and count Triton kernels without a GPU"),
 }
 
 

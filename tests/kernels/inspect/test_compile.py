@@ -26,6 +26,7 @@ def compiled():
     return {(row["target"], row["warps"]): row for row in json.loads(done.stdout)}
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(("target", "matrix", "buffers"), [("sm_80", "HMMA", 1), ("sm_90", "HGMMA", 2)])
 def test_matrix_and_copy_instructions_are_found(compiled, target, matrix, buffers):
     row = compiled[target, 8]
@@ -39,12 +40,14 @@ def test_matrix_and_copy_instructions_are_found(compiled, target, matrix, buffer
     assert row["shared"] == buffers * 2 * 128 * 64 * 2
 
 
+@pytest.mark.all
 def test_amd_is_read_from_its_assembly(compiled):
     row = compiled["gfx942", 8]
     assert any(name.startswith("v_mfma") for name in row["matrix"])
     assert (row["spilled"], row["faults"]) == (0, [])
 
 
+@pytest.mark.all
 def test_one_warp_for_too_much_is_a_fault(compiled):
     row = compiled["sm_90", 1]
     assert row["registers"] == 255

@@ -26,6 +26,7 @@ def test_two_examples_of_one_name_are_refused(monkeypatch):
         kernel_examples.find_examples()
 
 
+@pytest.mark.all
 def test_what_went_wrong_while_counting_is_told():
     with pytest.raises(RuntimeError, match="counting failed: KeyError: 'no such example'"):
         kernel_examples.count_in_child(["no such example"])

@@ -1,35 +1,25 @@
-"""tools/kernel_report.py: one example compiled for all targets and counted; what its exit status and errors say."""
+"""The report of Triton kernels: one example compiled for all targets and counted; its exit status and errors."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[2] / "tools" / "kernel_report.py"
-
-
-def run(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, str(TOOL), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, **environment},
-    )
+from seqtrain import cli
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kernel_report")
-    # As a test process might be that interprets: the tool compiles all the same.
-    done = run("examples=[gated_norm V=128]", f"output_dir={folder}", TRITON_INTERPRET="1")
+    # As from a process that interprets: the command compiles all the same.
+    command = [sys.executable, "tools/kernel_report.py", "examples=[gated_norm V=128]", f"output_dir={folder}"]
+    done = subprocess.run(["env", "TRITON_INTERPRET=1", *command], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout, json.loads((folder / "kernel_report.json").read_text())
 
 
+@pytest.mark.all
 def test_every_target_and_direction_has_a_row(report):
     text, rows = report
     found = {(row["kernel"], row["target"]) for row in rows["kernels"]}
@@ -45,7 +35,8 @@ def test_every_target_and_direction_has_a_row(report):
         assert f"{row['target']:7} {row['warps']:5}" in text
 
 
-def test_bytes_stand_beside_their_floor(report):
+@pytest.mark.all
+def test_bytes_are_listed_next_to_their_floor(report):
     _, rows = report
     counts = {row["direction"]: row for row in rows["counts"]}
     # 8 heads of 128 bfloat16 numbers: x, gate and out; then x, gate, d_out, dx and d_gate.
@@ -56,8 +47,8 @@ def test_bytes_stand_beside_their_floor(report):
         assert (row["launches"], row["flops"]) == (1, 0)
 
 
-def test_an_unknown_example_is_one_line():
-    done = run("examples=[no_such]")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: examples=['no_such']: none has such a name. Known: ")
-    assert done.stderr.count("\n") == 1
+def test_an_unknown_example_is_one_line(capsys):
+    assert cli.run("kernel-report", ["examples=[no_such]"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: examples=['no_such']: none has such a name. Known: ")
+    assert said.count("\n") == 1
