@@ -1,7 +1,7 @@
 """From YAML and overrides to typed, checked dataclasses; every mistake becomes one line before anything starts.
 
-Hydra composes; pydantic checks the result against the dataclasses of the program. Neither the dataclasses nor the
-registries are known here: a launcher passes them in.
+Hydra composes what the dataclasses of a program say by default, the choices in conf/ and the overrides; pydantic checks
+the result against the dataclasses. Their defaults are read from their source (`seqtrain.schema`), not imported.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,12 +22,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from seqtrain.errors import ConfigError, SeqtrainError, exit_status, unknown_name
+from seqtrain.schema import definition, mixer_definition, mixer_names
 
 T = TypeVar("T")
 
@@ -40,23 +41,82 @@ def conf_dir() -> Path:
     raise ConfigError(f"{package.parent / 'conf'}: the configuration folder is missing; reinstall seqtrain")
 
 
+# The dataclass of each primary config in conf/, and the key it is put under there; its defaults are `NAME_defaults`.
+PROGRAMS = {
+    "pretrain": ("seqtrain.runtime.settings:PretrainConfig", ""),
+    "convert": ("seqtrain.convert.settings:ConvertConfig", ""),
+    "generate": ("seqtrain.runtime.generate:GenerateConfig", ""),
+    "profile": ("seqtrain.profiling.profiler:ProfileConfig", "profile"),
+}
+# Groups whose options are the names that the dataclass of that key allows; a file in conf/ says more of one.
+NAMED_GROUPS = ("optimizer", "schedule", "runtime")
+
+
 def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The composed config `name` with `overrides`. Raises `ConfigError` with one line."""
-    _offer_every_mixer()
+    """The composed config `name` with `overrides`, not to be changed. Raises `ConfigError` with one line."""
+    return _composed(name, tuple(overrides), conf_dir())
+
+
+@lru_cache(maxsize=1)
+def _composed(name: str, overrides: tuple[str, ...], folder: Path) -> DictConfig:
+    _offer_defaults(folder)
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            config = compose(name, overrides=list(overrides))
-            OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-            return config
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            config = compose(name, overrides=_without_null(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain_composition(error, name, overrides)) from error
+    choices = config.hydra.runtime.choices
+    with open_dict(config):
+        del config["hydra"]
+    _note_presets(config, choices)
+    try:
+        OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain_composition(error, name, overrides)) from error
+    return config
 
 
-def _offer_every_mixer() -> None:
-    """Makes `mixer: all` a group option that holds every file of conf/mixer, so that a new mixer is one more file."""
-    names = sorted(path.stem for path in (conf_dir() / "mixer").glob("*.yaml"))
-    node = {"defaults": [f"{name}@{name}" for name in names]}
-    ConfigStore.instance().store(group="mixer", name="all", node=node)
+@cache
+def _offer_defaults(folder: Path) -> None:
+    """Gives Hydra what the dataclasses say: defaults, `mixer=all`, options that are names, a stage of a recipe.
+
+    `folder`: the configuration, whose files say more of some.
+    """
+    store = ConfigStore.instance()
+    for name, (target, key) in PROGRAMS.items():
+        values = definition(target).defaults()
+        store.store(name=f"{name}_defaults", node={key: values} if key else values)
+    for group, options in _named_options().items():
+        for option in options:
+            if not (folder / group / f"{option}.yaml").exists():
+                store.store(group=group, name=option, node={"name": option})
+    store.store(group="recipe", name="_stage", node=definition("seqtrain.convert.recipe:StageConfig").defaults())
+    files = sorted(path.stem for path in (folder / "mixer").glob("*.yaml"))
+    mixers: dict[str, Any] = {name: mixer_definition(name).defaults() for name in mixer_names()}
+    store.store(
+        group="mixer", name="all", node={"defaults": ["_self_", *(f"{name}@{name}" for name in files)]} | mixers
+    )
+
+
+@cache
+def _named_options() -> dict[str, list[str]]:
+    """The names that the dataclass of each of `NAMED_GROUPS` allows."""
+    fields = definition(PROGRAMS["pretrain"][0]).keys()
+    nested = {group: fields[group].nested for group in NAMED_GROUPS}
+    return {group: re.findall(r"'(\w+)'", found.keys()["name"].type) for group, found in nested.items() if found}
+
+
+def _without_null(overrides: Sequence[str]) -> list[str]:
+    """`overrides` with `GROUP=none` for `GROUP=null`, which Hydra refuses, where the group has such a choice."""
+    groups = [path.parent.name for path in conf_dir().glob("*/none.yaml")]
+    return [re.sub(rf"^({'|'.join(groups)})=null$", r"\1=none", word) if groups else word for word in overrides]
+
+
+def _note_presets(config: DictConfig, choices: Mapping[str, Any]) -> None:
+    """Writes what was chosen into `config.presets`, where there is such a key."""
+    if "presets" in config:
+        shown = [group for group in reversed(list(choices)) if "/" not in group and group not in ("mixer", "fit")]
+        config.presets = {group: choices[group] for group in shown}
 
 
 def validate(cls: type[T], values: Mapping[str, Any], *, prefix: str = "") -> T:
@@ -101,11 +161,16 @@ def _explain_composition(error: Exception, name: str, overrides: Sequence[str]) 
     text = str(error)
     if missing := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
         group, option = missing.groups()
-        return unknown_name(f"{group}=", option, (path.stem for path in (conf_dir() / group).glob("*.yaml")))
+        return unknown_name(f"{group}=", option, _options(group))
     if key := re.search(r"Could not override '([^'@]+)", text):
         return _explain_key(key[1], name, overrides)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"{' '.join(overrides)}: {'; '.join(lines)}" if overrides else "; ".join(lines)
+
+
+def _options(group: str) -> set[str]:
+    """The choices of `group`: files in conf/, and names that its dataclass allows."""
+    return {path.stem for path in (conf_dir() / group).glob("[!_]*.yaml")} | set(_named_options().get(group, ()))
 
 
 def _explain_key(key: str, name: str, overrides: Sequence[str]) -> str:
@@ -152,18 +217,20 @@ def launch(name: str, arguments: Sequence[str], read: Callable[[DictConfig], T],
 
     `name`: the primary config in conf/. `read` gives the typed config and raises `ConfigError`; it is called for every
     point of a sweep before the first one starts. `run` does the work. Each point of a sweep has its own `output_dir`,
-    below the one given. A `SeqtrainError` before the first run is raised; one in a run is printed, status 2.
+    below the one given. A `SeqtrainError` is raised; one in a run of a sweep is printed, status 2.
     """
+    parser = get_args_parser()
+    parsed = parser.parse_args(arguments)
+    if not parsed.multirun:
+        return run(read(compose_config(name, parsed.overrides)))
     statuses = [0]
 
     def job(config: DictConfig) -> None:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            config.output_dir = HydraConfig.get().runtime.output_dir
+        config.output_dir = HydraConfig.get().runtime.output_dir
+        _note_presets(config, HydraConfig.get().runtime.choices)
         statuses.append(exit_status(lambda: run(read(config))))
 
-    parser = get_args_parser()
-    parsed = parser.parse_args(arguments)
-    for overrides in _points(parsed.overrides, parsed.multirun):
+    for overrides in _points(parsed.overrides):
         read(compose_config(name, overrides))
     _run_hydra(parsed, parser, job, str(conf_dir()), name)
     return max(statuses)
@@ -172,7 +239,7 @@ def launch(name: str, arguments: Sequence[str], read: Callable[[DictConfig], T],
 def check_keys(name: str, arguments: Sequence[str]) -> None:
     """Composes what `arguments` ask for, so that a wrong key is known before the program is imported."""
     parsed = get_args_parser().parse_args(arguments)
-    for overrides in _points(parsed.overrides, parsed.multirun):
+    for overrides in _points(parsed.overrides) if parsed.multirun else [parsed.overrides]:
         compose_config(name, overrides)
 
 
@@ -186,7 +253,7 @@ def show_text(name: str, arguments: Sequence[str]) -> int:
     """Prints what `arguments` ask Hydra for about the primary config `name`; gives the exit status."""
     parser = get_args_parser()
     parsed = parser.parse_args(arguments)
-    _offer_every_mixer()
+    _offer_defaults(conf_dir())
     if parsed.cfg or parsed.info:
         compose_config(name, parsed.overrides)
     try:
@@ -196,10 +263,8 @@ def show_text(name: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _points(overrides: Sequence[str], multirun: bool) -> list[Sequence[str]]:
-    """The override lists of the runs a command line asks for: one, or the points of a sweep."""
-    if not multirun:
-        return [overrides]
+def _points(overrides: Sequence[str]) -> list[Sequence[str]]:
+    """The override lists of the points of a sweep."""
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:

@@ -6,7 +6,7 @@ Help, defaults and the reference of the configuration are read here, so that non
 import ast
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Module:
         first, _, rest = name.partition(".")
         for node in self.tree.body:
             if isinstance(node, ast.ClassDef) and node.name == first:
-                return Definition(self, node).inner(rest)
+                return Definition(self, node, first).inner(rest)
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("seqtrain"):
                 for alias in node.names:
                     if (alias.asname or alias.name) == first:
@@ -63,8 +63,9 @@ class _Names(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         for node in self.module.tree.body:
-            if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
-                return self.module.value(node.value)
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            if [getattr(target, "id", None) for target in targets] == [name]:
+                return self.module.value(node.value)  # type: ignore[attr-defined]
         raise KeyError(name)
 
 
@@ -74,10 +75,8 @@ class Definition:
 
     module: Module
     node: ast.ClassDef
-
-    @property
-    def docstring(self) -> str:
-        return ast.get_docstring(self.node) or ""
+    # Its name in the module, `Outer.Inner` for one within another.
+    path: str
 
     @property
     def source(self) -> str:
@@ -95,7 +94,7 @@ class Definition:
             return self
         for node in self.node.body:
             if isinstance(node, ast.ClassDef) and node.name == name:
-                return Definition(self.module, node)
+                return Definition(self.module, node, f"{self.path}.{name}")
         return next((found for base in self.bases() if (found := base.inner(name))), None)
 
     def bases(self) -> list["Definition"]:
@@ -103,11 +102,18 @@ class Definition:
         return [found for base in self.node.bases if (found := self.module.find(ast.unparse(base)))]
 
     def keys(self) -> dict[str, Key]:
-        """The fields by name, inherited ones first, as `dataclasses.fields` gives them."""
+        """The fields by name, inherited ones first, as `dataclasses.fields` gives them.
+
+        One that only has another default keeps the comment it inherits; else one without has that of the field above.
+        """
         keys = {name: key for base in self.bases() for name, key in base.keys().items()}
+        above = ""
         for node in self.node.body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                keys[node.target.id] = self._key(node, node.target.id)
+                key = self._key(node, node.target.id)
+                inherited = keys[key.name].comment if key.name in keys else above
+                above = key.comment or inherited
+                keys[key.name] = replace(key, comment=above)
         return keys
 
     def defaults(self) -> dict[str, Any]:
@@ -161,3 +167,15 @@ def read_module(name: str) -> Module:
     path = ROOT.joinpath(*name.split("."))
     text = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
     return Module(name, text, ast.parse(text))
+
+
+def mixer_definition(name: str) -> Definition:
+    """The `Config` of the mixer `name`: that of the only class in its file that has one, or inherits one."""
+    module = read_module(f"seqtrain.mixers.{name}")
+    classes = [Definition(module, node, node.name) for node in module.tree.body if isinstance(node, ast.ClassDef)]
+    return next(config for each in classes if (config := each.inner("Config")))
+
+
+def mixer_names() -> list[str]:
+    """The names of all mixers: those of their files."""
+    return sorted(path.stem for path in (ROOT / "seqtrain" / "mixers").glob("[!_]*.py"))

@@ -1,9 +1,6 @@
 """Composing and checking configs: right values become typed, a wrong one is one line that says how to mend it."""
 
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from textwrap import dedent
 from typing import Annotated, Literal
 
@@ -12,8 +9,8 @@ from omegaconf import OmegaConf
 from pydantic import Field
 
 from seqtrain import config as config_module
-from seqtrain.config import compose_config, show_text, validate
-from seqtrain.errors import ConfigError
+from seqtrain.config import compose_config, launch, show_text, validate
+from seqtrain.errors import ConfigError, exit_status
 
 
 @dataclass(frozen=True)
@@ -65,33 +62,47 @@ def conf(tmp_path, monkeypatch):
     files = {
         "main.yaml": """
             defaults:
-              - optimizer: adamw
+              - optimizer: quick
+              - experiment: none
               - mixer: all
               - _self_
               - override hydra/job_logging: none
               - override hydra/hydra_logging: none
             output_dir: out
             train: {steps: 10, dtype: float32}
+            presets: {}
             hydra:
               output_subdir: null
               run: {dir: "."}
               sweep: {dir: "${output_dir}", subdir: "${hydra.job.num}"}
             """,
-        "optimizer/adamw.yaml": "lr: 0.1",
-        "mixer/gla.yaml": "expand: 2",
-        "mixer/s5.yaml": "state: 16",
+        "optimizer/quick.yaml": "lr: 0.1",
+        "experiment/none.yaml": "{}",
+        "experiment/long.yaml": "length: 2",
+        "mixer/gla.yaml": "gate_rank: 2",
+        # Names that conf/ has a file of, which Hydra's one store would offer from here on.
+        "schedule/linear.yaml": "{}",
+        "schedule/wsd.yaml": "{}",
     }
     for name, text in files.items():
         path = tmp_path / "conf" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dedent(text))
     monkeypatch.setattr(config_module, "conf_dir", lambda: tmp_path / "conf")
+    monkeypatch.chdir(tmp_path)
     return tmp_path / "conf"
 
 
-def test_every_file_of_the_mixer_group_is_composed(conf):
-    composed = compose_config("main", ["mixer.s5.state=32"])
-    assert OmegaConf.to_container(composed.mixer) == {"gla": {"expand": 2}, "s5": {"state": 32}}
+def test_a_mixer_has_its_dataclass_s_values_then_its_file_s_then_those_typed(conf):
+    mixers = compose_config("main", ["mixer.gla.expand_key=0.75", "mixer.sliding_attention.window=3"]).mixer
+    assert (mixers.gla.expand_key, mixers.gla.gate_rank, mixers.gla.expand_value) == (0.75, 2, 1.0)
+    assert (mixers.sliding_attention.window, mixers.sliding_attention.query_group) == (3, 1)
+
+
+def test_what_was_chosen_is_noted_and_null_means_none(conf):
+    assert compose_config("main", ["experiment=long"]).presets == {"optimizer": "quick", "experiment": "long"}
+    assert compose_config("main", ["experiment=null"]).presets.experiment == "none"
+    assert "experiment" not in compose_config("main", ["~experiment"]).presets
 
 
 @pytest.mark.parametrize(
@@ -103,10 +114,10 @@ def test_every_file_of_the_mixer_group_is_composed(conf):
         ),
         ("trian.steps=1", "config key 'trian' is unknown; did you mean 'train'? Known: "),
         ("optimzer=adamw", "config key 'optimzer' is unknown; did you mean 'optimizer'? Known: "),
-        ("optimizer=adamv", "optimizer= 'adamv' is unknown; did you mean 'adamw'? Known: adamw"),
+        ("optimizer=adamv", "optimizer= 'adamv' is unknown; did you mean 'adamw'? Known: adamw, quick"),
         (
-            "mixer.s5.stat=1",
-            "config key 'mixer.s5.stat' is unknown; did you mean 'mixer.s5.state'? Known: mixer.s5.state",
+            "mixer.s5.block=1",
+            "config key 'mixer.s5.block' is unknown; did you mean 'mixer.s5.blocks'? Known: ",
         ),
         ("train.steps=[1", "train.steps=[1: "),
         ("train.steps=${nothing}", "train.steps=${nothing}: "),
@@ -119,66 +130,50 @@ def test_a_wrong_override_is_one_line(conf, override, message):
     assert "\n" not in str(caught.value)
 
 
-PROGRAM = """
-import pathlib, sys
-from dataclasses import dataclass
-from omegaconf import OmegaConf
-from seqtrain import config as module
-module.conf_dir = lambda: pathlib.Path({conf!r})
+@pytest.fixture
+def start(conf):
+    """Launches a program that writes the number of its steps into its output folder; gives its status."""
 
-@dataclass(frozen=True)
-class Train:
-    steps: int
-    dtype: str
+    def run(config) -> int:
+        train = validate(Train, OmegaConf.to_container(config.train), prefix="train.")
+        if train.steps == 40:
+            raise ConfigError("train.steps=40: found out late")
+        folder = conf.parent / config.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "done").write_text(str(train.steps))
+        return 3 if train.steps == 30 else 0
 
-def read(config):
-    return module.validate(Train, OmegaConf.to_container(config.train), prefix="train."), config.output_dir
+    def read(config):
+        validate(Train, OmegaConf.to_container(config.train), prefix="train.")
+        return config
 
-def run(program):
-    train, output_dir = program
-    if train.steps == 40:
-        raise module.ConfigError("train.steps=40: found out late")
-    pathlib.Path(output_dir).mkdir(parents=True, exist_ok=True)
-    (pathlib.Path(output_dir) / "done").write_text(str(train.steps))
-    return 3 if train.steps == 30 else 0
-
-sys.exit(module.exit_status(lambda: module.launch("main", sys.argv[1:], read, run)))
-"""
+    return lambda *arguments: exit_status(lambda: launch("main", arguments, read, run))
 
 
-def start(conf: Path, *arguments: str) -> subprocess.CompletedProcess:
-    program = PROGRAM.format(conf=str(conf))
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments], cwd=conf.parent, capture_output=True, text=True, timeout=60
-    )
-
-
-def written(conf: Path) -> dict[str, str]:
+def written(conf) -> dict[str, str]:
     return {str(path.relative_to(conf.parent)): path.read_text() for path in conf.parent.rglob("done")}
 
 
-def test_a_program_runs_in_its_output_folder(conf):
-    result = start(conf, "train.steps=5", "output_dir=here")
-    assert result.returncode == 0, result.stderr
+def test_a_program_runs_in_its_output_folder(conf, start):
+    assert start("train.steps=5", "output_dir=here") == 0
     assert written(conf) == {"here/done": "5"}
 
 
-def test_a_sweep_runs_every_point_and_returns_the_worst_status(conf):
-    result = start(conf, "--multirun", "train.steps=20,30")
-    assert result.returncode == 3, result.stderr
+def test_a_sweep_runs_every_point_and_returns_the_worst_status(conf, start):
+    assert start("--multirun", "train.steps=20,30") == 3
     assert written(conf) == {"out/0/done": "20", "out/1/done": "30"}
 
 
 @pytest.mark.parametrize(
     "arguments", [["train.steps=x"], ["train.steps=40"], ["train.stepz=1"], ["--multirun", "train.steps=5,x"]]
 )
-def test_a_mistake_ends_with_status_2_one_line_and_nothing_written(conf, arguments):
+def test_a_mistake_ends_with_status_2_one_line_and_nothing_written(conf, start, capsys, arguments):
     before = sorted(conf.parent.rglob("*"))
-    result = start(conf, *arguments)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith("error: ")
-    assert "train.step" in result.stderr
+    assert start(*arguments) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert printed.startswith("error: ")
+    assert "train.step" in printed
     assert sorted(conf.parent.rglob("*")) == before
 
 

@@ -21,18 +21,18 @@ class StageConfig:
 
     # transfer: each converted layer alone, given what its teacher's layer is given, towards what that layer puts out.
     # train: the whole model, towards its teacher's distribution, the text, or both.
-    kind: Literal["transfer", "train"]
+    kind: Literal["transfer", "train"] = "train"
     # What changes: the converted layers' mixers; LoRA adapters (and what conversion added); or every weight.
-    trainable: Literal["mixers", "lora", "all"]
+    trainable: Literal["mixers", "lora", "all"] = "mixers"
     # Highest learning rate of the parameters that conversion added: gates, feature maps, the memory's weight.
     # 0 leaves them.
-    lr_new: Rate
+    lr_new: Rate = 1e-3
     # Highest learning rate of all else that is trained. 0 leaves it.
-    lr: Rate
+    lr: Rate = 0.0
     # Optimizer steps.
-    steps: Positive
+    steps: Positive = 100
     # Tokens in a sequence.
-    sequence_length: Positive
+    sequence_length: Positive = 512
     # Sequences in a step, all ranks together.
     batch_size: Positive = 1
     # Most sequences a rank runs through the model at once.
@@ -53,14 +53,17 @@ class StageConfig:
     hidden: Rate = 0.0
     # train: logits are divided by it in the KL.
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    # lora: rank of an adapter, what its product is multiplied with (alpha / rank), and the matrices that have one.
+    # lora: rank of an adapter.
     lora_rank: Positive = 8
+    # lora: an adapter's product is multiplied with alpha / rank.
     lora_alpha: Positive = 16
+    # lora: the matrices that have an adapter.
     lora_targets: tuple[Literal["q", "k", "v", "out", "gate", "up", "down"], ...] = ("q", "k", "v")
-    # Share of the steps over which rates rise; rates of the last step as a share of the highest (half a cosine).
+    # Share of the steps over which rates rise; then they fall in half a cosine.
     warmup_fraction: Share = 0.1
+    # Rates of the last step as a share of the highest.
     final_lr_ratio: Share = 0.1
-    # Decay rates of Adam's means, a step.
+    # Decay rates of Adam's means, per step.
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     # Share of a matrix taken off each step, times its learning rate.
     weight_decay: Rate = 0.0
@@ -77,7 +80,8 @@ class RecipeConfig:
     """How the model is trained back towards its teacher: stages by name, one after the other."""
 
     # The recipe's name, for the report.
-    name: str
+    name: str = "none"
+    # The stages by name, run one after the other.
     stages: Mapping[str, StageConfig] = field(default_factory=dict)
 
 

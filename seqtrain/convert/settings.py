@@ -13,7 +13,7 @@ from seqtrain.convert.recipe import RecipeConfig, read_recipe
 from seqtrain.data import DataConfig
 from seqtrain.errors import ConfigError, unknown_name
 from seqtrain.mixers._memories import MEMORIES
-from seqtrain.runtime.settings import CheckpointConfig, ParallelConfig, RuntimeConfig, TrackingConfig
+from seqtrain.runtime.settings import AUTO, CheckpointConfig, ParallelConfig, RuntimeConfig, TrackingConfig
 
 LIGER = ("liger_gla", "liger_gsa", "liger_hgrn2")
 TARGETS = (*MEMORIES, *LIGER)
@@ -66,22 +66,22 @@ class VerifyConfig:
     gap_closed: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Everything `launch/convert.py` can be told."""
+    """Everything `seqtrain convert` can be told."""
 
     # Folder of a Hugging Face checkpoint (safetensors), or a GGUF file.
-    source: str
+    source: str = ""
     # What Source.sha256 must give for its weights; empty: anything.
-    source_sha256: str
+    source_sha256: str = ""
     # What replaces softmax attention.
-    target: str
-    layer: LayerConfig
+    target: str = "gated_delta_net"
+    layer: LayerConfig = LayerConfig()
     # Layers that keep softmax attention: none, every:K (the last of each K), budget:N (the N that matter most,
     # measured), a list of numbers from 0, or FILE.json, the layers.json of another conversion.
-    keep: str | tuple[Annotated[int, Field(ge=0)], ...]
+    keep: str | tuple[Annotated[int, Field(ge=0)], ...] = "none"
     # Number format of the weights.
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     recipe: RecipeConfig
     # What the recipe's stages train on; the tokenizer is the source's.
     data: DataConfig
@@ -94,9 +94,9 @@ class ConvertConfig:
     # Folder of the report; the model is written to `model` in it.
     output_dir: str
     # Folders of other conversions of the same source, whose figures are to stand in this one's tables.
-    beside: tuple[str, ...]
+    beside: tuple[str, ...] = ()
     # Of the new parameters, and of the order of the data.
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 def read_convert_config(config: DictConfig) -> ConvertConfig:
@@ -104,6 +104,9 @@ def read_convert_config(config: DictConfig) -> ConvertConfig:
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     recipe = read_recipe(values.pop("recipe", {}))
     typed = replace(validate(ConvertConfig, values | {"recipe": {"name": recipe.name}}), recipe=recipe)
+    if typed.parallel.data == AUTO:
+        # A stage has one sequence in a step unless it says more.
+        typed = replace(typed, parallel=replace(typed.parallel, data=1))
     if not typed.source:
         raise ConfigError("source: is required; name a folder with config.json and safetensors, or a .gguf file")
     if typed.target not in TARGETS:

@@ -200,7 +200,10 @@ class Training:
             optimizer=OptimizerConfig(
                 lr=max(stage.lr_new, stage.lr), betas=stage.betas, weight_decay=stage.weight_decay
             ),
-            schedule=ScheduleConfig(warmup_fraction=stage.warmup_fraction, final_lr_ratio=stage.final_lr_ratio),
+            # The decay has no effect on a cosine; it is what the checkpoints of earlier conversions hold.
+            schedule=ScheduleConfig(
+                warmup_fraction=stage.warmup_fraction, decay_fraction=0.2, final_lr_ratio=stage.final_lr_ratio
+            ),
             train=TrainConfig(
                 steps=stage.steps,
                 sequence_length=stage.sequence_length,
@@ -209,7 +212,7 @@ class Training:
                 dtype=stage.dtype,
                 gradient_clipping=stage.gradient_clipping,
             ),
-            evaluation=EvaluationConfig(),
+            evaluation=EvaluationConfig(every=0),
             parallel=replace(config.parallel, data=ranks // shared, sequence=shared),
             runtime=config.runtime,
             checkpoint=config.checkpoint,

@@ -8,7 +8,7 @@ from pydantic import Field
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The keys under `data.`; the files in `conf/data/` hold one ready choice each."""
+    """Text or a task; each file in `conf/data/` is a choice."""
 
     # Where text comes from: stdlib, text, jsonl, parquet or huggingface (a file in seqtrain/data/sources/); or a
     # synthetic task (a file in seqtrain/data/synthetic/), which is drawn as it is needed and has no use for the keys
@@ -35,7 +35,7 @@ class DataConfig:
     end_token: str = ""
     # Where token shards are kept between runs. Empty: the user's cache folder.
     cache_dir: str = ""
-    # Tokens a shard; ingesting that was stopped goes on from the last finished shard.
+    # Tokens per shard; an interrupted ingestion resumes after the last finished shard.
     shard_tokens: Annotated[int, Field(gt=0)] = 2**25
     # When shards are read whole to compare checksums: when first opened on this machine, always, or never.
     verify: Literal["first", "always", "never"] = "first"

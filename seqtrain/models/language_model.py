@@ -23,17 +23,17 @@ class ModelConfig:
     """The keys under `model.`; the files in `conf/model/` hold one ready choice each."""
 
     # Names of mixers (files in seqtrain/mixers/), repeated over the depth.
-    layers: Annotated[tuple[str, ...], Field(min_length=1)]
+    layers: Annotated[tuple[str, ...], Field(min_length=1)] = ("gated_delta_net",)
     # Number of blocks.
-    depth: Annotated[int, Field(gt=0)]
+    depth: Annotated[int, Field(gt=0)] = 12
     # Channels of the residual stream.
-    width: Annotated[int, Field(gt=0)]
+    width: Annotated[int, Field(gt=0)] = 768
     # Heads of every mixer; must divide width.
-    heads: Annotated[int, Field(gt=0)]
+    heads: Annotated[int, Field(gt=0)] = 12
     # Tokens in the groups each layer is confined to, repeated over the depth; 0: the whole sequence.
     groups: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     # Hidden channels of the MLP over width, rounded to a multiple of 8 channels.
-    mlp_ratio: Annotated[float, Field(gt=0)] = 8 / 3
+    mlp_ratio: Annotated[float, Field(gt=0)] = 2.6667
     # Mean spikes per value where the MLP computes on spike counts (SpikingBrain); 0: no spikes, plain activations.
     spike_rate: Annotated[float, Field(ge=0)] = 0.0
     # True: the head uses the embedding's matrix, which saves vocab * width parameters.

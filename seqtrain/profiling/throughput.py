@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from seqtrain.analysis.counts import count_model
@@ -301,7 +300,7 @@ def main(arguments: list[str]) -> int:
         show_table(TIME_COLUMNS, time_rows(report))
         show_table(MEMORY_COLUMNS, memory_rows(report))
         print(f"{profile.folder / 'report.html'}, profile.json, parts.png, layers.png, memory.png")
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if HydraConfig.initialized():
             points.append((tuple(HydraConfig.get().overrides.task), report))
             sweep.append(profile.folder.parent)
         return 0

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from seqtrain.config import validate
 from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS
-from seqtrain.runtime.settings import PretrainConfig, check
+from seqtrain.runtime.settings import PretrainConfig, check, resolve
 
 
 def read_pretrain_config(config: DictConfig) -> PretrainConfig:
@@ -23,7 +23,7 @@ def read_pretrain_config(config: DictConfig) -> PretrainConfig:
 def typed_pretrain_config(values: Mapping[str, Any]) -> PretrainConfig:
     """Plain values, composed or read from a run's config.yaml, as a `PretrainConfig`. Raises `ConfigError`.
 
-    Every mixer's section is checked, those that `model.layers` uses are kept.
+    Every mixer's section is checked, those that `model.layers` uses are kept; each `auto` becomes a number.
     """
     sections = values.get("mixer", {})
     typed = validate(PretrainConfig, {**values, "mixer": {}})
@@ -31,7 +31,7 @@ def typed_pretrain_config(values: Mapping[str, Any]) -> PretrainConfig:
         name: validate(_mixer_config(name), section, prefix=f"mixer.{name}.") for name, section in sections.items()
     }
     used = {name: mixers[name] if name in mixers else _defaults(name) for name in typed.model.layers}
-    return dataclasses.replace(typed, mixer=used)
+    return resolve(dataclasses.replace(typed, mixer=used))
 
 
 def _mixer_config(name: str) -> type:
@@ -39,7 +39,7 @@ def _mixer_config(name: str) -> type:
 
 
 def _defaults(name: str) -> Any:
-    """The config of a mixer that has no file in conf/mixer."""
+    """The config of a mixer whose section is left out."""
     try:
         mixer = MIXERS.get(name)
     except ConfigError as error:

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 
 from seqtrain.config import launch, validate
 from seqtrain.errors import ConfigError
@@ -16,7 +17,11 @@ from seqtrain.runtime.sample import Continuation, continue_text, open_run
 class GenerateConfig(Continuation):
     """What `seqtrain generate` can be told."""
 
-    # output_dir of the run.
+    prompt: str = "def "
+    tokens: Annotated[int, Field(ge=0)] = 256
+    seed: Annotated[int, Field(ge=0)] = 0
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+    # output_dir of the run whose newest checkpoint writes.
     run: str = ""
     # Implementation of the operators.
     backend: Literal["auto", "reference", "chunked", "triton", "native"] = "auto"

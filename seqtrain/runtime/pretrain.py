@@ -1,5 +1,6 @@
 """`seqtrain pretrain`: trains a language model and prints the outcome."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,12 +16,24 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def start(config: PretrainConfig) -> int:
-    """Trains, prints the outcome, and returns the exit status."""
+    """Trains, prints what is trained and the outcome, and returns the exit status."""
+    # Under torchrun, rank 0 speaks.
+    if os.environ.get("RANK", "0") == "0":
+        print(announce(config), flush=True)
     summary = run(config)
-    # Under torchrun, only rank 0 has a summary.
     if summary:
         print(describe(summary, config.output_dir))
     return 128 + summary["stopped_by_signal"] if summary.get("stopped") else 0
+
+
+def announce(config: PretrainConfig) -> str:
+    """What the config was composed of, and what follows from it, in a line."""
+    presets = " ".join(f"{group}={choice}" for group, choice in config.presets.items())
+    train, parallel = config.train, config.parallel
+    return (
+        f"{presets}: {train.steps} steps of {train.batch_size} x {train.sequence_length} tokens on "
+        f"{parallel.data} x {parallel.sequence} ranks, {train.micro_batch_size} sequences at once"
+    )
 
 
 def describe(summary: dict[str, Any], output_dir: str) -> str:

@@ -60,7 +60,7 @@ def _start_ray(config: PretrainConfig) -> None:
     if config.runtime.address:
         options["address"] = config.runtime.address
     else:
-        cpus = max(os.cpu_count() or 1, config.parallel.ranks * cpus_per_worker(config))
+        cpus = max(os.cpu_count() or 1, config.parallel.ranks * config.runtime.cpus_per_worker)
         options |= {"num_cpus": cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         options["runtime_env"] = {"env_vars": {"GLOO_SOCKET_IFNAME": _loopback()}}
     ray.init(**options)
@@ -71,11 +71,6 @@ def _start_ray(config: PretrainConfig) -> None:
 
 def _loopback() -> str:
     return "lo" if os.uname().sysname == "Linux" else "lo0"
-
-
-def cpus_per_worker(config: PretrainConfig) -> int:
-    """Cores of one rank: as asked for, or this machine's divided by the ranks."""
-    return config.runtime.cpus_per_worker or max(1, (os.cpu_count() or 1) // config.parallel.ranks)
 
 
 def _trainer(session: Session) -> "TorchTrainer":
@@ -97,7 +92,7 @@ def _trainer(session: Session) -> "TorchTrainer":
         scaling_config=ScalingConfig(
             num_workers=config.parallel.ranks,
             use_gpu=on_gpu,
-            resources_per_worker={"CPU": cpus_per_worker(config), **({"GPU": 1} if on_gpu else {})},
+            resources_per_worker={"CPU": config.runtime.cpus_per_worker, **({"GPU": 1} if on_gpu else {})},
         ),
         run_config=RunConfig(
             # A name used before would make Ray take up that run's records.
@@ -112,7 +107,7 @@ def _run_rank(arguments: dict[str, Session]) -> None:
     """What Ray runs in each worker."""
     session = arguments["session"]
     config = session.config
-    torch.set_num_threads(cpus_per_worker(config))
+    torch.set_num_threads(config.runtime.cpus_per_worker)
     ranks = this_process(pick_device(config.runtime.device))
     if ranks.first:
         log_to(session.folder.log)

@@ -21,7 +21,7 @@ from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ranks import form_group, pick_device
 from seqtrain.runtime.report import write_report
 from seqtrain.runtime.run_folder import RunFolder, claim, refuse_foreign
-from seqtrain.runtime.settings import PretrainConfig, check
+from seqtrain.runtime.settings import PretrainConfig, check, resolve
 from seqtrain.runtime.signals import listening
 from seqtrain.runtime.task import Pretraining, Task
 from seqtrain.runtime.tracking import Tracker, tracking_id
@@ -42,6 +42,7 @@ def run(config: PretrainConfig, task: Task | None = None, *, callback: Callback 
     empty summary on all but rank 0. Raises `ConfigError`, `DataError` or `CheckpointError` for what the user can put
     right, before anything is written where that is possible.
     """
+    config = resolve(config)
     check(config)
     config = replace(config, output_dir=str(Path(config.output_dir).absolute()))
     told = (task or Pretraining(), callback or Callback())
@@ -52,7 +53,7 @@ def run(config: PretrainConfig, task: Task | None = None, *, callback: Callback 
 
 def _run_inline(config: PretrainConfig, task: Task, callback: Callback) -> dict[str, Any]:
     """The ranks are this process, or those torchrun started; rank 0 is the driver too."""
-    if config.runtime.cpus_per_worker:
+    if config.runtime.cpus_per_worker != torch.get_num_threads():
         torch.set_num_threads(config.runtime.cpus_per_worker)
     ranks = form_group(pick_device(config.runtime.device), timeout_seconds=config.runtime.collective_timeout_seconds)
     if ranks.first:

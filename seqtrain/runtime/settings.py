@@ -1,11 +1,12 @@
 """What a run can be told: one frozen dataclass a section, and the rules that hold between sections."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 
 from seqtrain.data import DataConfig, check_source
 from seqtrain.errors import ConfigError
@@ -15,6 +16,15 @@ from seqtrain.runtime.optimizers import OptimizerConfig
 from seqtrain.runtime.schedule import ScheduleConfig
 from seqtrain.runtime.segmented import Gradients
 
+# What a key holds whose value follows from what is there; `resolve` puts the number in its place.
+AUTO: Any = "auto"
+
+
+def _or_auto(value: Any, check_number: ValidatorFunctionWrapHandler) -> Any:
+    return value if value == AUTO else check_number(value)
+
+
+OrAuto = WrapValidator(_or_auto)
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0)]
@@ -25,14 +35,15 @@ class TrainConfig:
     """How much is trained, and in what pieces."""
 
     # Optimizer steps of the whole run.
-    steps: Positive = 100
+    steps: Positive = 1000
     # Tokens in a sequence.
     sequence_length: Positive = 1024
     # Sequences in a step, all ranks together.
     batch_size: Positive = 8
-    # Most sequences a rank, or the ranks that share them, run through the model at once; fewer take less memory.
-    micro_batch_size: Positive = 8
-    # Most tokens of those that run through the model at once, with the layers' states carried on; 0: all of them.
+    # Most sequences that run through the model at once on a rank, or on the sequence-parallel ranks of one group: fewer
+    # take less memory. auto: as many as divide a group's sequences, 8 at most.
+    micro_batch_size: Annotated[Positive, OrAuto] = AUTO
+    # Most tokens of those that run through the model at once, with the layers' states carried over; 0: all of them.
     segment_tokens: Count = 0
     # Gradients between segments: exact (one more forward pass), or truncated (none crosses a segment's boundary).
     segment_gradients: Gradients = "exact"
@@ -49,7 +60,7 @@ class EvaluationConfig:
     """When and on how much held-out text the model is scored."""
 
     # Steps between two evaluations; 0 evaluates only after the last step.
-    every: Count = 0
+    every: Count = 200
     # Held-out tokens scored each time; 0 scores all of them.
     max_tokens: Count = 0
 
@@ -58,13 +69,14 @@ class EvaluationConfig:
 class ParallelConfig:
     """How the work is divided over `data x sequence` processes (ranks)."""
 
-    # Groups of ranks that read different sequences of a batch.
-    data: Positive = 1
-    # Ranks of a group, which share its sequences: each holds a piece of every one.
+    # Groups of ranks that read different sequences of a batch. auto: what the GPUs (runtime=ray without GPUs: two
+    # processes) or torchrun's ranks leave for it.
+    data: Annotated[Positive, OrAuto] = AUTO
+    # Sequence-parallel (context-parallel) ranks of a group: each holds a piece of every sequence.
     sequence: Positive = 1
     # What DeepSpeed divides over all ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights.
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    # How states travel between the ranks of a sequence; `auto` takes the cheapest by costs measured at the start.
+    # How states travel between sequence-parallel ranks; `auto` takes the cheapest by costs measured at the start.
     algorithm: Algorithm = "auto"
 
     @property
@@ -85,21 +97,21 @@ class RuntimeConfig:
     address: str = ""
     # Processor of the ranks; `auto` is cuda where torch sees a GPU.
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # CPU cores and threads of a rank; 0 divides the machine's cores over the ranks (inline: leaves torch's number).
-    cpus_per_worker: Count = 0
+    # CPU cores and threads of a rank. auto, or 0: the machine's cores divided over the ranks (inline: torch's number).
+    cpus_per_worker: Annotated[Count, OrAuto] = AUTO
     # Seconds a rank waits for the others in one exchange before it takes them for lost.
     collective_timeout_seconds: Positive = 600
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run's state is written, and from where it goes on."""
+    """When the run's state is written, and from where it resumes."""
 
     # Steps between two checkpoints; 0 writes one only at the end and when the run is asked to stop.
-    every: Count = 100
+    every: Count = 200
     # Newest checkpoints kept. One alone could be damaged with nothing to fall back to.
     keep: Annotated[int, Field(ge=2)] = 2
-    # `auto` goes on from output_dir's newest checkpoint; `never` wants a fresh output_dir; a checkpoint's folder
+    # `auto` resumes from output_dir's newest whole checkpoint; `never` wants a fresh output_dir; a checkpoint's folder
     # starts a new run in output_dir from that one's weights, optimizer and step.
     resume: str = "auto"
 
@@ -123,7 +135,7 @@ class SampleConfig:
     # Text the model continues.
     prompt: str = "def "
     # Tokens to generate; 0 generates nothing.
-    tokens: Count = 128
+    tokens: Count = 256
 
 
 @dataclass(frozen=True)
@@ -134,30 +146,70 @@ class KernelsConfig:
     backend: Literal["auto", "reference", "chunked", "triton", "native"] = "auto"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Everything `launch/pretrain.py` can be told."""
+    """Everything `seqtrain pretrain` can be told."""
 
     # The network: layers, depth, width.
-    model: ModelConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
     # The `Config` of each mixer by name; those that model.layers names are used.
-    mixer: dict[str, Any]
+    mixer: dict[str, Any] = field(default_factory=dict)
     # Text, tokenizer, shards.
-    data: DataConfig
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig
-    train: TrainConfig
-    evaluation: EvaluationConfig
-    parallel: ParallelConfig
-    runtime: RuntimeConfig
-    checkpoint: CheckpointConfig
-    tracking: TrackingConfig
-    sample: SampleConfig
-    kernels: KernelsConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    sample: SampleConfig = SampleConfig()
+    kernels: KernelsConfig = KernelsConfig()
     # Seed of the weights and of the order of the data.
-    seed: Count
-    # Folder of the run.
+    seed: Count = 0
+    # Folder of the run; the same folder again resumes the run (see checkpoint.resume).
     output_dir: str
+    # What the config was composed of, by group: filled in, for the reader of config.yaml.
+    presets: Mapping[str, str] = field(default_factory=dict)
+
+
+def resolve(config: PretrainConfig) -> PretrainConfig:
+    """`config` with a number in place of each `auto`. Raises `ConfigError` where nothing says which.
+
+    The only place that decides them; everything after it sees numbers.
+    """
+    train, parallel, runtime = config.train, config.parallel, config.runtime
+    if parallel.data == AUTO:
+        parallel = replace(parallel, data=_data_ranks(config))
+    if train.micro_batch_size == AUTO:
+        train = replace(train, micro_batch_size=_largest_divisor(train.batch_size // parallel.data, limit=8))
+    if runtime.cpus_per_worker in (AUTO, 0):
+        inline, cores = runtime.name == "inline", os.cpu_count() or 1
+        threads = torch.get_num_threads() if inline else max(1, cores // parallel.ranks)
+        runtime = replace(runtime, cpus_per_worker=threads)
+    return replace(config, train=train, parallel=parallel, runtime=runtime)
+
+
+def _data_ranks(config: PretrainConfig) -> int:
+    """Groups of ranks for the processes there are or can be: one where they don't suffice for more."""
+    runtime, sequence = config.runtime, config.parallel.sequence
+    if runtime.name == "inline":
+        return max(1, int(os.environ.get("WORLD_SIZE", 1)) // sequence)
+    if runtime.address:
+        raise ConfigError(
+            f"parallel.data=auto: how many ranks the cluster at runtime.address={runtime.address} has isn't known "
+            "before it is asked; name a number"
+        )
+    gpus = torch.cuda.device_count() if runtime.device != "cpu" else 0
+    # More processes on a CPU take more memory and no less time: the other cores are threads.
+    there = gpus or min(2, os.cpu_count() or 1)
+    return _largest_divisor(config.train.batch_size, limit=there // sequence)
+
+
+def _largest_divisor(number: int, *, limit: int) -> int:
+    """The largest divisor of `number` up to `limit`; 1 where there is none."""
+    return max((divisor for divisor in range(1, limit + 1) if number % divisor == 0), default=1)
 
 
 def check(config: PretrainConfig) -> None:
@@ -196,7 +248,7 @@ def _check_segments(config: PretrainConfig) -> None:
     parallel, key = config.parallel, f"train.segment_tokens={config.train.segment_tokens}"
     if parallel.sequence > 1:
         raise ConfigError(
-            f"{key}: segments of a sequence are run by one rank, but parallel.sequence={parallel.sequence}; "
+            f"{key}: the segments of a sequence run on one rank, but parallel.sequence={parallel.sequence}; "
             "use parallel.sequence=1, or train.segment_tokens=0"
         )
     # Two ranks of stage 3 were seen to wait for each other for ever. Why isn't known; suspected are documents that

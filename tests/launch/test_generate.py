@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from seqtrain.cli import run
+
 LAUNCH = Path(__file__).parents[2] / "launch"
 OPTIONS = [
     "runtime=inline",
-    "parallel.data=1",
     "model.layers=[gla]",
     "model.depth=1",
     "model.width=32",
@@ -38,6 +39,7 @@ def start(program: str, folder: Path, *arguments: str) -> subprocess.CompletedPr
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.all
 def test_the_same_seed_writes_the_same_text(finished, tmp_path):
     wish = [f"run={finished}", "prompt='the '", "tokens=20"]
     texts = [start("generate.py", tmp_path, *wish, f"seed={seed}").stdout for seed in (1, 1, 2)]
@@ -56,8 +58,8 @@ def test_the_same_seed_writes_the_same_text(finished, tmp_path):
         (["run=x", "top_p=2"], "top_p=2: must be less than or equal to 1"),
     ],
 )
-def test_a_mistake_is_one_line(tmp_path, arguments, message):
-    result = start("generate.py", tmp_path, *arguments)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
+def test_a_mistake_is_one_line(capsys, arguments, message):
+    assert run("generate", arguments) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The program people start: what it writes, what it says to a mistake, how it stops and goes on."""
+"""The program people start: what it writes, what it says to a mistake, how it stops and resumes."""
 
 import json
 import os
@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+
+from seqtrain.cli import run
 
 ROOT = Path(__file__).parents[2]
 # The smallest run of the real thing: this process, one layer, a corpus of a few files.
 TINY = [
     "runtime=inline",
-    "parallel.data=1",
     "model.layers=[gated_delta_net]",
     "model.depth=1",
     "model.width=32",
@@ -53,23 +55,29 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.all
 def test_a_run_leaves_everything_the_readme_promises(tmp_path, text):
     result = pretrain(tmp_path, *TINY, *text, "output_dir=run")
     assert result.returncode == 0, result.stderr
-    run = tmp_path / "run"
-    lines = metrics(run)
+    folder = tmp_path / "run"
+    lines = metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"loss", "tokens", "tokens_per_second", "grad_norm", "lr", "step_seconds"} <= lines[0].keys()
-    summary = json.loads((run / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 4
     assert {"parameters", "tokens_per_second", "peak_memory_bytes", "restarts", "skipped_steps"} <= summary.keys()
     assert 0 < summary["bigram_bits_per_byte"] < 8
     assert 0 < summary["held_out_bits_per_byte"] < 12
-    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert {"config.yaml", "run.log", "checkpoints"} <= {path.name for path in run.iterdir()}
-    assert re.search("delta_rule: (native|chunked)", (run / "run.log").read_text())
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert {"config.yaml", "run.log", "checkpoints"} <= {path.name for path in folder.iterdir()}
+    assert re.search("delta_rule: (native|chunked)", (folder / "run.log").read_text())
+    assert result.stdout.startswith("data=text model=hybrid_tiny optimizer=adamw schedule=cosine runtime=inline ")
+    written = yaml.safe_load((folder / "config.yaml").read_text())
+    assert written["presets"]["experiment"] == "none"
+    assert (written["parallel"]["data"], written["train"]["micro_batch_size"]) == (1, 2)
 
 
+@pytest.mark.all
 def test_stop_and_resume_gives_the_same_losses(tmp_path, text):
     options = [*TINY, *text, "train.steps=400", "checkpoint.every=1000", "evaluation.max_tokens=64"]
     process = subprocess.Popen(command(*options, "output_dir=stopped"), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -93,6 +101,7 @@ def test_stop_and_resume_gives_the_same_losses(tmp_path, text):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.all
 def test_torchrun_s_ranks_share_a_sequence(tmp_path, text):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = [*TINY, *text, "parallel.sequence=2", "train.sequence_length=63", "output_dir=run"]
@@ -123,21 +132,31 @@ def test_torchrun_s_ranks_share_a_sequence(tmp_path, text):
         (["+nonsense=1"], "config key 'nonsense' is unknown"),
         (["model.width=100", "model.heads=7"], "model.width=100"),
         (["runtime=inline", "parallel.data=2"], "parallel.data=2"),
+        (["train.micro_batch_size=all"], "train.micro_batch_size=all: must be a valid integer"),
+        (["runtime.address=10.0.0.7:6379"], "parallel.data=auto: how many ranks the cluster at runtime.address="),
         (["parallel.sequence=1000"], "parallel.sequence=1000: more ranks than train.sequence_length=512 has tokens"),
         (["parallel.algorithm=rings"], "parallel.algorithm=rings: must be"),
         (["data=text"], "data.path"),
         (["data=text", "data.path=/no/such/folder"], "/no/such/folder"),
-        (["checkpoint.resume=/no/such/checkpoint", "runtime=inline", "parallel.data=1"], "/no/such/checkpoint"),
+        (["checkpoint.resume=/no/such/checkpoint"], "/no/such/checkpoint"),
     ],
 )
-def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, arguments, message):
-    result = pretrain(tmp_path, *arguments, "output_dir=run")
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1, result.stderr
+def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert run("pretrain", [*arguments, "output_dir=run"]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1, printed
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_mistake_s_status_is_the_process_s(tmp_path):
+    result = pretrain(tmp_path, "train.stepz=10")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: config key 'train.stepz' is unknown")
+
+
+@pytest.mark.all
 def test_the_readme_s_new_mixer_trains(tmp_path, text):
     """The two files the README shows are all that a new mixer needs."""
     root = tmp_path / "clone"
@@ -148,6 +167,7 @@ def test_the_readme_s_new_mixer_trains(tmp_path, text):
     assert [Path(name).suffix for name, _ in files] == [".py", ".yaml"]
     for name, content in files:
         assert not (root / name).exists()
+        (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text(content)
     layer = Path(files[0][0]).stem
     result = pretrain(tmp_path, *TINY, *text, f"model.layers=[{layer}]", "output_dir=run", root=root)

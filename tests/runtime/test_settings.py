@@ -4,7 +4,7 @@ import pytest
 
 from seqtrain.errors import ConfigError
 from seqtrain.runtime import check
-from seqtrain.runtime.settings import micro_batch
+from seqtrain.runtime.settings import micro_batch, resolve
 from tests.runtime.runtime_cases import small_config
 
 
@@ -78,3 +78,15 @@ def test_a_batch_smaller_than_a_micro_batch_is_one(tmp_path):
     config = small_config(tmp_path, train={"batch_size": 6, "micro_batch_size": 8})
     check(config)
     assert micro_batch(config) == 6
+
+
+def test_auto_becomes_a_number_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    auto = {"parallel": {"data": "auto"}, "train": {"micro_batch_size": "auto"}, "runtime": {"cpus_per_worker": "auto"}}
+    config = resolve(small_config(tmp_path, **auto | {"runtime": {"name": "ray", "cpus_per_worker": "auto"}}))
+    assert (config.parallel.data, config.train.micro_batch_size, config.runtime.cpus_per_worker) == (2, 4, 3)
+    assert resolve(config) == config
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert resolve(small_config(tmp_path, **auto)).parallel.data == 4
+    with pytest.raises(ConfigError, match=r"parallel.data=auto: .* runtime.address=127.0.0.1:6379 .*; name a number"):
+        resolve(small_config(tmp_path, **auto | {"runtime": {"name": "ray", "address": "127.0.0.1:6379"}}))
