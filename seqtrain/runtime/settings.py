@@ -156,8 +156,8 @@ class PretrainConfig:
     mixer: dict[str, Any] = field(default_factory=dict)
     # Text, tokenizer, shards.
     data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     parallel: ParallelConfig = ParallelConfig()
