@@ -200,10 +200,7 @@ class Training:
             optimizer=OptimizerConfig(
                 lr=max(stage.lr_new, stage.lr), betas=stage.betas, weight_decay=stage.weight_decay
             ),
-            # The decay has no effect on a cosine; it is what the checkpoints of earlier conversions hold.
-            schedule=ScheduleConfig(
-                warmup_fraction=stage.warmup_fraction, decay_fraction=0.2, final_lr_ratio=stage.final_lr_ratio
-            ),
+            schedule=ScheduleConfig(warmup_fraction=stage.warmup_fraction, final_lr_ratio=stage.final_lr_ratio),
             train=TrainConfig(
                 steps=stage.steps,
                 sequence_length=stage.sequence_length,

@@ -64,7 +64,15 @@ def fingerprint(config: PretrainConfig) -> dict[str, Any]:
     truncated = config.train.segment_gradients == "truncated" and segments(config) > 1
     for key in ("max_nonfinite_steps", *(() if truncated else SEGMENTATION)):
         del values["train"][key]
-    return values
+    return _without_unused(values)
+
+
+def _without_unused(values: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint without `schedule.decay_fraction` where it has no effect: its default was another one once."""
+    schedule = dict(values.get("schedule", {}))
+    if schedule.get("name") != "wsd":
+        schedule.pop("decay_fraction", None)
+    return values | ({"schedule": schedule} if schedule else {})
 
 
 def first_difference(before: Any, now: Any, key: str = "") -> str | None:
@@ -122,7 +130,7 @@ def _same_keys(values: Any, like: Any) -> Any:
 
 def check_fits(checkpoint_folder: Path, stored: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises `CheckpointError` naming the first key in which a checkpoint's `fingerprint` differs from this run's."""
-    if difference := first_difference(stored, now):
+    if difference := first_difference(_without_unused(stored), now):
         raise CheckpointError(
             f"{checkpoint_folder}: was made with {difference}; use the same value, or another output_dir"
         )

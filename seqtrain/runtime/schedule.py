@@ -19,7 +19,7 @@ class ScheduleConfig:
     # Share of all steps, at the start, over which the rate rises in a straight line from zero to optimizer.lr.
     warmup_fraction: Share = 0.02
     # wsd only: share of all steps, at the end, over which the rate falls.
-    decay_fraction: Share = 0.0
+    decay_fraction: Share = 0.2
     # Learning rate of the last step, as a share of optimizer.lr.
     final_lr_ratio: Share = 0.1
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from seqtrain.errors import ConfigError
+from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.runtime import check
+from seqtrain.runtime.run_folder import check_fits, fingerprint, plain
 from seqtrain.runtime.settings import micro_batch, resolve
 from tests.runtime.runtime_cases import small_config
 
@@ -90,3 +91,16 @@ def test_auto_becomes_a_number_once(tmp_path, monkeypatch):
     assert resolve(small_config(tmp_path, **auto)).parallel.data == 4
     with pytest.raises(ConfigError, match=r"parallel.data=auto: .* runtime.address=127.0.0.1:6379 .*; name a number"):
         resolve(small_config(tmp_path, **auto | {"runtime": {"name": "ray", "address": "127.0.0.1:6379"}}))
+
+
+def test_only_a_schedule_with_a_decay_is_told_apart_by_it(tmp_path):
+    for name, fits in (("cosine", True), ("wsd", False)):
+        now = fingerprint(small_config(tmp_path, schedule={"name": name}))
+        stored = now | {
+            "schedule": plain(small_config(tmp_path, schedule={"name": name, "decay_fraction": 0.0}).schedule)
+        }
+        if fits:
+            check_fits(tmp_path, stored, now)
+        else:
+            with pytest.raises(CheckpointError, match=r"schedule.decay_fraction=0.0, now 0.2"):
+                check_fits(tmp_path, stored, now)
