@@ -1,5 +1,7 @@
 """One sequence over many ranks: All-Scan and what carries it."""
 
+# The first two say how their operators are split.
+from seqtrain.parallel import attention, relay
 from seqtrain.parallel.checkpointing import checkpoint_contexts, save_scans
 from seqtrain.parallel.scan import (
     Algorithm,
@@ -11,19 +13,22 @@ from seqtrain.parallel.scan import (
     start_all_scan,
 )
 from seqtrain.parallel.schedules import ALGORITHMS
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.parallel.sequence import ContinuedSequence, SequenceContext
 from seqtrain.parallel.sharded import ShardedSequence
 
 __all__ = [
     "ALGORITHMS",
     "Algorithm",
+    "ContinuedSequence",
     "Scan",
     "SequenceContext",
     "ShardedSequence",
     "all_scan",
+    "attention",
     "checkpoint_contexts",
     "flush_scans",
     "open_all_scan",
+    "relay",
     "save_scans",
     "scans_opened",
     "start_all_scan",

@@ -1,13 +1,15 @@
 """Attention of a rank's first document piece to all that came before it in that document, block by block.
 
-Ranks hand their keys and values on in rounds: in round d rank r serves rank r + d and is served by r - d. A block is
+Ranks pass their keys and values on in rounds: in round d rank r serves rank r + d and is served by r - d. A block is
 used and forgotten, and fetched again in backward, where its gradients go back to the rank that owns it. So a rank holds
-two blocks beside its own, whatever the number of ranks. As PyTorch operators: they compile, differentiate, and
+two blocks next to its own, whatever the number of ranks. As PyTorch operators: they compile, differentiate, and
 activation checkpointing saves the output, not the blocks.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,27 +19,27 @@ from torch import Tensor
 from seqtrain.kernels.documents import state_dtype
 from seqtrain.kernels.softmax_attention.blocks import attend, attend_gradients, merge
 from seqtrain.parallel.exchange import messages
-from seqtrain.parallel.halo import Rows, Traffic
+from seqtrain.parallel.halo import HaloPlan, RowRange
 from seqtrain.parallel.scan_engine import Wire, engine_of
 
 
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, fused: bool, traffic: Traffic, group: dist.ProcessGroup
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, fused: bool, plan: HaloPlan, group: dist.ProcessGroup
 ) -> Tensor:
     """Causal attention `[B,F,H,V]` of the first F tokens of this rank to theirs and to the rows this rank wants.
 
     Args:
         q: `[B,F,H,K]`, queries of the rank's first document piece; none where it wants no rows.
-        k, v: `[B,T_r,G,K]` and `[B,T_r,G,V]`, all of the rank's, of q's dtype; on the group's first rank behind the
-            traffic's given rows.
+        k, v: `[B,T_r,G,K]` and `[B,T_r,G,V]`, all of the rank's, of q's dtype; on the group's first rank after the
+            plan's given rows.
         fused: use a fused kernel where there is one.
-        traffic: every rank wants its first document's rows, or none.
+        plan: every rank wants its first document's rows, or none.
         group: every rank of it calls; the loss of every rank must depend on the result, of no rows too.
 
     Bytes: the wanted keys and values are received once forward and once backward, and their gradients sent back.
     """
     out, _ = torch.ops.seqtrain.block_attention(
-        q, k, v, scale, fused, traffic.starts, traffic.offsets, traffic.given, group.group_name
+        q, k, v, scale, fused, plan.starts, plan.offsets, plan.given, group.group_name
     )
     return out
 
@@ -47,7 +49,7 @@ class _Rounds:
     """The rounds of one pass; `kv [B,T_r,G,K+V]`: what this rank can serve."""
 
     wire: Wire
-    traffic: Traffic
+    plan: HaloPlan
     rank: int
     kv: Tensor
 
@@ -60,7 +62,7 @@ class _Rounds:
         # receive comes a round later. On gloo the next block is on its way while this one is used.
         came, posted = self._offer(1)
         self.wire.receive(posted)
-        for distance in range(1, self.traffic.reach + 1):
+        for distance in range(1, _reach(self.plan) + 1):
             block = came
             came, posted = self._offer(distance + 1)
             gradient = None if block is None else use(block)
@@ -83,22 +85,30 @@ class _Rounds:
         if served is not None:
             self.wire.send(self.kv[:, served.first : served.last].contiguous(), served.rank)
         source = self.rank - distance
-        wanted = self.traffic.wanted(self.rank, source) if source >= 0 else None
+        wanted = self.plan.wanted(self.rank, source) if source >= 0 else None
         if wanted is None:
             return None, 0
         block = self.kv.new_empty(self.kv.shape[0], wanted.count, *self.kv.shape[2:])
         self.wire.post(block, source)
         return block, 1
 
-    def _served(self, distance: int) -> Rows | None:
+    def _served(self, distance: int) -> RowRange | None:
         """What this rank sends over `distance`, with the rank that gets it."""
         to = self.rank + distance
-        rows = self.traffic.wanted(to, self.rank) if to < len(self.traffic.starts) else None
-        return None if rows is None else Rows(to, rows.first, rows.last)
+        rows = self.plan.wanted(to, self.rank) if to < len(self.plan.starts) else None
+        return None if rows is None else RowRange(to, rows.first, rows.last)
 
 
-def _agreed(what: str, traffic: Traffic, k: Tensor, v: Tensor) -> str:
-    return f"{what} {traffic.text} {tuple(k.shape[2:])} {tuple(v.shape[2:])} {k.dtype}"
+@lru_cache(maxsize=64)
+def _reach(plan: HaloPlan) -> int:
+    """How many ranks to the left the farthest rows come from."""
+    # Positions before 0 are on the first rank.
+    holders = (bisect_right(plan.offsets, start) - 1 if start >= 0 else 0 for start in plan.starts)
+    return max(rank - holder if plan.before(rank) else 0 for rank, holder in enumerate(holders))
+
+
+def _agreed(what: str, plan: HaloPlan, k: Tensor, v: Tensor) -> str:
+    return f"{what} {plan.text} {tuple(k.shape[2:])} {tuple(v.shape[2:])} {k.dtype}"
 
 
 @torch.library.custom_op("seqtrain::block_attention", mutates_args=())
@@ -114,7 +124,7 @@ def _block_attention(
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
     """`out` and its log-sum-exp."""
-    traffic, rank = Traffic(tuple(starts), tuple(offsets), given), engine_of(group_name).rank
+    plan, rank = HaloPlan(tuple(starts), tuple(offsets), given), engine_of(group_name).rank
     mine = given if rank == 0 else 0
     out = q.new_zeros(*q.shape[:3], v.shape[3], dtype=state_dtype(q.dtype))
     lse = out.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf)
@@ -125,14 +135,14 @@ def _block_attention(
         out, lse = merge(out, lse, *attend(q, keys, values, scale=scale, causal=False, fused=fused))
 
     kv = torch.cat([k, v], -1)
-    with messages(group_name, _agreed("block_attention", traffic, k, v), q.device) as wire:
+    with messages(group_name, _agreed("block_attention", plan, k, v), q.device) as wire:
         if q.shape[1]:
             own = slice(mine, mine + q.shape[1])
             narrow, lse = attend(q, k[:, own], v[:, own], scale=scale, causal=True, fused=fused)
             out = narrow.to(out.dtype)
             if mine:
                 use(kv[:, :mine])
-        _Rounds(wire, traffic, rank, kv).run(use)
+        _Rounds(wire, plan, rank, kv).run(use)
     return out.to(q.dtype).contiguous(), lse.contiguous()
 
 
@@ -152,7 +162,7 @@ def _block_attention_backward(
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    traffic, rank = Traffic(tuple(starts), tuple(offsets), given), engine_of(group_name).rank
+    plan, rank = HaloPlan(tuple(starts), tuple(offsets), given), engine_of(group_name).rank
     mine, widths = given if rank == 0 else 0, [k.shape[3], v.shape[3]]
     kv = torch.cat([k, v], -1)
     dq = torch.zeros_like(q, dtype=state_dtype(q.dtype), memory_format=torch.contiguous_format)
@@ -166,13 +176,13 @@ def _block_attention_backward(
         dq.add_(mine)
         return torch.cat([d_keys, d_values], -1)
 
-    with messages(group_name, _agreed("block_attention backward", traffic, k, v), q.device) as wire:
+    with messages(group_name, _agreed("block_attention backward", plan, k, v), q.device) as wire:
         if q.shape[1]:
             own = slice(mine, mine + q.shape[1])
             d_kv[:, own] += use(kv[:, own], True)
             if mine:
                 d_kv[:, :mine] += use(kv[:, :mine], False)
-        _Rounds(wire, traffic, rank, kv).run(lambda block: use(block, False), d_kv)
+        _Rounds(wire, plan, rank, kv).run(lambda block: use(block, False), d_kv)
     # Results of an operator must not share memory: copies, also where a part is contiguous as it is.
     dk, dv = (part.to(k.dtype).clone(memory_format=torch.contiguous_format) for part in d_kv.split(widths, -1))
     return dq.to(q.dtype), dk, dv

@@ -33,7 +33,7 @@ def exchange(
         pieces: `[sum(to)]`, any dtype; the piece for this rank itself is copied.
         to, come: how many numbers go to and come from each rank of the group; no message where there are none.
         group: every rank of it calls, in the same order of exchanges, and all ask for gradients or none does. The loss
-            of every rank must depend on the result, see `local_call.tie`.
+            of every rank must depend on the result, see `keep_in_graph`.
         agreed: a text that is the same on every rank and different where sizes would be: ranks that disagree get an
             error after the group's time-out.
         run_ahead: return before what was sent has left this rank, which takes a copy. Without it a rank waits until

@@ -6,7 +6,7 @@ other rank wants, and nothing but the tokens travels.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -16,13 +16,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
+from seqtrain.kernels.segments import PastInputs
 from seqtrain.parallel.exchange import exchange
-from seqtrain.parallel.local_call import tie
+from seqtrain.parallel.scan import keep_in_graph
+from seqtrain.parallel.sequence import Call, SplitInTime, splits
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowRange:
     """Rows `first ... last` of a rank's tensor, those of a given state included, that go to or come from `rank`."""
 
     rank: int
@@ -35,7 +38,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Traffic:
+class HaloPlan:
     """Which rows each rank of a group wants from earlier ones.
 
     Rank r wants positions `starts[r] ... ends[r]`, all before its own; `given` rows of a state lie before position 0.
@@ -60,66 +63,46 @@ class Traffic:
         """Whether any rank wants anything."""
         return self.starts != self.ends
 
-    @property
-    def reach(self) -> int:
-        """How many ranks to the left the farthest rows come from."""
-        return _reach(self)
-
     def before(self, rank: int) -> int:
         """How many rows `rank` wants."""
         return self.ends[rank] - self.starts[rank]
 
-    def sends(self, rank: int) -> tuple[Rows, ...]:
-        """Rows of `rank` that others want, and itself where it holds the given state."""
-        return _sends(self, rank)
-
-    def receives(self, rank: int) -> tuple[Rows, ...]:
-        """Rows of others that `rank` wants, in order of position."""
-        return _receives(self, rank)
-
-    def wanted(self, receiver: int, sender: int) -> Rows | None:
+    def wanted(self, receiver: int, sender: int) -> RowRange | None:
         """Rows of `sender` that `receiver` wants; their `rank` is the sender's."""
         lowest = self.offsets[sender] - (self.given if sender == 0 else 0)
         first = max(self.starts[receiver], lowest)
         last = min(self.ends[receiver], self.offsets[sender + 1])
-        return Rows(sender, first - lowest, last - lowest) if last > first and sender <= receiver else None
+        return RowRange(sender, first - lowest, last - lowest) if last > first and sender <= receiver else None
 
 
-# A step meets the same traffic in every layer of a kind.
+# A step meets the same plan in every layer of a kind.
 @lru_cache(maxsize=64)
-def _sends(traffic: Traffic, rank: int) -> tuple[Rows, ...]:
-    wanted = [(other, traffic.wanted(other, rank)) for other in range(rank, len(traffic.starts))]
-    return tuple(Rows(other, rows.first, rows.last) for other, rows in wanted if rows is not None)
-
-
-@lru_cache(maxsize=64)
-def _receives(traffic: Traffic, rank: int) -> tuple[Rows, ...]:
-    wanted = (traffic.wanted(rank, other) for other in range(rank + 1))
-    return tuple(rows for rows in wanted if rows is not None)
-
-
-@lru_cache(maxsize=64)
-def _reach(traffic: Traffic) -> int:
-    # Positions before 0 are on the first rank.
-    holders = (bisect_right(traffic.offsets, start) - 1 if start >= 0 else 0 for start in traffic.starts)
-    return max(rank - holder if traffic.before(rank) else 0 for rank, holder in enumerate(holders))
+def _traffic(plan: HaloPlan, rank: int) -> tuple[tuple[RowRange, ...], tuple[RowRange, ...]]:
+    """Rows of `rank` that others want, and itself where it holds the given state; those of others that it wants."""
+    others = range(rank, len(plan.starts))
+    sends = ((other, plan.wanted(other, rank)) for other in others)
+    receives = (plan.wanted(rank, other) for other in range(rank + 1))
+    return (
+        tuple(RowRange(other, rows.first, rows.last) for other, rows in sends if rows is not None),
+        tuple(rows for rows in receives if rows is not None),
+    )
 
 
 @lru_cache(maxsize=64)
-def _tokens_before(offsets: tuple[int, ...], boundaries: tuple[int, ...], count: int, given: int) -> Traffic:
+def _tokens_before(offsets: tuple[int, ...], boundaries: tuple[int, ...], count: int, given: int) -> HaloPlan:
     starts = [
         max(document or -given, start - count)
         for start, document in zip(offsets, _first_documents(offsets, boundaries), strict=False)
     ]
-    return Traffic(tuple(starts), offsets, given)
+    return HaloPlan(tuple(starts), offsets, given)
 
 
 @lru_cache(maxsize=64)
-def _first_tokens(offsets: tuple[int, ...], boundaries: tuple[int, ...], count: int, given: int) -> Traffic:
+def _first_tokens(offsets: tuple[int, ...], boundaries: tuple[int, ...], count: int, given: int) -> HaloPlan:
     documents = _first_documents(offsets, boundaries)
     starts = tuple(document or -given for document in documents)
     ends = tuple(min(document + count, start) for start, document in zip(offsets, documents, strict=False))
-    return Traffic(starts, offsets, given, ends)
+    return HaloPlan(starts, offsets, given, ends)
 
 
 def _first_documents(offsets: tuple[int, ...], boundaries: tuple[int, ...]) -> list[int]:
@@ -129,7 +112,7 @@ def _first_documents(offsets: tuple[int, ...], boundaries: tuple[int, ...]) -> l
 
 
 @dataclass(frozen=True)
-class CutRow:
+class ShardedRow:
     """A row of tokens of which rank r of `group` holds `offsets[r] ... offsets[r+1]`.
 
     `offsets`: `P + 1` rising numbers from 0 to the row's length. `cu_seqlens`: int `[N+1]`, boundaries of the whole
@@ -151,6 +134,13 @@ class CutRow:
         return self.group.rank()
 
     def __post_init__(self) -> None:
+        ranks, offsets = self.group.size(), self.offsets
+        if len(offsets) != ranks + 1 or offsets[0] != 0 or any(a > b for a, b in pairwise(offsets)):
+            raise ValueError(
+                f"offsets={offsets}: expected {ranks + 1} rising numbers from 0, the boundaries of {ranks} ranks"
+            )
+        if self.cu_seqlens is not None and int(self.cu_seqlens[-1]) != offsets[-1]:
+            raise ValueError(f"offsets={offsets}: expected to end at {int(self.cu_seqlens[-1])}, where cu_seqlens does")
         # Found once and not when asked for: `torch.compile` can't trace a cached property.
         tokens, start, end = self.offsets[-1], self.offsets[self.rank], self.offsets[self.rank + 1]
         inner = set() if self.cu_seqlens is None else set(self.cu_seqlens.tolist())
@@ -160,15 +150,30 @@ class CutRow:
         object.__setattr__(self, "own_boundaries", own)
         object.__setattr__(self, "document_start", _first_documents(self.offsets, boundaries)[self.rank])
 
-    def before(self, count: int, *, given: int = 0) -> Traffic:
+    def own_documents(self, past: Any) -> tuple[Tensor | None, Any]:
+        """`cu_seqlens` of this rank's parts of documents, None for whole rows, and `past` as the state of all of them.
+
+        `past`: tensors `[1,...]` of the first one; documents that start here have no past, zeros.
+        """
+        if self.cu_seqlens is None:
+            return None, past
+        documents = len(self.own_boundaries) - 1
+
+        def padded(part: Tensor) -> Tensor:
+            return F.pad(part, (*(0, 0) * (part.dim() - 1), 0, documents - 1))
+
+        local = torch.tensor(self.own_boundaries, dtype=torch.int32, device=tree_leaves(past)[0].device)
+        return local, tree_map(padded, past)
+
+    def before(self, count: int, *, given: int = 0) -> HaloPlan:
         """Each rank wants the last `count` positions before its tokens, as far as its first document reaches back.
 
-        The `given` rows belong to the row's first document. A rank without tokens goes on with the document of the
+        The `given` rows belong to the row's first document. A rank without tokens continues the document of the
         token before it, so that the state after its last token is that of the rank before.
         """
         return _tokens_before(self.offsets, self.boundaries, count, given)
 
-    def first_of_document(self, count: int, *, given: int = 0) -> Traffic:
+    def first_of_document(self, count: int, *, given: int = 0) -> HaloPlan:
         """Each rank wants the first `count` positions of its first document, those before its own tokens.
 
         The `given` rows belong to the row's first document and come before its tokens. For a rank without tokens, see
@@ -177,18 +182,18 @@ class CutRow:
         return _first_tokens(self.offsets, self.boundaries, count, given)
 
 
-def left_halo(x: Tensor, traffic: Traffic, *, group: dist.ProcessGroup) -> Tensor:
+def left_halo(x: Tensor, plan: HaloPlan, *, group: dist.ProcessGroup) -> Tensor:
     """The rows that this rank wants: `[B, rows, ...]`, in order of position; differentiable.
 
-    `x`: `[B,T_r,...]`, this rank's tokens, on the group's first rank behind the given rows, the same `...` and dtype on
+    `x`: `[B,T_r,...]`, this rank's tokens, on the group's first rank after the given rows, the same `...` and dtype on
     all. Gradients go back to the rank the rows came from. Every rank of `group` calls, in the same order, and its loss
-    must depend on the result: see `local_call.tie`.
+    must depend on the result: see `keep_in_graph`.
     Bytes: a rank receives its rows, forward, and sends as many back; a rank sends each row as often as it is wanted.
     """
     rank, ranks = group.rank(), group.size()
-    if not traffic.any:
+    if not plan.any:
         return x[:, :0]
-    sends, receives = traffic.sends(rank), traffic.receives(rank)
+    sends, receives = _traffic(plan, rank)
     earliest = min([x.shape[1], *(rows.first for rows in sends)])
     # One slice, so that autograd fills one gradient of x's size and not one a receiver.
     tail = x[:, earliest:]
@@ -199,7 +204,7 @@ def left_halo(x: Tensor, traffic: Traffic, *, group: dist.ProcessGroup) -> Tenso
         _sizes(sends, row, ranks),
         _sizes(receives, row, ranks),
         group=group,
-        agreed=f"halo {traffic.text} {row}",
+        agreed=f"halo {plan.text} {row}",
         run_ahead=True,
     )
     blocks = [
@@ -209,51 +214,37 @@ def left_halo(x: Tensor, traffic: Traffic, *, group: dist.ProcessGroup) -> Tenso
     return torch.cat(blocks, 1) if blocks else came.view(x.shape[0], 0, *x.shape[2:])
 
 
-def _sizes(messages: Sequence[Rows], row: int, ranks: int) -> list[int]:
+def _sizes(messages: Sequence[RowRange], row: int, ranks: int) -> list[int]:
     sizes = [0] * ranks
     for rows in messages:
         sizes[rows.rank] = rows.count * row
     return sizes
 
 
-def past_inputs(x: Tensor, count: int, *, row: CutRow, initial_state: Tensor | None = None) -> Tensor:
+def past_inputs(x: Tensor, count: int, *, row: ShardedRow, initial_state: Tensor | None = None) -> Tensor:
     """`[B, count, ...]`: the last inputs before this rank's first token, zeros where its document has fewer.
 
     `x`: `[B,T_r,...]`, this rank's tokens. `initial_state`: `[B,count,...]`, the inputs before the whole row, oldest
     first; given on every rank or on none, read on the group's first.
     Bytes: at most `count` tokens received a rank, and as many gradients sent back.
     """
-    traffic = row.before(count, given=0 if initial_state is None else count)
+    plan = row.before(count, given=0 if initial_state is None else count)
     if initial_state is not None and row.rank == 0:
         x = torch.cat([initial_state.to(x.dtype), x], 1)
-    halo = left_halo(x, traffic, group=row.group)
+    halo = left_halo(x, plan, group=row.group)
     missing = count - halo.shape[1]
     return torch.cat([halo.new_zeros(halo.shape[0], missing, *halo.shape[2:]), halo], 1) if missing else halo
 
 
-def run_with_past_inputs(
-    operator: Callable[..., tuple[Tensor, Tensor]],
-    x: Tensor,
-    *others: Tensor | None,
-    count: int,
-    row: CutRow,
-    initial_state: Tensor | None = None,
-    backend: str = "auto",
-    options: Mapping[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """`operator(x, *others)` on this rank's tokens, where its state is the last `count` rows of its input `x`.
+@splits(PastInputs)
+class PastInputsHalo(SplitInTime):
+    """The state is the last rows of the operator's first tensor: they come from the left, the operator continues."""
 
-    `x`, `initial_state`: as for `past_inputs`; `options`: the operator's further keywords. Returns `out` for this
-    rank's tokens and the state after the last of them, `[B,count,...]`.
-    """
-    past = past_inputs(x, count, row=row, initial_state=initial_state)
-    local, state = None, past
-    if row.cu_seqlens is not None:
-        pieces = len(row.own_boundaries) - 1
-        local = torch.tensor(row.own_boundaries, dtype=torch.int32, device=x.device)
-        # Documents that start here have no past.
-        state = F.pad(past.flatten(1), (0, 0, 0, pieces - 1)).view(pieces, *past.shape[1:])
-    out, states = operator(x, *others, initial_state=state, cu_seqlens=local, backend=backend, **options)
-    # Ranks that don't read the initial state give it a zero gradient.
-    out = tie(out, past) if initial_state is None else tie(out, past, initial_state)
-    return out, states if local is None else states[-1:]
+    def sharded(self, sequence: Any, call: Call) -> tuple[Tensor, Tensor]:
+        initial, count = call.initial_state, call.operator.time.count(call.tensors, call.options)
+        past = past_inputs(call.tensors[0], count, row=sequence.row, initial_state=initial)
+        local, state = sequence.row.own_documents(past)
+        out, states = call.run(sequence, state, local)
+        # Ranks that don't read the initial state give it a zero gradient.
+        out = keep_in_graph(out, past) if initial is None else keep_in_graph(out, past, initial)
+        return out, states if local is None else states[-1:]

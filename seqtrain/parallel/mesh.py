@@ -1,4 +1,4 @@
-"""The ranks of a run as a grid: sequences side by side along one axis, the pieces of one sequence along the other."""
+"""The ranks of a run as a grid: data parallel along one axis, sequence (context) parallel along the other."""
 
 import datetime
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ from seqtrain.parallel.sharded import ShardedSequence
 class Mesh:
     """This rank's place among `data_ranks x sequence_ranks`.
 
-    The ranks that share a sequence are neighbours, and so stand on one machine wherever a machine has room for them.
-    `group`: those ranks, in the order of their pieces; None where a sequence is held whole.
+    Sequence-parallel ranks are neighbors, and so are on one machine wherever a machine has room for them.
+    `group`: those that hold this rank's sequence, in order of time; None where a sequence is held whole.
     """
 
     data_rank: int
@@ -34,7 +34,7 @@ class Mesh:
     algorithm: Algorithm
 
     def sequence(self, offsets: tuple[int, ...], cu_seqlens: Tensor | None, *, backend: str) -> SequenceContext:
-        """What the layers are told of a packed row whose pieces start at `offsets`, with boundaries at `cu_seqlens`."""
+        """What the layers are told of a packed row whose parts start at `offsets`, with boundaries at `cu_seqlens`."""
         if self.group is None:
             return SequenceContext(cu_seqlens=cu_seqlens, backend=backend)
         return ShardedSequence(
@@ -55,18 +55,18 @@ def form_mesh(
     assert ranks % sequence == 0, (ranks, sequence)
     group = _sequence_group(rank, ranks, sequence, timeout_seconds) if sequence > 1 else None
     if group is not None and len(candidates(algorithm)) > 1:
-        # Now, when all ranks stand here with nothing else to do; the first layer would measure among its neighbours.
+        # Now, when all ranks are here with nothing else to do; in the first layer others would compute meanwhile.
         costs_of(engine_of(group.group_name), device)
     yield Mesh(rank // sequence, ranks // sequence, rank % sequence, sequence, group, algorithm)
     if group is not None:
         flush_scans(group)
-        # A neighbour may still be reading what this rank has sent.
+        # A neighbor may still be reading what this rank has sent.
         dist.barrier(world)
         dist.destroy_process_group(group)
 
 
 def _sequence_group(rank: int, ranks: int, sequence: int, timeout_seconds: int) -> dist.ProcessGroup:
-    """This rank's group of `sequence` neighbours. Every rank takes part in forming every group."""
+    """This rank's group of `sequence` neighbors. Every rank takes part in forming every group."""
     timeout = datetime.timedelta(seconds=timeout_seconds)
     groups = [
         dist.new_group(list(range(first, first + sequence)), timeout=timeout) for first in range(0, ranks, sequence)

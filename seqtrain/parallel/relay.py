@@ -1,4 +1,4 @@
-"""A state handed from rank to rank: how an operator is run over a cut sequence when nothing more is known of it.
+"""A state handed from rank to rank: how an operator is run over a sharded sequence when nothing more is known of it.
 
 Exact for every operator whose state is all it knows of the past, and slow: while one rank computes the next one waits.
 """
@@ -12,67 +12,70 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from seqtrain.kernels.segments import Relayed
 from seqtrain.parallel.exchange import exchange
-from seqtrain.parallel.local_call import LocalCall, tie
+from seqtrain.parallel.scan import keep_in_graph
+from seqtrain.parallel.sequence import Call, SplitInTime, splits
+from seqtrain.parallel.sharded import LocalCall, ShardedSequence
 
 log = logging.getLogger("seqtrain.parallel")
 
 
-def run_relayed(call: LocalCall, initial_state: Any) -> tuple[Tensor, Any]:
-    """`(out, final_state)` of `call` in a row cut over its group, each rank waiting for the state of the one before.
+@splits(Relayed)
+class RelayedState(SplitInTime):
+    """Each rank waits for the state of the one before.
 
     The operator's state is a tensor, or any nesting of tensors, `[B,...]`, whose shapes do not depend on the tokens
     seen; given no tokens the operator returns the state of an empty past, or the one it was given.
     """
-    _warn(call.operator.name)
-    pieces, rank, ranks = call.pieces, call.group.rank(), call.group.size()
-    tail = call.tail().run(cu_seqlens=pieces.tail) if pieces.head < pieces.tokens else None
-    # Whatever is sent or received hangs on an input, so that gradients come this way on every rank or on none.
-    anchor = call.tensors[0]
-    state = _receive(call.nothing().run()[1], rank, anchor, call.group) if rank else initial_state
-    outs = []
-    if tail is None or pieces.head:
-        out, after = call.head().run(initial_state=state)
-        outs.append(out)
-    if tail is not None:
-        out, after = tail[0], tree_map(lambda states: states[-call.batch :], tail[1])
-        outs.append(out)
-    owed = tree_flatten(state)[0] if rank else []
-    if rank + 1 < ranks:
-        owed += [_send(part, name, rank + 1, anchor, call.group) for name, part in enumerate(tree_flatten(after)[0])]
-    return tie(torch.cat(outs, 1), *owed), after
+
+    def sharded(self, sequence: ShardedSequence, call: Call) -> tuple[Tensor, Any]:
+        _warn(call.operator.name)
+        local = LocalCall.of(sequence, call)
+        # Whatever is sent or received hangs on an input, so that gradients come this way on every rank or on none.
+        group, anchor = sequence.group, call.tensors[0]
+        rank, batch = group.rank(), anchor.shape[0]
+        tail = local.on_tail() if local.head < local.tokens else None
+        like = call.rows(slice(0, 0)).run(sequence, None, None)[1] if rank else None
+        state = _receive(like, rank, anchor, group) if rank else call.initial_state
+        outs = []
+        if tail is None or local.head:
+            out, after = local.on_head(state)
+            outs.append(out)
+        if tail is not None:
+            out, after = tail[0], tree_map(lambda states: states[-batch:], tail[1])
+            outs.append(out)
+        owed = tree_flatten(state)[0] if rank else []
+        if rank + 1 < group.size():
+            owed += [_send(part, name, rank + 1, anchor, group) for name, part in enumerate(tree_flatten(after)[0])]
+        return keep_in_graph(torch.cat(outs, 1), *owed), after
 
 
 def _send(part: Tensor, name: int, rank: int, anchor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sends a part of the state to `rank`. Gradients return where the loss depends on the result, of no numbers."""
-    sizes = [part.numel() if peer == rank else 0 for peer in range(group.size())]
-    pieces = part.flatten()
-    if part.is_floating_point() or part.is_complex():
-        pieces = tie(pieces, anchor)
-    return exchange(pieces, sizes, [0] * group.size(), group=group, agreed=_agreed(part, name, rank), run_ahead=True)
+    return _pass_on(part.flatten(), 0, part, f"to {rank}: part {name}", rank, anchor, group)
 
 
 def _receive(like: Any, rank: int, anchor: Tensor, group: dist.ProcessGroup) -> Any:
     """The state, like `like`, that the rank before `rank` sends."""
     parts, structure = tree_flatten(like)
-    came = []
-    for name, part in enumerate(parts):
-        nothing = part.new_empty(0)
-        if part.is_floating_point() or part.is_complex():
-            nothing = tie(nothing, anchor)
-        sizes = [part.numel() if peer == rank - 1 else 0 for peer in range(group.size())]
-        agreed = _agreed(part, name, rank)
-        arrived = exchange(nothing, [0] * group.size(), sizes, group=group, agreed=agreed, run_ahead=True)
-        came.append(arrived.view(part.shape))
-    return tree_unflatten(came, structure)
+    came = [
+        _pass_on(part.new_empty(0), part.numel(), part, f"to {rank}: part {name}", rank - 1, anchor, group)
+        for name, part in enumerate(parts)
+    ]
+    return tree_unflatten([numbers.view(part.shape) for numbers, part in zip(came, parts, strict=True)], structure)
 
 
-def _agreed(part: Tensor, name: int, rank: int) -> str:
-    return f"relay to {rank}: part {name} {tuple(part.shape)}"
+def _pass_on(
+    numbers: Tensor, comes: int, part: Tensor, what: str, peer: int, anchor: Tensor, group: dist.ProcessGroup
+) -> Tensor:
+    """Sends `numbers` to `peer` and returns the `comes` numbers that it sends."""
+    if part.is_floating_point() or part.is_complex():
+        numbers = keep_in_graph(numbers, anchor)
+    sizes = [[count * (each == peer) for each in range(group.size())] for count in (numbers.numel(), comes)]
+    return exchange(numbers, *sizes, group=group, agreed=f"relay {what} {tuple(part.shape)}", run_ahead=True)
 
 
 @cache
 def _warn(operator: str) -> None:
-    log.warning(
-        "%s: its segments are no affine maps, so ranks that share a sequence compute one after another", operator
-    )
+    log.warning("%s: not an affine recurrence: sequence-parallel ranks run one after another", operator)

@@ -185,6 +185,25 @@ def _check_shape(transition: Sequence[int] | None, update: Sequence[int], dtype:
         raise ValueError(f"all_scan: {complaint}") from None
 
 
+class _KeepInGraph(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *others: Tensor) -> Tensor:
+        ctx.save_for_backward(*others)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
+        return d_out, *(torch.zeros_like(other) for other in ctx.saved_tensors)
+
+
+def keep_in_graph(out: Tensor, *others: Tensor) -> Tensor:
+    """`out`, on which `others` have no influence but whose gradients go through them.
+
+    A message comes back in the backward pass only where the loss depends on the one that was sent.
+    """
+    return _KeepInGraph.apply(out, *others)
+
+
 @torch.library.custom_op("seqtrain::scan_open", mutates_args=())
 def _scan_open(
     transition_shape: Sequence[int] | None,

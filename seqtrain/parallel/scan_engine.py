@@ -10,7 +10,7 @@ import threading
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -41,18 +41,20 @@ class Wire(ABC):
         self.places = group.size()
         self.reverse = reverse
         self.place = self.rank(group.rank())
+        self.receives: deque[Any] = deque()
+        self.sends: list[Any] = []
 
     def rank(self, place: int) -> int:
         """The rank in the group at a place (and the place of a rank)."""
         return self.places - 1 - place if self.reverse else place
 
-    @abstractmethod
     def post(self, buffer: Tensor, place: int) -> None:
         """Announces that a message from `place` is to fill `buffer`; messages arrive in the order of posting."""
+        self.receives.append(self._begin("recv", buffer, self.rank(place)))
 
-    @abstractmethod
     def send(self, buffer: Tensor, place: int) -> None:
         """Sends `buffer`, which must stay untouched until the works that `close` returns are done."""
+        self.sends.append(self._begin("send", buffer, self.rank(place)))
 
     @abstractmethod
     def receive(self, count: int = 1) -> None:
@@ -61,6 +63,15 @@ class Wire(ABC):
     @abstractmethod
     def close(self) -> Sent:
         """The sends that may still be under way, with the buffers they read."""
+
+    def _begin(self, what: str, buffer: Tensor, rank: int) -> Any:
+        # gloo rejects a non-contiguous tensor on one rank, and the others then die by time-out.
+        assert buffer.is_contiguous(), f"a message must be contiguous, has strides {buffer.stride()} for {buffer.shape}"
+        return self._message(what, buffer, rank)
+
+    @abstractmethod
+    def _message(self, what: str, buffer: Tensor, rank: int) -> Any:
+        """What `receives` or `sends` holds of a message; `what`: "recv" or "send"."""
 
 
 class GlooWire(Wire):
@@ -73,16 +84,6 @@ class GlooWire(Wire):
     def __init__(self, group: dist.ProcessGroup, tag: int, reverse: bool = False):
         super().__init__(group, reverse)
         self.tag = tag
-        self.receives: deque[tuple[dist.Work, Tensor]] = deque()
-        self.sends: Sent = []
-
-    def post(self, buffer: Tensor, place: int) -> None:
-        _check(buffer)
-        self.receives.append((self.group.recv([buffer], self.rank(place), self.tag), buffer))
-
-    def send(self, buffer: Tensor, place: int) -> None:
-        _check(buffer)
-        self.sends.append((self.group.send([buffer], self.rank(place), self.tag), buffer))
 
     def receive(self, count: int = 1) -> None:
         for _ in range(count):
@@ -92,6 +93,9 @@ class GlooWire(Wire):
         sends, self.sends = self.sends, []
         return sends
 
+    def _message(self, what: str, buffer: Tensor, rank: int) -> tuple[dist.Work, Tensor]:
+        return getattr(self.group, what)([buffer], rank, self.tag), buffer
+
 
 class NcclWire(Wire):
     """NCCL: sends wait for the next receives and go with them as one batch, on the current stream.
@@ -100,48 +104,21 @@ class NcclWire(Wire):
     would serialize or deadlock, and a receive posted early would hold up every send after it.
     """
 
-    def __init__(self, group: dist.ProcessGroup, reverse: bool = False):
-        super().__init__(group, reverse)
-        self.receives: deque[tuple[Tensor, int]] = deque()
-        self.sends: deque[tuple[Tensor, int]] = deque()
-
-    def post(self, buffer: Tensor, place: int) -> None:
-        _check(buffer)
-        self.receives.append((buffer, self.rank(place)))
-
-    def send(self, buffer: Tensor, place: int) -> None:
-        _check(buffer)
-        self.sends.append((buffer, self.rank(place)))
-
     def receive(self, count: int = 1) -> None:
-        self._batch([self.receives.popleft() for _ in range(count)])
-
-    def close(self) -> Sent:
-        self._batch([])
-        return []
-
-    def _batch(self, arriving: list[tuple[Tensor, int]]) -> None:
-        operations = [
-            # NCCL has no complex numbers.
-            dist.P2POp(
-                operation,
-                torch.view_as_real(buffer) if buffer.is_complex() else buffer,
-                None,
-                self.group,
-                group_peer=rank,
-            )
-            for operation, messages in ((dist.isend, self.sends), (dist.irecv, arriving))
-            for buffer, rank in messages
-        ]
+        operations = [*self.sends, *(self.receives.popleft() for _ in range(count))]
         self.sends.clear()
         if operations:
             for work in dist.batch_isend_irecv(operations):
                 work.wait()  # orders the current stream after the messages; the host continues
 
+    def close(self) -> Sent:
+        self.receive(0)
+        return []
 
-def _check(buffer: Tensor) -> None:
-    # gloo rejects a non-contiguous tensor on one rank, and the others then die by time-out.
-    assert buffer.is_contiguous(), f"a message must be contiguous, has strides {buffer.stride()} for {buffer.shape}"
+    def _message(self, what: str, buffer: Tensor, rank: int) -> dist.P2POp:
+        # NCCL has no complex numbers.
+        buffer = torch.view_as_real(buffer) if buffer.is_complex() else buffer
+        return dist.P2POp(dist.isend if what == "send" else dist.irecv, buffer, None, self.group, group_peer=rank)
 
 
 class Job:
@@ -166,6 +143,12 @@ class Job:
         own, first = self.inputs
         self.inputs = None
         with torch.no_grad():
+            if self.wire.place:
+                first = None
+            elif first is None:
+                first = torch.zeros_like(own.update, memory_format=torch.contiguous_format)
+            else:  # results are the caller's, who may write to them
+                first = first.clone(memory_format=torch.contiguous_format)
             self.states = self.plan.run(self.wire, self.shape, own, first, self.arrivals)
         return self.wire.close()
 

@@ -1,12 +1,11 @@
-"""A sequence cut in time over the ranks of a group: the same layers, the same operators, each rank with its own tokens.
+"""A sequence sharded in time over the ranks of a group: the same layers and operators, each rank with its own tokens.
 
 A rank's tokens are the end of a document that began on an earlier rank (the head), then documents that start here (the
 tail). Only the head needs what other ranks know, and only the last document's state is of use to others. So an operator
 whose segments are affine maps costs one All-Scan, and the map of a rank where a document starts has a zero transition.
 """
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -14,15 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqtrain.kernels.segments import AffineScan, PastInputs, PastKeys, PastKeysAndSinks
-from seqtrain.parallel.halo import CutRow, run_with_past_inputs
-from seqtrain.parallel.local_call import LocalCall, Pieces
-from seqtrain.parallel.relay import run_relayed
-from seqtrain.parallel.scan import Algorithm
-from seqtrain.parallel.scanned import run_scanned
-from seqtrain.parallel.sequence import SequenceContext
-from seqtrain.parallel.sinks import sharded_sink_attention
-from seqtrain.parallel.softmax import sharded_softmax_attention
+from seqtrain.kernels.segments import AffineScan
+from seqtrain.parallel.halo import ShardedRow
+from seqtrain.parallel.scan import Algorithm, keep_in_graph, open_all_scan
+from seqtrain.parallel.sequence import SPLITS, Call, SequenceContext, SplitInTime, splits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +24,9 @@ class ShardedSequence(SequenceContext):
     """A row of tokens of which this rank holds `offsets[r]` to `offsets[r + 1]`, r its place in `group`.
 
     Tensors hold this rank's tokens alone, `[B, T_r, ...]`; any lengths will do, zero too.
-    `group`: the ranks that hold the row, in order of time. Each runs the same operators in the same order, and asks for
-        gradients where the others do.
-    `offsets`: `P + 1` boundaries of the ranks' pieces, from 0 to the row's length.
+    `group`: the sequence-parallel ranks that hold the row, in order of time. Each runs the same operators in the same
+        order, and asks for gradients where the others do.
+    `offsets`: `P + 1` boundaries of the ranks' parts, from 0 to the row's length.
     `cu_seqlens`: int `[N+1]`, document boundaries of the whole row (then B == 1), or None for B rows of one document
     each. `algorithm`: of the scans, see `all_scan`.
 
@@ -46,15 +40,11 @@ class ShardedSequence(SequenceContext):
     group: dist.ProcessGroup
     offsets: tuple[int, ...]
     algorithm: Algorithm = "auto"
+    # The same, as halos are planned on it; made here, since `torch.compile` can't trace a cached property.
+    row: ShardedRow = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        ranks, offsets = self.group.size(), self.offsets
-        if len(offsets) != ranks + 1 or offsets[0] != 0 or any(a > b for a, b in pairwise(offsets)):
-            raise ValueError(
-                f"offsets={offsets}: expected {ranks + 1} rising numbers from 0, the boundaries of {ranks} ranks"
-            )
-        if self.cu_seqlens is not None and int(self.cu_seqlens[-1]) != offsets[-1]:
-            raise ValueError(f"offsets={offsets}: expected to end at {int(self.cu_seqlens[-1])}, where cu_seqlens does")
+        object.__setattr__(self, "row", ShardedRow(self.group, self.offsets, self.cu_seqlens))
 
     @property
     def start(self) -> int:
@@ -63,46 +53,21 @@ class ShardedSequence(SequenceContext):
 
     @property
     def end(self) -> int:
-        """The place in the row behind this rank's last token."""
+        """The place in the row after this rank's last token."""
         return self.offsets[self.group.rank() + 1]
 
     def run(self, operator: Any, *tensors: Any, initial_state: Any = None, **options: Any) -> tuple[Tensor, Any]:
         """`operator(*tensors, ...)` as on the whole row: `(out, final_state)`, out for this rank's tokens.
 
-        What travels depends on the operator's `time`: a scan of affine maps, past inputs,
-        keys and values, or else its state from rank to rank.
+        What travels depends on the operator's `time`: a scan of affine maps, past inputs, keys and values, or else its
+        state from rank to rank.
         """
-        tensors, options = operator.arranged(tensors, options)
-        time = operator.time
-        if isinstance(time, PastKeys):
-            return sharded_softmax_attention(
-                *tensors, row=self._row, initial_state=initial_state, backend=self.backend, **options
-            )
-        if isinstance(time, PastKeysAndSinks):
-            return sharded_sink_attention(
-                *tensors, row=self._row, initial_state=initial_state, backend=self.backend, **options
-            )
-        if isinstance(time, PastInputs):
-            return run_with_past_inputs(
-                operator,
-                *tensors,
-                count=time.count(tensors, options),
-                row=self._row,
-                initial_state=initial_state,
-                backend=self.backend,
-                options=options,
-            )
-        packed = self.cu_seqlens is not None
-        boundaries = self._row.boundaries if packed else None
-        pieces = Pieces.of(boundaries, self.start, self.end, continues=initial_state is not None)
-        call = LocalCall(operator, tensors, options, self.backend, pieces, self.group, packed)
-        if isinstance(time, AffineScan):
-            return run_scanned(call, initial_state, self.algorithm)
-        return run_relayed(call, initial_state)
+        call = Call(operator, *operator.arranged(tensors, options), initial_state)
+        return SPLITS[type(operator.time)].sharded(self, call)
 
     def grouped(self, size: int, past: Tensor | None = None) -> "ShardedSequence":
         if past is not None:
-            raise ValueError("grouped: groups of a sequence over many ranks have no past")
+            raise ValueError("grouped: groups of a sharded sequence have no past")
         ends = [0, self.offsets[-1]] if self.cu_seqlens is None else self.cu_seqlens.tolist()
         starts = [place for start, end in pairwise(ends) for place in range(start, end, size)]
         return replace(self, cu_seqlens=torch.tensor([*starts, ends[-1]], dtype=torch.int32))
@@ -112,7 +77,7 @@ class ShardedSequence(SequenceContext):
         return replace(self, offsets=offsets, cu_seqlens=None if self.cu_seqlens is None else times * self.cu_seqlens)
 
     def reverse(self, x: Tensor) -> Tensor:
-        raise ValueError("a sequence over many ranks can't be reversed: a bidirectional layer needs it whole")
+        raise ValueError("a sharded sequence can't be reversed: a bidirectional layer needs it whole")
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
         index = torch.arange(self.start, self.end, device=device)
@@ -127,6 +92,79 @@ class ShardedSequence(SequenceContext):
             return torch.zeros_like(index)[None], after
         return before * past[:, None], after + past * (start == 0)
 
-    @cached_property
-    def _row(self) -> CutRow:
-        return CutRow(self.group, self.offsets, self.cu_seqlens)
+
+@dataclass(frozen=True)
+class LocalCall:
+    """A call on this rank's `tokens`: the first `head` continue what came before, the others start documents.
+
+    `tail`: int64 `[N+1]`, boundaries of the N documents that start here, from 0, counted from the head's end; None
+    where none does, and where B rows of one document each start here.
+    """
+
+    sequence: ShardedSequence
+    call: Call
+    tokens: int
+    head: int
+    tail: Tensor | None
+
+    @classmethod
+    def of(cls, sequence: ShardedSequence, call: Call) -> "LocalCall":
+        start, end, tail = sequence.start, sequence.end, None
+        continues = call.initial_state is not None
+        if sequence.cu_seqlens is None:
+            head = 0 if start == 0 and not continues else end - start
+        else:
+            first = start if start or not continues else 1
+            inner = [boundary for boundary in sequence.row.boundaries if first <= boundary < end]
+            head = inner[0] - start if inner else end - start
+            tail = torch.tensor([*inner, end], dtype=torch.int64) - inner[0] if inner else None
+        return cls(sequence, call, end - start, head, tail)
+
+    def on_head(self, state: Any) -> tuple[Tensor, Any]:
+        """The operator on the tokens that continue what came before."""
+        return self.call.rows(slice(0, self.head)).run(self.sequence, state, None)
+
+    def on_tail(self) -> tuple[Tensor, Any]:
+        """The operator on the documents that start here."""
+        return self.call.rows(slice(self.head, self.tokens)).run(self.sequence, None, self.tail)
+
+
+@splits(AffineScan)
+class ScannedSegments(SplitInTime):
+    """A rank's tokens are an affine map of the incoming state: one All-Scan forward, one backward.
+
+    Receives are posted before anything is computed. Where the rank's tokens all continue an earlier document, what does
+    not need the incoming state is computed while it is on its way; otherwise only the last document matters to others,
+    and the head waits.
+    """
+
+    def sharded(self, sequence: ShardedSequence, call: Call) -> tuple[Tensor, Tensor]:
+        local, initial = LocalCall.of(sequence, call), call.initial_state
+        segment = call.operator.segment(call.tensors, call.options, sequence.backend)
+        batch, device = call.tensors[0].shape[0], call.tensors[0].device
+        shape, dtype = call.operator.state_shape(call.tensors, call.options, batch)
+        form = segment.transition_shape(call.tensors, call.options)
+        if form is None and sequence.cu_seqlens is not None:
+            form = (batch,)  # one factor: 1, or 0 where a document starts
+        scan = open_all_scan(
+            form, shape, dtype=dtype, device=device, group=sequence.group, algorithm=sequence.algorithm
+        )
+        if initial is not None:
+            initial = initial.to(dtype)
+        if local.head == local.tokens:
+            transition, update = segment.transition()
+            if transition is None and form is not None:
+                transition = update.new_ones(form)
+            scan.start(transition, update, initial_state=initial)
+            segment.local_output()
+            state, final = scan.wait()
+            # An output without tokens may depend on nothing.
+            owed = [tensor for tensor in call.tensors if tensor is not None] if local.tokens == 0 else []
+            return keep_in_graph(segment.add_incoming(state), state, *owed), final
+        out, states = local.on_tail()
+        forgets = None if form is None else torch.zeros(form, dtype=dtype, device=device)
+        state, final = scan.start(forgets, states[-batch:], initial_state=initial).wait()
+        if local.head == 0:
+            return keep_in_graph(out, state), final
+        before, _ = local.on_head(state)
+        return torch.cat([before, out], 1), final

@@ -21,8 +21,7 @@ from torch.utils._pytree import tree_map
 
 from seqtrain.data.batches import Batch, even_offsets
 from seqtrain.mixers import State
-from seqtrain.parallel.continued import ContinuedSequence
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.parallel.sequence import ContinuedSequence, SequenceContext
 
 Gradients = Literal["exact", "truncated"]
 # States of all layers of a model, as `LanguageModel` takes and returns them.

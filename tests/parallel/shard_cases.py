@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -42,6 +43,15 @@ CUTS = {
     "few tokens": Cut((0, 1, 3, 4, 70), (0, 2, 70)),
     "last rank empty": Cut((0, 70, 131, 131), (0, 31, 131)),
 }
+
+
+def cuts(*, quick: str, packed: bool = False) -> list:
+    """Parameters of a test for every cut, or every one with documents; all but the `quick` one in the tier `all`."""
+    return [
+        pytest.param(cut, id=name, marks=() if name == quick else pytest.mark.all)
+        for name, cut in CUTS.items()
+        if cut.boundaries or not packed
+    ]
 
 
 @dataclass

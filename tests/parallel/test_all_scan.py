@@ -8,6 +8,9 @@ from seqtrain.parallel import ALGORITHMS, all_scan, open_all_scan, scans_opened,
 from seqtrain.parallel.testing import run_ranks
 from tests.parallel.scan_cases import FORMS, check, gradients_of, loss, own_leaves, random_case, truth
 
+# One number of ranks in the quick loop.
+RANKS = [pytest.param(ranks, marks=() if ranks == 3 else pytest.mark.all) for ranks in (1, 2, 3, 4)]
+
 
 def scan_and_check(case, rank, group, what, *, place=None, dtype=None, tolerance=1e-12, **options):
     """`place`: this rank's position in the group, where that is not its rank."""
@@ -31,11 +34,23 @@ def every_form(rank, ranks):
                 scan_and_check(case, rank, dist.group.WORLD, what, algorithm=algorithm)
 
 
-# Traps 1 and 2: initial state on rank 0 and the final state's gradient at once, and gradients on every rank.
+# Initial state on rank 0 and the final state's gradient at once, and gradients on every rank.
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", RANKS)
 def test_states_and_gradients_on_every_rank(ranks):
     run_ranks(ranks, every_form, ranks)
+
+
+def test_states_and_gradients_by_hand():
+    def on_rank(rank):
+        factor, update = torch.full((1, 1), 2.0 + rank).requires_grad_(), torch.ones(1, 1, 1, 1)
+        initial = torch.ones(1, 1, 1, 1, requires_grad=True)
+        _, final = all_scan(factor, update, group=dist.group.WORLD, initial_state=initial, algorithm="pipeline")
+        (final * (10.0 if rank == 2 else 0.0)).sum().backward()
+        return final.item(), factor.grad.item(), initial.grad.item()
+
+    # S goes 1, 2*1+1 = 3, 3*3+1 = 10, 4*10+1 = 41; each factor's gradient is its S_in times the factors after it.
+    assert run_ranks(3, on_rank) == [(3, 10 * 1 * 3 * 4, 10 * 2 * 3 * 4), (10, 10 * 3 * 4, 0), (41, 10 * 10, 0)]
 
 
 def every_cut(rank, ranks):
@@ -45,6 +60,7 @@ def every_cut(rank, ranks):
             scan_and_check(case, rank, dist.group.WORLD, f"{form} {blocks}", algorithm="pipeline", blocks=blocks)
 
 
+@pytest.mark.all
 def test_pipeline_with_any_number_of_blocks():
     run_ranks(3, every_cut, 3)
 
@@ -66,11 +82,12 @@ def other_dtypes(rank, ranks):
             )
 
 
+@pytest.mark.all
 def test_complex_states_and_float32():
     run_ranks(4, other_dtypes, 4)
 
 
-# Trap 11 as far as it concerns the collective: a rank without tokens is the identity, whichever ranks they are.
+# A rank without tokens is the identity, whichever ranks they are.
 def empty_ranks(rank, ranks):
     for identity in ((0,), (ranks - 1,), (1, 2), (0, 1, 3), tuple(range(ranks))):
         for form in ("head", "dense", "diagonal"):
@@ -79,11 +96,12 @@ def empty_ranks(rank, ranks):
                 scan_and_check(case, rank, dist.group.WORLD, f"{identity} {form} {algorithm}", algorithm=algorithm)
 
 
+@pytest.mark.all
 def test_empty_ranks_forward_what_they_get():
     run_ranks(4, empty_ranks, 4)
 
 
-# Trap 4: a document's start makes a transition zero; nothing divides by it.
+# A document's start makes a transition zero; nothing divides by it.
 def zero_transitions(rank, ranks):
     for form in ("head", "channel", "dense", "diagonal"):
         for algorithm in ALGORITHMS:
@@ -93,11 +111,12 @@ def zero_transitions(rank, ranks):
             scan_and_check(case, rank, dist.group.WORLD, f"zero {form} {algorithm}", algorithm=algorithm)
 
 
+@pytest.mark.all
 def test_zero_transitions_have_exact_gradients():
     run_ranks(4, zero_transitions, 4)
 
 
-# Trap 10: ranks of a group are not ranks of the world.
+# Ranks of a group are not ranks of the world.
 def sub_group(rank):
     groups = {ranks: dist.new_group(ranks) for ranks in ((1, 3), (0, 2))}
     for algorithm in ALGORITHMS:
@@ -107,11 +126,12 @@ def sub_group(rank):
                 scan_and_check(case, rank, group, f"{ranks} {algorithm}", place=ranks.index(rank), algorithm=algorithm)
 
 
+@pytest.mark.all
 def test_groups_that_are_not_the_world():
     run_ranks(4, sub_group)
 
 
-# Trap 5: gloo rejects non-contiguous tensors on the rank that has them, and the others die by time-out.
+# gloo rejects non-contiguous tensors on the rank that has them, and the others die by time-out.
 def strided(rank, ranks):
     for form in ("head", "channel", "dense"):
         for algorithm in ALGORITHMS:
@@ -125,6 +145,7 @@ def strided(rank, ranks):
             scan_and_check(case, rank, dist.group.WORLD, f"strided {form} {algorithm}", algorithm=algorithm)
 
 
+@pytest.mark.all
 def test_strided_inputs_on_one_rank():
     run_ranks(3, strided, 3)
 
@@ -142,11 +163,12 @@ def one_result(rank, ranks):
             check(case, rank, states, gradients_of(*leaves), 1e-12, f"result {used} {form}")
 
 
+@pytest.mark.all
 def test_one_result_in_the_loss():
     run_ranks(3, one_result, 3)
 
 
-# Trap 8: scans in flight at once, of different sizes, waited for in another order; 6: both directions at once.
+# Of different sizes, waited for in another order.
 def in_flight(rank, ranks):
     group = dist.group.WORLD
     cases = [
@@ -164,6 +186,7 @@ def in_flight(rank, ranks):
             check(case, rank, pair, gradients_of(*own), 1e-12, f"in flight {algorithm}")
 
 
+@pytest.mark.all
 def test_several_scans_in_flight():
     run_ranks(3, in_flight, 3)
 
@@ -179,6 +202,7 @@ def both_directions(rank):
     assert update.grad.unique().tolist() == [1.0 if rank == 0 else 0.0]
 
 
+@pytest.mark.all
 def test_forward_and_backward_scans_cross():
     run_ranks(2, both_directions, limit=20)
 
@@ -201,6 +225,7 @@ def opened_early(rank, ranks):
     check(case, rank, states, gradients_of(*leaves), 1e-12, "opened early")
 
 
+@pytest.mark.all
 def test_opened_before_the_map_is_known():
     run_ranks(3, opened_early, 3)
 
@@ -220,6 +245,7 @@ def overwritten(rank, ranks):
             final.fill_(float("nan"))
 
 
+@pytest.mark.all
 def test_results_may_be_overwritten():
     run_ranks(3, overwritten, 3)
 
@@ -236,6 +262,7 @@ def counted(rank):
     assert scans_opened(dist.group.WORLD) == 4
 
 
+@pytest.mark.all
 def test_scans_are_counted():
     run_ranks(2, counted)
 
@@ -244,7 +271,6 @@ def refusals(rank):
     group = dist.group.WORLD
     update, transition = torch.ones(2, 3, 4, 5), torch.ones(2, 3, 4, 4)
     for options, complaint in (
-        # Trap 3: no wire narrower than float32.
         ({"update": update.bfloat16()}, "states travel in float32"),
         ({"update": update, "transition": transition.double()}, "transition is torch.float64"),
         ({"update": update, "transition": torch.ones(2, 3, 5, 5)}, r"transition has shape \(2, 3, 5, 5\)"),

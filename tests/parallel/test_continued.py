@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from seqtrain.kernels import linear_attention, softmax_attention
-from seqtrain.parallel.continued import ContinuedSequence
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.parallel.sequence import ContinuedSequence, SequenceContext
 from seqtrain.testing import boundaries, relative_error
 
 CPU = torch.device("cpu")

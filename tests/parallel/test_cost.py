@@ -93,6 +93,7 @@ def measured_alike(rank):
     return costs, plans
 
 
+@pytest.mark.all
 def test_all_ranks_measure_and_choose_alike():
     outcomes = run_ranks(4, measured_alike)
     assert all(outcome == outcomes[0] for outcome in outcomes)

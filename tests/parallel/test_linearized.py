@@ -41,6 +41,7 @@ def on_rank(rank, packed):
     return [outcome(name, fields, sequence, part) for name, fields in CASES]
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_cut_row_gives_what_the_whole_one_gives(packed):
     found = run_ranks(3, on_rank, packed)

@@ -1,5 +1,6 @@
 """Ranks as a mesh: who shares a sequence with whom, and what is left when it is taken down."""
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -30,6 +31,7 @@ def test_neighbours_share_a_sequence_and_others_do_not():
     assert told == [(0, 3) * 2, (3, 5) * 2, ("chunked",) * 4, ("ring",) * 4]
 
 
+@pytest.mark.all
 def test_a_whole_sequence_needs_no_group():
     def place(rank):
         with form(1) as mesh:
@@ -39,6 +41,7 @@ def test_a_whole_sequence_needs_no_group():
         assert (group, data_rank, type(sequence)) == (None, rank, SequenceContext)
 
 
+@pytest.mark.all
 def test_meshes_one_after_the_other_are_cut_differently():
     def places(rank):
         found = []

@@ -16,6 +16,7 @@ from seqtrain.parallel import (
     scans_opened,
     start_all_scan,
 )
+from seqtrain.parallel.halo import HaloPlan, left_halo
 from seqtrain.parallel.testing import RankError, rank_outcomes, run_ranks
 from tests.parallel.scan_cases import check, gradients_of, loss, own_leaves, random_case
 
@@ -43,6 +44,7 @@ def advance(rank, algorithm):
     return state_in[0, 0, 0, 0].item(), final[0, 0, 1, 1].item()
 
 
+@pytest.mark.all
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("algorithm", ["pipeline", "tree", "all_gather"])
 def test_a_scan_advances_while_its_rank_computes(algorithm):
@@ -62,6 +64,7 @@ def announced(rank):
     return scan.start(None, torch.ones(BIG)).wait()[1].unique().tolist()
 
 
+@pytest.mark.all
 def test_receives_are_posted_when_a_scan_is_opened():
     assert run_ranks(2, announced, limit=30)[1] == [2.0]
 
@@ -106,25 +109,27 @@ def compiled(rank, ranks):
         torch.testing.assert_close(plain, other)
 
 
+@pytest.mark.all
 @pytest.mark.timeout(120)
 def test_compiles_as_one_graph():
     run_ranks(2, compiled, 2, limit=100)
 
 
-# Trap 7: gloo aborts the process when a message has another size than its receive; here it is an error to catch.
+# gloo aborts the process when a message has another size than its receive; here it is an error to catch.
 def disagree(rank):
     shape = (1, 2, 3, 4) if rank == 0 else (1, 2, 3, 5)
     all_scan(None, torch.ones(shape), group=dist.group.WORLD, algorithm="pipeline")
     flush_scans(dist.group.WORLD)
 
 
+@pytest.mark.all
 def test_ranks_that_disagree_about_a_scan_get_an_error():
     outcomes = rank_outcomes(2, disagree, limit=30, group_timeout=2)
     assert all(isinstance(outcome, RankError) for outcome in outcomes), outcomes
     assert "ranks disagree about the scan" in str(outcomes[1])
 
 
-# Trap 9: after a failed scan the group is dead, and says so at once instead of waiting again.
+# After a failed scan the group is dead, and says so at once instead of waiting again.
 def fail_twice(rank):
     if rank == 0:
         store().wait(["failed twice"])
@@ -137,11 +142,12 @@ def fail_twice(rank):
     return "failed twice"
 
 
+@pytest.mark.all
 def test_a_failed_group_stays_failed():
     assert rank_outcomes(2, fail_twice, limit=30, group_timeout=2) == ["never scanned", "failed twice"]
 
 
-# Trap 18: a rank that raises or is killed ends its neighbours' scans long before the group's time-out.
+# A rank that raises or is killed ends its neighbors' scans and messages long before the group's time-out.
 def one_leaves(rank, way):
     update = torch.ones(1, 1, 8, 8)
     all_scan(None, update, group=dist.group.WORLD, algorithm="pipeline")
@@ -149,11 +155,13 @@ def one_leaves(rank, way):
         raise KeyError("own error")
     if rank == 1:
         os.kill(os.getpid(), 9)
-    # Longer than sends may be outstanding, so that the ranks before it notice as well as those behind it.
+    # Longer than sends may be outstanding, so that the ranks before it notice as well as those after it.
     for _ in range(20):
+        left_halo(update[0], HaloPlan((0, 7, 15, 23), (0, 8, 16, 24, 32)), group=dist.group.WORLD)
         all_scan(None, update, group=dist.group.WORLD, algorithm="pipeline")
 
 
+@pytest.mark.all
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("way", "message"), [("raise", "own error"), ("kill", "died without a word")])
 def test_a_lost_rank_ends_the_others(way, message):
@@ -161,7 +169,7 @@ def test_a_lost_rank_ends_the_others(way, message):
     assert message in str(outcomes[1])
     for rank in (0, 2, 3):
         assert isinstance(outcomes[rank], RankError), f"rank {rank} came to no end of its own: {outcomes[rank]}"
-        assert "all_scan failed" in str(outcomes[rank]) or "dead since" in str(outcomes[rank])
+        assert any(said in str(outcomes[rank]) for said in ("all_scan failed", "messages failed", "dead since"))
 
 
 # An engine belongs to its group: the next group of the same name starts afresh.
@@ -179,5 +187,6 @@ def renewed(rank, ranks, folder):
         dist.init_process_group("gloo", store=renewal, rank=rank, world_size=ranks)
 
 
+@pytest.mark.all
 def test_groups_may_be_destroyed_and_made_again(tmp_path):
     run_ranks(2, renewed, 2, tmp_path)

@@ -7,10 +7,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from seqtrain.kernels import delta_rule, diagonal_scan, linear_attention, operator, slot_scores, tensor_attention
+from seqtrain.kernels import (
+    delta_rule,
+    diagonal_scan,
+    linear_attention,
+    operator,
+    short_convolution,
+    slot_scores,
+    tensor_attention,
+)
 from seqtrain.parallel import SequenceContext, ShardedSequence
 from seqtrain.parallel.testing import run_ranks
-from tests.parallel.shard_cases import CUTS, Cut, OperatorCase, joined, sharded, whole
+from tests.parallel.shard_cases import CUTS, Cut, OperatorCase, cuts, joined, sharded, whole
 
 
 def operator_cases(cut: Cut, dtype: torch.dtype, *, initial: bool) -> dict[str, OperatorCase]:
@@ -47,6 +55,12 @@ def operator_cases(cut: Cut, dtype: torch.dtype, *, initial: bool) -> dict[str, 
     cases["diagonal_scan fixed complex"] = OperatorCase(
         diagonal_scan, {"x": x, "log_a": rates}, {}, state(5, kind=complex_kind), shared=("log_a",)
     )
+    for width in (1, 4, 9):
+        tensors = {"x": x.real.contiguous(), "weight": random(5, width)}
+        options = {"activation": "silu" if width == 4 else "none"}
+        cases[f"short_convolution {width}"] = OperatorCase(
+            short_convolution, tensors, options, state(width - 1, 5), shared=("weight",)
+        )
     tensors = {"q": q / 2, "k1": k, "k2": random(1, tokens, heads, key) / 2, "v1": v, "v2": v.flip(1)}
     sums = None if not initial else random(1, heads, 2, 15, value + 1).abs()
     cases["tensor_attention"] = OperatorCase(tensor_attention, tensors, {"degree": 2}, sums)
@@ -54,7 +68,7 @@ def operator_cases(cut: Cut, dtype: torch.dtype, *, initial: bool) -> dict[str, 
 
 
 def weights_of(case: OperatorCase, cut: Cut) -> torch.Tensor:
-    name = {"diagonal_scan": "x", "tensor_attention": "v1", "slot_scores": "written"}.get(case.operator.__name__, "v")
+    name = next(name for name in ("v", "v1", "written", "x") if name in case.tensors)
     return torch.randn(case.tensors[name].shape, dtype=case.tensors[name].real.dtype, generator=torch.Generator())
 
 
@@ -77,14 +91,15 @@ def differences(found: list[dict], cut: Cut, dtype: torch.dtype, initial: bool) 
     return errors
 
 
-@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize("initial", [False, True], ids=["", "initial state"])
+@pytest.mark.parametrize("cut", cuts(quick="uneven"))
+@pytest.mark.parametrize("initial", [pytest.param(False, marks=pytest.mark.all), True], ids=["", "initial state"])
 def test_outputs_and_gradients(cut, initial):
     found = run_ranks(cut.ranks, on_rank, cut, torch.float64, initial, None)
     errors = differences(found, cut, torch.float64, initial)
     assert {name: error for name, error in errors.items() if not error < 1e-10} == {}
 
 
+@pytest.mark.all
 def test_float32():
     cut = CUTS["across three ranks"]
     found = run_ranks(cut.ranks, on_rank, cut, torch.float32, True, None)
@@ -92,6 +107,7 @@ def test_float32():
     assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
 
 
+@pytest.mark.all
 def test_ranks_that_are_not_the_worlds_first():
     cut = Cut((0, 40, 131), (0, 17, 131))
     found = run_ranks(4, on_rank, cut, torch.float64, True, [1, 3])
@@ -99,6 +115,23 @@ def test_ranks_that_are_not_the_worlds_first():
     assert {name: error for name, error in errors.items() if not error < 1e-10} == {}
 
 
+@pytest.mark.all
+def test_states_travel_in_float32_where_inputs_are_bfloat16():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 24, 2, 4, generator=generator).bfloat16() for _ in range(3))
+    _, expected = linear_attention(q, k, v)
+
+    def on_rank(rank):
+        rows = slice(8 * rank, 8 * rank + 8)
+        sequence = ShardedSequence(group=dist.group.WORLD, offsets=(0, 8, 16, 24))
+        return sequence.run(linear_attention, q[:, rows], k[:, rows], v[:, rows])[1]
+
+    final = run_ranks(3, on_rank)[2]
+    assert final.dtype == torch.float32
+    torch.testing.assert_close(final, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.all
 @pytest.mark.parametrize("last", [66, 67, 89, 142], ids=["before a cut", "at a cut", "rank's last", "third rank"])
 def test_nothing_leaks_into_the_next_document(last):
     """With another last token in one document, the next one's outputs and gradients stay the same to the bit."""
@@ -148,9 +181,7 @@ def relayed(call: dict, cut: Cut, sequence) -> None:
     call |= {"out": out.detach(), "grad": x.grad}
 
 
-@pytest.mark.parametrize(
-    "cut", [c for c in CUTS.values() if c.boundaries], ids=[n for n, c in CUTS.items() if c.boundaries]
-)
+@pytest.mark.parametrize("cut", cuts(quick="few tokens", packed=True))
 def test_an_operator_of_unknown_kind_is_relayed(cut):
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(1, cut.tokens, 3, dtype=torch.float64, generator=generator) for _ in range(2))
@@ -169,7 +200,7 @@ def test_an_operator_of_unknown_kind_is_relayed(cut):
         torch.testing.assert_close(torch.cat([part[name] for part in found], 1), truth[name])
 
 
-def test_trap_17_places_are_the_rows_and_restart_with_each_document():
+def test_positions_are_the_rows_and_restart_with_each_document():
     cut = CUTS["uneven"]
 
     def run(rank: int) -> list:

@@ -102,32 +102,41 @@ def agree(cut, lengths, *, batch=1):
 @pytest.mark.parametrize(
     ("cut", "before"),
     [
-        *itertools.product(CUTS, [None]),
-        *itertools.product(["one document", "uneven", "empty ranks", "few tokens"], [2]),
-        *[("across three ranks", 40), ("empty ranks", 40), ("one document", 0)],
+        ("uneven", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.all)
+            for case in (
+                *itertools.product(CUTS, [None]),
+                *itertools.product(["one document", "empty ranks", "few tokens"], [2]),
+                *[("across three ranks", 40), ("empty ranks", 40), ("one document", 0)],
+            )
+        ),
     ],
 )
 def test_a_cut_row_gives_what_the_whole_one_gives(cut, before):
     agree(CUTS[cut], None if before is None else [before])
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("lengths", [None, [1, 30]])
 def test_rows_of_a_batch_have_sinks_of_their_own(lengths):
     """With pasts of different lengths their sinks fill up at different tokens."""
     agree(Cut((0, 1, 4, 31), None), lengths, batch=2)
 
 
+@pytest.mark.all
 def test_ranks_do_not_wait_for_each_other(monkeypatch):
     """The operator runs at once on every rank: its state is not handed on."""
 
     def refuse(*unused):
         raise AssertionError("relayed")
 
-    monkeypatch.setattr("seqtrain.parallel.sharded.run_relayed", refuse)
+    monkeypatch.setattr("seqtrain.parallel.relay._pass_on", refuse)
     monkeypatch.setattr(relay, "_receive", refuse)
     agree(CUTS["one document"], None)
 
 
+@pytest.mark.all
 def test_nothing_leaks_into_the_next_document():
     """Another last token in one document leaves the next one's outputs as they were, to the bit."""
     cut = Cut((0, 20, 43, 60), (0, 25, 60))

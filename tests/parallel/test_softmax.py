@@ -8,11 +8,10 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from seqtrain.kernels import softmax_attention
-from seqtrain.parallel import checkpoint_contexts
+from seqtrain.parallel import ShardedSequence, checkpoint_contexts
 from seqtrain.parallel.block_attention import block_attention
-from seqtrain.parallel.halo import CutRow, Traffic, left_halo
+from seqtrain.parallel.halo import HaloPlan, left_halo
 from seqtrain.parallel.scan_engine import engine_of
-from seqtrain.parallel.softmax import sharded_softmax_attention
 from seqtrain.parallel.testing import run_ranks
 from seqtrain.testing import boundaries
 
@@ -55,7 +54,17 @@ def truth(row, past, lengths, cu_seqlens, window):
 
 
 def compare(
-    row, offsets, group, *, documents=None, window=None, past=None, lengths=None, dtype=torch.float64, **options
+    row,
+    offsets,
+    group,
+    *,
+    documents=None,
+    window=None,
+    past=None,
+    lengths=None,
+    dtype=torch.float64,
+    backend="auto",
+    **options,
 ):
     rank = group.rank()
     own = slice(offsets[rank], offsets[rank + 1])
@@ -63,13 +72,9 @@ def compare(
     expected = truth(row, past, lengths, cu_seqlens, window)
     leaves = [x[:, own].clone().to(dtype).requires_grad_() for x in row[:3]]
     leaves += [x.clone().to(dtype).requires_grad_() for x in past or ()]
-    out, state = sharded_softmax_attention(
-        *leaves[:3],
-        window=window,
-        row=CutRow(group, offsets, cu_seqlens),
-        initial_state=state_of(leaves[3:], lengths) if past else None,
-        **options,
-    )
+    sequence = ShardedSequence(group=group, offsets=offsets, cu_seqlens=cu_seqlens, backend=backend)
+    state = state_of(leaves[3:], lengths) if past else None
+    out, state = sequence.run(softmax_attention, *leaves[:3], initial_state=state, window=window, **options)
     assert out.dtype == dtype
     (out * row[3][:, own].to(dtype)).sum().backward()
     for name, came, whole in zip(
@@ -81,8 +86,10 @@ def compare(
         if came is None:
             assert true.numel() == 0, f"{name} has no gradient on rank {rank}"
             continue
-        # Against the whole row's norm: a query that sees one key alone has no gradient to compare with.
-        error = (came - true).norm() / whole.norm()
+        # Against the whole row's norm: a query that sees one key alone has no gradient to compare with. Where all do,
+        # what q and k have is rounding, which is measured by the gradient of v.
+        scale = expected[3] if window == 1 and name in ("q", "k") else whole
+        error = (came - true).norm() / scale.norm()
         what = f"{offsets} {documents} window={window} {options} rank {rank}: {name} is off by {error:.2e}"
         assert error < TOLERANCES[dtype], what
     return state
@@ -98,12 +105,12 @@ def full(rank, ranks, heads, groups, form):
 @pytest.mark.parametrize(
     ("ranks", "heads", "groups", "form"),
     [
-        (2, 4, 2, "heads"),
+        pytest.param(2, 4, 2, "heads", marks=pytest.mark.all),
         (3, 6, 3, "heads"),
-        (4, 8, 4, "heads"),
-        (2, 3, 3, "auto"),
+        pytest.param(4, 8, 4, "heads", marks=pytest.mark.all),
+        pytest.param(2, 3, 3, "auto", marks=pytest.mark.all),
         (3, 6, 2, "auto"),
-        (4, 2, 1, "auto"),
+        pytest.param(4, 2, 1, "auto", marks=pytest.mark.all),
     ],
 )
 def test_full_attention_equals_one_process(ranks, heads, groups, form):
@@ -118,7 +125,9 @@ def windows(rank, ranks):
                 compare(row, offsets, dist.group.WORLD, documents=documents, window=window)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(ranks, marks=() if ranks == 3 else pytest.mark.all) for ranks in (2, 3, 4)]
+)
 def test_windows_equal_one_process(ranks):
     run_ranks(ranks, windows, ranks)
 
@@ -133,6 +142,7 @@ def other_settings(rank, ranks):
             compare(random_inputs(6, 3, batch=2)[0], offsets, group, scale=6**-0.5, **options)
 
 
+@pytest.mark.all
 def test_float32_rows_and_the_definition():
     run_ranks(3, other_settings, 3)
 
@@ -151,6 +161,7 @@ def given_states(rank, ranks):
                 compare(row, offsets, group, past=past, lengths=[rows, 1])
 
 
+@pytest.mark.all
 def test_states_before_the_row():
     run_ranks(3, given_states, 3)
 
@@ -175,6 +186,7 @@ def final_states(rank, ranks):
             assert own["length"].tolist() == [held]
 
 
+@pytest.mark.all
 def test_states_after_each_rank():
     run_ranks(3, final_states, 3)
 
@@ -188,12 +200,14 @@ def sub_group(rank):
             compare(row, (0, 12, 29), group, documents=DOCUMENTS["long"], **options)
 
 
+@pytest.mark.all
 def test_a_group_that_is_not_the_world():
     run_ranks(4, sub_group)
 
 
 def one_document_changed(rank, ranks):
-    group, offsets, documents = dist.group.WORLD, (0, 7, 15, 29), [4, 13, 12]
+    group, offsets = dist.group.WORLD, (0, 7, 15, 29)
+    sequence = ShardedSequence(group=group, offsets=offsets, cu_seqlens=boundaries([4, 13, 12]))
     own = slice(offsets[rank], offsets[rank + 1])
     row, _ = random_inputs(3, 3)
     changed = 0
@@ -206,7 +220,7 @@ def one_document_changed(rank, ranks):
                     leaf[:, 16 - own.start] += change
             for leaf in leaves:
                 leaf.requires_grad_()
-            out, _ = sharded_softmax_attention(*leaves, row=CutRow(group, offsets, boundaries(documents)), **options)
+            out, _ = sequence.run(softmax_attention, *leaves, **options)
             (out * row[3][:, own]).sum().backward()
             results.append([out.detach(), *(leaf.grad for leaf in leaves)])
         others = [position for position in range(own.start, own.stop) if not 4 <= position < 17]
@@ -218,6 +232,7 @@ def one_document_changed(rank, ranks):
 
 
 # The next document's outputs and gradients are bit-equal when the last token of the one before changes.
+@pytest.mark.all
 def test_documents_do_not_see_each_other():
     # On the token's own rank all has changed, on the others the gradients of the keys and values it sees.
     assert run_ranks(3, one_document_changed, 3) == [6, 6, 12]
@@ -226,20 +241,20 @@ def test_documents_do_not_see_each_other():
 def counted(rank, other):
     """`other` makes another form of a function, which must give the same and communicate as often."""
     group, offsets = dist.group.WORLD, (0, 21, 29)
-    place, own = CutRow(group, offsets), slice(offsets[rank], offsets[rank + 1])
-    traffic = Traffic((0, 0), offsets)
+    sequence, own = ShardedSequence(group=group, offsets=offsets), slice(offsets[rank], offsets[rank + 1])
+    plan = HaloPlan((0, 0), offsets)
     row, _ = random_inputs(4, 4)
 
     def layer(q, k, v, form):
         q, k, v = q.sin(), k.cos(), v.exp()
         if form == "operator":
             head = q if rank else q[:, :0]
-            out = block_attention(head, k, v, scale=0.3, fused=False, traffic=traffic, group=group)
+            out = block_attention(head, k, v, scale=0.3, fused=False, plan=plan, group=group)
         elif form == "halo":
-            out = left_halo(v, traffic, group=group).sum(1, keepdim=True) * q[..., :4]
+            out = left_halo(v, plan, group=group).sum(1, keepdim=True) * q[..., :4]
         else:
-            window = 8 if form == "window" else None
-            out, _ = sharded_softmax_attention(q, k, v, row=place, form="auto" if window else form, window=window)
+            options = {"window": 8} if form == "window" else {"form": form}
+            out, _ = sequence.run(softmax_attention, q, k, v, **options)
         return out.tanh().sum()
 
     forms = ("operator", "halo") if other is compiled else ("heads", "blocks", "window")
@@ -268,10 +283,12 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
+@pytest.mark.all
 def test_activation_checkpointing_repeats_no_exchange():
     run_ranks(2, counted, checkpointed)
 
 
+@pytest.mark.all
 @pytest.mark.timeout(120)
 def test_messages_compile_as_one_graph():
     run_ranks(2, counted, compiled, limit=100)
@@ -286,13 +303,14 @@ def without_loss(rank, ranks):
     for options in ({"form": "heads"}, {"form": "blocks"}, {"window": 8}):
         compare(row, offsets, group, **options)
     leaves = [x[:, own].clone().requires_grad_() for x in row[:3]]
-    out, _ = sharded_softmax_attention(*leaves, row=CutRow(group, offsets))
+    out, _ = ShardedSequence(group=group, offsets=offsets).run(softmax_attention, *leaves)
     (out.sum() * 0 if rank == 1 else (out * row[3][:, own]).sum()).backward()
     expected = truth(row, None, None, None, None)
     for came, true in zip((leaf.grad for leaf in leaves), expected[1:], strict=True):
         torch.testing.assert_close(came, true[:, own])
 
 
+@pytest.mark.all
 def test_a_rank_without_loss_returns_gradients():
     run_ranks(3, without_loss, 3)
 
@@ -309,14 +327,17 @@ def chosen(rank):
     return counts
 
 
+@pytest.mark.all
 def test_short_documents_go_by_blocks():
     assert run_ranks(2, chosen) == [[1, 1, 2]] * 2
 
 
+@pytest.mark.all
 def test_form_by_heads_needs_heads():
     def refused(rank):
         row, _ = random_inputs(3, 3)
+        sequence = ShardedSequence(group=dist.group.WORLD, offsets=(0, 29, 29))
         with pytest.raises(ValueError, match="H=3 and G=3 heads on 2 ranks"):
-            sharded_softmax_attention(*row[:3], row=CutRow(dist.group.WORLD, (0, 29, 29)), form="heads")
+            sequence.run(softmax_attention, *row[:3], form="heads")
 
     run_ranks(2, refused)

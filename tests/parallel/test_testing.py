@@ -22,6 +22,7 @@ def test_results_come_in_the_order_of_ranks():
     assert run_ranks(3, summed, 10) == [(0, 3.0), (10, 3.0), (20, 3.0)]
 
 
+@pytest.mark.all
 def test_the_first_failure_is_raised_and_ends_the_others():
     def fail(rank):
         if rank == 1:
@@ -34,6 +35,7 @@ def test_the_first_failure_is_raised_and_ends_the_others():
     assert isinstance(caught.value.error, KeyError)
 
 
+@pytest.mark.all
 def test_an_error_that_cannot_be_sent_is_still_told():
     class Local(Exception):
         pass
@@ -46,6 +48,7 @@ def test_an_error_that_cannot_be_sent_is_still_told():
     assert caught.value.error is None
 
 
+@pytest.mark.all
 def test_a_hang_and_a_death_are_told_apart():
     with pytest.raises(RankError, match="did not end within 1 s"):
         run_ranks(2, lambda rank: rank and threading.Event().wait(), limit=1)
@@ -54,7 +57,8 @@ def test_a_hang_and_a_death_are_told_apart():
     assert "died without a word" in str(outcomes[1])
 
 
-# Trap 20: the parent has used all its threads, and autograd, before it forks.
+# The parent has used all its threads, and autograd, before it forks.
+@pytest.mark.all
 def test_ranks_compute_after_the_parent_has():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from seqtrain.kernels.affine import AffineMap, AffineShape
 from seqtrain.parallel.scan_engine import Wire
-from seqtrain.parallel.schedules.base import Message, Schedule, first_state, map_numbers, packed, unpacked
+from seqtrain.parallel.schedules.base import Message, Schedule, map_numbers, packed, unpacked
 from seqtrain.parallel.schedules.links import Array, Busy, Costs, Links, Load
 
 
@@ -20,9 +20,8 @@ class AllGather(Schedule):
     def run(
         self, wire: Wire, shape: AffineShape, own: AffineMap, first: Tensor | None, arrivals: Tensor
     ) -> tuple[Tensor, Tensor]:
-        mine = own
-        if wire.place == 0:
-            incoming = first_state(own, first)
+        incoming, mine = first, own
+        if incoming is not None:
             mine = AffineMap(None, own.apply(incoming))
         message = packed(mine, shape, state_only=wire.place == 0)
         for place in range(wire.place + 1, wire.places):
@@ -31,7 +30,8 @@ class AllGather(Schedule):
         sources = self.receives(shape, wire.place, wire.places)
         for (source, _), piece in zip(sources, arrivals.split([m.numbers for m in sources]), strict=True):
             earlier = unpacked(piece, shape, state_only=source == 0)
-            incoming = earlier.update if source == 0 else earlier.apply(incoming)
+            incoming = earlier.update if incoming is None else earlier.apply(incoming)
+        assert incoming is not None, "a place after the first gets the first one's state"
         return incoming, own.apply(incoming)
 
     def alone(self, costs: Costs, load: Load, places: int) -> float:

@@ -49,8 +49,8 @@ class Schedule(ABC):
     ) -> tuple[Tensor, Tensor]:
         """`(incoming state, outgoing state)`, `[rows, depth, columns]`.
 
-        `own`: this place's map; `first`: the state before the first place, or None; `arrivals`: one flat buffer that
-        the messages of `receives` fill in their order.
+        `own`: this place's map; `first`: on the first place the state before it, in memory of its own, None elsewhere;
+        `arrivals`: one flat buffer that the messages of `receives` fill in their order.
         """
 
     @abstractmethod
@@ -71,13 +71,6 @@ class Schedule(ABC):
     def payload_bytes(self, shape: AffineShape, places: int, item: int) -> list[int]:
         """Bytes each place receives in one scan, headers not counted."""
         return [item * sum(m.numbers for m in self.receives(shape, place, places)) for place in range(places)]
-
-
-def first_state(own: AffineMap, first: Tensor | None) -> Tensor:
-    """The state before the first place, in memory of its own."""
-    if first is None:
-        return torch.zeros_like(own.update, memory_format=torch.contiguous_format)
-    return first.clone(memory_format=torch.contiguous_format)
 
 
 def map_numbers(shape: AffineShape, state_only: bool) -> int:

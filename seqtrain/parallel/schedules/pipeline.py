@@ -9,7 +9,7 @@ from torch import Tensor
 
 from seqtrain.kernels.affine import AffineMap, AffineShape
 from seqtrain.parallel.scan_engine import Wire
-from seqtrain.parallel.schedules.base import Message, Schedule, first_state
+from seqtrain.parallel.schedules.base import Message, Schedule
 from seqtrain.parallel.schedules.links import Array, Busy, Costs, Links, Load
 
 BLOCK_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -31,19 +31,18 @@ class Pipeline(Schedule):
         self, wire: Wire, shape: AffineShape, own: AffineMap, first: Tensor | None, arrivals: Tensor
     ) -> tuple[Tensor, Tensor]:
         grid = cut(shape, self.blocks)
-        is_first, is_last = wire.place == 0, wire.place == wire.places - 1
+        is_last = wire.place == wire.places - 1
         # Everything that can be prepared is, before the first block is waited for.
         outgoing = own.update.new_empty(shape.state_numbers)
         leaving = grid.flat_views(outgoing, shape)
-        state = first_state(own, first) if is_first else None
-        entering = grid.flat_views(arrivals, shape) if state is None else grid.views(state)
+        entering = grid.flat_views(arrivals, shape) if first is None else grid.views(first)
         maps = [AffineMap(*pair) for pair in zip(grid.transitions(own.transition), grid.views(own.update), strict=True)]
         for piece, block, out in zip(maps, entering, leaving, strict=True):
-            wire.receive(0 if is_first else 1)
+            wire.receive(1 if first is None else 0)
             piece.apply(block, out=out)
             if not is_last:
                 wire.send(out, wire.place + 1)
-        incoming = grid.assemble(arrivals, entering, shape) if state is None else state
+        incoming = grid.assemble(arrivals, entering, shape) if first is None else first
         final = grid.assemble(outgoing, leaving, shape)
         # A send still reads its buffer, so callers get a state of their own.
         return incoming, final if is_last or not grid.in_order(shape) else final.clone()

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from seqtrain.kernels.affine import AffineMap, AffineShape
 from seqtrain.parallel.scan_engine import Wire
-from seqtrain.parallel.schedules.base import Message, Schedule, first_state, map_numbers, packed, unpacked
+from seqtrain.parallel.schedules.base import Message, Schedule, map_numbers, packed, unpacked
 from seqtrain.parallel.schedules.links import Array, Busy, Costs, Links, Load
 
 
@@ -30,8 +30,8 @@ class Tree(Schedule):
     ) -> tuple[Tensor, Tensor]:
         before = AffineMap(None, torch.zeros_like(own.update))  # places from the left up to here, this one not included
         upto = own  # the same, this one included
-        if wire.place == 0:
-            before = AffineMap(None, first_state(own, first))
+        if first is not None:
+            before = AffineMap(None, first)
             upto = AffineMap(None, own.apply(before.update))
         distance, offset = 1, 0
         while distance < wire.places:
