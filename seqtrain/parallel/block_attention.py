@@ -1,4 +1,4 @@
-"""Attention of a rank's first document piece to all that came before it in that document, block by block.
+"""Attention of the part of a document that a rank starts with to all before it in that document, block by block.
 
 Ranks pass their keys and values on in rounds: in round d rank r serves rank r + d and is served by r - d. A block is
 used and forgotten, and fetched again in backward, where its gradients go back to the rank that owns it. So a rank holds
@@ -29,7 +29,7 @@ def block_attention(
     """Causal attention `[B,F,H,V]` of the first F tokens of this rank to theirs and to the rows this rank wants.
 
     Args:
-        q: `[B,F,H,K]`, queries of the rank's first document piece; none where it wants no rows.
+        q: `[B,F,H,K]`, queries of the rank's part of its first document; none where it wants no rows.
         k, v: `[B,T_r,G,K]` and `[B,T_r,G,V]`, all of the rank's, of q's dtype; on the group's first rank after the
             plan's given rows.
         fused: use a fused kernel where there is one.

@@ -1,4 +1,4 @@
-"""Messages between the ranks of a group outside of scans: an exchange of flat pieces, each pair of ranks with its size.
+"""Messages between the ranks of a group outside of scans: flat tensors between all of them, each pair with its size.
 
 Halos and all-to-alls are made of it. It is its own gradient with the sizes swapped, so that what a rank was sent tells
 it which gradients to send back.

@@ -124,7 +124,7 @@ class ShardedRow:
     cu_seqlens: Tensor | None = None
     # Boundaries of the documents that have tokens, on the host: from 0 to the row's length.
     boundaries: tuple[int, ...] = field(init=False)
-    # Boundaries of the pieces of documents that this rank holds, counted from its first token: at least two.
+    # Boundaries of the parts of documents that this rank holds, counted from its first token: at least two.
     own_boundaries: tuple[int, ...] = field(init=False)
     # Where in the row this rank's first document starts; for a rank without tokens, see `before`.
     document_start: int = field(init=False)

@@ -1,4 +1,4 @@
-"""Rows cut over ranks, and how a test compares an operator on them with the operator on the whole row."""
+"""Sharded rows, and how a test compares an operator on them with the operator on the whole row."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -110,7 +110,7 @@ def sharded(case: OperatorCase, cut: Cut, weights: Tensor, *, members: list[int]
 
 
 def joined(found: list[dict[str, Tensor]], case: OperatorCase, cut: Cut) -> dict[str, Tensor]:
-    """What all ranks found as one: pieces one behind the other, gradients of shared tensors added up."""
+    """What all ranks found as one: parts one after the other, gradients of shared tensors added up."""
     last = max(r for r in range(cut.ranks) if cut.offsets[r + 1] > cut.offsets[r])
     result = {"final": found[last]["final"]}
     for name in found[0]:

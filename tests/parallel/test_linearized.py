@@ -1,4 +1,4 @@
-"""Converted layers on a row cut over ranks: window, sinks, delay and memory together give what one rank gives."""
+"""Converted layers on a sharded row: window, sinks, delay and memory together give what one rank gives."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def on_rank(rank, packed):
 
 @pytest.mark.all
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_cut_row_gives_what_the_whole_one_gives(packed):
+def test_a_sharded_row_gives_what_the_whole_one_gives(packed):
     found = run_ranks(3, on_rank, packed)
     for number, (name, fields) in enumerate(CASES):
         expected = outcome(name, fields, SequenceContext(boundaries(LENGTHS) if packed else None), slice(None))

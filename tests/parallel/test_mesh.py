@@ -1,4 +1,4 @@
-"""Ranks as a mesh: who shares a sequence with whom, and what is left when it is taken down."""
+"""Ranks as a mesh: which ranks are sequence parallel, and what is left when it is taken down."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def form(sequence: int, algorithm: str = "ring"):
     )
 
 
-def test_neighbours_share_a_sequence_and_others_do_not():
+def test_neighbors_share_a_sequence_and_others_do_not():
     def place(rank):
         with form(2) as mesh:
             _, total = all_scan(None, torch.full((1, 1, 1, 1), float(rank)), group=mesh.group, algorithm="ring")

@@ -1,4 +1,4 @@
-"""Operators on a row cut over ranks give what they give on the whole row: outputs and every gradient, on every rank."""
+"""Operators on a sharded row give what they give on the whole row: outputs and every gradient, on every rank."""
 
 from itertools import pairwise
 
@@ -182,7 +182,7 @@ def relayed(call: dict, cut: Cut, sequence) -> None:
 
 
 @pytest.mark.parametrize("cut", cuts(quick="few tokens", packed=True))
-def test_an_operator_of_unknown_kind_is_relayed(cut):
+def test_an_operator_that_is_no_affine_map_is_relayed(cut):
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(1, cut.tokens, 3, dtype=torch.float64, generator=generator) for _ in range(2))
 
@@ -219,7 +219,7 @@ def test_positions_are_the_rows_and_restart_with_each_document():
     found = run_ranks(cut.ranks, run)
     places = SequenceContext(cut.cu_seqlens).positions(cut.tokens, torch.device("cpu"))
     expected = places.clone()
-    expected[:5] += 100  # the first document alone goes on from what came before
+    expected[:5] += 100  # the first document alone continues what came before
     assert [place for part in found for place in part[0]] == expected.tolist()
     assert [part[1] for part in found] == [[27], [6], [51]]
     twice = (tuple(2 * offset for offset in cut.offsets), [2 * boundary for boundary in cut.boundaries])

@@ -1,4 +1,4 @@
-"""Windows with sinks on a row cut over ranks: outputs, states and every gradient are those of the whole row."""
+"""Windows with sinks on a sharded row: outputs, states and every gradient are those of the whole row."""
 
 import itertools
 
@@ -43,7 +43,7 @@ def past_state(window, sinks, lengths):
 
 
 def outcome(sequence, tensors, weight, past, *, window, sinks, own, last):
-    """`out`, the state behind it, and the gradients of a loss on the outputs and, on the `last` rank, on the state."""
+    """`out`, the state after it, and the gradients of a loss on the outputs and, on the `last` rank, on the state."""
     leaves = {name: x[:, own].clone().requires_grad_() for name, x in tensors.items()}
     given = {name: x.clone().requires_grad_() for name, x in (past or {}).items() if name != "length"}
     initial = None if past is None else given | {"length": past["length"]}
@@ -113,7 +113,7 @@ def agree(cut, lengths, *, batch=1):
         ),
     ],
 )
-def test_a_cut_row_gives_what_the_whole_one_gives(cut, before):
+def test_a_sharded_row_gives_what_the_whole_one_gives(cut, before):
     agree(CUTS[cut], None if before is None else [before])
 
 

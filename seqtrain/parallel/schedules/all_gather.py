@@ -57,9 +57,9 @@ class AllGather(Schedule):
         leaves = np.maximum(start, busy.sending) + sent
         ready = np.maximum(busy.receiving, busy.posted + latency)[:, 1:]
         comes = np.maximum(np.minimum.accumulate(start, axis=1)[:, :-1], ready) + received[:, 1:]
-        behind = np.maximum(comes, np.maximum.accumulate(leaves, axis=1)[:, :-1])
+        complete = np.maximum(comes, np.maximum.accumulate(leaves, axis=1)[:, :-1])
         meeting = latency / 2 if places > 2 else 0.0
         handled = np.maximum(index[1:] - 1, 0) * overhead + index[1:] * load.apply
-        arrived = np.maximum(start[:, 1:], behind + latency + meeting + handled)
+        arrived = np.maximum(start[:, 1:], complete + latency + meeting + handled)
         receiving = np.concatenate([busy.receiving[:, :1], comes], axis=1)
         return np.concatenate([start[:, :1], arrived], axis=1), busy._replace(sending=leaves, receiving=receiving)
