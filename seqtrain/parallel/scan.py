@@ -22,7 +22,7 @@ from seqtrain.errors import unknown_name
 from seqtrain.kernels.affine import AffineMap, AffineShape, transition_gradient, transpose
 from seqtrain.parallel.cost import costs_of
 from seqtrain.parallel.scan_engine import Engine, Job, check_in, check_out, engine_of
-from seqtrain.parallel.schedules import ALGORITHMS, Pipeline, Schedule, candidates, choose
+from seqtrain.parallel.schedules import ALGORITHMS, SCHEDULES, Pipeline, Schedule, candidates, choose
 
 if TYPE_CHECKING:
     Algorithm = str
@@ -101,8 +101,8 @@ def open_all_scan(
 
     `start` the result with this rank's map.
     """
-    if algorithm not in ALGORITHMS:
-        raise ValueError("all_scan: " + unknown_name("algorithm", algorithm, ALGORITHMS))
+    if algorithm not in ("auto", *SCHEDULES):
+        raise ValueError("all_scan: " + unknown_name("algorithm", algorithm, ("auto", *SCHEDULES)))
     if blocks is not None and (algorithm != "pipeline" or blocks < 1):
         raise ValueError(
             f"all_scan: blocks={blocks} with algorithm={algorithm!r}; give 1 or more, with 'pipeline' only"

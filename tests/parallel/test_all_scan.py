@@ -5,6 +5,8 @@ import torch
 import torch.distributed as dist
 
 from seqtrain.parallel import ALGORITHMS, all_scan, open_all_scan, scans_opened, start_all_scan
+from seqtrain.parallel.schedules import SCHEDULES, candidates
+from seqtrain.parallel.schedules.tree import Tree
 from seqtrain.parallel.testing import run_ranks
 from tests.parallel.scan_cases import FORMS, check, gradients_of, loss, own_leaves, random_case, truth
 
@@ -51,6 +53,20 @@ def test_states_and_gradients_by_hand():
 
     # S goes 1, 2*1+1 = 3, 3*3+1 = 10, 4*10+1 = 41; each factor's gradient is its S_in times the factors after it.
     assert run_ranks(3, on_rank) == [(3, 10 * 1 * 3 * 4, 10 * 2 * 3 * 4), (10, 10 * 3 * 4, 0), (41, 10 * 10, 0)]
+
+
+@pytest.mark.all
+def test_a_new_schedule_is_one_class(monkeypatch):
+    class Later(Tree):
+        name = "later"
+
+    monkeypatch.setitem(SCHEDULES, "later", Later)
+    assert Later() in candidates.__wrapped__("auto")  # what is cached stays as it is
+
+    def on_rank(rank):
+        scan_and_check(random_case("dense", 3), rank, dist.group.WORLD, "later", algorithm="later")
+
+    run_ranks(3, on_rank)
 
 
 def every_cut(rank, ranks):
