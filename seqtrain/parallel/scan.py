@@ -160,7 +160,8 @@ def plan_scan(
     plans = candidates(algorithm)
     if len(plans) == 1:
         return plans[0]
-    return choose(costs_of(engine, device), shape, engine.size, dtype.itemsize, algorithm)
+    costs = engine.costs or costs_of(engine, device)
+    return choose(costs, shape, engine.size, dtype.itemsize, algorithm)
 
 
 def _check(transition: Tensor | None, update: Tensor, initial_state: Tensor | None) -> None:
