@@ -58,16 +58,29 @@ COMMANDS = {
         "seqtrain.profiling.throughput", "tell where time and memory of a step go", "profile_throughput"
     ),
     "kernel-report": Command("seqtrain.kernels.inspect.report", "compile and count Triton kernels without a GPU"),
+    "compare": Command("seqtrain.profiling.compare_runs", "compare finished runs or profiles"),
+    "plan": Command("seqtrain.planning.plan", "find the layout of a run that fits a cluster and is fastest"),
+    "inspect": Command("seqtrain.planning.inspect_model", "count parameters, FLOPs, state and activation bytes"),
+    "simulate": Command("seqtrain.planning.simulate_scaling", "simulate steps with one sequence over many ranks"),
+    "bench-operators": Command("seqtrain.benchmarks.operators", "time operators against others"),
+    "bench-all-scan": Command("seqtrain.benchmarks.all_scan", "time ways to hand states from rank to rank"),
+    "bench-training": Command("seqtrain.benchmarks.training", "compare the throughput of training runs"),
+    "bench-memory": Command("seqtrain.benchmarks.memory", "measure the peak memory of one step on one long sequence"),
+    "bench-regression": Command("seqtrain.benchmarks.regression", "compare speed and losses with an earlier commit"),
+    "compare-commits": Command("seqtrain.benchmarks.replay", "compare the numbers of runs with an earlier commit"),
 }
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
-    """Runs the command `name`; gives its exit status, 2 with one line for a mistake of the user."""
+    """Runs the command `name`; gives its exit status, 2 with one line for a mistake of the user.
+
+    A name with a dot is that of a module outside the package, such as `experiments.fidelity.run`.
+    """
 
     def work() -> int:
-        if name not in COMMANDS:
+        if "." not in name and name not in COMMANDS:
             raise ConfigError(unknown_name("command", name, COMMANDS))
-        return COMMANDS[name](arguments)
+        return (COMMANDS.get(name) or Command(name, ""))(arguments)
 
     return exit_status(work)
 

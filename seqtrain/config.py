@@ -6,10 +6,8 @@ the result against the dataclasses. Their defaults are read from their source (`
 
 import dataclasses
 import difflib
-import inspect
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -26,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from seqtrain.errors import ConfigError, SeqtrainError, exit_status, unknown_name
+from seqtrain.errors import ConfigError, exit_status, unknown_name
 from seqtrain.schema import definition, mixer_definition, mixer_names
 
 T = TypeVar("T")
@@ -185,31 +183,20 @@ def _explain_key(key: str, name: str, overrides: Sequence[str]) -> str:
     return unknown_name("config key", known + part, [known + child for child in children])
 
 
-def read_settings(cls: type[T], arguments: Sequence[str], *, about: str | None) -> T:
-    """`cls` from `key=value` arguments; `--help` prints `about` and the dataclass itself, defaults and units included.
-
-    A wrong key or value is printed as one line, and the command exits with status 2.
-    """
-    if {"-h", "--help"} & set(arguments):
-        print(f"{about}\n\nSettings, as key=value:\n\n{inspect.getsource(cls)}")
-        sys.exit(0)
-    try:
-        for argument in arguments:
-            if "=" not in argument:
-                raise ConfigError(f"{argument!r} is not key=value; --help lists the keys")
-        values = OmegaConf.to_container(OmegaConf.from_cli(list(arguments)))
-        return validate(cls, {str(key): value for key, value in values.items()})  # type: ignore[union-attr]
-    except SeqtrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def read_settings(cls: type[T], arguments: Sequence[str]) -> T:
+    """`cls` from `key=value` arguments. Raises `ConfigError` for a wrong key or value."""
+    for argument in arguments:
+        if "=" not in argument:
+            raise ConfigError(f"{argument!r} is not key=value; --help lists the keys")
+    values = OmegaConf.to_container(OmegaConf.from_cli(list(arguments)))
+    return validate(cls, {str(key): value for key, value in values.items()})  # type: ignore[union-attr]
 
 
-def split_settings(cls: type[T], name: str, arguments: Sequence[str], *, about: str | None) -> tuple[T, list[str]]:
-    """The settings given as `name.key=value`, and all other arguments. `--help` and mistakes as in `read_settings`."""
+def split_settings(cls: type[T], name: str, arguments: Sequence[str]) -> tuple[T, list[str]]:
+    """The settings given as `name.key=value`, and all other arguments. Raises `ConfigError` as `read_settings` does."""
     prefix = f"{name}."
-    own = [word.removeprefix(prefix) for word in arguments if word.startswith(prefix) or word in ("-h", "--help")]
-    others = [word for word in arguments if not word.startswith(prefix)]
-    return read_settings(cls, own, about=about), others
+    own = [word.removeprefix(prefix) for word in arguments if word.startswith(prefix)]
+    return read_settings(cls, own), [word for word in arguments if not word.startswith(prefix)]
 
 
 def launch(name: str, arguments: Sequence[str], read: Callable[[DictConfig], T], run: Callable[[T], int]) -> int:

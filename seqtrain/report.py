@@ -87,14 +87,14 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of so many inches, belonging to no window."""
+    """An empty figure of so many inches, with a canvas of its own: no window, no state shared through pyplot."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: "Figure", path: Path, *, dpi: int = 120) -> None:
-    """Writes a PNG whose bytes follow from what was drawn; missing folders are made."""
+    """Writes a PNG whose bytes follow from what was drawn, not from the library's version; makes missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi, metadata={"Software": None})
 

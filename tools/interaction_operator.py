@@ -2,7 +2,7 @@
 
 import sys
 
-from experiments.interaction.run import main
+from seqtrain.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("experiments.interaction.run", sys.argv[1:]))

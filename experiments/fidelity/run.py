@@ -195,7 +195,7 @@ def as_json(result: Result) -> dict:
 
 
 def main(arguments: list[str]) -> int:
-    settings = read_settings(Settings, arguments, about=__doc__)
+    settings = read_settings(Settings, arguments)
     try:
         rows = chosen_rows(settings.rows, ROWS)
     except ConfigError as error:

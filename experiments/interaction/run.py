@@ -147,7 +147,7 @@ def draw_reach(found: list[Measured], path: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    settings = read_settings(Settings, arguments, about=__doc__)
+    settings = read_settings(Settings, arguments)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     about = machine()

@@ -240,7 +240,7 @@ def measure_chains(settings: Settings, setting: Setting, label: str) -> list[Ste
 
 
 def main(arguments: list[str]) -> int:
-    settings = read_settings(Settings, arguments, about=__doc__)
+    settings = read_settings(Settings, arguments)
     counts = settings.ranks or [int(os.environ.get("WORLD_SIZE", "4"))]
     outcome = on_ranks(max(counts), measure_all, settings, counts)
     if outcome is None:

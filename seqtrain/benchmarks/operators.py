@@ -263,7 +263,7 @@ def _pictures(rows: list[dict], settings: Settings, title: str, folder: Path) ->
 
 
 def main(arguments: list[str]) -> int:
-    settings = read_settings(Settings, arguments, about=__doc__)
+    settings = read_settings(Settings, arguments)
     about = machine(settings.device)
     about |= {package: version(package) for package in ("transformers", "flash-linear-attention", "flash-attn")}
     title = ", ".join(f"{key} {value}" for key, value in about.items())

@@ -10,7 +10,6 @@ than their spread (half their interquartile range), or by more than 3% where the
 
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from pydantic import Field
 
 from seqtrain.benchmarks.commits import ROOT, checkout, run_python
 from seqtrain.config import read_settings
-from seqtrain.report import machine, open_console, show_table
+from seqtrain.report import machine, show_table
 
 # Name -> the overrides that make a run of a few seconds out of a shipped preset, on one rank.
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -154,15 +153,11 @@ def main(arguments: list[str]) -> int:
     named = [
         f"commit={argument}" if "=" not in argument and argument[:1] != "-" else argument for argument in arguments
     ]
-    settings = read_settings(Settings, named, about=__doc__)
-    about, console = machine(), open_console()
+    settings = read_settings(Settings, named)
+    about = machine()
     with checkout(settings.commit) as old:
         figures = compare(settings, old, ROOT)
-    console.print(f"{about}, against {settings.commit}; CPU seconds, medians of {settings.rounds} rounds in turns")
-    show_table(console, ["preset", "what", "old", "new", "new/old", "spread", ""], [row(figure) for figure in figures])
-    console.print(str(write(settings, about, figures)), soft_wrap=True, markup=False)
+    print(f"{about}, against {settings.commit}; CPU seconds, medians of {settings.rounds} rounds in turns")
+    show_table(["preset", "what", "old", "new", "new/old", "spread", ""], [row(figure) for figure in figures])
+    print(write(settings, about, figures))
     return 1 if any(figure.slower for figure in figures) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

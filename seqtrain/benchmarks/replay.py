@@ -20,7 +20,6 @@ from typing import Any
 from seqtrain.benchmarks.commits import ROOT, checkout, resolve, run_python
 from seqtrain.config import read_settings
 from seqtrain.profiling.compare_runs import difference, flat, read_run, verdict
-from seqtrain.report import open_console
 
 # One process, a model of one layer of each mixer named, 256 tokens a sequence.
 ONE = (
@@ -171,28 +170,22 @@ def main(arguments: list[str]) -> int:
     named = [
         f"commit={argument}" if "=" not in argument and argument[:1] != "-" else argument for argument in arguments
     ]
-    settings = read_settings(Settings, named, about=__doc__)
+    settings = read_settings(Settings, named)
     names = settings.runs or (*RUNS, "conversion")
     root = Path(settings.output_dir).resolve()
     old, new = root / resolve(settings.commit)[:12], root / "here"
     with checkout(settings.commit) as tree:
         record(tree, old, names)
     record(ROOT, new, names)
-    console, same = open_console(), True
+    same = True
     for name in names:
         for stage in trained(old / name):
             found = difference(read_run(str(old / name / stage)), read_run(str(new / name / stage)), 0.0)
             same &= found.same
             said = verdict(found, 0.0).partition(": ")[2]
-            console.print(
-                f"{name} {'' if stage == '.' else stage}: {said}", soft_wrap=True, highlight=False, markup=False
-            )
+            print(f"{name} {'' if stage == '.' else stage}: {said}")
     configs = [json.loads((folder / "configs.json").read_text()) for folder in (old, new)]
     for change, choices in sorted(changed_keys(*configs).items()):
         shown = ", ".join(sorted(choices)[:3]) + (f" and {len(choices) - 3} more" if len(choices) > 3 else "")
-        console.print(f"config {change}  ({shown})", soft_wrap=True, highlight=False, markup=False)
+        print(f"config {change}  ({shown})")
     return 0 if same else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

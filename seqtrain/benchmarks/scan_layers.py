@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,25 +9,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqtrain.benchmarks.scan_methods import CPU, Setting
-from seqtrain.parallel import Algorithm, open_all_scan
+from seqtrain.parallel import open_all_scan
 from seqtrain.parallel.schedules import SCHEDULES
+from seqtrain.planning.scaling import Scheme
 
-
-@dataclass(frozen=True)
-class Chain:
-    """How the layers of a step hand their states on; `algorithm=None`: not at all, compute alone."""
-
-    algorithm: Algorithm | None
-    overlapped: bool = True
-    barrier: bool = False
-
-
-CHAINS = {
-    "compute alone": Chain(None),
-    "auto": Chain("auto"),
-    "auto, not overlapped": Chain("auto", overlapped=False),
-    "auto, a barrier a layer": Chain("auto", barrier=True),
-    **{name: Chain(name) for name in SCHEDULES},
+# How the layers of a step hand their states on; None: not at all.
+CHAINS: dict[str, Scheme | None] = {
+    "compute alone": None,
+    "auto": Scheme(),
+    "auto, not overlapped": Scheme(overlapped=False),
+    "auto, a barrier a layer": Scheme(barrier=True),
+    **{name: Scheme(name) for name in SCHEDULES},
 }
 
 
@@ -62,7 +53,7 @@ class _Barrier(torch.autograd.Function):
         return gradients[0], None
 
 
-def step(setting: Setting, layers: int, chain: Chain) -> Callable[[], object]:
+def step(setting: Setting, layers: int, chain: Scheme | None) -> Callable[[], object]:
     """A training step of `layers` layers, each computing `setting.compute` seconds forward and as long backward."""
 
     def timed() -> object:
@@ -76,8 +67,8 @@ def step(setting: Setting, layers: int, chain: Chain) -> Callable[[], object]:
     return timed
 
 
-def _layer(x: Tensor, transition: Tensor | None, setting: Setting, chain: Chain) -> Tensor:
-    if chain.algorithm is None:
+def _layer(x: Tensor, transition: Tensor | None, setting: Setting, chain: Scheme | None) -> Tensor:
+    if chain is None:
         return _Slept.apply(x, setting.compute)
     opened = open_all_scan(
         None if transition is None else transition.shape,
@@ -85,7 +76,7 @@ def _layer(x: Tensor, transition: Tensor | None, setting: Setting, chain: Chain)
         dtype=x.dtype,
         device=CPU,
         group=setting.group,
-        algorithm=chain.algorithm,
+        algorithm=chain.schedule,
     )
     scan = opened.start(transition, 0.5 * x)
     if chain.overlapped:

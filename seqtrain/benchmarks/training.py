@@ -59,7 +59,7 @@ def run_once(settings: Settings, variant: str, folder: Path) -> list[float]:
 
 
 def main(arguments: list[str]) -> int:
-    settings = read_settings(Settings, arguments, about=__doc__)
+    settings = read_settings(Settings, arguments)
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     folder = Path(settings.output_dir).absolute()

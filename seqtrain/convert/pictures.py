@@ -3,22 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+from seqtrain.report import new_figure, save_figure
+
 COLORS = {"teacher": "tab:blue", "student": "tab:orange", "start": "tab:gray"}
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Perplexity by position, errors of layers, ablations, and cache by length, drawn into `path` (PNG)."""
-    # The figure's own canvas, not pyplot: no window system, no state shared with a caller's plots.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    figure = new_figure(11, 8)
     places = figure.subplots(2, 2)
     _positions(places[0, 0], report)
     _layers(places[0, 1], report["layer_errors"])
     _ablations(places[1, 0], report["end"]["texts"])
     _cache(places[1, 1], report["cache_bytes_float32"])
-    # Without the library's version, which is not the conversion's.
-    figure.savefig(path, metadata={"Software": None})
+    save_figure(figure, path, dpi=100)
 
 
 def _positions(axes: Any, report: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ from seqtrain.convert.scores import agreement, hidden_states
 from seqtrain.convert.settings import POLICY
 from seqtrain.convert.student import check_layers
 from seqtrain.errors import ConfigError
-from seqtrain.files import replace_file
 from seqtrain.models import LanguageModel
+from seqtrain.report import write_json
 
 
 def kept_layers(
@@ -53,7 +53,7 @@ def layers_that_stay(layers: Sequence[str]) -> tuple[int, ...]:
 def write_layers(file: Path, layers: Sequence[str], importance: Sequence[float] | None) -> None:
     """What was chosen, for people and for `keep=FILE.json`: the mixers' names, and what was measured for the choice."""
     chosen = {"keep": layers_that_stay(layers), "layers": layers, "importance": importance}
-    replace_file(file, (json.dumps(chosen, indent=1) + "\n").encode("utf-8"))
+    write_json(file, chosen)
 
 
 def read_layers(file: Path, depth: int) -> tuple[tuple[int, ...], list[float] | None]:

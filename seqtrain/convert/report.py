@@ -3,7 +3,6 @@
 What differs from run to run (paths, times, memory) is in a file of its own, `run.json`.
 """
 
-import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from seqtrain.convert.policy import write_layers
 from seqtrain.convert.settings import ConvertConfig
 from seqtrain.convert.sources import Source
 from seqtrain.files import replace_file
+from seqtrain.report import write_json
 
 # What the config says of this machine's folders.
 PLACES = ("source", "output_dir")
@@ -50,19 +50,11 @@ def write(folder: Path, report: dict[str, Any], run: dict[str, Any]) -> None:
     `layer_errors: {when: list[float]}` in order of time, `cache_bytes_float32`, `generation: list`, `checks`, `passed`,
     `training: list` of the recipe's runs, `beside` (of `read_others`).
     """
-    for name, content in {
-        "report.json": as_json(report),
-        "report.md": as_markdown(report),
-        "run.json": as_json(run),
-    }.items():
-        replace_file(folder / name, content.encode("utf-8"))
+    write_json(folder / "report.json", report, allow_nan=False)
+    write_json(folder / "run.json", run, allow_nan=False)
+    replace_file(folder / "report.md", as_markdown(report).encode("utf-8"))
     write_layers(folder / "layers.json", report["layers"], report["layer_importance"])
     draw(report, folder / "report.png")
-
-
-def as_json(values: dict[str, Any]) -> str:
-    """In a file's form; numbers that JSON has no word for are an error."""
-    return json.dumps(values, indent=1, allow_nan=False) + "\n"
 
 
 def as_markdown(report: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
         """The first `results` tensors of `forward(*arguments)`, differentiable."""
-        # Kernels read memory, which fake tensors (`seqtrain.analysis.trace`) do not have; the operator knows shapes.
+        # Kernels read memory, which fake tensors (`seqtrain.planning.trace`) do not have; the operator knows shapes.
         if torch.compiler.is_compiling() or any(isinstance(x, FakeTensor) for x in arguments):
             return _tuple(self.op(*arguments))[: self.results]
         return self.function.apply(*arguments)

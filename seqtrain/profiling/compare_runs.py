@@ -224,7 +224,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    settings = read_settings(Settings, arguments, about=__doc__)
+    settings = read_settings(Settings, arguments)
     try:
         runs = [read_run(path) for path in settings.runs]
     except (SeqtrainError, ValueError) as error:

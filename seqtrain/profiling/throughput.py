@@ -24,9 +24,9 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from seqtrain.analysis.counts import count_model
 from seqtrain.config import launch, validate
 from seqtrain.errors import ConfigError
+from seqtrain.planning.counts import count_model
 from seqtrain.profiling import (
     ProfileConfig,
     Profiler,

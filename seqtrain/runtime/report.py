@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from seqtrain.data import Corpus, SyntheticCorpus, bigram_bits_per_byte
+from seqtrain.report import new_figure, save_figure, write_json
 from seqtrain.runtime.metrics import Record, count_restarts, read_lines
 from seqtrain.runtime.run_folder import RunFolder
 from seqtrain.runtime.sample import Continuation, continue_text, open_run
@@ -41,7 +42,7 @@ def write_report(
         "checkpoint": str(newest_folder(folder)),
         "sample": _sample(config, folder) if sampled else "",
     }
-    folder.summary.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    write_json(folder.summary, summary, allow_nan=False)
     folder.outcome.unlink()
     if records:
         draw_loss(records, folder.loss_curve)
@@ -71,10 +72,7 @@ def _sample(config: PretrainConfig, folder: RunFolder) -> str:
 
 def draw_loss(records: list[Record], path: Path) -> None:
     """Draws loss against step, and what was measured on held-out data, into `path`."""
-    # The figure's own canvas, not pyplot: no window system, no state shared with a caller's plots.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = new_figure(7, 4)
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
     finite = [record for record in records if record["loss"] is not None]
     axes.plot([r["step"] for r in finite], [r["loss"] for r in finite], linewidth=1, label="training loss")
@@ -88,4 +86,4 @@ def draw_loss(records: list[Record], path: Path) -> None:
             right.set_ylabel(label)
             right.plot([r["step"] for r in scored], [r[key] for r in scored], "o-", color="tab:orange")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

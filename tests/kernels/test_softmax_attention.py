@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seqtrain.analysis.trace import Tracer
 from seqtrain.kernels import softmax_attention
 from seqtrain.kernels.softmax_attention import chunked
+from seqtrain.planning.trace import Tracer
 from seqtrain.testing import TOLERANCES, boundaries, relative_error
 
 H, G, K, V = 4, 2, 8, 5

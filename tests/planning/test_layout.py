@@ -5,12 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from seqtrain.analysis.counts import count_model
-from seqtrain.analysis.layout import Holes, Layout, Machine, compute_seconds, memory_bytes, predict
-from seqtrain.analysis.scaling import Cluster
 from seqtrain.mixers import MIXERS
 from seqtrain.models import ModelConfig
-from seqtrain.parallel.schedules.links import Costs
+from seqtrain.parallel.schedules.links import Cluster, Costs
+from seqtrain.planning.counts import count_model
+from seqtrain.planning.layout import Holes, Layout, Machine, compute_seconds, memory_bytes, predict
 
 ONE = Layout(data=1, sequence=1, stage=0, checkpointing=False, micro_batch=1, batch=1)
 LINKS = Costs(latency=1e-4, overhead=1e-5, byte=1e-9, product=1e-10)
@@ -31,34 +30,34 @@ def changed(**fields):
 
 def test_compute_is_products_over_their_rate_and_bytes_over_the_stream(counts):
     free = dataclasses.replace(MACHINE, stream=1e30, attention=1e30, kernels=1e30, products={"float32": 1e9})
-    seconds = compute_seconds(counts, free, again=False)
+    seconds = compute_seconds(counts, free, checkpointing=False)
     # With nothing to wait for but products: those of projections, MLPs and the head.
     found = [work.calls for part in counts.parts for work in (part.forward, part.backward)]
     flops = sum(calls.flops for each in found for name, calls in each.items() if "scaled_dot_product" not in name)
     assert seconds["products"] == pytest.approx(flops / 1e9)
     assert sum(seconds.values()) == pytest.approx(seconds["products"], rel=1e-6)
     slow = dataclasses.replace(free, stream=1e6)
-    assert compute_seconds(counts, slow, again=False)["memory traffic"] > 0
+    assert compute_seconds(counts, slow, checkpointing=False)["memory traffic"] > 0
     touched = dataclasses.replace(free, fresh=1.0)
     mapped = dataclasses.replace(counts.parts[1].forward, mapped=3.0)
     large = dataclasses.replace(counts, parts=(dataclasses.replace(counts.parts[1], forward=mapped),))
-    assert compute_seconds(large, touched, again=False)["memory traffic"] == pytest.approx(3.0)
+    assert compute_seconds(large, touched, checkpointing=False)["memory traffic"] == pytest.approx(3.0)
     called = dataclasses.replace(free, call=1.0)
-    operators = sum(part.forward.operators + part.backward.operators for part in counts.parts)
-    assert compute_seconds(counts, called, again=False)["calls"] == operators
+    operators = sum(calls.count for each in found for calls in each.values())
+    assert compute_seconds(counts, called, checkpointing=False)["calls"] == operators
 
 
 def test_layers_computed_again_cost_their_forward_pass(counts):
-    kept, again = (sum(compute_seconds(counts, MACHINE, again=flag).values()) for flag in (False, True))
+    kept, again = (sum(compute_seconds(counts, MACHINE, checkpointing=flag).values()) for flag in (False, True))
     layers = dataclasses.replace(
         counts,
         parts=tuple(
             dataclasses.replace(p, backward=type(p.backward)(), executed_backward=0.0) for p in counts.parts[1:-1]
         ),
     )
-    assert again - kept == pytest.approx(sum(compute_seconds(layers, MACHINE, again=False).values()))
+    assert again - kept == pytest.approx(sum(compute_seconds(layers, MACHINE, checkpointing=False).values()))
     efficient = dataclasses.replace(MACHINE, efficiency={"gated_delta_net": 2.0})
-    assert sum(compute_seconds(counts, efficient, again=False).values()) > kept
+    assert sum(compute_seconds(counts, efficient, checkpointing=False).values()) > kept
 
 
 def test_more_rounds_and_crowded_processors_take_longer(counts):
@@ -119,10 +118,10 @@ def test_holes_are_the_mean_of_the_mixers_own(counts):
 
 def test_layers_of_a_cut_sequence_take_as_much_longer_as_was_measured(counts):
     slower = dataclasses.replace(MACHINE, cut={"gated_delta_net": 3.0})
-    assert compute_seconds(counts, slower, again=False) == compute_seconds(counts, MACHINE, again=False)
-    whole, cut = (sum(compute_seconds(counts, m, again=False, pieces=2).values()) for m in (MACHINE, slower))
+    assert compute_seconds(counts, slower, checkpointing=False) == compute_seconds(counts, MACHINE, checkpointing=False)
+    whole, cut = (sum(compute_seconds(counts, m, checkpointing=False, shards=2).values()) for m in (MACHINE, slower))
     mixer = dataclasses.replace(counts, parts=tuple(part for part in counts.parts if part.kind == "gated_delta_net"))
-    assert cut - whole == pytest.approx(2 * sum(compute_seconds(mixer, MACHINE, again=False).values()))
+    assert cut - whole == pytest.approx(2 * sum(compute_seconds(mixer, MACHINE, checkpointing=False).values()))
 
 
 def test_ranks_of_a_node_slow_each_other_as_was_measured(counts):

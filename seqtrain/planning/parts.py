@@ -1,17 +1,16 @@
-"""Each kind of part of a model, run once on tensors that hold no numbers, forward and backward."""
+"""Each kind of part of a model, traced once on tensors without values, forward and backward."""
 
 import dataclasses
 import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from seqtrain.analysis.trace import SIZES, Calls, Tracer, Work
 from seqtrain.kernels.affine import AffineShape
 from seqtrain.kernels.operator import Operator
 from seqtrain.kernels.segments import AffineScan, PastInputs, Relayed
@@ -19,6 +18,7 @@ from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.models.block import Block
 from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.planning.trace import Calls, Recorded, Tracer
 
 # Longer sequences are not traced: two shorter ones are, of layers whose work grows in proportion to the tokens.
 TRACED = (2048, 4096)
@@ -29,7 +29,7 @@ SMALL = 32 * 2**20
 
 
 @dataclass(frozen=True)
-class Batch:
+class MicroBatch:
     """What runs through the model at once: `rows` sequences of `tokens`, products in `dtype`, operators' `backend`."""
 
     tokens: int
@@ -40,8 +40,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What an operator sends where a sequence is cut over ranks, one way: a scan of states of this `shape`, numbers of
-    `item` bytes; or `near` bytes from the neighbour; or `spread` bytes, this rank's share of what all exchange.
+    """What an operator sends one way where the sequence is sharded over ranks: a scan of states of this `shape` in
+    numbers of `item` bytes; or `near` bytes from the neighbor; or `spread` bytes, this rank's part of what all send.
     """
 
     shape: AffineShape | None = None
@@ -50,7 +50,7 @@ class Exchange:
     spread: float = 0.0
 
     def of_rows(self, rows: int) -> "Exchange":
-        """For so many rows beside each other."""
+        """For so many rows at once."""
         shape = self.shape
         if shape is not None:
             more = "columns" if shape.identity else "rows"
@@ -59,8 +59,8 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Watched(SequenceContext):
-    """A whole sequence that notes its operators' windows, and what they would exchange if it were cut."""
+class RecordingContext(SequenceContext):
+    """A whole sequence that notes its operators' windows, and what they would exchange if it were sharded."""
 
     exchanges: list[Exchange] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
@@ -86,18 +86,20 @@ def _exchange(operator: Operator, tensors: tuple[Any, ...], options: dict[str, A
     keys = tensors[1].nbytes + tensors[2].nbytes
     if window is not None and window <= first.shape[1]:
         return Exchange(near=keys * window / first.shape[1])
-    # Queries, keys, values and outputs change from pieces of time to heads and back.
+    # Queries, keys, values and outputs change from being sharded in time to being sharded by heads, and back.
     return Exchange(spread=keys + 2 * first.nbytes)
 
 
 @dataclass(frozen=True)
 class Traced:
-    """Forward and backward pass of a part, the FLOPs of its chunk forms, the bytes of gradients it makes, what it
-    would exchange if the sequence were cut, and its operators' windows, in tokens.
+    """Forward and backward pass of a part: what its code does and the bytes it holds. `executed_forward`,
+    `executed_backward`: FLOPs of matrix products of the chunk forms, or of kernels like them, that really run.
+    `gradient_bytes`: of the parameters whose gradients it is the first to make. `exchanges`: what its operators send
+    where the sequence is sharded. `windows`: of its operators, in tokens.
     """
 
-    forward: Work
-    backward: Work
+    forward: Recorded
+    backward: Recorded
     executed_forward: float
     executed_backward: float
     gradient_bytes: int
@@ -105,79 +107,66 @@ class Traced:
     windows: tuple[int, ...] = ()
 
 
-def trace_layer(model: ModelConfig, mixers: Mapping[str, Any], index: int, batch: Batch) -> tuple[Traced, Traced]:
+def trace_layer(model: ModelConfig, mixers: Mapping[str, Any], index: int, batch: MicroBatch) -> tuple[Traced, Traced]:
     """The mixer of layer `index` with its norm and its sum with the residual stream, and the MLP with its own."""
 
     def build() -> nn.Module:
         return LanguageModel(dataclasses.replace(model, depth=index + 1), mixers, 1).blocks[index]
 
-    mixer = _at(batch, partial(_trace_mixer, build, model.width), _lengths(build, model.width, batch.tokens, TRACED))
+    trace = partial(_trace_mixer, build, model.width)
+    mixer = _at(batch, trace, _lengths(build, trace, batch.tokens, TRACED))
     if any(name.startswith("seqtrain.") for name in mixer.forward.calls):
         # A kernel of its own does what the chunk form does, unseen.
         chunked = dataclasses.replace(batch, backend="chunked")
-        lengths = _lengths(build, model.width, batch.tokens, CHUNKED)
-        chunks = _at(chunked, partial(_trace_mixer, build, model.width), lengths)
+        chunks = _at(chunked, trace, _lengths(build, trace, batch.tokens, CHUNKED))
         mixer = dataclasses.replace(
             mixer, executed_forward=chunks.executed_forward, executed_backward=chunks.executed_backward
         )
-    return mixer, _at(batch, partial(_trace_mlp, build, model.width), TRACED)
+    mlp = partial(_trace, build, lambda block, x: x + block.mlp(block.mlp_norm(x)), model.width)
+    return mixer, _at(batch, mlp, TRACED)
 
 
-def trace_outside(model: ModelConfig, vocab_size: int, batch: Batch) -> tuple[Traced, Traced]:
+def trace_outside(model: ModelConfig, vocab_size: int, batch: MicroBatch) -> tuple[Traced, Traced]:
     """The embedding, and the last norm with the head and the loss."""
-    return (
-        _at(batch, partial(_trace_embedding, vocab_size, model.width), TRACED),
-        _at(batch, partial(_trace_loss, model, vocab_size), TRACED),
-    )
+
+    def indices(x: Tensor) -> Tensor:
+        return torch.zeros(x.shape[:2], dtype=torch.int64)
+
+    def build() -> nn.Module:
+        # A model of the least layers, for its norm and head.
+        one = dataclasses.replace(model, layers=("attention",), depth=1, width=model.width, groups=(0,))
+        return LanguageModel(one, {"attention": MIXERS.get("attention").Config()}, vocab_size)
+
+    embedding = partial(_trace, lambda: nn.Embedding(vocab_size, model.width), lambda table, x: table(indices(x)), 0)
+    loss = partial(_trace, build, lambda whole, x: whole.head(whole.norm(x), indices(x)), model.width)
+    return _at(batch, embedding, TRACED), _at(batch, loss, TRACED)
 
 
-def _trace_mixer(build: Callable[[], nn.Module], width: int, batch: Batch, small: float) -> Traced:
-    tracer = Tracer(small)
-    block = tracer.module(build)
-    assert isinstance(block, Block), block
-    sequence = Watched(backend=batch.backend)
+def _trace_mixer(build: Callable[[], nn.Module], width: int, batch: MicroBatch, small: float) -> Traced:
+    sequence = RecordingContext(backend=batch.backend)
 
-    def run(x: Tensor) -> Tensor:
+    def run(block: Any, x: Tensor) -> Tensor:
         mix = block._mix_groups if block.group else block._mix
         return x + mix(block.mixer_norm(x), None, sequence)[0]
 
-    traced = _trace(tracer, run, block, width, batch)
+    traced = _trace(build, run, width, batch, small)
     return dataclasses.replace(traced, exchanges=tuple(sequence.exchanges), windows=tuple(sequence.windows))
 
 
-def _trace_mlp(build: Callable[[], nn.Module], width: int, batch: Batch, small: float) -> Traced:
+def _trace(
+    build: Callable[[], nn.Module], run: Callable[[Any, Tensor], Tensor], width: int, batch: MicroBatch, small: float
+) -> Traced:
+    """`run(module, x)` and its backward pass, gradients of what `build` makes and of x `[rows,tokens,width]` included.
+
+    `small`: bytes of the blocks that count as small.
+    """
     tracer = Tracer(small)
-    block = tracer.module(build)
-    assert isinstance(block, Block), block
-    return _trace(tracer, lambda x: x + block.mlp(block.mlp_norm(x)), block, width, batch)
-
-
-def _trace_embedding(vocab_size: int, width: int, batch: Batch, small: float) -> Traced:
-    tracer = Tracer(small)
-    embedding = tracer.module(lambda: nn.Embedding(vocab_size, width))
-    return _trace(tracer, lambda _: embedding(_indices(batch)), embedding, 0, batch)
-
-
-def _trace_loss(model: ModelConfig, vocab_size: int, batch: Batch, small: float) -> Traced:
-    tracer = Tracer(small)
-    # A model of the least layers, for its norm and head.
-    one = dataclasses.replace(model, layers=("attention",), depth=1, width=model.width, groups=(0,))
-    whole = tracer.module(lambda: LanguageModel(one, {"attention": MIXERS.get("attention").Config()}, vocab_size))
-    ends = nn.ModuleList([whole.norm, whole.head])
-    return _trace(tracer, lambda x: whole.head(whole.norm(x), _indices(batch)), ends, model.width, batch)
-
-
-def _indices(batch: Batch) -> Tensor:
-    return torch.zeros(batch.rows, batch.tokens, dtype=torch.int64)
-
-
-def _trace(tracer: Tracer, run: Callable[[Tensor], Tensor], module: nn.Module, width: int, batch: Batch) -> Traced:
-    """`run(x)` and its backward pass, gradients of `module` and of x `[rows,tokens,width]` included."""
+    module = tracer.module(build)
     x = tracer.empty(batch.rows, batch.tokens, width, requires_grad=width > 0)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=batch.dtype != torch.float32)
     with tracer:
         with tracer.record() as forward, autocast:
-            out = run(x)
+            out = run(module, x)
             # What only a cycle of objects still holds is not kept.
             gc.collect()
         d_out = torch.empty_like(out)
@@ -187,12 +176,14 @@ def _trace(tracer: Tracer, run: Callable[[Tensor], Tensor], module: nn.Module, w
     return Traced(forward, backward, forward.flops, backward.flops, made)
 
 
-def _lengths(build: Callable[[], nn.Module], width: int, tokens: int, least: tuple[int, int]) -> tuple[int, ...]:
+def _lengths(
+    build: Callable[[], nn.Module], trace: Callable[[MicroBatch, float], Traced], tokens: int, least: tuple[int, int]
+) -> tuple[int, ...]:
     """Two lengths, from `least` on, at which the mixer does what it does at `tokens`, only less of it; or none."""
     if tokens <= least[1]:
         return ()
     low, high = least
-    windows = _trace_mixer(build, width, Batch(1, 1, torch.float32, "auto"), 0).windows
+    windows = trace(MicroBatch(1, 1, torch.float32, "auto"), 0).windows
     if windows:
         # Blocks that see the one before are there from two windows on, and make the peak from four; what is left of the
         # tokens is a block of its own.
@@ -202,13 +193,12 @@ def _lengths(build: Callable[[], nn.Module], width: int, tokens: int, least: tup
     with torch.device("meta"):
         block = build()
     assert isinstance(block, Block), block
-    first, second = (block.mixer.flops(length) for length in (low, high))
+    first, second, flops = (block.mixer.flops(length) for length in (low, high, tokens))
     line = first + (second - first) * (tokens - low) / (high - low)
-    linear = block.mixer.constant_state and abs(block.mixer.flops(tokens) - line) <= 1e-6 * line
-    return (low, high) if linear else ()
+    return (low, high) if block.mixer.constant_state and abs(flops - line) <= 1e-6 * line else ()
 
 
-def _at(batch: Batch, trace: Callable[[Batch, float], Traced], lengths: Sequence[int]) -> Traced:
+def _at(batch: MicroBatch, trace: Callable[[MicroBatch, float], Traced], lengths: Sequence[int]) -> Traced:
     """`trace` of the batch, or for more tokens than the last of `lengths` what follows from its two."""
     if not lengths or batch.tokens <= lengths[1]:
         return trace(batch, SMALL)
@@ -216,28 +206,29 @@ def _at(batch: Batch, trace: Callable[[Batch, float], Traced], lengths: Sequence
     low, high = (trace(dataclasses.replace(batch, tokens=length), SMALL * length / batch.tokens) for length in lengths)
     share = (batch.tokens - lengths[0]) / (lengths[1] - lengths[0])
 
-    def line(first: float, second: float) -> float:
-        return max(0.0, first + share * (second - first))
+    def line(first: Any, second: Any) -> Any:
+        return first + share * (second - first)
 
-    def work(first: Work, second: Work) -> Work:
-        names = dict.fromkeys([*first.calls, *second.calls])
-        pairs = {name: (first.calls.get(name, Calls()), second.calls.get(name, Calls())) for name in names}
+    def count(first: float, second: float) -> float:
+        return max(0.0, line(first, second))
+
+    def recorded(first: Recorded, second: Recorded) -> Recorded:
         calls = {
-            name: Calls(line(a.count, b.count), line(a.flops, b.flops), line(a.bytes, b.bytes))
-            for name, (a, b) in pairs.items()
+            name: Calls(*map(count, *(astuple(each.calls.get(name, Calls())) for each in (first, second))))
+            for name in dict.fromkeys([*first.calls, *second.calls])
         }
         # What is kept may be less than nothing: the backward pass frees more than it makes.
-        a, b = ({name: getattr(each, name) for name in SIZES} for each in (first, second))
-        return Work(calls, **{name: a[name] + share * (b[name] - a[name]) for name in SIZES})
+        sizes = (line(getattr(first, name), getattr(second, name)) for name in ("peak", "kept", "mapped"))
+        return Recorded(calls, *sizes)
 
     return Traced(
-        work(low.forward, high.forward),
-        work(low.backward, high.backward),
-        line(low.executed_forward, high.executed_forward),
-        line(low.executed_backward, high.executed_backward),
+        recorded(low.forward, high.forward),
+        recorded(low.backward, high.backward),
+        count(low.executed_forward, high.executed_forward),
+        count(low.executed_backward, high.executed_backward),
         high.gradient_bytes,
         tuple(
-            dataclasses.replace(b, near=line(a.near, b.near), spread=line(a.spread, b.spread))
+            dataclasses.replace(b, near=count(a.near, b.near), spread=count(a.spread, b.spread))
             for a, b in zip(low.exchanges, high.exchanges, strict=True)
         ),
     )

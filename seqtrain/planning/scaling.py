@@ -24,9 +24,8 @@ class Work:
     """A step's work on one rank: `layers` layers, each `forward` and `backward` seconds and one scan each way.
 
     `ready`: share of a layer's time that passes before its update is known. `caller`: seconds that taking part in a
-    scan costs the computing thread itself. `gradient_bytes`: reduced over all ranks
-    at the end. `parameter_bytes`: of a layer, gathered by all ranks before it in each direction, as ZeRO-3 does, under
-    the compute of the layer before.
+    scan costs the computing thread itself. `gradient_bytes`: reduced over all ranks at the end. `parameter_bytes`: of a
+    layer, gathered by all ranks before it in each direction, as ZeRO-3 does, during the layer before.
     """
 
     layers: int
@@ -47,7 +46,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How layers hand states on: the schedule, whether local compute goes on meanwhile, a barrier after each layer."""
+    """How layers hand states on: the schedule, whether local compute overlaps, a barrier after each layer."""
 
     schedule: str = "auto"
     blocks: int = 0

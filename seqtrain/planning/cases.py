@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from _overrides import last_of_each
-
-from seqtrain.analysis.layout import Layout
+from seqtrain.planning.layout import Layout
+from seqtrain.planning.run_config import last_of_each
 
 _SMALL = (
     "model=hybrid_tiny",
@@ -27,8 +26,8 @@ def layout_words(mixers: str, length: int, words: tuple[str, ...], shorter: int 
 _AGAIN, _KEPT = "model.activation_checkpointing=true", "model.activation_checkpointing=false"
 _ZERO = tuple(f"parallel.zero_stage={stage}" for stage in range(4))
 _PAIR = ("parallel.data=2", "train.batch_size=2")
-# Mixers, lengths from 2k to 64k, 1 to 4 ranks, ZeRO 0 to 3, layers kept and computed again. The machine's constants
-# come from other layouts: two layers of each mixer on 2,048 tokens, and memories of four on 12,288 a rank.
+# Mixers, lengths from 2k to 64k, 1 to 4 ranks, ZeRO 0 to 3, activations kept and recomputed. The machine's constants
+# come from other layouts: two layers of each mixer on 2,048 tokens, and memories of four on 12,288 per rank.
 LAYOUTS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("gated_delta_net", 8192, (_KEPT,)),
     ("gla,attention", 2048, (_AGAIN, _ZERO[1], "train.batch_size=4", "train.micro_batch_size=4")),
@@ -55,23 +54,23 @@ LAYOUTS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
 class Case:
     """A published figure of a run with these overrides in this layout.
 
-    `figure`: "tokens a second and GPU", or a ratio of step times: to the step of one rank on its own tokens
-    alone ("ratio to one rank"), or of a step with states gathered to one where they are scanned ("ratio to gathering").
+    `figure`: "tokens per second and GPU", or a ratio of step times: to the step of one rank on its own tokens alone
+    ("ratio to one rank"), or of a step with states gathered to one where they are scanned ("ratio to gathering").
     """
 
     name: str
     source: str
-    cluster: str
     overrides: tuple[str, ...]
     layout: Layout
     vocab_size: int
     figure: str
     published: float
     discussion: str
+    cluster: str = "h100"
 
 
 _TORCHTITAN = "torchtitan, benchmarks/llama3_h100_202412_torchtitan.md (Llama 3.1 8B, H100 96 GB HBM2e at 500 W)"
-_ZECO = "ZeCO, arXiv 2507.01004: GLA of 1B on GPUs with 400 Gbit/s a GPU between nodes"
+_ZECO = "ZeCO, arXiv 2507.01004: GLA of 1B on GPUs with 400 Gbit/s per GPU between nodes"
 # Llama's MLP is wider and its keys and values have fewer heads: this ratio gives a layer as many parameters.
 _LLAMA = ("model.layers=[attention]", "model.depth=32", "model.width=4096", "model.heads=32", "model.mlp_ratio=3.0",
           "model.tie_embeddings=false", "train.dtype=bfloat16")  # fmt: skip
@@ -82,80 +81,57 @@ _DELTA = ("model.layers=[delta_net]", "model.depth=24", "model.width=2048", "mod
           "model.tie_embeddings=false", "train.dtype=bfloat16")  # fmt: skip
 _SAMBA = ("model.layers=[mamba2,sliding_attention]", "mixer.sliding_attention.window=2048", "model.depth=18",
           "model.width=2304", "model.heads=18", "model.tie_embeddings=false", "train.dtype=bfloat16")  # fmt: skip
-_ALONE = Layout(data=1, sequence=1, stage=0, checkpointing=False, micro_batch=1, batch=1)
+RATE = "tokens per second and GPU"
 
+# fmt: off
 CASES: tuple[Case, ...] = (
     Case(
         "8B Transformer, 8,192 tokens, 8 H100",
         f"{_TORCHTITAN}, table 1: fully sharded, eager, some layers checkpointed",
-        "h100",
         (*_LLAMA, "train.sequence_length=8192"),
-        Layout(data=8, sequence=1, stage=3, checkpointing=True, micro_batch=2, batch=16),
-        128256,
-        "tokens a second and GPU",
-        5762.0,
-        "There, part of the layers is computed again, here all or none; weights are gathered in bfloat16 there, in "
-        "float32 here; the memory of those GPUs is slower (2.4 TB/s) and their power lower (500 W). That the "
-        "figures are close is in part these differences cancelling.",
+        Layout(8, 1, 3, True, 2, 16), 128256, RATE, 5762.0,
+        "There, part of the layers is recomputed, here all or none; weights are gathered in bfloat16 there, in "
+        "float32 here; the memory of those GPUs is slower (2.4 TB/s) and their power lower (500 W). That the figures "
+        "are close is in part these differences cancelling.",
     ),
     Case(
         "8B Transformer, 8,192 tokens, 128 H100",
         f"{_TORCHTITAN}, table 3: fully sharded, eager, some layers checkpointed",
-        "h100",
         (*_LLAMA, "train.sequence_length=8192"),
-        Layout(data=128, sequence=1, stage=3, checkpointing=True, micro_batch=2, batch=256),
-        128256,
-        "tokens a second and GPU",
-        5605.0,
+        Layout(128, 1, 3, True, 2, 256), 128256, RATE, 5605.0,
         "As above. There 128 GPUs lose 3% to 8, since the reduction of gradients hides behind the backward pass and "
         "travels in bfloat16; here float32 gradients are reduced after it, exposed: this prediction is pessimistic.",
     ),
     Case(
         "8B Transformer, 32,768 tokens, 8 H100",
         f"{_TORCHTITAN}, table 2: fully sharded, compiled, float8 products, all layers checkpointed",
-        "h100",
         (*_LLAMA, "train.sequence_length=32768"),
-        Layout(data=8, sequence=1, stage=3, checkpointing=True, micro_batch=1, batch=8),
-        128256,
-        "tokens a second and GPU",
-        3890.0,
+        Layout(8, 1, 3, True, 1, 8), 128256, RATE, 3890.0,
         "There code is compiled, which fuses what moves through memory one operator at a time here, and products are "
         "float8, at up to twice the rate; neither is in the prediction, which is optimistic by as much.",
     ),
     Case(
         "8B Transformer, 262,144 tokens, 8 H100",
         f"{_TORCHTITAN}, table 2: one sequence over 8 GPUs, ring attention, all layers checkpointed",
-        "h100",
         (*_LLAMA, "train.sequence_length=262144"),
-        Layout(data=1, sequence=8, stage=3, checkpointing=True, micro_batch=1, batch=1),
-        128256,
-        "tokens a second and GPU",
-        548.0,
+        Layout(1, 8, 3, True, 1, 1), 128256, RATE, 548.0,
         "Softmax attention binds in both. There keys rotate from GPU to GPU, here heads are exchanged and all ranks "
         "have equal work, at the rate of a kernel on one GPU.",
     ),
     Case(
-        "1B GLA, 16,384 tokens a GPU on 64 GPUs over one GPU",
+        "1B GLA, 16,384 tokens per GPU on 64 GPUs over one GPU",
         f"{_ZECO}, abstract: 1M tokens on 64 take about as long as 16k on one",
-        "h100",
         (*_GLA, "train.sequence_length=1048576"),
-        Layout(data=1, sequence=64, stage=1, checkpointing=True, micro_batch=1, batch=1),
-        32000,
-        "ratio to one rank",
-        1.0,
+        Layout(1, 64, 1, True, 1, 1), 32000, "ratio to one rank", 1.0,
         "The reduction of gradients is left out here; the published sentence is taken to mean that too. The wave of "
-        "scans adds a little, and 64 ranks divide the "
-        "optimizer's work among them, which a single one does alone: so the ratio may fall below 1.",
+        "scans adds a little, and 64 ranks divide the optimizer's work among them, which a single one does alone: so "
+        "the ratio may fall below 1.",
     ),
     Case(
         "1B GLA, 8,388,608 tokens, 256 GPUs, states gathered over states scanned",
         f"{_ZECO}, abstract: 60% faster than gathering (LASP-2) at 8M tokens on 256",
-        "h100",
         (*_GLA, "train.sequence_length=8388608"),
-        Layout(data=1, sequence=256, stage=1, checkpointing=True, micro_batch=1, batch=1),
-        32000,
-        "ratio to gathering",
-        1.6,
+        Layout(1, 256, 1, True, 1, 1), 32000, "ratio to gathering", 1.6,
         "No blind prediction: heads are four because that makes the state of 2 MiB that their table of All-Scan's "
         "times fits, and gathering is assumed not to overlap with compute because then the ratio is theirs. With "
         "overlap, as in this project, it hides at this size, and the ratio is 1.",
@@ -163,12 +139,8 @@ CASES: tuple[Case, ...] = (
     Case(
         "1.3B DeltaNet, 32,768 tokens, one H100",
         f"{_FLA}: delta-net",
-        "h100",
         (*_DELTA, "train.sequence_length=32768"),
-        _ALONE,
-        32000,
-        "tokens a second and GPU",
-        20419.72,
+        Layout(1, 1, 0, False, 1, 1), 32000, RATE, 20419.72,
         "There weights are bfloat16 and one kernel makes most steps of a norm or a gate; here weights are float32 and "
         "cast at each use, and what moves through memory is counted as the PyTorch forms move it. The recurrence's "
         "kernels are taken to run at one rate; those of 2024 have become faster since. Nothing was fitted to it.",
@@ -176,14 +148,11 @@ CASES: tuple[Case, ...] = (
     Case(
         "1.3B hybrid of Mamba and a window of 2,048, 32,768 tokens, one H100",
         f"{_FLA}: samba",
-        "h100",
         (*_SAMBA, "train.sequence_length=32768"),
-        _ALONE,
-        32000,
-        "tokens a second and GPU",
-        28904.69,
+        Layout(1, 1, 0, False, 1, 1), 32000, RATE, 28904.69,
         "The nearest to a hybrid of 7B at this length for which a figure was found. There the layers are Mamba's "
-        "first form with a state of 16, here Mamba-2's with one of 128, which is more products; a window's "
-        "attention is taken to run at the rate of full attention. Nothing was fitted to it.",
+        "first form with a state of 16, here Mamba-2's with one of 128, which is more products; a window's attention "
+        "is taken to run at the rate of full attention. Nothing was fitted to it.",
     ),
 )
+# fmt: on

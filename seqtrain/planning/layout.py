@@ -1,4 +1,4 @@
-"""What a training step of a layout takes on a machine: seconds and bytes a rank, and what they are made of.
+"""What a training step of a layout takes on a machine: seconds, bytes per rank, and what they are made of.
 
 Work is what `counts` finds; the machine's constants are measured on it or come from a YAML file. Compute is a sum over
 operators, each as slow as its products or as the bytes it moves; communication is simulated (`scaling`) with the cost
@@ -12,18 +12,20 @@ from typing import Annotated
 
 from pydantic import Field
 
-from seqtrain.analysis.counts import ModelCounts
-from seqtrain.analysis.part_trace import Exchange
-from seqtrain.analysis.scaling import Cluster, Scheme, simulate
-from seqtrain.analysis.scaling import Work as StepWork
-from seqtrain.analysis.trace import Work
 from seqtrain.kernels.affine import AffineShape
+from seqtrain.parallel.schedules.links import Cluster
+from seqtrain.planning.counts import ModelCounts
+from seqtrain.planning.parts import Exchange
+from seqtrain.planning.scaling import Scheme, Work, simulate
+from seqtrain.planning.trace import Recorded
 
 Rate = Annotated[float, Field(gt=0)]
 Scale = Annotated[float, Field(ge=0)]
 # Numbers DeepSpeed gathers in a bucket before it reduces them (reduce_bucket_size).
 BUCKET = 500_000_000
 AUTO = Scheme("auto")
+# What computing takes its time for.
+CAUSES = ("products", "attention", "kernels", "memory traffic", "calls")
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,18 @@ class Machine:
     memory: Rate
     # Whether the ranks of a node share its memory, as processes of one computer do.
     shared: bool = False
-    # Processors a node: more ranks than these take turns.
+    # Processors per node: more ranks than these take turns.
     processors: Annotated[int, Field(gt=0)] = 8
     # FLOP/s of matrix products, by number format.
     products: dict[str, Rate] = field(default_factory=lambda: {"float32": 1e11, "bfloat16": 1e11})
     # FLOP/s of softmax attention, and of the recurrences' kernels.
     attention: Rate = 1e11
     kernels: Rate = 1e11
-    # Bytes a second to and from memory.
+    # Bytes per second to and from memory.
     stream: Rate = 1e10
     # Seconds for each byte of a large block when it is first touched: where the system gives out empty pages.
     fresh: Scale = 0.0
-    # Seconds each operator takes beside its work, where nothing hides them.
+    # Seconds each operator takes on top of its work, where nothing hides them.
     call: Scale = 0.0
     # Seconds of AdamW for each parameter.
     optimizer: Scale = 1e-10
@@ -69,14 +71,14 @@ class Machine:
     passing_factor: Annotated[float, Field(ge=1)] = 1.0
     # The holes of models of one mixer, by mixer, where they were measured: each asks for other blocks.
     holes: dict[str, Holes] = field(default_factory=dict)
-    # Bytes that a cut sequence adds to each kept, and to each passing one: maps, and their gradients beside the others.
+    # Bytes that a sharded sequence adds to each kept, and to each passing one: maps and their gradients.
     cut_kept: Scale = 0.0
     cut_passing: Scale = 0.0
     # Measured seconds over those computed from the rates above, by mixer; "mlp" and "loss" too.
     efficiency: dict[str, Rate] = field(default_factory=dict)
     # Seconds of a rank's work while others work on its node, over those alone: caches and memory are shared.
     beside: Rate = 1.0
-    # Seconds of a layer on its part of a cut sequence, over those on as many tokens of its own, by mixer.
+    # Seconds of a layer on its shard of a sequence, over those on as many tokens of its own, by mixer.
     cut: dict[str, Rate] = field(default_factory=dict)
     # Relative error of predictions, times and memory: half the width of the ranges.
     time_error: Scale = 0.3
@@ -85,8 +87,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is divided: groups of ranks `data`, ranks a sequence `sequence`, ZeRO's `stage`, whether layers are
-    computed again (`checkpointing`), rows at once (`micro_batch`), rows of the whole step (`batch`).
+    """How a step is divided: groups of ranks `data`, ranks per sequence `sequence`, ZeRO's `stage`, whether layers are
+    recomputed (`checkpointing`), rows at once (`micro_batch`), rows of the whole step (`batch`).
     """
 
     data: int
@@ -156,7 +158,7 @@ def predict(
     # Ranks of a node beyond its processors wait for each other.
     here = min(layout.ranks, cluster.node or layout.ranks)
     crowd = max(1.0, here / machine.processors) * (machine.beside if here > 1 else 1.0)
-    compute = compute_seconds(counts, machine, again=layout.checkpointing, pieces=layout.sequence)
+    compute = compute_seconds(counts, machine, checkpointing=layout.checkpointing, shards=layout.sequence)
     compute = {name: crowd * layout.rounds * seconds for name, seconds in compute.items()}
     own = layout.ranks if layout.stage else 1
     update = crowd * machine.optimizer * counts.parameters / own
@@ -166,37 +168,38 @@ def predict(
     return Prediction(layout, seconds, memory_bytes(counts, layout, machine), room)
 
 
-def compute_seconds(counts: ModelCounts, machine: Machine, *, again: bool, pieces: int = 1) -> dict[str, float]:
+def compute_seconds(counts: ModelCounts, machine: Machine, *, checkpointing: bool, shards: int = 1) -> dict[str, float]:
     """Seconds of one micro-batch's forward and backward pass on one rank that waits for nobody, by cause.
 
-    `again`: layers are computed again in the backward pass. `pieces`: ranks a sequence, of which `counts` are one's.
+    `checkpointing`: layers are recomputed in the backward pass. `shards`: ranks per sequence, of which `counts` are
+    one's.
     """
-    total = dict.fromkeys(("products", "attention", "kernels", "memory traffic", "calls", "recomputation"), 0.0)
+    total = dict.fromkeys((*CAUSES, "recomputation"), 0.0)
     product = machine.products[str(counts.dtype).removeprefix("torch.")]
     for part in counts.parts:
         factor = machine.efficiency.get(part.kind or part.part, 1.0)
         spread = any(exchange.spread for exchange in part.exchanges)
-        if pieces > 1 and not spread:
-            # A piece finds how its states depend on those before it, too.
+        if shards > 1 and not spread:
+            # A shard finds how its states depend on those before it, too.
             factor *= machine.cut.get(part.kind, 1.0)
         directions = ((part.forward, part.executed_forward), (part.backward, part.executed_backward))
-        for index, (work, executed) in enumerate(directions):
-            taken = {name: factor * s for name, s in _work_seconds(work, executed, machine, product).items()}
+        for index, (recorded, executed) in enumerate(directions):
+            taken = {name: factor * s for name, s in _part_seconds(recorded, executed, machine, product).items()}
             if spread:
-                # A piece's queries see the keys of all pieces: as many times the pairs, shared evenly.
-                taken["attention"] *= pieces
+                # A shard's queries see the keys of all shards: as many times the pairs, shared evenly.
+                taken["attention"] *= shards
             for name, seconds in taken.items():
                 total[name] += seconds
-            if again and index == 0 and part.layer >= 0:
+            if checkpointing and index == 0 and part.layer >= 0:
                 total["recomputation"] += sum(taken.values())
     return total
 
 
-def _work_seconds(work: Work, executed: float, machine: Machine, product: float) -> dict[str, float]:
-    seconds = dict.fromkeys(("products", "attention", "kernels", "memory traffic", "calls"), 0.0)
-    seconds["memory traffic"] = machine.fresh * work.mapped
-    hidden = max(0.0, executed - work.flops)
-    for name, calls in work.calls.items():
+def _part_seconds(recorded: Recorded, executed: float, machine: Machine, product: float) -> dict[str, float]:
+    seconds = dict.fromkeys(CAUSES, 0.0)
+    seconds["memory traffic"] = machine.fresh * recorded.mapped
+    seconds["kernels"] = max(0.0, executed - recorded.flops) / machine.kernels
+    for name, calls in recorded.calls.items():
         moving = calls.bytes / machine.stream
         seconds["calls"] += calls.count * machine.call
         if "scaled_dot_product" in name:
@@ -205,7 +208,6 @@ def _work_seconds(work: Work, executed: float, machine: Machine, product: float)
             seconds["products"] += max(moving, calls.flops / product)
         else:
             seconds["memory traffic"] += moving
-    seconds["kernels"] = hidden / machine.kernels
     return seconds
 
 
@@ -217,28 +219,21 @@ def communication_seconds(
     scans = [exchange for exchange in exchanges if exchange.shape is not None]
     numbers = 4.0 * counts.parameters
     layers = max(1, len(counts.layers)) * layout.rounds
-    largest = max(scans, key=lambda each: _scan_bytes(each), default=Exchange(AffineShape(1, 1, 1, identity=True)))
+    largest = max(scans, key=_scan_bytes, default=Exchange(AffineShape(1, 1, 1, identity=True)))
     assert largest.shape is not None, "of the scans alone"
-    work = StepWork(
-        layers,
-        compute / layers / 3,
-        compute / layers * 2 / 3,
-        largest.shape,
-        item=largest.item,
-        gradient_bytes=numbers if layout.ranks > 1 else 0.0,
-        parameter_bytes=numbers / max(1, len(counts.layers)) if layout.stage == 3 and layout.ranks > 1 else 0.0,
-    )
+    gathered = numbers / max(1, len(counts.layers)) if layout.stage == 3 and layout.ranks > 1 else 0.0
     ranks = layout.sequence if scans else 1
-    bare = dataclasses.replace(work, gradient_bytes=0.0, parameter_bytes=0.0)
-    gathering = dataclasses.replace(work, gradient_bytes=0.0)
-    passing, gathered, step = (
+    bare = Work(layers, compute / layers / 3, compute / layers * 2 / 3, largest.shape, item=largest.item)
+    gathering = dataclasses.replace(bare, parameter_bytes=gathered)
+    reducing = dataclasses.replace(gathering, gradient_bytes=numbers if layout.ranks > 1 else 0.0)
+    passes, with_weights, whole = (
         float(simulate(cluster, each, scheme, ranks=ranks, replicas=layout.ranks // ranks)[0])
-        for each in (bare, gathering, work)
+        for each in (bare, gathering, reducing)
     )
     return {
-        "sequence exchange": max(0.0, passing - compute) + _other_seconds(exchanges, layout, cluster),
-        "weights gathered": gathered - passing,
-        "gradient exchange": step - gathered,
+        "sequence exchange": max(0.0, passes - compute) + _other_seconds(exchanges, layout, cluster),
+        "weights gathered": with_weights - passes,
+        "gradient exchange": whole - with_weights,
     }
 
 
@@ -248,19 +243,17 @@ def _scan_bytes(exchange: Exchange) -> float:
 
 
 def _other_seconds(exchanges: list[Exchange], layout: Layout, cluster: Cluster) -> float:
-    """Of what is no scan: tokens of the neighbour, and keys and values of all; nothing hides these."""
-    if layout.sequence == 1:
+    """Of halo and KV exchanges, which are not overlapped, forward, and of their gradients backward."""
+    ranks = layout.sequence
+    if ranks == 1:
         return 0.0
-    crosses = 0 < cluster.node < layout.sequence
-    costs = cluster.between if crosses else cluster.inside
-    rank = layout.sequence
+    costs = cluster.between if 0 < cluster.node < ranks else cluster.inside
     each = 0.0
     for exchange in exchanges:
         if exchange.near:
             each += costs.latency + exchange.near * costs.byte
         if exchange.spread:
-            each += 2 * costs.latency * (rank - 1) + exchange.spread * (rank - 1) / rank * costs.byte
-    # Forward, and their gradients backward.
+            each += 2 * costs.latency * (ranks - 1) + exchange.spread * (ranks - 1) / ranks * costs.byte
     return 2 * layout.rounds * each
 
 
@@ -276,7 +269,7 @@ def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[
     bucket = min(size, 4.0 * BUCKET) if layout.ranks > 1 or layout.stage else 0.0
     weights = size * own if layout.stage == 3 else size
     gathered = size / max(1, len(counts.layers)) * 2 if layout.stage == 3 else 0.0
-    # ZeRO keeps a float32 copy of its part beside the weights, and the reduced gradients of its part.
+    # ZeRO keeps a float32 copy of its part next to the weights, and the reduced gradients of its part.
     moments = size * 3 * own if layout.stage else size * 2
     reduced = size * own if layout.stage else 0.0
     # From stage 2 on a rank's gradients leave with each bucket; the peak counts all of them.

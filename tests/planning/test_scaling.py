@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from seqtrain.analysis.scaling import Noise, Scheme, Work, scan_seconds, simulate
 from seqtrain.kernels.affine import AffineShape
 from seqtrain.parallel.schedules import SCHEDULES
 from seqtrain.parallel.schedules.links import Cluster, Costs
+from seqtrain.planning.scaling import Noise, Scheme, Work, scan_seconds, simulate
 
 LINKS = Costs(latency=1e-3, overhead=1e-4, byte=8e-8, product=1e-11)
 FREE = Costs(latency=0.0, overhead=0.0, byte=0.0, product=0.0)

@@ -1,4 +1,4 @@
-"""Real training steps of a layout in processes of their own: seconds a step and the most memory any rank held."""
+"""Real training steps of a layout in processes of their own: seconds per step and the most memory any rank held."""
 
 import contextlib
 import os
@@ -10,17 +10,16 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from _overrides import read_run
 
 from seqtrain.data import prepare
 from seqtrain.memory import peak_resident_bytes
 from seqtrain.parallel.testing import run_ranks
+from seqtrain.planning.run_config import read_run
 from seqtrain.runtime.metrics import read_lines
 from seqtrain.runtime.ranks import this_process
 from seqtrain.runtime.run_folder import RunFolder, claim
 from seqtrain.runtime.worker import Session, train
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Ranks are forked from a process that has imported what each would import for itself, and has done nothing else: blocks
 # once freed change where the C library puts later ones, in children too, and a run's ranks begin without any.
 FRESH = get_context("forkserver")
@@ -54,8 +53,8 @@ class Measured:
     peak_bytes: int
 
 
-class _Enough(Exception):
-    """The steps that were wanted are made."""
+class _Done(Exception):
+    """Stops the run after the requested steps."""
 
 
 def measure_layout(overrides: list[str], *, steps: int, limit: float = 600.0) -> Measured:
@@ -63,6 +62,8 @@ def measure_layout(overrides: list[str], *, steps: int, limit: float = 600.0) ->
 
     Raises `ConfigError` for wrong keys, `RankError` for ranks that failed or did not end within `limit` seconds.
     """
+    # For DeepSpeed, which the server of forks imports.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     config = read_run([*QUIET, *overrides])
     # A step more than wanted: the last one would be followed by an evaluation.
     config = replace(config, train=replace(config.train, steps=steps + 1))
@@ -91,9 +92,9 @@ def _rank(session: Session, steps: int) -> tuple[int, int, int]:
     def poll() -> None:
         seen.append(peak_resident_bytes())
         if len(seen) == steps:
-            raise _Enough
+            raise _Done
 
     before = peak_resident_bytes()
-    with contextlib.suppress(_Enough):
+    with contextlib.suppress(_Done):
         train(session, this_process(torch.device("cpu")), poll=poll)
     return before, seen[0], seen[-1]

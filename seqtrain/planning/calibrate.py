@@ -11,38 +11,37 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from _layout_runs import measure_layout
-from _overrides import count_run, last_of_each, read_run
-from _settings import machine as describe_machine
 from torch import Tensor
 
-from seqtrain.analysis.counts import ModelCounts, count_model
-from seqtrain.analysis.layout import Holes, Layout, Machine, compute_seconds, memory_bytes
 from seqtrain.benchmarks.ranks import on_ranks
 from seqtrain.benchmarks.scan_methods import CPU
 from seqtrain.kernels import linear_attention
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
+from seqtrain.models.block import Block
 from seqtrain.parallel.cost import costs_of
 from seqtrain.parallel.mesh import form_mesh
 from seqtrain.parallel.scan_engine import engine_of
 from seqtrain.parallel.sequence import SequenceContext
-from seqtrain.runtime import PretrainConfig
-from seqtrain.runtime.settings import micro_batch
+from seqtrain.planning.counts import ModelCounts, count_model
+from seqtrain.planning.layout import Holes, Machine, compute_seconds, memory_bytes
+from seqtrain.planning.layout_runs import measure_layout
+from seqtrain.planning.run_config import count_run, last_of_each, layout_of, read_run
+from seqtrain.report import machine as describe_machine
 
 BYTES_VOCAB = 257
 TOKENS, WIDTH, HEADS = 2048, 192, 4
-# Tokens of a piece of a cut sequence: in the processor's cache the work of finding its map would look like none.
-CUT_TOKENS = 8192
+# Tokens per rank of a sharded sequence: in the processor's cache the work of finding its map would look like none.
+SHARD_TOKENS = 8192
 REPEATS = 5
-# With layers kept and computed again it tells the allocator's holes of both kinds.
+# With activations kept and recomputed it tells the allocator's holes of both kinds.
 SMALL_LAYOUT = (
     "model=hybrid_tiny", "model.depth=4", "model.width=192", "data=stdlib", "train.sequence_length=12288",
     "train.batch_size=1", "train.micro_batch_size=1", "parallel.data=1",
 )  # fmt: skip
-# As many tokens a rank, of the mixer whose layers on a cut sequence are measured.
-CUT = ("parallel.sequence=2", "train.sequence_length=24576")
-CUT_MIXER = "gla"
+# As many tokens per rank, of the mixer whose layers on a sharded sequence are measured.
+SHARDED = ("parallel.sequence=2", "train.sequence_length=24576")
+SHARDED_MIXER = "gla"
 AGAIN = "model.activation_checkpointing"
 PLAIN = "parallel.zero_stage=0"
 
@@ -58,32 +57,21 @@ def calibrate(mixers: Sequence[str], *, tell: Callable[[str], None]) -> tuple[Ma
         name=f"measured: {describe_machine()}", memory=0.9 * total, shared=True, processors=cores, **_rates()
     )
     found = _with_memory(found, mixers, tell)
-    efficiency = {}
+    efficiency: dict[str, float] = {}
     for name in mixers:
         tell(f"layer {name}")
         efficiency |= _efficiency(name, found)
-    tell("layers on a sequence cut over two ranks")
-    cut = on_ranks(2, _cut, tuple(mixers))
+    tell("layers on a sequence sharded over two ranks")
+    cut = on_ranks(2, _sharded, tuple(mixers))
     tell("two ranks side by side")
-    beside = on_ranks(2, _beside) if cores > 1 else 1.0
+    beside = on_ranks(2, _crowded) if cores > 1 else 1.0
     return replace(found, efficiency=efficiency, cut=cut, beside=beside), costs
 
 
-def layout_of(config: PretrainConfig) -> Layout:
-    """How a run is divided."""
-    parallel = config.parallel
-    return Layout(
-        parallel.data,
-        parallel.sequence,
-        parallel.zero_stage,
-        config.model.activation_checkpointing,
-        micro_batch(config),
-        config.train.batch_size,
-    )
-
-
-def _seconds(run: Callable[[], Any], repeats: int = REPEATS, *, clock: Callable[[], float] = time.thread_time) -> float:
-    """Median processor seconds of this thread: other programs' share of the machine does not count."""
+def median_seconds(
+    run: Callable[[], Any], repeats: int = REPEATS, *, clock: Callable[[], float] = time.thread_time
+) -> float:
+    """Of `run` after a first call; by default seconds of this thread, in which other programs do not count."""
     times = []
     for _ in range(repeats + 1):
         begin = clock()
@@ -105,51 +93,54 @@ def _rates() -> dict[str, Any]:
     weight.grad = torch.randn(2**20)
     optimizer = torch.optim.AdamW([weight])
     old = torch.zeros(2**24)
-    fresh = _seconds(lambda: torch.empty(2**24).zero_()) - _seconds(old.zero_)
+    fresh = median_seconds(lambda: torch.empty(2**24).zero_()) - median_seconds(old.zero_)
     chunk = 4 * 4096 * HEADS * 48 * (48 + 64)  # of the chunk form: state and, within chunks of 64, pairs
     decay = -torch.rand(1, 4096, HEADS)
     return {
         "products": {
-            "float32": flops / _seconds(lambda: rows @ matrix),
-            "bfloat16": flops / _seconds(lambda: narrow[0] @ narrow[1]),
+            "float32": flops / median_seconds(lambda: rows @ matrix),
+            "bfloat16": flops / median_seconds(lambda: narrow[0] @ narrow[1]),
         },
-        "attention": pairs / _seconds(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True)),
-        "kernels": chunk / _seconds(lambda: linear_attention(heads, heads, heads, decay)),
-        "stream": 12 * 2**21 / _seconds(lambda: a + b),
+        "attention": pairs / median_seconds(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True)),
+        "kernels": chunk / median_seconds(lambda: linear_attention(heads, heads, heads, decay)),
+        "stream": 12 * 2**21 / median_seconds(lambda: a + b),
         "fresh": max(0.0, fresh) / old.nbytes,
-        "call": _seconds(lambda: [tiny + tiny for _ in range(1000)]) / 1000,
-        "optimizer": _seconds(optimizer.step) / 2**20,
+        "call": median_seconds(lambda: [tiny + tiny for _ in range(1000)]) / 1000,
+        "optimizer": median_seconds(optimizer.step) / 2**20,
     }
 
 
-def _cut(group: dist.ProcessGroup, mixers: Sequence[str]) -> dict[str, float]:
-    """By mixer, a layer's seconds on tokens of a sequence cut over two ranks, over those on as many of its own."""
+def _sharded(group: dist.ProcessGroup, mixers: Sequence[str]) -> dict[str, float]:
+    """By mixer, a layer's seconds on its shard of a sequence on two ranks, over those on as many tokens of its own."""
     found = {}
     with form_mesh(group, sequence=2, algorithm="auto", device=CPU, timeout_seconds=600) as mesh:
-        cut = mesh.sequence((0, CUT_TOKENS, 2 * CUT_TOKENS), torch.tensor([0, 2 * CUT_TOKENS]), backend="auto")
+        sharded = mesh.sequence(
+            (0, SHARD_TOKENS, 2 * SHARD_TOKENS), torch.tensor([0, 2 * SHARD_TOKENS]), backend="auto"
+        )
         for name in mixers:
             config, settings = _layers(name)
             mixer = LanguageModel(config, settings, BYTES_VOCAB).blocks[0].mixer
-            x = torch.randn(1, CUT_TOKENS, WIDTH, requires_grad=True)
+            x = torch.randn(1, SHARD_TOKENS, WIDTH, requires_grad=True)
 
-            def run(tokens: SequenceContext, mixer: Any = mixer, x: Tensor = x) -> None:
-                mixer(x, sequence=tokens)[0].sum().backward()
+            def run(sequence: SequenceContext, mixer: Any = mixer, x: Tensor = x) -> None:
+                mixer(x, sequence=sequence)[0].sum().backward()
 
             # Of all threads: messages have their own. The rank that works most is the one all wait for.
-            alone, shared = (
-                _seconds(partial(run, tokens), 3, clock=time.process_time) for tokens in (SequenceContext(), cut)
+            alone, together = (
+                median_seconds(partial(run, tokens), 3, clock=time.process_time)
+                for tokens in (SequenceContext(), sharded)
             )
-            ratio = torch.tensor(shared / alone)
+            ratio = torch.tensor(together / alone)
             dist.all_reduce(ratio, op=dist.ReduceOp.MAX, group=group)
             found[name] = max(1.0, ratio.item())
     return found
 
 
-def _beside(group: dist.ProcessGroup) -> float:
-    """Seconds of a model's pass while the other rank makes one, too, over those while it waits."""
+def _crowded(group: dist.ProcessGroup) -> float:
+    """Seconds of a model's pass while the other rank makes one as well, over those while it waits."""
     config, settings = _layers("gated_delta_net")
     model = LanguageModel(config, settings, BYTES_VOCAB)
-    tokens = torch.randint(BYTES_VOCAB, (1, CUT_TOKENS))
+    tokens = torch.randint(BYTES_VOCAB, (1, SHARD_TOKENS))
 
     def run() -> None:
         model(tokens, tokens).backward()
@@ -157,9 +148,9 @@ def _beside(group: dist.ProcessGroup) -> float:
     alone = torch.zeros(1)
     for turn in range(2):
         if group.rank() == turn:
-            alone += _seconds(run)
+            alone += median_seconds(run)
         dist.barrier(group=group)
-    ratio = _seconds(run) / alone
+    ratio = median_seconds(run) / alone
     dist.all_reduce(ratio, op=dist.ReduceOp.MAX, group=group)
     return max(1.0, ratio.item())
 
@@ -175,39 +166,40 @@ def _efficiency(name: str, found: Machine) -> dict[str, float]:
     model = LanguageModel(config, mixers, BYTES_VOCAB)
     tokens = torch.randint(BYTES_VOCAB, (1, TOKENS))
     counts = count_model(config, mixers, BYTES_VOCAB, tokens=TOKENS)
-    mixer = model.blocks[0]
+    block = model.blocks[0]
+    assert isinstance(block, Block), block
     x = torch.randn(1, TOKENS, WIDTH, requires_grad=True)
 
     def whole() -> None:
         model(tokens, tokens).backward()
 
     def alone() -> None:
-        (x + mixer.mixer(mixer.mixer_norm(x))[0]).sum().backward()
+        (x + block.mixer(block.mixer_norm(x))[0]).sum().backward()
 
-    measured, own = _seconds(whole, 3), _seconds(alone, 3)
+    measured, own = median_seconds(whole, 3), median_seconds(alone, 3)
     one = replace(counts, parts=(counts.parts[1],))
     rest = replace(counts, parts=tuple(part for part in counts.parts if part.part != "mixer"))
     others = max(measured - config.depth * own, 0.1 * measured) / sum(
-        compute_seconds(rest, found, again=False).values()
+        compute_seconds(rest, found, checkpointing=False).values()
     )
-    mixing = own / sum(compute_seconds(one, found, again=False).values())
+    mixing = own / sum(compute_seconds(one, found, checkpointing=False).values())
     return {name: mixing, "mlp": others, "loss": others}
 
 
 def _with_memory(found: Machine, mixers: Sequence[str], tell: Callable[[str], None]) -> Machine:
-    """`found` with the base, and what small layouts show beyond it and what is counted: the allocator's holes, what a
-    cut sequence keeps.
+    """`found` with the base, and what small layouts show beyond it and what is counted: the allocator's holes, and what
+    a sharded sequence keeps.
     """
     tell("memory of a program")
-    tiny = (_layers_of(CUT_MIXER), "model.depth=1", "model.width=32", "train.sequence_length=64", PLAIN)
+    tiny = (_layers_of(SHARDED_MIXER), "model.depth=1", "model.width=32", "train.sequence_length=64", PLAIN)
     found = replace(found, base=measure_layout(last_of_each(*SMALL_LAYOUT, *tiny), steps=2).peak_bytes)
     holes = {}
-    for name in dict.fromkeys((CUT_MIXER, *mixers)):
+    for name in dict.fromkeys((SHARDED_MIXER, *mixers)):
         tell(f"memory of {name}")
         holes[name] = _holes(found, name)
     found = replace(found, holes=holes)
-    tell("memory of a cut sequence")
-    kept, passing = _shares(found, _layers_of(CUT_MIXER), *CUT)
+    tell("memory of a sharded sequence")
+    kept, passing = _shares(found, _layers_of(SHARDED_MIXER), *SHARDED)
     return replace(found, cut_kept=kept, cut_passing=passing)
 
 
@@ -221,7 +213,7 @@ def _holes(found: Machine, mixer: str) -> Holes:
 
 
 def _shares(found: Machine, *words: str) -> tuple[float, float]:
-    """What small layouts, with layers kept and computed again, take beyond what is expected: for each byte kept, and
+    """What small layouts, with activations kept and recomputed, take beyond what is expected: for each byte kept, and
     for each passing one; of small blocks.
     """
     (a, b, x), (c, d, y) = (_beyond(found, words, PLAIN, f"{AGAIN}={again}") for again in ("false", "true"))
@@ -242,7 +234,7 @@ def _beyond(found: Machine, words: tuple[str, ...], *how: str) -> tuple[float, f
 
 @cache
 def _counts(*words: str) -> ModelCounts:
-    """Of the small layout with these words; ZeRO and layers computed again change nothing in it."""
+    """Of the small layout with these words; ZeRO and recomputation change nothing in it."""
     return count_run(read_run(["experiment=quickstart", *last_of_each(*SMALL_LAYOUT, *words)]))
 
 

@@ -1,4 +1,4 @@
-"""Runs code on tensors that have shapes but no numbers, and counts what it would do: FLOPs, bytes moved, bytes held.
+"""Runs code on tensors that have shapes but no values, and counts what it would do: FLOPs, bytes moved, bytes held.
 
 Floating tensors are PyTorch's fake tensors. Integers are real: where documents start and which rows a chunk takes
 decide what is computed, and they are small.
@@ -7,9 +7,10 @@ decide what is computed, and they are small.
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -31,42 +32,26 @@ class Calls:
 
 
 @dataclass
-class Work:
+class Recorded:
     """What some code did. `calls`: by operator's name, views left out; FLOPs of matrix products, convolutions and
-    attention alone. `peak`: most bytes that its tensors held at one time, `kept`: those they hold at its end; both
-    beside what there was before. `small_peak`, `small_kept`: the same of small blocks alone (see `Tracer`);
-    `edge_peak`, `edge_kept`: of those on the edge, too; `mapped`: bytes of all larger blocks that were made.
+    attention alone. `peak`: most bytes that its tensors held at one time, `kept`: those they hold at its end, both
+    beyond what there was before, `[3]`: in all blocks of memory, in small ones, and in small ones and those on the edge
+    (see `Tracer`). `mapped`: bytes of all larger blocks that were made.
     """
 
     calls: dict[str, Calls] = field(default_factory=dict)
-    peak: float = 0
-    kept: float = 0
-    small_peak: float = 0
-    small_kept: float = 0
-    edge_peak: float = 0
-    edge_kept: float = 0
+    peak: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    kept: np.ndarray = field(default_factory=lambda: np.zeros(3))
     mapped: float = 0
 
     @property
     def flops(self) -> float:
         return sum(calls.flops for calls in self.calls.values())
 
-    @property
-    def bytes(self) -> float:
-        return sum(calls.bytes for calls in self.calls.values())
-
-    @property
-    def operators(self) -> float:
-        return sum(calls.count for calls in self.calls.values())
-
-    def times(self, factor: float) -> "Work":
+    def times(self, factor: float) -> "Recorded":
         """So many times the FLOPs and bytes, in as many calls."""
         calls = {name: Calls(c.count, c.flops * factor, c.bytes * factor) for name, c in self.calls.items()}
-        return Work(calls, **{name: getattr(self, name) * factor for name in SIZES})
-
-
-# The fields of `Work` that are bytes.
-SIZES = tuple(each.name for each in fields(Work) if each.name != "calls")
+        return Recorded(calls, self.peak * factor, self.kept * factor, self.mapped * factor)
 
 
 class Tracer(TorchDispatchMode):
@@ -79,25 +64,22 @@ class Tracer(TorchDispatchMode):
     def __init__(self, small: float = 0) -> None:
         super().__init__()
         self.small = small
-        self.live = self.small_live = self.edge_live = 0
+        self._live = np.zeros(3)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._held: dict[int, weakref.ref] = {}
-        self._open: list[tuple[Work, int, int, int]] = []
+        # What is being recorded, and the live bytes when that began.
+        self._open: list[tuple[Recorded, np.ndarray]] = []
 
     @contextmanager
-    def record(self) -> Iterator[Work]:
-        """Counts into the `Work` it gives; `kept` is there at the end."""
-        work, live, small, edge = opened = Work(), self.live, self.small_live, self.edge_live
+    def record(self) -> Iterator[Recorded]:
+        """Counts into the `Recorded` it gives; `kept` is there at the end."""
+        recorded, before = opened = Recorded(), self._live.copy()
         self._open.append(opened)
         try:
-            yield work
+            yield recorded
         finally:
             self._open.pop()
-            work.kept, work.small_kept, work.edge_kept = (
-                self.live - live,
-                self.small_live - small,
-                self.edge_live - edge,
-            )
+            recorded.kept = self._live - before
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> Tensor:
         """A tensor on the CPU that holds nothing."""
@@ -149,29 +131,22 @@ class Tracer(TorchDispatchMode):
         key, size = id(storage), storage.nbytes()
         if key in self._held and self._held[key]() is storage:
             return
-
-        small, edge = (size if size < self.small else 0), (size if size <= self.small else 0)
+        sizes = np.array([size, size * (size < self.small), size * (size <= self.small)], dtype=float)
 
         def forget(_: Any) -> None:
-            self.live -= size
-            self.small_live -= small
-            self.edge_live -= edge
+            self._live -= sizes
             self._held.pop(key, None)
 
         self._held[key] = weakref.ref(storage, forget)
-        self.live += size
-        self.small_live += small
-        self.edge_live += edge
-        for work, live_before, small_before, edge_before in self._open:
-            work.mapped += size - edge
-            work.peak = max(work.peak, self.live - live_before)
-            work.small_peak = max(work.small_peak, self.small_live - small_before)
-            work.edge_peak = max(work.edge_peak, self.edge_live - edge_before)
+        self._live += sizes
+        for recorded, before in self._open:
+            recorded.mapped += size * (size > self.small)
+            recorded.peak = np.maximum(recorded.peak, self._live - before)
 
     def _count(self, func: Any, flops: int, tensors: Sequence[Tensor]) -> None:
         moved = sum(x.nbytes for x in tensors)
-        for work, *_ in self._open:
-            calls = work.calls.setdefault(str(func.overloadpacket), Calls())
+        for recorded, _ in self._open:
+            calls = recorded.calls.setdefault(str(func.overloadpacket), Calls())
             calls.count += 1
             calls.flops += flops
             calls.bytes += moved
@@ -215,7 +190,7 @@ def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> int:
 
 
 def _attention_backward_flops(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> int:
-    """Scores again, and the gradients of scores, q, k and v: five products where forward has two."""
+    """Recomputed scores, and the gradients of scores, q, k and v: five products where forward has two."""
     return _attention_flops(q, k, v, *others[2:]) * 5 // 2
 
 

@@ -1,26 +1,23 @@
-"""tools/inspect_model.py on a tiny model: its columns, its totals, its files."""
+"""Inspecting a tiny model: its columns, its totals, its files."""
 
+import contextlib
+import io
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[2] / "tools" / "inspect_model.py"
+from seqtrain.errors import ConfigError
+from seqtrain.planning.inspect_model import main
+
 TINY = ("model.layers=[gla,attention]", "model.depth=2", "model.width=32", "model.heads=2", "train.sequence_length=64")
-
-
-def run(*arguments):
-    return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=170)
 
 
 @pytest.fixture(scope="module")
 def inspected(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inspect")
-    done = run(*TINY, "train.micro_batch_size=2", "inspect.vocab_size=100", f"inspect.output_dir={folder}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, folder
+    folder, printed = tmp_path_factory.mktemp("inspect"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main([*TINY, "train.micro_batch_size=2", "inspect.vocab_size=100", f"inspect.output_dir={folder}"]) == 0
+    return printed.getvalue(), folder
 
 
 def test_a_row_a_part_and_the_whole_is_their_sum(inspected):
@@ -49,7 +46,7 @@ def test_it_leaves_a_picture_and_a_page(inspected):
 
 
 def test_a_wrong_key_is_one_line():
-    done = run("model.widht=32")
-    assert done.returncode == 2
-    assert "did you mean 'model.width'" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    with pytest.raises(ConfigError) as caught:
+        main(["model.widht=32"])
+    assert "did you mean 'model.width'" in str(caught.value)
+    assert "\n" not in str(caught.value)

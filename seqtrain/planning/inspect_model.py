@@ -1,0 +1,142 @@
+"""Parameters, FLOPs, state and activation bytes of a model, layer by layer, without allocating it.
+
+    python tools/inspect_model.py experiment=long_sequence
+    python tools/inspect_model.py model=hybrid_125m train.sequence_length=32768 train.dtype=bfloat16
+    python tools/inspect_model.py 'model.layers=[mamba2,attention]' model.depth=48 model.width=4096 model.heads=32 \
+        inspect.vocab_size=128256 inspect.output_dir=outputs/inspect_7b
+
+The keys are those of launch/pretrain.py. Counts are those of one rank's micro-batch: train.micro_batch_size rows of
+train.sequence_length / parallel.sequence tokens. `inspect.output_dir` gets inspect_model.json,
+inspect_model.png and inspect_model.html (one file).
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from seqtrain.config import split_settings
+from seqtrain.planning.counts import ModelCounts
+from seqtrain.planning.run_config import count_run, read_run
+from seqtrain.report import (
+    new_figure,
+    picture,
+    save_figure,
+    show_table,
+    stacked_bars,
+    table,
+    text,
+    write_json,
+    write_page,
+)
+from seqtrain.runtime.settings import micro_batch
+
+MIB = 2**20
+# What the table shows of a row of `rows_of`.
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "layer": lambda row: "" if row["layer"] < 0 else str(row["layer"]),
+    "part": lambda row: row["part"],
+    "parameters": lambda row: f"{row['parameters']:,}",
+    "forward GFLOP": lambda row: f"{row['forward_flops'] / 1e9:.3f}",
+    "kFLOP per token": lambda row: f"{row['flops_a_token'] / 1e3:,.1f}",
+    "executed GFLOP": lambda row: f"{row['executed_flops'] / 1e9:.3f}",
+    "state KiB": lambda row: f"{row['state_bytes'] / 1024:,.1f}",
+    "kept MiB": lambda row: f"{row['saved_bytes'] / MIB:,.2f}",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    # Ids of the vocabulary; 0: of data.tokenizer.
+    vocab_size: Annotated[int, Field(ge=0)] = 0
+    # Folder for the results.
+    output_dir: str = "outputs/inspect_model"
+
+
+def rows_of(counts: ModelCounts) -> list[dict[str, Any]]:
+    """One row per part, in numbers."""
+    return [
+        {
+            "layer": part.layer,
+            "part": part.kind or part.part,
+            "parameters": part.parameters,
+            "forward_flops": part.forward_flops,
+            "flops_a_token": part.forward_flops / (counts.tokens * counts.rows),
+            "executed_flops": part.executed_forward + part.executed_backward,
+            "state_bytes": part.state_bytes,
+            "saved_bytes": part.saved_bytes,
+            "temporary_bytes": max(float(part.forward.peak[0]) - part.saved_bytes, float(part.backward.peak[0])),
+        }
+        for part in counts.parts
+    ]
+
+
+def totals(counts: ModelCounts) -> dict[str, float]:
+    """The whole model, with and without activation checkpointing."""
+    return {
+        "parameters": counts.parameters,
+        "tokens": counts.tokens * counts.rows,
+        "forward_flops": counts.forward_flops,
+        "step_flops": counts.step_flops,
+        "state_bytes": counts.state_bytes,
+    } | {
+        f"{name}{suffix}": getattr(counts, name)(checkpointing=bool(suffix))
+        for name in ("executed_flops", "saved_bytes", "peak_bytes")
+        for suffix in ("", "_checkpointed")
+    }
+
+
+def sentences(whole: dict[str, float]) -> list[str]:
+    """The totals in words."""
+    again = "with activation checkpointing"
+    size = 4 * whole["parameters"] / MIB
+    return [
+        f"{whole['parameters']:,.0f} parameters, {size:,.1f} MiB in float32; with gradients and AdamW's moments "
+        f"{4 * size:,.1f} MiB before ZeRO divides them",
+        f"{whole['tokens']:,.0f} tokens at once: {whole['step_flops'] / 1e9:,.2f} GFLOP of the model forward and "
+        f"backward; {whole['executed_flops'] / 1e9:,.2f} in products that run, "
+        f"{whole['executed_flops_checkpointed'] / 1e9:,.2f} {again}",
+        f"state of one sequence after them: {whole['state_bytes'] / MIB:,.3f} MiB",
+        f"activations kept {whole['saved_bytes'] / MIB:,.1f} MiB, at the peak with temporaries and gradients "
+        f"{whole['peak_bytes'] / MIB:,.1f}; {again} {whole['saved_bytes_checkpointed'] / MIB:,.1f} and "
+        f"{whole['peak_bytes_checkpointed'] / MIB:,.1f}",
+    ]
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Four pictures of bars, one bar per part in the order they run."""
+    figure = new_figure(11, 7)
+    panels = (
+        ("parameters", 1e-6, "parameters, millions"),
+        ("flops_a_token", 1e-6, "forward MFLOP per token"),
+        ("state_bytes", 1 / 1024, "state, KiB per sequence"),
+        ("saved_bytes", 1 / MIB, "kept for backward, MiB"),
+    )
+    for axes, (key, scale, label) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        stacked_bars(axes, range(len(rows)), [{row["part"]: row[key]} for row in rows], scale=scale, upright=True)
+        axes.set(ylabel=label, xlabel="part, in the order they run")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=9)
+    save_figure(figure, path)
+
+
+def main(arguments: list[str]) -> int:
+    settings, overrides = split_settings(Settings, "inspect", arguments)
+    config = read_run(overrides)
+    counts = count_run(config, vocab_size=settings.vocab_size, rows=micro_batch(config))
+    rows, whole = rows_of(counts), totals(counts)
+    table_rows = [[form(row) for form in COLUMNS.values()] for row in rows]
+    show_table(tuple(COLUMNS), table_rows)
+    print(*sentences(whole), sep="\n")
+    folder = Path(settings.output_dir)
+    report = {"model": asdict(config.model), "dtype": config.train.dtype, "parts": rows, "totals": whole}
+    write_json(folder / "inspect_model.json", report)
+    draw(rows, folder / "inspect_model.png")
+    sections = [
+        ("Whole model", text(sentences(whole))),
+        ("By part", picture(folder / "inspect_model.png", "counts by part") + table(tuple(COLUMNS), table_rows)),
+    ]
+    write_page(folder / "inspect_model.html", " ".join(overrides) or "the default model", sections)
+    print(f"{folder / 'inspect_model.html'}, inspect_model.json, inspect_model.png")
+    return 0
