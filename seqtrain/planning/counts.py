@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import nn
 
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.models.block import Block
@@ -25,7 +25,7 @@ class PartCounts(Traced):
     stream), or the loss (with the last norm and the head).
 
     `layer`: from 0; -1 outside of the layers. `part`: "embedding", "mixer", "mlp" or "loss". `kind`: the mixer's name,
-    or "". `parameters`: numbers the part alone holds, in `tensors` tensors. `forward_flops`, `backward_flops`: the
+    or "". `parameters`: numbers the part alone holds. `forward_flops`, `backward_flops`: the
     model's own (a multiply-add is two), each operator's recurrence counted as it is defined. `state_bytes`: of one row
     after the tokens, as generation carries it.
     """
@@ -34,7 +34,6 @@ class PartCounts(Traced):
     part: str
     kind: str
     parameters: int
-    tensors: int
     forward_flops: float
     backward_flops: float
     state_bytes: int
@@ -197,37 +196,37 @@ def _layer_counts(
 ) -> list[PartCounts]:
     mlp_flops = 6.0 * batch.rows * batch.tokens * block.width * block.hidden
     mixer_flops = batch.rows * block.flops(batch.tokens) - mlp_flops
-    mixer_tensors = [*block.mixer.parameters(), *block.mixer_norm.parameters()]
-    mlp_tensors = [*block.mlp.parameters(), *block.mlp_norm.parameters()]
     states = block.state_bytes(batch.tokens)
     return [
-        _part(index, "mixer", name, mixer_tensors, mixer_flops, states, traced[0]),
-        _part(index, "mlp", "", mlp_tensors, mlp_flops, 0, traced[1]),
+        _part(index, "mixer", name, [block.mixer, block.mixer_norm], mixer_flops, states, traced[0]),
+        _part(index, "mlp", "", [block.mlp, block.mlp_norm], mlp_flops, 0, traced[1]),
     ]
 
 
 def _outside_counts(model: ModelConfig, whole: LanguageModel, batch: MicroBatch) -> tuple[PartCounts, PartCounts]:
-    traced_embedding, traced_loss = trace_outside(model, whole.vocab_size, batch)
-    tied = model.tie_embeddings
-    embedding, head = list(whole.embedding.parameters()), [] if tied else list(whole.head.parameters())
+    embedding, loss = trace_outside(model, whole.vocab_size, batch)
     flops = 2.0 * batch.rows * batch.tokens * model.width * whole.vocab_size
-    first = _part(-1, "embedding", "", embedding, 0.0, 0, traced_embedding)
-    if tied:
+    ends: list[nn.Module] = [whole.norm]
+    if model.tie_embeddings:
         # The head has made that gradient; the embedding adds to it.
-        first = dataclasses.replace(first, gradient_bytes=0)
-    return first, _part(-1, "loss", "", [*whole.norm.parameters(), *head], flops, 0, traced_loss)
+        embedding = dataclasses.replace(embedding, gradient_bytes=0)
+    else:
+        ends.append(whole.head)
+    return (
+        _part(-1, "embedding", "", [whole.embedding], 0.0, 0, embedding),
+        _part(-1, "loss", "", ends, flops, 0, loss),
+    )
 
 
 def _part(
-    layer: int, part: str, kind: str, tensors: Sequence[Tensor], flops: float, state_bytes: int, traced: Traced
+    layer: int, part: str, kind: str, modules: Sequence[nn.Module], flops: float, state_bytes: int, traced: Traced
 ) -> PartCounts:
     return PartCounts(
         **vars(traced),
         layer=layer,
         part=part,
         kind=kind,
-        parameters=sum(tensor.numel() for tensor in tensors),
-        tensors=len(tensors),
+        parameters=sum(weight.numel() for module in modules for weight in module.parameters()),
         forward_flops=flops,
         # Each product of the forward pass has two in the backward pass, one for each factor.
         backward_flops=2 * flops,
