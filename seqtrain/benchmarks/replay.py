@@ -97,7 +97,8 @@ sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
 config = transformers.LlamaConfig(vocab_size=len(alphabet) + 2, max_position_embeddings=512, bos_token_id=0,
                                   eos_token_id=1, tie_word_embeddings=True, **sizes)
 transformers.LlamaForCausalLM(config).save_pretrained(sys.argv[1])
-transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>").save_pretrained(sys.argv[1])
+tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>")
+tokenizer.save_pretrained(sys.argv[1])
 """
 # Prints every composed config as JSON: {"PROGRAM GROUP=CHOICE": values or an error's text}.
 CONFIGS = """

@@ -102,7 +102,7 @@ def line_of_count(count: Count) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    settings = read_settings(Settings, arguments, about=__doc__)
+    settings = read_settings(Settings, arguments)
     if "TRITON_INTERPRET" in os.environ:
         # This process may have imported Triton as an interpreter, but is to compile.
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
