@@ -10,7 +10,7 @@ own; 2 where it is not installed.
 
 import sys
 
-# Tells transformers about the models of `launch/convert.py`.
+# Registers exported models with transformers.
 import seqtrain  # noqa: F401
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from experiments.fidelity.training import Recipe, Stage, score, small_model, tra
 from seqtrain.data.synthetic import make_task
 from seqtrain.mixers._hippo import legs_systems, normal_legs, perturbed_legs
 
-# States of the system; S5-PTD's own tradeoff; tokens, and units of time a token; amplitude of a mode.
+# States of the system; S5-PTD's own tradeoff; tokens, and units of time per token; amplitude of a mode.
 SIZE, TRADEOFF, TOKENS, STEP, AMPLITUDE = 64, 10.0, 1024, 0.01, 0.1
 LENGTH = 128
 RECIPE = Recipe(lr=1e-2)
@@ -20,7 +20,7 @@ WIDTH = 32
 # Of both layers: 64 states.
 FIELDS = {"expand_state": 2.0}
 # Rows of LENGTH / 4 tokens, all wave, then the same wave with as many, and with three times as many tokens of noise
-# behind it: share of the row that is wave, tokens, most steps, and what is enough.
+# after it: share of the row that is wave, tokens, most steps, and what is enough.
 CURRICULUM = ((1.0, LENGTH // 4, 600, 0.9), (0.5, LENGTH // 2, 800, 0.9), (0.25, LENGTH, 1400, 0.98))
 
 
@@ -44,14 +44,10 @@ def measure(effort: Effort) -> Iterator[Figure]:
         for share, length, steps, enough in CURRICULUM
     ]
     task = stages[-1].task
+    small = partial(small_model, task, width=WIDTH, heads=1, depth=1, initializer_range=0.2)
+    classified = partial(score, task=task, length=LENGTH, rows=effort.of(512))
     for mixer in ("s5", "s5_ptd"):
-
-        def build(seed: int, mixer: str = mixer) -> Any:
-            return small_model(task, mixer, FIELDS, width=WIDTH, heads=1, depth=1, initializer_range=0.2, seed=seed)
-
-        def classified(model: Any) -> float:
-            return score(model, task, length=LENGTH, rows=effort.of(512))
-
+        build = partial(small, mixer, FIELDS)
         figure = train_seeds(
             f"{mixer}: classification", build, stages, RECIPE, classified, effort, Bounds(at_least=0.9), task.chance
         )
@@ -60,7 +56,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
 
 
 def modes() -> Tensor:
-    """Angular frequencies, float64 `[F]`: where either system's own frequencies lie, below half a cycle a token."""
+    """Angular frequencies, float64 `[F]`: where either system's own frequencies lie, below half a cycle per token."""
     found = torch.cat([normal_legs(SIZE).values.imag, perturbed_legs(SIZE, TRADEOFF).values.imag]).sort().values
     return found[found * STEP < math.pi]
 
@@ -93,7 +89,7 @@ ROW = Row(
     method=f"errors: the systems the two start from, {SIZE} states, {TOKENS} tokens of {STEP:g} units of time, modes "
     f"of amplitude {AMPLITUDE:g} at both systems' own frequencies, each system at its worst, against HiPPO-LegS. "
     f"Classification: data=long_signal with 4 frequencies, {LENGTH} tokens, one layer of width 32 with 64 states, "
-    "after a curriculum of growing memory: the wave alone, then with noise behind it. Tried without its first "
+    "after a curriculum of growing memory: the wave alone, then with noise after it. Tried without its first "
     "stage, with 32 states: S5 left chance within 300 steps on seed 0, not on 1 and 2; S5-PTD stayed there for 1500 "
     "steps (seed 0). The cause is its damping: HiPPO's eigenvalues have real parts of mean -(P + 1) / 2, those of S5 "
     "-1/2. S5-PTD with S5's real parts learned in 150 steps, S5 with those of S5-PTD in 300 not, nor S5-PTD with "

@@ -1,6 +1,7 @@
 """Parity far beyond the training length: it takes a state that can change its sign (arXiv 2411.12537)."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from experiments.fidelity.results import Axes, Bounds, Effort, Figure, Row
@@ -26,18 +27,10 @@ def measure(effort: Effort) -> Iterator[Figure]:
     """Accuracy on the last quarter of rows four times as long as those of the training."""
     task = make_task("parity")
     stage = Stage(task, LENGTH, effort.of(STEPS), BATCH)
+    small = partial(small_model, task, width=WIDTH, heads=HEADS, depth=1, initializer_range=0.15)
+    far = partial(score, task=task, length=FACTOR * LENGTH, rows=effort.of(256), first=(FACTOR - 1) * LENGTH)
     for what, mixer, fields, bounds in CONTENDERS:
-
-        def build(seed: int, mixer: str = mixer, fields: dict[str, Any] = fields) -> Any:
-            return small_model(
-                task, mixer, fields, width=WIDTH, heads=HEADS, depth=1, initializer_range=0.15, seed=seed
-            )
-
-        def far(model: Any) -> float:
-            rows = effort.of(256)
-            return score(model, task, length=FACTOR * LENGTH, rows=rows, first=(FACTOR - 1) * LENGTH)
-
-        yield train_seeds(what, build, [stage], RECIPE, far, effort, bounds, task.chance)
+        yield train_seeds(what, partial(small, mixer, fields), [stage], RECIPE, far, effort, bounds, task.chance)
 
 
 ROW = Row(
@@ -57,7 +50,7 @@ ROW = Row(
         "heads": HEADS,
         "layers": 1,
         "steps": STEPS,
-        "rows a step": BATCH,
+        "rows per step": BATCH,
         "recipe": RECIPE,
         "mixers": CONTENDERS,
     },

@@ -1,6 +1,7 @@
 """Recalling many pairs: a memory that corrects itself holds more of them in a state of the same size."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,15 +19,15 @@ from seqtrain.layers import elu, l2norm
 PAIRS, LENGTH, SYMBOLS = 64, 256, 128
 WIDTH, HEADS, DEPTH = 64, 2, 2
 RECIPE = Recipe(lr=3e-3)
-# Pairs, most steps, rows a step, and the share of right answers that ends a stage of the curriculum.
+# Pairs, most steps, rows per step, and the share of right answers that ends a stage of the curriculum.
 STAGES = ((8, 400, 128, 0.9), (16, 100, 64, 0.9), (32, 100, 32, 0.9), (PAIRS, 2400, 16, 0.99))
-# All have two heads of 32 x 32 numbers a layer, and the same short convolution.
+# All have two heads of 32 x 32 numbers per layer, and the same short convolution.
 CONTENDERS: tuple[tuple[str, str, dict[str, Any], Bounds], ...] = (
     ("gated_delta_net", "gated_delta_net", {"expand_key": 1.0, "expand_value": 1.0}, Bounds(at_least=0.95)),
     ("delta_net", "delta_net", {}, Bounds(at_least=0.95)),
     ("linear_attention", "linear_attention", {"conv_width": 4}, Bounds(at_most=0.6)),
     (
-        "linear_attention, no feature map, normalised output",
+        "linear_attention, no feature map, normalized output",
         "linear_attention",
         {"conv_width": 4, "feature_map": "identity", "normalizer": "rms"},
         Bounds(at_most=0.6),
@@ -53,23 +54,17 @@ def measure(effort: Effort) -> Iterator[Figure]:
     for pairs, steps, batch, enough in STAGES:
         task = make_task("mqar", {"pairs": pairs, "keys": SYMBOLS, "values": SYMBOLS})
         stages.append(Stage(task, 4 * pairs, effort.of(steps), batch, enough))
+    small = partial(small_model, task, width=WIDTH, heads=HEADS, depth=DEPTH, initializer_range=0.1)
+    recalled = partial(score, task=task, length=LENGTH, rows=effort.of(128))
     for what, mixer, fields, bounds in CONTENDERS:
-
-        def build(seed: int, mixer: str = mixer, fields: dict[str, Any] = fields) -> Any:
-            return small_model(
-                task, mixer, fields, width=WIDTH, heads=HEADS, depth=DEPTH, initializer_range=0.1, seed=seed
-            )
-
-        def recalled(model: Any) -> float:
-            return score(model, task, length=LENGTH, rows=effort.of(128))
-
+        build = partial(small, mixer, fields)
         yield train_seeds(what, build, stages, RECIPE, recalled, effort, bounds, task.chance)
 
 
 def share_held(*, positive: bool, beta: float | None, rows: int, width: int, seed: int) -> float:
     """The share of `PAIRS` pairs that a layer's state gives back: one of `SYMBOLS` values, the nearest to what is read.
 
-    Keys, of unit length and `width` channels a head, and the values' directions are random, where a trained model
+    Keys, of unit length and `width` channels per head, and the values' directions are random, where a trained model
     chooses them. `positive`: keys pass through elu + 1 first. `beta`: step of the delta rule; None: pairs are added.
     """
     draw = torch.Generator().manual_seed(seed)
@@ -103,7 +98,7 @@ ROW = Row(
     "hides that a seed can learn it: 0.88, 0.14 and 0.20 in one run, still rising. Tried on 64 pairs: 400 steps of 32 "
     "rows, three seeds: 0.75 for Gated DeltaNet (0.74, 0.94, 0.57), 0.941 for DeltaNet; 1,200 of 32 rows: "
     "0.952 for Gated DeltaNet on one thread (0.90, 0.99, 0.97) and 0.923 on two (0.88, 0.99, 0.90), whose sums round "
-    "otherwise; a rate of 1e-2: 0.46 for Gated DeltaNet (seed 0). Its two heads a layer begin with decays drawn "
+    "otherwise; a rate of 1e-2: 0.46 for Gated DeltaNet (seed 0). Its two heads per layer begin with decays drawn "
     "at random, from slow to ones that forget within a few tokens, and most steps go into unlearning the fast ones. "
     "Earlier trials with one head of 64 x 64 numbers: 0.92 for Gated DeltaNet, 0.95 to 0.99 for DeltaNet; for linear "
     "attention 0.90 without a feature map after 100 steps on 64 pairs, and 0.03 with elu + 1, which had not learned 8 "

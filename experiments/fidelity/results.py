@@ -1,4 +1,4 @@
-"""What a row of the fidelity table is made of: figures, each beside the claim it stands for."""
+"""What a row of the fidelity table is made of: figures, each with the claim it stands for."""
 
 import math
 import statistics
@@ -49,11 +49,11 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Figure:
-    """A number measured once a seed, beside what the claim says of it."""
+    """A number measured once per seed, with what the claim says of it."""
 
     # What was measured, and on what.
     what: str
-    # One a seed.
+    # One per seed.
     values: tuple[float, ...]
     # Of the mean. Without any, a figure is there to be seen.
     bounds: Bounds = field(default_factory=Bounds)
@@ -78,7 +78,7 @@ class Figure:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def without_curves(self) -> "Figure":
-        """The same figure, with nothing to draw beside its bar."""
+        """The same figure, with nothing to draw but its bar."""
         return replace(self, curves=())
 
     @property

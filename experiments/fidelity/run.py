@@ -1,4 +1,4 @@
-"""Trains small models on tasks that tell layers apart, and puts each figure beside the claim it stands for.
+"""Trains small models on tasks that tell layers apart, and compares each figure with the claim it stands for.
 
     python tools/run_fidelity.py jobs=2                     # everything, three seeds, on two cores
     python tools/run_fidelity.py rows=[recall] seeds=[0]    # one row
@@ -8,9 +8,7 @@ The models are small: a core each for several seeds takes less time than all cor
 seeds. The exit status is 0 whether claims hold or not: the table says it.
 """
 
-import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -26,7 +24,10 @@ from pydantic import Field
 from experiments.fidelity import ROWS, Effort, Figure, Row, joined
 from seqtrain.config import read_settings
 from seqtrain.errors import ConfigError, unknown_name
-from seqtrain.report import machine
+from seqtrain.report import machine, new_figure, save_figure, write_json
+
+# Of a figure, what follows from its values.
+DERIVED = ("mean", "spread", "holds")
 
 
 @dataclass(frozen=True)
@@ -66,50 +67,29 @@ def verdict(figure: Figure) -> str:
     return {None: "", True: "holds", False: "DOES NOT HOLD"}[figure.holds]
 
 
-def cells(result: Result, figure: Figure) -> list[str]:
+def cells(result: Result, figure: Figure) -> dict[str, str]:
     """One figure as the columns of the table."""
-    chance = "" if math.isnan(figure.chance) else f"{figure.chance:.3g}"
-    steps = f"{min(figure.steps)}-{max(figure.steps)}" if figure.steps else ""
-    seconds = f"{sum(figure.seconds) / len(figure.seconds):.0f}" if figure.seconds else ""
-    values = " ".join(f"{value:.3g}" for value in figure.values)
-    mean = f"{figure.mean:.4g} ± {figure.spread:.2g}"
-    length = str(figure.length or "")
-    return [
-        result.row.name,
-        figure.what,
-        mean,
-        values,
-        str(figure.bounds),
-        verdict(figure),
-        chance,
-        length,
-        steps,
-        seconds,
-        str(figure.parameters or ""),
-        str(figure.state_bytes or ""),
-    ]
-
-
-COLUMNS = [
-    "row",
-    "what",
-    "mean ± spread",
-    "seeds",
-    "claim",
-    "verdict",
-    "chance",
-    "tokens",
-    "steps",
-    "s a training",
-    "parameters",
-    "state bytes",
-]
+    return {
+        "row": result.row.name,
+        "what": figure.what,
+        "mean ± spread": f"{figure.mean:.4g} ± {figure.spread:.2g}",
+        "seeds": " ".join(f"{value:.3g}" for value in figure.values),
+        "claim": str(figure.bounds),
+        "verdict": verdict(figure),
+        "chance": "" if math.isnan(figure.chance) else f"{figure.chance:.3g}",
+        "tokens": str(figure.length or ""),
+        "steps": f"{min(figure.steps)}-{max(figure.steps)}" if figure.steps else "",
+        "s per training": f"{sum(figure.seconds) / len(figure.seconds):.0f}" if figure.seconds else "",
+        "parameters": str(figure.parameters or ""),
+        "state bytes": str(figure.state_bytes or ""),
+    }
 
 
 def markdown(about: str, results: list[Result]) -> str:
-    """The whole report."""
-    lines = [about, "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cells(result, figure)) + " |" for result in results for figure in result.figures]
+    """The report as text."""
+    table = [cells(result, figure) for result in results for figure in result.figures]
+    lines = [about, "", "| " + " | ".join(table[0]) + " |", "|" + " --- |" * len(table[0])]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in table]
     for result in results:
         lines += ["", f"**{result.row.name}** ({result.seconds:.0f} s). Claim: {result.row.claim}.", result.row.method]
         if result.row.settings:
@@ -125,14 +105,16 @@ def measure(name: str, seed: int, scale: float, threads: int) -> tuple[list[Figu
 
 
 def measure_all(rows: list[Row], settings: Settings) -> Iterator[Result]:
-    """The rows in order, but those that are timed last: nothing runs beside them."""
+    """The rows in order, but those that are timed last: nothing else runs then."""
     rows = sorted(rows, key=lambda row: row.timed)
     seeds = settings.seeds
     with ProcessPoolExecutor(settings.jobs, mp_context=get_context("spawn")) as pool:
-        submit = partial(pool.submit, measure, scale=settings.scale, threads=settings.threads)
-        found = {row.name: [submit(row.name, seed) for seed in seeds] for row in rows if not row.timed}
+        one = partial(measure, scale=settings.scale, threads=settings.threads)
+        found = {row.name: [pool.submit(one, row.name, seed) for seed in seeds] for row in rows if not row.timed}
         for row in rows:
-            parts = [part.result() for part in found.get(row.name) or (submit(row.name, seed) for seed in seeds)]
+            parts = [
+                part.result() for part in found.get(row.name) or (pool.submit(one, row.name, seed) for seed in seeds)
+            ]
             figures = [joined(same) for same in zip(*(figures for figures, _ in parts), strict=True)]
             yield Result(row, figures, sum(seconds for _, seconds in parts))
 
@@ -148,10 +130,8 @@ def summary(result: Result) -> str:
 
 
 def draw(result: Result, path: Path) -> None:
-    """Left the curves behind the figures, right the figures with their bounds."""
-    from matplotlib.figure import Figure as Canvas
-
-    canvas = Canvas(figsize=(13, 4.5), layout="constrained")
+    """Left the curves that the figures come from, right the figures with their bounds."""
+    canvas = new_figure(13, 4.5)
     left, right = canvas.subplots(1, 2, width_ratios=(3, 2))
     axes = result.row.axes
     for figure in result.figures:
@@ -172,50 +152,43 @@ def draw(result: Result, path: Path) -> None:
     right.invert_yaxis()
     right.set_title("mean and seeds; dashed: the claim's bounds; red: does not hold", fontsize=8)
     canvas.suptitle(result.row.claim, fontsize=8, wrap=True)
-    canvas.savefig(path, dpi=120)
+    save_figure(canvas, path)
 
 
-def as_json(result: Result) -> dict:
+def as_json(result: Result) -> dict[str, Any]:
     """A result as plain values; numbers that aren't finite, which JSON can't hold, become null."""
 
-    def plain(value: object) -> object:
+    def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [plain(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    figures = [
-        asdict(figure) | {"mean": figure.mean, "spread": figure.spread, "holds": figure.holds}
-        for figure in result.figures
-    ]
-    row: dict[str, object] = {"name": result.row.name, "claim": result.row.claim, "method": result.row.method}
-    row["settings"] = {name: str(value) for name, value in result.row.settings.items()}
-    return row | {"seconds": result.seconds, "figures": plain(figures)}
+    row = result.row
+    settings = {name: str(value) for name, value in row.settings.items()}
+    about = {"name": row.name, "claim": row.claim, "method": row.method, "settings": settings}
+    figures = [asdict(each) | {name: getattr(each, name) for name in DERIVED} for each in result.figures]
+    return about | {"seconds": result.seconds, "figures": plain(figures)}
 
 
 def main(arguments: list[str]) -> int:
     settings = read_settings(Settings, arguments)
-    try:
-        rows = chosen_rows(settings.rows, ROWS)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    rows = chosen_rows(settings.rows, ROWS)
     about = machine() | {"processes": settings.jobs, "threads": settings.threads}
     title = ", ".join(f"{key} {value}" for key, value in about.items())
     title += f"; seeds {settings.seeds}, steps x {settings.scale:g}"
     print(title, flush=True)
     folder = Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    results = []
+    results: list[Result] = []
     for result in measure_all(rows, settings):
         results.append(result)
         print(summary(result), flush=True)
         draw(result, folder / f"{result.row.name}.png")
-        # Written anew after every row, so that a run that is stopped leaves what it has.
-        report = {"machine": about, "settings": asdict(settings), "rows": [as_json(result) for result in results]}
-        (folder / "fidelity.json").write_text(json.dumps(report, indent=1, allow_nan=False))
+        # Rewritten after every row, so that a run that is stopped leaves what it has.
+        content = {"machine": about, "settings": asdict(settings), "rows": [as_json(result) for result in results]}
+        write_json(folder / "fidelity.json", content, allow_nan=False)
         (folder / "fidelity.md").write_text(markdown(title, results))
     print("\n" + markdown(title, results))
-    print(f"{folder / 'fidelity.json'}, {folder / 'fidelity.md'}, pictures next to them")
+    print(f"{folder / 'fidelity.json'}, fidelity.md, one picture per row")
     return 0

@@ -62,7 +62,7 @@ ROW = Row(
     "tokens is below 1.15 (Alman and Song 2023, arXiv 2310.04064)",
     method="forward and backward pass of one row through a layer of width 32 with two heads; the fastest of "
     f"{REPEATS}. The bound of 1.15 is ours",
-    axes=Axes("tokens", "seconds a step", log_x=True, log_y=True),
+    axes=Axes("tokens", "seconds per step", log_x=True, log_y=True),
     measure=measure,
     timed=True,
 )

@@ -31,11 +31,11 @@ class Stage:
     """Steps on one form of a task; a curriculum has several."""
 
     task: Task
-    # Tokens a row.
+    # Tokens per row.
     length: int
     # Most optimizer steps.
     steps: int
-    # Rows a step.
+    # Rows per step.
     batch: int = 64
     # The stage ends before its last step once this share of a step's answers, averaged over `WINDOW` steps, is right.
     enough: float = 1.01
@@ -47,7 +47,7 @@ class Recipe:
 
     # Highest learning rate; it rises over the first steps and falls along half a cosine to a tenth of it.
     lr: float = 2e-3
-    # Share taken off each matrix a step, times the learning rate.
+    # Share taken off each matrix per step, times the learning rate.
     weight_decay: float = 0.1
     # Largest norm of a step's gradient.
     clip: float = 1.0
@@ -164,7 +164,7 @@ def mixer_config(name: str, fields: Mapping[str, Any]) -> Any:
 
 def train_seeds(
     what: str,
-    build: Callable[[int], LanguageModel],
+    build: Callable[..., LanguageModel],
     stages: Sequence[Stage],
     recipe: Recipe,
     scored: Callable[[LanguageModel], float],
@@ -172,10 +172,10 @@ def train_seeds(
     bounds: Bounds,
     chance: float,
 ) -> Figure:
-    """The figure of one contender: built, trained and scored once a seed."""
+    """The figure of one contender: `build(seed=...)`, trained and scored, once per seed."""
     values, runs = [], []
     for seed in effort.seeds:
-        model = build(seed)
+        model = build(seed=seed)
         runs.append(train(model, stages, recipe, seed=seed))
         values.append(scored(model))
     curve, length = smooth(runs[0].curve), stages[-1].length

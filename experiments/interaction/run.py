@@ -4,25 +4,37 @@
     python tools/interaction_operator.py mixers=[attention,s5] heads=[1,2,4] tokens=48
 
 Mixers are measured as they are initialised, on random inputs, with their short convolutions off where they have the
-field `conv_width`: a convolution mixes neighbours by itself and adds to the rank. Leaves a table,
+field `conv_width`: a convolution mixes neighbors by itself and adds to the rank. Leaves a table,
 `interaction_operator.json` and two pictures in `output_dir`.
 """
 
-import json
 import math
-import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 
 from experiments.interaction.operator import Interaction, interaction
+from seqtrain.benchmarks.live_table import LiveTable
 from seqtrain.config import read_settings, validate
 from seqtrain.errors import ConfigError, SeqtrainError
 from seqtrain.mixers import MIXERS, LayerShape, Mixer
-from seqtrain.report import machine
+from seqtrain.report import machine, new_figure, save_figure, write_json
+
+TABLE = LiveTable(
+    {
+        "mixer": "18",
+        "heads": "5d",
+        "rank = heads needed": "20d",
+        "for 99% energy": "15d",
+        "possible": "9d",
+        "reach at 1": "11.3g",
+        "at the end": "11.3g",
+        "halves after": ">13",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ def build(name: str, heads: int, settings: Settings) -> Mixer:
     convolved = "conv_width" in {key.name for key in fields(kind.Config)}
     values = {} if settings.convolution or not convolved else {"conv_width": 0}
     try:
-        config = validate(kind.Config, values)
+        config: Any = validate(kind.Config, values)
     except ConfigError:
         # Mamba-2 is never without one.
         config = validate(kind.Config, {})
@@ -73,7 +85,7 @@ def measure(settings: Settings) -> tuple[list[Measured], dict[str, str]]:
     """What could be measured, and why the rest could not."""
     found, skipped = [], {}
     x = torch.randn(settings.tokens, settings.width, generator=torch.Generator().manual_seed(settings.seed))
-    print(HEADER)
+    print(TABLE.header)
     for name in settings.mixers:
         MIXERS.get(name)
     for name in settings.mixers or MIXERS.names:
@@ -89,29 +101,18 @@ def measure(settings: Settings) -> tuple[list[Measured], dict[str, str]]:
     return found, skipped
 
 
-HEADER = (
-    f"{'mixer':18} {'heads':>5} {'rank = heads needed':>20} {'for 99% energy':>15} {'possible':>9} {'reach at 1':>11} "
-    + (f"{'at the end':>11} {'halves after':>13}")
-)
-
-
 def line(measured: Measured) -> str:
     found = measured.found
     half = f"{found.half_distance:.0f} tokens" if math.isfinite(found.half_distance) else "never"
-    ranks = f"{found.rank:20d} {found.rank_energy:15d} {found.possible:9d}"
-    reach = f"{found.reach[1]:11.3g} {found.reach[-1]:11.3g} {half:>13}"
-    return f"{measured.mixer:18} {measured.heads:5d} {ranks} {reach}"
+    ranks = (found.rank, found.rank_energy, found.possible)
+    return TABLE.row(measured.mixer, measured.heads, *ranks, found.reach[1], found.reach[-1], half)
 
 
 def draw_spectra(found: list[Measured], tolerance: float, path: Path) -> None:
-    """Singular values of the operators, one panel a number of heads: the rank is where a curve drops."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
+    """Singular values of the operators, one panel per number of heads: the rank is where a curve drops."""
     heads = sorted({measured.heads for measured in found})
-    names = list(dict.fromkeys(measured.mixer for measured in found))
-    colors = {name: colormaps["tab20"](index % 20) for index, name in enumerate(names)}
-    figure = Figure(figsize=(5.5 * len(heads), 5), layout="constrained")
+    colors = _colors(found)
+    figure = new_figure(5.5 * len(heads), 5)
     for panel, count in zip(figure.subplots(1, len(heads), sharey=True, squeeze=False)[0], heads, strict=True):
         for measured in (measured for measured in found if measured.heads == count):
             values = [max(value, 1e-17) for value in measured.found.spectrum[:64]]
@@ -122,28 +123,34 @@ def draw_spectra(found: list[Measured], tolerance: float, path: Path) -> None:
         panel.grid(alpha=0.3)
     figure.axes[0].set_ylabel("singular value of the interaction operator, over the largest")
     figure.axes[-1].legend(fontsize=7, ncols=2)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
+
+
+def _colors(found: list[Measured]) -> dict[str, Any]:
+    """One color per mixer."""
+    from matplotlib import colormaps
+
+    names = dict.fromkeys(measured.mixer for measured in found)
+    return {name: colormaps["tab20"](index % 20) for index, name in enumerate(names)}
 
 
 def draw_reach(found: list[Measured], path: Path) -> None:
     """The gradient's norm over the distance, with the fewest heads measured of each mixer."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    colors = _colors(found)
+    figure = new_figure(8, 5.5)
     axes = figure.add_subplot(xlabel="distance, tokens", ylabel="norm of the gradient, over that at distance 1")
     fewest: dict[str, Measured] = {}
     for measured in found:
         fewest.setdefault(measured.mixer, measured)
-    for index, (name, measured) in enumerate(fewest.items()):
+    for name, measured in fewest.items():
         reach = measured.found.reach[1:]
         if reach[0] > 0:
             curve = [max(value / reach[0], 1e-9) for value in reach]
-            axes.plot(range(1, len(reach) + 1), curve, color=colormaps["tab20"](index % 20), label=name)
+            axes.plot(range(1, len(reach) + 1), curve, color=colors[name], label=name)
     axes.set(yscale="log", ylim=(1e-9, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def main(arguments: list[str]) -> int:
@@ -153,19 +160,14 @@ def main(arguments: list[str]) -> int:
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"width {settings.width}, {settings.tokens} tokens, float64, tolerance {settings.tolerance:g}\n")
-    try:
-        found, skipped = measure(settings)
-    except SeqtrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found, skipped = measure(settings)
     for what, reason in skipped.items():
         print(f"skipped {what}: {reason}")
     folder = Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     report = {"machine": about, "settings": asdict(settings), "skipped": skipped, "mixers": [asdict(m) for m in found]}
-    (folder / "interaction_operator.json").write_text(json.dumps(report, indent=1))
+    write_json(folder / "interaction_operator.json", report)
     if found:
         draw_spectra(found, settings.tolerance, folder / "spectra.png")
         draw_reach(found, folder / "reach.png")
-    print(f"\n{folder / 'interaction_operator.json'}, pictures next to it")
+    print(f"\n{folder / 'interaction_operator.json'}, spectra.png, reach.png")
     return 0

@@ -6,16 +6,16 @@
         only=[auto,pipeline,tree,all_gather,ring] within=3           # is the choice the best one? a grid
     torchrun --nproc-per-node 8 tools/bench_all_scan.py layers=8 compute_ms=22    # whole steps, forward and backward
 
-Any launcher will do that starts one copy a rank with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Every round times
-each method once, in another order, from a common start to the last rank's end. Rank 0 prints medians and minima beside
+Any launcher will do that starts one copy per rank with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Every round times
+each method once, in another order, from a common start to the last rank's end. Rank 0 prints medians and minima with
 the cost model's time, and leaves `all_scan.json` and `all_scan.png` in `output_dir`.
 """
 
-import json
+import itertools
 import math
 import os
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Annotated, Literal
 import torch.distributed as dist
 from pydantic import Field
 
+from seqtrain.benchmarks.live_table import LiveTable
 from seqtrain.benchmarks.ranks import measure_in_turn, on_first_ranks, on_ranks, wire_bytes
 from seqtrain.benchmarks.scan_layers import CHAINS, step
 from seqtrain.benchmarks.scan_methods import CPU, Contender, Setting, contenders, scan
@@ -32,9 +33,23 @@ from seqtrain.config import read_settings
 from seqtrain.parallel import scans_opened
 from seqtrain.parallel.cost import Costs, costs_of
 from seqtrain.parallel.scan_engine import engine_of
-from seqtrain.report import machine
+from seqtrain.report import machine, write_json
 
 WIRE_SCANS = 20
+SCAN_TABLE = LiveTable(
+    {
+        "form": ">7",
+        "state KiB": "9.0f",
+        "method": "26",
+        "bytes, worst": "12,d",
+        "median": "9.2f",
+        "minimum": "9.2f",
+        "/limit": "7.2f",
+        "model": "9.2f",
+        "/model": "7.2f",
+    }
+)
+STEP_TABLE = LiveTable({"method": "48", "median": "9.1f", "minimum": "9.1f", "/compute": "9.3f", "scans": "6d"})
 
 
 @dataclass(frozen=True)
@@ -43,7 +58,7 @@ class Settings:
     state_kib: Annotated[list[float], Field(min_length=1)] = field(default_factory=lambda: [128.0])
     # Key and value width; the number of heads follows from the size.
     width: Annotated[int, Field(gt=0)] = 64
-    # What one factor of the transition belongs to; dense: a matrix a head.
+    # What one factor of the transition belongs to; dense: one matrix per head.
     form: Annotated[list[Literal["none", "head", "channel", "dense"]], Field(min_length=1)] = field(
         default_factory=lambda: ["dense"]
     )
@@ -51,9 +66,9 @@ class Settings:
     ranks: list[Annotated[int, Field(gt=1)]] = field(default_factory=list)
     # Above 0: steps of a model of so many layers, forward and backward, instead of single scans.
     layers: Annotated[int, Field(ge=0)] = 0
-    # Tokens a rank, for the all-to-all of activations.
+    # Tokens per rank, for the all-to-all of activations.
     tokens: Annotated[int, Field(gt=0)] = 256
-    # Local work a rank, milliseconds; with layers, of a layer in one direction. Slept where a method can compute
+    # Local work per rank, milliseconds; with layers, of a layer in one direction. Slept where a method can compute
     # without the incoming state.
     compute_ms: Annotated[float, Field(ge=0)] = 0.0
     # Rounds that count; two more come before them.
@@ -110,15 +125,19 @@ def chosen(settings: Settings, found: Mapping[str, Contender]) -> dict[str, Cont
     }
 
 
+def settings_of(settings: Settings, group: dist.ProcessGroup) -> Iterator[tuple[str, float, Setting]]:
+    """Every form and size of state, with this rank's inputs."""
+    for form, kib in itertools.product(settings.form, settings.state_kib):
+        compute = settings.compute_ms / 1e3
+        yield form, kib, Setting.random(group, form, kib, settings.width, tokens=settings.tokens, compute=compute)
+
+
 def measure_scans(settings: Settings, group: dist.ProcessGroup) -> list[Row]:
     """All methods, sizes and forms over one group."""
     costs = group_costs(group)
     if group.rank() == 0:
-        print(f"{group.size()} ranks, {settings.compute_ms:g} ms of local work; {costs}")
-        print("   form state KiB method                     bytes, worst    median   minimum  /limit     model  /model")
-    return [
-        row for form in settings.form for kib in settings.state_kib for row in measure_state(settings, group, form, kib)
-    ]
+        print(f"{group.size()} ranks, {settings.compute_ms:g} ms of local work; {costs}\n{SCAN_TABLE.header}")
+    return [row for point in settings_of(settings, group) for row in measure_state(settings, costs, *point)]
 
 
 def group_costs(group: dist.ProcessGroup) -> Costs:
@@ -126,17 +145,10 @@ def group_costs(group: dist.ProcessGroup) -> Costs:
     return costs_of(engine_of(group.group_name), CPU)
 
 
-def measure_state(settings: Settings, group: dist.ProcessGroup, form: str, kib: float) -> list[Row]:
+def measure_state(settings: Settings, costs: Costs, form: str, kib: float, setting: Setting) -> list[Row]:
     """All methods for one size and form of state."""
-    setting = Setting.random(
-        group,
-        form=form,
-        kib=kib,
-        width=settings.width,
-        tokens=settings.tokens,
-        compute=settings.compute_ms / 1e3,
-    )
-    limit = physical_limit(settings, group_costs(group), group.size(), setting.update.nbytes)
+    group = setting.group
+    limit = physical_limit(settings, costs, group.size(), setting.update.nbytes)
     found = chosen(settings, contenders(setting))
     times = measure_in_turn(group, {name: partial(c.method, setting) for name, c in found.items()}, settings.rounds)
     rows = []
@@ -147,8 +159,7 @@ def measure_state(settings: Settings, group: dist.ProcessGroup, form: str, kib: 
         rows.append(Row(group.size(), kib, form, name, contender.payload, 1e3 * median, 1e3 * low, model_ms, ratio))
     traffic = wire_bytes(group, partial(scan_often, setting))
     if group.rank() == 0:
-        for row in rows:
-            print_row(row)
+        print("\n".join(row_line(row) for row in rows))
         print_choice(rows)
         if traffic is not None:
             received, sent = (figure / WIRE_SCANS / setting.update.nbytes for figure in traffic)
@@ -168,13 +179,10 @@ def physical_limit(settings: Settings, costs: Costs, ranks: int, state_bytes: in
     return max((ranks - 1) * latency + state_bytes * byte, settings.compute_ms / 1e3)
 
 
-def print_row(row: Row) -> None:
-    model = "" if row.model_ms is None else f"{row.model_ms:9.2f} {row.median_ms / row.model_ms:7.2f}"
-    print(
-        f"{row.form:>7s} {row.state_kib:9.0f} {row.method:26s} {row.payload_bytes:12,d} {row.median_ms:9.2f} "
-        f"{row.minimum_ms:9.2f} {row.limit_ratio:7.2f} {model}",
-        flush=True,
-    )
+def row_line(row: Row) -> str:
+    times = (row.median_ms, row.minimum_ms, row.limit_ratio, row.model_ms)
+    ratio = None if row.model_ms is None else row.median_ms / row.model_ms
+    return SCAN_TABLE.row(row.form, row.state_kib, row.method, row.payload_bytes, *times, ratio)
 
 
 def print_choice(rows: list[Row]) -> None:
@@ -191,19 +199,11 @@ def print_choice(rows: list[Row]) -> None:
 
 def measure_steps(settings: Settings, group: dist.ProcessGroup) -> list[Step]:
     """Whole steps over one group: every chain, and the bytes `auto` puts on the wire."""
-    rows: list[Step] = []
-    for form in settings.form:
-        for kib in settings.state_kib:
-            setting = Setting.random(
-                group,
-                form=form,
-                kib=kib,
-                width=settings.width,
-                tokens=settings.tokens,
-                compute=settings.compute_ms / 1e3,
-            )
-            rows += measure_chains(settings, setting, f"{form}, {kib:g} KiB: ")
-    return rows
+    return [
+        row
+        for form, kib, setting in settings_of(settings, group)
+        for row in measure_chains(settings, setting, f"{form}, {kib:g} KiB: ")
+    ]
 
 
 def measure_chains(settings: Settings, setting: Setting, label: str) -> list[Step]:
@@ -227,15 +227,17 @@ def measure_chains(settings: Settings, setting: Setting, label: str) -> list[Ste
     traffic = wire_bytes(group, lambda: [runs["auto"]()() for _ in range(WIRE_SCANS)]) if "auto" in runs else None
     if group.rank() == 0:
         print(f"{group.size()} ranks, {layers} layers of {settings.compute_ms:g} ms forward, as many backward")
-        print("method                                              median   minimum  /compute  scans")
+        print(STEP_TABLE.header)
         for row in rows:
-            print(f"{row.method:48s} {row.median_ms:9.1f} {row.minimum_ms:9.1f} {row.ratio:9.3f} {row.scans:6d}")
+            print(STEP_TABLE.row(row.method, row.median_ms, row.minimum_ms, row.ratio, row.scans))
         if traffic is not None:
             # A rank in the middle receives a state forward and one backward; the first and the last half of that.
             directions = 1 if group.size() == 2 else 2
             whole = WIRE_SCANS * layers * directions * setting.update.nbytes
             received, sent = (figure / whole for figure in traffic)
-            print(f"  wire, auto: {received:.3f} states received, {sent:.3f} sent a layer and direction, busiest rank")
+            print(
+                f"  wire, auto: {received:.3f} states received, {sent:.3f} sent per layer and direction, busiest rank"
+            )
     return rows
 
 
@@ -246,16 +248,14 @@ def main(arguments: list[str]) -> int:
     if outcome is None:
         return 0
     rows, costs = outcome
-    folder = Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    report, picture = (Path(settings.output_dir) / f"all_scan.{kind}" for kind in ("json", "png"))
     head = {"machine": machine(), "settings": asdict(settings), "costs": costs}
-    (folder / "all_scan.json").write_text(json.dumps({**head, "rows": [asdict(row) for row in rows]}, indent=1))
-    picture = folder / "all_scan.png"
+    write_json(report, {**head, "rows": [asdict(row) for row in rows]})
     if settings.layers:
         draw_steps(rows, picture, f"{settings.layers} layers of {settings.compute_ms:g} ms")
     else:
         draw_scans(rows, picture)
-    print(f"{folder / 'all_scan.json'}, {picture}")
+    print(f"{report}, {picture}")
     return 0
 
 

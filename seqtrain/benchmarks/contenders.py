@@ -1,8 +1,10 @@
-"""What tools/bench_operators.py times: our operators and their rivals, as closures over shared inputs."""
+"""What the operators' benchmark times: our operators and their rivals, over shared inputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,31 +36,37 @@ class Shape:
 
 @dataclass(frozen=True)
 class Contender:
-    """`run(*tensors)` gives the output; `tensors` are the inputs a gradient is taken of."""
-
-    name: str
-    run: Callable[..., Tensor]
-    tensors: tuple[Tensor, ...]
-
-    def __call__(self, *, backward: bool) -> None:
-        if not backward:
-            with torch.no_grad():
-                self.run(*self.tensors)
-            return
-        out = self.run(*self.tensors)
-        torch.autograd.grad(out, self.tensors, torch.ones_like(out))
-
-
-@dataclass(frozen=True)
-class Limit:
-    """The products of an operator alone, forward, and forward and backward."""
+    """One thing to time: a forward pass, and a forward and backward pass."""
 
     name: str
     forward: Callable[[], object]
     both: Callable[[], object]
 
-    def __call__(self, *, backward: bool) -> None:
-        (self.both if backward else self.forward)()
+    @classmethod
+    def of(cls, name: str, run: Callable[..., Tensor], tensors: Sequence[Tensor]) -> "Contender":
+        """`run(*tensors)` gives the output; gradients are taken of all of `tensors`."""
+
+        def forward() -> None:
+            with torch.no_grad():
+                run(*tensors)
+
+        def both() -> None:
+            out = run(*tensors)
+            torch.autograd.grad(out, tensors, torch.ones_like(out))
+
+        return cls(name, forward, both)
+
+
+# Each operator and what it is given, by the names of `make_inputs`.
+OPERATORS: dict[str, tuple[Callable[..., tuple[Tensor, Any]], tuple[str, ...]]] = {
+    "delta_rule": (delta_rule, ("q", "k", "v", "beta", "log_decay")),
+    "scalar_decay": (linear_attention, ("q", "k", "v", "log_decay")),
+    "channel_decay": (linear_attention, ("q", "k", "v", "channel_decay")),
+    "kda": (delta_rule, ("q", "k", "v", "beta", "channel_decay")),
+    "diagonal_scan": (diagonal_scan, ("x", "log_a")),
+    "tensor_attention": (tensor_attention, ("tq", "tk1", "tk2", "v", "v2")),
+    "sliding_attention": (softmax_attention, ("q", "k", "v")),
+}
 
 
 def make_inputs(shape: Shape) -> dict[str, Tensor]:
@@ -85,35 +93,11 @@ def make_inputs(shape: Shape) -> dict[str, Tensor]:
     return {name: x.to(shape.device, shape.torch_dtype).requires_grad_() for name, x in inputs.items()}
 
 
-# What each operator is given, by the names of `make_inputs`.
-ARGUMENTS = {
-    "delta_rule": ("q", "k", "v", "beta", "log_decay"),
-    "scalar_decay": ("q", "k", "v", "log_decay"),
-    "channel_decay": ("q", "k", "v", "channel_decay"),
-    "kda": ("q", "k", "v", "beta", "channel_decay"),
-    "diagonal_scan": ("x", "log_a"),
-    "tensor_attention": ("tq", "tk1", "tk2", "v", "v2"),
-    "sliding_attention": ("q", "k", "v"),
-}
-
-
-def ours(
-    shape: Shape, inputs: dict[str, Tensor], operators: list[str], backend: str, label: str
-) -> dict[str, Contender]:
-    """Our operators on a backend, by their names."""
-    window = shape.window
-    forms: dict[str, Callable[..., Tensor]] = {
-        "delta_rule": lambda *x: delta_rule(*x, backend=backend)[0],
-        "scalar_decay": lambda *x: linear_attention(*x, backend=backend)[0],
-        "channel_decay": lambda *x: linear_attention(*x, backend=backend)[0],
-        "kda": lambda *x: delta_rule(*x, backend=backend)[0],
-        "diagonal_scan": lambda *x: diagonal_scan(*x, backend=backend)[0],
-        "tensor_attention": lambda *x: tensor_attention(*x, backend=backend)[0],
-        "sliding_attention": lambda *x: softmax_attention(*x, window=window, backend=backend)[0],
-    }
-    return {
-        name: Contender(name + label, forms[name], tuple(inputs[key] for key in ARGUMENTS[name])) for name in operators
-    }
+def ours(shape: Shape, inputs: dict[str, Tensor], operator: str, backend: str, label: str = "") -> Contender:
+    """Our operator on a backend; `label` follows its name."""
+    function, names = OPERATORS[operator]
+    options = {"backend": backend} | ({"window": shape.window} if operator == "sliding_attention" else {})
+    return Contender.of(operator + label, lambda *x: function(*x, **options)[0], [inputs[name] for name in names])
 
 
 def sdpa(inputs: dict[str, Tensor]) -> Contender:
@@ -123,19 +107,21 @@ def sdpa(inputs: dict[str, Tensor]) -> Contender:
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
         return out.transpose(1, 2)
 
-    return Contender("sdpa", run, (inputs["q"], inputs["k"], inputs["v"]))
+    return Contender.of("sdpa", run, [inputs[name] for name in ("q", "k", "v")])
 
 
-@dataclass(frozen=True)
-class Rival:
-    """A function of another library: `call(function, shape, *tensors)` gives its output. `device`: what it is for."""
+def _fla(function: Callable, shape: Shape, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> Tensor:
+    # As flash-linear-attention names them, and Hugging Face after it; the decay is the last.
+    *beta, decay = gates
+    return function(q, k, v, g=decay, output_final_state=True, **({"beta": beta[0]} if beta else {}))[0]
 
-    operator: str
-    name: str
-    module: str
-    function: str
-    call: Callable[..., Tensor]
-    device: str = "cpu"
+
+def _hgrn(function: Callable, shape: Shape, x: Tensor, log_a: Tensor) -> Tensor:
+    return function(x, log_a, output_final_state=True)[0]
+
+
+def _flash(function: Callable, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return function(q, k, v, causal=True, window_size=(shape.window - 1, 0))
 
 
 def _mamba(function: Callable, shape: Shape, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
@@ -144,110 +130,61 @@ def _mamba(function: Callable, shape: Shape, q: Tensor, k: Tensor, v: Tensor, lo
     return function(v, -log_decay, minus_one, k, q, chunk_size=256, return_final_states=True)[0]
 
 
-RIVALS = (
-    Rival(
+QWEN3_NEXT = "transformers.models.qwen3_next.modeling_qwen3_next"
+MAMBA2 = "transformers.models.mamba2.modeling_mamba2"
+# Functions of other libraries: operator, name, module, function, `call(function, shape, *tensors)`, and its device.
+RIVALS: tuple[tuple[str, str, str, str, Callable[..., Tensor], str], ...] = (
+    (
         "delta_rule",
         "hf_qwen3_next",
-        "transformers.models.qwen3_next.modeling_qwen3_next",
+        QWEN3_NEXT,
         "torch_chunk_gated_delta_rule",
-        lambda f, _, q, k, v, beta, g: f(q, k, v, g=g, beta=beta, output_final_state=True)[0],
+        _fla,
+        "cpu",
     ),
-    Rival("scalar_decay", "hf_mamba2", "transformers.models.mamba2.modeling_mamba2", "mamba2_chunk_scan", _mamba),
-    Rival(
-        "delta_rule",
-        "fla_gated_delta_rule",
-        "fla.ops.gated_delta_rule",
-        "chunk_gated_delta_rule",
-        lambda f, _, q, k, v, beta, g: f(q, k, v, g=g, beta=beta, output_final_state=True)[0],
-        device="cuda",
-    ),
-    Rival(
-        "scalar_decay",
-        "fla_simple_gla",
-        "fla.ops.simple_gla",
-        "chunk_simple_gla",
-        lambda f, _, q, k, v, g: f(q, k, v, g=g, output_final_state=True)[0],
-        device="cuda",
-    ),
-    Rival(
-        "channel_decay",
-        "fla_gla",
-        "fla.ops.gla",
-        "chunk_gla",
-        lambda f, _, q, k, v, g: f(q, k, v, g=g, output_final_state=True)[0],
-        device="cuda",
-    ),
-    Rival(
-        "kda",
-        "fla_kda",
-        "fla.ops.kda",
-        "chunk_kda",
-        lambda f, _, q, k, v, beta, g: f(q, k, v, g=g, beta=beta, output_final_state=True)[0],
-        device="cuda",
-    ),
-    Rival(
-        "diagonal_scan",
-        "fla_hgrn",
-        "fla.ops.hgrn",
-        "chunk_hgrn",
-        lambda f, _, x, g: f(x, g, output_final_state=True)[0],
-        device="cuda",
-    ),
-    Rival(
-        "sliding_attention",
-        "flash_attn",
-        "flash_attn",
-        "flash_attn_func",
-        lambda f, shape, q, k, v: f(q, k, v, causal=True, window_size=(shape.window - 1, 0)),
-        device="cuda",
-    ),
+    ("scalar_decay", "hf_mamba2", MAMBA2, "mamba2_chunk_scan", _mamba, "cpu"),
+    ("delta_rule", "fla_gated_delta_rule", "fla.ops.gated_delta_rule", "chunk_gated_delta_rule", _fla, "cuda"),
+    ("scalar_decay", "fla_simple_gla", "fla.ops.simple_gla", "chunk_simple_gla", _fla, "cuda"),
+    ("channel_decay", "fla_gla", "fla.ops.gla", "chunk_gla", _fla, "cuda"),
+    ("kda", "fla_kda", "fla.ops.kda", "chunk_kda", _fla, "cuda"),
+    ("diagonal_scan", "fla_hgrn", "fla.ops.hgrn", "chunk_hgrn", _hgrn, "cuda"),
+    ("sliding_attention", "flash_attn", "flash_attn", "flash_attn_func", _flash, "cuda"),
 )
 
 
 def rivals(
-    shape: Shape, inputs: dict[str, Tensor], operators: list[str]
-) -> tuple[dict[str, list[Contender | Limit]], dict[str, str]]:
+    shape: Shape, inputs: dict[str, Tensor], operators: Sequence[str]
+) -> tuple[dict[str, list[Contender]], dict[str, str]]:
     """Those we are compared with, by operator, and why any is missing."""
-    found: dict[str, list[Contender | Limit]] = {name: [] for name in operators}
+    found: dict[str, list[Contender]] = {name: [] for name in operators}
     missing: dict[str, str] = {}
-    for rival in RIVALS:
-        if rival.operator not in operators:
+    for operator, name, module, attribute, call, device in RIVALS:
+        if operator not in found:
             continue
-        if rival.device != torch.device(shape.device).type:
-            missing[rival.name] = f"is for {rival.device}"
+        if device != torch.device(shape.device).type:
+            missing[name] = f"is for {device}"
             continue
         try:
-            function = getattr(import_module(rival.module), rival.function)
+            function = getattr(import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            missing[rival.name] = str(error)
+            missing[name] = str(error)
             continue
-        tensors = tuple(inputs[key] for key in ARGUMENTS[rival.operator])
-        found[rival.operator].append(Contender(rival.name, _bound(rival.call, function, shape), tensors))
+        tensors = [inputs[key] for key in OPERATORS[operator][1]]
+        found[operator].append(Contender.of(name, partial(call, function, shape), tensors))
     return found, missing
 
 
-def _bound(call: Callable[..., Tensor], function: Callable, shape: Shape) -> Callable[..., Tensor]:
-    return lambda *tensors: call(function, shape, *tensors)
-
-
-def limits(shape: Shape, operators: list[str]) -> dict[str, Limit]:
-    """The time the products alone take on this CPU, for those operators that are products."""
-    if torch.device(shape.device).type != "cpu":
-        return {}
-    found = {}
-    for name in operators:
-        if name in PRODUCTS:
-            forward, both = (
-                gemm_limit(
-                    name,
-                    tokens=shape.tokens * shape.batch,
-                    heads=shape.heads,
-                    key=shape.key_width,
-                    value=shape.value_width,
-                    dtype=shape.torch_dtype,
-                    backward=backward,
-                )
-                for backward in (False, True)
-            )
-            found[name] = Limit(f"{name} gemm_limit", forward, both)
-    return found
+def limit(shape: Shape, operator: str) -> list[Contender]:
+    """The matrix products of the operator's chunked form alone; none on a GPU, or where it has none."""
+    if operator not in PRODUCTS or torch.device(shape.device).type != "cpu":
+        return []
+    make = partial(
+        gemm_limit,
+        operator,
+        tokens=shape.tokens * shape.batch,
+        heads=shape.heads,
+        key=shape.key_width,
+        value=shape.value_width,
+        dtype=shape.torch_dtype,
+    )
+    return [Contender(f"{operator} gemm_limit", make(backward=False), make(backward=True))]

@@ -26,7 +26,7 @@ _NUMBERS = {torch.float32: 6, torch.bfloat16: 15}
 
 
 def delta_rule_products(chunk: int, key: int, value: int, *, backward: bool) -> list[Product]:
-    """Those of one chunk of the gated delta rule, its triangular solve counted as a whole product."""
+    """Those of one chunk of the gated delta rule, its triangular solve counted as a full product."""
     pairs, read = (chunk, chunk, key), (chunk, value, key)
     inner, update = (chunk, value, chunk), (key, value, chunk)
     forward = [pairs, pairs, read, read, inner, inner, update]

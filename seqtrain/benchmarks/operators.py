@@ -13,23 +13,24 @@ ours, where `busy=true` has the rows' own times taken while a second process use
 """
 
 import itertools
-import json
-import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import BeforeValidator, Field
 
-from seqtrain.benchmarks.busy import busy
-from seqtrain.benchmarks.contenders import Contender, Limit, Shape, limits, make_inputs, ours, rivals, sdpa
+from seqtrain.benchmarks.contenders import Contender, Shape, limit, make_inputs, ours, rivals, sdpa
 from seqtrain.benchmarks.gemm_limit import limit_source
+from seqtrain.benchmarks.live_table import LiveTable
 from seqtrain.config import read_settings
-from seqtrain.report import machine, version
+from seqtrain.profiling import spread
+from seqtrain.report import machine, new_figure, save_figure, version, write_json
 
 Operator = Literal[
     "delta_rule", "scalar_decay", "channel_decay", "kda", "diagonal_scan", "tensor_attention", "sliding_attention"
@@ -41,6 +42,27 @@ LISTED = (Field(min_length=1), BeforeValidator(lambda values: values if isinstan
 Sizes = Annotated[list[Size], *LISTED]
 Counts = Annotated[list[Annotated[int, Field(ge=0)]], *LISTED]
 Dtypes = Annotated[list[Dtype], *LISTED]
+DIRECTIONS = {"forward": False, "forward+backward": True}
+TABLE = LiveTable(
+    {
+        "tokens": "6d",
+        "direction": "16",
+        "operator": "18",
+        "ours, ms": ">18",
+        "theirs, ms": ">18",
+        "ratio": "7.2f",
+        " against": "",
+    }
+)
+# What a second process does that keeps cores busy, as on a shared machine.
+BUSY = """
+import sys, torch
+torch.set_num_threads(int(sys.argv[1]))
+a = torch.randn(512, 512)
+print("ready", flush=True)
+while True:
+    a @ a
+"""
 
 
 @dataclass(frozen=True)
@@ -56,22 +78,12 @@ class Settings:
     value_width: Counts = field(default_factory=lambda: [64])
     # Key width of tensor attention, whose features grow with its square; the mixer has 4 unless told otherwise.
     tensor_key_width: Size = 4
-    # Keys a query of the sliding attention sees.
+    # Keys that a query of the sliding attention sees.
     window: Size = 512
-    operators: list[Operator] = field(
-        default_factory=lambda: [
-            "delta_rule",
-            "scalar_decay",
-            "channel_decay",
-            "kda",
-            "diagonal_scan",
-            "tensor_attention",
-            "sliding_attention",
-        ]
-    )
+    operators: list[Operator] = field(default_factory=lambda: list(get_args(Operator)))
     # Our backend: auto, chunked, reference, ...
     backend: str = "auto"
-    # Our other backends to time beside it, such as [chunked].
+    # Our other backends to time as well, such as [chunked].
     beside: list[Literal["chunked", "native", "triton"]] = field(default_factory=list)
     dtype: Dtypes = field(default_factory=lambda: ["float32"])
     device: str = "cpu"
@@ -79,9 +91,9 @@ class Settings:
     threads: Counts = field(default_factory=lambda: [0])
     # True: times the matrix products alone, too (on a CPU).
     limit: bool = True
-    # True: every contender is also timed beside a second process that uses as many threads.
+    # True: every contender is also timed while a second process uses as many threads.
     busy: bool = False
-    # Times each contender is timed, and the seconds after which it is not timed again.
+    # How often each contender is timed, and the seconds after which it is not timed again.
     rounds: Annotated[int, Field(gt=0)] = 7
     seconds: Annotated[float, Field(gt=0)] = 20.0
     output_dir: str = "outputs/bench_operators"
@@ -90,25 +102,24 @@ class Settings:
 def shapes(settings: Settings) -> Iterator[Shape]:
     """Every point of the sweep."""
     swept = (settings.batch, settings.heads, settings.key_width, settings.value_width, settings.dtype, settings.threads)
-    for batch, heads, key, value, dtype, threads in itertools.product(*swept):
-        for tokens in settings.tokens:
-            yield Shape(
-                tokens=tokens,
-                batch=batch,
-                heads=heads,
-                key_width=key,
-                value_width=value or key,
-                tensor_key_width=settings.tensor_key_width,
-                window=settings.window,
-                dtype=dtype,
-                device=settings.device,
-                threads=threads or torch.get_num_threads(),
-            )
+    for (batch, heads, key, value, dtype, threads), tokens in itertools.product(
+        itertools.product(*swept), settings.tokens
+    ):
+        yield Shape(
+            tokens=tokens,
+            batch=batch,
+            heads=heads,
+            key_width=key,
+            value_width=value or key,
+            tensor_key_width=settings.tensor_key_width,
+            window=settings.window,
+            dtype=dtype,
+            device=settings.device,
+            threads=threads or torch.get_num_threads(),
+        )
 
 
-def time_in_turns(
-    contenders: Sequence[Contender | Limit], settings: Settings, *, backward: bool
-) -> dict[str, list[float]]:
+def time_in_turns(contenders: Sequence[Contender], settings: Settings, *, backward: bool) -> dict[str, list[float]]:
     """Seconds of each contender's runs: one untimed round, then rounds in which each runs once."""
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for turn in range(settings.rounds + 1):
@@ -117,7 +128,7 @@ def time_in_turns(
             if sum(spent) > settings.seconds:
                 continue
             start = _now(settings.device)
-            contender(backward=backward)
+            (contender.both if backward else contender.forward)()
             if turn:
                 spent.append(_now(settings.device) - start)
     return times
@@ -129,25 +140,30 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def summary(seconds: list[float]) -> tuple[float, float]:
-    """Median and half the distance between the quartiles, milliseconds."""
-    if len(seconds) < 2:
-        return seconds[0] * 1e3, 0.0
-    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return middle * 1e3, (high - low) / 2 * 1e3
+@contextmanager
+def busy(threads: int) -> Iterator[None]:
+    """While it lasts, a second process multiplies matrices in so many threads."""
+    process = subprocess.Popen([sys.executable, "-c", BUSY, str(threads)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def compare(settings: Settings, show: Callable[[str], None]) -> tuple[list[dict], dict[str, str]]:
-    """One row for each shape, direction, operator and rival; rows are shown as they come."""
+    """One row for each shape, direction, operator and rival, shown as they come; and why rivals are missing."""
     rows: list[dict] = []
     missing: dict[str, str] = {}
     own_threads = torch.get_num_threads()
     previous = ""
     for shape in shapes(settings):
         torch.set_num_threads(shape.threads)
-        if describe(shape) != previous:
-            previous = describe(shape)
-            show(f"\n{previous}\n{HEADER}")
+        if (where := describe(asdict(shape))) != previous:
+            previous = where
+            show(f"\n{where}\n{TABLE.header}")
         found, missing = _compare_at(shape, settings)
         for row in found:
             rows.append(row)
@@ -158,40 +174,44 @@ def compare(settings: Settings, show: Callable[[str], None]) -> tuple[list[dict]
 
 def _compare_at(shape: Shape, settings: Settings) -> tuple[list[dict], dict[str, str]]:
     inputs = make_inputs(shape)
-    operators: list[str] = [*settings.operators]
-    own = ours(shape, inputs, operators, settings.backend, "")
-    beside = [ours(shape, inputs, operators, name, f" {name}") for name in settings.beside]
-    theirs, missing = rivals(shape, inputs, operators)
-    least, attention = limits(shape, operators) if settings.limit else {}, sdpa(inputs)
+    theirs, missing = rivals(shape, inputs, settings.operators)
+    attention = sdpa(inputs)
+    own = {name: ours(shape, inputs, name, settings.backend) for name in settings.operators}
     against = {
         name: [
-            *([least[name]] if name in least else []),
+            *(limit(shape, name) if settings.limit else []),
             *theirs[name],
-            *(contenders[name] for contenders in beside),
+            *(ours(shape, inputs, name, backend, f" {backend}") for backend in settings.beside),
             attention,
         ]
-        for name in operators
+        for name in own
     }
     contenders = {each.name: each for each in (*own.values(), *itertools.chain.from_iterable(against.values()))}
     rows = []
-    for direction, backward in (("forward", False), ("forward+backward", True)):
+    for direction, backward in DIRECTIONS.items():
         idle: dict[str, tuple[float, float]] = {}
         for loaded in (False, True) if settings.busy else (False,):
             with busy(shape.threads) if loaded else nullcontext():
                 times = time_in_turns(list(contenders.values()), settings, backward=backward)
-            medians = {name: summary(seconds) for name, seconds in times.items()}
-            medians |= {f"{name} idle": idle[name] for name in operators if loaded}
-            for name in operators:
+            found = {name: _milliseconds(seconds) for name, seconds in times.items()}
+            found |= {f"{name} idle": idle[name] for name in own if loaded}
+            for name in own:
                 compared = [each.name for each in against[name]] + ([f"{name} idle"] if loaded else [])
-                rows += [_row(shape, direction, loaded, name, rival, medians) for rival in compared]
-            idle = medians
+                rows += [_row(shape, direction, loaded, name, rival, found) for rival in compared]
+            idle = found
     return rows, missing
 
 
+def _milliseconds(seconds: list[float]) -> tuple[float, float]:
+    """Median and half the distance between the quartiles."""
+    found = spread(seconds)
+    return 1e3 * found["median"], 1e3 * (found["high"] - found["low"]) / 2
+
+
 def _row(
-    shape: Shape, direction: str, loaded: bool, name: str, rival: str, medians: dict[str, tuple[float, float]]
-) -> dict:
-    (own, own_spread), (theirs, their_spread) = medians[name], medians[rival]
+    shape: Shape, direction: str, loaded: bool, name: str, rival: str, times: dict[str, tuple[float, float]]
+) -> dict[str, Any]:
+    (own, own_spread), (theirs, their_spread) = times[name], times[rival]
     return {
         **asdict(shape),
         "operator": name,
@@ -206,55 +226,45 @@ def _row(
     }
 
 
-def describe(shape: Shape) -> str:
-    """A point of the sweep without its number of tokens."""
-    widths = f"K={shape.key_width} V={shape.value_width}"
-    return f"B={shape.batch} H={shape.heads} {widths} {shape.dtype}, threads {shape.threads}"
+def describe(point: dict[str, Any]) -> str:
+    """A point of the sweep, or a row, without its number of tokens."""
+    widths = f"K={point['key_width']} V={point['value_width']}"
+    return f"B={point['batch']} H={point['heads']} {widths} {point['dtype']}, threads {point['threads']}"
 
 
-HEADER = f"{'tokens':>6} {'direction':16} {'operator':18} {'ours, ms':>18} {'theirs, ms':>18} {'ratio':>7}  against"
-
-
-def _line(row: dict) -> str:
-    own = f"{row['ours_ms']:9.1f} ± {row['ours_spread_ms']:6.1f}"
-    theirs = f"{row['theirs_ms']:9.1f} ± {row['theirs_spread_ms']:6.1f}"
-    where = f"{row['tokens']:6d} {row['direction']:16} {row['operator']:18}"
-    return f"{where} {own:>18} {theirs:>18} {row['ratio']:7.2f}  {row['against']}{', both busy' if row['busy'] else ''}"
+def _line(row: dict[str, Any]) -> str:
+    times = [f"{row[f'{whose}_ms']:9.1f} ± {row[f'{whose}_spread_ms']:6.1f}" for whose in ("ours", "theirs")]
+    against = f" {row['against']}{', both busy' if row['busy'] else ''}"
+    return TABLE.row(row["tokens"], row["direction"], row["operator"], *times, row["ratio"], against)
 
 
 def draw(rows: list[dict], title: str, path: Path) -> None:
-    """Time against length, both on logarithmic scales, one panel a direction."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(13, 5.5), sharey=True)
-    for panel, direction in zip(panels, ("forward", "forward+backward"), strict=True):
+    """Time against length, both on logarithmic scales, one panel per direction."""
+    figure = new_figure(13, 5.5)
+    panels = figure.subplots(1, 2, sharey=True)
+    own = {row["operator"] for row in rows}
+    for panel, direction in zip(panels, DIRECTIONS, strict=True):
         curves: dict[str, dict[int, float]] = {}
         for row in (row for row in rows if row["direction"] == direction):
             curves.setdefault(row["operator"], {})[row["tokens"]] = row["ours_ms"]
             curves.setdefault(row["against"], {})[row["tokens"]] = row["theirs_ms"]
         for name, points in curves.items():
-            rival = name not in {row["operator"] for row in rows}
-            panel.plot(list(points), list(points.values()), "--s" if rival else "-o", label=name, markersize=4)
-        panel.set(xscale="log", yscale="log", xlabel="tokens", title=direction)
+            panel.plot(list(points), list(points.values()), "-o" if name in own else "--s", label=name, markersize=4)
+        panel.set(yscale="log", xlabel="tokens", title=direction)
         panel.set_xscale("log", base=2)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("milliseconds, median")
     panels[1].legend(fontsize=8)
     figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
-def _pictures(rows: list[dict], settings: Settings, title: str, folder: Path) -> list[Path]:
+def _pictures(rows: list[dict], title: str, folder: Path) -> list[Path]:
     """One for each point of the sweep, numbered where there are several."""
     groups: dict[str, list[dict]] = {}
-    for shape in shapes(settings):
-        chosen = [row for row in rows if {**asdict(shape), **row} == row and not row["busy"]]
-        groups.setdefault(describe(shape), []).extend(chosen)
+    for row in rows:
+        if not row["busy"]:
+            groups.setdefault(describe(row), []).append(row)
     paths = []
     for number, (where, chosen) in enumerate(groups.items(), 1):
         paths.append(folder / f"bench_operators{f'_{number}' if len(groups) > 1 else ''}.png")
@@ -275,10 +285,8 @@ def main(arguments: list[str]) -> int:
     rows, missing = compare(settings, lambda line: print(line, flush=True))
     for name, reason in missing.items():
         print(f"skipped {name}: {reason}")
-    folder = Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    report = {"machine": about, "settings": asdict(settings), "limit": sources, "skipped": missing, "rows": rows}
-    (folder / "bench_operators.json").write_text(json.dumps(report, indent=1))
-    pictures = _pictures(rows, settings, title, folder)
-    print("\n" + ", ".join(str(path) for path in (folder / "bench_operators.json", *pictures)))
+    report = Path(settings.output_dir) / "bench_operators.json"
+    content = {"machine": about, "settings": asdict(settings), "limit": sources, "skipped": missing, "rows": rows}
+    write_json(report, content)
+    print("\n" + ", ".join(str(path) for path in (report, *_pictures(rows, title, report.parent))))
     return 0

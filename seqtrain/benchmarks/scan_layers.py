@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,33 +24,18 @@ CHAINS: dict[str, Scheme | None] = {
 }
 
 
-class _Slept(torch.autograd.Function):
-    """The identity, taking `seconds` forward and as many backward."""
+class _BothWays(torch.autograd.Function):
+    """The identity, calling `action()` forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
-        ctx.seconds = seconds
-        time.sleep(seconds)
+    def forward(ctx: Any, x: Tensor, action: Callable[[], object]) -> Tensor:
+        ctx.action = action
+        action()
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        time.sleep(ctx.seconds)
-        return gradients[0], None
-
-
-class _Barrier(torch.autograd.Function):
-    """The identity, waiting for all ranks forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        dist.barrier(group=group)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        dist.barrier(group=ctx.group)
+        ctx.action()
         return gradients[0], None
 
 
@@ -68,8 +54,9 @@ def step(setting: Setting, layers: int, chain: Scheme | None) -> Callable[[], ob
 
 
 def _layer(x: Tensor, transition: Tensor | None, setting: Setting, chain: Scheme | None) -> Tensor:
+    slept = partial(time.sleep, setting.compute)
     if chain is None:
-        return _Slept.apply(x, setting.compute)
+        return _BothWays.apply(x, slept)
     opened = open_all_scan(
         None if transition is None else transition.shape,
         x.shape,
@@ -80,8 +67,8 @@ def _layer(x: Tensor, transition: Tensor | None, setting: Setting, chain: Scheme
     )
     scan = opened.start(transition, 0.5 * x)
     if chain.overlapped:
-        local = _Slept.apply(x, setting.compute)
+        local = _BothWays.apply(x, slept)
         out = 0.5 * (local + scan.wait()[0])
     else:
-        out = _Slept.apply(0.5 * (x + scan.wait()[0]), setting.compute)
-    return _Barrier.apply(out, setting.group) if chain.barrier else out
+        out = _BothWays.apply(0.5 * (x + scan.wait()[0]), slept)
+    return _BothWays.apply(out, partial(dist.barrier, group=setting.group)) if chain.barrier else out

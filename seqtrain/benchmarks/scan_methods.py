@@ -1,4 +1,4 @@
-"""The ways to hand states from rank to rank that tools/bench_all_scan.py compares, on the same local work."""
+"""The ways to hand states from rank to rank that the benchmark of All-Scan compares, on the same local work."""
 
 import time
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class Setting:
 
     @classmethod
     def random(
-        cls, group: dist.ProcessGroup, *, form: str, kib: float, width: int, tokens: int, compute: float
+        cls, group: dist.ProcessGroup, form: str, kib: float, width: int, *, tokens: int, compute: float
     ) -> "Setting":
         """A float32 state of about `kib` KiB in heads of `[width, width]`, another on every rank."""
         transition_shape, update_shape = map_shapes(form, kib, width)

@@ -1,8 +1,10 @@
-"""Pictures of what tools/bench_all_scan.py measured and tools/simulate_scaling.py simulated."""
+"""Pictures of scans and steps, measured and simulated."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from seqtrain.report import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -12,13 +14,11 @@ PANELS = 6
 
 
 def draw_scans(rows: Sequence[Any], path: Path) -> None:
-    """Median time of every method, a panel for each rank count and form: bars for one size, lines over several."""
-    from matplotlib.figure import Figure
-
+    """Median time of every method, one panel per rank count and form: bars for one size, lines over several."""
     panels = list(dict.fromkeys((row.ranks, row.form) for row in rows))[:PANELS]
     across = 1 if len(panels) == 1 else 2
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(8 * across, 5 * down), layout="constrained")
+    figure = new_figure(8 * across, 5 * down)
     for axes, (ranks, form) in zip(figure.subplots(down, across, squeeze=False).flat, panels, strict=False):
         own = [row for row in rows if (row.ranks, row.form) == (ranks, form)]
         axes.set_title(f"All-Scan, {ranks} ranks, {form} transition")
@@ -27,27 +27,23 @@ def draw_scans(rows: Sequence[Any], path: Path) -> None:
             _bars(axes, {row.method: row.median_ms for row in own}, own[0].median_ms / own[0].limit_ratio, title)
         else:
             _lines(axes, own)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def draw_steps(rows: Sequence[Any], path: Path, title: str) -> None:
-    """Median time of a step of every chain beside compute alone, a panel for each rank count."""
-    from matplotlib.figure import Figure
-
+    """Median time of a step of every chain, and of compute alone, one panel per rank count."""
     counts = list(dict.fromkeys(row.ranks for row in rows))
-    figure = Figure(figsize=(8, 3.5 * len(counts)), layout="constrained")
+    figure = new_figure(8, 3.5 * len(counts))
     for axes, ranks in zip(figure.subplots(len(counts), 1, squeeze=False).flat, counts, strict=True):
         own = [row for row in rows if row.ranks == ranks]
         axes.set_title(f"{title}, {ranks} ranks")
         _bars(axes, {row.method: row.median_ms for row in own}, own[0].compute_ms, "median time of a step, ms")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def draw_efficiency(points: Sequence[Any], path: Path, title: str) -> None:
     """Efficiency over ranks: the median, and a band from the lowest to the highest quantile."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     for name in dict.fromkeys(point.scheme for point in points):
         own = [point for point in points if point.scheme == name]
@@ -58,7 +54,7 @@ def draw_efficiency(points: Sequence[Any], path: Path, title: str) -> None:
     axes.set(ylim=(0, 1.05), xlabel="ranks of one sequence", ylabel="compute alone / step, simulated", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 def _bars(axes: "Axes", medians: dict[str, float], limit: float, title: str) -> None:
@@ -73,7 +69,7 @@ def _bars(axes: "Axes", medians: dict[str, float], limit: float, title: str) -> 
 
 
 def _lines(axes: "Axes", rows: Sequence[Any]) -> None:
-    """A line a method over the size of the state; the limit of the links is each point over its ratio."""
+    """One line per method over the size of the state; the limit of the links is each point over its ratio."""
     names = list(dict.fromkeys(row.method.split(" = ")[0] for row in rows))
     for name in names:
         own = [row for row in rows if row.method.split(" = ")[0] == name]

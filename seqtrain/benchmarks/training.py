@@ -1,4 +1,4 @@
-"""Tokens a second of training runs that differ in a few settings, run in turns, so that each meets the machine alike.
+"""Compares the throughput of training runs that differ in a few settings, run in turns under the same conditions.
 
     python tools/bench_training.py                                  # the quickstart, backend auto against chunked
     python tools/bench_training.py 'variants=[train.dtype=float32,train.dtype=bfloat16]' 'common=[train.steps=20]'
@@ -8,7 +8,6 @@ steps of all rounds, the first few of each run left out; the ratio is to the las
 `bench_training.json` are left in `output_dir`, and the runs' own folders.
 """
 
-import json
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,8 @@ from typing import Annotated
 from pydantic import Field
 
 from seqtrain.config import read_settings
-from seqtrain.report import machine
+from seqtrain.errors import ConfigError, SeqtrainError
+from seqtrain.report import machine, show_table, write_json
 from seqtrain.runtime.metrics import read_lines
 from seqtrain.runtime.report import WARM_UP_STEPS
 from seqtrain.runtime.run_folder import RunFolder
@@ -43,18 +43,15 @@ class Settings:
 
 
 def run_once(settings: Settings, variant: str, folder: Path) -> list[float]:
-    """Tokens a second of one run's steps behind the first few. Ends the tool where the run fails."""
+    """Tokens per second of one run's steps after the first few. Raises `SeqtrainError` where the run fails."""
     overrides = [*settings.common, *variant.split(), f"output_dir={folder}"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / settings.program), *overrides], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, str(ROOT / settings.program), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        print(f"error: {variant}: {(done.stderr or done.stdout).strip().splitlines()[-1]}", file=sys.stderr)
-        sys.exit(2)
+        raise SeqtrainError(f"{variant}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
     speeds = [record["tokens_per_second"] for record in read_lines(RunFolder(folder).metrics)[WARM_UP_STEPS:]]
     if not speeds:
-        print(f"error: common: train.steps must be more than {WARM_UP_STEPS}, those that are left out", file=sys.stderr)
-        sys.exit(2)
+        raise ConfigError(f"common: train.steps must be more than {WARM_UP_STEPS}, those that are left out")
     return speeds
 
 
@@ -69,15 +66,17 @@ def main(arguments: list[str]) -> int:
             found = run_once(settings, variant, folder / f"round_{turn}" / f"variant_{number}")
             speeds[variant] += found
             print(f"round {turn}  {statistics.median(found):10.0f} tokens/s  {variant}", flush=True)
-    base = statistics.median(speeds[settings.variants[-1]])
+    medians = {variant: statistics.median(found) for variant, found in speeds.items()}
+    base = medians[settings.variants[-1]]
     rows = [
-        {"variant": variant, "tokens_per_second": median, "ratio": median / base, "steps": len(found)}
-        for variant, found in speeds.items()
-        for median in [statistics.median(found)]
+        {"variant": variant, "tokens_per_second": median, "ratio": median / base, "steps": len(speeds[variant])}
+        for variant, median in medians.items()
     ]
-    print(f"\n{'tokens/s':>10} {'ratio':>6}  variant")
-    for row in rows:
-        print(f"{row['tokens_per_second']:10.0f} {row['ratio']:6.2f}  {row['variant']}")
-    report = {"machine": about, "settings": asdict(settings), "rows": rows, "speeds": speeds}
-    (folder / "bench_training.json").write_text(json.dumps(report, indent=1))
+    print()
+    show_table(
+        ("variant", "tokens/s", "ratio"),
+        [(variant, f"{median:.0f}", f"{median / base:.2f}") for variant, median in medians.items()],
+    )
+    content = {"machine": about, "settings": asdict(settings), "rows": rows, "speeds": speeds}
+    write_json(folder / "bench_training.json", content)
     return 0

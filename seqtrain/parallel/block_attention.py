@@ -61,7 +61,7 @@ class _Rounds:
         # One wait a round, for the same messages on both sides of each: NCCL would wait for ever for a send whose
         # receive comes a round later. On gloo the next block is on its way while this one is used.
         came, posted = self._offer(1)
-        self.wire.receive(posted)
+        self.wire.receive_exchange(posted)
         for distance in range(1, _reach(self.plan) + 1):
             block = came
             came, posted = self._offer(distance + 1)
@@ -75,7 +75,7 @@ class _Rounds:
                 back = self.kv.new_empty(*self.kv.shape[:1], served.count, *self.kv.shape[2:])
                 self.wire.post(back, served.rank)
                 posted += 1
-            self.wire.receive(posted)
+            self.wire.receive_exchange(posted)
             if served is not None and d_kv is not None:
                 d_kv[:, served.first : served.last] += back
 

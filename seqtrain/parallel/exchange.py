@@ -83,7 +83,7 @@ def _exchange(
             if to[peer]:
                 wire.send(leaving[peer], peer)
         arriving[rank].copy_(leaving[rank])
-        wire.receive(len(senders))
+        wire.receive_exchange(len(senders))
     return arrived
 
 

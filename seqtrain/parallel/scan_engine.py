@@ -10,7 +10,9 @@ import threading
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -31,6 +33,25 @@ TAG_BASE = 1 << 30
 EXCHANGE_TAG = 1 << 29
 
 Sent = list[tuple[dist.Work, Tensor]]
+# A thread waits for a scan, or for an exchange of messages; a scan runs, on whichever thread.
+Event = Literal["scan", "exchange", "run"]
+Observer = Callable[[Event], AbstractContextManager[object]]
+_observers: list[Observer] = []
+
+
+@contextmanager
+def observed_by(observer: Observer) -> Iterator[None]:
+    """For profilers: while open, `observer(event)` is entered around every event on any thread of this process."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def _observed(event: Event) -> AbstractContextManager[object]:
+    # One at a time is told: the latest.
+    return _observers[-1](event) if _observers else nullcontext()
 
 
 class Wire(ABC):
@@ -59,6 +80,11 @@ class Wire(ABC):
     @abstractmethod
     def receive(self, count: int = 1) -> None:
         """Waits until the next `count` posted buffers are filled."""
+
+    def receive_exchange(self, count: int = 1) -> None:
+        """`receive` for messages outside the scans."""
+        with _observed("exchange"):
+            self.receive(count)
 
     @abstractmethod
     def close(self) -> Sent:
@@ -142,7 +168,7 @@ class Job:
         assert self.inputs is not None, "a scan runs once, after it was given its map"
         own, first = self.inputs
         self.inputs = None
-        with torch.no_grad():
+        with torch.no_grad(), _observed("run"):
             if self.wire.place:
                 first = None
             elif first is None:
@@ -150,11 +176,12 @@ class Job:
             else:  # results are the caller's, who may write to them
                 first = first.clone(memory_format=torch.contiguous_format)
             self.states = self.plan.run(self.wire, self.shape, own, first, self.arrivals)
-        return self.wire.close()
+            return self.wire.close()
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Waits, then `(incoming, outgoing)` state, `[rows, depth, columns]`; `RuntimeError` if the scan failed."""
-        self.done.wait()
+        with _observed("scan"):
+            self.done.wait()
         if self.failure is not None:
             raise RuntimeError(
                 f"all_scan failed at place {self.wire.place} of {self.wire.places} ({self.plan.name}, {self.shape}): "
@@ -224,12 +251,13 @@ class Engine:
 
     def flush(self) -> None:
         """Waits until every started scan has run and every message of this rank has left it."""
-        if self._thread is not None:
-            reached = threading.Event()
-            self._queue.put(reached)
-            reached.wait()
-        self._settle(self._sent, 0)
-        self._settle(self._lent, 0)
+        with _observed("scan"):
+            if self._thread is not None:
+                reached = threading.Event()
+                self._queue.put(reached)
+                reached.wait()
+            self._settle(self._sent, 0)
+            self._settle(self._lent, 0)
 
     def messages(self, agreed: str, device: torch.device) -> Wire:
         """A wire outside the scans, for a caller that waits for its messages itself; places are ranks.
@@ -252,7 +280,8 @@ class Engine:
         # Not among the scans' own: the progress thread must never wait for a message that this thread sent ahead of it.
         with self._lock:
             self._lent.append(sent)
-        self._settle(self._lent, in_flight)
+        with _observed("exchange"):
+            self._settle(self._lent, in_flight)
 
     def fail(self, failure: Exception) -> None:
         """Says that messages have failed: the group can't be used any more."""

@@ -1,22 +1,22 @@
 """When a rank waits for others, and when messages travel while it computes.
 
-The calls that wait are replaced while a profiled step runs and put back after it: a step that isn't profiled runs the
-code as it is written.
+The scan engine tells of its own waits. Collectives of torch and DeepSpeed, which tell nobody, are replaced while a
+profiled step runs and put back after it: a step that isn't profiled runs the code as it is written.
 """
 
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
 
-from seqtrain.parallel.scan_engine import Engine, GlooWire, Job, NcclWire
+from seqtrain.parallel.scan_engine import Event, observed_by
 from seqtrain.profiling.parts import Clock, Part, Timeline
 
 COMMUNICATION = "communication"
-# States of scans, tokens of neighbours, and what all ranks reduce or gather (gradients, weights, sums).
+# States of scans, tokens of neighbors, and what all ranks reduce or gather (gradients, weights, sums).
 SCAN, EXCHANGE, COLLECTIVE = (Part(COMMUNICATION, what) for what in ("scan", "exchange", "collective"))
 COLLECTIVES = (
     "all_gather",
@@ -49,7 +49,7 @@ class InFlight:
         self._marks.append((begun, self.clock.mark_here()))
 
     def intervals(self) -> list[tuple[float, float]]:
-        """Start and end in seconds, one a message or scan."""
+        """Start and end in seconds, one pair per message or scan."""
         flat = self.clock.seconds([mark for pair in self._marks for mark in pair])
         return list(zip(flat[::2], flat[1::2], strict=True))
 
@@ -106,18 +106,9 @@ def watched_communication(timeline: Timeline, in_flight: InFlight) -> Iterator[N
     """While open, `timeline` is told when this thread waits for others, `in_flight` of what travels meanwhile."""
     from deepspeed.comm import comm
 
+    collective = _collective(timeline, in_flight)
     with ExitStack() as stack:
-        for owner, names, part in (
-            (Job, ("result",), SCAN),
-            (Engine, ("flush",), SCAN),
-            (Engine, ("keep",), EXCHANGE),
-            (GlooWire, ("receive",), EXCHANGE),
-            (NcclWire, ("receive",), EXCHANGE),
-        ):
-            for name in names:
-                stack.enter_context(replaced(owner, name, timed(timeline, part)))
-        stack.enter_context(replaced(Job, "run", _scanning(timeline, in_flight)))
-        collective = _collective(timeline, in_flight)
+        stack.enter_context(observed_by(_Waits(timeline, in_flight)))
         for name in COLLECTIVES:
             stack.enter_context(replaced(dist, name, collective))
         for name in KEPT_BY_DEEPSPEED:
@@ -125,23 +116,23 @@ def watched_communication(timeline: Timeline, in_flight: InFlight) -> Iterator[N
         yield
 
 
-def _scanning(timeline: Timeline, in_flight: InFlight) -> Callable[[Callable], Callable]:
-    """For a scan's own work: in flight on whichever thread it runs, and waited for where that is the caller's."""
+class _Waits:
+    """What the scan engine tells: waits of the thread that trains, and scans in flight on any thread."""
 
-    def wrap(run: Callable) -> Callable:
-        waited_for = timed(timeline, SCAN)(run)
+    def __init__(self, timeline: Timeline, in_flight: InFlight) -> None:
+        self._timeline, self._in_flight = timeline, in_flight
+        self._thread = threading.get_ident()
 
-        @functools.wraps(run)
-        def call(job: Job) -> Any:
-            begun = in_flight.clock.mark_here()
-            try:
-                return waited_for(job)
-            finally:
-                in_flight.add(begun)
-
-        return call
-
-    return wrap
+    @contextmanager
+    def __call__(self, event: Event) -> Iterator[None]:
+        begun = self._in_flight.clock.mark_here()
+        own = threading.get_ident() == self._thread
+        try:
+            with self._timeline.during(EXCHANGE if event == "exchange" else SCAN) if own else nullcontext():
+                yield
+        finally:
+            if event == "run":
+                self._in_flight.add(begun)
 
 
 def _collective(timeline: Timeline, in_flight: InFlight) -> Callable[[Callable], Callable]:

@@ -1,17 +1,16 @@
-"""Two or more runs, or profiles, side by side: losses, throughput, memory, where time goes, and settings that differ.
+"""Compares two or more runs or profiles: losses, throughput, memory, where time goes, and settings that differ.
 
     python tools/compare_runs.py 'runs=[runs/before,runs/after]'                  # losses bit for bit
     python tools/compare_runs.py 'runs=[runs/a,runs/b,profiles/c]' tolerance=1e-5
 
 Each is a folder that launch/pretrain.py or tools/profile_throughput.py wrote; all are compared with the first. The exit
 status is 0 where every run has the first one's losses at every step, 1 where one has not, 2 for a mistake: so a change
-that is to leave results alone can prove it. Printed and written to `output_dir` are a table, JSON and a picture.
+that must not alter results can prove it. Printed and written to `output_dir` are a table, JSON and a picture.
 """
 
 import json
 import math
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +20,9 @@ import yaml
 from pydantic import Field
 
 from seqtrain.config import read_settings
-from seqtrain.errors import ConfigError, SeqtrainError
+from seqtrain.errors import ConfigError
 from seqtrain.profiling import by_kind
-from seqtrain.report import show_table
+from seqtrain.report import new_figure, save_figure, show_table, write_json
 from seqtrain.runtime.metrics import Record, read_lines
 from seqtrain.runtime.report import WARM_UP_STEPS
 from seqtrain.runtime.run_folder import RunFolder
@@ -37,7 +36,7 @@ PLACES = ("output_dir", "tracking.name")
 class Settings:
     # Folders of runs or profiles; the first is what the others are compared with.
     runs: Annotated[list[str], Field(min_length=2)]
-    # Largest difference of a step's loss (nats a token) that counts as the same; 0: bit for bit.
+    # Largest difference of a step's loss (nats per token) that counts as the same; 0: bit for bit.
     tolerance: Annotated[float, Field(ge=0)] = 0.0
     # Folder for the results.
     output_dir: str = "outputs/compare_runs"
@@ -56,7 +55,7 @@ class Run:
     @property
     def losses(self) -> dict[int, float]:
         """By step; NaN where it was not finite."""
-        return {r["step"]: math.nan if r["loss"] is None else r["loss"] for r in self.records}
+        return {r["step"]: _number(r["loss"]) for r in self.records}
 
     @property
     def tokens_per_second(self) -> float:
@@ -76,7 +75,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Difference:
-    """Losses of a run beside the first run's."""
+    """How the losses of a run differ from the first run's."""
 
     name: str
     same: bool
@@ -94,13 +93,16 @@ def read_run(path: str) -> Run:
     """The run in `path`, or the one inside a profile. Raises `ConfigError` where there is none."""
     folder = Path(path)
     report = folder / "profile.json"
-    profile = json.loads(report.read_text()) if report.exists() else {}
-    run = RunFolder(folder / "run" if profile else folder)
-    records = read_lines(run.metrics)
-    if not records:
-        raise ConfigError(f"runs={path}: no such run; expected a folder with metrics.jsonl, or with profile.json")
-    config = profile["config"] if profile else yaml.safe_load(run.config.read_text())
-    summary = json.loads(run.summary.read_text()) if run.summary.exists() else {}
+    try:
+        profile = json.loads(report.read_text()) if report.exists() else {}
+        run = RunFolder(folder / "run" if profile else folder)
+        records = read_lines(run.metrics)
+        if not records:
+            raise ConfigError(f"runs={path}: no such run; expected a folder with metrics.jsonl, or with profile.json")
+        config = profile["config"] if profile else yaml.safe_load(run.config.read_text())
+        summary = json.loads(run.summary.read_text()) if run.summary.exists() else {}
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"runs={path}: {' '.join(str(error).split())}") from error
     return Run(path, config, records, summary, profile)
 
 
@@ -109,10 +111,7 @@ def difference(first: Run, other: Run, tolerance: float) -> Difference:
     ours, theirs = first.losses, other.losses
     common = sorted(ours.keys() & theirs.keys())
     apart = {step: distance(ours[step], theirs[step]) for step in common}
-    norms = [
-        distance(*(math.nan if record["grad_norm"] is None else record["grad_norm"] for record in pair))
-        for pair in zip(*(at_steps(run.records, common) for run in (first, other)), strict=True)
-    ]
+    our_norms, their_norms = ({r["step"]: _number(r["grad_norm"]) for r in run.records} for run in (first, other))
     differing = [step for step, size in apart.items() if size > tolerance]
     alone = len(ours.keys() ^ theirs.keys())
     return Difference(
@@ -121,9 +120,14 @@ def difference(first: Run, other: Run, tolerance: float) -> Difference:
         common_steps=len(common),
         other_steps=alone,
         loss=max(apart.values(), default=0.0),
-        grad_norm=max(norms, default=0.0),
+        grad_norm=max((distance(our_norms[step], their_norms[step]) for step in common), default=0.0),
         first_step=differing[0] if differing else 0,
     )
+
+
+def _number(value: float | None) -> float:
+    """A value of metrics.jsonl, where null stands for one that was not finite."""
+    return math.nan if value is None else value
 
 
 def distance(a: float, b: float) -> float:
@@ -131,11 +135,6 @@ def distance(a: float, b: float) -> float:
     if math.isnan(a) or math.isnan(b):
         return 0.0 if math.isnan(a) and math.isnan(b) else math.inf
     return abs(a - b)
-
-
-def at_steps(records: Sequence[Record], steps: Sequence[int]) -> list[Record]:
-    by_step = {record["step"]: record for record in records}
-    return [by_step[step] for step in steps]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -156,7 +155,7 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def figures(runs: Sequence[Run]) -> dict[str, list[float | None]]:
-    """What each run came to: rows of a table, a column a run."""
+    """The results of each run: rows of a table, one column per run."""
     return {
         "steps": [len(run.records) for run in runs],
         "last loss": [run.records[-1]["loss"] for run in runs],
@@ -181,26 +180,28 @@ def cell(value: float | None) -> str:
 
 
 def verdict(found: Difference, tolerance: float) -> str:
-    """A run's losses beside the first's, in a line."""
+    """Whether a run has the first run's losses, in a line."""
     if found.same:
         how = "bit for bit" if tolerance == 0 else f"to {tolerance:g}: at most {found.loss:.3g} apart"
-        return f"{found.name}: the same losses at all {found.common_steps} steps, {how}"
+        where = f"all {found.common_steps} steps" if found.common_steps > 1 else "the only step"
+        return f"{found.name}: the same losses at {where}, {how}"
     if not found.common_steps:
         return f"{found.name}: no step in common"
-    said = [f"at most {found.loss:.3g} apart over {found.common_steps} steps"]
+    said = [f"at most {found.loss:.3g} apart over {_steps(found.common_steps)}"]
     if found.first_step:
         said.append(f"differing first at step {found.first_step}")
     if found.other_steps:
-        said.append(f"{found.other_steps} steps are in one run only")
-    return f"{found.name}: OTHER LOSSES: {', '.join(said)} (gradient norms at most {found.grad_norm:.3g} apart)"
+        said.append(f"{_steps(found.other_steps)} {'exist' if found.other_steps > 1 else 'exists'} in only one run")
+    return f"{found.name}: LOSSES DIFFER: {', '.join(said)} (gradient norms at most {found.grad_norm:.3g} apart)"
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' if count != 1 else ''}"
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Losses, their distance from the first run's, and throughput, step by step."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    figure = new_figure(14, 4.2)
     losses, apart, speed = figure.subplots(1, 3)
     for number, run in enumerate(runs):
         style = {"color": f"C{number}", "linewidth": 1 + 0.8 * (len(runs) - number), "alpha": 0.8, "label": run.name}
@@ -213,45 +214,41 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     # A logarithm near 0 that still shows 0.
     apart.set_yscale("symlog", linthresh=1e-9)
     apart.set_ylim(bottom=0)
-    losses.set(xlabel="step", ylabel="loss (nats a token)")
-    apart.set(xlabel="step", ylabel="distance from the first run's loss")
-    speed.set(xlabel="step", ylabel="tokens a second")
+    losses.set_ylabel("loss (nats per token)")
+    apart.set_ylabel("distance from the first run's loss")
+    speed.set_ylabel("tokens per second")
     for axes in (losses, apart, speed):
+        axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.locator_params(axis="x", integer=True)
     figure.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def main(arguments: list[str]) -> int:
     settings = read_settings(Settings, arguments)
-    try:
-        runs = [read_run(path) for path in settings.runs]
-    except (SeqtrainError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    runs = [read_run(path) for path in settings.runs]
     found = [difference(runs[0], other, settings.tolerance) for other in runs[1:]]
-    came, differing = figures(runs) | part_times(runs), differing_settings(runs)
+    results, differing = figures(runs) | part_times(runs), differing_settings(runs)
     names = ["", *(run.name for run in runs)]
-    show_table(names, [(key, *map(cell, values)) for key, values in came.items()])
+    show_table(names, [(key, *map(cell, values)) for key, values in results.items()])
     if differing:
         show_table(["settings that differ", *names[1:]], [(key, *own) for key, own in differing.items()])
-    for one in found:
-        print(verdict(one, settings.tolerance))
-    folder = Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    print("\n".join(verdict(one, settings.tolerance) for one in found))
+    same = all(one.same for one in found)
+    report, picture = (Path(settings.output_dir) / f"compare_runs.{kind}" for kind in ("json", "png"))
     content = {
         "runs": settings.runs,
         "tolerance": settings.tolerance,
-        "same": all(one.same for one in found),
+        "same": same,
         "losses": [asdict(one) | {"loss": finite(one.loss), "grad_norm": finite(one.grad_norm)} for one in found],
-        "figures": came,
+        "figures": results,
         "settings": differing,
     }
-    (folder / "compare_runs.json").write_text(json.dumps(content, indent=1, allow_nan=False))
-    draw(runs, folder / "compare_runs.png")
-    print(f"{folder / 'compare_runs.json'}, {folder / 'compare_runs.png'}")
-    return 0 if content["same"] else 1
+    write_json(report, content, allow_nan=False)
+    draw(runs, picture)
+    print(f"{report}, {picture}")
+    return 0 if same else 1
 
 
 def finite(value: float) -> float | None:

@@ -50,7 +50,7 @@ def watched_modules(model: nn.Module) -> list[tuple[nn.Module, str, int]]:
 def watched_model(model: nn.Module, timeline: Timeline) -> Iterator[None]:
     """While open, `timeline` follows the modules of `model` forward, backward and in recomputation.
 
-    A module's backward part begins when the gradient of its output is whole and ends where another's begins, so it
+    A module's backward part begins when the gradient of its output is complete and ends where another's begins, so it
     includes the gradients of its weights. The backward pass must run on this thread.
     """
     handles = []

@@ -1,4 +1,4 @@
-"""A step as a row of parts that do not overlap and leave nothing out, whatever the code between them does.
+"""A step as a sequence of parts that do not overlap and leave nothing out, whatever the code between them does.
 
 At any moment the thread that trains is in one part. A change of part is one reading of a clock, so the parts of a step
 sum to the step by construction, and time that nobody claims is a part too: `OTHER`.
@@ -71,7 +71,7 @@ class HostClock:
 class CudaClock:
     """Events on the stream that trains: kernels run long after they were called, and the host's clock sees only calls.
 
-    Time in which the device waits for the host counts for the part that is behind with its calls.
+    Time in which the device waits for the host counts for the part whose calls come late.
     """
 
     def __init__(self, device: torch.device) -> None:

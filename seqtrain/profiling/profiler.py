@@ -1,4 +1,4 @@
-"""Looks on while a rank trains: which steps are measured and how, and what every rank has measured at the end."""
+"""The callback of a profiled run: which steps are measured and how, and what every rank has measured."""
 
 import json
 import statistics
@@ -36,7 +36,7 @@ from seqtrain.runtime.callback import Callback, Phase
 
 Step = Literal["warm-up", "plain", "profiled", "memory"]
 DATA, OPTIMIZER_STEP = Part("data"), Part("optimizer")
-# What the engine does with gradients beside autograd: scaling, ZeRO's buckets and partitions.
+# What the engine does with gradients besides autograd: scaling, ZeRO's buckets and partitions.
 ENGINE_GRADIENTS = Part("gradients", BACKWARD)
 # Autograd outside the modules that are parts: the graph's ends, the sums where paths meet.
 AUTOGRAD = Part("other", BACKWARD)
@@ -52,18 +52,18 @@ class ProfileConfig:
     steps: Annotated[int, Field(gt=0)] = 5
     # Steps at the start that are discarded: they compile, fill caches and allocate.
     warmup: Annotated[int, Field(ge=0)] = 2
-    # True: write trace.json, one time line a rank, for Perfetto (ui.perfetto.dev).
+    # True: write trace.json, one timeline per rank, for Perfetto (ui.perfetto.dev).
     trace: bool = False
-    # Seconds for which every rank multiplies matrices to find the peak; 0: no utilisation.
+    # Seconds for which every rank multiplies matrices to find the peak; 0: no MFU.
     peak: Annotated[float, Field(ge=0)] = 0.5
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run: the last one is looked at for its memory, and not timed."""
+        """Steps of the run: the last one is looked at for its memory, and not timed."""
         return self.warmup + 2 * self.steps + 1
 
     def plan(self) -> list[Step]:
-        """What each step is for. With and without the profiler in turn, each as often the first of its pair."""
+        """What each step is for. With and without the profiler in turns, either as often the first of its pair."""
         pairs: list[list[Step]] = [["plain", "profiled"], ["profiled", "plain"]]
         measured = [step for number in range(self.steps) for step in pairs[number % 2]]
         return [*["warm-up"] * self.warmup, *measured, "memory"]  # type: ignore[list-item]
@@ -80,13 +80,13 @@ class RankProfile:
     steps: dict[str, list[float]] = field(default_factory=dict)
     # Seconds of the processor that this process used in them, all its threads together.
     processor: dict[str, list[float]] = field(default_factory=dict)
-    # Seconds of each part in every profiled step; a part that a step did not meet has 0 there.
+    # Seconds of each part in every profiled step; 0 where a step did not meet the part.
     parts: dict[Part, list[float]] = field(default_factory=dict)
     # Seconds of every profiled step in which something was in flight while the rank computed.
     hidden: list[float] = field(default_factory=list)
     # Seconds of each evaluation and each checkpoint.
     phases: dict[str, list[float]] = field(default_factory=dict)
-    # Operations a second of a matrix product in the run's dtype, all ranks at once; 0: not measured.
+    # Operations per second of a matrix product in the run's dtype, all ranks at once; 0: not measured.
     peak_flops: float = 0.0
     memory: MemoryReading | None = None
     # Of the last profiled step, seconds from when the ranks began together: what it did, what was in flight.
@@ -224,7 +224,7 @@ def plain_profile(profile: RankProfile) -> dict[str, Any]:
 def matrix_flops(
     device: torch.device, dtype: torch.dtype, *, seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Operations a second of the fastest of many products of square matrices, measured for `seconds`."""
+    """Operations per second of the fastest of many products of square matrices, measured for `seconds`."""
     side = PEAK_SIDES[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     times: list[float] = []

@@ -16,10 +16,10 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class StepWork:
-    """What one step has to do, all ranks together, counted from the config.
+    """What one step has to compute, all ranks together, counted from the config.
 
-    `model_flops`: forward and backward pass, each operator's recurrence as it is defined. `executed_flops`: what the
-    chunk forms really multiply, recomputation included.
+    `model_flops`: forward and backward pass, each operator's recurrence as it is defined (MFU). `executed_flops`: what
+    the chunked forms multiply, recomputation included (HFU).
     """
 
     tokens: int
@@ -28,14 +28,14 @@ class StepWork:
 
 
 def read_profiles(path: Path) -> list[Values]:
-    """What `Profiler` left: one entry a rank."""
+    """What `Profiler` wrote: one entry per rank."""
     return json.loads(path.read_text())
 
 
 def summarize(
     ranks: Sequence[Values], work: StepWork, *, checkpoint_every: int, step_seconds: Sequence[float]
 ) -> Values:
-    """The report: throughput, spread, parts, communication, utilisation, memory; seconds and bytes throughout.
+    """The report: throughput, spread, parts, communication, MFU, memory; seconds and bytes throughout.
 
     `ranks`: as `read_profiles` gives them. `checkpoint_every`: steps of the original run between two checkpoints.
     `step_seconds`: of the profiled steps, as the run itself timed them.
@@ -50,10 +50,10 @@ def summarize(
     save = statistics.mean(saves) if saves else 0.0
     return {
         "ranks": len(ranks),
-        "tokens_a_step": work.tokens,
+        "tokens_per_step": work.tokens,
         "tokens_per_second": spread(speeds),
         "step_seconds": {"without_profiler": spread(plain), "with_profiler": spread(profiled)},
-        # In the time that passes, and in the processor's, which others' load on the machine disturbs less.
+        # In wall time, and in CPU time, which other load on the machine disturbs less.
         "profiler_overhead": {"time": _overhead(ranks, "steps"), "processor": _overhead(ranks, "processor")},
         "warm_up_seconds": _mean_over_ranks(rank["steps"].get("warm-up", []) for rank in ranks),
         "parts": parts,
@@ -67,14 +67,14 @@ def summarize(
         "flops": {
             "model": work.model_flops,
             "executed": work.executed_flops,
-            "peak_a_second": peak,
-            "model_utilisation": work.model_flops / step / peak if peak else None,
-            "executed_utilisation": work.executed_flops / step / peak if peak else None,
+            "peak_per_second": peak,
+            "mfu": work.model_flops / step / peak if peak else None,
+            "hfu": work.executed_flops / step / peak if peak else None,
         },
         "checkpoint": {
             "seconds": save,
             "every": checkpoint_every,
-            "seconds_a_step": save / checkpoint_every if checkpoint_every else 0.0,
+            "seconds_per_step": save / checkpoint_every if checkpoint_every else 0.0,
         },
         "memory": [{"rank": rank["rank"]} | _without(rank["memory"], "samples") for rank in ranks],
     }
@@ -86,7 +86,7 @@ def _mean_over_ranks(values: Iterable[list[float]]) -> list[float]:
 
 
 def _overhead(ranks: Sequence[Values], clock: str) -> Values:
-    """How much longer each step with the profiler took than its neighbour without: shares of that one."""
+    """How much longer each step with the profiler took than its neighbor without, as a share of the latter."""
     plain, profiled = (_mean_over_ranks(rank[clock][kind] for rank in ranks) for kind in ("plain", "profiled"))
     return spread([b / a - 1 for a, b in zip(plain, profiled, strict=True)])
 
@@ -117,9 +117,9 @@ def _without(values: Values, *names: str) -> Values:
 
 
 def by_kind(parts: Sequence[Values]) -> list[Values]:
-    """The rows of a table: one a kind of module with its passes side by side, and what else there is.
+    """The rows of a table: one per kind of module with its passes, and what else there is.
 
-    `recomputed` is no column of the modules: what checkpointing computes again is a row of its own.
+    What checkpointing recomputes is not a column of the modules but a row of its own.
     """
     rows: dict[str, Values] = {}
     for part in parts:
@@ -135,7 +135,7 @@ def by_kind(parts: Sequence[Values]) -> list[Values]:
 
 
 def trace_events(ranks: Sequence[Values]) -> Values:
-    """The last profiled step of every rank in Chrome's trace format, which ui.perfetto.dev opens: a process a rank."""
+    """The last profiled step in Chrome's trace format, which ui.perfetto.dev opens: each rank is a process."""
     events: list[Values] = []
     for rank in ranks:
         process = rank["rank"]

@@ -1,4 +1,4 @@
-"""Runs a few real training steps of any run and tells where time and memory go.
+"""Runs a few real training steps of any run and shows where time and memory go.
 
     python tools/profile_throughput.py experiment=quickstart model.depth=4 train.sequence_length=4096
     python tools/profile_throughput.py parallel.data=1 parallel.sequence=2 profile.trace=true
@@ -37,7 +37,7 @@ from seqtrain.profiling import (
     trace_events,
 )
 from seqtrain.profiling.pictures import draw_layers, draw_memory, draw_parts, draw_sweep, words
-from seqtrain.report import listing, machine, picture, show_table, table, text, write_page
+from seqtrain.report import listing, machine, picture, show_table, table, text, write_json, write_page
 from seqtrain.runtime import PretrainConfig, read_pretrain_config, run
 from seqtrain.runtime.metrics import read_lines
 from seqtrain.runtime.run_folder import RunFolder, plain
@@ -109,7 +109,7 @@ def measure(profile: Profile) -> dict[str, Any] | None:
         "profile": asdict(profile.settings),
         "config": plain(profile.asked),
     }
-    (folder / "profile.json").write_text(json.dumps(report, indent=1))
+    write_json(folder / "profile.json", report)
     write_pictures(report, ranks, folder)
     if profile.settings.trace:
         (folder / "trace.json").write_text(json.dumps(trace_events(ranks)))
@@ -117,7 +117,7 @@ def measure(profile: Profile) -> dict[str, Any] | None:
 
 
 def count_step(config: PretrainConfig, *, vocab_size: int) -> StepWork:
-    """What a step of the run has to compute, all ranks together: whole sequences, documents not looked at."""
+    """What a step of the run has to compute, all ranks together, as if every sequence were one document."""
     counts = count_model(
         config.model,
         config.mixer,
@@ -140,7 +140,7 @@ def describe(config: dict[str, Any]) -> str:
     again = ", activations checkpointed" if model["activation_checkpointing"] else ""
     return (
         f"{model['depth']} layers of {'+'.join(model['layers'])}, width {model['width']}, "
-        f"{train['batch_size']} x {train['sequence_length']} tokens a step, {train['dtype']}{again}, "
+        f"{train['batch_size']} x {train['sequence_length']} tokens per step, {train['dtype']}{again}, "
         f"{parallel['data']} x {parallel['sequence']} ranks (data x sequence), ZeRO {parallel['zero_stage']}, "
         f"{config['runtime']['name']}"
     )
@@ -148,38 +148,34 @@ def describe(config: dict[str, Any]) -> str:
 
 def headlines(report: dict[str, Any]) -> list[str]:
     """The figures of a profile as sentences."""
-    speed, own, warm_up = (
-        report["tokens_per_second"],
-        report["step_seconds"]["without_profiler"],
-        report["warm_up_seconds"],
-    )
-    cost, exchange, save = report["profiler_overhead"], report["communication"], report["checkpoint"]
-    often = (
-        f"{1e3 * save['seconds_a_step']:.1f} ms a step, one every {save['every']}" if save["every"] else "none asked"
-    )
+    speed, step = report["tokens_per_second"], report["step_seconds"]["without_profiler"]
+    warm_up, cost = report["warm_up_seconds"], report["profiler_overhead"]
+    exchange, save = report["communication"], report["checkpoint"]
+    per_step = f"{1e3 * save['seconds_per_step']:.1f} ms per step, one every {save['every']}"
     return [
         f"{speed['median']:,.0f} tokens/s (quartiles {speed['low']:,.0f} to {speed['high']:,.0f}), "
-        f"{1e3 * own['median']:.1f} ms a step (quartiles {1e3 * own['low']:.1f} to {1e3 * own['high']:.1f}), "
+        f"{1e3 * step['median']:.1f} ms per step (quartiles {1e3 * step['low']:.1f} to {1e3 * step['high']:.1f}), "
         f"{report['parameters']:,} parameters",
         work_line(report["flops"]),
-        f"{len(warm_up)} warm-up steps discarded: {', '.join(f'{1e3 * s:.0f} ms' for s in warm_up)}",
-        f"with the profiler steps take {cost['time']['median']:+.1%} (quartiles {cost['time']['low']:+.1%} to "
-        f"{cost['time']['high']:+.1%}), {cost['processor']['median']:+.1%} of the processor; "
+        f"warm-up steps, discarded: {', '.join(f'{1e3 * s:.0f} ms' for s in warm_up) or 'none'}",
+        f"with the profiler, steps take {cost['time']['median']:+.1%} (quartiles {cost['time']['low']:+.1%} to "
+        f"{cost['time']['high']:+.1%}), {cost['processor']['median']:+.1%} of CPU time; "
         f"its parts sum to {report['sum_of_parts']:.1%} of the steps as the run itself timed them",
         f"communication: {1e3 * exchange['exposed_seconds']:.1f} ms exposed, "
-        f"{1e3 * exchange['hidden_seconds']:.1f} ms hidden behind computation",
-        f"a checkpoint takes {save['seconds']:.2f} s for {save['bytes'] / MIB:.1f} MiB: {often}",
+        f"{1e3 * exchange['hidden_seconds']:.1f} ms overlapped with computation",
+        f"a checkpoint takes {save['seconds']:.2f} s for {save['bytes'] / MIB:.1f} MiB: "
+        + (per_step if save["every"] else "none asked"),
     ]
 
 
 def work_line(flops: dict[str, Any]) -> str:
-    """What a step computes, and how much of the machine that uses."""
-    work = f"{flops['model'] / 1e9:.2f} GFLOP of the model a step, {flops['executed'] / 1e9:.2f} computed"
-    if not flops["peak_a_second"]:
+    """What a step computes, and what share of the machine's peak that is."""
+    work = f"{flops['model'] / 1e9:.2f} GFLOP of the model per step, {flops['executed'] / 1e9:.2f} executed"
+    if not flops["peak_per_second"]:
         return work
     return (
-        f"{work}; of the peak of {flops['peak_a_second'] / 1e9:.1f} GFLOP/s (matrix products on all ranks at once, in "
-        f"this run) {flops['model_utilisation']:.1%}, and {flops['executed_utilisation']:.1%}"
+        f"{work}; MFU {flops['mfu']:.1%}, HFU {flops['hfu']:.1%} of a peak of {flops['peak_per_second'] / 1e9:.1f} "
+        "GFLOP/s (matrix products on all ranks at once, in this run)"
     )
 
 
@@ -232,22 +228,21 @@ def write_pictures(report: dict[str, Any], ranks: list[dict[str, Any]], folder: 
     )
 
 
-SWEEP_COLUMNS = ("point", "tokens/s", "quartiles", "ms a step", "utilisation", "exposed ms", "hidden ms", "peak MiB")
+SWEEP_COLUMNS = ("point", "tokens/s", "quartiles", "ms per step", "MFU", "exposed ms", "overlapped ms", "peak MiB")
 
 
 def sweep_rows(points: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, ...]]:
     """Cells of the table over a sweep's points."""
     rows = []
     for label, report in points:
-        speed, used = report["tokens_per_second"], report["flops"]["model_utilisation"]
-        exchange = report["communication"]
+        speed, mfu, exchange = report["tokens_per_second"], report["flops"]["mfu"], report["communication"]
         rows.append(
             (
                 label,
                 f"{speed['median']:,.0f}",
                 f"{speed['low']:,.0f} to {speed['high']:,.0f}",
                 f"{1e3 * report['step_seconds']['without_profiler']['median']:.1f}",
-                f"{used:.1%}" if used is not None else "",
+                f"{mfu:.1%}" if mfu is not None else "",
                 *(f"{1e3 * exchange[key]:.1f}" for key in ("exposed_seconds", "hidden_seconds")),
                 f"{max(rank['peak_bytes'] for rank in report['memory']) / MIB:.0f}",
             )
@@ -262,10 +257,10 @@ def short(override: str) -> str:
 
 
 def collect(folder: Path, points: list[tuple[tuple[str, ...], dict[str, Any]]]) -> None:
-    """The points of a sweep in one table, one picture, one JSON and one page; named by the overrides that differ."""
+    """Writes the points of a sweep as one table, picture, JSON and page; each is named by the overrides that differ."""
     common = set.intersection(*(set(overrides) for overrides, _ in points))
     named = [
-        (" ".join(short(word) for word in overrides if word not in common) or "alike", report)
+        (" ".join(short(word) for word in overrides if word not in common) or "all alike", report)
         for overrides, report in points
     ]
     rows = sweep_rows(named)
@@ -273,7 +268,7 @@ def collect(folder: Path, points: list[tuple[tuple[str, ...], dict[str, Any]]]) 
     content = [
         {"point": label, "overrides": list(given)} | r for (label, r), (given, _) in zip(named, points, strict=True)
     ]
-    (folder / "sweep.json").write_text(json.dumps(content, indent=1))
+    write_json(folder / "sweep.json", content)
     draw_sweep([label for label, _ in named], [report for _, report in named], folder / "sweep.png")
     about = [describe(report["config"]) for _, report in named]
     write_page(

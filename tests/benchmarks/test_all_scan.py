@@ -1,28 +1,22 @@
-"""tools/bench_all_scan.py: tiny runs on ranks of its own tell of every method its bytes, times and ratio."""
+"""The benchmark of All-Scan: tiny runs on ranks of its own tell of every method its bytes, times and ratio."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[2] / "tools" / "bench_all_scan.py"
-
-
-def run(*arguments):
-    return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=120)
+from tests.command_cases import run_command
 
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scans")
-    done = run("ranks=[2,3]", "state_kib=[6]", "width=16", "tokens=8", "form=[dense,channel]", "rounds=1",
-               f"output_dir={folder}")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads((folder / "all_scan.json").read_text()), folder
+    small = ("ranks=[2,3]", "state_kib=[6]", "width=16", "tokens=8", "form=[dense,channel]", "rounds=1")
+    done = run_command("bench-all-scan", *small, f"output_dir={folder}")
+    assert done.status == 0, done.err
+    return done.out, json.loads((folder / "all_scan.json").read_text()), folder
 
 
+@pytest.mark.all
 def test_every_method_is_measured_over_every_rank_count_and_form(scans):
     printed, report, folder = scans
     found = {}
@@ -38,6 +32,7 @@ def test_every_method_is_measured_over_every_rank_count_and_form(scans):
     assert (folder / "all_scan.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.all
 def test_payloads_are_those_of_the_methods(scans):
     _, report, _ = scans
     state, transition = 4 * 6 * 16 * 16, 4 * 6 * 16 * 16
@@ -50,10 +45,11 @@ def test_payloads_are_those_of_the_methods(scans):
     assert sizes["their all-to-all, 8 tokens"] == 4 * 8 * 6 * 16 * 4 * 2 // 3
 
 
+@pytest.mark.all
 def test_a_model_makes_one_scan_a_layer_and_direction(tmp_path):
     small = ("ranks=[2]", "compute_ms=1", "state_kib=[1]", "width=16", "rounds=1")
-    done = run(*small, "layers=3", f"output_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    done = run_command("bench-all-scan", *small, "layers=3", f"output_dir={tmp_path}")
+    assert done.status == 0, done.err
     rows = json.loads((tmp_path / "all_scan.json").read_text())["rows"]
     scans = {row["method"].split(": ")[1]: row["scans"] for row in rows}
     assert scans.pop("compute alone") == 0
@@ -66,8 +62,8 @@ def test_a_model_makes_one_scan_a_layer_and_direction(tmp_path):
 
 def test_schedules_that_cannot_win_are_left_out(tmp_path):
     small = ("ranks=[3]", "width=16", "state_kib=[64]", "form=[none]", "rounds=1")
-    done = run(*small, "within=1", "only=[auto,pipe,ring]", f"output_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    done = run_command("bench-all-scan", *small, "within=1", "only=[auto,pipe,ring]", f"output_dir={tmp_path}")
+    assert done.status == 0, done.err
     rows = json.loads((tmp_path / "all_scan.json").read_text())["rows"]
     assert sum(row["method"].startswith("auto") for row in rows) == 1
     assert all(row["method"].startswith(("auto", "pipe", "ring")) for row in rows)
@@ -77,7 +73,7 @@ def test_schedules_that_cannot_win_are_left_out(tmp_path):
 
 
 def test_wrong_settings_end_it_in_one_line():
-    done = run("forms=[dense]")
-    assert done.returncode == 2
-    assert "did you mean 'form'?" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    done = run_command("bench-all-scan", "forms=[dense]")
+    assert done.status == 2
+    assert "did you mean 'form'?" in done.err
+    assert len(done.err.splitlines()) == 1

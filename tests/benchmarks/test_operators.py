@@ -1,17 +1,10 @@
-"""tools/bench_operators.py: a tiny run tells of every contender its time, spread and ratio; wrong keys end it."""
+"""The benchmark of the operators: a tiny run tells of every contender its time, spread and ratio; wrong keys end it."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[2] / "tools" / "bench_operators.py"
-
-
-def run(*arguments):
-    return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=200)
+from tests.command_cases import run_command
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +21,12 @@ def tiny(tmp_path_factory):
         "beside=[chunked]",
         "busy=true",
     )
-    done = run(*sizes, f"output_dir={folder}")
-    assert done.returncode == 0, done.stderr
-    return done.stdout, folder
+    done = run_command("bench-operators", *sizes, f"output_dir={folder}")
+    assert done.status == 0, done.err
+    return done.out, folder
 
 
+@pytest.mark.all
 def test_every_operator_is_compared_in_both_directions(tiny):
     _, folder = tiny
     report = json.loads((folder / "bench_operators.json").read_text())
@@ -55,6 +49,7 @@ def test_every_operator_is_compared_in_both_directions(tiny):
     assert set(came) == expected
 
 
+@pytest.mark.all
 def test_on_a_cpu_the_rivals_that_need_a_gpu_are_named(tiny):
     report = json.loads((tiny[1] / "bench_operators.json").read_text())
     gpu = {"fla_gated_delta_rule", "fla_simple_gla", "fla_gla", "fla_kda", "fla_hgrn", "flash_attn"}
@@ -63,14 +58,15 @@ def test_on_a_cpu_the_rivals_that_need_a_gpu_are_named(tiny):
 
 def test_lists_are_swept_each_with_each(tmp_path):
     sizes = ("tokens=32", "heads=[1,2]", "key_width=8", "value_width=[0,4]", "dtype=[float32,bfloat16]", "rounds=1")
-    done = run(*sizes, "operators=[delta_rule]", "threads=[1]", f"output_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    done = run_command("bench-operators", *sizes, "operators=[diagonal_scan]", "threads=[1]", f"output_dir={tmp_path}")
+    assert done.status == 0, done.err
     rows = json.loads((tmp_path / "bench_operators.json").read_text())["rows"]
     points = {(row["heads"], row["key_width"], row["value_width"], row["dtype"]) for row in rows}
     assert points == {(h, 8, v, dtype) for h in (1, 2) for v in (8, 4) for dtype in ("float32", "bfloat16")}
     assert len(list(tmp_path.glob("bench_operators_*.png"))) == 8
 
 
+@pytest.mark.all
 def test_a_row_holds_times_spreads_and_their_ratio(tiny):
     report = json.loads((tiny[1] / "bench_operators.json").read_text())
     for row in report["rows"]:
@@ -79,6 +75,7 @@ def test_a_row_holds_times_spreads_and_their_ratio(tiny):
         assert row["ratio"] == pytest.approx(row["theirs_ms"] / row["ours_ms"])
 
 
+@pytest.mark.all
 def test_what_is_printed_names_machine_shapes_and_columns(tiny):
     printed, folder = tiny
     for words in (
@@ -105,14 +102,14 @@ def test_what_is_printed_names_machine_shapes_and_columns(tiny):
     ],
 )
 def test_wrong_settings_end_it_in_one_line(arguments, message):
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    done = run_command("bench-operators", *arguments)
+    assert done.status == 2
+    assert message in done.err
+    assert len(done.err.splitlines()) == 1
 
 
 def test_help_lists_the_settings():
-    done = run("--help")
-    assert done.returncode == 0
-    assert "rounds: " in done.stdout
-    assert "key=value" in done.stdout
+    done = run_command("bench-operators", "--help")
+    assert done.status == 0
+    assert "rounds: " in done.out
+    assert "key=value" in done.out

@@ -1,13 +1,10 @@
-"""tools/bench_training.py: variants run in turns, and their speeds are those of the steps behind the first few."""
+"""The benchmark of training runs: variants take turns, and their speeds are those of the steps after the first few."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 from seqtrain.runtime.report import WARM_UP_STEPS
+from tests.command_cases import run_command
 
-TOOL = Path(__file__).parents[2] / "tools" / "bench_training.py"
 # Stands in for launch/pretrain.py: writes metrics as a run does, and a line for each start.
 PROGRAM = """
 import json, sys
@@ -29,14 +26,13 @@ with open(folder / "metrics.jsonl", "w") as file:
 def run(folder, *arguments):
     program = folder / "program.py"
     program.write_text(PROGRAM.format(warm_up=WARM_UP_STEPS))
-    command = [sys.executable, str(TOOL), f"program={program}", f"output_dir={folder / 'out'}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+    return run_command("bench-training", f"program={program}", f"output_dir={folder / 'out'}", *arguments)
 
 
 def test_variants_in_turns(tmp_path):
     steps = WARM_UP_STEPS + 2
     done = run(tmp_path, "variants=[speed=300 a=b,speed=200]", f"common=[steps={steps}]", "rounds=2")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     assert (tmp_path / "starts").read_text().split() == ["300", "200"] * 2
     rows = json.loads((tmp_path / "out" / "bench_training.json").read_text())["rows"]
     assert [(row["variant"], row["tokens_per_second"], row["ratio"], row["steps"]) for row in rows] == [
@@ -47,5 +43,5 @@ def test_variants_in_turns(tmp_path):
 
 def test_a_run_that_fails_ends_it_with_its_reason(tmp_path):
     done = run(tmp_path, "variants=[speed=none]", "common=[steps=9]")
-    assert done.returncode == 2
-    assert done.stderr.strip() == "error: speed=none: error: speed: no such thing"
+    assert done.status == 2
+    assert done.err.strip() == "error: speed=none: error: speed: no such thing"

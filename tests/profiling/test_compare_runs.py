@@ -1,26 +1,10 @@
-"""tools/compare_runs.py: same losses or not is its exit status; figures and settings that differ are its table."""
+"""Comparing runs: same losses or not is the exit status; figures and settings that differ are the table."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-import pytest
 import yaml
 
-from seqtrain.profiling.compare_runs import main
-
-TOOL = Path(__file__).parents[2] / "tools" / "compare_runs.py"
-
-
-@pytest.fixture
-def compare(capsys):
-    """Runs the command in this process: exit status, and what it printed."""
-
-    def call(*arguments):
-        return main(list(arguments)), capsys.readouterr().out
-
-    return call
+from tests.command_cases import run_command
 
 
 def write_run(folder, losses, *, lr=0.001, speed=100.0):
@@ -51,13 +35,13 @@ def write_profile(folder, losses):
     return folder
 
 
-def test_the_same_losses_bit_for_bit(compare, tmp_path):
+def test_the_same_losses_bit_for_bit(tmp_path):
     first, second = (
         write_run(tmp_path / name, [3.0, 0.1 + 0.2, None], speed=speed) for name, speed in (("a", 100.0), ("b", 150.0))
     )
-    status, printed = compare(f"runs=[{first},{second}]", f"output_dir={tmp_path / 'out'}")
-    assert status == 0, printed
-    assert "the same losses at all 3 steps, bit for bit" in printed
+    done = run_command("compare", f"runs=[{first},{second}]", f"output_dir={tmp_path / 'out'}")
+    assert done.status == 0, done.err
+    assert "the same losses at all 3 steps, bit for bit" in done.out
     report = json.loads((tmp_path / "out" / "compare_runs.json").read_text())
     assert report["same"]
     assert report["settings"] == {}
@@ -71,16 +55,16 @@ def test_the_same_losses_bit_for_bit(compare, tmp_path):
     assert (tmp_path / "out" / "compare_runs.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_tolerance_decides_and_the_first_step_is_named(compare, tmp_path):
+def test_the_tolerance_decides_and_the_first_step_is_named(tmp_path):
     first = write_run(tmp_path / "a", [3.0, 2.0, 1.0])
     near, short = (
         write_profile(tmp_path / "near", [3.0, 2.0 + 1e-6, 1.5]),
         write_run(tmp_path / "c", [3.0, 2.0], lr=0.01),
     )
-    status, printed = compare(f"runs=[{first},{near},{short}]", "tolerance=1e-5", f"output_dir={tmp_path / 'out'}")
-    assert status == 1
-    assert "at most 0.5 apart over 3 steps, differing first at step 3" in printed
-    assert "1 steps are in one run only" in printed
+    done = run_command("compare", f"runs=[{first},{near},{short}]", "tolerance=1e-5", f"output_dir={tmp_path / 'out'}")
+    assert done.status == 1
+    assert "at most 0.5 apart over 3 steps, differing first at step 3" in done.out
+    assert "LOSSES DIFFER: at most 0 apart over 2 steps, 1 step exists in only one run" in done.out
     report = json.loads((tmp_path / "out" / "compare_runs.json").read_text())
     assert [one["same"] for one in report["losses"]] == [False, False]
     assert [one["first_step"] for one in report["losses"]] == [3, 0]
@@ -91,17 +75,16 @@ def test_the_tolerance_decides_and_the_first_step_is_named(compare, tmp_path):
     assert report["settings"] == {"optimizer.lr": ["0.001", "0.001", "0.01"], "seed": ["0", "1", "0"]}
 
 
-def test_a_loss_that_was_not_finite_differs_from_a_number(compare, tmp_path):
+def test_a_loss_that_was_not_finite_differs_from_a_number(tmp_path):
     first, second = (write_run(tmp_path / name, [3.0, last]) for name, last in (("a", None), ("b", 2.0)))
-    status, _ = compare(f"runs=[{first},{second}]", "tolerance=1000", f"output_dir={tmp_path / 'out'}")
-    assert status == 1
+    done = run_command("compare", f"runs=[{first},{second}]", "tolerance=1000", f"output_dir={tmp_path / 'out'}")
+    assert done.status == 1
     assert json.loads((tmp_path / "out" / "compare_runs.json").read_text())["losses"][0]["first_step"] == 2
 
 
 def test_a_folder_without_a_run_is_one_line(tmp_path):
     first = write_run(tmp_path / "a", [3.0])
-    arguments = [sys.executable, str(TOOL), f"runs=[{first},{tmp_path / 'none'}]"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert "none: no such run" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    done = run_command("compare", f"runs=[{first},{tmp_path / 'none'}]")
+    assert done.status == 2
+    assert "none: no such run" in done.err
+    assert len(done.err.splitlines()) == 1

@@ -63,7 +63,7 @@ def test_a_storage_counts_once_until_the_last_of_what_was_saved_of_it_is_gone():
         y = (x * x).sum() + (x.view(2, 5) * weight.view(2, 5)).sum()
         timeline.leave()
     key = Part("layer", "", 3)
-    # x, whole and as a view of it; the weight itself is no activation.
+    # x, whole and as a view of it; the weight itself is not an activation.
     assert saved.bytes == {key: 10 * FLOAT}
     y.backward()
     assert saved.bytes[key] == 0
@@ -144,7 +144,7 @@ def test_memory_that_was_never_written_to_does_not_count():
     assert 2**24 <= resident_bytes_of(address, 2**26) < 2**24 + 2**22
 
 
-def test_the_resident_peak_starts_anew():
+def test_the_resident_peak_can_be_reset():
     meter = ResidentMeter()
     meter.reset()
     before = meter.now()

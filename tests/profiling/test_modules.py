@@ -24,7 +24,7 @@ def step(model, timeline):
 
 
 def triples(values):
-    """Each value between its neighbours."""
+    """Each value between its neighbors."""
     return zip(values, values[1:], values[2:], strict=False)
 
 
@@ -52,7 +52,7 @@ def test_recomputation_is_a_pass_of_its_own():
     spans = step(small_model(activation_checkpointing=True), Timeline(CountingClock()))
     again = Counter((span.part.kind, span.part.layer) for span in spans if span.part.phase == RECOMPUTATION)
     assert {("gla", 0), ("attention", 1), ("mlp", 0), ("mlp", 1)} <= set(again)
-    # A recomputation ends with an exception; behind it goes on what it interrupted.
+    # A recomputation ends with an exception; after it, what it interrupted resumes.
     runs = [(again, list(own)) for again, own in groupby(spans, lambda span: span.part.phase == RECOMPUTATION)]
     interrupted = [(before[-1].part, after[0].part) for (_, before), (again, _), (_, after) in triples(runs) if again]
     assert len(interrupted) == 2

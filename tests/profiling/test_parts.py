@@ -43,7 +43,7 @@ def test_what_was_left_open_ends_with_the_part_around_it():
     assert seconds_by_part(at(clock, 9.0, timeline.stop)) == {OTHER: 4.0, OUTER: 0.0, INNER: 5.0}
 
 
-def test_a_step_begins_anew():
+def test_a_timeline_can_be_started_again():
     clock = SetClock()
     timeline = Timeline(clock)
     for start in (0.0, 10.0):

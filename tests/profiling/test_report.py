@@ -61,14 +61,14 @@ def test_speed_is_that_of_the_steps_without_the_profiler(report):
 
 def test_flops_are_shares_of_the_peak_of_all_ranks(report):
     flops = report["flops"]
-    assert flops["peak_a_second"] == 20.0
-    assert flops["model_utilisation"] == pytest.approx(60.0 / 1.5 / 20.0)
-    assert flops["executed_utilisation"] == pytest.approx(90.0 / 1.5 / 20.0)
+    assert flops["peak_per_second"] == 20.0
+    assert flops["mfu"] == pytest.approx(60.0 / 1.5 / 20.0)
+    assert flops["hfu"] == pytest.approx(90.0 / 1.5 / 20.0)
 
 
 def test_communication_and_checkpoints(report):
     assert report["communication"] == {"exposed_seconds": pytest.approx(0.4375), "hidden_seconds": 0.5}
-    assert report["checkpoint"] == {"seconds": 4.0, "every": 8, "seconds_a_step": 0.5}
+    assert report["checkpoint"] == {"seconds": 4.0, "every": 8, "seconds_per_step": 0.5}
     assert [memory["peak_bytes"] for memory in report["memory"]] == [100, 200]
 
 
@@ -80,7 +80,7 @@ def test_the_table_has_recomputation_and_kinds_of_communication_as_rows(report):
     assert sum(row["seconds"] for row in rows.values()) == pytest.approx(2.0)
 
 
-def test_a_trace_has_a_process_a_rank():
+def test_a_trace_has_one_process_per_rank():
     events = trace_events([rank_profile(0), rank_profile(1)])["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]
     assert {event["pid"] for event in spans} == {0, 1}

@@ -1,22 +1,15 @@
-"""tools/profile_throughput.py on a tiny run: its files, its columns, a sweep."""
+"""Profiles of a tiny run: files, columns, a sweep."""
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from seqtrain.profiling import read_profiles
-from tests.runtime.runtime_cases import write_text
+from tests.command_cases import run_command
+from tests.runtime.runtime_cases import on_ranks, write_text
 
-TOOL = Path(__file__).parents[2] / "tools" / "profile_throughput.py"
 KINDS = {"parameters", "gradients", "optimizer", "buffers", "loss", "activations", "program", "working memory"}
-
-
-def profile(*arguments):
-    return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=280)
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +18,17 @@ def sweep(tmp_path_factory):
     text = write_text(root / "text")
     tiny = ("model.depth=2", "model.width=16", "model.heads=2", "train.sequence_length=32", "train.batch_size=2")
     here = ("runtime=inline", "runtime.cpus_per_worker=1", "parallel.data=1", "data=text", f"data.path={text}")
-    done = profile(
+    arguments = (
         "--multirun", "model.layers=[gla],[attention]", *tiny, *here, f"data.cache_dir={root / 'cache'}",
         "profile.steps=2", "profile.warmup=1", "profile.peak=0.01", "profile.trace=true", f"output_dir={root / 'out'}",
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, root / "out"
+    # In a process of its own: a group formed here would be in the way of later forks.
+    [done] = on_ranks(1, lambda ranks: run_command("profile", *arguments))
+    assert done.status == 0, done.out + done.err
+    return done.out, root / "out"
 
 
+@pytest.mark.all
 def test_a_point_leaves_its_report(sweep):
     _, out = sweep
     folder = out / "0"
@@ -46,6 +42,7 @@ def test_a_point_leaves_its_report(sweep):
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page), "nothing is loaded from elsewhere"
 
 
+@pytest.mark.all
 def test_the_parts_are_those_of_the_model_and_sum_to_the_steps(sweep):
     _, out = sweep
     report = json.loads((out / "0" / "profile.json").read_text())
@@ -63,12 +60,13 @@ def test_the_parts_are_those_of_the_model_and_sum_to_the_steps(sweep):
             assert sum(part["seconds"][index] for part in rank["parts"]) == pytest.approx(step, abs=0.005)
     assert {row["layer"] for row in report["layers"] if row["kind"] == "gla"} == {0, 1}
     assert len(report["warm_up_seconds"]) == 1
-    assert report["tokens_a_step"] == 2 * 32
+    assert report["tokens_per_step"] == 2 * 32
     assert report["flops"]["executed"] > report["flops"]["model"] > 0
-    assert report["flops"]["model_utilisation"] > 0
+    assert report["flops"]["mfu"] > 0
     assert report["checkpoint"]["bytes"] > 0
 
 
+@pytest.mark.all
 def test_memory_has_its_kinds_and_its_moment(sweep):
     _, out = sweep
     [memory] = json.loads((out / "1" / "profile.json").read_text())["memory"]
@@ -79,6 +77,7 @@ def test_memory_has_its_kinds_and_its_moment(sweep):
     assert memory["peak_part"]["kind"]
 
 
+@pytest.mark.all
 def test_the_trace_is_one_perfetto_reads(sweep):
     _, out = sweep
     events = json.loads((out / "0" / "trace.json").read_text())["traceEvents"]
@@ -88,6 +87,7 @@ def test_the_trace_is_one_perfetto_reads(sweep):
     assert ends[:-1] == pytest.approx([event["ts"] for event in spans[1:]])
 
 
+@pytest.mark.all
 def test_a_sweep_is_one_table_and_one_picture(sweep):
     printed, out = sweep
     assert {path.name for path in out.iterdir()} >= {"0", "1", "sweep.json", "sweep.html", "sweep.png"}
@@ -96,13 +96,13 @@ def test_a_sweep_is_one_table_and_one_picture(sweep):
         "layers=[gla]",
         "layers=[attention]",
     ]
-    assert "layers=[attention]" in printed.split("utilisation")[-1]
+    assert "layers=[attention]" in printed.split("MFU")[-1]
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_folder_with_a_profile_is_left_alone(tmp_path):
     (tmp_path / "profile.json").write_text("{}")
-    done = profile(f"output_dir={tmp_path}")
-    assert done.returncode == 2
-    assert "holds a profile already" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    done = run_command("profile", f"output_dir={tmp_path}")
+    assert done.status == 2
+    assert "holds a profile already" in done.err
+    assert len(done.err.splitlines()) == 1

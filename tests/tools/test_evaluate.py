@@ -15,6 +15,7 @@ from seqtrain.models.huggingface import SeqtrainForCausalLM
 from seqtrain.models.huggingface_config import SeqtrainConfig
 from tests.convert.convert_cases import COMMON, save_tokenizer
 
+pytestmark = pytest.mark.all
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
 TASK = """
 task: letters

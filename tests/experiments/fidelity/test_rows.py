@@ -16,12 +16,16 @@ TINY = Effort(seeds=(0,), scale=0.002)
 # Figures of each row; the slow one has its own test.
 FIGURES = {"recall": 8, "parity": 3, "match3": 12, "query_gradient": 2, "entropy": 2, "tensor_time": 1}
 
+TRAINED = {"recall": pytest.mark.full, "match3": pytest.mark.full, "parity": pytest.mark.all}
+
 
 def test_every_row_is_tested():
     assert {*FIGURES, "fourier"} == set(ROWS)
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=TRAINED[name]) if name in TRAINED else name for name in FIGURES]
+)
 def test_a_row_gives_its_figures(name):
     figures = list(ROWS[name].measure(TINY))
     assert len(figures) == FIGURES[name]
@@ -38,6 +42,7 @@ def test_a_row_says_what_it_claims_and_how():
         assert row.method
 
 
+@pytest.mark.all
 def test_trained_rows_say_their_settings_and_sizes():
     for name in ("recall", "parity", "match3"):
         assert "recipe" in ROWS[name].settings

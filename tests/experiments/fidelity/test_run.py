@@ -1,22 +1,16 @@
-"""tools/run_fidelity.py: rows that train nothing end to end; tables, pictures and mistakes."""
+"""The fidelity experiments: rows that train nothing end to end; tables, pictures and mistakes."""
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from experiments.fidelity import Axes, Bounds, Curve, Figure, Row
 from experiments.fidelity import run as tool
 from seqtrain.errors import ConfigError
+from tests.command_cases import run_command
 
-TOOL = Path(__file__).parents[3] / "tools" / "run_fidelity.py"
-
-
-def run(*arguments):
-    return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=200)
+COMMAND = "experiments.fidelity.run"
 
 
 def a_row(name="mine"):
@@ -37,11 +31,12 @@ FIGURES = (
 @pytest.fixture(scope="module")
 def two_rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fidelity")
-    done = run("rows=[entropy,query_gradient]", "seeds=[0,1]", "jobs=2", f"output_dir={folder}")
-    assert done.returncode == 0, done.stderr
-    return done.stdout, folder
+    done = run_command(COMMAND, "rows=[entropy,query_gradient]", "seeds=[0,1]", "jobs=2", f"output_dir={folder}")
+    assert done.status == 0, done.err
+    return done.out, folder
 
 
+@pytest.mark.all
 def test_only_the_rows_asked_for_are_measured(two_rows):
     printed, folder = two_rows
     report = json.loads((folder / "fidelity.json").read_text())
@@ -53,9 +48,9 @@ def test_only_the_rows_asked_for_are_measured(two_rows):
     assert (folder / "fidelity.md").read_text() in printed
 
 
-def test_a_figure_stands_beside_its_claim():
+def test_a_figure_is_shown_with_its_claim():
     result = tool.Result(a_row(), list(FIGURES), 1.0)
-    good, bad, seen = (tool.cells(result, figure) for figure in FIGURES)
+    good, bad, seen = (list(tool.cells(result, figure).values()) for figure in FIGURES)
     assert good == ["mine", "good", "0.95 ± 0.071", "0.9 1", ">= 0.9", "holds", "0.5", "16", "10-12", "2", "7", "8"]
     assert bad[4:7] == [">= 0.9", "DOES NOT HOLD", ""]
     assert seen[4:6] == ["", ""]
@@ -88,7 +83,7 @@ def test_a_picture_is_drawn_of_any_figures(tmp_path):
 
 
 def test_an_unknown_row_ends_it_in_one_line():
-    done = run("rows=[recal]")
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [done.stderr.strip()]
-    assert "rows= 'recal' is unknown; did you mean 'recall'?" in done.stderr
+    done = run_command(COMMAND, "rows=[recal]")
+    assert done.status == 2
+    assert done.err.splitlines() == [done.err.strip()]
+    assert "rows= 'recal' is unknown; did you mean 'recall'?" in done.err

@@ -39,7 +39,7 @@ def test_the_same_seed_trains_the_same_model():
 
 
 def test_training_learns_what_can_be_learned():
-    # One bit a row: the parity is the bit itself.
+    # One bit per row: the parity is the bit itself.
     task = make_task("parity")
     net = model()
     trained = train(net, [Stage(task, length=1, steps=60, batch=16)], Recipe(lr=1e-2, warmup=5), seed=0)
