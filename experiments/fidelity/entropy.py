@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from experiments.fidelity.results import Axes, Bounds, Curve, Effort, Figure, Row
+from experiments.fidelity.results import Axes, Bounds, Effort, Figure, Row, seed_curves
 from seqtrain.layers import elu
 from seqtrain.mixers.mala import magnitude_aware_weights
 
@@ -26,10 +26,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
             what=f"{what}: change of entropy, nats, for queries {SCALES[-1]:g} times as long",
             values=tuple(row[-1] - row[0] for row in entropies),
             length=TOKENS,
-            curves=tuple(
-                Curve(f"{what}, seed {seed}", SCALES, tuple(row))
-                for seed, row in zip(effort.seeds, entropies, strict=True)
-            ),
+            curves=seed_curves(what, effort.seeds, SCALES, entropies),
             bounds=bounds,
         )
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.fidelity.results import Axes, Bounds, Curve, Effort, Figure, Row
+from experiments.fidelity.results import Axes, Bounds, Effort, Figure, Row, seed_curves
 from experiments.fidelity.training import mixer_config
 from seqtrain.mixers import MIXERS, LayerShape, Mixer
 
@@ -31,9 +31,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
             what=f"{name}: largest query gradient, inputs x 100 over inputs x 1",
             values=tuple(row[-1] / row[0] for row in rows),
             length=TOKENS,
-            curves=tuple(
-                Curve(f"{name}, seed {seed}", SCALES, tuple(row)) for seed, row in zip(effort.seeds, rows, strict=True)
-            ),
+            curves=seed_curves(name, effort.seeds, SCALES, rows),
             bounds=bounds,
         )
 

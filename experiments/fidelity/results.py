@@ -29,6 +29,13 @@ class Curve:
     y: tuple[float, ...]
 
 
+def seed_curves(
+    name: str, seeds: Sequence[int], x: Sequence[float], rows: Sequence[Sequence[float]]
+) -> tuple[Curve, ...]:
+    """One line per seed, with the `y` of `rows`."""
+    return tuple(Curve(f"{name}, seed {seed}", tuple(x), tuple(y)) for seed, y in zip(seeds, rows, strict=True))
+
+
 @dataclass(frozen=True)
 class Bounds:
     """What a claim says of a number: nothing, or from `at_least` to `at_most`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from experiments.fidelity.results import Axes, Bounds, Curve, Effort, Figure, Row
+from experiments.fidelity.results import Axes, Bounds, Effort, Figure, Row, seed_curves
 from experiments.fidelity.training import small_model
 from seqtrain.data.synthetic import examples, make_task
 
@@ -27,10 +27,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
         bounds=Bounds(at_most=1.15),
         length=lengths[-1],
         seconds=tuple(seconds[-1] for seconds in runs),
-        curves=tuple(
-            Curve(f"tensor_attention, seed {seed}", tuple(map(float, lengths)), tuple(seconds))
-            for seed, seconds in zip(effort.seeds, runs, strict=True)
-        ),
+        curves=seed_curves("tensor_attention", effort.seeds, [float(length) for length in lengths], runs),
     )
 
 

@@ -19,14 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from seqtrain.config import launch, validate
 from seqtrain.errors import ConfigError
-from seqtrain.planning.counts import count_model
+from seqtrain.planning.run_config import count_run
 from seqtrain.profiling import (
     ProfileConfig,
     Profiler,
@@ -118,14 +117,7 @@ def measure(profile: Profile) -> dict[str, Any] | None:
 
 def count_step(config: PretrainConfig, *, vocab_size: int) -> StepWork:
     """What a step of the run has to compute, all ranks together, as if every sequence were one document."""
-    counts = count_model(
-        config.model,
-        config.mixer,
-        vocab_size,
-        tokens=config.train.sequence_length,
-        dtype=getattr(torch, config.train.dtype),
-        backend=config.kernels.backend,
-    )
+    counts = count_run(config, vocab_size=vocab_size, shards=1)
     rows = config.train.batch_size
     executed = counts.executed_flops(checkpointing=config.model.activation_checkpointing)
     if segments(config) > 1 and config.train.segment_gradients == "exact":
