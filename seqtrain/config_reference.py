@@ -119,7 +119,7 @@ def _words(hint: Any) -> str:
 def _bounded(kind: Any, *annotations: Any) -> str:
     """`kind` with the bounds of its annotations; `auto` where one lets it through."""
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
-    bounds = [bound for each in annotations for bound in getattr(each, "metadata", ())]
+    bounds = [bound for each in annotations for bound in getattr(each, "metadata", [each])]
     words = [
         f"{sign} {getattr(bound, name):g}" for bound in bounds for name, sign in signs.items() if hasattr(bound, name)
     ]

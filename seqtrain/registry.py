@@ -14,8 +14,8 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Every public module of `package` that defines one subclass of `base`, by module name.
 
-    Modules whose name starts with an underscore hold shared parts and are not entries. A module is imported when its
-    entry is first asked for.
+    Packages, and modules whose name starts with an underscore, hold shared parts and are not entries. A module
+    is imported when its entry is first asked for.
     """
 
     def __init__(self, what: str, package: str, base: type[T]):
@@ -26,7 +26,7 @@ class Registry(Generic[T]):
     @cached_property
     def names(self) -> tuple[str, ...]:
         path = importlib.import_module(self.package).__path__
-        return tuple(sorted(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_")))
+        return tuple(sorted(m.name for m in pkgutil.iter_modules(path) if not (m.ispkg or m.name.startswith("_"))))
 
     def get(self, name: str) -> type[T]:
         """The class registered as `name`. Raises `ConfigError` naming the nearest entry if there is none."""

@@ -95,6 +95,8 @@ class Definition:
         for node in self.node.body:
             if isinstance(node, ast.ClassDef) and node.name == name:
                 return Definition(self.module, node, f"{self.path}.{name}")
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name and node.value is not None:
+                return self.module.find(ast.unparse(node.value))
         return next((found for base in self.bases() if (found := base.inner(name))), None)
 
     def bases(self) -> list["Definition"]:
@@ -106,7 +108,7 @@ class Definition:
 
         One that only has another default keeps the comment it inherits; else one without has that of the field above.
         """
-        keys = {name: key for base in self.bases() for name, key in base.keys().items()}
+        keys = {name: key for base in reversed(self.bases()) for name, key in base.keys().items()}
         above = ""
         for node in self.node.body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):

@@ -7,10 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from experiments.fidelity.legs import legs_systems
 from experiments.fidelity.results import Axes, Bounds, Curve, Effort, Figure, Row
 from experiments.fidelity.training import Recipe, Stage, score, small_model, train_seeds
 from seqtrain.data.synthetic import make_task
-from seqtrain.mixers._hippo import legs_systems, normal_legs, perturbed_legs
+from seqtrain.mixers.common.hippo import normal_legs, perturbed_legs
 
 # States of the system; S5-PTD's own tradeoff; tokens, and units of time per token; amplitude of a mode.
 SIZE, TRADEOFF, TOKENS, STEP, AMPLITUDE = 64, 10.0, 1024, 0.01, 0.1

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
-from seqtrain.mixers._liger import Liger, LigerConfig
+from seqtrain.mixers.common.liger import Liger, LigerConfig
 from seqtrain.mixers.linearized_attention import LinearizedAttention
 from seqtrain.mixers.streaming_attention import StreamingAttention
 from seqtrain.models import LanguageModel

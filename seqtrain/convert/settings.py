@@ -12,11 +12,11 @@ from seqtrain.config import validate
 from seqtrain.convert.recipe import RecipeConfig, read_recipe
 from seqtrain.data import DataConfig
 from seqtrain.errors import ConfigError, unknown_name
-from seqtrain.mixers._memories import MEMORIES
+from seqtrain.mixers import MIXERS
+from seqtrain.mixers.common.liger import Liger
+from seqtrain.mixers.linearized_attention import recurrence_of
 from seqtrain.runtime.settings import AUTO, CheckpointConfig, ParallelConfig, RuntimeConfig, TrackingConfig
 
-LIGER = ("liger_gla", "liger_gsa", "liger_hgrn2")
-TARGETS = (*MEMORIES, *LIGER)
 POLICY = re.compile(r"none|(every|budget):([1-9]\d*)")
 
 
@@ -30,10 +30,10 @@ class LayerConfig:
     sinks: Annotated[int, Field(ge=0)] = 4
     # A window without sinks costs more than all else (perplexity 191 instead of 63): it must be asked for with true.
     without_sinks: bool = False
-    # How window and memory are joined; auto: under one denominator where the memory has a mass, else as a sum; norms:
-    # each normalised by itself, then added (SpikingBrain).
+    # How window and memory are joined; auto: under one denominator where the memory has a normalizer, else as a sum;
+    # norms: each normalised by itself, then added (SpikingBrain).
     combine: Literal["auto", "denominator", "sum", "norms"] = "auto"
-    # What the memory counts before training: a factor on its mass, or its share of the sum.
+    # What the memory counts before training: a factor on its normalizer, or its share of the sum.
     memory_weight: Annotated[float, Field(ge=0, lt=1)] = 0.1
     # Rank of the matrix that makes gla's forget gate.
     gate_rank: Annotated[int, Field(gt=0)] = 16
@@ -99,6 +99,16 @@ class ConvertConfig:
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+def targets() -> tuple[str, ...]:
+    """What attention can be converted to: mixers that offer a recurrence, and Liger's layers as they are."""
+    return tuple(name for name in MIXERS.names if MIXERS.get(name).recurrence is not None or is_liger(name))
+
+
+def is_liger(target: str) -> bool:
+    """Whether the target is a layer of its own, not a memory next to a window."""
+    return issubclass(MIXERS.get(target), Liger)
+
+
 def read_convert_config(config: DictConfig) -> ConvertConfig:
     """The typed config of a conversion, with the rules between its keys checked. Raises `ConfigError`."""
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
@@ -109,19 +119,20 @@ def read_convert_config(config: DictConfig) -> ConvertConfig:
         typed = replace(typed, parallel=replace(typed.parallel, data=1))
     if not typed.source:
         raise ConfigError("source: is required; name a folder with config.json and safetensors, or a .gguf file")
-    if typed.target not in TARGETS:
-        raise ConfigError(unknown_name("target", typed.target, TARGETS))
+    if typed.target not in targets():
+        raise ConfigError(unknown_name("target", typed.target, targets()))
     if isinstance(typed.keep, str) and not (POLICY.fullmatch(typed.keep) or typed.keep.endswith(".json")):
         rule = "must be none, every:K, budget:N, a list of layers, as in [3,7,11], or a layers.json"
         raise ConfigError(f"keep={typed.keep}: {rule}")
     layer = typed.layer
-    if typed.target in LIGER:
+    if is_liger(typed.target):
         if layer.window == 0:
-            raise ConfigError(f"layer.window=0: target={typed.target} is half a window; use 1 or more")
+            rule = f"target={typed.target} averages a window with a recurrence, so it must be at least 1"
+            raise ConfigError(f"layer.window=0: {rule}")
         if layer.arrangement == "alternate":
             raise ConfigError(f"layer.arrangement=alternate: target={typed.target} has both parts in one layer")
-    elif layer.tied_gate and typed.target != "gla":
-        raise ConfigError(f"layer.tied_gate=true: is of target=gla, not target={typed.target}")
+    elif layer.tied_gate and recurrence_of(typed.target).tied is None:
+        raise ConfigError(f"layer.tied_gate=true: target={typed.target} has no tied gate; target=gla has one")
     elif layer.arrangement == "alternate" and not layer.window:
         raise ConfigError("layer.window=0: layer.arrangement=alternate needs a window for every other layer")
     elif layer.window and not layer.sinks and not layer.without_sinks:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from seqtrain.convert.architecture import WINDOWED, Architecture
-from seqtrain.convert.settings import LIGER, ConvertConfig
+from seqtrain.convert.settings import ConvertConfig, is_liger
 from seqtrain.convert.sources import Source
 from seqtrain.convert.weights import load_weights
 from seqtrain.errors import ConfigError
@@ -36,7 +36,7 @@ def student_of(teacher: Architecture, config: ConvertConfig, kept: Collection[in
         "tied_gate": layer.tied_gate,
         "slots": layer.slots,
     }
-    if config.target in LIGER:
+    if is_liger(config.target):
         options = {config.target: {"window": window}}
     elif layer.arrangement == "alternate":
         options = {LINEARIZED: memory | {"window": 0}, STREAMING: {"window": window, "sinks": layer.sinks}}

@@ -33,7 +33,7 @@ from seqtrain.convert.scores import (
 )
 from seqtrain.convert.settings import VerifyConfig
 from seqtrain.convert.texts import Text, read_texts
-from seqtrain.mixers._liger import Liger
+from seqtrain.mixers.common.liger import Liger
 from seqtrain.mixers.linearized_attention import LinearizedAttention
 from seqtrain.models import LanguageModel, generate
 from seqtrain.testing import relative_error

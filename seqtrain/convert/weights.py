@@ -9,7 +9,7 @@ from torch import nn
 from seqtrain.convert.families import IGNORED, in_layers
 from seqtrain.convert.sources import Source
 from seqtrain.errors import CheckpointError
-from seqtrain.mixers._attention import SoftmaxAttention
+from seqtrain.mixers.common.attention import SoftmaxAttention
 from seqtrain.models import LanguageModel
 
 PLACE = re.compile(r"(.+?)(?:\[(\w+)\])?")

@@ -61,4 +61,5 @@ def function_of(package: str, backend: str, name: str) -> Callable:
 
 def full_precision(device: torch.device) -> torch.autocast:
     """A context in which autocast leaves matrix products alone: recurrences multiply in the dtype of their states."""
-    return torch.autocast(device.type, enabled=False)
+    # The meta device, where shapes alone are found, has no autocast of its own.
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)

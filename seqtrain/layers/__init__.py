@@ -2,7 +2,7 @@
 
 from seqtrain.layers.convolution import ShortConvolution, token_shift
 from seqtrain.layers.feature_maps import FEATURE_MAPS, elu, taylor2
-from seqtrain.layers.gates import reset_decay_rate, reset_step_bias, step_sizes
+from seqtrain.layers.gates import complement, log_forget, reset_decay_rate, reset_step_bias, step_sizes
 from seqtrain.layers.norms import NORM_EPS, HeadLayerNorm, HeadNorm, RMSNorm, l2norm, upcast
 from seqtrain.layers.projections import HeadProjections, LowRank
 from seqtrain.layers.rotary import positions, rotate
@@ -16,8 +16,10 @@ __all__ = [
     "LowRank",
     "RMSNorm",
     "ShortConvolution",
+    "complement",
     "elu",
     "l2norm",
+    "log_forget",
     "positions",
     "reset_decay_rate",
     "reset_step_bias",

@@ -29,7 +29,7 @@ class ShortConvolution(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Uniform in `+- width ** -0.5`, as PyTorch's own convolutions with one channel a group."""
+        """Uniform in `+- width ** -0.5`, as PyTorch's own convolutions with one channel per group."""
         for parameter in self.parameters():
             bound = self.weight.shape[1] ** -0.5
             nn.init.uniform_(parameter, -bound, bound, generator=generator)

@@ -28,3 +28,13 @@ def reset_decay_rate(rate_log: Tensor, generator: torch.Generator | None, low: f
 def step_sizes(raw: Tensor, bias: Tensor) -> Tensor:
     """`softplus(raw + bias)`, in float32 at least."""
     return F.softplus(upcast(raw) + bias)
+
+
+def log_forget(raw: Tensor, temperature: float = 1.0) -> Tensor:
+    """`log(sigmoid(raw) ** (1 / temperature))`, in float32 at least: what a forget gate keeps, more if it is larger."""
+    return F.logsigmoid(upcast(raw)) / temperature
+
+
+def complement(log_decay: Tensor) -> Tensor:
+    """`1 - exp(log_decay)`, what a gate that keeps `exp(log_decay)` takes in, without cancellation."""
+    return -torch.expm1(log_decay)

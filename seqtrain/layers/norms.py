@@ -52,7 +52,7 @@ class HeadNorm(nn.Module):
 
 
 class HeadLayerNorm(nn.Module):
-    """Normalises each head by its mean and variance: GroupNorm with a group a head, and a weight a channel of `H*V`."""
+    """Normalises each head by its mean and variance: GroupNorm with one group per head, and a weight per channel."""
 
     def __init__(self, width: int, *, bias: bool = False, eps: float = NORM_EPS):
         super().__init__()

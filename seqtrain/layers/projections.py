@@ -7,14 +7,12 @@ from seqtrain.parallel.sequence import SequenceContext
 
 
 class HeadProjections(nn.Module):
-    """One matrix, then (where `conv_width > 0`) one short convolution with SiLU, cut into tensors of heads."""
+    """One matrix, then (where `conv_width > 0`) one short convolution with SiLU, split into tensors of heads."""
 
     def __init__(self, width: int, heads: int, widths: tuple[int, ...], *, conv_width: int = 0):
         super().__init__()
-        self.width = width
         self.heads = heads
         self.channels = [heads * part for part in widths]
-        self.conv_width = conv_width
         self.linear = nn.Linear(width, sum(self.channels), bias=False)
         self.conv = ShortConvolution(sum(self.channels), conv_width) if conv_width else None
 
@@ -27,18 +25,6 @@ class HeadProjections(nn.Module):
         if self.conv is not None:
             x, state["conv"] = self.conv(x, past, sequence)
         return tuple(part.unflatten(2, (self.heads, -1)) for part in x.split(self.channels, 2)), state
-
-    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        """`{"conv": [B,W-1,channels]}`, or nothing."""
-        return {"conv": (batch, self.conv_width - 1, sum(self.channels))} if self.conv_width else {}
-
-    def weights(self) -> tuple[int, int]:
-        """Parameters of the matrix, and of the convolution."""
-        return self.width * sum(self.channels), sum(self.channels) * self.conv_width
-
-    def flops(self, tokens: int) -> int:
-        """Of the convolution alone: `2 T W channels`."""
-        return 2 * tokens * self.conv_width * sum(self.channels)
 
 
 class LowRank(nn.Sequential):

@@ -1,21 +1,16 @@
 """Based ("Simple linear attention language models balance the recall-throughput tradeoff", 2024, arXiv 2402.18668)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.kernels import softmax_attention
-from seqtrain.layers import FEATURE_MAPS
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, State
-from seqtrain.mixers._costs import softmax_attention_flops
-from seqtrain.mixers._linear import LinearConfig, LinearMixer, sums
-from seqtrain.parallel.sequence import SequenceContext
-
-TAYLOR, FEATURE_COUNT, _ = FEATURE_MAPS["taylor2"]
+from seqtrain.layers import taylor2
+from seqtrain.mixers import LayerShape, Past, SequenceContext, State
+from seqtrain.mixers.common.attention import attend
+from seqtrain.mixers.common.linear import LinearConfig, LinearMixer, sums
 
 
 class Based(LinearMixer):
@@ -26,14 +21,12 @@ class Based(LinearMixer):
     has layers of one kind and of the other: `window: 0` here, with `model.layers=[based, sliding_attention]`.
     """
 
-    state_dtypes: ClassVar = {"window_length": torch.int64}
-
     @dataclass(frozen=True)
     class Config(LinearConfig):
-        # Key channels over model.width, all heads together; K channels a head make about K^2/2 features: keep it small.
-        expand_key: Annotated[float, Field(gt=0)] = 0.25
+        # Key channels over model.width, all heads together; K per head make about K^2/2 features: keep it small.
+        expand_key: PositiveFloat = 0.25
         # Tokens under the softmax, a token's own included; 0: none, the Taylor polynomial alone.
-        window: Annotated[int, Field(ge=0)] = 64
+        window: NonNegativeInt = 64
 
     config: Config
 
@@ -45,43 +38,13 @@ class Based(LinearMixer):
         if self.share is not None:
             nn.init.zeros_(self.share)
 
-    @staticmethod
-    def feature_count(key: int) -> int:
-        return FEATURE_COUNT(key)
-
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
-        past = state or EMPTY
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)
-        weighted, weight, after["memory"] = sums(TAYLOR(q), TAYLOR(k), v, past.get("memory"), sequence, scale=1.0)
-        out = weighted / weight  # at least half a weight a token
+        weighted, weight, after["memory"] = sums(taylor2(q), taylor2(k), v, past.get("memory"), sequence, scale=1.0)
+        out = weighted / weight  # at least half a weight per token
         if self.share is not None:
-            near, window = self._near(q, k, v, past, sequence)
+            window = self.config.window
+            near, kept = attend(sequence, softmax_attention, q, k, v, past=past, prefix="window_", window=window)
             out = out + torch.sigmoid(self.share)[:, None] * (near - out)
-            after |= window
+            after |= kept
         return self.out(out.flatten(2).to(x.dtype)), after
-
-    def _near(
-        self, q: Tensor, k: Tensor, v: Tensor, past: Mapping[str, Tensor], sequence: SequenceContext
-    ) -> tuple[Tensor, State]:
-        """Softmax attention over the window, `[B,T,H,V]`, and its part of the state."""
-        kept = {name.removeprefix("window_"): tensor for name, tensor in past.items() if name.startswith("window_")}
-        out, kept = sequence.run(softmax_attention, q, k, v, window=self.config.window, initial_state=kept or None)
-        return out, {f"window_{name}": tensor for name, tensor in kept.items()}
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        shapes = super().state_shapes(batch, tokens)
-        if self.config.window:
-            rows = (batch, self.config.window - 1, self.shape.heads)
-            shapes |= {"window_k": (*rows, self.key), "window_v": (*rows, self.value), "window_length": (batch,)}
-        return shapes
-
-    def weights(self) -> tuple[int, int]:
-        matrices, others = super().weights()
-        return matrices, others + (self.shape.heads if self.config.window else 0)
-
-    def operator_flops(self, tokens: int) -> int:
-        window = self.config.window
-        near = softmax_attention_flops(tokens, self.shape.heads, self.key, self.value, window) if window else 0
-        return super().operator_flops(tokens) + near

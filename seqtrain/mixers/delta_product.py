@@ -1,15 +1,15 @@
-"""Gated DeltaProduct (2025, arXiv 2502.10297): several delta-rule steps a token, so richer turns of the state."""
+"""Gated DeltaProduct (2025, arXiv 2502.10297): several delta-rule steps per token, so richer turns of the state."""
 
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from seqtrain.kernels import delta_rule
 from seqtrain.layers import l2norm
-from seqtrain.mixers._delta import DeltaInputs
+from seqtrain.mixers.common.delta import DeltaInputs
 from seqtrain.mixers.gated_delta_net import GatedDeltaNet
 from seqtrain.parallel.sequence import SequenceContext
 
@@ -22,23 +22,27 @@ class DeltaProduct(GatedDeltaNet):
     with a token's first step, the query with its last.
     """
 
+    # Several steps per token come from projections that an attention layer does not have.
+    recurrence = None
+
     @dataclass(frozen=True)
     class Config(GatedDeltaNet.Config):
         # Key channels over model.width, all heads together, of each step; as in Gated DeltaNet.
-        expand_key: Annotated[float, Field(gt=0)] = 0.75
+        expand_key: PositiveFloat = 0.75
         # Value channels over model.width, all heads together, of each step; as in Gated DeltaNet.
-        expand_value: Annotated[float, Field(gt=0)] = 1.5
-        # Steps, so keys and values, a token; 1 is Gated DeltaNet.
+        expand_value: PositiveFloat = 1.5
+        # Steps, so keys and values, per token; 1 is Gated DeltaNet.
         steps: Annotated[int, Field(gt=0, le=8)] = 2
         # True: beta in [0, 2], so that a state can change its sign (arXiv 2411.12537); False: in [0, 1].
         allow_negative_eigenvalues: bool = True
 
     config: Config
 
-    def steps_per_token(self) -> int:
+    @property
+    def steps(self) -> int:
         return self.config.steps
 
-    def remember(self, inputs: DeltaInputs, past: Tensor | None, sequence: SequenceContext) -> tuple[Tensor, Tensor]:
+    def recur(self, inputs: DeltaInputs, past: Tensor | None, sequence: SequenceContext) -> tuple[Tensor, Tensor]:
         q, k, v, beta, log_decay = inputs
         assert log_decay is not None
         k, v = (x.unflatten(3, (self.steps, -1)).transpose(2, 3) for x in (k, v))  # B T steps H K

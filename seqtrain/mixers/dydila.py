@@ -2,7 +2,7 @@
 
 Three corrections against weights that are too smooth. Each token chooses, by the largest score of a small router,
 
-* one of several projections that make, beside its query and key, what is redundant in them (dynamic projection);
+* one of several projections that make, next to its query and key, what is redundant in them (dynamic projection);
 * the power that sharpens the direction of each of these four, `relu(z)^p` at the length of relu(z) (dynamic measure);
 * how much of what is redundant is taken away from the query and from the key (token differential):
   `o_t = sum_j ((q_t - a_t q'_t) . (k_j - b_j k'_j)) v_j`.
@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from seqtrain.kernels import linear_attention
 from seqtrain.kernels.dispatch import full_precision
 from seqtrain.layers import HeadNorm, upcast
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, State
-from seqtrain.mixers._linear import LinearConfig, LinearMixer
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers import LayerShape, Past, SequenceContext, State
+from seqtrain.mixers.common.linear import LinearConfig, LinearMixer
 
 # What tokens choose: projections of q' and k', powers of q, q', k and k', and the shares of q' and k' taken away.
 PROJECTIONS, POWERS, SHARES = 2, 4, 2
@@ -55,8 +54,6 @@ def _length(z: Tensor) -> Tensor:
 class DyDiLA(LinearMixer):
     """Linear attention between differences of tokens and of what is redundant in them, as each token chooses."""
 
-    sums_keys = False
-
     @dataclass(frozen=True)
     class Config(LinearConfig):
         # Projections among which a token chooses one for q' and one for k'; all are computed.
@@ -84,10 +81,7 @@ class DyDiLA(LinearMixer):
         nn.init.constant_(self.powers, self.config.power - 1)
         nn.init.constant_(self.shares, 0.01)
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
-        past = state or EMPTY
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)
         with full_precision(x.device):
             scores = self.router(x.to(self.router.weight.dtype))
@@ -113,9 +107,3 @@ class DyDiLA(LinearMixer):
         """The chosen number of each route `[B,T,n]`, `[B,T,1,1]`."""
         parts = zip(routes, learned.chunk(len(routes)), strict=True)
         return [(route * numbers).sum(-1)[..., None, None] for route, numbers in parts]
-
-    def weights(self) -> tuple[int, int]:
-        matrices, others = super().weights()
-        redundant = 2 * self.config.projections * self.shape.heads * self.key
-        matrices += self.shape.width * (redundant + sum(self.routes))
-        return matrices, others + (POWERS + SHARES) * self.config.factors + self.value

@@ -1,25 +1,44 @@
 """Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464, section 3): the delta rule with Mamba-2's decay."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.layers import reset_decay_rate, reset_step_bias, step_sizes
-from seqtrain.mixers._base import LayerShape
-from seqtrain.mixers._delta import DeltaConfig, DeltaMixer
+from seqtrain.mixers import LayerShape
+from seqtrain.mixers.common.delta import DeltaConfig, DeltaMixer, DeltaRecurrence
+from seqtrain.mixers.common.recurrence import Heads, Recurrence, RecurrenceOptions, StepDecay
+
+
+class GatedDeltaRecurrence(DeltaRecurrence):
+    """The delta rule with Mamba-2's decay: `decays` numbers for all heads together."""
+
+    def __init__(self, heads: Heads, options: RecurrenceOptions):
+        super().__init__(heads, options)
+        self.step = StepDecay(heads.width, heads.groups, self.decays, options)
+
+    @property
+    def decays(self) -> int:
+        """How many numbers forget: one per key head."""
+        return self.heads.groups
+
+    def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        return super().write(x, k, v) | {"log_decay": self.step(x)[0]}
 
 
 class GatedDeltaNet(DeltaMixer):
-    """Each head forgets by `a = exp(-A softplus(W x + b))`, a number a token; the output is gated by SiLU."""
+    """Each head forgets by `a = exp(-A softplus(W x + b))`, one number per token; the output is gated by SiLU."""
+
+    recurrence: ClassVar[type[Recurrence] | None] = GatedDeltaRecurrence
 
     @dataclass(frozen=True)
     class Config(DeltaConfig):
         # The paper's sizes: with them a layer has as many parameters as attention and its gate.
-        expand_key: Annotated[float, Field(gt=0)] = 0.75
-        expand_value: Annotated[float, Field(gt=0)] = 1.5
+        expand_key: PositiveFloat = 0.75
+        expand_value: PositiveFloat = 1.5
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
@@ -39,7 +58,3 @@ class GatedDeltaNet(DeltaMixer):
 
     def output_gate(self, x: Tensor) -> Tensor:
         return self.gate(x)
-
-    def weights(self) -> tuple[int, int]:
-        matrices, others = super().weights()
-        return matrices + (self.shape.heads + self.inner) * self.shape.width, others + 2 * self.shape.heads

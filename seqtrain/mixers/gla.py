@@ -3,63 +3,72 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch.nn.functional as F
-from pydantic import Field
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
-from seqtrain.layers import HeadNorm, HeadProjections, LowRank, upcast
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
-from seqtrain.mixers._costs import linear_attention_flops
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.layers import HeadNorm, LowRank, log_forget
+from seqtrain.mixers import LayerShape, Past, SequenceContext, State
+from seqtrain.mixers.common.linear import LinearConfig, ProjectedMixer
+from seqtrain.mixers.common.recurrence import Heads, LinearRecurrence, RecurrenceOptions
 
 
-class GLA(Mixer):
+class TiedGLARecurrence(LinearRecurrence):
+    """Every feature keeps what the key leaves: `a = 1 - phi(k)`, without a matrix (SpikingBrain, arXiv 2509.05276)."""
+
+    def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        features = self.mapped(k, self.key_map)
+        # A softmax of one channel far ahead rounds to 1, whose gate would have no logarithm.
+        decay = torch.log1p(-features.clamp(max=1 - 2**-20))
+        return {"k": features.to(v.dtype), "v": v, "log_decay": decay}
+
+
+class GLARecurrence(LinearRecurrence):
+    """Every feature forgets by `sigmoid(W2 W1 x + b) ** (1 / temperature)`."""
+
+    tied = TiedGLARecurrence
+
+    def __init__(self, heads: Heads, options: RecurrenceOptions):
+        super().__init__(heads, options)
+        self.forget = LowRank(heads.width, options.gate_rank, heads.groups * 2 * heads.key, bias=True)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        super().reset_parameters(generator)
+        nn.init.constant_(self.forget.offset, self.options.gate_bias)
+
+    def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        decay = log_forget(self.forget(x), self.options.temperature)
+        return super().write(x, k, v) | {"log_decay": decay.unflatten(2, (self.heads.groups, -1))}
+
+
+class GLA(ProjectedMixer):
     """Linear attention whose every key channel forgets as the token says: `a = sigmoid(W2 W1 x + b)^(1/16)`."""
 
+    recurrence = GLARecurrence
+
     @dataclass(frozen=True)
-    class Config:
+    class Config(LinearConfig):
         # Key channels over model.width, all heads together.
-        expand_key: Annotated[float, Field(gt=0)] = 0.5
-        # Value channels over model.width, all heads together.
-        expand_value: Annotated[float, Field(gt=0)] = 1.0
-        # Rank of the matrix that makes the forget gate.
-        gate_rank: Annotated[int, Field(gt=0)] = 16
-        # The forget gate is a sigmoid to the power 1 / temperature: larger forgets more slowly.
-        gate_temperature: Annotated[float, Field(gt=0)] = 16.0
+        expand_key: PositiveFloat = 0.5
         # Tokens under the short convolution of q, k and v; 0: none.
         conv_width: Annotated[int, Field(ge=0, le=16)] = 0
+        # Rank of the matrix that makes the forget gate.
+        gate_rank: PositiveInt = 16
+        # The forget gate is a sigmoid to the power 1 / temperature: larger forgets more slowly.
+        gate_temperature: PositiveFloat = 16.0
 
     config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        self.key = self.part_of_width(config.expand_key, "expand_key")
-        self.value = self.part_of_width(config.expand_value, "expand_value")
-        widths = (self.key, self.key, self.value)
-        self.qkv = HeadProjections(shape.width, shape.heads, widths, conv_width=config.conv_width)
         self.forget = LowRank(shape.width, config.gate_rank, shape.heads * self.key, bias=True)
-        self.gate = nn.Linear(shape.width, shape.heads * self.value, bias=False)
+        self.gate = nn.Linear(shape.width, self.inner, bias=False)
         self.norm = HeadNorm(self.value)
-        self.out = nn.Linear(shape.heads * self.value, shape.width, bias=False)
+        self.out = nn.Linear(self.inner, shape.width, bias=False)
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
-        past = state or EMPTY
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)
-        log_decay = F.logsigmoid(upcast(self.forget(x))) / self.config.gate_temperature
-        log_decay = log_decay.unflatten(2, (self.shape.heads, self.key))  # B T H K
+        log_decay = log_forget(self.forget(x), self.config.gate_temperature).unflatten(2, (self.shape.heads, self.key))
         out, after["memory"] = sequence.run(linear_attention, q, k, v, log_decay, initial_state=past.get("memory"))
         return self.out(self.norm(out, self.gate(x))), after
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        return {"memory": (batch, self.shape.heads, self.key, self.value), **self.qkv.state_shapes(batch)}
-
-    def weights(self) -> tuple[int, int]:
-        matrices, others = self.qkv.weights()
-        width, inner, keys = self.shape.width, self.shape.heads * self.value, self.shape.heads * self.key
-        return matrices + 2 * inner * width + self.config.gate_rank * (width + keys), others + keys + self.value
-
-    def operator_flops(self, tokens: int) -> int:
-        return linear_attention_flops(tokens, self.shape.heads, self.key, self.value) + self.qkv.flops(tokens)

@@ -1,31 +1,58 @@
 """Gated slot attention (Zhang et al. 2024, arXiv 2409.07146, section 3): a softmax over slots that forget."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
 
+import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from seqtrain.layers import HeadProjections, RMSNorm, upcast
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
-from seqtrain.mixers._slots import slot_attention, slot_flops, slot_shapes
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.layers import HeadProjections, RMSNorm, log_forget
+from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.mixers.common.recurrence import Heads, Recurrence, RecurrenceOptions, slot_attention
+
+
+class SlotRecurrence(Recurrence):
+    """Slots of keys and of values that a softmax reads, each forgetting as it is written."""
+
+    def __init__(self, heads: Heads, options: RecurrenceOptions):
+        super().__init__(heads, options)
+        self.forget = nn.Linear(heads.width, heads.groups * options.slots)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        super().reset_parameters(generator)
+        # From slots that turn over in 23 tokens to some that take 600: slow ones alone would stay empty for long.
+        slowest = self.options.gate_bias + 0.6
+        self.forget.bias.copy_(torch.linspace(0.0, slowest, self.options.slots).repeat(self.heads.groups))
+
+    def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        decay = log_forget(self.forget(x), self.options.temperature)
+        return {"k": k, "v": v, "log_decay": decay.unflatten(2, (self.heads.groups, -1))}
+
+    def read(
+        self, q: Tensor, written: Mapping[str, Tensor], past: Past, sequence: SequenceContext
+    ) -> tuple[Tensor, Tensor | None, State]:
+        out, after = slot_attention(q, written, past, sequence, scale=self.heads.key**-0.5)
+        return out, None, after
 
 
 class GSA(Mixer):
     """Each slot keeps `a = sigmoid(W x)^(1/temperature)` and takes `1 - a` of key and value; read by softmax."""
 
+    recurrence = SlotRecurrence
+
     @dataclass(frozen=True)
     class Config:
         # Key channels over model.width, all heads together.
-        expand_key: Annotated[float, Field(gt=0)] = 1.0
+        expand_key: PositiveFloat = 1.0
         # Value channels over model.width, all heads together.
-        expand_value: Annotated[float, Field(gt=0)] = 1.0
-        # Slots of a head.
-        slots: Annotated[int, Field(gt=0)] = 64
+        expand_value: PositiveFloat = 1.0
+        # Slots per head.
+        slots: PositiveInt = 64
         # The forget gate is a sigmoid to the power 1 / temperature: larger forgets more slowly.
-        gate_temperature: Annotated[float, Field(gt=0)] = 8.0
+        gate_temperature: PositiveFloat = 8.0
 
     config: Config
 
@@ -33,25 +60,14 @@ class GSA(Mixer):
         super().__init__(config, shape)
         self.key = self.part_of_width(config.expand_key, "expand_key")
         self.value = self.part_of_width(config.expand_value, "expand_value")
-        self.inner = shape.heads * self.value
+        inner = shape.heads * self.value
         self.parts = HeadProjections(shape.width, shape.heads, (self.key, self.key, self.value, config.slots))
-        self.norm = RMSNorm(self.inner)
-        self.out = nn.Linear(self.inner, shape.width, bias=False)
+        self.norm = RMSNorm(inner)
+        self.out = nn.Linear(inner, shape.width, bias=False)
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v, forget), _ = self.parts(x, None, sequence)
-        decay = F.logsigmoid(upcast(forget)) / self.config.gate_temperature  # B T H M
+        decay = log_forget(forget, self.config.gate_temperature)  # B T H M
         written = {"k": F.silu(k), "v": F.silu(v), "log_decay": decay}
-        out, after = slot_attention(F.silu(q), written, state or EMPTY, sequence, scale=1.0)
+        out, after = slot_attention(F.silu(q), written, past, sequence, scale=1.0)
         return self.out(self.norm(F.silu(out.flatten(2)))), after
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        return slot_shapes(batch, self.shape.heads, self.config.slots, self.key, self.value)
-
-    def weights(self) -> tuple[int, int]:
-        return self.parts.weights()[0] + self.inner * self.shape.width, self.inner
-
-    def operator_flops(self, tokens: int) -> int:
-        return slot_flops(tokens, self.shape.heads, self.config.slots, self.key, self.value)

@@ -2,18 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.kernels import diagonal_scan
 from seqtrain.layers import NORM_EPS, upcast
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
-from seqtrain.mixers._costs import diagonal_scan_flops
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
 
 # Where in its share of [0, 1] a layer's bound starts: low, since the paper's first layer has none.
 START = 0.1
@@ -23,27 +21,23 @@ class HGRN(Mixer):
     """`h_t = f_t e^{i theta} h_{t-1} + (1 - f_t) c_t`, `f = low + (1 - low) sigmoid(W_f x)`, read through a gated norm.
 
     `c = silu(W_r x) + i silu(W_i x)`, `y = norm(sigmoid(W_g x) * [Re h, Im h])`; theta is learned, the same for all
-    tokens. The lower bounds are learned a channel, and rise from layer to layer: layer l of L has its bounds in
+    tokens. The lower bounds are learned per channel, and rise from layer to layer: layer l of L has its bounds in
     `[l/L, (l+1)/L]`. The paper gets rising bounds from a running sum of a softmax over all layers, whose steps may
     differ in height; kept to equal steps a layer needs to know of no other, and has as many parameters.
     """
 
-    state_dtypes: ClassVar = {"memory": torch.complex64}
-
     @dataclass(frozen=True)
     class Config:
         # Complex hidden channels over model.width, rounded down.
-        expand: Annotated[float, Field(gt=0)] = 1.0
-        # Base of the initial rotations: channel i of n starts with theta = base ** (-i / n) radians a token.
+        expand: PositiveFloat = 1.0
+        # Base of the initial rotations: channel i of n starts with theta = base ** (-i / n) radians per token.
         theta_base: Annotated[float, Field(gt=1)] = 10000.0
 
     config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        self.hidden = int(config.expand * shape.width)
-        if not self.hidden:
-            raise self.config_error("expand", config.expand, f"leaves no channel of model.width={shape.width}")
+        self.hidden = self.hidden_channels(config.expand)
         # Candidate (real, imaginary), forget gate, and the output gate of both parts.
         self.parts = nn.Linear(shape.width, 5 * self.hidden, bias=True)
         self.bound = nn.Parameter(torch.empty(self.hidden))
@@ -58,9 +52,7 @@ class HGRN(Mixer):
             channel = torch.arange(self.hidden, dtype=torch.float64, device="cpu")
             self.theta.copy_(self.config.theta_base ** (-channel / self.hidden))
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         real, imaginary, forget, gate = self.parts(x).split([self.hidden] * 3 + [2 * self.hidden], 2)
         low = (self.shape.index + torch.sigmoid(self.bound)) / self.shape.depth
         free = torch.log1p(-low)
@@ -68,22 +60,8 @@ class HGRN(Mixer):
         log_write = free + F.logsigmoid(-upcast(forget))
         log_forget = torch.logaddexp(low.log(), free + F.logsigmoid(upcast(forget)))
         candidate = torch.complex(F.silu(upcast(real)), F.silu(upcast(imaginary)))
-        memory = (state or EMPTY).get("memory")
-        hidden, memory = sequence.run(
-            diagonal_scan,
-            log_write.exp() * candidate,
-            torch.complex(log_forget, self.theta.to(log_forget.dtype).expand(log_forget.shape)),
-            initial_state=memory,
-        )
+        log_a = torch.complex(log_forget, self.theta.to(log_forget.dtype).expand(log_forget.shape))
+        written = log_write.exp() * candidate
+        hidden, memory = sequence.run(diagonal_scan, written, log_a, initial_state=past.get("memory"))
         read = torch.cat([hidden.real, hidden.imag], 2) * torch.sigmoid(upcast(gate))
         return self.out(self.norm(read).to(x.dtype)), {"memory": memory}
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        return {"memory": (batch, self.hidden)}
-
-    def weights(self) -> tuple[int, int]:
-        # Seven matrices; five biases, bound and theta, weight and bias of a norm over both parts.
-        return 7 * self.hidden * self.shape.width, 11 * self.hidden
-
-    def operator_flops(self, tokens: int) -> int:
-        return diagonal_scan_flops(tokens, self.hidden)

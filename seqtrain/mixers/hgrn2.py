@@ -1,18 +1,37 @@
 """HGRN2 (Qin et al. 2024, arXiv 2404.07904, eq. 6): a gated RNN whose state is expanded by an outer product."""
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
-from seqtrain.layers import HeadProjections, RMSNorm, upcast
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
-from seqtrain.mixers._costs import linear_attention_flops
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.layers import HeadProjections, RMSNorm, complement, log_forget, upcast
+from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.mixers.common.recurrence import Heads, LinearRecurrence, RecurrenceOptions
+
+
+class HGRN2Recurrence(LinearRecurrence):
+    """`f = sigmoid(k + b) ** (1 / temperature)` is what a channel keeps and `1 - f` what it takes in."""
+
+    maps_keys = False
+
+    def __init__(self, heads: Heads, options: RecurrenceOptions):
+        super().__init__(heads, options)
+        self.bias = nn.Parameter(torch.full((heads.groups * heads.key,), options.gate_bias))
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        super().reset_parameters(generator)
+        nn.init.constant_(self.bias, self.options.gate_bias)
+
+    def features(self, x: Tensor) -> Tensor:
+        return upcast(x).softmax(-1)
+
+    def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        decay = log_forget(upcast(k) + self.bias.view(self.heads.groups, -1), self.options.temperature)
+        return {"k": complement(decay).to(v.dtype), "v": v, "log_decay": decay}
 
 
 class HGRN2(Mixer):
@@ -22,10 +41,12 @@ class HGRN2(Mixer):
     there, as one running sum over all layers; here, where a layer knows no other, they stay.
     """
 
+    recurrence = HGRN2Recurrence
+
     @dataclass(frozen=True)
     class Config:
         # Key channels over model.width, all heads together: the state has as many times the width of a value head.
-        expand_key: Annotated[float, Field(gt=0)] = 1.0
+        expand_key: PositiveFloat = 1.0
 
     config: Config
 
@@ -38,13 +59,11 @@ class HGRN2(Mixer):
         self.norm = RMSNorm(shape.heads * self.value)
         self.out = nn.Linear(shape.heads * self.value, shape.width, bias=False)
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, forget, v), _ = self.qfv(x, None, sequence)
         k, log_decay = self._forget(upcast(forget))
-        memory = (state or EMPTY).get("memory")
-        out, memory = sequence.run(linear_attention, F.silu(q), k.to(v.dtype), v, log_decay, initial_state=memory)
+        tensors = F.silu(q), k.to(v.dtype), v, log_decay
+        out, memory = sequence.run(linear_attention, *tensors, initial_state=past.get("memory"))
         return self.out(self.norm(out.flatten(2))), {"memory": memory}
 
     def _forget(self, raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,13 +72,3 @@ class HGRN2(Mixer):
         if self.low == 0:
             return k, F.logsigmoid(raw)
         return k, torch.log1p(-k)
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        return {"memory": (batch, self.shape.heads, self.key, self.value)}
-
-    def weights(self) -> tuple[int, int]:
-        inner = self.shape.heads * self.value
-        return self.qfv.weights()[0] + inner * self.shape.width, inner
-
-    def operator_flops(self, tokens: int) -> int:
-        return linear_attention_flops(tokens, self.shape.heads, self.key, self.value)

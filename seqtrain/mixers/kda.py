@@ -1,33 +1,47 @@
-"""Kimi Delta Attention (Kimi Linear, 2025, arXiv 2510.26692, section 3): the delta rule with a decay a channel."""
+"""Kimi Delta Attention (Kimi Linear, 2025, arXiv 2510.26692, section 3): the delta rule with a per-channel decay."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
 from seqtrain.layers import LowRank, reset_decay_rate, reset_step_bias, step_sizes
-from seqtrain.mixers._base import LayerShape
-from seqtrain.mixers._delta import DeltaConfig, DeltaMixer
+from seqtrain.mixers import LayerShape
+from seqtrain.mixers.common.delta import DeltaConfig, DeltaMixer
+from seqtrain.mixers.gated_delta_net import GatedDeltaRecurrence
+
+
+class KDARecurrence(GatedDeltaRecurrence):
+    """A decay for every key channel, from a matrix of full rank."""
+
+    @property
+    def decays(self) -> int:
+        return self.heads.groups * self.heads.key
+
+    def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        written = super().write(x, k, v)
+        return written | {"log_decay": written["log_decay"].unflatten(2, (self.heads.groups, -1))}
 
 
 class KDA(DeltaMixer):
     """Each key channel forgets by `a = exp(-A softplus(W2 W1 x + b))`; the output gate is a sigmoid of low rank."""
 
+    recurrence = KDARecurrence
+    gate_activation = "sigmoid"
+
     @dataclass(frozen=True)
     class Config(DeltaConfig):
         # Rank of the two matrices that make the decay and the output gate; 0: the width of a value head.
-        gate_rank: Annotated[int, Field(ge=0)] = 0
+        gate_rank: NonNegativeInt = 0
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        self.rank = config.gate_rank or self.value
-        self.keys = shape.heads * self.key
-        self.decay = LowRank(shape.width, self.rank, self.keys)
+        rank, keys = config.gate_rank or self.value, shape.heads * self.key
+        self.decay = LowRank(shape.width, rank, keys)
         self.rate_log = nn.Parameter(torch.empty(shape.heads))
-        self.step_bias = nn.Parameter(torch.empty(self.keys))
-        self.gate = LowRank(shape.width, self.rank, self.inner)
+        self.step_bias = nn.Parameter(torch.empty(keys))
+        self.gate = LowRank(shape.width, rank, self.inner)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -40,12 +54,3 @@ class KDA(DeltaMixer):
 
     def output_gate(self, x: Tensor) -> Tensor:
         return self.gate(x)
-
-    @staticmethod
-    def gate_activation() -> Literal["silu", "sigmoid"]:
-        return "sigmoid"
-
-    def weights(self) -> tuple[int, int]:
-        matrices, others = super().weights()
-        low_rank = self.rank * (2 * self.shape.width + self.keys + self.inner)
-        return matrices + low_rank, others + self.shape.heads + self.keys

@@ -1,8 +1,9 @@
 """MALA, magnitude-aware linear attention ("Rectifying Magnitude Neglect in Linear Attention", 2025, arXiv 2507.00698).
 
-Weights that are divided by their sum do not change when a query grows: its length cancels. MALA's do. With scores `s_tj
-= phi(q_t) . phi(k_j) / sqrt(K)`, phi = elu + 1, and z their mean over the tokens seen,
+Weights that are divided by their sum do not change when a query grows: its length cancels. MALA's do. With scores s,
+phi = elu + 1, and z their mean over the tokens seen,
 
+    s_tj = phi(q_t) . phi(k_j) / sqrt(K)
     weight_tj = (beta s_tj - gamma) / t        beta = 1 + 1 / z        gamma = z
 
 which sums to 1 over j <= t, and spreads in proportion to the query's length. Here it is causal: means run over the
@@ -16,10 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from seqtrain.layers import elu, upcast
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, State
-from seqtrain.mixers._costs import linear_attention_flops
-from seqtrain.mixers._linear import LinearConfig, LinearMixer, sums
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers import LayerShape, Past, SequenceContext, State
+from seqtrain.mixers.common.linear import LinearConfig, LinearMixer, sums
 
 # Below this a mean score is taken to be this: queries and keys of elu + 1 reach 0 only by underflow.
 SMALLEST = 1e-6
@@ -48,10 +47,7 @@ class MALA(LinearMixer):
         super().__init__(config, shape)
         self.gate = nn.Linear(shape.width, self.inner, bias=False)
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
-        past = state or EMPTY
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)
         weighted, weight, after["memory"] = sums(elu(q), elu(k), v, past.get("memory"), sequence)
         one = torch.ones_like(q[..., :1])
@@ -59,14 +55,3 @@ class MALA(LinearMixer):
         mean = (weight / count).clamp(min=SMALLEST)
         out = (weighted * (1 + 1 / mean) - mean * total) / count
         return self.out((out.flatten(2) * upcast(self.gate(x))).to(x.dtype)), after
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        return {**super().state_shapes(batch, tokens), "mean": (batch, self.shape.heads, 1, self.value + 1)}
-
-    def weights(self) -> tuple[int, int]:
-        matrices, others = super().weights()
-        return matrices + self.inner * self.shape.width, others
-
-    def operator_flops(self, tokens: int) -> int:
-        mean = linear_attention_flops(tokens, self.shape.heads, 1, self.value + 1)
-        return super().operator_flops(tokens) + mean

@@ -1,36 +1,44 @@
-"""Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, section 7): a state-space layer with one decay a head."""
+"""Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, section 7): a state-space layer with one decay per head."""
 
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
-from seqtrain.layers import (
-    RMSNorm,
-    ShortConvolution,
-    reset_decay_rate,
-    reset_step_bias,
-    step_sizes,
-)
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
-from seqtrain.mixers._costs import convolution_flops, linear_attention_flops
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.layers import RMSNorm, ShortConvolution, reset_decay_rate, reset_step_bias, step_sizes
+from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.mixers.common.recurrence import Heads, LinearRecurrence, RecurrenceOptions, StepDecay
+
+
+class Mamba2Recurrence(LinearRecurrence):
+    """`a = exp(-dt A)`, and a key is written dt strong, `dt = softplus(W x + b)`."""
+
+    def __init__(self, heads: Heads, options: RecurrenceOptions):
+        super().__init__(heads, options)
+        self.step = StepDecay(heads.width, heads.groups, heads.groups, options)
+
+    def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        decay, dt = self.step(x)
+        written = super().write(x, k, v)
+        return written | {"k": (written["k"] * dt[..., None]).to(v.dtype), "log_decay": decay}
 
 
 class Mamba2(Mixer):
     """`S_t = exp(-dt_t A) S_{t-1} + B_t^T (dt_t x_t)`, `y_t = C_t S_t + D x_t`; groups of heads share B and C."""
 
+    recurrence = Mamba2Recurrence
+
     @dataclass(frozen=True)
     class Config:
         # Inner channels over model.width, all heads together.
-        expand: Annotated[float, Field(gt=0)] = 2.0
-        # Channels of B and C, a group: the key width N of the state.
-        state: Annotated[int, Field(gt=0)] = 128
+        expand: PositiveFloat = 2.0
+        # Channels of B and C per group: the key width N of the state.
+        state: PositiveInt = 128
         # Heads share B and C, and are normalised together, in so many groups; must divide model.heads.
-        groups: Annotated[int, Field(gt=0)] = 1
+        groups: PositiveInt = 1
         # Tokens under the short convolution of x, B and C.
         conv_width: Annotated[int, Field(ge=2, le=16)] = 4
 
@@ -58,43 +66,20 @@ class Mamba2(Mixer):
         reset_step_bias(self.step_bias, generator)
         nn.init.ones_(self.skip)
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
-        past = state or EMPTY
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         gate, mixed, raw = self.project(x).split([self.inner, self.channels, self.shape.heads], 2)
         mixed, conv = self.conv(mixed, past.get("conv"), sequence)
         inner, write, read = mixed.split(self.parts, 2)
         inner = inner.unflatten(2, (self.shape.heads, self.value))  # B T H V
         dt = step_sizes(raw, self.step_bias)  # B T H
+        written = self._to_heads(write), (inner * dt[..., None]).to(inner.dtype), -dt * self.rate_log.exp()
         out, memory = sequence.run(
-            linear_attention,
-            self._to_heads(read),
-            self._to_heads(write),
-            (inner * dt[..., None]).to(inner.dtype),
-            -dt * self.rate_log.exp(),
-            scale=1.0,
-            initial_state=past.get("memory"),
+            linear_attention, self._to_heads(read), *written, scale=1.0, initial_state=past.get("memory")
         )
         out = (out + inner * self.skip[:, None]).flatten(2)
         return self.out(self.norm(out, gate).to(x.dtype)), {"conv": conv, "memory": memory}
 
     def _to_heads(self, part: Tensor) -> Tensor:
-        grouped = part.unflatten(2, (self.config.groups, self.config.state))
+        grouped = part.unflatten(2, (self.config.groups, 1, self.config.state))
         # A view where there is one group, which is what Mamba-2 uses.
-        return (
-            grouped[..., None, :].expand(-1, -1, -1, self.shape.heads // self.config.groups, -1).flatten(2, 3)
-        )  # B T H N
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        memory = (batch, self.shape.heads, self.config.state, self.value)
-        return {"conv": (batch, self.config.conv_width - 1, self.channels), "memory": memory}
-
-    def weights(self) -> tuple[int, int]:
-        projected = self.inner + self.channels + self.shape.heads
-        matrices = self.shape.width * (projected + self.inner)
-        return matrices, self.channels * (self.config.conv_width + 1) + 3 * self.shape.heads + self.inner
-
-    def operator_flops(self, tokens: int) -> int:
-        memory = linear_attention_flops(tokens, self.shape.heads, self.config.state, self.value)
-        return memory + convolution_flops(tokens, self.channels, self.config.conv_width)
+        return grouped.expand(-1, -1, -1, self.shape.heads // self.config.groups, -1).flatten(2, 3)  # B T H N

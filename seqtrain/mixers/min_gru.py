@@ -1,18 +1,16 @@
 """minGRU (Feng et al. 2024, arXiv 2410.01201): a gated RNN whose gates see the token alone, so that it is a scan."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.kernels import diagonal_scan
 from seqtrain.layers import upcast
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
-from seqtrain.mixers._costs import real_scan_flops
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
 
 
 def positive(x: Tensor) -> Tensor:
@@ -26,7 +24,7 @@ class MinGRU(Mixer):
     @dataclass(frozen=True)
     class Config:
         # Hidden channels over model.width, rounded down.
-        expand: Annotated[float, Field(gt=0)] = 1.0
+        expand: PositiveFloat = 1.0
         # The candidate: linear (the plain form) or positive (the form the paper computes in logarithms).
         candidate: Literal["linear", "positive"] = "positive"
 
@@ -34,29 +32,14 @@ class MinGRU(Mixer):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        self.hidden = int(config.expand * shape.width)
-        if not self.hidden:
-            raise self.config_error("expand", config.expand, f"leaves no channel of model.width={shape.width}")
+        self.hidden = self.hidden_channels(config.expand)
         self.parts = nn.Linear(shape.width, 2 * self.hidden, bias=False)
         self.out = nn.Linear(self.hidden, shape.width, bias=False)
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         gate, candidate = upcast(self.parts(x)).chunk(2, -1)
         if self.config.candidate == "positive":
             candidate = positive(candidate)
-        memory = (state or EMPTY).get("memory")
-        hidden, memory = sequence.run(
-            diagonal_scan, torch.sigmoid(gate) * candidate, F.logsigmoid(-gate), initial_state=memory
-        )
+        written, log_a = torch.sigmoid(gate) * candidate, F.logsigmoid(-gate)
+        hidden, memory = sequence.run(diagonal_scan, written, log_a, initial_state=past.get("memory"))
         return self.out(hidden.to(x.dtype)), {"memory": memory}
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        return {"memory": (batch, self.hidden)}
-
-    def weights(self) -> tuple[int, int]:
-        return 3 * self.shape.width * self.hidden, 0
-
-    def operator_flops(self, tokens: int) -> int:
-        return real_scan_flops(tokens, self.hidden)

@@ -15,13 +15,12 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.layers import HeadLayerNorm, upcast
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, State
-from seqtrain.mixers._linear import LinearConfig, LinearMixer, sums
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers import LayerShape, Past, SequenceContext, State
+from seqtrain.mixers.common.linear import LinearConfig, LinearMixer, sums
 
 
 class MLSTM(LinearMixer):
@@ -30,7 +29,7 @@ class MLSTM(LinearMixer):
     @dataclass(frozen=True)
     class Config(LinearConfig):
         # Key channels over model.width, all heads together.
-        expand_key: Annotated[float, Field(gt=0)] = 0.5
+        expand_key: PositiveFloat = 0.5
         # What the inputs of both gates stay below in size, softly; an input gate is at most its exponential.
         gate_cap: Annotated[float, Field(gt=0, le=30)] = 15.0
         # Initial bias of input gates, before the exponential; xLSTM-7B takes -10, nearly shut, against spikes.
@@ -52,10 +51,7 @@ class MLSTM(LinearMixer):
         write.fill_(self.config.input_bias)
         keep.copy_(torch.linspace(3, 6, self.shape.heads))
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
-        past = state or EMPTY
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)
         cap = self.config.gate_cap
         raw_input, raw_forget = (cap * torch.tanh(upcast(self.gates(x)) / cap)).chunk(2, 2)  # B T H
@@ -63,8 +59,3 @@ class MLSTM(LinearMixer):
         out, weight, after["memory"] = sums(q, k, v, past.get("memory"), sequence, log_decay=F.logsigmoid(raw_forget))
         out = self.norm(out / weight.abs().clamp(min=1)) * torch.sigmoid(upcast(self.gate(x)))
         return self.out(out.to(x.dtype)), after
-
-    def weights(self) -> tuple[int, int]:
-        matrices, others = super().weights()
-        heads, width = self.shape.heads, self.shape.width
-        return matrices + width * (2 * heads + self.inner), others + 2 * heads + self.inner

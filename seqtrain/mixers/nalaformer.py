@@ -15,9 +15,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.layers import HeadNorm, l2norm, upcast
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, State
-from seqtrain.mixers._linear import LinearConfig, LinearMixer, sums
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers import LayerShape, Past, SequenceContext, State
+from seqtrain.mixers.common.linear import LinearConfig, LinearMixer, sums
 
 
 def query_features(q: Tensor, power: float) -> Tensor:
@@ -55,21 +54,10 @@ class NaLaFormer(LinearMixer):
         self.gate = nn.Linear(shape.width, self.inner, bias=False)
         self.norm = HeadNorm(self.value)
 
-    @staticmethod
-    def feature_count(key: int) -> int:
-        return 2 * key
-
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
-        past = state or EMPTY
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)
         q, k = query_features(q, self.config.power), key_features(k, self.config.power)
         weighted, weight, after["memory"] = sums(q, k, v, past.get("memory"), sequence, scale=1.0)
         # No weight at all only where no channel of a query meets one of its own sign: then the numerator is 0, too.
         out = weighted / weight.clamp(min=1e-12)
         return self.out(self.norm(out, self.gate(x)).to(x.dtype)), after
-
-    def weights(self) -> tuple[int, int]:
-        matrices, others = super().weights()
-        return matrices + self.inner * self.shape.width, others + self.value

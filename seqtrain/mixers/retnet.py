@@ -1,17 +1,30 @@
 """RetNet's multi-scale retention (Sun et al. 2023, arXiv 2307.08621, eq. 5 to 8)."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
 from seqtrain.layers import HeadNorm, HeadProjections, positions, rotate
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
-from seqtrain.mixers._costs import linear_attention_flops
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.mixers.common.recurrence import LinearRecurrence
+
+
+def retention(heads: int, first: float, device: torch.device) -> Tensor:
+    """The logarithm of head h's decay `1 - 2 ** -(first + h)`: float32 `[H]`."""
+    power = first + torch.arange(heads, dtype=torch.float32, device=device)
+    return torch.log1p(-torch.exp2(-power))
+
+
+class RetNetRecurrence(LinearRecurrence):
+    """Key head h forgets by the fixed factor `1 - 2 ** (-5 - h)`, as the mixer does by default."""
+
+    def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        decay = retention(self.heads.groups, RetNet.Config.first_decay, x.device)
+        return super().write(x, k, v) | {"log_decay": decay.expand(*x.shape[:2], -1)}
 
 
 class RetNet(Mixer):
@@ -20,24 +33,22 @@ class RetNet(Mixer):
     The rotation and the decay together are xPos; each head is normalised, then gated by swish.
     """
 
-    state_dtypes: ClassVar = {"position": torch.int64}
+    recurrence = RetNetRecurrence
 
     @dataclass(frozen=True)
     class Config:
         # Value channels over model.width, all heads together; key channels are as many as model.width.
-        expand_value: Annotated[float, Field(gt=0)] = 2.0
+        expand_value: PositiveFloat = 2.0
         # Base of the rotation's wavelengths, in tokens.
         rope_base: Annotated[float, Field(gt=1)] = 10000.0
-        # The slowest head's number in the decay: head h of H forgets by 2 ** -(first + h) a token.
-        first_decay: Annotated[float, Field(gt=0)] = 5.0
+        # The slowest head's number in the decay: head h of H forgets by 2 ** -(first + h) per token.
+        first_decay: PositiveFloat = 5.0
 
     config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        self.key = self.part_of_width()
-        if self.key % 2:
-            raise self.config_error("rope_base", config.rope_base, f"needs an even head width, not {self.key}")
+        self.key = self.even_part_of_width()
         self.value = self.part_of_width(config.expand_value, "expand_value")
         inner = shape.heads * self.value
         self.qkv = HeadProjections(shape.width, shape.heads, (self.key, self.key, self.value))
@@ -54,28 +65,10 @@ class RetNet(Mixer):
                 nn.init.xavier_uniform_(weight, 2**-2.5, generator=generator)
             nn.init.xavier_uniform_(self.out.weight, 2**-1, generator=generator)
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
-        past = state or EMPTY
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), after = self.qkv(x, None, sequence)
         place, after["position"] = positions(x, past.get("position"), sequence)
         q, k = rotate(q, place, self.config.rope_base), rotate(k, place, self.config.rope_base)
-        out, after["memory"] = sequence.run(
-            linear_attention, q, k, v, self._log_decay(x.device), initial_state=past.get("memory")
-        )
+        log_decay = retention(self.shape.heads, self.config.first_decay, x.device)
+        out, after["memory"] = sequence.run(linear_attention, q, k, v, log_decay, initial_state=past.get("memory"))
         return self.out(self.norm(out, self.gate(x))), after
-
-    def _log_decay(self, device: torch.device) -> Tensor:
-        power = self.config.first_decay + torch.arange(self.shape.heads, dtype=torch.float32, device=device)
-        return torch.log1p(-torch.exp2(-power))
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        return {"memory": (batch, self.shape.heads, self.key, self.value), "position": (batch,)}
-
-    def weights(self) -> tuple[int, int]:
-        inner = self.shape.heads * self.value
-        return self.qkv.weights()[0] + 2 * inner * self.shape.width, self.value
-
-    def operator_flops(self, tokens: int) -> int:
-        return linear_attention_flops(tokens, self.shape.heads, self.key, self.value)

@@ -5,14 +5,12 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.kernels import diagonal_scan
 from seqtrain.layers import ShortConvolution, upcast
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
-from seqtrain.mixers._costs import convolution_flops, real_scan_flops
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
 
 # The paper's c: log a = -c softplus(L) r.
 POWER = 8.0
@@ -47,7 +45,7 @@ class RGLRU(Mixer):
     @dataclass(frozen=True)
     class Config:
         # Recurrent channels over model.width, all heads together; Griffin has 4/3, RecurrentGemma 1.
-        expand: Annotated[float, Field(gt=0)] = 1.0
+        expand: PositiveFloat = 1.0
         # Tokens under the short convolution before the recurrence.
         conv_width: Annotated[int, Field(ge=2, le=16)] = 4
 
@@ -73,10 +71,7 @@ class RGLRU(Mixer):
             nn.init.uniform_(self.rate, 0.9, 0.999, generator=generator)
             self.rate.copy_(torch.expm1(-self.rate.log() / POWER).log())
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
-        past = state or EMPTY
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         gate, v = self.parts(x).chunk(2, 2)
         v, conv = self.conv(v, past.get("conv"), sequence)
         log_a = -POWER * F.softplus(self.rate) * torch.sigmoid(upcast(self.decay_gate(v)))
@@ -86,14 +81,3 @@ class RGLRU(Mixer):
         hidden, memory = sequence.run(diagonal_scan, written, log_a, initial_state=past.get("memory"))
         y = hidden.to(x.dtype) * F.gelu(gate, approximate="tanh")
         return self.out(y), {"conv": conv, "memory": memory}
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        return {"conv": (batch, self.config.conv_width - 1, self.hidden), "memory": (batch, self.hidden)}
-
-    def weights(self) -> tuple[int, int]:
-        width, hidden = self.shape.width, self.hidden
-        # Biases of two projections and two gates, the rate, the convolution and its bias; the output's bias.
-        return hidden * (3 * width + 2 * self.head), hidden * (6 + self.config.conv_width) + width
-
-    def operator_flops(self, tokens: int) -> int:
-        return real_scan_flops(tokens, self.hidden) + convolution_flops(tokens, self.hidden, self.config.conv_width)

@@ -1,19 +1,16 @@
 """RWKV-6 ("Eagle and Finch: RWKV with Matrix-Valued States", 2024, arXiv 2404.05892, section 4)."""
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
 from seqtrain.layers import LowRank, token_shift, upcast
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, State
-from seqtrain.mixers._costs import convolution_flops, linear_attention_flops
-from seqtrain.mixers._rwkv import RWKVMixer, blends, depth_ratios, ramp
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers import LayerShape, Past, SequenceContext, State
+from seqtrain.mixers.common.rwkv import RWKVMixer, blends, depth_ratios, ramp
 
 
 class RWKV6(RWKVMixer):
@@ -27,9 +24,9 @@ class RWKV6(RWKVMixer):
     @dataclass(frozen=True)
     class Config:
         # Rank of the matrices that make each of the five blends.
-        mix_rank: Annotated[int, Field(gt=0)] = 32
+        mix_rank: PositiveInt = 32
         # Rank of the matrices that make the decay.
-        decay_rank: Annotated[int, Field(gt=0)] = 64
+        decay_rank: PositiveInt = 64
 
     config: Config
 
@@ -55,10 +52,8 @@ class RWKV6(RWKVMixer):
         channel = torch.arange(1, self.shape.width + 1, device=place.device)
         self.bonus.copy_(rising * (1 - place) + 0.1 * (channel % 3 - 1))
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
-        past, after = state or EMPTY, {}
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
+        after: State = {}
         before, after["shift"] = token_shift(x, past.get("shift"), sequence)
         difference = before - x
         (first,) = blends(x, difference, self.first_mix)
@@ -76,15 +71,3 @@ class RWKV6(RWKVMixer):
         out = out + (r * self.to_heads(k * self.bonus)).sum(-1, keepdim=True) * self.to_heads(v)
         out = self.norm(out) * F.silu(upcast(self.gate(for_gate)))
         return self.out(out.to(x.dtype)), after
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        width = self.shape.width
-        return {"shift": (batch, 1, width), "written": (batch, 1, 3 * width), "memory": self.memory_shape(batch)}
-
-    def weights(self) -> tuple[int, int]:
-        width, config = self.shape.width, self.config
-        return 5 * width * width + 2 * width * (5 * config.mix_rank + config.decay_rank), 10 * width
-
-    def operator_flops(self, tokens: int) -> int:
-        memory = linear_attention_flops(tokens, self.shape.heads, self.head, self.head)
-        return memory + convolution_flops(tokens, 4 * self.shape.width, 2)

@@ -2,20 +2,17 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from seqtrain.kernels import delta_rule
 from seqtrain.layers import LowRank, l2norm, token_shift, upcast
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, State
-from seqtrain.mixers._costs import convolution_flops, delta_rule_flops
-from seqtrain.mixers._rwkv import RWKVMixer, blends, depth_ratios, ramp
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers import LayerShape, Past, SequenceContext, State
+from seqtrain.mixers.common.rwkv import RWKVMixer, blends, depth_ratios, ramp
 
-# The decay of a channel is exp(-STRONGEST * sigmoid(...)): at least 0.545 a token.
+# The decay of a channel is exp(-STRONGEST * sigmoid(...)): at least 0.545 per token.
 STRONGEST = math.exp(-0.5)
 
 
@@ -30,11 +27,11 @@ class RWKV7(RWKVMixer):
     @dataclass(frozen=True)
     class Config:
         # Rank of the matrices that make the decay.
-        decay_rank: Annotated[int, Field(gt=0)] = 64
+        decay_rank: PositiveInt = 64
         # Rank of the matrices that make the rate, how much of what is found under c is erased.
-        rate_rank: Annotated[int, Field(gt=0)] = 64
+        rate_rank: PositiveInt = 64
         # Rank of the matrices that make the output gate.
-        gate_rank: Annotated[int, Field(gt=0)] = 128
+        gate_rank: PositiveInt = 128
 
     config: Config
 
@@ -64,10 +61,8 @@ class RWKV7(RWKVMixer):
         self.rate_weight.fill_(1.02)
         self.bonus.fill_(-0.04)
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
-        past, after = state or EMPTY, {}
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
+        after: State = {}
         before, after["shift"] = token_shift(x, past.get("shift"), sequence)
         for_r, for_decay, for_k, for_v, for_rate, for_gate = blends(x, before - x, self.mixes)
         r, v = self.to_heads(self.r(for_r)), self.to_heads(self.v(for_v))
@@ -76,31 +71,12 @@ class RWKV7(RWKVMixer):
         raw = upcast(self.k(for_k))
         removal = l2norm(self.to_heads(raw * self.removal_scale))
         k = self.to_heads(raw * (1 + (rate - 1) * self.rate_weight))
+        beta = torch.ones_like(rate[..., : self.shape.heads])
+        # The operator asks the decayed state, RWKV-7 the one before; a decay of 0.545 or more may be divided by.
+        low_rank = removal * torch.exp(-log_decay), removal * self.to_heads(rate)
         out, after["memory"] = sequence.run(
-            delta_rule,
-            r,
-            k,
-            v,
-            torch.ones_like(rate[..., : self.shape.heads]),
-            log_decay,
-            # The operator asks the decayed state, RWKV-7 the one before; a decay of 0.545 or more may be divided by.
-            removal * torch.exp(-log_decay),
-            removal * self.to_heads(rate),
-            scale=1.0,
-            initial_state=past.get("memory"),
+            delta_rule, r, k, v, beta, log_decay, *low_rank, scale=1.0, initial_state=past.get("memory")
         )
         own = (r * k * self.to_heads(self.bonus)).sum(-1, keepdim=True) * v
         out = (self.norm(out) + own.flatten(2)) * self.gate(for_gate)
         return self.out(out.to(x.dtype)), after
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        return {"shift": (batch, 1, self.shape.width), "memory": self.memory_shape(batch)}
-
-    def weights(self) -> tuple[int, int]:
-        width, config = self.shape.width, self.config
-        ranks = config.decay_rank + config.rate_rank + config.gate_rank
-        return 4 * width * width + 2 * width * ranks, 13 * width
-
-    def operator_flops(self, tokens: int) -> int:
-        memory = delta_rule_flops(tokens, self.shape.heads, self.head, self.head)
-        return memory + convolution_flops(tokens, self.shape.width, 2)

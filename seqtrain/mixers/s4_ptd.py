@@ -1,32 +1,28 @@
 """S4-PTD (Yu et al. 2023, arXiv 2310.01698): a system for every channel, from HiPPO perturbed and diagonalised."""
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from seqtrain.mixers._hippo import Perturbed, hippo_legs, perturbed_legs, report_perturbation
-from seqtrain.mixers._ssm import ChannelwiseConfig, ChannelwiseMixer, channel_readouts
+from seqtrain.mixers.common.hippo import hippo_legs
+from seqtrain.mixers.common.ssm import (
+    ChannelwiseConfig,
+    ChannelwiseMixer,
+    PerturbationConfig,
+    PerturbedStart,
+    channel_readouts,
+)
 
 
-class S4PTD(ChannelwiseMixer):
-    """Starts from `HiPPO-LegS + E`; `spectrum` has the size of E and the condition number of the eigenvectors."""
+class S4PTD(PerturbedStart, ChannelwiseMixer):
+    """Every channel starts from `HiPPO-LegS + E`."""
 
     @dataclass(frozen=True)
-    class Config(ChannelwiseConfig):
-        # E minimises the eigenvectors' condition number + tradeoff * |E|: larger is nearer to HiPPO, worse conditioned.
-        tradeoff: Annotated[float, Field(gt=0)] = 10.0
+    class Config(PerturbationConfig, ChannelwiseConfig):
+        pass
 
     config: Config
-
-    def spectrum(self, size: int) -> Perturbed:
-        """The diagonalised matrix of `size` states that every channel starts from."""
-        # A model on no device is a check: what a run starts from is reported when it is built.
-        if self.decay_log.device.type != "meta":
-            report_perturbation(size, self.config.tradeoff)
-        return perturbed_legs(size, self.config.tradeoff)
 
     def initial_system(self, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         spectrum = self.spectrum(self.config.state)

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from seqtrain.mixers._hippo import hippo_legs, normal_legs
-from seqtrain.mixers._ssm import ChannelwiseConfig, ChannelwiseMixer, channel_readouts
+from seqtrain.mixers.common.hippo import hippo_legs, normal_legs
+from seqtrain.mixers.common.ssm import ChannelwiseConfig, ChannelwiseMixer, channel_readouts
 
 
 class S4D(ChannelwiseMixer):

@@ -1,12 +1,11 @@
 """Sliding-window softmax attention (Beltagy et al. 2020, arXiv 2004.05150): cost and state linear in the window."""
 
 from dataclasses import dataclass
-from typing import Annotated
 
-from pydantic import Field
+from pydantic import PositiveInt
 
-from seqtrain.mixers._attention import AttentionConfig, SoftmaxAttention
-from seqtrain.mixers._base import LayerShape
+from seqtrain.mixers import LayerShape
+from seqtrain.mixers.common.attention import AttentionConfig, SoftmaxAttention
 
 
 class SlidingAttention(SoftmaxAttention):
@@ -15,7 +14,7 @@ class SlidingAttention(SoftmaxAttention):
     @dataclass(frozen=True)
     class Config(AttentionConfig):
         # Tokens a query sees, its own included.
-        window: Annotated[int, Field(gt=0)] = 512
+        window: PositiveInt = 512
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)

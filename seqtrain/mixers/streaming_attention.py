@@ -4,18 +4,15 @@ The first tokens, which a pretrained model's heads look at when they look at not
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from seqtrain.kernels import sink_attention
-from seqtrain.layers import positions
-from seqtrain.mixers._attention import AttentionConfig, SoftmaxAttention
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, State
-from seqtrain.mixers._costs import softmax_attention_flops
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers import LayerShape, Past, SequenceContext, State
+from seqtrain.mixers.common.attention import AttentionConfig, SoftmaxAttention, attend
 
 
 class StreamingAttention(SoftmaxAttention):
@@ -24,9 +21,9 @@ class StreamingAttention(SoftmaxAttention):
     @dataclass(frozen=True)
     class Config(AttentionConfig):
         # Tokens a query sees, its own included.
-        window: Annotated[int, Field(gt=0)] = 512
+        window: PositiveInt = 512
         # First tokens of a document that stay in sight.
-        sinks: Annotated[int, Field(ge=0)] = 4
+        sinks: NonNegativeInt = 4
 
     config: Config
 
@@ -36,29 +33,7 @@ class StreamingAttention(SoftmaxAttention):
         # What an ablation leaves out: the window, which is all there is, or nothing.
         self.without: Literal["", "window"] = ""
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
-        q, k, v = self.project(x)
-        past = dict(state or EMPTY)
-        place, position = positions(x, past.pop("position", None), sequence)
-        out, after = sequence.run(
-            sink_attention,
-            self.rotated(q, place),
-            self.rotated(k, place),
-            v,
-            window=self.config.window,
-            sinks=self.config.sinks,
-            initial_state=past or None,
-        )
-        if self.without:
-            out = torch.zeros_like(out)
-        return self.out(out.flatten(2)), after | {"position": position}
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        sinks = (batch, self.config.sinks, self.groups, self.key)
-        return super().state_shapes(batch, tokens) | {"sink_k": sinks, "sink_v": sinks}
-
-    def operator_flops(self, tokens: int) -> int:
-        seen = self.config.window + self.config.sinks
-        return softmax_attention_flops(tokens, self.shape.heads, self.key, self.key, seen)
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
+        window, sinks = self.config.window, self.config.sinks
+        out, after = attend(sequence, sink_attention, q, k, v, past=past, window=window, sinks=sinks)
+        return torch.zeros_like(out) if self.without else out, after

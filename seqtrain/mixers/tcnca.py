@@ -5,30 +5,27 @@ the residual stream has it already.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from seqtrain.kernels import softmax_attention
 from seqtrain.layers import ShortConvolution, positions, rotate
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
-from seqtrain.mixers._costs import block_attention_flops, convolution_flops
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.mixers.common.attention import attend
 
 
 class TCNCA(Mixer):
     """`c = TCN(x)`, `z = silu(W_z c)`, `o = attention(z, z, v)` in chunks, `y = sigmoid(W_f c) silu(W_h c + W (g o))`.
 
-    The convolution is `depth` residual layers `x + silu(w * x)`, one filter a channel, layer l dilated by `dilation **
-    l`: a token sees the `1 + (W-1) (dilation^depth - 1) / (dilation - 1)` last. q and k are z scaled and shifted, a
-    channel at a time; `v = silu(W_v x)`, `g = silu(W_g c)`. A token attends to the tokens of its own chunk up to
+    The convolution is `depth` residual layers `x + silu(w * x)`, one filter per channel, layer l dilated by
+    `dilation ** l`: a token sees the last `1 + (W-1) (dilation^depth - 1) / (dilation - 1)`. q and k are z scaled and
+    shifted per channel; `v = silu(W_v x)`, `g = silu(W_g c)`. A token attends to the tokens of its own chunk up to
     itself, chunks being counted from the document's start, with positions rotated.
     """
-
-    state_dtypes: ClassVar = {"length": torch.int64, "position": torch.int64}
 
     @dataclass(frozen=True)
     class Config:
@@ -39,11 +36,11 @@ class TCNCA(Mixer):
         # Layers of the convolution.
         conv_depth: Annotated[int, Field(gt=0, le=16)] = 3
         # How many times wider each layer's filters reach than those of the one before.
-        dilation: Annotated[int, Field(gt=0)] = 4
+        dilation: PositiveInt = 4
         # Channels of queries and of keys over model.width, all heads together.
-        expand_key: Annotated[float, Field(gt=0)] = 0.5
+        expand_key: PositiveFloat = 0.5
         # Value channels over model.width, all heads together.
-        expand_value: Annotated[float, Field(gt=0)] = 2.0
+        expand_value: PositiveFloat = 2.0
         # Base of the rotation's wavelengths, in tokens.
         rope_base: Annotated[float, Field(gt=1)] = 10000.0
 
@@ -72,40 +69,21 @@ class TCNCA(Mixer):
         nn.init.ones_(self.scales)
         nn.init.zeros_(self.shifts)
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
-        past, after = dict(state or EMPTY), {}
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
+        after: State = {}
         c = x
         for layer, conv in enumerate(self.convs):
             name = f"conv{layer}"
-            mixed, after[name] = conv(c, past.pop(name, None), sequence)
+            mixed, after[name] = conv(c, past.get(name), sequence)
             c = c + mixed
         keys, inner = len(self.scales) // 2, self.shape.heads * self.value
         z, gate, candidate, update = self.parts(c).split([keys, inner, self.shape.width, self.shape.width], 2)
         qk = F.silu(z).repeat(1, 1, 2) * self.scales + self.shifts  # B T 2*H*K
-        seen = past.pop("position", None)
+        seen = past.get("position")
         place, after["position"] = positions(x, seen, sequence)
         q, k = (rotate(part.unflatten(2, (-1, self.key)), place, self.config.rope_base) for part in qk.chunk(2, 2))
         v = F.silu(self.v(x)).unflatten(2, (-1, self.value))
         chunks = sequence.grouped(self.config.chunk, seen)
-        out, kept = chunks.run(softmax_attention, q, k, v, window=None, initial_state=past or None)
+        out, kept = attend(chunks, softmax_attention, q, k, v, past=past, window=None)
         y = torch.sigmoid(update) * F.silu(candidate + self.out(F.silu(gate) * out.flatten(2)))
         return y, after | kept
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        config, rows = self.config, (batch, self.config.chunk - 1, self.shape.heads)
-        reach = [(config.conv_width - 1) * config.dilation**layer for layer in range(config.conv_depth)]
-        convs = {f"conv{layer}": (batch, past, self.shape.width) for layer, past in enumerate(reach)}
-        return convs | {"k": (*rows, self.key), "v": (*rows, self.value), "length": (batch,), "position": (batch,)}
-
-    def weights(self) -> tuple[int, int]:
-        width, keys, inner = self.shape.width, self.shape.heads * self.key, self.shape.heads * self.value
-        return width * (
-            keys + 3 * inner + 2 * width
-        ), width * self.config.conv_width * self.config.conv_depth + 4 * keys
-
-    def operator_flops(self, tokens: int) -> int:
-        config = self.config
-        convs = config.conv_depth * convolution_flops(tokens, self.shape.width, config.conv_width)
-        return convs + block_attention_flops(tokens, self.shape.heads, self.key, self.value, config.chunk)

@@ -1,4 +1,4 @@
-"""Tensor (Kronecker) attention: every output weighs pairs of past tokens (MATH.md 1.4), at a cost linear in T."""
+"""Tensor (Kronecker) attention: outputs weigh pairs of past tokens at a cost linear in T (docs/math.md, 1.4)."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -7,11 +7,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from seqtrain.kernels import feature_count, tensor_attention
+from seqtrain.kernels import tensor_attention
 from seqtrain.layers import HeadNorm, HeadProjections, l2norm, upcast
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
-from seqtrain.mixers._costs import tensor_attention_flops
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
 
 
 class TensorAttention(Mixer):
@@ -23,7 +21,7 @@ class TensorAttention(Mixer):
 
     @dataclass(frozen=True)
     class Config:
-        # Key channels a head, K: there are (K+1)(K+2)/2 features at degree 2, so it is small.
+        # Key channels per head, K: there are (K+1)(K+2)/2 features at degree 2, so it is small.
         key: Annotated[int, Field(gt=0, le=32)] = 4
         # Degree of the polynomial that stands for exp.
         degree: Literal[2, 4] = 2
@@ -37,7 +35,6 @@ class TensorAttention(Mixer):
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
         self.value = self.part_of_width()
-        self.features = feature_count(config.key, config.degree)
         widths = (config.key, config.key, config.key, self.value, self.value)
         self.parts = HeadProjections(shape.width, shape.heads, widths, conv_width=config.conv_width)
         self.temperature = nn.Parameter(torch.zeros(shape.heads))
@@ -47,35 +44,11 @@ class TensorAttention(Mixer):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         nn.init.zeros_(self.temperature)
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
-        past = state or EMPTY
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k1, k2, v1, v2), after = self.parts(x, past.get("conv"), sequence)
         tau = self.config.largest_temperature * torch.sigmoid(self.temperature)  # H
-        q = (l2norm(upcast(q)) * tau[:, None]).to(q.dtype)
+        parts = (l2norm(upcast(q)) * tau[:, None]).to(q.dtype), l2norm(k1), l2norm(k2), v1, v2
         out, after["memory"] = sequence.run(
-            tensor_attention,
-            q,
-            l2norm(k1),
-            l2norm(k2),
-            v1,
-            v2,
-            degree=self.config.degree,
-            scale=1.0,
-            initial_state=past.get("memory"),
+            tensor_attention, *parts, degree=self.config.degree, scale=1.0, initial_state=past.get("memory")
         )
         return self.out(self.norm(out)), after
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        memory = (batch, self.shape.heads, 2, self.features, self.value + 1)
-        return {"memory": memory, **self.parts.state_shapes(batch)}
-
-    def weights(self) -> tuple[int, int]:
-        matrices, others = self.parts.weights()
-        heads = self.shape.heads
-        return matrices + heads * self.value * self.shape.width, others + heads + self.value
-
-    def operator_flops(self, tokens: int) -> int:
-        memory = tensor_attention_flops(tokens, self.shape.heads, self.features, self.value)
-        return memory + self.parts.flops(tokens)

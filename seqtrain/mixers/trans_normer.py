@@ -1,17 +1,15 @@
 """TransNormer ("The Devil in Linear Transformer", 2022, arXiv 2210.10340): DiagAttention below, NormAttention above."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention, softmax_attention
 from seqtrain.layers import FEATURE_MAPS, HeadNorm, HeadProjections, positions, rotate
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
-from seqtrain.mixers._costs import block_attention_flops, linear_attention_flops
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.mixers.common.attention import attend
 
 
 class TransNormer(Mixer):
@@ -23,14 +21,12 @@ class TransNormer(Mixer):
     keys of both are rotated by position (the paper's relative encoding for linear attention turns them as well).
     """
 
-    state_dtypes: ClassVar = {"length": torch.int64, "position": torch.int64}
-
     @dataclass(frozen=True)
     class Config:
         # Share of the model's layers, counted from the first, that are DiagAttention.
         diag_share: Annotated[float, Field(ge=0, le=1)] = 0.5
         # Tokens of a block of DiagAttention; blocks are counted from a document's start.
-        block: Annotated[int, Field(gt=0)] = 64
+        block: PositiveInt = 64
         # What queries and keys of NormAttention pass through: elu (elu + 1) or relu.
         feature_map: Literal["elu", "relu"] = "elu"
         # Base of the rotation's wavelengths, in tokens.
@@ -40,43 +36,22 @@ class TransNormer(Mixer):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        self.head = self.part_of_width()
-        if self.head % 2:
-            raise self.config_error("rope_base", config.rope_base, f"needs an even head width, not {self.head}")
+        self.head = self.even_part_of_width()
         self.diagonal = shape.index < config.diag_share * shape.depth
         self.feature_map = FEATURE_MAPS[config.feature_map][0]
         self.qkv = HeadProjections(shape.width, shape.heads, 3 * (self.head,))
         self.norm = None if self.diagonal else HeadNorm(self.head)
         self.out = nn.Linear(shape.width, shape.width, bias=False)
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
-        past = dict(state or EMPTY)
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), _ = self.qkv(x, None, sequence)
-        seen = past.pop("position", None)
+        seen = past.get("position")
         place, position = positions(x, seen, sequence)
         if self.norm is None:
             q, k = (rotate(part, place, self.config.rope_base) for part in (q, k))
             blocks = sequence.grouped(self.config.block, seen)
-            out, after = blocks.run(softmax_attention, q, k, v, window=None, initial_state=past or None)
+            out, after = attend(blocks, softmax_attention, q, k, v, past=past, window=None)
             return self.out(out.flatten(2)), after | {"position": position}
         q, k = (rotate(self.feature_map(part), place, self.config.rope_base) for part in (q, k))
         out, memory = sequence.run(linear_attention, q, k, v, initial_state=past.get("memory"))
         return self.out(self.norm(out)), {"memory": memory, "position": position}
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        heads, head = self.shape.heads, self.head
-        if self.diagonal:
-            rows = (batch, self.config.block - 1, heads, head)
-            return {"k": rows, "v": rows, "length": (batch,), "position": (batch,)}
-        return {"memory": (batch, heads, head, head), "position": (batch,)}
-
-    def weights(self) -> tuple[int, int]:
-        return 4 * self.shape.width**2, 0 if self.diagonal else self.head
-
-    def operator_flops(self, tokens: int) -> int:
-        heads, head = self.shape.heads, self.head
-        if self.diagonal:
-            return block_attention_flops(tokens, heads, head, head, self.config.block)
-        return linear_attention_flops(tokens, heads, head, head)

@@ -4,14 +4,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.kernels import ttt_linear
 from seqtrain.layers import HeadNorm, HeadProjections, l2norm, upcast
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
-from seqtrain.mixers._costs import ttt_linear_flops
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
 
 
 class TTTLinear(Mixer):
@@ -23,14 +21,12 @@ class TTTLinear(Mixer):
     answer is normalised by its root mean square and gated by SiLU.
     """
 
-    affine = False
-
     @dataclass(frozen=True)
     class Config:
         # Tokens of a mini-batch, whose gradients are all taken at the same state.
         mini_batch: Annotated[int, Field(gt=0, le=128)] = 16
-        # Largest learning rate of the inner model, for a token that wants to be learned fully.
-        base_rate: Annotated[float, Field(gt=0)] = 1.0
+        # Largest learning rate of the inner model: the rate for a gate of 1.
+        base_rate: PositiveFloat = 1.0
         # Tokens under the short convolution of q, k and v; 0: none.
         conv_width: Annotated[int, Field(ge=0, le=16)] = 4
 
@@ -62,39 +58,15 @@ class TTTLinear(Mixer):
         nn.init.zeros_(self.norm_bias)
         nn.init.zeros_(self.extra_share)
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
-        past = state or EMPTY
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)
         q, k = (l2norm(upcast(part)) * self.head**0.5 for part in (q, k))
         # Over K, the squared length of a key: a rate of 1 then cancels a token's error, but for the LayerNorm.
         rate = self.config.base_rate / self.head * torch.sigmoid(upcast(self.rate(x)))
         place = torch.arange(1, self.config.mini_batch + 1, dtype=self.extra_share.dtype, device=x.device)
         shares = (1 / place + self.extra_share).clamp(min=0)
-        out, after["memory"] = sequence.run(
-            ttt_linear,
-            q,
-            k,
-            v,
-            rate,
-            self.start.view(self.shape.heads, self.head + 1, self.head),
-            self.norm_weight.view(self.shape.heads, self.head),
-            self.norm_bias.view(self.shape.heads, self.head),
-            shares,
-            initial_state=past.get("memory"),
-        )
+        per_head = (self.shape.heads, -1, self.head)
+        start, norm = self.start.view(per_head), (self.norm_weight, self.norm_bias)
+        learned = start, *(part.view(self.shape.heads, self.head) for part in norm), shares
+        out, after["memory"] = sequence.run(ttt_linear, q, k, v, rate, *learned, initial_state=past.get("memory"))
         return self.out(self.norm(out, self.gate(x)).to(x.dtype)), after
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        memory = (batch, self.shape.heads, 2 * self.head + 3, self.head)
-        return {"memory": memory, **self.qkv.state_shapes(batch)}
-
-    def weights(self) -> tuple[int, int]:
-        matrices, others = self.qkv.weights()
-        width, heads = self.shape.width, self.shape.heads
-        inner = heads * (self.head + 1) * self.head + 2 * width + self.config.mini_batch
-        return matrices + width * (2 * width + heads), others + heads + inner + self.head
-
-    def operator_flops(self, tokens: int) -> int:
-        return ttt_linear_flops(tokens, self.shape.heads, self.head) + self.qkv.flops(tokens)

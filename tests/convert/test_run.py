@@ -174,7 +174,7 @@ def rename_the_architecture(folder):
         (None, ["source_sha256=abc"], "but source_sha256=abc"),
         (None, ["keep=[0,1,2]"], "leaves no layer to convert"),
         (None, ["keep=nowhere.json"], "keep=nowhere.json: no such file"),
-        (None, ["target=kda", "layer.combine=denominator"], "memory=kda has no mass"),
+        (None, ["target=kda", "layer.combine=denominator"], "memory=kda has no normalizer"),
         (None, ["verify.texts.code=nowhere.txt"], "verify.texts.code=nowhere.txt: no such file"),
         (None, ["verify.tokens=10000000"], "verify.tokens=10000000; use fewer, or a longer text"),
     ],

@@ -9,7 +9,7 @@ from seqtrain.config import compose_config
 from seqtrain.convert.architecture import architecture_of
 from seqtrain.convert.export import export
 from seqtrain.convert.policy import kept_layers
-from seqtrain.convert.settings import LIGER, TARGETS, read_convert_config
+from seqtrain.convert.settings import is_liger, read_convert_config, targets
 from seqtrain.convert.sources import open_source
 from seqtrain.convert.student import load_student, student_of, teacher_beside
 from seqtrain.convert.verify import end_checks, start_checks
@@ -46,7 +46,7 @@ def failed(found):
     return [check for check in found if not check["passed"]]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", targets())
 @pytest.mark.parametrize("kind", FAMILIES)
 @torch.no_grad()
 def test_every_family_becomes_every_target(transformers_on_disk, tmp_path, kind, target):
@@ -62,7 +62,7 @@ def test_every_family_becomes_every_target(transformers_on_disk, tmp_path, kind,
     found = start_checks(teacher, student, tokens) + end_checks(student, tokens)
     assert failed(found) == []
     names = " ".join(each["name"] for each in found)
-    assert ("the first 16 tokens are the teacher's" in names) == (target not in LIGER)
+    assert ("the first 16 tokens are the teacher's" in names) == (not is_liger(target))
     assert ("bytes the state grows" in names) == (kept == ())
     assert student.parameter_count() == sum(parameter.numel() for parameter in student.parameters())
     expected = student(tokens, all_logits=True)[0]
@@ -91,7 +91,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("target", [target for target in TARGETS if target not in LIGER])
+@pytest.mark.parametrize("target", [target for target in targets() if not is_liger(target)])
 def test_every_target_can_be_laid_out_in_every_way(transformers_on_disk, target, layout):
     _, folder = transformers_on_disk("qwen3")
     overrides, layers = LAYOUTS[layout]
@@ -105,7 +105,7 @@ def test_every_target_can_be_laid_out_in_every_way(transformers_on_disk, target,
     assert student.parameter_count() == sum(parameter.numel() for parameter in student.parameters())
 
 
-@pytest.mark.parametrize("target", LIGER)
+@pytest.mark.parametrize("target", [target for target in targets() if is_liger(target)])
 def test_ligers_layers_mix_with_softmax_ones(transformers_on_disk, target):
     _, folder = transformers_on_disk("qwen3")
     config = settings(folder, f"target={target}", "keep=every:3", "layer.window=9")
@@ -167,13 +167,14 @@ def test_own_windows_stay_within_the_teachers(transformers_on_disk):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["target=s5"], "Known: delta_net, gated_delta_net, gla, gsa, hgrn2, kda, liger_gla, liger_gsa, liger_hgrn2, "),
         (["target=gated_deltanet"], "target 'gated_deltanet' is unknown; did you mean 'gated_delta_net'?"),
         (["layer.sinks=0"], "layer.sinks=0: a window that loses the first tokens breaks most models"),  # trap 1
         (["keep=evry:2"], "keep=evry:2: must be none, every:K, budget:N"),
         (["target=gla", "layer.arrangement=alternate", "layer.window=0"], "layer.arrangement=alternate needs a window"),
         (["target=liger_gsa", "layer.arrangement=alternate"], "target=liger_gsa has both parts in one layer"),
-        (["target=kda", "layer.tied_gate=true"], "layer.tied_gate=true: is of target=gla, not target=kda"),
-        (["target=liger_gla", "layer.window=0"], "layer.window=0: target=liger_gla is half a window"),
+        (["target=kda", "layer.tied_gate=true"], "layer.tied_gate=true: target=kda has no tied gate"),
+        (["target=liger_gla", "layer.window=0"], "layer.window=0: target=liger_gla averages a window"),
         (["layer.widow=3"], "did you mean 'layer.window'?"),
         (["dtype=int8"], "dtype=int8: must be"),
         (["recipe=magic"], "recipe= 'magic' is unknown"),

@@ -34,3 +34,26 @@ def merged(out):
 
 def rms(out, weight):
     return out / (out.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def rotated(part, base=10000.0):
+    """`[B,H,T,K]` turned by position, channel i with channel i + K/2."""
+    half = part.shape[-1] // 2
+    rates = base ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(part.shape[2], dtype=torch.float64)[:, None] * rates
+    turned = torch.complex(part[..., :half], part[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+def unit(part):
+    """Of length 1 along the last dimension."""
+    return part / (part.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def decayed(q, k, v, decay):
+    """`S = diag(a) S + k^T v`, token by token, on `[B,H,T,*]`, read by `q / sqrt(K)`."""
+    state, out = torch.zeros(2, HEADS, q.shape[-1], v.shape[-1], dtype=torch.float64), []
+    for t in range(q.shape[2]):
+        state = decay[:, :, t, :, None] * state + k[:, :, t, :, None] * v[:, :, t, None]
+        out.append((q[:, :, t, None] @ state)[:, :, 0])
+    return torch.stack(out, 2) * q.shape[-1] ** -0.5

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.testing import boundaries, relative_error
-from tests.mixers.definition_cases import HEADS, TOKENS, WIDTH, build, heads, merged, x
+from tests.mixers.definition_cases import HEADS, TOKENS, WIDTH, build, heads, merged, rms, unit, x
 
 HEAD = WIDTH // HEADS
 
@@ -133,7 +133,7 @@ def test_delta_product(steps, negative, largest):
     mixer = build("delta_product", expand_key=1.0, expand_value=1.0, **fields)
     q, k, v = heads(mixer.qkv.linear(x()), 8, 8 * steps, 8 * steps)
     k, v = (part.unflatten(3, (steps, 8)) for part in (k, v))  # B H T steps K
-    q, k = (part / (part.square().sum(-1, keepdim=True) + 1e-6).sqrt() for part in (q, k))
+    q, k = unit(q), unit(k)
     beta = largest * torch.sigmoid(mixer.beta(x())).unflatten(2, (HEADS, steps)).transpose(1, 2)
     decay = torch.exp(-mixer.rate_log.exp() * F.softplus(mixer.decay(x()) + mixer.step_bias)).transpose(1, 2)
     state, rows = torch.zeros(2, HEADS, 8, 8, dtype=torch.float64), []
@@ -144,7 +144,7 @@ def test_delta_product(steps, negative, largest):
             state = state + beta[:, :, t, step, None, None] * key.mT @ (value - key @ state)
         rows.append((q[:, :, t, None] @ state)[:, :, 0] / 8**0.5)
     out = torch.stack(rows, 2)
-    out = out / (out.square().mean(-1, keepdim=True) + 1e-6).sqrt() * mixer.norm.norm.weight
+    out = rms(out, mixer.norm.norm.weight)
     # Initial step sizes are drawn in float32.
     assert relative_error(mixer(x())[0], mixer.out(merged(out) * F.silu(mixer.gate(x())))) < 1e-9
 
@@ -175,7 +175,7 @@ def test_ttt_linear():
         if t % 4 == 3:
             memory, total = now, torch.zeros_like(total)
     out = torch.stack(rows, 2)
-    out = out / (out.square().mean(-1, keepdim=True) + 1e-6).sqrt() * mixer.norm.norm.weight
+    out = rms(out, mixer.norm.norm.weight)
     assert relative_error(mixer(x())[0], mixer.out(merged(out) * F.silu(mixer.gate(x())))) < 1e-9
 
 

@@ -7,19 +7,11 @@ import torch.nn.functional as F
 from seqtrain.mixers.dydila import choice
 from seqtrain.mixers.mala import magnitude_aware_weights
 from seqtrain.testing import relative_error
-from tests.mixers.definition_cases import TOKENS, build, heads, merged, rms, x
+from tests.mixers.definition_cases import TOKENS, build, heads, merged, rms, rotated, x
 
 
 def elu(features):
     return F.elu(features) + 1
-
-
-def rotated(part):
-    """`[B,H,T,K]` turned by position, channel i with channel i + K/2."""
-    half = part.shape[-1] // 2
-    angle = torch.arange(TOKENS)[:, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-    turned = torch.complex(part[..., :half], part[..., half:]) * torch.polar(torch.ones_like(angle), angle)
-    return torch.cat([turned.real, turned.imag], -1)
 
 
 @pytest.mark.parametrize(("feature_map", "phi"), [("elu", elu), ("relu", torch.relu)])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS, LayerShape
-from seqtrain.mixers._memories import MEMORIES
+from seqtrain.mixers.linearized_attention import recurrent_mixers
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.testing import boundaries, relative_error
 
@@ -14,7 +14,8 @@ WIDTH, HEADS = 24, 4
 WINDOW, SINKS = 5, 2
 EXACT = 1e-12
 PROJECTIONS = {"query_group": 2, "qk_norm": True, "qkv_bias": True, "head_width": 10}
-ADDITIVE = [name for name in MEMORIES if name not in ("delta_net", "gated_delta_net", "kda", "gsa")]
+MEMORIES = recurrent_mixers()
+NORMALIZED = [name for name in MEMORIES if MIXERS.get(name).recurrence.has_normalizer]
 every_memory = pytest.mark.parametrize("memory", MEMORIES)
 
 
@@ -55,11 +56,12 @@ def _stepped(mixer, piece, state):
     return out[:, None], state
 
 
+@pytest.mark.all
 @every_memory
 @pytest.mark.parametrize("window", [0, WINDOW])
 @torch.no_grad()
 def test_prefill_and_steps_equal_the_whole(memory, window):
-    """Trap 10: a first piece below, at and above the window, of one token, in chunks, then token by token."""
+    """A first piece below, at and above the window, of one token, in chunks, then token by token."""
     mixer, x = hybrid(memory, window=window), inputs(24)
     whole = in_pieces(mixer, x, [24])
     for first in (1, WINDOW - 1, WINDOW, WINDOW + 1, 19):
@@ -89,11 +91,11 @@ def decay_between(written, tokens):
     return (total[:, :, :, None] - total[:, :, None]).exp()
 
 
-@pytest.mark.parametrize("memory", ADDITIVE)
+@pytest.mark.parametrize("memory", NORMALIZED)
 @pytest.mark.parametrize("group", [1, 2])
 @torch.no_grad()
 def test_window_sinks_and_memory_equal_the_quadratic_form(memory, group):
-    """Trap 7: every past token is counted once, by the window, as a sink, or by the memory, in the order it left."""
+    """Every past token is counted once, by the window, as a sink, or by the memory, in the order it left."""
     mixer, tokens = hybrid(memory, query_group=group), 30
     x = inputs(tokens)
     q, k, v = mixer.project(x)
@@ -136,7 +138,7 @@ def softmax_layer(mixer, **fields):
 @every_memory
 @torch.no_grad()
 def test_within_the_window_it_is_softmax_attention(memory):
-    """Traps 3, 4, 16: with norms, biases and free head widths; also where T equals the number of heads, or one."""
+    """With norms, biases and free head widths; also where T equals the number of heads, or one."""
     for tokens in (1, HEADS, 40):
         mixer = hybrid(memory, window=40)
         x = inputs(tokens)
@@ -147,7 +149,7 @@ def test_within_the_window_it_is_softmax_attention(memory):
 @pytest.mark.parametrize("sinks", [0, SINKS])
 @torch.no_grad()
 def test_a_memory_that_counts_nothing_leaves_window_and_sinks(memory, sinks):
-    """Trap 5, and trap 11: the window has as many keys as that of `sliding_attention`."""
+    """The window has as many keys as that of `sliding_attention`."""
     mixer, x = hybrid(memory, sinks=sinks), inputs(30)
     mixer.opening.fill_(-torch.inf)
     fields = {"window": WINDOW, "sinks": sinks} if sinks else {"window": WINDOW}
@@ -176,7 +178,7 @@ def test_ablating_the_window_leaves_the_memory_of_older_tokens(memory):
 @pytest.mark.parametrize("window", [0, WINDOW])
 @torch.no_grad()
 def test_key_heads_are_shared_by_neighbouring_query_heads(memory, window):
-    """Trap 2: repeated by heads, not by rows; and the state is kept once a key head."""
+    """Repeated by heads, not by rows; and the state is kept once a key head."""
     shared = hybrid(memory, window=window)
     x, (_, state) = inputs(20), shared(inputs(20))
     q, k, v = (part.detach() for part in shared.project(x))
@@ -190,13 +192,15 @@ def test_key_heads_are_shared_by_neighbouring_query_heads(memory, window):
         if mass is not None:
             assert relative_error(mass[:, :, head], my_mass[:, :, head]) < EXACT
     assert {key: tuple(value.shape) for key, value in state.items()} == shared.state_shapes(2)
-    assert state[next(iter(shared.memory.state_shapes(2)))].shape[1] == HEADS // 2
+    recurrent = {"slot_keys", "slot_values"} if memory == "gsa" else {"memory"}
+    assert {state[name].shape[1] for name in recurrent} == {HEADS // 2}
 
 
+@pytest.mark.all
 @every_memory
 @torch.no_grad()
 def test_the_memory_stays_as_large_as_the_window(memory):
-    """Trap 6: what it gives does not outgrow the window's part with the number of tokens."""
+    """What it gives does not outgrow the window's part with the number of tokens."""
     torch.manual_seed(0)
     cls = MIXERS.get("linearized_attention")
     mixer, tokens = cls(cls.Config(memory=memory, window=8, sinks=2), LayerShape(64, 4)), 512
@@ -218,12 +222,12 @@ def test_the_memory_stays_as_large_as_the_window(memory):
     [
         (
             {"memory": "kda", "combine": "denominator"},
-            "linearized_attention.combine=denominator: memory=kda has no mass",
+            "linearized_attention.combine=denominator: memory=kda has no normalizer",
         ),
         ({"head_width": 7}, "linearized_attention.head_width=7: a head has 7 channels"),
         ({"rope_stretch": (1.0, 2.0)}, r"rope_stretch=\[2 numbers\]: a head of 10 channels has 5"),
         ({"query_group": 3}, "query_group=3: must divide model.heads=4"),
-        ({"memory": "kda", "tied_gate": True}, "tied_gate=true: is of memory=gla, not memory=kda"),
+        ({"memory": "kda", "tied_gate": True}, "tied_gate=true: memory=kda has no tied gate"),
     ],
 )
 def test_mistakes_are_named(fields, message):
@@ -258,6 +262,7 @@ def test_liger_is_what_was_published(name):
     assert sum(p.numel() for p in mixer.parameters()) == sum(p.numel() for p in softmax_layer(mixer).parameters())
 
 
+@pytest.mark.all
 @every_memory
 @pytest.mark.parametrize("window", [0, WINDOW])
 @torch.no_grad()

@@ -6,17 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seqtrain.errors import ConfigError
-from seqtrain.mixers import MIXERS, LayerShape
 from seqtrain.testing import relative_error
-
-WIDTH, HEADS, TOKENS = 16, 2, 30
+from tests.mixers.definition_cases import TOKENS, WIDTH, decayed, heads, merged, rms, rotated, x
+from tests.mixers.definition_cases import build as build_plain
 
 
 def build(name, **fields):
-    torch.manual_seed(4)
-    cls = MIXERS.get(name)
-    mixer = cls(cls.Config(**fields), LayerShape(WIDTH, HEADS, 1, 4)).double()
+    """With vectors moved from where they start, so that none hides behind an initial 0 or 1."""
+    mixer = build_plain(name, index=1, **fields)
     with torch.no_grad():
         for parameter in mixer.parameters():
             if parameter.dim() == 1:
@@ -24,26 +21,8 @@ def build(name, **fields):
     return mixer
 
 
-def x():
-    return torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-
-
-def heads(part):
-    return part.unflatten(2, (HEADS, -1)).transpose(1, 2)  # B H T K
-
-
-def turned(part, base=10000.0):
-    """Rotated by position: channel i with channel i + K/2."""
-    half = part.shape[-1] // 2
-    angle = torch.arange(TOKENS, dtype=torch.float64)[:, None] * base ** (
-        -torch.arange(half, dtype=torch.float64) / half
-    )
-    whole = torch.complex(part[..., :half], part[..., half:]) * torch.polar(torch.ones_like(angle), angle)
-    return torch.cat([whole.real, whole.imag], -1)
-
-
 def attention(q, k, v, seen):
-    scores = turned(q) @ turned(k).mT / math.sqrt(q.shape[-1])
+    scores = rotated(q) @ rotated(k).mT / math.sqrt(q.shape[-1])
     return scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
 
 
@@ -62,7 +41,8 @@ def test_tcnca():
     (scale_q, scale_k), (shift_q, shift_k) = mixer.scales.split(8), mixer.shifts.split(8)
     q, k = F.silu(z) * scale_q + shift_q, F.silu(z) * scale_k + shift_k
     seen = (KEY <= QUERY) & (KEY // 7 == QUERY // 7)
-    out = attention(heads(q), heads(k), heads(F.silu(mixer.v(x()))), seen).transpose(1, 2).flatten(2)
+    (q,), (k,), (v,) = heads(q, 4), heads(k, 4), heads(F.silu(mixer.v(x())), 16)
+    out = merged(attention(q, k, v, seen))
     expected = update.sigmoid() * F.silu(candidate + mixer.out(F.silu(gate) * out))
     assert relative_error(mixer(x())[0], expected) < 1e-11
 
@@ -81,34 +61,11 @@ def test_tcnca_reaches_as_far_as_its_convolution_and_its_chunk():
 @torch.no_grad()
 def test_the_intra_layer_hybrid(full):
     mixer = build("intra_hybrid", window=5, full=full)
-    q, k, v = (heads(part) for part in mixer.qkv.linear(x()).split(WIDTH, 2))
-    decay = heads(torch.sigmoid(mixer.forget(x())) ** (1 / 16))
-    state, out = torch.zeros(2, HEADS, 8, 8, dtype=torch.float64), []
-    for t in range(TOKENS):
-        state = decay[:, :, t, :, None] * state + k[:, :, t, :, None] * v[:, :, t, None]
-        out.append((q[:, :, t, None] @ state)[:, :, 0] / math.sqrt(8))
-    branches = [torch.stack(out, 2), attention(q, k, v, (KEY <= QUERY) & (KEY > QUERY - 5))]
+    q, k, v = heads(mixer.qkv.linear(x()), 8, 8, 8)
+    (decay,) = heads(torch.sigmoid(mixer.forget(x())) ** (1 / 16), 8)
+    branches = [decayed(q, k, v, decay), attention(q, k, v, (KEY <= QUERY) & (KEY > QUERY - 5))]
     branches += [attention(q, k, v, KEY <= QUERY)] if full else []
-    summed = 0
-    for branch, norm in zip(branches, mixer.norms, strict=True):
-        normed = branch / (branch.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.norm.weight
-        summed = summed + normed.transpose(1, 2).flatten(2)
+    pairs = zip(branches, mixer.norms, strict=True)
+    summed = sum(merged(rms(branch, norm.norm.weight)) for branch, norm in pairs)
     assert relative_error(mixer(x())[0], mixer.out(summed)) < 1e-11
     assert mixer.constant_state == (not full)
-
-
-@pytest.mark.parametrize(
-    ("name", "fields", "message"),
-    [
-        (
-            "tcnca",
-            {"expand_key": 0.125},
-            "mixer.tcnca.expand_key=0.125: times model.width=16 over model.heads=2 must be",
-        ),
-        ("tcnca", {"expand_value": 0.3}, "mixer.tcnca.expand_value=0.3: times model.width=16 must be divisible"),
-    ],
-)
-def test_a_setting_that_does_not_fit_is_one_line(name, fields, message):
-    with pytest.raises(ConfigError) as caught:
-        build(name, **fields)
-    assert str(caught.value).startswith(message)

@@ -138,8 +138,15 @@ def test_counts(tie_embeddings):
         sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
         + model.head.weight.numel()
     )
-    operators = sum(block.mixer.operator_flops(40) for block in model.blocks)
-    assert model.flops(40) == 2 * 40 * matrices + operators
+    operators = [
+        6 * 40 * 2 * 12 * 24 + 2 * 40 * 4 * 96,  # the delta rule, 6 T H K V, and a convolution, 2 T W channels
+        4 * 40 * 2 * 8 * 16,  # linear attention: 4 T H K V
+        4 * 40 * 2 * 16 * 16,
+        8 * 40 * 16,  # a complex scan of P states: 8 T P
+        7 * 40 * 2 * 15 * 17 + 2 * 40 * 4 * 88,  # tensor attention of F features: 7 T H F (V+1); a convolution
+        40 * 41 // 2 * 2 * 2 * (16 + 16),  # softmax attention: 2 H (K+V) for each pair
+    ]
+    assert model.flops(40) == 2 * 40 * matrices + sum(operators)
     with torch.no_grad():
         _, state = model(tokens)
     assert model.state_bytes(40) == sum(value.nbytes for layer in state for value in layer.values())

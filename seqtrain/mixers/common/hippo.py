@@ -4,9 +4,6 @@ HiPPO-LegS has eigenvectors whose condition number grows exponentially with its 
 is. S4D and S5 keep its normal part only. Perturb-then-diagonalize (Yu et al. 2023, arXiv 2310.01698) adds a small
 matrix E first, chosen to make the eigenvectors of the sum well-conditioned: what is diagonalised is then close to
 HiPPO at every frequency, which the normal part is not.
-
-    systems = legs_systems(64, tradeoff=100.0)
-    error = systems["normal"].output(u, 0.01) - systems["hippo"].output(u, 0.01)
 """
 
 import logging
@@ -49,14 +46,15 @@ def hippo_legs(size: int) -> tuple[Tensor, Tensor]:
     return -torch.tril(scale[:, None] * scale, -1) - torch.diag(n + 1), scale
 
 
-def _rank_one(size: int) -> Tensor:
-    """p such that `A + p p^T` is normal (S4D, arXiv 2206.11893, section 4)."""
-    return (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5).sqrt()
+def rank_one(size: int) -> Tensor:
+    """`p p^T: [P,P]` such that `A + p p^T` is normal (S4D, arXiv 2206.11893, section 4)."""
+    p = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5).sqrt()
+    return p[:, None] * p
 
 
 def normal_legs(size: int) -> Spectrum:
     """The normal part of HiPPO-LegS; `size` is even. Eigenvalues have real part -1/2, eigenvectors are unitary."""
-    matrix = hippo_legs(size)[0] + _rank_one(size)[:, None] * _rank_one(size)
+    matrix = hippo_legs(size)[0] + rank_one(size)
     # Normal with real part -1/2: minus i times what is skew in it is Hermitian.
     skew = (matrix - matrix.T) / 2
     frequency, vectors = torch.linalg.eigh(skew * -1j)
@@ -70,12 +68,15 @@ def perturbed_legs(size: int, tradeoff: float) -> Perturbed:
     """HiPPO-LegS plus the `E = share * p p^T` of least `condition of the eigenvectors + tradeoff * |E|`.
 
     `size` is even. p p^T, at share 1, makes HiPPO normal. Among perturbations those along it are the ones that hardly
-    change the answer to HiPPO's own input vector, which is parallel to p: `(s - A - E)^-1 p = (s - A)^-1 p / (1 - share
-    * h(s))` with `h(s) = p^T (s - A)^-1 p`, at most 1 in absolute value on the imaginary axis. Descent over all
+    change the answer to HiPPO's own input vector, which is parallel to p:
+
+        (s - A - E)^-1 p = (s - A)^-1 p / (1 - share * h(s)),    h(s) = p^T (s - A)^-1 p
+
+    with h at most 1 in absolute value on the imaginary axis. Descent over all
     matrices E found eigenvectors twice as well conditioned at a smaller |E|, and moved the transfer function 100 times
     as far. The sum is stable and has no real eigenvalue. The same for every call; cached.
     """
-    legs, rank_one = hippo_legs(size)[0], _rank_one(size)[:, None] * _rank_one(size)
+    legs, added = hippo_legs(size)[0], rank_one(size)
     best: tuple[float, Perturbed] | None = None
     shares = [0.5**halvings for halvings in range(2 * int(math.log2(size)) + 3)]
     for refined in (False, True):
@@ -83,7 +84,7 @@ def perturbed_legs(size: int, tradeoff: float) -> Perturbed:
             assert best is not None, size  # share 1 has no real eigenvalue
             shares = [best[1].share * 2 ** (quarter / 4) for quarter in (-3, -2, -1, 1, 2, 3)]
         for share in shares:
-            found = _perturb(legs, rank_one, share)
+            found = _perturb(legs, added, share)
             loss = math.inf if found is None else found.condition + tradeoff * found.size
             if found is not None and (best is None or loss < best[0]):
                 best = (loss, found)
@@ -101,9 +102,9 @@ def report_perturbation(size: int, tradeoff: float) -> None:
     )
 
 
-def _perturb(legs: Tensor, rank_one: Tensor, share: float) -> Perturbed | None:
-    """`legs + share * rank_one` diagonalised; None where an eigenvalue is real or grows."""
-    values, vectors = torch.linalg.eig(legs + share * rank_one)
+def _perturb(legs: Tensor, added: Tensor, share: float) -> Perturbed | None:
+    """`legs + share * added` diagonalised; None where an eigenvalue is real or grows."""
+    values, vectors = torch.linalg.eig(legs + share * added)
     half = values.imag > 0
     if 2 * int(half.sum()) != len(values) or not (values.real < 0).all():
         return None
@@ -112,53 +113,6 @@ def _perturb(legs: Tensor, rank_one: Tensor, share: float) -> Perturbed | None:
         vectors[:, half],
         torch.linalg.inv(vectors)[half],
         share=share,
-        size=share * rank_one.diagonal().sum().item(),
+        size=share * added.diagonal().sum().item(),
         condition=torch.linalg.cond(vectors).item(),
     )
-
-
-@dataclass(frozen=True)
-class StateSystem:
-    """`x' = A x + B u`, `y = C x` with one input and one output, in real matrices: `a: [P,P]`, `b: [P]`, `c: [P]`."""
-
-    a: Tensor
-    b: Tensor
-    c: Tensor
-
-    def response(self, frequency: Tensor) -> Tensor:
-        """The transfer function on the imaginary axis, `C (i w - A)^-1 B`: float `[F]` -> complex128 `[F]`."""
-        wide = torch.complex128
-        eye = torch.eye(self.a.shape[0], dtype=wide)
-        matrices = 1j * frequency.to(torch.float64)[:, None, None] * eye - self.a.to(wide)
-        return torch.linalg.solve(matrices, self.b.to(wide).expand(len(frequency), -1)) @ self.c.to(wide)
-
-    def output(self, u: Tensor, step: float) -> Tensor:
-        """The answer to the input `u`, float64 `[T]`, held constant for `step` units of time a token: `[T]`."""
-        size = self.a.shape[0]
-        # Zero-order hold by the exponential of the augmented matrix.
-        augmented = torch.zeros(size + 1, size + 1, dtype=torch.float64)
-        augmented[:size, :size], augmented[:size, size] = self.a * step, self.b * step
-        discrete = torch.linalg.matrix_exp(augmented)
-        a, b = discrete[:size, :size], discrete[:size, size]
-        x, out = torch.zeros(size, dtype=torch.float64), []
-        for value in u.to(torch.float64):
-            x = a @ x + b * value
-            out.append(self.c @ x)
-        return torch.stack(out)
-
-
-def legs_systems(size: int, tradeoff: float, c: Tensor | None = None) -> dict[str, StateSystem]:
-    """What the initialisations stand for, by name: "hippo" itself, its "normal" part (S4D, S5), "perturbed" (PTD).
-
-    All have HiPPO's B, halved for the normal part, which then tends to HiPPO as its size grows (S4D, theorem 3), and
-    one C: `c`, float64 `[P]`, by default normal numbers of variance `1/P` from a fixed seed.
-    """
-    a, b = hippo_legs(size)
-    if c is None:
-        c = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / math.sqrt(size)
-    rank_one = _rank_one(size)[:, None] * _rank_one(size)
-    return {
-        "hippo": StateSystem(a, b, c),
-        "normal": StateSystem(a + rank_one, b / 2, c),
-        "perturbed": StateSystem(a + perturbed_legs(size, tradeoff).share * rank_one, b, c),
-    }

@@ -1,4 +1,4 @@
-"""Linear time-invariant state-space layers: one system a channel (S4D) or one for all channels (S5).
+"""Linear time-invariant state-space layers: one system per channel (S4D) or one for all channels (S5).
 
 A subclass says which system it starts from; everything else, the discretisation, both directions, the gated output, is
 here.
@@ -10,15 +10,13 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from seqtrain.kernels import diagonal_scan, diagonal_system
 from seqtrain.layers import upcast
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
-from seqtrain.mixers._costs import diagonal_scan_flops, diagonal_system_flops
-from seqtrain.mixers._hippo import Spectrum
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers.common.base import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.mixers.common.hippo import Perturbed, Spectrum, perturbed_legs, report_perturbation
 
 
 @dataclass(frozen=True)
@@ -30,15 +28,15 @@ class StateSpaceConfig:
     # True: every token sees those after it too, through a second readout; not for language models, carries no state.
     bidirectional: bool = False
     # Steps dt are drawn log-uniformly from [step_low, step_high]; 1 / dt is about the memory in tokens.
-    step_low: Annotated[float, Field(gt=0)] = 1e-3
-    step_high: Annotated[float, Field(gt=0)] = 1e-1
+    step_low: PositiveFloat = 1e-3
+    step_high: PositiveFloat = 1e-1
 
 
 def discretize(rate: Tensor, step: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     """`x' = rate x + u` in steps: `(log a, gain)` of `x_t = a x_{t-1} + gain u_t`; `rate` complex, `step` positive.
 
-    "zoh": `a = exp(L dt)`, `gain = (a - 1) / L`. "bilinear": `a = (1 + L dt/2) / (1 - L dt/2)`, `gain = dt / (1 - L
-    dt/2)` (S4D, arXiv 2206.11893, section 3.1).
+    "zoh": `a = exp(L dt)`, `gain = (a - 1) / L`.
+    "bilinear": `a = (1 + L dt/2) / (1 - L dt/2)`, `gain = dt / (1 - L dt/2)` (S4D, arXiv 2206.11893, section 3.1).
     """
     if rule == "zoh":
         log_a = rate * step
@@ -53,7 +51,6 @@ class StateSpaceMixer(Mixer):
     `L = -exp(decay_log) + i frequency` and `dt = exp(step_log)`, so that systems stay stable.
     """
 
-    state_dtypes: ClassVar = {"memory": torch.complex64}
     config: StateSpaceConfig
 
     def __init__(self, config: StateSpaceConfig, shape: LayerShape, states: int, steps: int):
@@ -71,18 +68,14 @@ class StateSpaceMixer(Mixer):
         self.gate = nn.Linear(shape.width, shape.width, bias=False)
         self.out = nn.Linear(shape.width, shape.width, bias=False)
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
-        if self.causal:
-            y, memory = self.respond(x, (state or EMPTY).get("memory"), sequence, 0)
-            after = {"memory": memory}
-        else:
-            if state is not None:
-                raise ValueError("a bidirectional state-space layer has seen no past: it takes no state and no steps")
-            y, _ = self.respond(x, None, sequence, 0)
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
+        if past and not self.causal:
+            raise ValueError("a bidirectional state-space layer has seen no past: it takes no state and no steps")
+        y, memory = self.respond(x, past.get("memory"), sequence, 0)
+        if not self.causal:
             backwards, _ = self.respond(sequence.reverse(x), None, sequence, 1)
-            y, after = y + sequence.reverse(backwards), {}
+            y = y + sequence.reverse(backwards)
+        after = {"memory": memory} if self.causal else {}
         y = F.gelu(y + self.skip * x)
         return self.out(y) * torch.sigmoid(self.gate(y)), after
 
@@ -108,15 +101,12 @@ class StateSpaceMixer(Mixer):
         nn.init.uniform_(self.step_log, low, high, generator=generator)
         nn.init.normal_(self.skip, generator=generator)
 
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        return {"memory": (batch, self.states)} if self.causal else {}
-
 
 @dataclass(frozen=True)
 class ChannelwiseConfig(StateSpaceConfig):
-    """The fields of layers with one system a channel."""
+    """The fields of layers with one system per channel."""
 
-    # States a channel, before conjugate pairs are halved; even.
+    # States per channel, before conjugate pairs are halved; even.
     state: Annotated[int, Field(gt=1, multiple_of=2)] = 64
     # How the same outputs are found: scan (a chunk after the other) or fft (one long convolution; never for documents).
     form: Literal["scan", "fft"] = "scan"
@@ -125,6 +115,7 @@ class ChannelwiseConfig(StateSpaceConfig):
 class ChannelwiseMixer(StateSpaceMixer):
     """A system with one input and one output for every channel. B is 1: only its products with C count."""
 
+    Config: ClassVar[type] = ChannelwiseConfig
     config: ChannelwiseConfig
 
     def __init__(self, config: ChannelwiseConfig, shape: LayerShape):
@@ -149,22 +140,8 @@ class ChannelwiseMixer(StateSpaceMixer):
     ) -> tuple[Tensor, Tensor]:
         log_a, gain = (part.unflatten(0, (-1, self.pairs)) for part in self.discrete())  # D N/2
         readout = self.readout.unflatten(0, (self.directions, self.shape.width, self.pairs, 2))[direction]
-        return sequence.run(
-            diagonal_system,
-            upcast(x),
-            log_a,
-            gain,
-            2 * torch.view_as_complex(readout),
-            form=self.config.form,
-            initial_state=memory,
-        )
-
-    def weights(self) -> tuple[int, int]:
-        width = self.shape.width
-        return 2 * width * width, 2 * self.states * (1 + self.directions) + 2 * width
-
-    def operator_flops(self, tokens: int) -> int:
-        return self.directions * diagonal_system_flops(tokens, self.shape.width, self.pairs)
+        tensors = upcast(x), log_a, gain, 2 * torch.view_as_complex(readout)
+        return sequence.run(diagonal_system, *tensors, form=self.config.form, initial_state=memory)
 
 
 def channel_readouts(spectrum: Spectrum, b: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
@@ -174,18 +151,40 @@ def channel_readouts(spectrum: Spectrum, b: Tensor, count: int, generator: torch
 
 
 @dataclass(frozen=True)
+class PerturbationConfig(StateSpaceConfig):
+    """The fields of layers that start from a perturbed HiPPO-LegS."""
+
+    # E minimises the eigenvectors' condition number + tradeoff * |E|: larger is nearer to HiPPO, worse conditioned.
+    tradeoff: PositiveFloat = 10.0
+
+
+class PerturbedStart(StateSpaceMixer):
+    """Starts from `HiPPO-LegS + E` (Yu et al. 2023, arXiv 2310.01698)."""
+
+    config: PerturbationConfig
+
+    def spectrum(self, size: int) -> Perturbed:
+        """The diagonalised matrix of `size` states, with the size of E and the eigenvectors' condition number."""
+        # A model on no device is a check: what a run starts from is reported when it is built.
+        if self.decay_log.device.type != "meta":
+            report_perturbation(size, self.config.tradeoff)
+        return perturbed_legs(size, self.config.tradeoff)
+
+
+@dataclass(frozen=True)
 class SharedConfig(StateSpaceConfig):
     """The fields of layers with one system for all channels."""
 
     # States before conjugate pairs are halved, over model.width.
-    expand_state: Annotated[float, Field(gt=0)] = 1.0
+    expand_state: PositiveFloat = 1.0
     # HiPPO matrices the state starts from, each of states / blocks.
-    blocks: Annotated[int, Field(gt=0)] = 4
+    blocks: PositiveInt = 4
 
 
 class SharedMixer(StateSpaceMixer):
     """One system with many inputs and outputs: B and C are real matrices on interleaved real and imaginary parts."""
 
+    Config: ClassVar[type] = SharedConfig
     config: SharedConfig
 
     def __init__(self, config: SharedConfig, shape: LayerShape):
@@ -232,10 +231,3 @@ class SharedMixer(StateSpaceMixer):
         hidden, memory = sequence.run(diagonal_scan, inputs * gain, log_a, initial_state=memory)
         read = self.read if direction == 0 or self.read_back is None else self.read_back
         return read(torch.view_as_real(hidden).flatten(2)), memory
-
-    def weights(self) -> tuple[int, int]:
-        width = self.shape.width
-        return 2 * width * (self.pairs * (1 + self.directions) + width), 3 * self.pairs + width
-
-    def operator_flops(self, tokens: int) -> int:
-        return self.directions * diagonal_scan_flops(tokens, self.pairs)

@@ -1,17 +1,15 @@
-"""What linear attentions share that correct plain ones; each adds its feature map, normaliser or gates."""
+"""What linear attentions share that correct plain ones; each adds its feature map, normalizer or gates."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
 from seqtrain.layers import HeadProjections, upcast
-from seqtrain.mixers._base import LayerShape, Mixer
-from seqtrain.mixers._costs import linear_attention_flops
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers.common.base import LayerShape, Mixer, SequenceContext
 
 
 def sums(
@@ -39,19 +37,17 @@ class LinearConfig:
     """The fields every mixer of this family has."""
 
     # Key channels over model.width, all heads together.
-    expand_key: Annotated[float, Field(gt=0)] = 1.0
+    expand_key: PositiveFloat = 1.0
     # Value channels over model.width, all heads together.
-    expand_value: Annotated[float, Field(gt=0)] = 1.0
+    expand_value: PositiveFloat = 1.0
     # Tokens under the short convolution of q, k and v; 0: none.
     conv_width: Annotated[int, Field(ge=0, le=16)] = 4
 
 
-class LinearMixer(Mixer):
-    """Linear attention on convolved q, k and v."""
+class ProjectedMixer(Mixer):
+    """The widths of heads and the projections of (convolved) q, k and v."""
 
     Config: ClassVar[type] = LinearConfig
-    # True: the state also sums the keys, in a column of ones beside the values.
-    sums_keys: ClassVar[bool] = True
     config: LinearConfig
 
     def __init__(self, config: LinearConfig, shape: LayerShape):
@@ -59,24 +55,16 @@ class LinearMixer(Mixer):
         self.key = self.part_of_width(config.expand_key, "expand_key")
         self.value = self.part_of_width(config.expand_value, "expand_value")
         self.inner = shape.heads * self.value
-        self.features = self.feature_count(self.key)
-        widths = (self.key, self.key, self.value)
-        self.qkv = HeadProjections(shape.width, shape.heads, widths, conv_width=config.conv_width)
+        self.qkv = HeadProjections(shape.width, shape.heads, self.head_widths(), conv_width=config.conv_width)
+
+    def head_widths(self) -> tuple[int, int, int]:
+        """Channels per head of q, k and v."""
+        return self.key, self.key, self.value
+
+
+class LinearMixer(ProjectedMixer):
+    """Linear attention on convolved q, k and v."""
+
+    def __init__(self, config: LinearConfig, shape: LayerShape):
+        super().__init__(config, shape)
         self.out = nn.Linear(self.inner, shape.width, bias=False)
-
-    @staticmethod
-    def feature_count(key: int) -> int:
-        """Features of a query or key of `key` channels."""
-        return key
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        memory = (batch, self.shape.heads, self.features, self.value + self.sums_keys)
-        return {"memory": memory, **self.qkv.state_shapes(batch)}
-
-    def weights(self) -> tuple[int, int]:
-        matrices, others = self.qkv.weights()
-        return matrices + self.inner * self.shape.width, others
-
-    def operator_flops(self, tokens: int) -> int:
-        memory = linear_attention_flops(tokens, self.shape.heads, self.features, self.value + self.sums_keys)
-        return memory + self.qkv.flops(tokens)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from seqtrain.layers import HeadLayerNorm
-from seqtrain.mixers._base import LayerShape, Mixer
+from seqtrain.mixers.common.base import LayerShape, Mixer
 
 
 class RWKVMixer(Mixer):
@@ -26,10 +26,6 @@ class RWKVMixer(Mixer):
     def to_heads(self, x: Tensor) -> Tensor:
         """`[...,D]` -> `[...,H,K]`."""
         return x.unflatten(-1, (self.shape.heads, self.head))
-
-    def memory_shape(self, batch: int) -> tuple[int, ...]:
-        """Of the matrix state, `[B,H,K,K]`."""
-        return batch, self.shape.heads, self.head, self.head
 
 
 def blends(x: Tensor, difference: Tensor, mixes: Tensor) -> list[Tensor]:

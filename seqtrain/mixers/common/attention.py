@@ -1,17 +1,25 @@
 """Softmax attention with grouped heads and rotary positions: what the full and the windowed mixer share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from seqtrain.kernels import softmax_attention
 from seqtrain.layers import RMSNorm, positions, rotate
-from seqtrain.mixers._base import EMPTY, WHOLE, LayerShape, Mixer, State
-from seqtrain.mixers._costs import softmax_attention_flops
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers.common.base import LayerShape, Mixer, Past, SequenceContext, State
+
+
+def attend(
+    sequence: SequenceContext, operator: Callable, *tensors: Tensor, past: Past, prefix: str = "", **options: Any
+) -> tuple[Tensor, State]:
+    """Softmax attention whose part of a mixer's state has names that begin with `prefix`: its output and that part."""
+    names = ("k", "v", "sink_k", "sink_v", "length")
+    held = {name: past[prefix + name] for name in names if prefix + name in past}
+    out, kept = sequence.run(operator, *tensors, initial_state=held or None, **options)
+    return out, {prefix + name: tensor for name, tensor in kept.items()}
 
 
 @dataclass(frozen=True)
@@ -19,19 +27,19 @@ class AttentionConfig:
     """The fields both mixers have."""
 
     # Query heads that share one key and value head (grouped-query attention); must divide model.heads. 1: none share.
-    query_group: Annotated[int, Field(gt=0)] = 1
+    query_group: PositiveInt = 1
     # Base of the rotation's wavelengths, in tokens.
     rope_base: Annotated[float, Field(gt=1)] = 10000.0
-    # Factors on the wavelengths, one for each pair of channels; empty for 1 everywhere.
+    # Factors on the wavelengths, one per pair of channels; empty for 1 everywhere.
     rope_stretch: tuple[float, ...] = ()
     # Factor on rotated queries and keys alike.
-    rope_amplitude: Annotated[float, Field(gt=0)] = 1.0
-    # True: queries and keys are normalised by their root mean square, a head at a time, before the rotation.
+    rope_amplitude: PositiveFloat = 1.0
+    # True: queries and keys are normalised by their root mean square per head, before the rotation.
     qk_norm: bool = False
     # Added to the mean square in that norm.
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    norm_eps: PositiveFloat = 1e-6
     # Channels of a head; 0: model.width / model.heads.
-    head_width: Annotated[int, Field(ge=0)] = 0
+    head_width: NonNegativeInt = 0
     # True: queries, keys and values have a bias.
     qkv_bias: bool = False
 
@@ -40,7 +48,6 @@ class SoftmaxAttention(Mixer):
     """`out_t = sum_s softmax(q_t k_s / sqrt(K)) v_s` over past tokens, rotated by position (RoPE)."""
 
     Config: ClassVar[type] = AttentionConfig
-    state_dtypes: ClassVar = {"length": torch.int64, "position": torch.int64}
     config: AttentionConfig
     # Keys a query sees, its own included; None for all.
     window: int | None = None
@@ -63,15 +70,16 @@ class SoftmaxAttention(Mixer):
         self.k_norm = RMSNorm(self.key, config.norm_eps) if config.qk_norm else nn.Identity()
         self.out = nn.Linear(shape.heads * self.key, shape.width, bias=False)
 
-    def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
-    ) -> tuple[Tensor, State]:
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         q, k, v = self.project(x)
-        past = dict(state or EMPTY)
-        place, position = positions(x, past.pop("position", None), sequence)
+        place, position = positions(x, past.get("position"), sequence)
         q, k = self.rotated(q, place), self.rotated(k, place)
-        out, after = sequence.run(softmax_attention, q, k, v, window=self.window, initial_state=past or None)
+        out, after = self.attention(q, k, v, past, sequence)
         return self.out(out.flatten(2)), after | {"position": position}
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
+        """What queries read, `[B,T,H,K]`, and the state of keys and values."""
+        return attend(sequence, softmax_attention, q, k, v, past=past, window=self.window)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x: [B,T,D]` -> q `[B,T,H,K]`, k and v `[B,T,G,K]`; normalised where so configured, not yet rotated."""
@@ -82,17 +90,3 @@ class SoftmaxAttention(Mixer):
         """Queries or keys `[B,T,...,K]` turned by their positions, int64 `[B or 1, T]`."""
         config = self.config
         return rotate(heads, place, config.rope_base, stretch=config.rope_stretch, amplitude=config.rope_amplitude)
-
-    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
-        kept = tokens if self.window is None else self.window - 1
-        rows = (batch, kept, self.groups, self.key)
-        return {"k": rows, "v": rows, "length": (batch,), "position": (batch,)}
-
-    def weights(self) -> tuple[int, int]:
-        norms = 2 * self.key if self.config.qk_norm else 0
-        biases = sum(self.channels) if self.config.qkv_bias else 0
-        return self.shape.width * (sum(self.channels) + self.channels[0]), norms + biases
-
-    def operator_flops(self, tokens: int) -> int:
-        window = tokens if self.window is None else self.window
-        return softmax_attention_flops(tokens, self.shape.heads, self.key, self.key, window)

@@ -1,0 +1,1 @@
+"""What mixers share: the base class, families, and the recurrences that conversions use too."""

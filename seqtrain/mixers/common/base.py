@@ -1,0 +1,130 @@
+"""What every mixer is: a map of `[B, T, D]` to itself with a state that carries all it knows of the past."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from seqtrain.errors import ConfigError
+from seqtrain.mixers.common.counting import Counts, Kind, count
+from seqtrain.mixers.common.recurrence import Recurrence
+from seqtrain.parallel.sequence import SequenceContext
+
+State = dict[str, Tensor]
+Past = Mapping[str, Tensor]
+WHOLE = SequenceContext()
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of a layer and its position in the stack: model width D, heads H, index from 0, number of layers."""
+
+    width: int
+    heads: int
+    index: int = 0
+    depth: int = 1
+
+
+class Mixer(nn.Module):
+    """Base of the token mixers. A subclass lives in a file named after it, with a frozen dataclass `Config` inside.
+
+    State in, state out: a whole sequence, a piece of one and a single token are the same call. A subclass defines
+    `mix`, and calls operators through `sequence.run` only: parameters, FLOPs and states are counted from that. The
+    projection into the residual stream is the `nn.Linear` named `out`: the model scales its initial weights by depth.
+    Weight decay falls on parameters of two dimensions or more, so biases, norms, decays and step sizes are kept
+    one-dimensional.
+    """
+
+    Config: ClassVar[type]
+    # What a conversion puts in attention's place under this mixer's name; None: nothing.
+    recurrence: ClassVar[type[Recurrence] | None] = None
+    # False where tokens see those after them: such a layer has no state, and no place in a language model.
+    causal: bool = True
+    out: nn.Linear
+
+    def __init__(self, config: Any, shape: LayerShape):
+        super().__init__()
+        self.config = config
+        self.shape = shape
+
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
+        """`x: [B,T,D]` -> `([B,T,D], state)`; `state` None is an empty past. With documents, states are `[N,...]`."""
+        return self.mix(x, state or {}, sequence)
+
+    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
+        """`forward` as a subclass defines it; `past` is empty before the first token, and stays as it is."""
+        raise NotImplementedError
+
+    def step(self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE) -> tuple[Tensor, State]:
+        """One token for each row: `x: [B,D]` -> `([B,D], state)`."""
+        # Called as a module, so that hooks run: ZeRO-3 gathers the weights in one.
+        out, state = self(x[:, None], state, sequence=sequence)
+        return out[:, 0], state
+
+    def parameter_count(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops(self, tokens: int) -> int:
+        """Floating-point operations (a multiply-add is two) of the forward pass over one sequence of `tokens`.
+
+        Those of the matrix products and of the operators, which count their recurrence whatever form a backend
+        computes. Norms, gates and activations, below 2%, are not counted.
+        """
+        return self._counts(1, tokens).flops
+
+    def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
+        """Shapes of the states of `batch` rows after `tokens` tokens."""
+        return {name: tuple(state.shape) for name, state in self._counts(batch, tokens).state.items()}
+
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes of one row's state after `tokens` tokens, in float32 where it is neither complex nor a count."""
+        return sum(state.nbytes for state in self._counts(1, tokens).state.values())
+
+    @property
+    def constant_state(self) -> bool:
+        """False where the state grows with the tokens seen (softmax attention over everything)."""
+        return self.state_shapes(1, 1) == self.state_shapes(1, 2)
+
+    def _counts(self, batch: int, tokens: int) -> Counts:
+        shapes = tuple(tuple(parameter.shape) for parameter in self.parameters())
+        kind = Kind(type(self), self.config, (self.shape.width, self.shape.heads), shapes, self.shape)
+        return count(kind, batch, tokens)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Initialises what the model's own rule (normal weights, zero biases, unit norms) does not fit, as decays."""
+
+    def part_of_width(self, ratio: float = 1.0, field: str = "") -> int:
+        """`width * ratio / heads`, the width of one head. Raises `ConfigError` where it is not a whole number.
+
+        `field`: the config field that holds `ratio`, for the message.
+        """
+        width, heads = self.shape.width, self.shape.heads
+        part = width * ratio / heads
+        if part >= 1 and part == int(part):
+            return int(part)
+        if ratio == 1.0:
+            raise ConfigError(f"model.width={width}: must be divisible by model.heads={heads}")
+        raise self.config_error(field, ratio, f"times model.width={width} must be divisible by model.heads={heads}")
+
+    def even_part_of_width(self) -> int:
+        """`width / heads` where positions rotate pairs of channels by `rope_base`. Raises `ConfigError`."""
+        part = self.part_of_width()
+        if part % 2:
+            raise self.config_error("rope_base", self.config.rope_base, f"needs an even head width, not {part}")
+        return part
+
+    def hidden_channels(self, expand: float) -> int:
+        """`width * expand`, rounded down. Raises `ConfigError` where that leaves none."""
+        hidden = int(expand * self.shape.width)
+        if not hidden:
+            raise self.config_error("expand", expand, f"leaves no channel of model.width={self.shape.width}")
+        return hidden
+
+    def config_error(self, field: str, value: Any, rule: str) -> ConfigError:
+        """The error for this mixer's config field: `mixer.gla.expand_key=0.3: <rule>`."""
+        return ConfigError(f"mixer.{type(self).__module__.rpartition('.')[2]}.{field}={value}: {rule}")
