@@ -180,7 +180,7 @@ def test_blocks_on_the_edge_count_as_often_as_smaller_ones_are_there():
         everything, small, edge = counts.peak(checkpointing=again)
         assert 0 < small < edge < everything == counts.peak_bytes(checkpointing=again)
         assert sum(counts.small_bytes(checkpointing=again)) == pytest.approx(small + small / edge * (edge - small))
-    # Of layers computed again the stream alone is kept.
+    # Of recomputed layers only the residual stream is kept.
     _, small, edge = counts.saved(checkpointing=True)
     assert edge - small >= 2 * parts.SMALL
 

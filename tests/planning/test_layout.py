@@ -47,7 +47,7 @@ def test_compute_is_products_over_their_rate_and_bytes_over_the_stream(counts):
     assert compute_seconds(counts, called, checkpointing=False)["calls"] == operators
 
 
-def test_layers_computed_again_cost_their_forward_pass(counts):
+def test_recomputed_layers_cost_their_forward_pass(counts):
     kept, again = (sum(compute_seconds(counts, MACHINE, checkpointing=flag).values()) for flag in (False, True))
     layers = dataclasses.replace(
         counts,
@@ -78,12 +78,11 @@ def test_exchanges_are_there_where_ranks_are(counts):
     data = predict(counts, changed(data=2, batch=2), MACHINE, CLUSTER).seconds
     # A reduce-scatter and an all-gather of half of the gradients each, at 1 GB/s.
     assert data["gradient exchange"] == pytest.approx(2 * (1e-4 + 2 * counts.parameters * 1e-9))
-    pieces = predict(counts, changed(sequence=2), MACHINE, CLUSTER).seconds
-    assert pieces["sequence exchange"] > 2e-4
-    slower = Cluster(dataclasses.replace(LINKS, byte=1e-7), LINKS)
-    assert (
-        predict(counts, changed(sequence=2), MACHINE, slower).seconds["sequence exchange"] > pieces["sequence exchange"]
-    )
+    sharded = predict(counts, changed(sequence=2), MACHINE, CLUSTER).seconds
+    assert sharded["sequence exchange"] > 2e-4
+    links = Cluster(dataclasses.replace(LINKS, byte=1e-7), LINKS)
+    slower = predict(counts, changed(sequence=2), MACHINE, links).seconds
+    assert slower["sequence exchange"] > sharded["sequence exchange"]
 
 
 def test_memory_by_zero_stage(counts):
@@ -116,12 +115,12 @@ def test_holes_are_the_mean_of_the_mixers_own(counts):
     assert found == pytest.approx([mean, mean + 1.0 * passing])
 
 
-def test_layers_of_a_cut_sequence_take_as_much_longer_as_was_measured(counts):
+def test_layers_of_a_sharded_sequence_take_as_much_longer_as_was_measured(counts):
     slower = dataclasses.replace(MACHINE, cut={"gated_delta_net": 3.0})
     assert compute_seconds(counts, slower, checkpointing=False) == compute_seconds(counts, MACHINE, checkpointing=False)
-    whole, cut = (sum(compute_seconds(counts, m, checkpointing=False, shards=2).values()) for m in (MACHINE, slower))
+    fast, slow = (sum(compute_seconds(counts, m, checkpointing=False, shards=2).values()) for m in (MACHINE, slower))
     mixer = dataclasses.replace(counts, parts=tuple(part for part in counts.parts if part.kind == "gated_delta_net"))
-    assert cut - whole == pytest.approx(2 * sum(compute_seconds(mixer, MACHINE, checkpointing=False).values()))
+    assert slow - fast == pytest.approx(2 * sum(compute_seconds(mixer, MACHINE, checkpointing=False).values()))
 
 
 def test_ranks_of_a_node_slow_each_other_as_was_measured(counts):
@@ -143,7 +142,7 @@ def test_ranks_of_one_computer_share_its_memory(counts):
     assert tight.binds == max(tight.bytes, key=lambda kind: tight.bytes[kind])
 
 
-def test_rows_side_by_side_are_in_proportion(counts):
+def test_more_rows_are_in_proportion(counts):
     config = ModelConfig(layers=("gated_delta_net", "attention"), depth=2, width=32, heads=2)
     mixers = {name: MIXERS.get(name).Config() for name in config.layers}
     direct = count_model(config, mixers, 50, tokens=64, rows=3)
