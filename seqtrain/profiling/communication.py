@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from seqtrain.parallel.scan_engine import Event, observed_by
 from seqtrain.profiling.parts import Clock, Part, Timeline
+from seqtrain.runtime.engine_view import kept_collectives
 
 COMMUNICATION = "communication"
 # States of scans, tokens of neighbors, and what all ranks reduce or gather (gradients, weights, sums).
@@ -33,8 +34,6 @@ COLLECTIVES = (
     "reduce_scatter",
     "reduce_scatter_tensor",
 )
-# DeepSpeed's backend keeps these two of torch's functions under names of its own.
-KEPT_BY_DEEPSPEED = ("all_gather_function", "reduce_scatter_function")
 
 
 class InFlight:
@@ -104,15 +103,11 @@ def timed(timeline: Timeline, part: Part) -> Callable[[Callable], Callable]:
 @contextmanager
 def watched_communication(timeline: Timeline, in_flight: InFlight) -> Iterator[None]:
     """While open, `timeline` is told when this thread waits for others, `in_flight` of what travels meanwhile."""
-    from deepspeed.comm import comm
-
     collective = _collective(timeline, in_flight)
     with ExitStack() as stack:
         stack.enter_context(observed_by(_Waits(timeline, in_flight)))
-        for name in COLLECTIVES:
-            stack.enter_context(replaced(dist, name, collective))
-        for name in KEPT_BY_DEEPSPEED:
-            stack.enter_context(replaced(comm.cdb, name, collective))
+        for owner, name in (*((dist, name) for name in COLLECTIVES), *kept_collectives()):
+            stack.enter_context(replaced(owner, name, collective))
         yield
 
 

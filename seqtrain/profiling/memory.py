@@ -4,7 +4,7 @@ import ctypes
 import gc
 import mmap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from seqtrain.memory import peak_resident_bytes
 from seqtrain.profiling.parts import OTHER, Clock, Part, Timeline
+from seqtrain.runtime.engine import Engine
+from seqtrain.runtime.engine_view import held_tensors
 
-PARAMETERS, GRADIENTS, OPTIMIZER, BUFFERS, LOSS = "parameters", "gradients", "optimizer", "buffers", "loss"
-ACTIVATIONS, PROGRAM, WORKING = "activations", "program", "working memory"
+LOSS, ACTIVATIONS, PROGRAM, WORKING = "loss", "activations", "program", "working memory"
 # Bytes from which a tensor may be a buffer that is mostly untouched, as DeepSpeed's for gradients is.
 LARGE = 2**24
 
@@ -156,44 +157,11 @@ def storage_bytes(tensor: Tensor) -> int:
     return resident_bytes_of(pointer_of(tensor), size)
 
 
-def tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
-    """Tensors in `value` and in the lists, tuples and dicts inside it, `depth` deep."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item, depth - 1)
-    elif depth and isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item, depth - 1)
-
-
-def held_by_engine(engine: Any) -> dict[str, int]:
-    """Bytes of a DeepSpeed engine's tensors by kind, each storage once, for the first kind that has it.
-
-    ZeRO's flat copies of the weights in float32 are the optimizer's; what else it keeps is a gradient where it is
-    called one, else a buffer.
-    """
-    model, zero = engine.module, engine.optimizer
-    inner = zero if isinstance(zero, torch.optim.Optimizer) else zero.optimizer
-    weights = list(model.parameters())
-    own = vars(zero) if inner is not zero else {}
-    kinds = {
-        # In stage 3 a weight's values lie in its partition.
-        PARAMETERS: [*weights, *(vars(weight)["ds_tensor"] for weight in weights if "ds_tensor" in vars(weight))],
-        GRADIENTS: [
-            *(weight.grad for weight in weights if weight.grad is not None),
-            *tensors_in([value for name, value in own.items() if "grad" in name]),
-        ],
-        OPTIMIZER: [
-            *tensors_in([dict(state) for state in inner.state.values()]),
-            *tensors_in([group["params"] for group in inner.param_groups]),
-        ],
-        BUFFERS: [*model.buffers(), *tensors_in(list(own.values()))],
-    }
+def held_by_engine(engine: Engine) -> dict[str, int]:
+    """Bytes of an engine's tensors by kind, each storage once, for the first kind that has it."""
     seen: set[int] = {0}
     held = {}
-    for kind, tensors in kinds.items():
+    for kind, tensors in held_tensors(engine).items():
         new = {pointer_of(tensor): storage_bytes(tensor) for tensor in tensors if pointer_of(tensor) not in seen}
         seen |= set(new)
         held[kind] = sum(new.values())
@@ -221,7 +189,7 @@ class MemoryReading:
     run_peak_bytes: int
     # Where the step was when it held most.
     peak_part: Part
-    # Bytes at that moment: PARAMETERS to BUFFERS, LOSS, ACTIVATIONS, PROGRAM, WORKING. Together the peak.
+    # Bytes at that moment: those of `held_tensors`, LOSS, ACTIVATIONS, PROGRAM, WORKING. Together the peak.
     kinds: dict[str, int]
     # Kept for the backward pass by layer and kind of module: at that moment, and the most of each at any.
     layers: dict[Part, int]
@@ -233,7 +201,7 @@ class MemoryReading:
 class MemoryTimeline(Timeline):
     """A time line that looks at the memory at every change of part."""
 
-    def __init__(self, clock: Clock, meter: Meter, engine: Any) -> None:
+    def __init__(self, clock: Clock, meter: Meter, engine: Engine) -> None:
         super().__init__(clock)
         self.saved = SavedTensors(self, engine.module)
         self._meter, self._engine = meter, engine

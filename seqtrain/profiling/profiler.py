@@ -33,13 +33,17 @@ from seqtrain.profiling.parts import (
     seconds_by_part,
 )
 from seqtrain.runtime.callback import Callback, Phase
+from seqtrain.runtime.engine_view import step_calls
 
 Step = Literal["warm-up", "plain", "profiled", "memory"]
-DATA, OPTIMIZER_STEP = Part("data"), Part("optimizer")
-# What the engine does with gradients besides autograd: scaling, ZeRO's buckets and partitions.
-ENGINE_GRADIENTS = Part("gradients", BACKWARD)
-# Autograd outside the modules that are parts: the graph's ends, the sums where paths meet.
-AUTOGRAD = Part("other", BACKWARD)
+DATA = Part("data")
+ENGINE_PARTS = {
+    "optimizer": Part("optimizer"),
+    # What the engine does with gradients besides autograd: scaling, ZeRO's buckets and partitions.
+    "gradients": Part("gradients", BACKWARD),
+    # Autograd outside the modules that are parts: the graph's ends, the sums where paths meet.
+    "autograd": Part("other", BACKWARD),
+}
 # Side of the square matrices whose product the peak is measured with.
 PEAK_SIDES = {"cpu": 1024, "cuda": 8192}
 
@@ -172,7 +176,7 @@ class Profiler(Callback):
 
     @contextmanager
     def _memory(self) -> Iterator[None]:
-        timeline = MemoryTimeline(self._clock, self._meter, self._state.engine.deepspeed)
+        timeline = MemoryTimeline(self._clock, self._meter, self._state.engine)
         with self._watching(timeline), timeline.saved.watching():
             timeline.start()
             yield
@@ -180,18 +184,11 @@ class Profiler(Callback):
 
     @contextmanager
     def _watching(self, timeline: Timeline) -> Iterator[None]:
-        """While open, the time line follows the model and the engine's own calls."""
-        engine = self._state.engine.deepspeed
-        calls: list[tuple[Any, str, Part]] = [
-            (engine, "step", OPTIMIZER_STEP),
-            (engine, "backward", ENGINE_GRADIENTS),
-            (torch.autograd, "backward", AUTOGRAD),
-        ]
-        if "reduce_ready_partitions_and_remove_grads" in dir(engine.optimizer):
-            calls.append((engine.optimizer, "reduce_ready_partitions_and_remove_grads", ENGINE_GRADIENTS))
+        """While open, the timeline follows the model and the engine's own calls."""
+        engine = self._state.engine
         with ExitStack() as stack:
-            for owner, name, part in calls:
-                stack.enter_context(replaced(owner, name, timed(timeline, part)))
+            for (owner, name), what in step_calls(engine):
+                stack.enter_context(replaced(owner, name, timed(timeline, ENGINE_PARTS[what])))
             stack.enter_context(watched_model(engine.module, timeline))
             self._timeline = timeline
             yield

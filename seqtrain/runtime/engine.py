@@ -44,8 +44,8 @@ def prepare_environment(ranks: Ranks) -> None:
 class Engine:
     """A model under training: forward, backward and step, over all ranks, with what ZeRO divides over them.
 
-    Called as the model is. `deepspeed` is DeepSpeed's engine, which nothing outside this package's engine.py and
-    optimizer_state.py needs; `optimizer_state` is what a checkpoint holds besides the weights.
+    Called as the model is. `deepspeed` is DeepSpeed's engine, which nothing outside this package's engine.py,
+    engine_view.py and optimizer_state.py needs; `optimizer_state` is what a checkpoint holds besides the weights.
     """
 
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: PretrainConfig, ranks: Ranks):

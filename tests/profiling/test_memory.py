@@ -8,11 +8,7 @@ from torch import nn
 
 from seqtrain.profiling.memory import (
     ACTIVATIONS,
-    BUFFERS,
-    GRADIENTS,
     LOSS,
-    OPTIMIZER,
-    PARAMETERS,
     PROGRAM,
     WORKING,
     MemoryTimeline,
@@ -23,6 +19,7 @@ from seqtrain.profiling.memory import (
 )
 from seqtrain.profiling.modules import watched_model
 from seqtrain.profiling.parts import OTHER, Part, Timeline
+from seqtrain.runtime.engine_view import BUFFERS, GRADIENTS, OPTIMIZER, PARAMETERS
 from tests.profiling.profiling_cases import CountingClock, small_model
 
 FLOAT = 4
@@ -48,7 +45,7 @@ class FakeMeter:
 def engine_of(model, **optimizer):
     inner = torch.optim.AdamW(model.parameters())
     wrapped = SimpleNamespace(optimizer=inner, **optimizer) if optimizer else inner
-    return SimpleNamespace(module=model, optimizer=wrapped)
+    return SimpleNamespace(module=model, deepspeed=SimpleNamespace(optimizer=wrapped))
 
 
 def test_a_storage_counts_once_until_the_last_of_what_was_saved_of_it_is_gone():
@@ -90,7 +87,7 @@ def test_each_tensor_of_the_engine_counts_once_for_the_first_kind_that_has_it():
     model = nn.Linear(4, 2, bias=False)
     model.weight.grad = torch.zeros(2, 4)
     engine = engine_of(model)
-    engine.optimizer.step()
+    engine.deepspeed.optimizer.step()
     # Two moments, and a count of steps.
     assert held_by_engine(engine) == {PARAMETERS: 32, GRADIENTS: 32, OPTIMIZER: 2 * 32 + FLOAT, BUFFERS: 0}
     sharded = engine_of(
