@@ -57,13 +57,13 @@ def test_on_a_cpu_the_rivals_that_need_a_gpu_are_named(tiny):
 
 
 def test_lists_are_swept_each_with_each(tmp_path):
-    sizes = ("tokens=32", "heads=[1,2]", "key_width=8", "value_width=[0,4]", "dtype=[float32,bfloat16]", "rounds=1")
+    sizes = ("tokens=32", "heads=2", "key_width=8", "value_width=[0,4]", "dtype=[float32,bfloat16]", "rounds=1")
     done = run_command("bench-operators", *sizes, "operators=[diagonal_scan]", "threads=[1]", f"output_dir={tmp_path}")
     assert done.status == 0, done.err
     rows = json.loads((tmp_path / "bench_operators.json").read_text())["rows"]
     points = {(row["heads"], row["key_width"], row["value_width"], row["dtype"]) for row in rows}
-    assert points == {(h, 8, v, dtype) for h in (1, 2) for v in (8, 4) for dtype in ("float32", "bfloat16")}
-    assert len(list(tmp_path.glob("bench_operators_*.png"))) == 8
+    assert points == {(2, 8, v, dtype) for v in (8, 4) for dtype in ("float32", "bfloat16")}
+    assert len(list(tmp_path.glob("bench_operators_*.png"))) == 4
 
 
 @pytest.mark.all
