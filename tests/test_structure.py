@@ -15,7 +15,7 @@ FLOORS = (
     "layers",
     "mixers",
     ("data", "models"),
-    ("runtime", "analysis", "profiling", "planning", "benchmarks"),
+    ("runtime", "profiling", "planning", "benchmarks"),
     "convert",
 )
 HEAVY = ("ray", "deepspeed", "triton", "transformers", "datasets", "wandb", "matplotlib", "pyarrow", "tokenizers")

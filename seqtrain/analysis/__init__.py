@@ -1,1 +1,0 @@
-"""What layers do: measurements on single mixers and on small trained models."""
