@@ -5,9 +5,10 @@ import re
 
 import pytest
 
+from seqtrain.parallel.testing import run_ranks
 from seqtrain.profiling import read_profiles
 from tests.command_cases import run_command
-from tests.runtime.runtime_cases import on_ranks, write_text
+from tests.runtime.runtime_cases import launched, write_text
 
 KINDS = {"parameters", "gradients", "optimizer", "buffers", "loss", "activations", "program", "working memory"}
 
@@ -23,7 +24,8 @@ def sweep(tmp_path_factory):
         "profile.steps=2", "profile.warmup=1", "profile.peak=0.01", "profile.trace=true", f"output_dir={root / 'out'}",
     )  # fmt: skip
     # In a process of its own: a group formed here would be in the way of later forks.
-    [done] = on_ranks(1, lambda ranks: run_command("profile", *arguments))
+    work = (lambda ranks: run_command("profile", *arguments), ())
+    [done] = run_ranks(1, launched, 1, *work, limit=250)
     assert done.status == 0, done.out + done.err
     return done.out, root / "out"
 
