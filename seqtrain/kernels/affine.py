@@ -1,4 +1,4 @@
-"""A segment of a recurrence as an affine map of its state: `S_out = transition(S_in) + update` (MATH.md, section 2).
+"""A segment of a recurrence as an affine map of its state, `S_out = transition(S_in) + update` (docs/math.md, 2).
 
 Every recurrence reduces to one canonical form: the state is `[rows, depth, columns]`, and each row has a transition of
 its own, `[rows, depth, depth]`. A decay is the case `depth == 1` (a row is what shares one factor); a delta rule's
@@ -29,7 +29,7 @@ class AffineShape:
 
         `update`: `[B,H,K,V]`, or any state of at least one dimension (`[B,D]` for a diagonal scan).
         `transition`: None (identity); a leading part of the update's shape, up to three dimensions (`[B,H]`, `[B,H,K]`,
-        `[B,D]`: one factor for everything behind it); or dense `[B,H,K,K]`. Raises `ValueError`.
+        `[B,D]`: broadcast over the trailing dimensions); or dense `[B,H,K,K]`. Raises `ValueError`.
         """
         update, came = tuple(update), None if transition is None else tuple(transition)
         if came is None:
@@ -67,7 +67,7 @@ class AffineMap:
     """`S -> transition(S) + update` in canonical form.
 
     `transition`: `[rows, depth, depth]`, or None for the identity. `update`: `[rows, depth, columns]`, the state the
-    segment leaves behind when it starts from zero. Both of one floating or complex dtype.
+    segment leaves when it starts from zero. Both of one floating or complex dtype.
     """
 
     transition: Tensor | None

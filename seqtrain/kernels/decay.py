@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass
 class Products:
-    """`pairs`: `[R,C,C]` a row set, zero above the diagonal; `rows`: `[R,C,K]` a row set; `keys`: `[R,C,K]`;
+    """`pairs`: `[R,C,C]` per row set, zero above the diagonal; `rows`: `[R,C,K]` per row set; `keys`: `[R,C,K]`;
     `factor`: None (1), `[R,1,1]` or `[R,K,1]`."""
 
     pairs: list[Tensor]

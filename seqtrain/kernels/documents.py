@@ -21,8 +21,8 @@ def by_document(
 ) -> tuple[Tensor, Tensor]:
     """`run(*tensors, state) -> (out, final_state)` on each document of a packed row by itself, then joined again.
 
-    `tensors`: `[1,T,...]` or None each. `state`: `[N,...]`, a row a document. Without boundaries it is one plain call
-    on `[B,T,...]`.
+    `tensors`: `[1,T,...]` or None each. `state`: `[N,...]`, one row per document. Without boundaries it is one call on
+    `[B,T,...]`.
     """
     if cu_seqlens is None:
         return run(*tensors, state)

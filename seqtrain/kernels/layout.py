@@ -4,7 +4,7 @@ Every document is cut into chunks of C tokens, the last one padded. Documents ar
 chunks are ordered by (step, document), step j being the documents' j-th chunks. So the chunks of one step lie side by
 side, and the documents that take part in step j are always the first `counts[j]`:
 
-    documents of 5, 3 and 2 chunks    step 0   1   2   3 4         carry (one state a document, sorted)
+    documents of 5, 3 and 2 chunks    step 0   1   2   3 4         carry (one state per document, sorted)
                                       [abc] [abc] [ab] [a] [a]     step j reads and writes carry[:counts[j]]
 
 A recurrence over chunks then takes as many steps as the longest document has chunks, each on one contiguous slice.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import update_wrapper
 from inspect import Parameter, signature
+from types import SimpleNamespace
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -79,11 +80,12 @@ class Operator(Generic[P, R]):
         }
         parameters = signature(function).parameters
         self.optional = tuple(x for x in self.arguments if parameters[x].default is not Parameter.empty)
-        self._declared = declared
+        self.declared = declared
         self._letters = {x: _by_dimensions(shapes) for x, shapes in self.arguments.items()}
         # Numbers of dimensions with which each argument has a time axis.
         self._timed = tuple(tuple(n for n, shape in each.items() if "T" in shape) for each in self._letters.values())
-        self._functions: dict[str, Callable] = {}
+        # Not a dict, of which torch.compile would see only what was in it when it first looked.
+        self._functions = SimpleNamespace()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.function(*args, **kwargs)
@@ -148,15 +150,15 @@ class Operator(Generic[P, R]):
         """
         if not self.backends:
             return self.function
-        return self._functions[self._found(requested, device.type, "step" if single_token else function)]
+        return getattr(self._functions, self._found(requested, device.type, "step" if single_token else function))
 
     # torch.compile takes a name for a constant, but not a function.
     @constant
     def _found(self, requested: str, device_type: str, function: str) -> str:
         backend = dispatch.choose(self.name, self.__module__, self.backends, requested, device_type)
-        key = f"{backend}.{function}"
-        if key not in self._functions:
-            self._functions[key] = dispatch.function_of(self.__module__, backend, function)
+        key = f"{backend}_{function}"
+        if not hasattr(self._functions, key):
+            setattr(self._functions, key, dispatch.function_of(self.__module__, backend, function))
         return key
 
     def along_time(self, tensors: Sequence[Any]) -> tuple[bool, ...]:
@@ -186,12 +188,12 @@ class Operator(Generic[P, R]):
     def out_shape(self, tensors: Sequence[Any], options: Options) -> tuple[int, ...]:
         """The shape of the output of a call."""
         sizes = self.check(tensors)
-        return _sized(self._declared.out.split(), sizes)
+        return _sized(self.declared.out.split(), sizes)
 
     def flops(self, tensors: Sequence[Any], options: Options) -> int:
         """Multiply-adds times two of the forward pass of a call, from its shapes alone."""
         is_complex = any(x is not None and x.is_complex() for x in tensors)
-        return self._declared.flops(**self.check(tensors), complex=is_complex, **options)
+        return self.declared.flops(**self.check(tensors), complex=is_complex, **options)
 
     def segment(self, tensors: Sequence[Any], options: Options, backend: str) -> AffineSegment:
         """Tokens of one document (or of B rows) as an affine map; of an operator whose `time` is an `AffineScan`."""
@@ -199,18 +201,18 @@ class Operator(Generic[P, R]):
         return self.time.segment(self, tensors, options, backend)
 
     def _state_shape(self, states: int, sizes: Sizes, options: Options) -> Any:
-        assert self._declared.state is not None, self
-        found = self._declared.state(**sizes, **options)
+        assert self.declared.state is not None, self
+        found = self.declared.state(**sizes, **options)
         if isinstance(found, dict):
             return {key: (states, *shape) for key, shape in found.items()}
         return (states, *found)
 
     def _state_dtype(self, tensors: Sequence[Any], initial_state: Any) -> torch.dtype:
-        if not self._declared.state_from:
-            return self._declared.state_dtype(_first(tensors).dtype)
+        if not self.declared.state_from:
+            return self.declared.state_dtype(_first(tensors).dtype)
         given = dict(zip(self.arguments, tensors, strict=False)) | {"initial_state": initial_state}
-        counted = [given[name] for name in self._declared.state_from]
-        return self._declared.state_dtype(*(x.dtype for x in counted if x is not None))
+        counted = [given[name] for name in self.declared.state_from]
+        return self.declared.state_dtype(*(x.dtype for x in counted if x is not None))
 
 
 def _first(tensors: Sequence[Any]) -> Tensor:

@@ -28,7 +28,7 @@ class Rows:
         piece = torch.repeat_interleave(self.length, output_size=total)
         return piece, torch.arange(total, device=self.start.device) - self.start[piece]
 
-    def behind(self, past: Tensor, new: Tensor, index: Tensor) -> Tensor:
+    def after(self, past: Tensor, new: Tensor, index: Tensor) -> Tensor:
         """Tokens `index: int64 [N,R]` of each piece's past `[N,P,...]` followed by its new ones, flat `[total,...]`."""
         count = past.shape[1]
         piece = torch.arange(past.shape[0], device=past.device)[:, None]
@@ -40,7 +40,7 @@ class Rows:
         """The last P tokens of each piece's past `[N,P,...]` followed by its new ones, flat `[total,...]`."""
         count = past.shape[1]
         if not self.alike:
-            return self.behind(past, new, self.length[:, None] + torch.arange(count, device=past.device))
+            return self.after(past, new, self.length[:, None] + torch.arange(count, device=past.device))
         # A token at a time, in decoding: without the numbers of rows, which take longer than the rows.
         rows = new.unflatten(0, (past.shape[0], new.shape[0] // past.shape[0]))
         held = max(0, count - rows.shape[1])

@@ -1,7 +1,7 @@
 """The loops over chunks: states flow from chunk to chunk, and in the backward pass their gradients flow back.
 
 Both directions are the same loop, so it stands here once for linear attention and once for the delta rule. `carry`
-`[N*H, K, V]` holds one state a document and head in layout order and is updated in place; `steps` is
+`[N*H, K, V]` holds one state per document and head in layout order and is updated in place; `steps` is
 `Segment.steps(H)`, reversed for gradients; `starts` receives the carry as each chunk finds it.
 """
 
@@ -20,7 +20,7 @@ SEGMENT_NUMBERS = 3_500_000
 
 
 def chunk_length(key_width: int, value_width: int) -> int:
-    """Tokens a chunk: 64, or 32 for narrow heads, where products inside a chunk outweigh those with states.
+    """Tokens per chunk: 64, or 32 for narrow heads, where products inside a chunk outweigh those with states.
 
     Measured, forward + backward on one core: 32 is 7-22% faster at K=V=32, about even at 64, and up to
     13% slower at 128.
@@ -36,7 +36,7 @@ def segment_limit(carry: Tensor, heads: int, chunk: int) -> int:
 
 
 def scan_additive(carry: Tensor, steps: Steps, factor: Tensor | None, update: Tensor, starts: Tensor) -> None:
-    """`carry <- factor * carry + update` a step.
+    """`carry <- factor * carry + update` in each step.
 
     factor: None (1), `[R,1,1]` or `[R,K,1]`. update, starts: `[R,K,V]`.
     """
@@ -54,7 +54,7 @@ def scan_through(
     update: Tensor | None,
     starts: Tensor,
 ) -> None:
-    """`inner <- inner + read @ carry`, then `carry <- factor * carry + write @ inner + update`, a step.
+    """`inner <- inner + read @ carry`, then `carry <- factor * carry + write @ inner + update`, in each step.
 
     read: `[R,C,K]`. inner: `[R,C,V]`, updated in place. write: `[R,K,C]`. update: `[R,K,V]`, or None for 0.
     """

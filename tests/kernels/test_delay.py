@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from seqtrain.kernels import delay
-from seqtrain.testing import boundaries
 
 
 def shifted(x, by):
@@ -27,16 +26,6 @@ def test_whole_rows_pieces_and_gradient(by):
         (gradient,) = torch.autograd.grad((state * 2).sum() + whole.sum(), x)
         late = torch.arange(17) >= 17 - by
         assert torch.equal(gradient[0, :, 0, 0], 2.0 * late + 1.0 * (torch.arange(17) < 17 - by))
-
-
-def test_documents_have_their_own_pasts():
-    first, second = [4, 1, 7], [2, 0, 9]
-    x, y = torch.randn(1, 12, 2), torch.randn(1, 11, 2)
-    _, state = delay(x, by=3, cu_seqlens=boundaries(first))
-    out, _ = delay(y, by=3, initial_state=state, cu_seqlens=boundaries(second))
-    pairs = zip(x.split(first, 1), y.split(second, 1), strict=True)
-    expected = [shifted(torch.cat(pair, 1), 3)[:, pair[0].shape[1] :] for pair in pairs]
-    assert torch.equal(out, torch.cat(expected, 1))
 
 
 def test_mistakes_are_named():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqtrain.kernels import sink_attention, softmax_attention
-from seqtrain.testing import boundaries, relative_error
+from seqtrain.testing import relative_error
 
 H, G, K, V = 4, 2, 6, 5
 
@@ -54,36 +54,6 @@ def test_chunked_equals_reference(window, sinks, extra):
             tensors = inputs(2, tokens, extra=extra)
             expected = run(tensors, state, backend="reference", **options)
             assert_same(run(tensors, state, backend="chunked", **options), expected)
-
-
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
-def test_any_split_in_time_equals_the_whole(backend):
-    tensors, options = inputs(2, 40), {"window": 6, "sinks": 4, "backend": backend}
-    whole, end = sink_attention(**tensors, **options)
-    outs, state = [], None
-    # Below, at and above the window, one token, none, and sinks that come in two pieces.
-    for piece in zip(*(x.split([3, 1, 0, 6, 20, 1, 9], 1) for x in tensors.values()), strict=True):
-        out, state = sink_attention(**dict(zip(tensors, piece, strict=True)), initial_state=state, **options)
-        outs.append(out)
-    assert_same({"out": torch.cat(outs, 1), **state}, {"out": whole, **end})
-
-
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
-def test_documents_equal_separate_rows(backend):
-    first, second, options = [1, 30, 7, 2], [20, 1, 0, 33], {"window": 5, "sinks": 2, "backend": backend}
-    x, y = inputs(1, sum(first)), inputs(1, sum(second), seed=4)
-    out, state = sink_attention(**x, cu_seqlens=boundaries(first), **options)
-    more, end = sink_attention(**y, initial_state=state, cu_seqlens=boundaries(second), **options)
-    expected, ends = [], []
-    for n in range(4):
-        mine, my_state = sink_attention(**{key: part.split(first, 1)[n] for key, part in x.items()}, **options)
-        again = {key: part.split(second, 1)[n] for key, part in y.items()}
-        rest, my_state = sink_attention(**again, initial_state=my_state, **options)
-        expected.append((mine, rest))
-        ends.append(my_state)
-    joined = {"out": torch.cat([a for a, _ in expected], 1), "more": torch.cat([b for _, b in expected], 1)}
-    assert_same({"out": out, "more": more}, joined)
-    assert_same(end, {key: torch.cat([state[key] for state in ends]) for key in end})
 
 
 def test_without_sinks_it_is_a_sliding_window():

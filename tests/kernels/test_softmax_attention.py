@@ -83,13 +83,6 @@ def test_wide_values_and_a_scale(values):
     assert_equals_the_definition(*case(40, values=values), scale=0.3)
 
 
-@pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
-def test_bfloat16(documents):
-    tensors, lengths = case(61, documents=documents, window=16)
-    cu_seqlens = boundaries(LENGTHS) if documents else None
-    assert_equals_the_definition(tensors, lengths, torch.bfloat16, window=16, cu_seqlens=cu_seqlens)
-
-
 def test_the_definition_is_softmax_attention():
     q, k, v = case(20, past=False)[0]
     expected = F.scaled_dot_product_attention(
@@ -103,30 +96,6 @@ def test_the_definition_is_softmax_attention():
     assert torch.equal(state["k"], k)
     out, _ = softmax_attention(q, k, v, window=1, backend="reference")
     assert torch.allclose(out, v.repeat_interleave(H // G, 2))
-
-
-@pytest.mark.parametrize("window", [None, 6])
-def test_token_by_token_equals_the_whole(window):
-    q, k, v = case(20, past=False)[0]
-    whole, final = softmax_attention(q, k, v, window=window)
-    state, rows = None, []
-    for t in range(20):
-        row, state = softmax_attention(*(x[:, t : t + 1] for x in (q, k, v)), window=window, initial_state=state)
-        rows.append(row)
-        assert window is None or state["k"].shape == (2, window - 1, G, K)
-    assert relative_error(torch.cat(rows, 1), whole) < 1e-14
-    assert all(torch.equal(state[key], final[key]) for key in final)
-
-
-def test_documents_do_not_see_each_other():
-    q, k, v = (x.float() for x in case(61, documents=True, past=False)[0])
-    changed = v.clone()
-    changed[:, :34] += 100.0
-    for window in (None, 8):
-        out, _ = softmax_attention(q, k, v, window=window, cu_seqlens=boundaries(LENGTHS))
-        other, _ = softmax_attention(q, k, changed, window=window, cu_seqlens=boundaries(LENGTHS))
-        assert torch.equal(out[:, 34:], other[:, 34:])
-        assert not torch.equal(out[:, :34], other[:, :34])
 
 
 def test_a_window_holds_no_mask_that_grows_with_the_tokens():

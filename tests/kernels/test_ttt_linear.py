@@ -5,7 +5,7 @@ import torch
 
 from seqtrain.kernels import ttt_linear
 from seqtrain.kernels.ttt_linear.inner import error_gradient, layer_norm
-from seqtrain.testing import assert_within, boundaries, compare_with_oracle, relative_error, run_with_gradients
+from seqtrain.testing import assert_within, compare_with_oracle, relative_error
 
 H, K, C = 2, 4, 5
 
@@ -39,13 +39,6 @@ def test_the_dual_form_equals_the_loop(tokens, past):
     tensors = inputs(tokens, batch=2, past=past)
     assert_within(compare_with_oracle(ttt_linear, tensors, dtype=torch.float64), torch.float64)
     assert_within(compare_with_oracle(ttt_linear, tensors), torch.float32)
-
-
-@pytest.mark.parametrize("lengths", [(7, 0, 1, 12), (0, 0)])
-def test_documents_match_the_loop(lengths):
-    tensors = inputs(sum(lengths), past=3, states=len(lengths))
-    errors = compare_with_oracle(ttt_linear, tensors, dtype=torch.float64, cu_seqlens=boundaries(lengths))
-    assert_within(errors, torch.float64)
 
 
 def test_rows_in_the_midst_of_mini_batches_at_different_tokens():
@@ -82,52 +75,9 @@ def test_the_loop_descends_the_gradient_of_the_error():
         assert (state[0, :, -1] == 13 % C).all()
 
 
-@pytest.mark.parametrize("cut", [1, 5, 7])
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
-def test_any_cut_in_time_equals_the_whole(cut, backend):
-    tensors = inputs(17, batch=2)
-    timed = ("q", "k", "v", "rate")
-    whole, final = ttt_linear(**tensors, backend=backend)
-    first, state = ttt_linear(**{n: x[:, :cut] if n in timed else x for n, x in tensors.items()}, backend=backend)
-    second, state = ttt_linear(
-        **{n: x[:, cut:] if n in timed else x for n, x in tensors.items()}, initial_state=state, backend=backend
-    )
-    assert relative_error(torch.cat([first, second], 1), whole) < 1e-12
-    assert relative_error(state, final) < 1e-12
-
-
 def test_gradient_of_the_inner_error():
     generator = torch.Generator().manual_seed(2)
     z, target, weight, bias = torch.randn(4, 3, K, generator=generator, dtype=torch.float64)
     z.requires_grad_()
     (expected,) = torch.autograd.grad((layer_norm(z, weight, bias) - target).square().sum() / 2, z)
     assert relative_error(error_gradient(z, target, weight, bias), expected) < 1e-12
-
-
-def test_bfloat16_and_no_tokens():
-    tensors = {name: x.float() for name, x in inputs(17, past=3).items()}
-    exact = run_with_gradients(ttt_linear, tensors, backend="chunked")
-    rounded = tensors | {name: tensors[name].bfloat16() for name in ("q", "k", "v", "rate")}
-    out, state = ttt_linear(**rounded, backend="chunked")
-    assert (out.dtype, state.dtype) == (torch.bfloat16, torch.float32)
-    assert relative_error(out, exact["out"]) < 3e-2
-    none = tensors | {name: tensors[name][:, :0] for name in ("q", "k", "v", "rate")}
-    out, state = ttt_linear(**none)
-    assert out.shape == (1, 0, H, K)
-    assert torch.equal(state, tensors["initial_state"])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"start": torch.zeros(H, K, K)},
-            r"ttt_linear: start has shape \(2, 4, 4\), expected \[H, K\+1, K\] with K\+1=5",
-        ),
-        ({"v": torch.zeros(1, 6, H, K + 1)}, r"v has shape .* with K=4"),
-        ({"initial_state": torch.zeros(1, H, K, K)}, r"initial_state has shape .*, expected \(1, 2, 11, 4\)"),
-    ],
-)
-def test_wrong_arguments_are_named(change, message):
-    with pytest.raises(ValueError, match=message):
-        ttt_linear(**({name: x.float() for name, x in inputs(6).items()} | change))

@@ -45,9 +45,10 @@ def delta_rule(
     v: `[B,T,H,V]`, floating. beta: `[B,T,H]`, in [0, 1], or [0, 2] for negative eigenvalues.
     log_decay: `log a_t <= 0`, natural logarithm; None (DeltaNet), `[B,T,H]` (Gated DeltaNet) or `[B,T,H,K]` (KDA);
         finite: a very negative number (-1e4) forgets as well as -inf would.
-    read, erase: `[B,T,H,K]`, floating, both or neither; k where None. The vector the decayed state is asked with, and
-        the one its answer is taken away along: `S_t = (I - beta_t erase_t^T read_t) diag(a_t) S_{t-1} + beta_t k_t^T
-        v_t` (RWKV-7). Stable where `|1 - beta_t read_t . erase_t| <= 1` and both are parallel, or nearly.
+    read, erase: `[B,T,H,K]`, floating, both or neither; k where None. The diagonal plus low-rank (DPLR) form of RWKV-7:
+        `S_t = (I - beta_t erase_t^T read_t) diag(a_t) S_{t-1} + beta_t k_t^T v_t`. `read` queries the decayed state,
+        along `erase` its answer is removed. Stable where `|1 - beta_t read_t . erase_t| <= 1`
+        and both are parallel, or nearly.
     scale: factor of the output; `K ** -0.5` where None.
     initial_state: `[B,H,K,V]`, or `[N,H,K,V]` under `cu_seqlens`; zeros where None.
     cu_seqlens: int32 or int64 `[N+1]`, boundaries of N documents packed into one row (B == 1); documents may be empty.
@@ -55,7 +56,7 @@ def delta_rule(
 
     Returns `(out, final_state)`: out `[B,T,H,V]` in v's dtype; final_state `[B or N,H,K,V]`, float32 (float64 for
     float64 inputs). Differentiable in every tensor. Raises `ValueError` for wrong shapes, dtypes, devices or backends.
-    Source: MATH.md 1.2; the chunk form is that of Yang et al. 2024 (arXiv 2406.06484, 2412.06464).
+    Source: docs/math.md, section 1.2; the chunk form is that of Yang et al. 2024 (arXiv 2406.06484, 2412.06464).
     """
     if (read is None) != (erase is None):
         missing = "read" if read is None else "erase"

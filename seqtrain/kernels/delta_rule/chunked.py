@@ -1,7 +1,7 @@
 """The delta rule in chunks: the triangular solve inside a chunk, a loop of two small products over chunk states.
 
-Symbols as in MATH.md 1.2, with `beta` on the columns so that nothing is divided by it. With E the errors before `beta`,
-`n = beta * E` the values really written, N the strictly lower decayed products of keys,
+Symbols as in docs/math.md, section 1.2, with `beta` on the columns so that nothing is divided by it. With E the errors
+before `beta`, `n = beta * E` the values really written, N the strictly lower decayed products of keys,
 
     inverse = (I + N diag(beta))^{-1}      E = inverse (v - (k e^b) S)      out = scale (pairs n + (q e^b) S)
 
@@ -10,7 +10,7 @@ minus what the state answers to `read`. With N and pairs now products with erase
 
     E = -inverse (M w + (read e^b) S)      out = scale (pairs n + pairs_k w + (q e^b) S)
 
-The backward pass keeps the inputs and one state a segment, and recomputes the chunks of one segment at a time.
+The backward pass keeps the inputs and one state per segment, and recomputes the chunks of one segment at a time.
 """
 
 from collections.abc import Sequence
@@ -110,7 +110,7 @@ class _Chunks:
     added: _Added | None
 
     def update(self) -> Tensor | None:
-        """What k and v add to the outgoing state beside E, `[R,K,V]`."""
+        """What k and v add to the outgoing state besides E, `[R,K,V]`."""
         return None if self.added is None else self.added.products.keys.mT @ self.added.written
 
 

@@ -1,4 +1,4 @@
-"""The definition of the delta rule with decay (MATH.md 1.2): one loop over tokens, gradients by autograd."""
+"""The definition of the delta rule with decay (docs/math.md, 1.2): one loop over tokens, gradients by autograd."""
 
 import torch
 from torch import Tensor

@@ -2,7 +2,7 @@
 
 The rule is linear in values and state together. So values that are zero, from a state that is the identity, give as
 final state the transition M and as outputs the matrix R that reads an incoming state: `out = out_0 + R S`. These
-K columns go beside the V columns of the values through the same pass, which shares all but its products with columns.
+K columns go next to the V columns of the values through the same pass, which shares all but its products with columns.
 """
 
 from collections.abc import Sequence

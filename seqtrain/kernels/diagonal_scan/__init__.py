@@ -26,7 +26,7 @@ def diagonal_scan(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`h_t = exp(log_a_t) * h_{t-1} + x_t`, elementwise (MATH.md 1.3).
+    """`h_t = exp(log_a_t) * h_{t-1} + x_t`, elementwise (docs/math.md, section 1.3).
 
     `x`: `[B,T,D]`, floating or complex. `log_a`: `[B,T,D]`, or `[D]` where it is the same for all tokens (S4D, S5)
     and its exponential is taken once; floating or complex, its real part <= 0.

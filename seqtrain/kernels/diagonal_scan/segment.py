@@ -1,4 +1,4 @@
-"""The diagonal scan over a sharded sequence: the incoming state, decayed, adds to every output (MATH.md 1.3, 2)."""
+"""The diagonal scan over a sharded sequence: the incoming state, decayed, adds to every output (docs/math.md, 2)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,8 @@ class DiagonalScanSegment(AffineSegment):
         x, log_a = self.tensors
         self.out, update = self.operator(x, log_a, backend=self.backend, **self.options)
         log_a = log_a.to(update.dtype)
-        total = log_a.sum(1) if log_a.dim() == 3 else (log_a * x.shape[1]).expand(x.shape[0], -1)
+        # Contiguous, since the order of a sum depends on strides, and bits are to depend on numbers alone.
+        total = log_a.contiguous().sum(1) if log_a.dim() == 3 else (log_a * x.shape[1]).expand(x.shape[0], -1)
         return total.exp(), update
 
     def local_output(self) -> None:

@@ -1,4 +1,4 @@
-"""Diagonal state-space systems, one a channel: `diagonal_scan` with constant decays between a writing and a reading."""
+"""Diagonal state-space systems, one per channel: `diagonal_scan` with constant decays, written to and read from."""
 
 from typing import Literal
 
@@ -37,7 +37,7 @@ def diagonal_system(
     2N states in conjugate pairs has one of each pair here and twice its C in `read`.
     `form`: how outputs are found: "scan", a chunk at a time from the state before it; "fft", all at once as one long
     convolution, which is what S4 does; documents are always scanned. Both are equal to rounding.
-    `initial_state`: complex `[B,G*N]`, h before the first token (zeros when None); one row a document with documents.
+    `initial_state`: complex `[B,G*N]`, h before the first token (zeros when None); one row per document with documents.
     `cu_seqlens`: int `[N+1]`, document boundaries of a packed row (then B == 1).
 
     Returns `y`, `[B,T,G]` in u's dtype, and the last h of each row or document, complex64 (complex128 for float64

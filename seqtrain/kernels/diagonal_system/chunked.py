@@ -1,6 +1,6 @@
 """Matrix products over chunks of C tokens, and a scan over the states between them: no state of a token ever exists.
 
-Inside a chunk the system is a convolution with its impulse response, a triangular Toeplitz matrix `[C,C]` a channel;
+Inside a chunk the system is a convolution with its impulse response, a triangular Toeplitz matrix `[C,C]` per channel;
 what a chunk adds to the state and what the state before it adds to its outputs are products with powers of a. Memory is
 T/C states instead of T. The same matrices serve all chunks, so that their cost vanishes as T grows.
 
@@ -17,7 +17,7 @@ from seqtrain.kernels.custom_ops import opaque
 from seqtrain.kernels.diagonal_scan import diagonal_scan
 from seqtrain.kernels.dispatch import full_precision
 
-# Tokens a chunk, a power of two.
+# Tokens per chunk, a power of two.
 CHUNK = 64
 
 
@@ -47,7 +47,7 @@ def decayed_reading(log_a: Tensor, read: Tensor, state: Tensor, tokens: int) -> 
 
 
 class _Matrices:
-    """Powers of `exp(log_a)` and what is made of them, a matrix a channel, in the dtype of `read`."""
+    """Powers of `exp(log_a)` and what is made of them, one matrix per channel, in the dtype of `read`."""
 
     def __init__(self, log_a: Tensor, write: Tensor, read: Tensor):
         self.log_a = log_a.to(torch.complex128)
@@ -69,7 +69,7 @@ class _Matrices:
     def toeplitz(self) -> Tensor:
         """Real `[G,C,C]`, row the input's place and column the output's: the impulse response at their distance."""
         response = self.response(CHUNK)
-        # Row j is the response behind j zeros: one padded row, read again and again one number further left.
+        # Row j is the response after j zeros: one padded row, read each time one number further left.
         padded = F.pad(response, (CHUNK - 1, 0))
         return padded.unfold(1, CHUNK, 1).flip(1)
 

@@ -37,6 +37,6 @@ def gated_norm(
         raise ValueError(f"gated_norm: activation={activation!r}, expected 'silu' or 'sigmoid'")
     # Norms are many and small: how their shapes fit is told by letters only where they don't.
     fits = x.shape[-weight.dim() :] == weight.shape and weight.dim() <= 2 and (gate is None or gate.shape == x.shape)
-    if not fits or not x.is_floating_point():
+    if not fits or not all(each.is_floating_point() for each in (x, weight, gate) if each is not None):
         gated_norm.check((x, weight, gate))
     return gated_norm.choose(backend, x.device)(x, weight, gate, eps, activation == "silu", gate_first)

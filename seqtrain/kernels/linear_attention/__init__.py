@@ -40,7 +40,7 @@ def linear_attention(
 
     Returns `(out, final_state)`: out `[B,T,H,V]` in v's dtype; final_state `[B or N,H,K,V]`, float32 (float64 for
     float64 inputs). Differentiable in every tensor. Raises `ValueError` for wrong shapes, dtypes, devices or backends.
-    Source: MATH.md 1.1; the chunk form is that of GLA (Yang et al. 2023, arXiv 2312.06635, section 4).
+    Source: docs/math.md, section 1.1; the chunk form is that of GLA (Yang et al. 2023, arXiv 2312.06635, section 4).
     """
     tensors = (q, k, v, log_decay)
     call = linear_attention.prepare(tensors, backend, initial_state, cu_seqlens, scale=scale)

@@ -41,7 +41,8 @@ def find_map(k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor | N
     # Summed from the end: where a weight is not negligible, its exponent is then a sum of few terms.
     left = log_decay.flip(1).cumsum(1).flip(1)
     to_end = torch.cat([left[:, 1:], torch.zeros_like(left[:, :1])], 1).exp()
-    return log_decay.sum(1).exp(), _outer(_weighted(k, to_end), v)
+    # Contiguous, since the order of a sum depends on strides, and bits are to depend on numbers alone.
+    return log_decay.contiguous().sum(1).exp(), _outer(_weighted(k, to_end), v)
 
 
 def read(q: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, out: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The definition of linear attention with decay (MATH.md 1.1): one loop over tokens, gradients by autograd."""
+"""The definition of linear attention with decay (docs/math.md, 1.1): one loop over tokens, gradients by autograd."""
 
 import torch
 from torch import Tensor

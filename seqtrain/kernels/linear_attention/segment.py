@@ -1,7 +1,8 @@
 """Linear attention over a sharded sequence: the map of a segment, without its outputs, comes before them.
 
 With `b` the running sum of log decays over the segment's T tokens, the transition is `e^{b_T}`, the update
-`sum_j (k_j e^{b_T - b_j})^T v_j`, and the incoming state adds `scale (q_i e^{b_i}) S` to the outputs (MATH.md 1.1, 2).
+`sum_j (k_j e^{b_T - b_j})^T v_j`, and the incoming state adds `scale (q_i e^{b_i}) S` to the outputs
+(docs/math.md, sections 1.1 and 2).
 """
 
 from collections.abc import Sequence

@@ -68,7 +68,7 @@ def find_map(k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor | N
     """`(transition, update)` of `linear_attention`: the update is its final state from zeros, without its outputs."""
     state = k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
     _, update = _run_whole([None, k, v, None, log_decay], state, 1.0, None)
-    return None if log_decay is None else log_decay.sum(1, dtype=torch.float32).exp(), update
+    return None if log_decay is None else log_decay.contiguous().sum(1, dtype=torch.float32).exp(), update
 
 
 def read(q: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, out: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Short causal convolution along time, one filter a channel."""
+"""Short causal convolution along time, one filter per channel."""
 
 from typing import Literal
 

@@ -49,7 +49,7 @@ def _document_rows(cu_seqlens: Tensor, tokens: int, past: int) -> tuple[Tensor, 
 
 
 def _with_past(x: Tensor, state: Tensor, rows: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
-    """`[B, L, D]`: every row, or every document of the one row, behind the inputs that came before it."""
+    """`[B, L, D]`: every row, or every document of the one row, after the inputs that came before it."""
     if rows is None:
         return torch.cat([state.to(x.dtype), x], 1)
     outputs, given, _ = rows
@@ -70,7 +70,7 @@ class _Block:
 
 
 def _blocks(padded: Tensor, past: int, rows: tuple[Tensor, Tensor, Tensor] | None) -> Iterator[_Block]:
-    """All outputs, in blocks of about `BLOCK` numbers; `past`: inputs an output needs beside its own token's."""
+    """All outputs, in blocks of about `BLOCK` numbers; `past`: inputs an output needs besides its own token's."""
     length = padded.shape[1] - past
     step = max(1, BLOCK // (padded.shape[0] * padded.shape[2]))
     starts = list(range(0, length, step))

@@ -37,6 +37,8 @@ def _flops(*, B: int, T: int, H: int, K: int, V: int, window: int, sinks: int = 
     },
     out="B T H V",
     state=_states,
+    state_from=("k",),
+    state_dtype=lambda dtype: dtype,
     flops=_flops,
     backends=("reference", "chunked"),
     time=PastKeysAndSinks(),
@@ -123,5 +125,5 @@ def _after(k: Tensor, v: Tensor, past: dict[str, Tensor], rows: Rows) -> dict[st
     after = {"length": past["length"] + rows.length}
     for key, tensor in {"k": k, "v": v}.items():
         after[key] = rows.last(past[key], tensor)
-        after[f"sink_{key}"] = rows.behind(past[f"sink_{key}"], tensor, index)
+        after[f"sink_{key}"] = rows.after(past[f"sink_{key}"], tensor, index)
     return after

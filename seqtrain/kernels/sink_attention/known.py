@@ -1,4 +1,4 @@
-"""What the backends are told of keys and values beside the new ones."""
+"""What the backends are told of keys and values besides the new ones."""
 
 from dataclasses import dataclass
 

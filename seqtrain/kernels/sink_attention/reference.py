@@ -1,4 +1,4 @@
-"""The definition: one softmax a token over what it sees."""
+"""The definition: one softmax per token over what it sees."""
 
 import torch
 from torch import Tensor

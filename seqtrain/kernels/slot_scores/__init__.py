@@ -29,7 +29,7 @@ def slot_scores(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`S_t = diag(a_t) S_{t-1} + w_t^T k_t`, a row a slot, and `o_t = scale S_t q_t`, a number a slot.
+    """`S_t = diag(a_t) S_{t-1} + w_t^T k_t`, one row per slot, and `o_t = scale S_t q_t`, one number per slot.
 
     The state is that of `linear_attention(., w, k, log_decay)`; it is read along its other side. So every pair of a
     query and a key is multiplied once for all slots.

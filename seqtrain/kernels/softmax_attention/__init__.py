@@ -21,6 +21,8 @@ def _states(*, T: int, G: int, K: int, V: int, window: int | None = None, **_: A
     arguments={"q": "B T H K", "k": "B T G K", "v": "B T G V"},
     out="B T H V",
     state=_states,
+    state_from=("k",),
+    state_dtype=lambda dtype: dtype,
     flops=lambda *, B, T, H, K, V, window=None, **_: 2 * B * H * (K + V) * pairs_seen(T, window),
     backends=("reference", "chunked", "flash"),
     time=PastKeys(),
@@ -45,7 +47,7 @@ def softmax_attention(
 
     The state is what continuing needs: `dict(k=[B,S,G,K], v=[B,S,G,V], length=int64 [B])`. The last `length` of the S
     rows are the latest keys and values; the rows before them count for nothing. With a window S is always `window - 1`,
-    without it S is the number of tokens seen. With documents the rows of all documents lie one behind the other without
+    without it S is the number of tokens seen. With documents the rows of all documents lie one after the other without
     padding: `dict(k=[1,sum(length),G,K], v=[1,sum(length),G,V], length=int64 [N])`. It has the inputs' dtype.
 
     Returns `out`, `[B,T,H,V]` in v's dtype, and the state after the last token. Raises `ValueError` for a wrong shape,

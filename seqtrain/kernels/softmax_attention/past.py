@@ -67,14 +67,14 @@ def kept(k: Tensor, v: Tensor, window: int | None, past: Past | None, cu_seqlens
 
 
 def _last(rows: Tensor, count: int) -> Tensor:
-    """The last `count` rows, behind zeros where there are fewer; a copy, so that the others can be freed."""
+    """The last `count` rows, after zeros where there are fewer; a copy, so that the others can be freed."""
     last = rows[:, max(rows.shape[1] - count, 0) :]
     missing = count - last.shape[1]
     return torch.cat([last.new_zeros(last.shape[0], missing, *last.shape[2:]), last], 1) if missing else last.clone()
 
 
 def _packed_rows(start: Tensor, length: Tensor) -> Tensor:
-    """int64 row numbers `start[n] ... start[n] + length[n] - 1` for each n, one behind the other."""
+    """int64 row numbers `start[n] ... start[n] + length[n] - 1` for each n, one after the other."""
     before = length.cumsum(0) - length
     total = int(length.sum())
     return torch.arange(total, device=length.device) + torch.repeat_interleave(

@@ -40,9 +40,9 @@ def tensor_attention(
     """`o_t = sum_{i,j<=t} p_t(i,j) v1_i * v2_j`: attention over pairs of tokens, causal in both.
 
     `p_t(i,j)` is in proportion to `exp(scale * sum_r q_tr k1_ir k2_jr)`; exp is replaced by its Taylor polynomial of
-    even `degree`, which makes the cost linear in T (MATH.md 1.4); the weights are within `1 +- e^R R^(degree+1) /
-    (degree+1)!` of the exact ones while the exponent stays within [-R, R]. `degree=None` is exact and cubic in T: for
-    small T, without a state.
+    even `degree`, which makes the cost linear in T (docs/math.md, section 1.4); the weights are within
+    `1 +- e^R R^(degree+1) / (degree+1)!` of the exact ones while the exponent stays within
+    [-R, R]. `degree=None` is exact and cubic in T: for small T, without a state.
 
     `q, k1, k2`: `[B,T,H,K]`, `v1, v2`: `[B,T,H,V]`, floating; keep K small, for there are `F = feature_count(K,
     degree)` features. `scale` defaults to `K ** -0.5`. `cu_seqlens`: int `[N+1]`, document boundaries of a packed row

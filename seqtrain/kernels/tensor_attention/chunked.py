@@ -1,20 +1,21 @@
 """Linear in T: chunks of tokens run side by side in steps of a few tokens; the backward recomputes them.
 
 `o_t` needs the product of two running sums, entry by entry of `[F, W]`, and no matrix product gives that for many
-tokens at once. So the sums advance by steps of c tokens, and a step has four terms (MATH.md 1.4), S the sums before it
-and n the new tokens:
+tokens at once. So the sums advance by steps of c tokens, and a step has four terms (docs/math.md, section 1.4), S the
+sums before it, i and j <= t among the new tokens:
 
-    o_t = phi(q_t) (S1 * S2)  +  sum_i v1_i * (x1_ti S2)  +  sum_j v2_j * (x2_tj S1)  +  sum_ij (x1_ti . phi(k2_j)) v1_i
-    * v2_j x1_ti = phi(q_t) * phi(k1_i)                x2_tj = phi(q_t) * phi(k2_j)                        i, j <= t
-    among the new tokens
+    o_t = phi(q_t) (S1 * S2) + sum_i v1_i * (x1_ti S2) + sum_j v2_j * (x2_tj S1)
+          + sum_ij (x1_ti . phi(k2_j)) v1_i * v2_j
+
+with `x1_ti = phi(q_t) * phi(k1_i)` and `x2_tj = phi(q_t) * phi(k2_j)`.
 
 All are matrix products but for entries of pairs `(t,i)`, so c is small. W is V+1: values with a column of ones, whose
 sums divide.
 
 Forward, per segment of the layout: totals of its chunks, what enters each, outputs. Backward, from the last segment to
 the first: the first two again; then the steps from last to first, the sums going back by subtraction, at most one chunk
-from an exact sum. That gives what the sums before each chunk owe to it, hence what enters each from behind. Its part of
-the gradients is linear, and is added last.
+from an exact sum. That gives what the sums before each chunk owe to it, hence what enters each from its end. Its part
+of the gradients is linear, and is added last.
 """
 
 from collections.abc import Callable, Iterator

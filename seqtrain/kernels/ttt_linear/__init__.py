@@ -4,7 +4,6 @@ from torch import Tensor
 
 from seqtrain.kernels.dispatch import full_precision
 from seqtrain.kernels.operator import operator
-from seqtrain.kernels.ttt_linear.inner import InnerModel
 
 
 @operator(
@@ -51,13 +50,13 @@ def ttt_linear(
     backend: "auto", "chunked" or "reference".
 
     Returns `(out, final_state)`: out `[B,T,H,K]` in v's dtype; the state float32 (float64 for float64 inputs).
-    Differentiable in every tensor. The state is no affine function of the state before: ranks that share a sequence
+    Differentiable in every tensor. The state is no affine function of the state before: sequence-parallel ranks
     take turns. Raises `ValueError` for wrong shapes, dtypes, devices or backends.
     Source: Sun et al. 2024 (arXiv 2407.04620), sections 2.4 to 2.7.
     """
     tensors = (q, k, v, rate, start, norm_weight, norm_bias, shares)
     call = ttt_linear.prepare(tensors, backend, initial_state, cu_seqlens)
     start, norm_weight, norm_bias, shares = (x.to(call.state.dtype) for x in tensors[4:])
-    model = InnerModel(start, norm_weight[:, None], norm_bias[:, None], shares)
+    learned = (start, norm_weight[:, None], norm_bias[:, None], shares)
     with full_precision(q.device):
-        return call.run((q, k, v, rate), model, call.state, cu_seqlens)
+        return call.run(q, k, v, rate, *learned, call.state, cu_seqlens)

@@ -1,4 +1,4 @@
-"""TTT-Linear a mini-batch at a time, in its dual form: matrix products instead of one W a token; gradients by autograd.
+"""TTT-Linear a mini-batch at a time, in its dual form: matrix products instead of one W per token.
 
 With G the sum of gradients that the mini-batch has from before, `Z = [K, 1] W` and D the rows `rate * dZ`,
 
@@ -13,16 +13,8 @@ from seqtrain.kernels.documents import by_document
 from seqtrain.kernels.ttt_linear.inner import InnerModel, pack, unpack, with_one
 
 
-def run(
-    inputs: tuple[Tensor, ...], model: InnerModel, state: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """See `ttt_linear`; `inputs`: q, k, v, rate; `state` is given."""
-    q, k, v, rate = inputs
-    return _run(q, k, v, rate, model.start, model.weight, model.bias, model.shares, state, cu_seqlens)
-
-
 @opaque("ttt_linear_chunked", like=lambda *x: (x[2], x[8]))
-def _run(
+def run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -34,6 +26,7 @@ def _run(
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """See `ttt_linear`; `state` is given, what is learned is in its dtype, norms `[H,1,K]`."""
     model = InnerModel(start, weight, bias, shares)
 
     def rows(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,16 +8,8 @@ from seqtrain.kernels.documents import by_document
 from seqtrain.kernels.ttt_linear.inner import InnerModel, pack, unpack, with_one
 
 
-def run(
-    inputs: tuple[Tensor, ...], model: InnerModel, state: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """See `ttt_linear`; `inputs`: q, k, v, rate; `state` is given."""
-    q, k, v, rate = inputs
-    return _run(q, k, v, rate, model.start, model.weight, model.bias, model.shares, state, cu_seqlens)
-
-
 @opaque("ttt_linear_reference", like=lambda *x: (x[2], x[8]))
-def _run(
+def run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -29,6 +21,7 @@ def _run(
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """See `ttt_linear`; `state` is given, what is learned is in its dtype, norms `[H,1,K]`."""
     model = InnerModel(start, weight, bias, shares)
 
     def loop(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
