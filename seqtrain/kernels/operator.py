@@ -81,9 +81,14 @@ class Operator(Generic[P, R]):
         parameters = signature(function).parameters
         self.optional = tuple(x for x in self.arguments if parameters[x].default is not Parameter.empty)
         self.declared = declared
-        self._letters = {x: _by_dimensions(shapes) for x, shapes in self.arguments.items()}
+        letters = {x: _by_dimensions(shapes) for x, shapes in self.arguments.items()}
+        # What `check` knows of each argument, put together once: decoding calls operators on single tokens.
+        self._checks = tuple(
+            (f"{self.name}: {x}", x in self.optional, shapes, self.kinds.get(x, "a floating dtype"))
+            for x, shapes in letters.items()
+        )
         # Numbers of dimensions with which each argument has a time axis.
-        self._timed = tuple(tuple(n for n, shape in each.items() if "T" in shape) for each in self._letters.values())
+        self._timed = tuple(tuple(n for n, shape in each.items() if "T" in shape) for each in letters.values())
         # Not a dict, of which torch.compile would see only what was in it when it first looked.
         self._functions = SimpleNamespace()
 
@@ -104,17 +109,15 @@ class Operator(Generic[P, R]):
         """
         sizes: Sizes = {}
         device = _first(tensors).device
-        for (name, shapes), tensor in zip(self._letters.items(), tensors, strict=False):
-            if tensor is None and name in self.optional:
+        for (name, optional, shapes, kind), tensor in zip(self._checks, tensors, strict=False):
+            if tensor is None and optional:
                 continue
             if tensor is None:
-                raise ValueError(f"{self.name}: {name} is None, expected a tensor")
-            check_shape(f"{self.name}: {name}", tensor, shapes, sizes)
-            check_kind(f"{self.name}: {name}", tensor, self.kinds.get(name, "a floating dtype"))
+                raise ValueError(f"{name} is None, expected a tensor")
+            check_shape(name, tensor, shapes, sizes)
+            check_kind(name, tensor, kind)
             if tensor.device != device:
-                raise ValueError(
-                    f"{self.name}: {name} is on {tensor.device}, expected {device}, where the first one is"
-                )
+                raise ValueError(f"{name} is on {tensor.device}, expected {device}, where the first one is")
         return sizes
 
     def prepare(

@@ -43,6 +43,16 @@ def test_it_is_the_function_it_decorates():
     assert copy.deepcopy(OPERATORS)["softmax_attention"] is softmax_attention
 
 
+@pytest.mark.all
+def test_two_backends_of_one_operator_are_one_graph():
+    def both(x):
+        out, _ = linear_attention(x, x, x, backend="chunked")
+        return linear_attention(out, x, x, backend="reference")[0]
+
+    x = torch.randn(1, 8, 2, 4)
+    assert torch.equal(torch.compile(both, fullgraph=True, backend="aot_eager")(x), both(x))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -16,11 +16,8 @@ __all__ = ["sink_attention"]
 
 
 def _states(*, G: int, K: int, V: int, window: int, sinks: int = 0, **_: Any) -> dict[str, tuple[int, ...]]:
-    rows = {"": window - 1, "sink_": sinks}
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{of}{x}": (rows[of], G, size) for of in rows for x, size in (("k", K), ("v", V))
-    }
-    return shapes | {"length": ()}
+    near, first = window - 1, sinks
+    return {"k": (near, G, K), "v": (near, G, V), "sink_k": (first, G, K), "sink_v": (first, G, V), "length": ()}
 
 
 def _flops(*, B: int, T: int, H: int, K: int, V: int, window: int, sinks: int = 0, **_: Any) -> int:
@@ -96,18 +93,12 @@ def _past(
     state: dict[str, Tensor] | None, k: Tensor, v: Tensor, states: int, window: int, sinks: int
 ) -> dict[str, Tensor]:
     """The state before the first token, of an empty past where it is None. Raises `ValueError`."""
-    shapes = {
-        "k": (states, window - 1, *k.shape[2:]),
-        "v": (states, window - 1, *v.shape[2:]),
-        "sink_k": (states, sinks, *k.shape[2:]),
-        "sink_v": (states, sinks, *v.shape[2:]),
-        "length": (states,),
-    }
+    one = _states(G=k.shape[2], K=k.shape[3], V=v.shape[3], window=window, sinks=sinks)
+    shapes = {key: (states, *shape) for key, shape in one.items()}
     if state is None:
-        # An entry's last letter says whose dtype and device it has.
-        like = {"k": k, "v": v, "sink_k": k, "sink_v": v}
-        empty = {key: tensor.new_zeros(shapes[key]) for key, tensor in like.items()}
-        return empty | {"length": torch.zeros(states, dtype=torch.int64, device=k.device)}
+        # An entry's last letter says whose dtype it has.
+        like = {"k": k, "v": v, "h": torch.zeros(0, dtype=torch.int64, device=k.device)}
+        return {key: like[key[-1]].new_zeros(shape) for key, shape in shapes.items()}
     if set(state) != set(shapes):
         raise ValueError(f"sink_attention: initial_state has keys {sorted(state)}, expected {sorted(shapes)}")
     for key, shape in shapes.items():
