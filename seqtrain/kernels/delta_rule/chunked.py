@@ -9,27 +9,19 @@ Where `read` and `erase` stand for k, a token writes twice: w = beta * v along k
 minus what the state answers to `read`. With N and pairs now products with erase, M and pairs_k those with k,
 
     E = -inverse (M w + (read e^b) S)      out = scale (pairs n + pairs_k w + (q e^b) S)
-
-The backward pass keeps the inputs and one state per segment, and recomputes the chunks of one segment at a time.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from seqtrain.kernels.chunk_form import ChunkForm, Inputs, layout_of, rows_of
 from seqtrain.kernels.custom_ops import opaque
 from seqtrain.kernels.decay import Products, decayed_products, decayed_products_backward
-from seqtrain.kernels.dispatch import full_precision
-from seqtrain.kernels.layout import ChunkLayout, Segment, chunk_layout
-from seqtrain.kernels.states import chunk_length, factor_gradient, scan_through, segment_limit
+from seqtrain.kernels.layout import Segment
+from seqtrain.kernels.states import factor_gradient, scan_through
 from seqtrain.kernels.triangular import unit_lower_inverse
-
-# q, k `[B,T,H,K]`, v `[B,T,H,V]`, beta `[B,T,H]`, log_decay None, `[B,T,H]` or `[B,T,H,K]`, read and erase `[B,T,H,K]`
-# or None.
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 @opaque("delta_rule_chunked", like=lambda *x: (x[2], x[5]))
@@ -46,41 +38,8 @@ def run(
     erase: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Chunked `delta_rule`; arguments as `delta_rule` normalises them."""
-    chunk = chunk_length(q.shape[3], v.shape[3])
-    layout = chunk_layout(q.shape[0], q.shape[1], cu_seqlens, chunk=chunk, device=q.device)
-    return _DeltaRule.apply(q, k, v, beta, log_decay, read, erase, state, scale, layout)
-
-
-class _DeltaRule(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        log_decay: Tensor | None,
-        read: Tensor | None,
-        erase: Tensor | None,
-        state: Tensor,
-        scale: float,
-        layout: ChunkLayout,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = (q, k, v, beta, log_decay, read, erase)
-        out, final_state, checkpoints = forward(inputs, state, scale, layout)
-        ctx.save_for_backward(*inputs, *checkpoints)
-        ctx.scale, ctx.layout = scale, layout
-        return out, final_state
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
-        # Read once: activation checkpointing recomputes them on the first read and refuses a second.
-        saved = ctx.saved_tensors
-        inputs, checkpoints = saved[:7], saved[7:]
-        with full_precision(d_out.device):
-            gradients, d_state = backward(inputs, checkpoints, d_out, d_final, ctx.scale, ctx.layout)
-        return *gradients, d_state, None, None
+    inputs = (q, k, v, beta, log_decay, read, erase)
+    return FORM.run(inputs, state, scale, layout_of(q, v, cu_seqlens))
 
 
 @dataclass
@@ -114,16 +73,9 @@ class _Chunks:
         return None if self.added is None else self.added.products.keys.mT @ self.added.written
 
 
-def _contiguous(inputs: Inputs) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in inputs]
-
-
-def _prepare(inputs: Sequence[Tensor | None], segment: Segment, dtype: torch.dtype) -> _Chunks:
-    q, k, v, beta, log_decay, read, erase = (None if x is None else segment.take(x, dtype) for x in inputs)
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    assert beta is not None
+def _prepare(inputs: Inputs, segment: Segment, dtype: torch.dtype) -> tuple[_Chunks, int]:
+    """The chunks of a segment, and H."""
+    (q, k, v, beta, log_decay, read, erase), heads = rows_of(inputs, segment, dtype)
     asked, taken = (k, k) if read is None or erase is None else (read, erase)
     beta = beta[..., None]
     products = decayed_products([q, asked], taken, log_decay)
@@ -135,65 +87,28 @@ def _prepare(inputs: Sequence[Tensor | None], segment: Segment, dtype: torch.dty
         with_k = decayed_products([q, asked], k, log_decay)
         added = _Added(k, v, with_k, v * beta)
         errors = (inverse @ (with_k.pairs[1] @ added.written)).neg_()
-    return _Chunks(q, asked, taken, beta, log_decay, products, inverse, reading, products.keys * beta, errors, added)
+    write = products.keys * beta
+    return _Chunks(q, asked, taken, beta, log_decay, products, inverse, reading, write, errors, added), heads
 
 
-def forward(inputs: Inputs, state: Tensor, scale: float, layout: ChunkLayout) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """`(out [B,T,H,V], final_state [N,H,K,V], checkpoints)`.
-
-    A checkpoint is the carry `[n*H,K,V]` before a segment.
-    """
-    tensors, v = _contiguous(inputs), inputs[2]
-    heads = v.shape[2]
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    final_state = layout.sort_states(state)
-    carry = final_state.flatten(0, 1)  # a view, so that the result itself is none: callers may write into it
-    checkpoints = []
-    for segment in layout.segments(segment_limit(carry, heads, layout.chunk)):
-        checkpoints.append(carry[: segment.counts[0] * heads].clone())
-        c = _prepare(tensors, segment, state.dtype)
-        starts = carry.new_empty(c.q.shape[0], *carry.shape[1:])
-        steps = segment.steps(heads)
-        scan_through(carry, steps, c.products.factor, c.reading, c.errors, c.write.mT, c.update(), starts)
-        out_rows = c.products.pairs[0] @ (c.errors * c.beta)
-        if c.added is not None:
-            out_rows.baddbmm_(c.added.products.pairs[0], c.added.written)
-        segment.put(out, out_rows.baddbmm_(c.products.rows[0], starts, beta=scale, alpha=scale))
-    return out, layout.restore_states(final_state), checkpoints
+def _outputs(inputs: Inputs, segment: Segment, carry: Tensor, scale: float) -> Tensor:
+    c, heads = _prepare(inputs, segment, carry.dtype)
+    starts = carry.new_empty(c.q.shape[0], *carry.shape[1:])
+    steps = segment.steps(heads)
+    scan_through(carry, steps, c.products.factor, c.reading, c.errors, c.write.mT, c.update(), starts)
+    out = c.products.pairs[0] @ (c.errors * c.beta)
+    if c.added is not None:
+        out.baddbmm_(c.added.products.pairs[0], c.added.written)
+    return out.baddbmm_(c.products.rows[0], starts, beta=scale, alpha=scale)
 
 
-def backward(
-    inputs: Inputs,
-    checkpoints: Sequence[Tensor],
-    d_out: Tensor,
-    d_final: Tensor,
-    scale: float,
-    layout: ChunkLayout,
-) -> tuple[list[Tensor | None], Tensor]:
-    """Gradients of `inputs`, in their dtypes, and of the initial state."""
-    tensors = _contiguous(inputs)
-    gradients = [None if x is None else torch.empty_like(x) for x in tensors]
-    d_out, heads = d_out.contiguous(), d_out.shape[2]
-    d_state = layout.sort_states(d_final)
-    d_carry = d_state.flatten(0, 1)
-    segments = layout.segments(segment_limit(d_carry, heads, layout.chunk))
-    for segment, checkpoint in zip(reversed(segments), reversed(checkpoints), strict=True):
-        c = _prepare(tensors, segment, d_final.dtype)
-        starts = checkpoint.new_empty(c.q.shape[0], *checkpoint.shape[1:])
-        steps = segment.steps(heads)
-        scan_through(checkpoint.clone(), steps, c.products.factor, c.reading, c.errors, c.write.mT, c.update(), starts)
-        d_out_rows = segment.take(d_out, d_final.dtype).mul_(scale)
-        found = _segment_gradients(c, starts, d_out_rows, d_carry, steps)
-        for gradient, rows in zip(gradients, found, strict=True):
-            if gradient is not None and rows is not None:
-                segment.put(gradient, rows)
-    return gradients, layout.restore_states(d_state)
-
-
-def _segment_gradients(
-    c: _Chunks, starts: Tensor, d_out: Tensor, d_carry: Tensor, steps: list[tuple[slice, int]]
+def _gradients(
+    inputs: Inputs, segment: Segment, carry: Tensor, d_out: Tensor, d_carry: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the rows of a segment's inputs; `d_carry` goes from its end to its start in place."""
+    c, heads = _prepare(inputs, segment, carry.dtype)
+    starts = carry.new_empty(c.q.shape[0], *carry.shape[1:])
+    steps = segment.steps(heads)
+    scan_through(carry, steps, c.products.factor, c.reading, c.errors, c.write.mT, c.update(), starts)
     products, (pairs, asked_pairs) = c.products, c.products.pairs
     d_written = pairs.mT @ d_out  # gradient of n, without what reaches it through the outgoing state
     d_errors = d_written * c.beta
@@ -239,3 +154,6 @@ def _added_gradients(
     )
     d_rows, d_k, d_log = decayed_products_backward([c.q, c.read], added.k, c.log_decay, products, d_products)
     return d_rows, d_k, d_written * c.beta, torch.linalg.vecdot(d_written, added.v), d_log
+
+
+FORM = ChunkForm(_outputs, _gradients)

@@ -1,20 +1,14 @@
-"""Linear attention with decay in chunks: matrix products inside a chunk, a short loop over chunk states.
-
-The backward pass keeps the inputs and one state a segment, and recomputes the chunks of one segment at a time.
-"""
-
-from collections.abc import Sequence
-from typing import Any
+"""Linear attention with decay in chunks: matrix products inside a chunk, a short loop over chunk states."""
 
 import torch
 from torch import Tensor
 
+from seqtrain.kernels.chunk_form import ChunkForm, Inputs, layout_of, rows_of
 from seqtrain.kernels.custom_ops import opaque
 from seqtrain.kernels.decay import Products, decayed_products, decayed_products_backward
-from seqtrain.kernels.dispatch import full_precision
 from seqtrain.kernels.documents import state_dtype
-from seqtrain.kernels.layout import ChunkLayout, chunk_layout
-from seqtrain.kernels.states import chunk_length, factor_gradient, scan_additive, segment_limit
+from seqtrain.kernels.layout import Segment
+from seqtrain.kernels.states import factor_gradient, scan_additive
 
 
 @opaque("linear_attention_chunked", like=lambda *x: (x[2], x[4]))
@@ -22,9 +16,7 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Chunked `linear_attention`; arguments as `linear_attention` normalises them."""
-    chunk = chunk_length(q.shape[3], v.shape[3])
-    layout = chunk_layout(q.shape[0], q.shape[1], cu_seqlens, chunk=chunk, device=q.device)
-    return _LinearAttention.apply(q, k, v, log_decay, state, scale, layout)
+    return FORM.run((q, k, v, log_decay), state, scale, layout_of(q, v, cu_seqlens))
 
 
 def find_map(k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor | None, Tensor]:
@@ -66,98 +58,33 @@ def _outer(k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bthk,bthv->bhkv", k, v)
 
 
-class _LinearAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        state: Tensor,
-        scale: float,
-        layout: ChunkLayout,
-    ) -> tuple[Tensor, Tensor]:
-        out, final_state, checkpoints = forward(q, k, v, log_decay, state, scale, layout)
-        ctx.save_for_backward(q, k, v, log_decay, *checkpoints)
-        ctx.scale, ctx.layout = scale, layout
-        return out, final_state
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, *checkpoints = ctx.saved_tensors
-        with full_precision(q.device):
-            gradients = backward(q, k, v, log_decay, checkpoints, d_out, d_final, ctx.scale, ctx.layout)
-        return *gradients, None, None
+def _outputs(inputs: Inputs, segment: Segment, carry: Tensor, scale: float) -> Tensor:
+    (q, k, v, log_decay), heads = rows_of(inputs, segment, carry.dtype)
+    products = decayed_products([q], k, log_decay)
+    starts = carry.new_empty(q.shape[0], *carry.shape[1:])
+    scan_additive(carry, segment.steps(heads), products.factor, products.keys.mT @ v, starts)
+    return (products.pairs[0] @ v).baddbmm_(products.rows[0], starts, beta=scale, alpha=scale)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, layout: ChunkLayout
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """`(out [B,T,H,V], final_state [N,H,K,V], checkpoints)`: a checkpoint is the carry `[n*H,K,V]` before a segment."""
-    heads, dtype = q.shape[2], state.dtype
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    log_decay = None if log_decay is None else log_decay.contiguous()
-    out = torch.empty_like(v)
-    final_state = layout.sort_states(state)
-    carry = final_state.flatten(0, 1)  # a view, so that the result itself is none: callers may write into it
-    checkpoints = []
-    for segment in layout.segments(segment_limit(carry, heads, layout.chunk)):
-        checkpoints.append(carry[: segment.counts[0] * heads].clone())
-        q_rows, k_rows, v_rows = (segment.take(x, dtype) for x in (q, k, v))
-        log_rows = None if log_decay is None else segment.take(log_decay, dtype)
-        products = decayed_products([q_rows], k_rows, log_rows)
-        starts = carry.new_empty(q_rows.shape[0], *carry.shape[1:])
-        scan_additive(carry, segment.steps(heads), products.factor, products.keys.mT @ v_rows, starts)
-        out_rows = products.pairs[0] @ v_rows
-        out_rows.baddbmm_(products.rows[0], starts, beta=scale, alpha=scale)
-        segment.put(out, out_rows)
-    return out, layout.restore_states(final_state), checkpoints
+def _gradients(
+    inputs: Inputs, segment: Segment, carry: Tensor, d_out: Tensor, d_carry: Tensor
+) -> tuple[Tensor | None, ...]:
+    (q, k, v, log_decay), heads = rows_of(inputs, segment, carry.dtype)
+    products = decayed_products([q], k, log_decay)
+    starts = carry.new_empty(q.shape[0], *carry.shape[1:])
+    d_ends = torch.empty_like(starts)
+    steps = segment.steps(heads)
+    scan_additive(carry, steps, products.factor, products.keys.mT @ v, starts)
+    scan_additive(d_carry, steps[::-1], products.factor, products.rows[0].mT @ d_out, d_ends)
+    d_v = (products.pairs[0].mT @ d_out).baddbmm_(products.keys, d_ends)
+    d_products = Products(
+        pairs=[d_out @ v.mT],
+        rows=[d_out @ starts.mT],
+        keys=v @ d_ends.mT,
+        factor=factor_gradient(products.factor, starts, d_ends),
+    )
+    (d_q,), d_k, d_log = decayed_products_backward([q], k, log_decay, products, d_products)
+    return d_q, d_k, d_v, d_log
 
 
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    checkpoints: Sequence[Tensor],
-    d_out: Tensor,
-    d_final: Tensor,
-    scale: float,
-    layout: ChunkLayout,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of `q, k, v, log_decay, state`, in their dtypes."""
-    heads, dtype = q.shape[2], d_final.dtype
-    q, k, v, d_out = q.contiguous(), k.contiguous(), v.contiguous(), d_out.contiguous()
-    log_decay = None if log_decay is None else log_decay.contiguous()
-    d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
-    d_log = None if log_decay is None else torch.empty_like(log_decay)
-    d_state = layout.sort_states(d_final)
-    d_carry = d_state.flatten(0, 1)
-    segments = layout.segments(segment_limit(d_carry, heads, layout.chunk))
-    for segment, checkpoint in zip(reversed(segments), reversed(checkpoints), strict=True):
-        q_rows, k_rows, v_rows, d_rows = (segment.take(x, dtype) for x in (q, k, v, d_out))
-        d_rows *= scale
-        log_rows = None if log_decay is None else segment.take(log_decay, dtype)
-        products = decayed_products([q_rows], k_rows, log_rows)
-        starts = checkpoint.new_empty(q_rows.shape[0], *checkpoint.shape[1:])
-        d_ends = torch.empty_like(starts)
-        steps = segment.steps(heads)
-        scan_additive(checkpoint.clone(), steps, products.factor, products.keys.mT @ v_rows, starts)
-        scan_additive(d_carry, steps[::-1], products.factor, products.rows[0].mT @ d_rows, d_ends)
-
-        d_v_rows = (products.pairs[0].mT @ d_rows).baddbmm_(products.keys, d_ends)
-        d_products = Products(
-            pairs=[d_rows @ v_rows.mT],
-            rows=[d_rows @ starts.mT],
-            keys=v_rows @ d_ends.mT,
-            factor=factor_gradient(products.factor, starts, d_ends),
-        )
-        (d_q_rows,), d_k_rows, d_log_rows = decayed_products_backward([q_rows], k_rows, log_rows, products, d_products)
-        segment.put(d_q, d_q_rows)
-        segment.put(d_k, d_k_rows)
-        segment.put(d_v, d_v_rows)
-        if d_log is not None and d_log_rows is not None:
-            segment.put(d_log, d_log_rows)
-    return d_q, d_k, d_v, d_log, layout.restore_states(d_state)
+FORM = ChunkForm(_outputs, _gradients)

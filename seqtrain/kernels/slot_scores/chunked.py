@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqtrain.kernels.chunk_form import layout_of
 from seqtrain.kernels.custom_ops import opaque
 from seqtrain.kernels.dispatch import full_precision
-from seqtrain.kernels.layout import ChunkLayout, chunk_layout
-from seqtrain.kernels.linear_attention import chunked as linear
-from seqtrain.kernels.states import chunk_length
+from seqtrain.kernels.layout import ChunkLayout
+from seqtrain.kernels.linear_attention.chunked import FORM
 
 
 @opaque("slot_scores_chunked", like=lambda *x: (x[2].to(x[0].dtype), x[4]))
@@ -22,9 +22,7 @@ def run(
     q: Tensor, k: Tensor, written: Tensor, log_decay: Tensor, state: Tensor, scale: float, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Chunked `slot_scores`; arguments as it normalises them."""
-    chunk = chunk_length(written.shape[3], k.shape[3])
-    layout = chunk_layout(q.shape[0], q.shape[1], cu_seqlens, chunk=chunk, device=q.device)
-    return _SlotScores.apply(q, k, written, log_decay, state, scale, layout)
+    return _SlotScores.apply(q, k, written, log_decay, state, scale, layout_of(written, k, cu_seqlens))
 
 
 class _SlotScores(torch.autograd.Function):
@@ -41,9 +39,9 @@ class _SlotScores(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # Which queries is all the same here: the scores are linear attention's gradient of any.
         any_query = torch.zeros_like(written, dtype=q.dtype)
-        _, final_state, checkpoints = linear.forward(any_query, written, k, log_decay, state, scale, layout)
-        nothing = torch.zeros_like(final_state)
-        out, *_ = linear.backward(any_query, written, k, log_decay, checkpoints, q, nothing, scale, layout)
+        inputs = (any_query, written, k, log_decay)
+        _, final_state, checkpoints = FORM.forward(inputs, state, scale, layout)
+        (out, *_), _ = FORM.backward(inputs, checkpoints, q, torch.zeros_like(final_state), scale, layout)
         ctx.save_for_backward(q, k, written, log_decay, state)
         ctx.scale, ctx.layout = scale, layout
         return out, final_state
@@ -53,7 +51,8 @@ class _SlotScores(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         q, k, written, log_decay, state = ctx.saved_tensors
         with full_precision(q.device):
-            d_q, _, checkpoints = linear.forward(d_out, written, k, log_decay, state, ctx.scale, ctx.layout)
-            gradients = linear.backward(d_out, written, k, log_decay, checkpoints, q, d_final, ctx.scale, ctx.layout)
-        _, d_written, d_k, d_log, d_state = gradients
+            inputs = (d_out, written, k, log_decay)
+            d_q, _, checkpoints = FORM.forward(inputs, state, ctx.scale, ctx.layout)
+            gradients, d_state = FORM.backward(inputs, checkpoints, q, d_final, ctx.scale, ctx.layout)
+        _, d_written, d_k, d_log = gradients
         return d_q.to(q.dtype), d_k, d_written, d_log, d_state, None, None
