@@ -100,10 +100,7 @@ FORMS = {
     "short_convolution": ("run", ("BTD", "DW", None, "silu", 1, "SSD", "boundaries")),
     "slot_scores": ("run", ("BTHK", "BTHK", "BTHV", "-BTHV", "SHVK", 0.5, "boundaries")),
     "tensor_attention": ("_run", ("BTHK",) * 3 + ("BTHV",) * 2 + (2, 0.5, "zSHSFK", "boundaries")),
-    "ttt_linear": (
-        "_run",
-        ("BTHK",) * 3 + ("BTH", "HLK", "HbK", "HbK", "D", "zSHMK", "boundaries"),
-    ),
+    "ttt_linear": ("run", ("BTHK",) * 3 + ("BTH", "HLK", "HbK", "HbK", "D", "zSHMK", "boundaries")),
 }
 SIZES |= {"X": 6, "L": 5, "M": 11, "b": 1}
 
