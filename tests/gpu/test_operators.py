@@ -25,7 +25,7 @@ from seqtrain.testing import (
     relative_error,
     run_with_gradients,
 )
-from tests.kernels import test_diagonal_scan as scans
+from tests.kernels import test_diagonal as scans
 from tests.kernels import test_gated_norm as norms
 from tests.kernels import test_linear_cross_entropy as losses
 from tests.kernels import test_short_convolution as convolutions

@@ -26,25 +26,39 @@ def system(tokens, *, fastest=100.0):
     }
 
 
+def normal(*shape, of_complex=False, seed=0):
+    generator = torch.Generator().manual_seed(seed + len(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.complex128 if of_complex else torch.float64)
+
+
+def case(tokens, *, documents=False, x_complex=False, a_complex=False, constant=False, decay="wide"):
+    lengths = [0, 1, tokens // 3, 0, tokens - tokens // 3 - 1, 0]
+    batch = 1 if documents else 2
+    log_a = decay_like((D,) if constant else (batch, tokens, D), decay, torch.Generator().manual_seed(1))
+    if a_complex:
+        log_a = torch.complex(log_a, normal(*log_a.shape, seed=5))
+    tensors = {
+        "x": normal(batch, tokens, D, of_complex=x_complex),
+        "log_a": log_a,
+        "initial_state": normal(len(lengths) if documents else batch, D, of_complex=x_complex or a_complex),
+    }
+    return tensors, boundaries(lengths) if documents else None
+
+
 @pytest.mark.parametrize("decay", ["wide", "strong", "spikes", "zero"])
 @pytest.mark.parametrize("tokens", [130, 2200])
 def test_every_kind_of_decay_of_the_scan(tokens, decay):
-    generator = torch.Generator().manual_seed(1)
-    x, state = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2, tokens, D), (2, D)))
-    tensors = {"x": x, "log_a": decay_like((2, tokens, D), decay, generator), "initial_state": state}
-    assert_within(compare_with_oracle(diagonal_scan, tensors), torch.float32)
+    assert_within(compare_with_oracle(diagonal_scan, case(tokens, decay=decay)[0]), torch.float32)
 
 
 def test_gradcheck():
-    generator = torch.Generator().manual_seed(1)
-    decay = torch.complex(decay_like((1, 70, 2), "wide", generator), torch.randn(1, 70, 2, dtype=torch.float64))
-    inputs = (torch.randn(1, 70, 2, dtype=torch.float64), decay, torch.randn(4, 2, dtype=torch.complex128))
+    tensors, cu_seqlens = case(70, documents=True, a_complex=True)
+    inputs = [x[..., :2].clone().requires_grad_() for x in tensors.values()]
 
     def scan(x, log_a, state):
-        cu_seqlens = boundaries([1, 23, 0, 46])
         return diagonal_scan(x, log_a, initial_state=state, cu_seqlens=cu_seqlens, backend="chunked")
 
-    assert torch.autograd.gradcheck(scan, [x.requires_grad_() for x in inputs], fast_mode=True)
+    assert torch.autograd.gradcheck(scan, inputs, fast_mode=True)
 
 
 def test_a_complex_scan_of_real_inputs_is_complex():

@@ -24,6 +24,15 @@ def inputs(batch, tokens, seed=0, width=K):
     }
 
 
+def case(tokens, degree, *, documents=False):
+    """Inputs, with the state some earlier tokens really left: any other might have weights below zero."""
+    lengths = [0, 1, tokens // 3, 0, tokens - tokens // 3 - 1, 0]
+    rows = len(lengths) if documents else 2
+    _, state = tensor_attention(**inputs(rows, 20, seed=3), degree=degree, backend="reference")
+    tensors = inputs(1 if documents else 2, tokens) | {"initial_state": state}
+    return tensors, boundaries(lengths) if documents else None
+
+
 @pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
 def test_many_segments(monkeypatch, documents):
     # By import_module: the package's name is the function's in seqtrain.kernels.

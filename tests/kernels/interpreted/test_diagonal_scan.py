@@ -8,7 +8,7 @@ import torch
 from seqtrain.kernels import diagonal_scan
 from seqtrain.kernels.inspect.interpreter import assert_no_races, between_nans, nan_filled_empty, recording
 from seqtrain.testing import boundaries, compare_with_oracle, run_with_gradients
-from tests.kernels.test_diagonal_scan import case
+from tests.kernels.test_diagonal import case
 
 from .tolerances import assert_within
 
