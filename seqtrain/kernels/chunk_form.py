@@ -36,7 +36,8 @@ class ChunkForm(NamedTuple):
         self, inputs: Inputs, state: Tensor, scale: float, layout: ChunkLayout
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """`(out [B,T,H,V], final_state [N,H,K,V], checkpoints)`: a checkpoint is the carry before a segment."""
-        tensors, checkpoints = _contiguous(inputs), []
+        tensors = _contiguous(inputs)
+        checkpoints: list[Tensor] = []
         assert tensors[2] is not None
         out, heads = torch.empty_like(tensors[2]), state.shape[1]
         final_state = layout.sort_states(state)
