@@ -1,7 +1,8 @@
 """The operators: pure functions of tensors, each with a definition and faster forms of it.
 
 Each is an `Operator`; a recurrent one takes `initial_state` and `cu_seqlens` and returns `(out, final_state)`.
-`OPERATORS` has all of them by name.
+`OPERATORS` has all of them by name. The bits of a document's outputs, states and gradients do not depend on the numbers
+of other documents in its row; on their lengths they may, since products of other sizes add up in another order.
 """
 
 from seqtrain.kernels.delay import delay as delay
