@@ -216,7 +216,8 @@ class EvaluationBatches(_Windows):
 
     def text_bytes(self, batch: Batch) -> float:
         """Bytes of text that the labels of `batch` stand for; a document's end stands for none."""
-        counted = batch.labels[batch.labels != IGNORED]
+        labels = batch.labels.cpu()
+        counted = labels[labels != IGNORED]
         return self.stream.tokenizer.byte_count(counted) * self.stream.byte_scale
 
     def _start(self, sample: int) -> int:
