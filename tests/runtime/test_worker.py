@@ -3,11 +3,13 @@
 import os
 
 import pytest
+import torch
 
 from seqtrain.errors import CheckpointError, SeqtrainError
 from seqtrain.models import LanguageModel
 from seqtrain.runtime import task, worker
 from seqtrain.runtime.checkpoint import find
+from seqtrain.runtime.optimizers import OPTIMIZERS, Optimizer
 from tests.runtime.runtime_cases import (
     as_it_was_at,
     change,
@@ -39,6 +41,22 @@ def test_a_resumed_run_has_the_very_same_losses(tmp_path):
         assert [record["step"] for record in records(after)] == [1, 2, 3, 4, 5, 6]
         assert losses(after) == losses(before), (before.train.dtype, before.parallel.zero_stage)
         assert score(after) == score(before)
+
+
+def test_another_optimizer_is_an_entry_in_the_table(tmp_path, monkeypatch):
+    adamax = Optimizer(
+        options=("betas", "eps"), moments=("exp_avg", "exp_inf"), implementations={"torch": lambda: torch.optim.Adamax}
+    )
+    monkeypatch.setitem(OPTIMIZERS, "adamax", adamax)
+    base = small_config(tmp_path, optimizer={"name": "adamax"})
+    whole = [change(base, f"{stage}", parallel={"zero_stage": stage}) for stage in STAGES]
+    train_on(*whole)
+    resumed = [as_it_was_at(config, 3, f"{config.parallel.zero_stage}-again") for config in whole]
+    train_on(*resumed)
+    for before, after in zip(whole, resumed, strict=True):
+        assert losses(after) == losses(before)
+        assert losses(before) == pytest.approx(losses(whole[0]), abs=1e-5)
+        assert losses(before)[-1] < losses(before)[0] - 0.1
 
 
 class Faulty(LanguageModel):
