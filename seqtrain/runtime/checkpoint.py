@@ -73,7 +73,8 @@ class FileEntry:
 class CheckpointManifest(Manifest):
     """What a checkpoint says of itself, signed.
 
-    `fingerprint`: the hash of `trajectory`, which is `Checkpoint.fingerprint`. `sha256`: of everything else here.
+    `trajectory`: what `run_folder.fingerprint` says of the run; `fingerprint`: its hash. `tracking_id`: the run of
+    Weights & Biases that it logs to; empty without. `files`: those it vouches for. `sha256`: of everything else here.
     """
 
     error = CheckpointError
@@ -97,13 +98,11 @@ class Checkpoint:
     """A whole checkpoint: its folder and what its manifest says."""
 
     folder: Path
-    progress: Progress
-    # What the run's later steps depend on, as plain values (see `run_folder.fingerprint`).
-    fingerprint: dict[str, Any]
-    # Run of Weights & Biases that the checkpoint's run logs to; empty without.
-    tracking_id: str
-    # Files the manifest vouches for.
-    files: tuple[str, ...]
+    manifest: CheckpointManifest
+
+    @property
+    def progress(self) -> Progress:
+        return self.manifest.progress
 
     @torch.no_grad()
     def load_weights(self, model: nn.Module) -> None:
@@ -127,7 +126,7 @@ class Checkpoint:
             engine.optimizer_state.restore(moments, steps_taken=self.progress.taken)
 
     def _moments(self, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        for file in self.files:
+        for file in self.manifest.files:
             if file == WEIGHTS:
                 continue
             with self._open(file) as stored:
@@ -255,7 +254,7 @@ def read(folder: Path) -> Checkpoint:
             raise CheckpointError(f"{folder}: {name} {came}")
         if sha256_of(path) != entry.sha256:
             raise CheckpointError(f"{folder}: {name} is damaged, its hash is not the manifest's")
-    return Checkpoint(folder, manifest.progress, manifest.trajectory, manifest.tracking_id, tuple(manifest.files))
+    return Checkpoint(folder, manifest)
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:

@@ -161,14 +161,15 @@ def _newest(session: Session) -> Checkpoint | None:
     """The checkpoint to resume from: the run's own newest one, else the one `checkpoint.resume` names."""
     resume, now = session.config.checkpoint.resume, session.fingerprint
     if own := checkpoints.find(session.folder.checkpoints):
-        check_fits(own.folder, own.fingerprint, now)
+        check_fits(own.folder, own.manifest.trajectory, now)
         return own
     if resume in ("auto", "never"):
         return None
     # The weights must fit; steps, data and learning rate may be new ones.
     other = checkpoints.read(Path(resume))
+    before = other.manifest.trajectory
     for part in ("model", "mixer"):
-        check_fits(other.folder, {part: other.fingerprint[part]}, {part: now[part]})
+        check_fits(other.folder, {part: before[part]}, {part: now[part]})
     return other
 
 

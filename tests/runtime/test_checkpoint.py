@@ -103,7 +103,7 @@ def test_a_changed_manifest_is_found(root):
 def test_a_file_the_manifest_does_not_name_is_not_opened(root, finished):
     newest = root / "step-00000006"
     (newest / "optimizer-00001.safetensors").write_bytes(b"planted")
-    assert "optimizer-00001.safetensors" not in read(newest).files
+    assert "optimizer-00001.safetensors" not in read(newest).manifest.files
 
 
 def test_nothing_there_is_no_checkpoint(tmp_path):
