@@ -4,6 +4,16 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable
 
+# What the core is installed without, by the extra that brings it: names of modules.
+EXTRAS = {
+    "train": (
+        "datasets", "deepspeed", "hydra", "matplotlib", "omegaconf", "pyarrow", "ray", "rich", "tokenizers",
+        "transformers", "wandb", "yaml",
+    ),
+    "convert": ("gguf", "peft"),
+    "eval": ("lm_eval",),
+}  # fmt: skip
+
 
 class SeqtrainError(ValueError):
     """A mistake in the input. Launchers print it as one line and exit with status 2."""
@@ -30,9 +40,16 @@ def unknown_name(what: str, name: str, allowed: Iterable[str]) -> str:
 
 
 def exit_status(work: Callable[[], int]) -> int:
-    """The exit status of `work`; a mistake of the user is printed as one line and is status 2."""
+    """The exit status of `work`; a user's mistake, or a package that is not installed, is one printed line and 2."""
     try:
         return work()
     except SeqtrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+        if extra is None:
+            raise
+        message = f"{package} is not installed: pip install 'seqtrain[{extra}]'"
+    print(f"error: {message}", file=sys.stderr)
+    return 2

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from seqtrain.kernels import delta_rule, linear_attention
 from seqtrain.kernels.dispatch import reset_backend_choice
 from seqtrain.kernels.native import build, cut, recurrence
+from seqtrain.kernels.native.compiler import find_compiler
 from seqtrain.kernels.segments import by_segment
 from seqtrain.testing import (
     assert_within,
@@ -334,7 +335,9 @@ def test_without_a_compiler_auto_says_so_once_and_takes_chunked(fresh, monkeypat
         out = [delta_rule(**tensors)[0] for _ in range(3)][-1]
     assert torch.equal(out, delta_rule(**tensors, backend="chunked")[0])
     said = [record.message for record in caplog.records if "native" in record.message]
-    assert said == ["delta_rule: chunked (native needs a C++ compiler (CXX=no-such-compiler is not found))"]
+    reason = "needs a C++ compiler (CXX=no-such-compiler is not found)"
+    slower = "recurrences and tensor attention run slower, in PyTorch"
+    assert said == [f"no native kernels: {reason}; {slower}", f"delta_rule: chunked (native {reason})"]
     with pytest.raises(ValueError, match=r"backend=native can't run here: native needs a C\+\+ compiler"):
         delta_rule(**tensors, backend="native")
 
@@ -371,10 +374,37 @@ def test_processes_that_start_together_build_once(fresh, monkeypatch):
 
 def test_the_key_follows_compiler_and_sources(fresh, monkeypatch):
     monkeypatch.setenv("CXX", compiler(fresh, "echo macros"))
-    first = build._key(build.find_compiler())
-    assert build._key(build.find_compiler()) == first
+    first = build._key(find_compiler())
+    assert build._key(find_compiler()) == first
     monkeypatch.setenv("CXX", compiler(fresh, "echo other macros"))
-    assert build._key(build.find_compiler()) != first
+    assert build._key(find_compiler()) != first
+
+
+@pytest.mark.parametrize(
+    ("capability", "missing", "expected"),
+    [
+        ("AVX512", set(), ["x86-64-v4", "x86-64-v3"]),
+        ("AVX2", set(), ["x86-64-v3"]),  # as ATEN_CPU_CAPABILITY=avx2 asks
+        ("AVX512", {"avx512bw"}, ["x86-64-v3"]),
+        ("AVX2", {"bmi2"}, []),
+        ("DEFAULT", set(), []),
+    ],
+)
+def test_a_prebuilt_library_fits_the_processor(monkeypatch, capability, missing, expected):
+    every = set().union(*(needed for _, needed in build.LEVELS.values()))
+    monkeypatch.setattr(build, "_processor_features", lambda: every - missing)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert build._levels() == expected
+
+
+def test_a_prebuilt_library_that_does_not_load_is_compiled_instead(fresh, monkeypatch, caplog):
+    monkeypatch.setattr(build, "PREBUILT", fresh)
+    monkeypatch.setattr(build, "_levels", lambda: ["x86-64-v4", "x86-64-v3"])
+    (fresh / "x86-64-v3.so").write_text("no library")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with caplog.at_level(logging.INFO, "seqtrain.kernels"):
+        assert "needs a C++ compiler" in build.unavailable()
+    assert "native kernels: x86-64-v3.so can't be loaded" in caplog.text
 
 
 @needs_library

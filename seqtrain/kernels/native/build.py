@@ -1,41 +1,43 @@
-"""Builds the C++ sources on first use and keeps the library in the user's cache folder.
+"""The native library: the one that a wheel brings for this processor, else one that is built on first use and kept.
 
-A library is found again by a hash of the sources, the flags, PyTorch's version, the compiler and the processor's
-features, so that an update or another machine with the same home folder builds its own. Processes that start together
-build once: the others wait for a lock.
+A wheel holds a library for each level of x86-64 in `LEVELS`; none of them links PyTorch, so they fit any version of it.
+Elsewhere, as in a checkout, the library is compiled for this very processor and kept in the user's cache folder, under
+a hash of the sources, the flags, PyTorch's version, the compiler and the processor's features: an update, or another
+machine with the same home folder, builds its own. Of processes that start together one builds; the others wait for its
+lock.
 """
 
 import ctypes
 import hashlib
 import logging
-import os
-import shutil
-import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from seqtrain.kernels.native import compiler as cxx
+from seqtrain.kernels.native.compiler import BUILD_SECONDS, NativeError
+
 log = logging.getLogger("seqtrain.kernels")
 
-SOURCES = Path(__file__).parent
-# No -ffast-math: it would change what comes out for infinities and reorder sums. Contraction is only a*b+c in one step.
-FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared")
-# A build takes about ten seconds; a machine that needs longer than this is not waited for.
-BUILD_SECONDS = 300
-
-
-class NativeError(RuntimeError):
-    """The library can't be built or loaded here; the message says why."""
+# Where a wheel has its libraries, `LEVEL.so`; a checkout has none.
+PREBUILT = Path(__file__).parent / "prebuilt"
+# Best first: `-march` names, what PyTorch calls processors of the level (ATEN_CPU_CAPABILITY lowers it), and the
+# features that Linux lists for it.
+LEVELS = {
+    "x86-64-v4": (("AVX512",), {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
+    "x86-64-v3": (("AVX512", "AVX2"), {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}),
+}
 
 
 @cache
 def unavailable() -> str | None:
-    """Why the native kernels can't run here, or None. Builds them where that has not been done."""
+    """Why the native kernels can't run here, or None. Builds them if that has not been done."""
     try:
         library()
     except NativeError as error:
+        log.warning("no native kernels: %s; recurrences and tensor attention run slower, in PyTorch", error)
         return str(error)
     return None
 
@@ -43,7 +45,41 @@ def unavailable() -> str | None:
 @cache
 def library() -> ctypes.CDLL:
     """The loaded library. Raises `NativeError`."""
-    compiler = find_compiler()
+    return _prebuilt() or _load(_built())
+
+
+def _prebuilt() -> ctypes.CDLL | None:
+    """The wheel's library for this processor, if it has one that loads."""
+    path = next((x for level in _levels() if (x := PREBUILT / f"{level}.so").exists()), None)
+    if path is None:
+        return None
+    try:
+        found = _load(path)
+    except NativeError as error:
+        log.info("native kernels: %s %s", path.name, error)
+        return None
+    log.info("native kernels: the wheel's, for %s", path.stem)
+    return found
+
+
+def _levels() -> list[str]:
+    """Those of `LEVELS` that this processor has, best first."""
+    features, capability = _processor_features(), torch.backends.cpu.get_cpu_capability()
+    return [level for level, (names, needed) in LEVELS.items() if capability in names and needed <= features]
+
+
+def _processor_features() -> set[str]:
+    """What /proc/cpuinfo lists; nothing where there is no such file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def _built() -> Path:
+    """The library in the cache, built if it is not there."""
+    compiler = cxx.find_compiler()
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,6 +88,10 @@ def library() -> ctypes.CDLL:
             _build_once(compiler, path)
     except OSError as error:
         raise NativeError(f"can't be built: {error.filename or 'cache'}: {error.strerror or error}") from error
+    return path
+
+
+def _load(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -65,24 +105,10 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("seqtrain")) / "native"
 
 
-def find_compiler() -> str:
-    """The C++ compiler: `$CXX` where set, else the first of the usual names. Raises `NativeError`."""
-    asked = os.environ.get("CXX")
-    for name in [asked] if asked else ["c++", "g++", "clang++"]:
-        if found := shutil.which(name):
-            return found
-    raise NativeError(f"needs a C++ compiler ({f'CXX={asked} is not found' if asked else 'c++, g++ or clang++'})")
-
-
-def _sources() -> list[Path]:
-    return sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
-
-
 def _key(compiler: str) -> str:
-    """What the library depends on, hashed. The compiler's macros name its version and what -march=native stands for."""
-    macros = _run([compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
-    parts = [macros, " ".join(FLAGS), torch.__version__]
-    parts += [f"{path.name}\n{path.read_text()}" for path in _sources()]
+    """What the library depends on, hashed."""
+    parts = [cxx.macros(compiler), " ".join(cxx.FLAGS), torch.__version__]
+    parts += [f"{path.name}\n{path.read_text()}" for path in cxx.sources()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
@@ -95,23 +121,10 @@ def _build_once(compiler: str, path: Path) -> None:
             if path.exists():
                 return
             log.info("native kernels: building with %s", compiler)
-            # Beside the library, so that it appears whole or not at all.
+            # Next to the library, so that it appears complete or not at all.
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 built = Path(folder) / path.name
-                _run([compiler, *FLAGS, *(str(x) for x in _sources() if x.suffix == ".cpp"), "-o", str(built)])
+                cxx.build(compiler, "native", built)
                 built.replace(path)
     except filelock.Timeout:
         raise NativeError(f"waited {BUILD_SECONDS} s for another process to build it") from None
-
-
-def _run(command: list[str]) -> str:
-    """The command's output. Raises `NativeError` with the first error it prints."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        raise NativeError(f"{command[0]} took more than {BUILD_SECONDS} s") from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        reason = next((line for line in lines if "error" in line.lower()), lines[0])
-        raise NativeError(f"can't be built: {command[0]}: {reason.strip()}")
-    return done.stdout
