@@ -114,10 +114,10 @@ def boundaries(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
     return tuple(cu_seqlens.tolist())
 
 
-# A training step meets one set of boundaries in all its layers, forward and backward; a few more for evaluation.
+# A training step has one set of boundaries in all its layers, forward and backward; evaluation adds a few.
 @lru_cache(maxsize=16)
 def boundaries_tensor(boundaries: tuple[int, ...], device: torch.device) -> Tensor:
-    """`boundaries` where kernels read them, int32."""
+    """`boundaries` on the device, int32."""
     with torch.inference_mode(False):
         return torch.tensor(boundaries, dtype=torch.int32, device=device)
 

@@ -29,5 +29,5 @@ def run(
     return recurrence.run(q, k, v, beta, log_decay, state, scale, cu_seqlens)
 
 
-# Of one token a row, the forward pass is a single launch.
+# With one token per row, the forward pass is a single launch.
 step = run

@@ -14,7 +14,7 @@ from seqtrain.kernels.inspect.examples import Example
 
 __all__ = ["EXAMPLES", "run", "unavailable"]
 
-# Least tokens of a piece of a document: a cut reads the inputs twice.
+# Least tokens of a piece of a document: splitting reads the inputs twice.
 SHORTEST = 256
 
 PINNED = {name: Launch(warps=4, stages=2, sizes={"BT": 32, "BD": 64}) for name in gpu.TARGETS}

@@ -4,8 +4,8 @@
         diagonal_scan(x, log_a, backend="triton")      # CPU tensors; launches are compiled, none runs
     kernels[0].registers, kernels[0].spilled, kernels[0].blocks, kernels[0].faults()
 
-Nothing here needs a GPU or a CUDA toolkit: Triton's wheel carries NVIDIA's assembler and disassembler. Nothing here is
-a measurement either: the code is not run.
+This needs neither a GPU nor a CUDA toolkit: Triton's wheel carries NVIDIA's assembler and disassembler. The code is not
+run, so nothing here is a measurement.
 """
 
 import re
@@ -29,7 +29,7 @@ WIDE_ROWS = 64
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """One launch as compiled for a target. Sizes are bytes, registers and spills those of one thread."""
+    """One launch as compiled for a target. Sizes are bytes; registers and spills are per thread."""
 
     kernel: str
     target: str
@@ -41,7 +41,7 @@ class CompiledKernel:
     registers: int
     spilled: int
     shared: int
-    # Blocks that fit on a multiprocessor at a time.
+    # Blocks resident on a multiprocessor at a time.
     blocks: int
     # Products of matrices in the source that matrix instructions can do (NVIDIA's can't do those of precise float32),
     # those of them that `WIDE_ROWS` speaks of; matrix and copy instructions.
@@ -52,10 +52,10 @@ class CompiledKernel:
     instructions: int
 
     def faults(self) -> list[str]:
-        """What a pinned configuration must not do: spill, take more shared memory than there is, lose tensor cores."""
+        """What a pinned configuration must not do: spill, exceed shared memory, lose the matrix instructions."""
         target, found = TARGETS[self.target], []
         if self.spilled > target.spill_limit:
-            found.append(f"spills {self.spilled} B a thread (at most {target.spill_limit})")
+            found.append(f"spills {self.spilled} B per thread (at most {target.spill_limit})")
         if self.shared > target.shared_block:
             found.append(f"takes {self.shared} B of shared memory (at most {target.shared_block})")
         if self.wide_dots and not any(name.startswith(target.wide_matrix) for name in self.matrix):
@@ -69,7 +69,7 @@ class CompiledKernel:
 def compiling(target: str) -> Iterator[list[CompiledKernel]]:
     """Inside, kernels launched with CPU tensors are compiled for a target of `gpu.TARGETS` and collected, not run.
 
-    Results of operators are whatever memory held. Raises `RuntimeError` in a process with `TRITON_INTERPRET=1`.
+    Operators return uninitialized memory. Raises `RuntimeError` in a process with `TRITON_INTERPRET=1`.
     """
     import triton
     from triton.runtime.jit import JITFunction
@@ -135,7 +135,7 @@ def _nvidia(compiled: Any) -> _Code:
         listing = _tool("nvdisasm", "-c", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, f"cuobjdump said {usage[:200]!r}"
-    # An instruction, behind its place and its predicate: HGMMA.64x128x16.F32.BF16
+    # An instruction, after its address and its predicate: HGMMA.64x128x16.F32.BF16
     names = re.findall(r"^\s+(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]+)", listing, re.MULTILINE)
     # Triton's kernels have no arrays of their own: what lies on the stack was spilled.
     return _Code(int(found[1]), int(found[2]), Counter(names), compiled.metadata.tmem_size or 0)

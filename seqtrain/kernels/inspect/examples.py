@@ -1,6 +1,11 @@
-"""Every Triton kernel by the examples its backend gives: compiled for a target, and its bytes and FLOPs counted.
+"""Example calls of operators, by which every Triton kernel is compiled for a target and its bytes and FLOPs counted.
 
-The examples of `seqtrain.kernels.<operator>.triton` are found by looking, so a new kernel joins by its `EXAMPLES`.
+A backend `seqtrain.kernels.<operator>.triton` lists its own, and is found by having them:
+
+    EXAMPLES = (Example("scan, bfloat16", diagonal_scan, {"x": ("B T D", "bfloat16"), ...}, {"B": 1, "D": 512}),)
+
+The kernels that a call launches, forward and backward, are found by making it. So a kernel's signature and its pinned
+configurations stand in one place, where it is launched.
 """
 
 import importlib
@@ -58,7 +63,7 @@ class Example:
         return tuple(x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, Tensor))
 
     def floor(self, outputs: tuple[Tensor, ...], tokens: int) -> tuple[float, float]:
-        """Bytes a token that must be moved, forward and backward, given what `call` returned for `tokens` tokens."""
+        """Bytes per token that must be moved, forward and backward, given what `call` returned for `tokens` tokens."""
         batch = self.sizes["B"]
         letters = {**self.sizes, "T": 1}
         read = 0.0
@@ -69,7 +74,7 @@ class Example:
         return read + written, 2 * read + written
 
 
-# Widths and dtypes of `recurrence_examples`: what is trained most, then narrow heads, and those of wide operands.
+# Widths and dtypes of `recurrence_examples`: the most common first, then narrow heads, then wide operands.
 _RECURRENCES = (
     (128, "bfloat16"),
     (64, "float16"),
@@ -83,7 +88,7 @@ _RECURRENCES = (
 
 
 def recurrence_examples(operator: Callable[..., Any], *, beta: bool) -> tuple[Example, ...]:
-    """Calls of linear attention, or the delta rule (`beta`): without a decay, with one a token, with one a channel."""
+    """Calls of linear attention, or the delta rule (`beta`): without decay, with per-token and per-channel decay."""
     shapes = {"q": "B T H K", "k": "B T H K", "v": "B T H V"} | ({"beta": "B T H"} if beta else {})
     decays = {
         "no decay": {},
@@ -123,7 +128,7 @@ def find_examples() -> dict[str, Example]:
 
 @dataclass(frozen=True)
 class Count:
-    """One direction of an example, a token: bytes moved, the least that could be, FLOPs of products; and launches."""
+    """One direction of an example, per token: bytes moved, their lower bound, FLOPs of products; and launches."""
 
     example: str
     direction: str

@@ -1,4 +1,4 @@
-"""The GPUs kernels are examined for, and how Triton is made to believe that one of them is here."""
+"""The GPUs that kernels are inspected for, and a driver that makes Triton compile for one that is not here."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +8,8 @@ from seqtrain.kernels import gpu
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU's limits. `shared`: bytes of shared memory a multiprocessor (AMD: compute unit) has; `shared_block`: a
-    block may use; `shared_reserved`: the system takes of it for each block."""
+    """A GPU's limits. Bytes of shared memory: `shared`, per multiprocessor (AMD: compute unit); `shared_block`, the
+    most a block may use; `shared_reserved`, taken by the system for each block."""
 
     name: str
     device: int
@@ -19,7 +19,7 @@ class Target:
     shared: int
     shared_block: int
     shared_reserved: int
-    # Bytes of registers a thread may spill in a pinned configuration.
+    # Spilled bytes per thread that a pinned configuration may have.
     spill_limit: int
     # Prefixes of its fastest matrix instructions, of others, and of copies to shared memory that bypass registers.
     wide_matrix: tuple[str, ...]
@@ -27,11 +27,11 @@ class Target:
     copies: tuple[str, ...]
 
     def blocks(self, registers: int, shared: int, warps: int, tensor_columns: int = 0) -> int:
-        """Blocks that fit on a multiprocessor at a time, by registers a thread, bytes of shared memory, and columns of
-        tensor memory (of 512)."""
+        """Blocks that fit on a multiprocessor at a time, by registers per thread, bytes of shared memory, and columns
+        of tensor memory (of 512)."""
         by_shared = self.shared // (shared + self.shared_reserved) if shared else 32
         if self.backend == "hip":
-            # 512 registers a lane on each of four units, shared by at most 8 waves each.
+            # 512 registers per lane on each of four units, shared by at most 8 waves each.
             waves = 4 * min(8, 512 // max(8, _up(registers, 8)))
             return min(waves // warps, by_shared, 16)
         threads = warps * self.warp
@@ -60,7 +60,7 @@ assert tuple(TARGETS) == gpu.TARGETS
 
 
 class _Driver:
-    """What Triton asks a driver for before it launches anything."""
+    """What Triton asks a driver for before a launch."""
 
     def __init__(self, target: Target):
         from triton.backends.compiler import GPUTarget
@@ -72,7 +72,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        # Compiled kernels are kept by device: one number a target.
+        # Compiled kernels are kept by device: one number per target.
         return self.device
 
     def get_current_stream(self, device: int) -> int:
@@ -80,7 +80,7 @@ class _Driver:
 
 
 def use_target(name: str) -> None:
-    """Makes this process compile (or interpret) for a target, whatever GPU it has, until it is told another."""
+    """Makes this process compile (or interpret) for a target, whatever GPU it has, until the next call."""
     from triton.runtime.driver import driver
 
     driver.set_active(_Driver(TARGETS[name]))

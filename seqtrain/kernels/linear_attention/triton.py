@@ -58,5 +58,5 @@ def read(q: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, out: 
     return (segment if recurrence.serves(q) else chunked).read(q, log_decay, state, scale, out)
 
 
-# Of one token a row, the forward pass is a single launch.
+# With one token per row, the forward pass is a single launch.
 step = run

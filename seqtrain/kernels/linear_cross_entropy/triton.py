@@ -18,7 +18,7 @@ __all__ = ["EXAMPLES", "run", "unavailable"]
 
 PINNED = {name: Launch(warps=8, stages=2, sizes={"BV": 4096}) for name in gpu.TARGETS}
 
-# Beside a floor that holds no logits at all, for the products of matrices could be fused in.
+# The floor holds no logits at all, since the matrix products could be fused in.
 EXAMPLES = (
     Example(
         "linear_cross_entropy vocab=32000",

@@ -1,8 +1,8 @@
-"""One long row with few heads, cut in time so that all cores have work.
+"""One long row with few heads, split in time so that all cores have work.
 
-Blocks of value columns keep B H V / 16 threads busy at little cost. Beyond that, pieces of a row run side by side from
-zero states, which yields each as a map of the state that comes in (`segments`): in the delta rule K more columns beside
-the V. The states go through the maps one after another, and what a piece reads in the state before it is added.
+Blocks of value columns keep B H V / 16 threads busy at little cost. Beyond that, pieces of a row run in parallel from
+zero states, which yields each as a map of its incoming state (`segments`): in the delta rule K more columns next to the
+V. The state is taken through the maps one after another, and what each piece reads in its incoming state is added.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from seqtrain.kernels.affine import AffineMap, AffineShape
 
-# Fewer pieces do not win back what the maps cost: up to twice the work.
+# Fewer pieces do not pay for the maps, which cost up to the same work again.
 LEAST_PIECES = 4
-# Chunks in a piece at least; of fewer, the maps are no longer small beside the tokens.
+# Minimum chunks per piece; with fewer, the maps are no longer small compared to the tokens.
 LEAST_CHUNKS = 8
 
 
 def count_pieces(blocks: int, tokens: int, chunk: int) -> int:
-    """Into how many pieces to cut each row of `tokens` tokens, where there are `blocks` tasks without; 1: none."""
+    """Number of pieces to split each row of `tokens` tokens into, given `blocks` tasks without it; 1: no split."""
     pieces = min(_threads() // max(1, blocks), tokens // (LEAST_CHUNKS * chunk))
     return pieces if pieces >= LEAST_PIECES else 1
 

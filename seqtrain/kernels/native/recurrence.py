@@ -20,8 +20,8 @@ from seqtrain.kernels.states import chunk_length
 GROUP_NUMBERS = 1 << 18
 # Most chunks between two saved states.
 GROUP_CHUNKS = 32
-# Least columns of a block, where heads are so few that a head's values are cut up among threads: half of a head of
-# K = V = 32 takes 0.75 of the whole's time, and the other half runs beside it.
+# Least columns of a block, where heads are so few that the values of one are divided among threads: half of a head
+# of K = V = 32 takes 0.75 of its time, and the other half runs in parallel.
 BLOCK_COLUMNS = 16
 _BLOCK = 16  # kBlock in simd.h
 _ARRAYS = ("q", "k", "v", "beta", "log_decay", "out", "d_out", "d_q", "d_k", "d_v", "d_beta", "d_log")
@@ -77,7 +77,7 @@ def read(q: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, out: 
 
 
 def _run_whole(inputs: Sequence[Any], state: Tensor, scale: float, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same with rows not cut in time; inputs: q, k, v, beta and log_decay, see `_forward`."""
+    """The same with rows not split in time; inputs: q, k, v, beta and log_decay, see `_forward`."""
     tensors = [x if x is None or x.dtype in KINDS else x.float() for x in inputs]
     given = [x for x in (*tensors, state) if x is not None]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)

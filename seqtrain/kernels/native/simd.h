@@ -1,6 +1,6 @@
 // Vectors of floats in the compiler's own vector types, and the matrix products of a chunk built on them.
 //
-// PyTorch's brgemm was measured beside these tiles on the chunk's shapes, in cache, on one AVX-512 core: 179-191 GF/s
+// PyTorch's brgemm was measured next to these tiles on the chunk's shapes, in cache, on one AVX-512 core: 179-191 GF/s
 // against 180-197. They also take a transposed left side as it lies, run without AVX-512, and need no PyTorch header,
 // so that a build takes seconds. Matrices are row-major; column counts are multiples of kBlock.
 #pragma once

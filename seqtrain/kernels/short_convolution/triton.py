@@ -12,10 +12,10 @@ from seqtrain.kernels.short_convolution import short_convolution
 
 __all__ = ["EXAMPLES", "run", "unavailable"]
 
-# Least rows of a piece of a document: each writes W sums a channel.
+# Least rows of a piece of a document: each writes W sums per channel.
 SHORTEST = 256
 
-# Four warps spill 8 bytes a thread on sm_100.
+# Four warps spill 8 bytes per thread on sm_100.
 PINNED = {
     name: Launch(warps=8 if name == "sm_100" else 4, stages=2, sizes={"BT": 32, "BD": 64}) for name in gpu.TARGETS
 }

@@ -19,7 +19,7 @@ __all__ = ["EXAMPLES", "run", "unavailable"]
 
 # Numbers in each of the two running sums of a segment: 64 MiB of float32.
 SEGMENT = 1 << 24
-# Features that the kernels take (K=4 has 15); more go to the chunked form: 64 of them spill 64 bytes a thread on sm_90.
+# Features that the kernels take (K=4 has 15); more go to the chunked form: 64 spill 64 bytes per thread on sm_90.
 MOST_FEATURES = 16
 
 # By kernel, chosen by what they compile to: nothing spilled on any of the GPUs, then few registers.

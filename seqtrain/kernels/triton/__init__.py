@@ -1,4 +1,5 @@
-"""Kernels in Triton, for GPUs: device code and what launches it; the backends that use it are the operators' own.
+"""Triton kernels and the code that launches them; each operator's own `triton` module is the backend that uses them.
 
-Nothing here was run on a GPU yet: the kernels are checked in Triton's interpreter and in what they compile to.
+Tested on an H100 (tests/gpu). For other GPUs they are compiled and their machine code is checked, but not run
+(`seqtrain.kernels.inspect`).
 """

@@ -32,7 +32,7 @@ def store_rows(
 
 @triton.jit
 def load_numbers(pointer, rows, STRIDE: tl.constexpr, BT: tl.constexpr, ACC: tl.constexpr):
-    """One number a row, `[BT]`; zeros from row `rows` on."""
+    """One number per row, `[BT]`; zeros from row `rows` on."""
     i = tl.arange(0, BT)
     return tl.load(pointer + i * STRIDE, mask=i < rows, other=0.0).to(ACC)
 
@@ -124,7 +124,7 @@ def centred_decays(decays, BT: tl.constexpr):
 @triton.jit
 def boundary_decays(from_start, to_end, size, BT: tl.constexpr):
     """For pairs of blocks of `size` rows: what right rows decayed by since their pair's boundary, and left ones will up
-    to it; 0 where a row is no such one. `from_start`, `to_end`: as `merge_blocks` has them.
+    to it; 0 for other rows. `from_start`, `to_end`: as in `merge_blocks`.
     """
     later = is_later(size, BT)[:, None]
     decay = tl.math.exp2(tl.where(later, from_start, to_end))

@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def load_rows(x, state, first, start, tokens, past, document, d, inside, D, ACC: tl.constexpr, BT: tl.constexpr):
-    """Inputs of a document at the BT rows from `first` on: before 0 of its state; zeros before -past and behind it."""
+    """Inputs of a document at the BT rows from `first` on: before 0 of its state; zeros elsewhere."""
     rows = first + tl.arange(0, BT)
     at = (start + rows)[:, None].to(tl.int64) * D + d[None, :]
     inputs = tl.load(x + at, mask=((rows >= 0) & (rows < tokens))[:, None] & inside[None, :], other=0.0).to(ACC)
@@ -186,7 +186,7 @@ def backward(
         here = (rows < end)[:, None] & inside[None, :]
         grad = tl.zeros((BT, BD), ACC)
         d_sums = grad
-        # From the outputs furthest behind to the row's own, whose gradient the weights need, too. Not unrolled: that
+        # From the last output reached to the row's own, whose gradient the weights need, too. Not unrolled: that
         # took more registers than there are.
         for w in range(W):
             later = top + (W - 1 - w) * DILATION

@@ -8,7 +8,7 @@ of log2 decays inside a chunk of C tokens, `S` the state before it, `D_ij = 2^(G
     E = (I + N diag(beta))^-1 (V - (2^G k) S)           n = beta E;  additive: n = v
     out = scale (2^G q) S + P n                         S' = 2^(G_C) S + (2^(G_C - G) k)^T n
 
-`beta` stands on the columns of N, so that nothing is ever divided by it: 0 and 2 are numbers like any other. Backward,
+`beta` multiplies the columns of N, so that nothing is ever divided by it: 0 and 2 are like any other number. Backward,
 with `dS` the gradient of the state after the chunk and `A` the inverse above:
 
     dn = P^T dout + (2^(G_C - G) k) dS                  dv = A^T (beta dn);  additive: dv = dn
@@ -21,7 +21,7 @@ with the decay of P and N inside their products. A product of two gradients' row
 columns is what its decays get; a token's product with itself holds no decay and is left out, and sums that would end
 in a difference are taken over just the terms that belong to them: strong decays have tiny gradients.
 
-Only differences of G that are at most 0 are exponentiated, but for a decay per channel, which does not factor out of
+Only differences of G that are at most 0 are exponentiated, except for per-channel decay, which does not factor out of
 the products: where a chunk's decays are mild (`chunks.is_mild`) one factor grows from its middle on as the other
 shrinks. Elsewhere products are found by halving: blocks of 1, 2, 4 ... tokens, the right one's rows decayed from the
 boundary, the left one's to it (`chunks.merge_blocks`), which makes each level one matrix product.
@@ -30,12 +30,12 @@ Tensors are contiguous: rows of tokens `[tokens, H, width]` (q, k and what is li
 wide what pairs tokens of a chunk), numbers `[tokens, H]`, states `[chunks or documents, H, K, V]`. `chunks`: int32
 `[chunks, 5]`, of `gpu.pieces`. `documents`: int32 `[N, 3]`, first token, tokens, first chunk.
 Constexprs: BT tokens a chunk; BK, BV the widths of blocks of K and V, powers of two; PARTS, in which a state is held
-(`state`); DECAY 0 none, 1 one a token, 2 one a channel; ACC the dtype of sums and states; PRECISION of products of
+(`state`); DECAY 0 none, 1 per token, 2 per channel; ACC the dtype of sums and states; PRECISION of products of
 float32. An absent tensor is None. `beta` given makes a kernel the delta rule's.
 
-With a decay a token, `sums` `[tokens, H]`, float64, is G of each: the first kernel finds it, the others read it.
+With per-token decay, `sums` `[tokens, H]`, float64, holds G: the first kernel computes it, the others read it.
 
-With a decay per channel, `prepare` writes the operands that others multiply with, already decayed: `q` is then scale
+With per-channel decay, `prepare` writes the operands that others multiply with, already decayed: `q` is then scale
 2^G q, `k` is 2^(G_C - G) k, `asked` is 2^G k, `pairs` is P, and `factors` `[chunks, H, K]` is 2^(G_C).
 """
 
@@ -118,7 +118,7 @@ def pair_products(
 ):
     """Products of the rows of two tiles, which lie at `left_at` and `right_at`: `[BT,BT]`."""
     if is_wide(left_at, BK):
-        # Read again, 128 bytes a token at a time. Addresses found before the loop would hold registers, too.
+        # Read again, 128 bytes per token at a time. Addresses computed before the loop would hold registers, too.
         PART: tl.constexpr = 1024 // left.dtype.primitive_bitwidth
         products = tl.zeros([BT, BT], ACC)
         for c in tl.range(0, K, PART, disable_licm=True):
@@ -163,7 +163,7 @@ def forward(
 ):
     """From chunk to chunk: writes those of `out`, `errors` (E), `states` (before each chunk), `final` that are given.
 
-    A program a block of V, head and document. `log_decay` given, `sums` are found and written, else they are read.
+    One program per block of V, head and document. `log_decay` given, `sums` are found and written, else they are read.
     AHEAD: what is no operand of a product is loaded a chunk ahead (1) or where it is used (0).
     """
     FINE: tl.constexpr = k.dtype.element_ty.primitive_bitwidth >= 32
@@ -269,7 +269,7 @@ def step(
     DECAY: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One token a row, as the definition has it: `out` and `final`, each state read and written once.
+    """One token per row, as in the definition: `out` and `final`, each state read and written once.
 
     A program a block of V, head and row.
     """
@@ -326,7 +326,7 @@ def reverse(
 ):
     """From the last chunk to the first: `d_v`, `d_states` (of the state after each chunk) and `d_initial`.
 
-    A program a block of V, head and document. AHEAD: as in `forward`.
+    One program per block of V, head and document. AHEAD: as in `forward`.
     """
     FINE: tl.constexpr = k.dtype.element_ty.primitive_bitwidth >= 32
     BLOCKS: tl.constexpr = (V + BV - 1) // BV

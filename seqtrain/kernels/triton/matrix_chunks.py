@@ -48,9 +48,9 @@ def prepare(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What needs no state: of the delta rule `inverse` and `sums`; with a decay per channel, P and decayed operands.
+    """What needs no state: of the delta rule `inverse` and `sums`; with per-channel decay, P and decayed operands.
 
-    A program a chunk and head. Additive with less than a decay per channel, nothing needs preparing.
+    One program per chunk and head. The additive form without per-channel decay needs no preparation.
     """
     FINE: tl.constexpr = k.dtype.element_ty.primitive_bitwidth >= 32
     n = tl.program_id(0) // H
@@ -60,7 +60,7 @@ def prepare(
     at = token.to(tl.int64) * H + h
     i = tl.arange(0, BT)
     state_at = n.to(tl.int64) * H + h
-    # Keys a block of the exact way, of which more would spill.
+    # Keys per block of the exact path; more would spill.
     FEW: tl.constexpr = BK if FINE else 16
     p = tl.zeros([BT, BT], ACC)  # without scale
     below = tl.zeros([BT, BT], ACC)  # N
@@ -200,7 +200,7 @@ def gradients(
 ):
     """Gradients of q, k, beta and log_decay, all as they were given. `values`: E, or v of the additive form.
 
-    A program a chunk and head; it goes over blocks of K, and for each over blocks of V.
+    One program per chunk and head; it goes over blocks of K, and for each over blocks of V.
     """
     FINE: tl.constexpr = k.dtype.element_ty.primitive_bitwidth >= 32
     n = tl.program_id(0) // H
@@ -232,7 +232,7 @@ def gradients(
     b_x = tl.where(below, -x, 0.0).to(dtype)
     strength = 1.0 + tl.zeros([BT], ACC) if beta is None else load_numbers(beta + at, rows, H, BT, ACC)
     sum_beta = tl.zeros([BT], ACC)
-    # Keys a block of the exact way, of which more would spill.
+    # Keys per block of the exact path; more would spill.
     FEW: tl.constexpr = BK if FINE else 16
     read = tl.zeros([BT], ACC)
     wrote = tl.zeros([BT], ACC)
@@ -245,15 +245,15 @@ def gradients(
             mild = mild & is_mild(decays, k, BT)
         if mild:
             for c in tl.range(0, K, BK, disable_licm=True):
-                sum_beta += mild_gradients(
+                sum_beta += channel_gradients(
                     q, k, log_decay, values, d_out, d_v, states, d_states, d_q, d_k, d_log, b_p, b_x, own, strength,
-                    at, state_at, rows, c, scale, beta is not None, H, K, V, BT, BK, BV, ACC, PRECISION,
+                    at, state_at, rows, c, scale, True, beta is not None, H, K, V, BT, BK, BV, ACC, PRECISION,
                 )  # fmt: skip
         else:
             for c in tl.range(0, K, FEW, disable_licm=True):
-                sum_beta += exact_gradients(
+                sum_beta += channel_gradients(
                     q, k, log_decay, values, d_out, d_v, states, d_states, d_q, d_k, d_log, b_p, b_x, own, strength,
-                    at, state_at, rows, c, scale, beta is not None, H, K, V, BT, FEW, BV, ACC, PRECISION,
+                    at, state_at, rows, c, scale, False, beta is not None, H, K, V, BT, FEW, BV, ACC, PRECISION,
                 )  # fmt: skip
     else:
         for c in tl.range(0, K, BK, disable_licm=True):
@@ -336,7 +336,7 @@ def state_products(
 
 
 @triton.jit
-def mild_gradients(
+def channel_gradients(
     q,
     k,
     log_decay,
@@ -357,6 +357,7 @@ def mild_gradients(
     rows,
     column,
     scale,
+    MILD: tl.constexpr,
     DELTA: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -367,115 +368,77 @@ def mild_gradients(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A block of K of `gradients` with a decay per channel where `is_mild`; returns its part of dbeta."""
-    g_q, y, g_k, through = state_products(
-        d_out + at * V, values + at * V, d_v + at * V, states + state_at + column * V, d_states + state_at + column * V,
-        rows, K - column, b_p.dtype, DELTA, True, H, V, BT, BK, BV, ACC, PRECISION,
-    )  # fmt: skip
-    w_q = load_rows(q + at * K, rows, column, H * K, K, BT, BK).to(ACC)
-    w_k = load_rows(k + at * K, rows, column, H * K, K, BT, BK).to(ACC)
-    decays = load_rows(log_decay + at * K, rows, column, H * K, K, BT, BK).to(ACC) * LOG2_E
-    grown, shrunk, first, second = centred_decays(decays, BT)
-    # Rows and columns are multiplied with the same rounded operands, so that they are sums of the same numbers.
-    left = (w_k * strength[:, None] * shrunk).to(b_p.dtype)
-    right = (w_q * grown).to(b_p.dtype)
-    y *= second
-    b_log = sum_rows_before(y * left, BT, BK) + first * second * through[None, :]
-    g_q = tl.dot(b_p, left, g_q * (first * scale), input_precision=PRECISION)
-    t_y = tl.dot(tl.trans(b_p), right, input_precision=PRECISION)
-    turned = g_q * right
-    if DELTA:
-        right = (w_k * grown).to(b_p.dtype)
-        g_k = tl.dot(b_x, left, -first * g_k, input_precision=PRECISION)
-        t_y = tl.dot(tl.trans(b_x), right, t_y, input_precision=PRECISION)
-        turned += g_k * right
-    b_log += tl.cumsum(turned - t_y * left, 0, reverse=True)
-    store_rows(d_log + at * K, b_log, rows, column, H * K, K, BT, BK)
-    return store_gradients(
-        d_q + at * K, d_k + at * K, grown * g_q, grown * g_k, shrunk * (y + t_y), w_q, w_k, own, strength, rows, column,
-        H, K, BT, BK,
-    )  # fmt: skip
-
-
-@triton.jit
-def exact_gradients(
-    q,
-    k,
-    log_decay,
-    values,
-    d_out,
-    d_v,
-    states,
-    d_states,
-    d_q,
-    d_k,
-    d_log,
-    b_p,
-    b_x,
-    own,
-    strength,
-    at,
-    state_at,
-    rows,
-    column,
-    scale,
-    DELTA: tl.constexpr,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """As `mild_gradients`, at any decays."""
+    """A block of K of `gradients` with per-channel decay, MILD where `is_mild`; returns its part of dbeta."""
     LEVELS: tl.constexpr = BT.bit_length() - 1
     i = tl.arange(0, BT)
+    if MILD:
+        g_q, y, g_k, through = state_products(
+            d_out + at * V, values + at * V, d_v + at * V, states + state_at + column * V,
+            d_states + state_at + column * V, rows, K - column, b_p.dtype, DELTA, True, H, V, BT, BK, BV, ACC,
+            PRECISION,
+        )  # fmt: skip
     w_q = load_rows(q + at * K, rows, column, H * K, K, BT, BK).to(ACC)
     w_k = load_rows(k + at * K, rows, column, H * K, K, BT, BK).to(ACC)
     from_start = load_rows(log_decay + at * K, rows, column, H * K, K, BT, BK).to(ACC) * LOG2_E
-    to_end = tl.zeros([BT, BK], ACC)
-    s_q = tl.zeros([BT, BK], ACC)
-    s_k = tl.zeros([BT, BK], ACC)
-    s_y = tl.zeros([BT, BK], ACC)
-    turned = tl.zeros([BT, BK], ACC)
-    for level in tl.range(LEVELS, disable_licm=True):
-        size = 1 << level
-        pair = is_pair(size, BT)
-        grown, shrunk = boundary_decays(from_start, to_end, size, BT)
+    if MILD:
+        grown, shrunk, first, second = centred_decays(from_start, BT)
+        # Rows and columns are multiplied by the same rounded operands, so that they are sums of the same numbers.
         left = (w_k * strength[:, None] * shrunk).to(b_p.dtype)
         right = (w_q * grown).to(b_p.dtype)
-        part = tl.where(pair, b_p, 0.0)
-        t_q = tl.dot(part, left, input_precision=PRECISION)
-        t_y = tl.dot(tl.trans(part), right, input_precision=PRECISION)
-        turned += t_q * right
-        s_q += t_q * grown
+        y *= second
+        b_log = sum_rows_before(y * left, BT, BK) + first * second * through[None, :]
+        g_q = tl.dot(b_p, left, g_q * (first * scale), input_precision=PRECISION)
+        t_y = tl.dot(tl.trans(b_p), right, input_precision=PRECISION)
+        turned = g_q * right
         if DELTA:
             right = (w_k * grown).to(b_p.dtype)
-            part = tl.where(pair, b_x, 0.0)
-            t_k = tl.dot(part, left, input_precision=PRECISION)
-            t_y = tl.dot(tl.trans(part), right, t_y, input_precision=PRECISION)
-            turned += t_k * right
-            s_k += t_k * grown
-        turned -= t_y * left
-        s_y += t_y * shrunk
-        from_start, to_end = merge_blocks(from_start, to_end, size, BT, BK)
-    g_q, y, g_k, through = state_products(
-        d_out + at * V, values + at * V, d_v + at * V, states + state_at + column * V, d_states + state_at + column * V,
-        rows, K - column, b_p.dtype, DELTA, True, H, V, BT, BK, BV, ACC, PRECISION,
-    )  # fmt: skip
-    before = tl.math.exp2(from_start)
-    g_q *= before * scale
-    y *= tl.math.exp2(to_end)
-    g_k *= before
-    through *= tl.sum(tl.where(i[:, None] == BT - 1, before, 0.0), 0)
-    b_log = tl.cumsum(turned + g_q * w_q - g_k * w_k, 0, reverse=True) + through[None, :]
-    b_log += sum_rows_before(y * w_k * strength[:, None], BT, BK)
+            g_k = tl.dot(b_x, left, -first * g_k, input_precision=PRECISION)
+            t_y = tl.dot(tl.trans(b_x), right, t_y, input_precision=PRECISION)
+            turned += g_k * right
+        b_log += tl.cumsum(turned - t_y * left, 0, reverse=True)
+        g_q, g_k, y = grown * g_q, grown * g_k, shrunk * (y + t_y)
+    else:
+        to_end = tl.zeros([BT, BK], ACC)
+        s_q = tl.zeros([BT, BK], ACC)
+        s_k = tl.zeros([BT, BK], ACC)
+        s_y = tl.zeros([BT, BK], ACC)
+        turned = tl.zeros([BT, BK], ACC)
+        for level in tl.range(LEVELS, disable_licm=True):
+            size = 1 << level
+            pair = is_pair(size, BT)
+            grown, shrunk = boundary_decays(from_start, to_end, size, BT)
+            left = (w_k * strength[:, None] * shrunk).to(b_p.dtype)
+            right = (w_q * grown).to(b_p.dtype)
+            part = tl.where(pair, b_p, 0.0)
+            t_q = tl.dot(part, left, input_precision=PRECISION)
+            t_y = tl.dot(tl.trans(part), right, input_precision=PRECISION)
+            turned += t_q * right
+            s_q += t_q * grown
+            if DELTA:
+                right = (w_k * grown).to(b_p.dtype)
+                part = tl.where(pair, b_x, 0.0)
+                t_k = tl.dot(part, left, input_precision=PRECISION)
+                t_y = tl.dot(tl.trans(part), right, t_y, input_precision=PRECISION)
+                turned += t_k * right
+                s_k += t_k * grown
+            turned -= t_y * left
+            s_y += t_y * shrunk
+            from_start, to_end = merge_blocks(from_start, to_end, size, BT, BK)
+        g_q, y, g_k, through = state_products(
+            d_out + at * V, values + at * V, d_v + at * V, states + state_at + column * V,
+            d_states + state_at + column * V, rows, K - column, b_p.dtype, DELTA, True, H, V, BT, BK, BV, ACC,
+            PRECISION,
+        )  # fmt: skip
+        before = tl.math.exp2(from_start)
+        g_q *= before * scale
+        y *= tl.math.exp2(to_end)
+        g_k *= before
+        through *= tl.sum(tl.where(i[:, None] == BT - 1, before, 0.0), 0)
+        b_log = tl.cumsum(turned + g_q * w_q - g_k * w_k, 0, reverse=True) + through[None, :]
+        b_log += sum_rows_before(y * w_k * strength[:, None], BT, BK)
+        g_q, g_k, y = g_q + s_q, s_k - g_k, y + s_y
     store_rows(d_log + at * K, b_log, rows, column, H * K, K, BT, BK)
-    return store_gradients(
-        d_q + at * K, d_k + at * K, g_q + s_q, s_k - g_k, y + s_y, w_q, w_k, own, strength, rows, column, H, K, BT, BK
-    )
+    return store_gradients(d_q + at * K, d_k + at * K, g_q, g_k, y, w_q, w_k, own, strength, rows, column, H, K, BT, BK)
 
 
 @triton.jit

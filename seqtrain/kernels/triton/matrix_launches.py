@@ -5,7 +5,8 @@ tokens, Triton 3.6 and 3.9); narrow blocks of V make more programs, of which `fo
 holds for float32, for K beyond 128 and for other GPUs was compiled by Triton 3.9, and timed nowhere.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -30,7 +31,7 @@ _PINNED = {
     "sm_90": {
         "prepare": Launch(warps=4, stages=2, sizes={"BK": 64}),
         "prepare channel": Launch(warps=4, stages=1, sizes={"BK": 64}),
-        "prepare channel float16": Launch(warps=4, stages=1, sizes={"BK": 32}),
+        "prepare channel torch.float16": Launch(warps=4, stages=1, sizes={"BK": 32}),
         "prepare channel delta": Launch(warps=4, stages=1, sizes={"BK": 32}),
         "forward": Launch(warps=4, stages=3, sizes={"BV": 16, "AHEAD": 1}),
         "reverse": Launch(warps=4, stages=3, sizes={"BV": 16, "AHEAD": 1}),
@@ -77,50 +78,70 @@ def chunk_length(target: str, dtype: torch.dtype) -> int:
     return 32 if target == "sm_80" else LONGEST
 
 
+@dataclass(frozen=True)
+class _Case:
+    """What a configuration is chosen by; `width`: K, rounded up to a power of two of at least 16."""
+
+    target: str
+    kernel: str
+    width: int
+    dtype: torch.dtype
+    decay: int
+    delta: bool
+
+    @property
+    def wide(self) -> bool:
+        return self.width > 128
+
+    @property
+    def float32(self) -> bool:
+        return self.dtype == torch.float32
+
+
+# In turn: kernels, the cases in which other numbers hold for them, and these: warps, stages, and constexprs.
+_CHANGES: tuple[tuple[str, Callable[[_Case], bool], dict[str, int]], ...] = (
+    # Operands of more chunks in flight are more than shared memory holds, and more than four warps' registers.
+    ("forward reverse step", lambda x: x.wide, {"warps": 8, "stages": 1, "BV": 16}),
+    ("forward reverse step", lambda x: x.target == "sm_80" or (x.float32 and x.width == 32), {"BV": 16}),
+    # The state as one operand is 256 registers of each thread. Two parts or four: what spills on no target.
+    ("forward reverse", lambda x: x.wide and x.float32, {"PARTS": 2}),
+    ("forward", lambda x: x.wide and x.float32 and (x.decay == 1 or (x.decay == 0 and x.delta)), {"PARTS": 4}),
+    ("prepare", lambda x: x.float32 and x.width == 16, {"warps": 2}),
+    # Addresses of loads in flight spill.
+    ("gradients", lambda x: x.wide and not x.float32 and x.target == "sm_90" and x.decay < 2, {"stages": 1}),
+    ("gradients", lambda x: x.wide and not x.float32 and x.target == "gfx942" and x.decay == 2, {"BV": 32}),
+    (
+        "gradients",
+        lambda x: x.wide and not x.float32 and x.target == "sm_90" and x.decay == 2 and not x.delta,
+        {"BV": 32},
+    ),
+    # A thread has 512 registers there, but 256 if there are eight warps.
+    ("forward reverse step prepare gradients", lambda x: x.target == "gfx942", {"warps": 4}),
+)
+
+
 @cache
 def pinned(target: str, kernel: str, key_width: int, dtype: torch.dtype, decay: int, *, delta: bool) -> Launch:
     """How `kernel` is launched on `target` (one of `gpu.TARGETS`).
 
     key_width: K, rounded up to a power of two of at least 16; dtype: of q and k; decay: DECAY; delta: for delta rules.
     """
-    rows = _FLOAT32 if dtype == torch.float32 else _PINNED[target]
-    launch = rows[kernel]
-    if decay == 2:
-        launch = rows.get(f"{kernel} channel", launch)
-        launch = rows.get(f"{kernel} channel float16", launch) if dtype == torch.float16 else launch
-        launch = rows.get(f"{kernel} channel delta", launch) if delta else launch
-    sizes = dict(launch.sizes)
-    if kernel in ("forward", "reverse", "step"):
-        # All of K is in one program.
-        sizes["BK"] = key_width
-        if key_width > 128:
-            # Operands of more chunks in flight are more than shared memory holds, and more than four warps' registers.
-            launch = replace(launch, warps=8, stages=1)
-        if kernel != "step":
-            sizes["PARTS"] = 1
-        if kernel != "step" and key_width > 128 and dtype == torch.float32:
-            # The state as one operand is 256 registers of each thread. Two parts or four: what spills on no target.
-            sizes["PARTS"] = 4 if kernel == "forward" and (decay == 1 or (decay == 0 and delta)) else 2
-        if key_width > 128 or target == "sm_80" or (dtype == torch.float32 and key_width == 32):
-            sizes["BV"] = 16
-    else:
-        sizes["BK"] = min(sizes["BK"], key_width)
-    if kernel == "prepare" and dtype == torch.float32 and key_width == 16:
-        launch = replace(launch, warps=2)
+    case = _Case(target, kernel, key_width, dtype, decay, delta)
+    rows = _FLOAT32 if case.float32 else _PINNED[target]
+    names = [kernel, f"{kernel} channel", f"{kernel} channel {case.dtype}", f"{kernel} channel delta"]
+    allowed = [True, decay == 2, decay == 2, decay == 2 and delta]
+    launch = [rows[name] for name, holds in zip(names, allowed, strict=True) if holds and name in rows][-1]
+    numbers = {"PARTS": 1} if kernel in ("forward", "reverse") else {}
+    # Kernels that hold a state have all of K in one program.
+    numbers |= {**launch.sizes, "BK": min(launch.sizes.get("BK", key_width), key_width)}
     if kernel == "gradients":
         # V is taken to be as wide as K. A loop of one turn dissolves in the one around it, which then spills.
         half = max(16, key_width // 2)
-        sizes["BV"] = min(sizes["BV"], half)
-        if decay == 2:
-            sizes["BK"] = min(sizes["BK"], half)
-        if key_width > 128 and launch.warps == 4:
-            # Addresses of loads in flight spill.
-            launch = replace(launch, stages=1)
-            if decay == 2:
-                sizes["BV"] = min(sizes["BV"], 32)
-    if target == "gfx942":
-        # A thread has 512 registers there, but 256 where there are eight warps.
-        launch = replace(launch, warps=4)
+        numbers |= {"BV": min(numbers["BV"], half), "BK": min(numbers["BK"], half if decay == 2 else key_width)}
     if kernel != "step":
-        sizes["BT"] = chunk_length(target, dtype)
-    return replace(launch, sizes=sizes)
+        numbers["BT"] = chunk_length(target, dtype)
+    numbers |= {"warps": launch.warps, "stages": launch.stages}
+    for kernels, applies, changes in _CHANGES:
+        if kernel in kernels.split() and applies(case):
+            numbers |= changes
+    return Launch(warps=numbers.pop("warps"), stages=numbers.pop("stages"), sizes=numbers)

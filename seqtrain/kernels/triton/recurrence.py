@@ -1,7 +1,7 @@
 """Launches the kernels of `matrix` and `matrix_chunks`: linear attention and the delta rule, differentiable.
 
 Backward, states and E are computed again from the inputs; of the forward pass only the delta rule's inverses are kept,
-C numbers a token and head, and the sums of decays, one. One token a row is a launch of `step`.
+C numbers per token and head, and the sums of decays, one. A single token per row is one launch of `step`.
 """
 
 from dataclasses import dataclass
@@ -256,7 +256,7 @@ class _Call:
         )
 
 
-# A training step meets one set of boundaries in all its layers, forward and backward; a few more for evaluation.
+# A training step has one set of boundaries in all its layers, forward and backward; evaluation adds a few.
 @lru_cache(maxsize=16)
 def _documents(boundaries: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
     """`documents` of the kernels, for documents between these boundaries."""
@@ -264,6 +264,6 @@ def _documents(boundaries: tuple[int, ...], chunk: int, device: torch.device) ->
     for start, end in pairwise(boundaries):
         rows.append((start, end - start, chunks))
         chunks += -(-(end - start) // chunk)
-    # A tensor born in inference mode could not take part in training later.
+    # A tensor made in inference mode could not be used in training later.
     with torch.inference_mode(False):
         return torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 3)

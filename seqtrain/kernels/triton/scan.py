@@ -7,7 +7,7 @@ from zero, the second starts from what the pieces before it make of the state (L
 divided.
 
 Backward it is the same recurrence from the last token to the first, `g_t = d_out_t + conj(a_{t+1}) g_{t+1}`, where the
-gradient of the final state enters as a token behind the last; `d_log_a_t = g_t conj(a_t h_{t-1})`.
+gradient of the final state enters as a token after the last; `d_log_a_t = g_t conj(a_t h_{t-1})`.
 """
 
 import triton
@@ -104,7 +104,7 @@ def enter(
     LOOKBACK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """What enters a piece: the state given, taken through the pieces that come before it."""
+    """The state that enters a piece: the given one, taken through the pieces before it."""
     hr, hi = load_complex(enters, document * D + d, inside, COMPLEX, ACC)
     if LOOKBACK:
         before = piece - first
@@ -148,7 +148,7 @@ def scan(
 ):
     """One piece, BD channels. u: x, or the gradient of out. enters, leaves: states `[N,D]`, or their gradients.
 
-    kept, state: h of all tokens and the initial state, with BACK. d_log_a: a row a token, or a piece where A_SHARED.
+    kept, state: h of all tokens and the initial state, with BACK. d_log_a: a row per token; A_SHARED: per piece.
     totals: `[P,2,D]`. log_a: `[tokens,D]`, `[D]` where A_SHARED.
     """
     piece = tl.program_id(0)
@@ -177,7 +177,7 @@ def scan(
         mask = real[:, None] & inside[None, :]
         at = rows[:, None].to(tl.int64) * D + d[None, :]
         ur, ui = load_complex(u, at, mask, U_COMPLEX, ACC)
-        # The decay on the way to a row: its own, or with BACK that of the token behind it. Rows that are not there, and
+        # The decay on the way to a row: its own, or with BACK that of the next token. Rows that do not exist, and
         # the gradient of the final state, are not decayed.
         decayed = mask
         shift = 0

@@ -1,6 +1,6 @@
-"""Launches the kernels of `weighted`: linear attention on its part of a cut sequence, as differentiable operators.
+"""Launches the kernels of `weighted`: linear attention on a segment of a sharded sequence, as differentiable operators.
 
-Backward, weights are found again from the decays; only the sums of whole chunks are kept.
+The backward pass recomputes weights from the decays; only the sums of complete chunks are kept.
 """
 
 import math
@@ -16,13 +16,13 @@ from seqtrain.kernels.custom_ops import differentiable
 from seqtrain.kernels.documents import state_dtype
 from seqtrain.kernels.triton import weighted
 
-# Of x of 16 bits: as few blocks as there are registers for, since each reads its tokens again.
+# For 16-bit x: as few blocks as registers allow, since each reads its tokens again.
 _PINNED = {
     "gather": gpu.Launch(warps=4, sizes={"BK": 64, "BV": 128}),
     "spread": gpu.Launch(warps=4, sizes={"BK": 32, "BV": 128}),
     "weigh": gpu.Launch(warps=8, sizes={"BK": 64, "BV": 64}),
 }
-# Of wider x, whose products take three times the operands.
+# For wider x, whose products take three times the operands.
 _PINNED_WIDE = {
     "gather": gpu.Launch(warps=4, sizes={"BK": 32, "BV": 64}),
     "spread": gpu.Launch(warps=8, sizes={"BK": 32, "BV": 32}),
@@ -220,7 +220,7 @@ def _around_shape(x: Tensor, log_decay: Tensor | None) -> tuple[int, ...]:
 
 
 def _exclusive(sums: Tensor, *, reverse: bool) -> Tensor:
-    """Sums of the chunks before each chunk, or behind it; over just those, so that small ones stay exact."""
+    """Sums of the chunks before each chunk, or after it; over just those, so that small ones stay exact."""
     if sums.dim() == 1:
         return sums
     if reverse:

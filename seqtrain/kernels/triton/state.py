@@ -1,8 +1,8 @@
 """Device functions on a block of V columns of a matrix state, which a program holds in parts: tuples of tiles.
 
 Each of PARTS tiles is `[BK / PARTS, BV]`. One part is the rule; but a state of wide keys in float32 is as one operand
-more than a thread's registers, and so are a chunk's tiles `[BT,BK]`, which are then read a part at a time, and again
-where they are needed again.
+more than a thread's registers, and so are a chunk's tiles `[BT,BK]`, which are then read part by part, and again
+wherever they are needed again.
 """
 
 import triton

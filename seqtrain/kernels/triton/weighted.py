@@ -1,15 +1,15 @@
-"""Products of tokens and a state, each token decayed up to one end of a segment: what a cut sequence needs besides.
+"""Products of tokens and a state, each token decayed up to one end of a segment: what sharding a sequence takes.
 
-With `w` a token's decay up to the segment's end (TO_END: without its own), or from its start on (with its own):
+With `w` the decay of a token up to the segment's end (TO_END: without its own), or from its start (with its own):
 
     gather:  S = scale sum_t (w_t x_t)^T y_t            spread:  out_t = base_t + scale (w_t x_t) S
     weigh:   d_x_t = scale w_t (y_t S^T)                and what <x_t, d_x_t> gives the log decays in w
 
 `gather` of keys and values is the update of linear attention, and its gradient is `spread` and `weigh`; `spread` of
 queries is what they read in an incoming state, and its gradient is `gather` and `weigh`. No chunk waits for another:
-`around` is the sum of the log2 decays between a chunk and that end of the segment, found beforehand.
+`around` is the sum of the log2 decays between a chunk and that end of the segment, computed beforehand.
 
-Tensors as in `matrix`, a row one document; `around` `[B, chunks, H]`, with a decay a channel `[B, chunks, H, K]`.
+Tensors as in `matrix`, each row one document; `around` `[B, chunks, H]`, with per-channel decay `[B, chunks, H, K]`.
 """
 
 import triton
@@ -51,7 +51,7 @@ def load_weighted(
 ):
     """A block of K of `(x, w)`, `[BT,BK]` and, by DECAY, `[1,1]`, `[BT,1]` or `[BT,BK]`; ACC."""
     b_x = load_rows(x + at * K, rows, column, H * K, K, BT, BK).to(ACC)
-    # Up to the end, a token's decays are those behind it.
+    # Up to the end, the decays of a token are those after it.
     ahead = 1 if TO_END else 0
     count = tl.minimum(rows, BT) - ahead
     if DECAY == 0:
@@ -88,7 +88,7 @@ def gather(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """S of each slab of a row's chunks, `[slabs, B, H, K, V]`. A program a slab, row, head, block of K and of V."""
+    """S of each slab of a row's chunks, `[slabs, B, H, K, V]`. One program per slab, row, head, block of K and of V."""
     K_BLOCKS: tl.constexpr = (K + BK - 1) // BK
     V_BLOCKS: tl.constexpr = (V + BV - 1) // BV
     block = tl.program_id(0) % (K_BLOCKS * V_BLOCKS)
@@ -131,7 +131,7 @@ def spread(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`out`; without `base` of nothing more. A program a chunk, row, head and block of V."""
+    """`out`, without `base` where it is None. One program per chunk, row, head and block of V."""
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     column = tl.program_id(0) % BLOCKS * BV
     chunks = tl.cdiv(tokens, BT)
@@ -177,8 +177,8 @@ def weigh(
 ):
     """`d_x`; of the products `<x, d_x>` what a chunk's own give its decays, `d_log`, and their sums `totals`.
 
-    `totals` is like `around`: with TO_END decays of all later chunks get it, else those of all earlier ones. A program
-    a chunk, row and head.
+    `totals` is like `around`: with TO_END decays of all later chunks get it, else those of all earlier ones. One
+    program per chunk, row and head.
     """
     chunks = tl.cdiv(tokens, BT)
     n = tl.program_id(0) // chunks

@@ -52,7 +52,7 @@ def test_one_warp_for_too_much_is_a_fault(compiled):
     row = compiled["sm_90", 1]
     assert row["registers"] == 255
     spills, lost = row["faults"]
-    assert spills == f"spills {row['spilled']} B a thread (at most 0)"
+    assert spills == f"spills {row['spilled']} B per thread (at most 0)"
     assert lost == "has no HGMMA for its 1 products of matrices"
 
 
@@ -62,7 +62,7 @@ def test_limits_of_a_kernel():
         shared=65536, blocks=1, dots=1, wide_dots=0, matrix={"v_mfma": 1}, copies={}, instructions=9,
     )  # fmt: skip
     assert good.faults() == []
-    assert replace(good, spilled=65).faults() == ["spills 65 B a thread (at most 64)"]
+    assert replace(good, spilled=65).faults() == ["spills 65 B per thread (at most 64)"]
     assert replace(good, shared=65540).faults() == ["takes 65540 B of shared memory (at most 65536)"]
     assert replace(good, matrix={}).faults() == ["has no matrix instruction for its 1 products of matrices"]
 
