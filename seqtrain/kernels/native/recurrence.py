@@ -113,17 +113,8 @@ def _forward(
     return out, final_state, checkpoints
 
 
-def _shapes(
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor,
-    beta: Tensor | None,
-    log_decay: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(q: Tensor | None, k: Tensor | None, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, state, _, _, keep = others
     out = v.new_empty(0 if q is None else v.shape)
     return out, state.new_empty(state.shape), state.new_empty(_checkpoint_shape(v, state, keep))
 

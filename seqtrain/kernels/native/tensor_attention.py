@@ -63,18 +63,8 @@ def _forward(
     return out, final_state, checkpoints
 
 
-def _shapes(
-    q: Tensor,
-    k1: Tensor,
-    k2: Tensor,
-    v1: Tensor,
-    v2: Tensor,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    degree: int,
-    scale: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, v1, _, state, *_, keep = others
     # As many places as blocks of these tokens can need, however documents are cut.
     places = q.shape[0] * q.shape[1] // _TOKENS + state.shape[0] if keep else 0
     return v1.new_empty(v1.shape), state.new_empty(state.shape), state.new_empty(places, *state.shape[1:])

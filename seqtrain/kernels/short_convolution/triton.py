@@ -48,15 +48,7 @@ def run(
     return out, final
 
 
-def _shapes(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-    dilation: int,
-) -> tuple[Tensor, Tensor]:
+def _shapes(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), state.new_empty(state.shape)
 
 
@@ -71,7 +63,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     from seqtrain.kernels.triton import convolution
 
-    out, final = _shapes(x, weight, bias, state, cu_seqlens, silu, dilation)
+    out, final = _shapes(x, weight, bias, state)
     launch = PINNED[gpu.target()]
     blocks, table, boundaries = _grid(x, state, cu_seqlens, launch)
     tensors = [None if each is None else each.contiguous() for each in (x, weight, bias, state)]

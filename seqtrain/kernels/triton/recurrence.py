@@ -69,14 +69,7 @@ def _forward(
 
 
 def _shapes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    log_decay: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None, state: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, final = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, state))
     return out, final, *_empty_kept(q, beta, log_decay)
@@ -155,32 +148,14 @@ class _Call:
     target: str
 
     @classmethod
-    def of(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor | None,
-        log_decay: Tensor | None,
-        state: Tensor,
-        cu_seqlens: Tensor | None,
-        scale: float,
-    ) -> "_Call":
+    def of(cls, q: Tensor, *arguments: Any) -> "_Call":
+        """Of the arguments of `_forward`."""
+        k, v, beta, log_decay, state, cu_seqlens, scale = arguments
         boundaries, target = gpu.boundaries(q, cu_seqlens), gpu.target()
         chunk = chunk_length(target, q.dtype)
-        return cls(
-            q.contiguous(),
-            k.contiguous(),
-            v.contiguous(),
-            None if beta is None else beta.contiguous(),
-            None if log_decay is None else log_decay.contiguous(),
-            state.contiguous(),
-            scale,
-            gpu.pieces(boundaries, chunk, q.device),
-            _documents(boundaries, chunk, q.device),
-            chunk,
-            target,
-        )
+        tensors = [x if x is None else x.contiguous() for x in (q, k, v, beta, log_decay, state)]
+        chunks = gpu.pieces(boundaries, chunk, q.device)
+        return cls(*tensors, scale, chunks, _documents(boundaries, chunk, q.device), chunk, target)
 
     @property
     def decay(self) -> int:
