@@ -396,7 +396,6 @@ def channel_gradients(
             t_y = tl.dot(tl.trans(b_x), right, t_y, input_precision=PRECISION)
             turned += g_k * right
         b_log += tl.cumsum(turned - t_y * left, 0, reverse=True)
-        g_q, g_k, y = grown * g_q, grown * g_k, shrunk * (y + t_y)
     else:
         to_end = tl.zeros([BT, BK], ACC)
         s_q = tl.zeros([BT, BK], ACC)
@@ -436,8 +435,11 @@ def channel_gradients(
         through *= tl.sum(tl.where(i[:, None] == BT - 1, before, 0.0), 0)
         b_log = tl.cumsum(turned + g_q * w_q - g_k * w_k, 0, reverse=True) + through[None, :]
         b_log += sum_rows_before(y * w_k * strength[:, None], BT, BK)
-        g_q, g_k, y = g_q + s_q, s_k - g_k, y + s_y
     store_rows(d_log + at * K, b_log, rows, column, H * K, K, BT, BK)
+    if MILD:
+        g_q, g_k, y = grown * g_q, grown * g_k, shrunk * (y + t_y)
+    else:
+        g_q, g_k, y = g_q + s_q, s_k - g_k, y + s_y
     return store_gradients(d_q + at * K, d_k + at * K, g_q, g_k, y, w_q, w_k, own, strength, rows, column, H, K, BT, BK)
 
 

@@ -6,9 +6,15 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from seqtrain.kernels.inspect.interpreter import assert_no_races, between_nans, nan_filled_empty, recording
+from seqtrain.kernels.inspect.interpreter import assert_no_races, between_nans, install, nan_filled_empty, recording
 
 BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def installed():
+    """As the choice of `backend="triton"` does; the kernels here belong to no operator."""
+    install()
 
 
 @triton.jit

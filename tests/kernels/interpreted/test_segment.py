@@ -23,10 +23,10 @@ in_parts = by_segment(linear_attention)
 def chunked_work(monkeypatch):
     """What needs no incoming state is done by kernels with tests of their own, and would take most of the time."""
 
-    def work(self):
+    def local_output(self):
         self.out, _ = linear_attention(*self.tensors, backend="chunked", **self.options)
 
-    monkeypatch.setattr(LinearAttentionSegment, "work", work)
+    monkeypatch.setattr(LinearAttentionSegment, "local_output", local_output)
 
 
 def check(tensors, dtype=torch.float64):
