@@ -492,9 +492,12 @@ def install() -> None:
         __globals__ = {"tl": tl, "core": tl.core}  # noqa: RUF012
 
     stock._patch_lang(Everything)
-    stock._patch_lang = lambda fn: _NothingToRestore()
-    tl.range = tl.static_range = _range
-    for owner, name, patched in _patches:
+    modules = (
+        (stock, "_patch_lang", lambda fn: _NothingToRestore()),
+        (tl, "range", _range),
+        (tl, "static_range", _range),
+    )
+    for owner, name, patched in (*_patches, *modules):
         setattr(owner, name, patched)
     # NVIDIA's smallest sizes, so that what could not be compiled fails here, too.
     _builder.codegen_fns["min_dot_size"] = lambda left, right: (1, 1, 16 if left.scalar.primitive_bitwidth < 32 else 8)
