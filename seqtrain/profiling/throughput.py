@@ -1,7 +1,7 @@
 """Runs a few real training steps of any run and shows where time and memory go.
 
     python tools/profile_throughput.py experiment=quickstart model.depth=4 train.sequence_length=4096
-    python tools/profile_throughput.py parallel.data=1 parallel.sequence=2 profile.trace=true
+    python tools/profile_throughput.py parallel.sequence=2 profile.trace=true
     python tools/profile_throughput.py --multirun 'model.layers=[gla],[mamba2]' train.dtype=float32,bfloat16
 
 The keys are those of launch/pretrain.py and the group `profile` (steps, warmup, trace, peak); `--help` lists the

@@ -1,5 +1,8 @@
 """Rules between keys: each broken one is one line that names the key and a way out."""
 
+import subprocess
+import sys
+
 import pytest
 
 from seqtrain.errors import CheckpointError, ConfigError
@@ -104,3 +107,19 @@ def test_only_a_schedule_with_a_decay_is_told_apart_by_it(tmp_path):
         else:
             with pytest.raises(CheckpointError, match=r"schedule.decay_fraction=0.0, now 0.2"):
                 check_fits(tmp_path, stored, now)
+
+
+@pytest.mark.all
+def test_checking_a_config_imports_nothing_that_compiles():
+    code = """
+import sys
+from seqtrain.config import compose_config
+from seqtrain.runtime import read_pretrain_config
+read_pretrain_config(compose_config("pretrain"))
+heavy = ("torch._dynamo", "deepspeed", "ray", "transformers", "matplotlib")
+print([name for name in heavy if name in sys.modules])
+import torch
+print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.splitlines() == ["[]", "2.0"]
