@@ -62,8 +62,8 @@ class ShardedSequence(SequenceContext):
         What travels depends on the operator's `time`: a scan of affine maps, past inputs, keys and values, or else its
         state from rank to rank.
         """
-        call = Call(operator, *operator.arranged(tensors, options), initial_state)
-        return SPLITS[type(operator.time)].sharded(self, call)
+        given, others = operator.arranged(tensors, options)
+        return SPLITS[type(operator.time)].sharded(self, Call(operator, given, others, initial_state))
 
     def grouped(self, size: int, past: Tensor | None = None) -> "ShardedSequence":
         if past is not None:

@@ -42,6 +42,7 @@ class _SlotScores(torch.autograd.Function):
         inputs = (any_query, written, k, log_decay)
         _, final_state, checkpoints = FORM.forward(inputs, state, scale, layout)
         (out, *_), _ = FORM.backward(inputs, checkpoints, q, torch.zeros_like(final_state), scale, layout)
+        assert out is not None
         ctx.save_for_backward(q, k, written, log_decay, state)
         ctx.scale, ctx.layout = scale, layout
         return out, final_state
