@@ -76,14 +76,11 @@ def draw_loss(records: list[Record], path: Path) -> None:
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
     finite = [record for record in records if record["loss"] is not None]
     axes.plot([r["step"] for r in finite], [r["loss"] for r in finite], linewidth=1, label="training loss")
-    for key, label in (
-        ("held_out_bits_per_byte", "held-out bits per byte"),
-        ("held_out_accuracy", "held-out accuracy"),
-    ):
+    for key in ("held_out_bits_per_byte", "held_out_accuracy"):
         scored = [record for record in records if record.get(key) is not None]
         if scored:
             right = axes.twinx()
-            right.set_ylabel(label)
+            right.set_ylabel(key.replace("held_out", "held-out").replace("_", " "))
             right.plot([r["step"] for r in scored], [r[key] for r in scored], "o-", color="tab:orange")
     axes.grid(alpha=0.3)
     save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""A model on a row cut over ranks: the loss and every gradient of the whole row, and not a scan too many."""
+"""A model on a sharded sequence: the loss and every gradient of the whole row, and not a scan too many."""
 
 import pytest
 import torch
@@ -89,6 +89,7 @@ def test_loss_and_gradients(layers):
         assert_same(part["two rows"], both)
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(
     "cut", [cut for cut in CUTS.values() if cut.boundaries], ids=[n for n in CUTS if CUTS[n].boundaries]
 )
