@@ -1,6 +1,6 @@
 """A conversion from end to end in a minute: a Llama with random weights becomes a recurrent model that generates.
 
-    python examples/convert_tiny.py FOLDER
+python examples/convert_tiny.py FOLDER
 """
 
 import sys

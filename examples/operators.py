@@ -1,6 +1,6 @@
 """One operator alone: packed documents, a state carried on, and gradients.
 
-    python examples/operators.py
+python examples/operators.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """One sequence over two ranks: each holds its own tokens, and the layer gives what it gives on one rank.
 
-    torchrun --nproc-per-node=2 examples/two_ranks.py
+torchrun --nproc-per-node=2 examples/two_ranks.py
 """
 
 import torch
@@ -20,6 +20,6 @@ sequence = ShardedSequence(group=dist.group.WORLD, offsets=offsets)
 out, _ = mixer(x[:, sequence.start : sequence.end], sequence=sequence)
 whole, _ = mixer(x)
 difference = (out - whole[:, sequence.start : sequence.end]).abs().max()
-print(f"rank {dist.get_rank()}: tokens {sequence.start} to {sequence.end}, largest difference {difference:.1e}", flush=True)
+print(f"rank {dist.get_rank()}: tokens {sequence.start} to {sequence.end}, largest difference {difference:.1e}")
 out.sum().backward()  # gradients travel back the same way
 dist.destroy_process_group()

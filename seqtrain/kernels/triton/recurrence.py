@@ -153,7 +153,7 @@ class _Call:
         k, v, beta, log_decay, state, cu_seqlens, scale = arguments
         boundaries, target = gpu.boundaries(q, cu_seqlens), gpu.target()
         chunk = chunk_length(target, q.dtype)
-        tensors = [x if x is None else x.contiguous() for x in (q, k, v, beta, log_decay, state)]
+        tensors: list[Any] = [x if x is None else x.contiguous() for x in (q, k, v, beta, log_decay, state)]
         chunks = gpu.pieces(boundaries, chunk, q.device)
         return cls(*tensors, scale, chunks, _documents(boundaries, chunk, q.device), chunk, target)
 
