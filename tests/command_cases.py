@@ -1,10 +1,23 @@
-"""Commands, run in this process."""
+"""Commands, run in this process, and the one line that a mistake is."""
 
 import contextlib
+import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pytest
+
 from seqtrain.cli import run
+from seqtrain.errors import ConfigError
+
+
+@contextlib.contextmanager
+def refused(message: str, error: type[Exception] = ConfigError) -> Iterator[None]:
+    """What is done in it must end in an `error` of one line, `message` among its words."""
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        yield
+    assert "\n" not in str(caught.value)
 
 
 @dataclass(frozen=True)

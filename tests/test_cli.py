@@ -20,12 +20,14 @@ print([main(line.split()) for line in lines], "torch" in sys.modules, file=sys.s
 """
 
 
+@pytest.mark.all
 def test_text_and_wrong_keys_cost_no_import_of_torch():
     helps = [f"{name} --help" for name in COMMANDS]
     result = subprocess.run([sys.executable, "-c", TEXTS, *helps], capture_output=True, text=True, timeout=200)
     statuses = [0, 0, 2, *(0 for _ in helps)]
     assert result.stderr.splitlines()[-1] == f"{statuses} False"
     assert "lr: 0.0006" in result.stdout
+    assert "Settings, as key=value:" in result.stdout
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -41,18 +43,53 @@ def test_the_commands_are_listed(capsys):
         assert command.about in printed
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["pretrian"], "command 'pretrian' is unknown; did you mean 'pretrain'?"),
-        (["generate", "temprature=1"], "did you mean 'temperature'?"),
-    ],
-)
-def test_a_mistake_is_one_line(capsys, words, message):
-    assert main(words) == 2
+MISTAKES = [
+    ("pretrian", "command 'pretrian' is unknown; did you mean 'pretrain'?"),
+    ("pretrain train.stepz=10", "config key 'train.stepz' is unknown; did you mean 'train.steps'?"),
+    ("pretrain train.steps=ten", "train.steps=ten: must be a valid integer"),
+    ("pretrain model.layers=[gated_delta_nett]", "did you mean 'gated_delta_net'?"),
+    ("pretrain model=hybrid_tinny", "did you mean 'hybrid_tiny'?"),
+    ("pretrain mixer.gla.bogus=1", "config key 'mixer.gla.bogus' is unknown"),
+    ("pretrain +nonsense=1", "config key 'nonsense' is unknown"),
+    ("pretrain model.width=100 model.heads=7", "model.width=100"),
+    ("pretrain runtime=inline parallel.data=2", "parallel.data=2"),
+    ("pretrain train.micro_batch_size=all", "train.micro_batch_size=all: must be a valid integer"),
+    ("pretrain runtime.address=10.0.0.7:6379", "parallel.data=auto: how many ranks the cluster at runtime.address="),
+    ("pretrain parallel.sequence=1000", "parallel.sequence=1000: more ranks than train.sequence_length=512 has tokens"),
+    ("pretrain parallel.algorithm=rings", "parallel.algorithm=rings: must be"),
+    ("pretrain data=text", "data.path"),
+    ("pretrain data=text data.path=/no/such/folder", "/no/such/folder"),
+    ("pretrain checkpoint.resume=/no/such/checkpoint", "/no/such/checkpoint"),
+    ("generate", "run: is required"),
+    ("generate run=/no/such/run", "run=/no/such/run: holds no config.yaml"),
+    ("generate run=x temprature=1", "did you mean 'temperature'?"),
+    ("generate run=x top_p=2", "top_p=2: must be less than or equal to 1"),
+    ("compare runs=[none,nowhere]", "none: no such run"),
+    ("inspect model.widht=32", "did you mean 'model.width'"),
+    ("plan plan.cluster=absent.yaml", "cluster=absent.yaml: "),
+    ("plan plan.ranks=6 train.batch_size=4", "train.batch_size=4: no layout of 6 ranks"),
+    ("plan plan.task=plann", "task"),
+    ("simulate schemes=[autos]", "schemes: 'autos' is unknown. Known: auto, "),
+    ("simulate cluster=absent.yaml", "cluster=absent.yaml: "),
+    ("simulate cluster=a100", "compute_ms=0: the cluster file has no forward and backward"),
+    ("bench-operators token=[64]", "config key 'token' is unknown; did you mean 'tokens'?"),
+    ("bench-operators dtype=float16", "dtype.0=float16: must be 'float32' or 'bfloat16'"),
+    ("bench-operators tokens", "'tokens' is not key=value; --help lists the keys"),
+    ("bench-all-scan forms=[dense]", "did you mean 'form'?"),
+    ("bench-memory layers=[glaa]", "did you mean 'gla'"),
+    ("experiments.interaction.run mixers=[atention]", "mixer 'atention' is unknown; did you mean 'attention'?"),
+    ("experiments.fidelity.run rows=[recal]", "rows= 'recal' is unknown; did you mean 'recall'?"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, line, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) == 2
     printed = capsys.readouterr().err
     assert message in printed
-    assert printed.count("\n") == 1
+    assert printed.count("\n") == 1, printed
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pydantic import Field
 from seqtrain import config as config_module
 from seqtrain.config import compose_config, launch, show_text, validate
 from seqtrain.errors import ConfigError, exit_status
+from tests.command_cases import refused
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,12 @@ def test_good_values_become_dataclasses():
     ],
 )
 def test_a_wrong_value_is_one_line_with_key_value_and_rule(train, message):
-    with pytest.raises(ConfigError) as caught:
+    with refused(message):
         validate(Program, {"train": GOOD["train"] | train})
-    assert str(caught.value).startswith(message)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_value_is_named():
-    with pytest.raises(ConfigError, match=r"^train\.dtype: is required$"):
+    with refused("train.dtype: is required"):
         validate(Program, {"train": {"steps": 1}})
 
 
@@ -108,26 +107,18 @@ def test_what_was_chosen_is_noted_and_null_means_none(conf):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (
-            "train.stepz=1",
-            "config key 'train.stepz' is unknown; did you mean 'train.steps'? Known: train.dtype, train.steps",
-        ),
+        ("train.stepz=1", "'train.stepz' is unknown; did you mean 'train.steps'? Known: train.dtype, train.steps"),
         ("trian.steps=1", "config key 'trian' is unknown; did you mean 'train'? Known: "),
         ("optimzer=adamw", "config key 'optimzer' is unknown; did you mean 'optimizer'? Known: "),
         ("optimizer=adamv", "optimizer= 'adamv' is unknown; did you mean 'adamw'? Known: adamw, quick"),
-        (
-            "mixer.s5.block=1",
-            "config key 'mixer.s5.block' is unknown; did you mean 'mixer.s5.blocks'? Known: ",
-        ),
+        ("mixer.s5.block=1", "config key 'mixer.s5.block' is unknown; did you mean 'mixer.s5.blocks'? Known: "),
         ("train.steps=[1", "train.steps=[1: "),
         ("train.steps=${nothing}", "train.steps=${nothing}: "),
     ],
 )
 def test_a_wrong_override_is_one_line(conf, override, message):
-    with pytest.raises(ConfigError) as caught:
+    with refused(message):
         compose_config("main", [override])
-    assert str(caught.value).startswith(message)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture

@@ -5,22 +5,8 @@ import random
 
 import pytest
 
-WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "naïve",
-    "東京",
-    "state",
-    "scan",
-    "chunk",
-    "kernel",
-    "mixer",
-    "the",
-    "of",
-    "and\n",
-]
+WORDS = ["alpha", "beta", "gamma", "delta", "naïve", "東京", "state", "scan", "chunk", "kernel", "mixer", "the", "of"]
+WORDS += ["and\n"]
 
 
 def sentence(seed: int, words: int) -> str:

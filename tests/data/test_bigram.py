@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from seqtrain.data import DataConfig, bigram_bits_per_byte, prepare
+from seqtrain.data import DataConfig, EvaluationBatches, bigram_bits_per_byte, prepare
 from seqtrain.data.bigram import BigramCounter, read_counts
 
 
@@ -13,32 +13,22 @@ from seqtrain.data.bigram import BigramCounter, read_counts
 def tiny(tmp_path):
     (tmp_path / "train.txt").write_text("abab")
     (tmp_path / "eval.txt").write_text("aba")
-    return DataConfig(
-        source="text",
-        path=str(tmp_path / "train.txt"),
-        held_out_path=str(tmp_path / "eval.txt"),
-        cache_dir=str(tmp_path / "cache"),
-    )
+    files = {"path": str(tmp_path / "train.txt"), "held_out_path": str(tmp_path / "eval.txt")}
+    return DataConfig(source="text", cache_dir=str(tmp_path / "cache"), **files)
 
 
 def test_against_a_value_worked_out_by_hand(tiny):
     # Training pairs: ab 2, ba 1, b-end 1. Held out: ab, ba, a-end; two bytes are predicted, the first is given.
-    s = 0.1
-    a_b = (2 + s) / (2 + 257 * s)
-    b_a = (1 + s) / (2 + 257 * s)
-    a_end = (0 + s) / (2 + 257 * s)
-    expected = -(math.log2(a_b) + math.log2(b_a) + math.log2(a_end)) / 2
-    assert bigram_bits_per_byte(prepare(tiny, progress=False)) == pytest.approx(expected, rel=1e-12)
-
-
-def test_smoothing_can_be_set(tiny):
-    corpus = prepare(tiny, progress=False)
+    corpus, s = prepare(tiny, progress=False), 0.1
+    probabilities = [(count + s) / (2 + 257 * s) for count in (2, 1, 0)]
+    assert bigram_bits_per_byte(corpus) == pytest.approx(-sum(map(math.log2, probabilities)) / 2, rel=1e-12)
     assert bigram_bits_per_byte(corpus, smoothing=1e9) == pytest.approx(3 * math.log2(257) / 2, rel=1e-6)
 
 
-def test_nothing_held_out_is_not_a_number(tiny):
+def test_nothing_held_out_is_no_batch_and_not_a_number(tiny):
     corpus = prepare(replace(tiny, held_out_path="", held_out=0.0), progress=False)
     assert math.isnan(bigram_bits_per_byte(corpus))
+    assert len(EvaluationBatches(corpus.held_out, sequence_length=20, batch_size=4)) == 0
 
 
 def test_pairs_are_counted_across_pieces_but_not_across_documents():

@@ -1,4 +1,3 @@
-import itertools
 import json
 import os
 from dataclasses import replace
@@ -27,16 +26,6 @@ def test_streams_read_across_shards_and_know_where_documents_start(corpus, text_
         inside = starts[(starts >= start) & (starts < stop)]
         np.testing.assert_array_equal(stream.starts(start, stop), inside)
     assert stream.read(5, 5).shape == stream.starts(5, 5).shape == (0,)
-
-
-def test_documents_are_the_files(corpus, text_folder):
-    found = []
-    for stream in (corpus.train, corpus.held_out):
-        boundaries = [*stream.starts(0, stream.tokens).tolist(), stream.tokens]
-        for start, stop in itertools.pairwise(boundaries):
-            found.append(corpus.tokenizer.decode(stream.read(start, stop - 1)))
-    expected = [file.read_text(encoding="utf-8") for file in text_folder.rglob("*.txt")]
-    assert sorted(found) == sorted(text for text in expected if text)
 
 
 def test_manifest_says_what_is_there(corpus):

@@ -22,12 +22,9 @@ def test_what_is_written_is_read(tmp_path, vocab_size, dtype):
     assert shard.ids().tolist() == [1, 2, vocab_size - 1, 4, 5]
     assert shard.starts().tolist() == [0, 4]
     assert (entry.tokens, entry.starts) == (5, 2)
-
-
-def test_a_shard_inside_one_document_has_no_start(tmp_path):
-    shard = Shard.open(tmp_path, write(tmp_path, 257, [([1, 2, 3], [])]), 257)
-    shard.verify()
-    assert shard.starts().tolist() == []
+    inside_one_document = Shard.open(tmp_path, write(tmp_path, vocab_size, [([1, 2, 3], [])]), vocab_size)
+    inside_one_document.verify()
+    assert inside_one_document.starts().tolist() == []
 
 
 def test_nothing_is_visible_before_the_shard_is_whole(tmp_path):
@@ -67,15 +64,14 @@ def test_truncated(tmp_path, entry, size):
 def test_too_long_missing_and_of_another_kind(tmp_path, entry):
     file = tmp_path / "a.bin"
     content = file.read_bytes()
-    file.write_bytes(content + b"\0")
-    with pytest.raises(DataError, match="too long"):
-        Shard.open(tmp_path, entry, 300)
-    file.write_bytes(b"NUMPY" + content[5:])
-    with pytest.raises(DataError, match="not a token shard"):
-        Shard.open(tmp_path, entry, 300)
-    file.write_bytes(content[:8] + b"\2" + content[9:])
-    with pytest.raises(DataError, match="shard version 2, this seqtrain reads 1"):
-        Shard.open(tmp_path, entry, 300)
+    for damaged, message in (
+        (content + b"\0", "too long"),
+        (b"NUMPY" + content[5:], "not a token shard"),
+        (content[:8] + b"\2" + content[9:], "shard version 2, this seqtrain reads 1"),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=message):
+            Shard.open(tmp_path, entry, 300)
     file.unlink()
     with pytest.raises(DataError, match=r"a\.bin: can't be read \(No such file"):
         Shard.open(tmp_path, entry, 300)

@@ -1,7 +1,11 @@
 import json
 import sysconfig
+from itertools import pairwise
 
+import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from seqtrain.data import DataConfig, prepare
 from seqtrain.data.ingest import open_sources
@@ -20,19 +24,13 @@ def write(kind, folder):
             (folder / f"{number:03d}.txt").write_text(text, encoding="utf-8")
     elif kind == "jsonl":
         lines = [json.dumps({"text": text, "n": n}) + "\n" + "\n" * (n % 2) for n, text in enumerate(TEXTS)]
-        (folder / "0.jsonl").write_text("".join(lines[:70]))
-        (folder / "1.jsonl").write_text("".join(lines[70:]))
+        for name, part in (("0.jsonl", lines[:70]), ("1.jsonl", lines[70:])):
+            (folder / name).write_text("".join(part))
     elif kind == "parquet":
-        import pyarrow
-        import pyarrow.parquet
-
         for name, texts in (("0.parquet", TEXTS[:70]), ("1.parquet", TEXTS[70:])):
-            pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / name, row_group_size=17)
+            parquet.write_table(pyarrow.table({"text": texts}), folder / name, row_group_size=17)
     else:
-        import datasets
-
-        rows = datasets.Dataset.from_dict({"text": TEXTS, "other": list(range(200))})
-        rows.save_to_disk(folder)
+        datasets.Dataset.from_dict({"text": TEXTS, "other": list(range(200))}).save_to_disk(folder)
     return str(folder)
 
 
@@ -64,21 +62,11 @@ def test_a_whole_corpus_holds_every_text_once(kind, tmp_path):
     corpus = prepare(config, progress=False)
     assert corpus.train.bytes + corpus.held_out.bytes == sum(len(text.encode()) for text in TEXTS)
     assert corpus.manifest.empty_documents == 40
-    streams = (corpus.train, corpus.held_out)
-    texts = [corpus.tokenizer.decode(part) for s in streams for part in split(s.read(0, s.tokens), 256)]
+    texts = []
+    for stream in (corpus.train, corpus.held_out):
+        boundaries = [*stream.starts(0, stream.tokens).tolist(), stream.tokens]
+        texts += [corpus.tokenizer.decode(stream.read(start, stop - 1)) for start, stop in pairwise(boundaries)]
     assert sorted(texts) == sorted(text for text in TEXTS if text)
-
-
-def split(ids, end):
-    documents, current = [], []
-    for token in ids.tolist():
-        if token == end:
-            documents.append(current)
-            current = []
-        else:
-            current.append(token)
-    assert not current
-    return documents
 
 
 def test_the_registry_finds_every_source():
@@ -92,9 +80,7 @@ def test_stdlib_is_this_pythons_own_and_nothing_else():
     names = {opened.name(file) for file in opened.files}
     assert str(opened.root) == sysconfig.get_path("stdlib")
     assert {"argparse.py", "json/decoder.py"} <= names
-    assert not any(
-        part in ("test", "tests", "site-packages", "encodings") for name in names for part in name.split("/")
-    )
+    assert not {"test", "tests", "site-packages", "encodings"} & {part for name in names for part in name.split("/")}
     documents = list(opened.documents())
     held_out = sum(document.size for document in documents if document.held_out)
     assert held_out / opened.total == pytest.approx(0.05, abs=0.01)
@@ -131,10 +117,7 @@ def test_one_file_is_cut_at_a_line_end(tmp_path):
     assert text_of(train).endswith("\n")
     assert tail.size / file.stat().st_size == pytest.approx(0.1, abs=0.02)
     assert [d.name for d in source("text", str(file), held_out=0.1).documents(1)] == [tail.name]
-
-
-def test_one_file_without_lines_is_not_cut_inside_a_character(tmp_path):
-    file = tmp_path / "book.txt"
+    # Without lines it is not cut inside a character.
     file.write_text("東" * 1000, encoding="utf-8")
     for held_out in (0.1, 0.2, 0.25, 0.33):
         train, tail = source("text", str(file), held_out=held_out).documents()
@@ -143,13 +126,8 @@ def test_one_file_without_lines_is_not_cut_inside_a_character(tmp_path):
 
 def test_a_text_of_its_own_for_evaluation(text_folder, tmp_path):
     (tmp_path / "eval.txt").write_text("held out\n")
-    config = DataConfig(
-        source="text",
-        path=str(text_folder),
-        held_out_path=str(tmp_path / "eval.txt"),
-        cache_dir=str(tmp_path / "cache"),
-    )
-    corpus = prepare(config, progress=False)
+    places = {"path": text_folder, "held_out_path": tmp_path / "eval.txt", "cache_dir": tmp_path / "cache"}
+    corpus = prepare(DataConfig(source="text", **{key: str(path) for key, path in places.items()}), progress=False)
     assert corpus.tokenizer.decode(corpus.held_out.read(0, corpus.held_out.tokens)) == "held out\n"
     assert corpus.train.bytes == sum(file.stat().st_size for file in text_folder.rglob("*.txt"))
 
@@ -160,8 +138,7 @@ def test_patterns_hidden_files_and_suffixes(tmp_path):
         (tmp_path / name).write_text("x\n")
 
     def names(path):
-        opened = source("text", path)
-        return [file.relative_to(tmp_path).as_posix() for file in opened.files]
+        return [file.relative_to(tmp_path).as_posix() for file in source("text", path).files]
 
     assert names(str(tmp_path)) == ["a.txt", "b.md", "sub/d.md"]
     assert names(str(tmp_path / "**/*.md")) == ["b.md", "sub/d.md"]
@@ -189,7 +166,7 @@ def ingest_error(tmp_path, **fields):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "huggingface"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_path_is_required_and_must_exist(kind):
     with pytest.raises(ConfigError, match=rf"data\.path: .* is required for data\.source={kind}"):
         source(kind, "")
@@ -201,27 +178,28 @@ def test_errors_in_text_name_file_and_byte(tmp_path):
     file = tmp_path / "a.txt"
     file.write_bytes(b"fine\n" * 10 + b"\xff\xfe rest\n" * 10)
     assert f"{file}: not UTF-8: byte 50 is 0xff" in ingest_error(tmp_path, source="text", path=str(file))
-    config = DataConfig(
-        source="text", path=str(file), invalid_utf8="replace", held_out=0, cache_dir=str(tmp_path / "cache")
-    )
-    corpus = prepare(config, progress=False)
+    options = {"invalid_utf8": "replace", "held_out": 0, "cache_dir": str(tmp_path / "cache")}
+    corpus = prepare(DataConfig(source="text", path=str(file), **options), progress=False)
     assert "\ufffd\ufffd rest" in corpus.tokenizer.decode(corpus.train.read(0, corpus.train.tokens))
 
 
-def test_errors_in_rows_name_file_and_line(tmp_path):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": ', "not a line of JSON"),
+        ('{"body": "x"}', "no field 'text', the line holds fields ['body']"),
+        ("[1]", "no field 'text', the line holds a list"),
+        ('{"text": 5}', "field 'text' holds int, not text"),
+        ('{"text": null}', "field 'text' holds nothing, not text"),
+        ('{"text": "ab\\ud800"}', "not UTF-8: byte 2 is 0xed"),
+    ],
+)
+def test_errors_in_rows_name_file_and_line(tmp_path, line, message):
     file = tmp_path / "a.jsonl"
-
-    def error(line, **fields):
-        file.write_text('{"text": "fine"}\n\n' + line + "\n")
-        return ingest_error(tmp_path, source="jsonl", path=str(file), held_out=0, **fields)
-
-    assert f"{file}:3: not a line of JSON" in error('{"text": ')
-    assert f"{file}:3: no field 'text', the line holds fields ['body']" in error('{"body": "x"}')
-    assert f"{file}:3: no field 'text', the line holds a list" in error("[1]")
-    assert f"{file}:3: field 'text' holds int, not text" in error('{"text": 5}')
-    assert f"{file}:3: field 'text' holds nothing, not text" in error('{"text": null}')
-    assert f"{file}:3: not UTF-8: byte 2 is 0xed" in error('{"text": "ab\\ud800"}')
-    assert f"{file}:1: no field 'body'" in error("{}", text_field="body")
+    file.write_text('{"text": "fine"}\n\n' + line + "\n")
+    options = {"source": "jsonl", "path": str(file), "held_out": 0}
+    assert f"{file}:3: {message}" in ingest_error(tmp_path, **options)
+    assert f"{file}:1: no field 'body'" in ingest_error(tmp_path, text_field="body", **options)
 
 
 def test_a_line_too_long_to_hold_is_an_error(tmp_path, monkeypatch):
@@ -242,8 +220,6 @@ def test_errors_of_tables(tmp_path):
 
 
 def test_a_dataset_of_several_splits_asks_for_one(tmp_path):
-    import datasets
-
     rows = datasets.Dataset.from_dict({"text": ["x"]})
     datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / "hf")
     message = ingest_error(tmp_path, source="huggingface", path=str(tmp_path / "hf"))

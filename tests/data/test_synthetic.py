@@ -9,6 +9,7 @@ import torch
 from seqtrain.data.batches import IGNORED, BatchSlice
 from seqtrain.data.synthetic import TASKS, SyntheticBatches, examples, make_task
 from seqtrain.errors import ConfigError
+from tests.command_cases import refused
 
 # Fields that make small rows, and a length that fits.
 SMALL = {
@@ -125,11 +126,6 @@ def test_match3_says_whether_a_pair_completes_the_query():
             assert answer == 22 + matched
 
 
-def test_match3_refuses_numbers_that_could_make_every_sum():
-    with pytest.raises(ConfigError, match=r"^data\.task\.numbers=6: all sums could occur"):
-        make_task("match3", {"modulus": 21, "numbers": 6})
-
-
 def value_of(tokens: list[str]):
     """The value of a ListOps expression, read from the left; takes its tokens off the list."""
     token = tokens.pop(0)
@@ -186,20 +182,17 @@ def test_induction_asks_what_followed_the_mark():
         ("mqar", {"pairs": 0}, "data.task.pairs=0: must be greater than 0"),
         ("permutation", {"moves": "swap"}, "data.task.moves=swap: must be 'all' or 'swaps'; did you mean 'swaps'?"),
         ("mqra", {}, "data.source 'mqra' is unknown; did you mean 'mqar'?"),
+        ("match3", {"modulus": 21, "numbers": 6}, "data.task.numbers=6: all sums could occur"),
     ],
 )
 def test_wrong_fields_are_named(name, fields, message):
-    with pytest.raises(ConfigError) as caught:
+    with refused(message):
         make_task(name, fields)
-    assert str(caught.value).startswith(message)
 
 
 def test_a_row_too_short_is_refused():
-    task = make_task("mqar", {"pairs": 4})
-    with pytest.raises(
-        ConfigError, match=r"^train\.sequence_length=15: data\.source=mqar .* at least 16 tokens per row"
-    ):
-        examples(task, length=15, seed=0, first=0, count=1)
+    with pytest.raises(ConfigError, match=r"^train\.sequence_length=15: data\.source=mqar .* at least 16 tokens"):
+        rows("mqar", length=15)
 
 
 def batches(**options):

@@ -15,36 +15,25 @@ def tokenizer(request, bpe_folder):
     return load_tokenizer(DataConfig(tokenizer="bytes" if request.param == "bytes" else str(bpe_folder)))
 
 
-def test_text_survives(tokenizer):
+def test_text_survives_and_its_bytes_are_counted_exactly(tokenizer):
     ids = tokenizer.encode(TEXT)
-    assert tokenizer.decode(ids) == TEXT
-    assert tokenizer.decode([*ids, tokenizer.end]) == TEXT
+    assert tokenizer.decode(ids) == tokenizer.decode([*ids, tokenizer.end]) == TEXT
     assert max(ids) < tokenizer.vocab_size
-
-
-def test_bytes_are_counted_exactly(tokenizer):
-    ids = tokenizer.encode(TEXT)
+    assert tokenizer.end not in tokenizer.encode("<|end|>"), "the end can't be written in a text"
     assert tokenizer.byte_count(ids) == len(TEXT.encode())
     assert tokenizer.byte_count(torch.tensor([*ids, tokenizer.end])) == len(TEXT.encode())
     assert tokenizer.byte_count([]) == 0
 
 
-def test_the_end_cannot_be_written_in_a_text(tokenizer):
-    assert tokenizer.end not in tokenizer.encode("<|end|>")
-
-
-def test_a_folder_and_its_file_are_the_same_tokenizer(bpe_folder):
-    of_folder = load_tokenizer(DataConfig(tokenizer=str(bpe_folder)))
-    of_file = load_tokenizer(DataConfig(tokenizer=str(bpe_folder / "tokenizer.json")))
+def test_a_folder_and_its_file_are_the_same_tokenizer_and_another_end_another(bpe_folder):
+    of_folder, of_file, other = (
+        load_tokenizer(DataConfig(tokenizer=str(path), end_token=end))
+        for path, end in ((bpe_folder, ""), (bpe_folder / "tokenizer.json", ""), (bpe_folder, "the"))
+    )
     assert of_folder.identity == of_file.identity
     assert (of_folder.vocab_size, of_folder.end) == (318, 0)
-
-
-def test_another_end_is_another_tokenizer(bpe_folder):
-    plain = load_tokenizer(DataConfig(tokenizer=str(bpe_folder)))
-    other = load_tokenizer(DataConfig(tokenizer=str(bpe_folder), end_token="the"))
-    assert other.end != plain.end
-    assert other.identity != plain.identity
+    assert other.end != of_folder.end
+    assert other.identity != of_folder.identity
 
 
 def test_cutting_and_padding_of_a_saved_tokenizer_are_switched_off(bpe_folder, tmp_path):

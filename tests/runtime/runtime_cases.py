@@ -23,27 +23,27 @@ from seqtrain.models import ModelConfig
 from seqtrain.parallel.testing import RankError, rank_outcomes
 from seqtrain.runtime.checkpoint import find
 from seqtrain.runtime.metrics import read_lines
-from seqtrain.runtime.optimizers import OptimizerConfig
 from seqtrain.runtime.ranks import this_process
 from seqtrain.runtime.run_folder import RunFolder, claim
-from seqtrain.runtime.schedule import ScheduleConfig
-from seqtrain.runtime.settings import (
-    CheckpointConfig,
-    EvaluationConfig,
-    KernelsConfig,
-    ParallelConfig,
-    PretrainConfig,
-    RuntimeConfig,
-    SampleConfig,
-    TrackingConfig,
-    TrainConfig,
-)
+from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.runtime.worker import Session, train
 
 WORDS = ["state", "scan", "delta", "gate", "key", "value", "query", "chunk", "decay", "head", "token", "loss", "rank"]
 # Seconds after which ranks that still run are taken for hung.
 RANKS_SECONDS = 90
 BETAS = (0.9, 0.95)
+SMALL: dict[str, dict[str, Any]] = {
+    "data": {"held_out": 0.2},
+    "optimizer": {"lr": 1e-2, "betas": BETAS},
+    "schedule": {"warmup_fraction": 0.1},
+    "train": {"steps": 6, "sequence_length": 32, "batch_size": 8, "micro_batch_size": 2},
+    "evaluation": {"every": 0},
+    "parallel": {"data": 1},
+    "runtime": {"name": "inline", "cpus_per_worker": 1},
+    "checkpoint": {"every": 3},
+    "tracking": {"mode": "disabled"},
+    "sample": {"prompt": "state", "tokens": 8},
+}
 
 
 def write_text(folder: Path) -> Path:
@@ -70,23 +70,11 @@ def small_config(root: Path, *layers: str, **sections: Any) -> PretrainConfig:
     config = PretrainConfig(
         model=ModelConfig(layers=layers, depth=len(layers), width=16, heads=2),
         mixer={name: MIXERS.get(name).Config() for name in layers},
-        data=DataConfig(
-            source="text", path=str(write_text(root / "text")), cache_dir=str(root / "cache"), held_out=0.2
-        ),
-        optimizer=OptimizerConfig(lr=1e-2, betas=BETAS),
-        schedule=ScheduleConfig(warmup_fraction=0.1),
-        train=TrainConfig(steps=6, sequence_length=32, batch_size=8, micro_batch_size=2),
-        evaluation=EvaluationConfig(every=0),
-        parallel=ParallelConfig(data=1),
-        runtime=RuntimeConfig(name="inline", cpus_per_worker=1),
-        checkpoint=CheckpointConfig(every=3),
-        tracking=TrackingConfig(mode="disabled"),
-        sample=SampleConfig(prompt="state", tokens=8),
-        kernels=KernelsConfig(),
+        data=DataConfig(source="text", path=str(write_text(root / "text")), cache_dir=str(root / "cache")),
         seed=1,
         output_dir=str(root / "out"),
     )
-    return change(config, **sections)
+    return change(change(config, **SMALL), **sections)
 
 
 def change(config: PretrainConfig, name: str = "", **sections: Any) -> PretrainConfig:

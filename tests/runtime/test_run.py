@@ -12,6 +12,8 @@ import yaml
 
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.runtime import run, signals
+from seqtrain.runtime.tracking import tracking_id
+from tests.command_cases import refused
 from tests.runtime.runtime_cases import change, folder_of, losses, on_ranks, records, small_config
 
 
@@ -52,16 +54,8 @@ def test_what_a_run_leaves(finished):
     assert stored["mixer"].keys() == {"linear_attention"}
     log = folder.log.read_text()
     assert len(re.findall("linear_attention: (?:native|chunked)", log)) == 1, "a choice of backend is logged once"
-    assert {path.name for path in folder.path.iterdir()} == {
-        "config.yaml",
-        "metrics.jsonl",
-        "checkpoints",
-        "summary.json",
-        "loss.png",
-        "run.log",
-        "starts.jsonl",
-        "wandb",
-    }
+    files = {"config.yaml", "metrics.jsonl", "summary.json", "loss.png", "run.log", "starts.jsonl"}
+    assert {path.name for path in folder.path.iterdir()} == {*files, "checkpoints", "wandb"}
 
 
 def test_the_tracking_id_is_kept_across_calls(finished, tmp_path):
@@ -70,8 +64,6 @@ def test_the_tracking_id_is_kept_across_calls(finished, tmp_path):
     [stored] = {json.loads(path.read_text())["tracking_id"] for path in folder.checkpoints.glob("*/manifest.json")}
     [run_folder] = (folder.path / "wandb").glob("offline-run-*")
     assert run_folder.name.endswith(stored)
-    from seqtrain.runtime.tracking import tracking_id
-
     assert tracking_id(config, folder) == stored
     assert tracking_id(change(config, tracking={"mode": "disabled"}), folder) == ""
 
@@ -84,30 +76,21 @@ def test_a_finished_run_is_not_done_again(finished):
 
 
 @pytest.mark.parametrize(
-    ("sections", "error", "message"),
+    ("sections", "message"),
     [
-        (
-            {"optimizer": {"lr": 0.5}},
-            ConfigError,
-            "holds a run with optimizer.lr=0.01, now 0.5; use another output_dir",
-        ),
-        ({"train": {"steps": 9}}, ConfigError, "holds a run with train.steps=6, now 9"),
-        ({"seed": 3}, ConfigError, "holds a run with seed=1, now 3"),
-        ({"checkpoint": {"resume": "never"}}, ConfigError, "holds a run already; use checkpoint.resume=auto"),
-        (
-            {"checkpoint": {"resume": "/no/such/folder"}, "output_dir": "fresh"},
-            CheckpointError,
-            "checkpoint.resume=/no/such/folder: no such folder",
-        ),
+        ({"optimizer": {"lr": 0.5}}, "holds a run with optimizer.lr=0.01, now 0.5; use another output_dir"),
+        ({"train": {"steps": 9}}, "holds a run with train.steps=6, now 9"),
+        ({"seed": 3}, "holds a run with seed=1, now 3"),
+        ({"checkpoint": {"resume": "never"}}, "holds a run already; use checkpoint.resume=auto"),
+        ({"checkpoint": {"resume": "/none"}, "output_dir": "fresh"}, "checkpoint.resume=/none: no such folder"),
     ],
 )
-def test_a_folder_of_another_run_is_left_alone(finished, monkeypatch, tmp_path, sections, error, message):
+def test_a_folder_of_another_run_is_left_alone(finished, monkeypatch, tmp_path, sections, message):
     config, _ = finished
     monkeypatch.chdir(tmp_path)
     before = content(folder_of(config).path)
-    with pytest.raises(error, match=re.escape(message)) as caught:
+    with refused(message, CheckpointError if "output_dir" in sections else ConfigError):
         run_alone(change(config, **sections))
-    assert "\n" not in str(caught.value)
     assert content(folder_of(config).path) == before
     assert list(tmp_path.iterdir()) == []
 

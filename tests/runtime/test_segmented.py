@@ -136,13 +136,8 @@ def test_runs_are_as_many_whatever_the_documents(monkeypatch, boundaries):
 def test_answers_are_scored_as_in_one_piece():
     model, pieces = build(HYBRID).double(), pieces_of(ROW)
     assert [piece.continues for piece in pieces] == [False, False, True, True, True]
-    assert [piece.sequence.cu_seqlens.tolist() for piece in pieces] == [
-        [0, 13, 14, 40],
-        [0, 40],
-        [0, 39, 40],
-        [0, 40],
-        [0, 1, 41],
-    ]
+    boundaries = [[0, 13, 14, 40], [0, 40], [0, 39, 40], [0, 40], [0, 1, 41]]
+    assert [piece.sequence.cu_seqlens.tolist() for piece in pieces] == boundaries
     whole = [Segment(*row(ROW), SequenceContext(ROW.cu_seqlens))]
     for answers in (False, True):
         expected = _score(model, whole, answers=answers)

@@ -11,34 +11,18 @@ from seqtrain.runtime.run_folder import check_fits, fingerprint, plain
 from seqtrain.runtime.settings import micro_batch, resolve
 from tests.runtime.runtime_cases import small_config
 
+RAY = {"name": "ray"}
+
 
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        (
-            {"runtime": {"name": "ray"}, "parallel": {"sequence": 33}},
-            "parallel.sequence=33: more ranks than train.sequence_length=32 has tokens; use 32 or less",
-        ),
-        (
-            {"runtime": {"name": "ray"}, "parallel": {"data": 3, "sequence": 2}},
-            "train.batch_size=8: must be a multiple of parallel.data=3; use 9",
-        ),
-        (
-            {"train": {"batch_size": 6, "micro_batch_size": 4}},
-            "train.batch_size=6: must be a multiple of .* 1 x 4; use 8",
-        ),
-        (
-            {"parallel": {"data": 2}},
-            "parallel.data=2 parallel.sequence=1: runtime=inline .*process is one; use parallel.data=1, runtime=ray",
-        ),
-        (
-            {"parallel": {"sequence": 2}},
-            "parallel.sequence=2: runtime=inline .* use parallel.data=1 parallel.sequence=1, .*--nproc-per-node=2",
-        ),
-        (
-            {"runtime": {"name": "ray", "address": "10.0.0.7:6379"}},
-            "runtime.address=10.0.0.7:6379: .*RAY_AUTH_MODE=token",
-        ),
+        ({"runtime": RAY, "parallel": {"sequence": 33}}, "parallel.sequence=33: .*sequence_length=32 .* use 32 or"),
+        ({"runtime": RAY, "parallel": {"data": 3, "sequence": 2}}, "train.batch_size=8: .*parallel.data=3; use 9"),
+        ({"train": {"batch_size": 6, "micro_batch_size": 4}}, "train.batch_size=6: .* multiple of .* 1 x 4; use 8"),
+        ({"parallel": {"data": 2}}, "parallel.data=2 .*: runtime=inline .* use parallel.data=1, runtime=ray"),
+        ({"parallel": {"sequence": 2}}, "parallel.sequence=2: .* use .* parallel.sequence=1, .*--nproc-per-node=2"),
+        ({"runtime": RAY | {"address": "10.0.0.7:6379"}}, "runtime.address=10.0.0.7:6379: .*RAY_AUTH_MODE=token"),
     ],
 )
 def test_a_broken_rule_names_the_key_and_the_way_out(tmp_path, monkeypatch, sections, message):
@@ -60,28 +44,20 @@ def test_inline_takes_the_ranks_of_torchrun(tmp_path, monkeypatch):
         check(small_config(tmp_path, parallel={"data": 6, "sequence": 3}, train={"batch_size": 12}))
 
 
-def test_a_batch_is_divided_over_the_data_ranks_alone(tmp_path):
-    config = small_config(
-        tmp_path,
-        runtime={"name": "ray"},
-        parallel={"data": 2, "sequence": 3},
-        train={"batch_size": 4, "micro_batch_size": 8},
-    )
-    check(config)
+def test_a_batch_is_divided_over_the_data_ranks_alone_and_may_be_smaller_than_a_micro_batch(tmp_path):
+    sizes = {"batch_size": 4, "micro_batch_size": 8}
+    config = small_config(tmp_path, runtime=RAY, parallel={"data": 2, "sequence": 3}, train=sizes)
+    alone = small_config(tmp_path, train=sizes)
+    for each in (config, alone):
+        check(each)
     assert config.parallel.ranks == 6
-    assert micro_batch(config) == 2
+    assert (micro_batch(config), micro_batch(alone)) == (2, 4)
 
 
 def test_a_cluster_on_this_machine_or_with_a_token_is_allowed(tmp_path, monkeypatch):
-    check(small_config(tmp_path, runtime={"name": "ray", "address": "127.0.0.1:6379"}))
+    check(small_config(tmp_path, runtime=RAY | {"address": "127.0.0.1:6379"}))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    check(small_config(tmp_path, runtime={"name": "ray", "address": "10.0.0.7:6379"}))
-
-
-def test_a_batch_smaller_than_a_micro_batch_is_one(tmp_path):
-    config = small_config(tmp_path, train={"batch_size": 6, "micro_batch_size": 8})
-    check(config)
-    assert micro_batch(config) == 6
+    check(small_config(tmp_path, runtime=RAY | {"address": "10.0.0.7:6379"}))
 
 
 def test_auto_becomes_a_number_once(tmp_path, monkeypatch):
@@ -97,16 +73,13 @@ def test_auto_becomes_a_number_once(tmp_path, monkeypatch):
 
 
 def test_only_a_schedule_with_a_decay_is_told_apart_by_it(tmp_path):
-    for name, fits in (("cosine", True), ("wsd", False)):
-        now = fingerprint(small_config(tmp_path, schedule={"name": name}))
-        stored = now | {
-            "schedule": plain(small_config(tmp_path, schedule={"name": name, "decay_fraction": 0.0}).schedule)
-        }
-        if fits:
-            check_fits(tmp_path, stored, now)
-        else:
-            with pytest.raises(CheckpointError, match=r"schedule.decay_fraction=0.0, now 0.2"):
-                check_fits(tmp_path, stored, now)
+    def differ(name):
+        now, before = (small_config(tmp_path, schedule={"name": name, "decay_fraction": share}) for share in (0.2, 0.0))
+        check_fits(tmp_path, fingerprint(now) | {"schedule": plain(before.schedule)}, fingerprint(now))
+
+    differ("cosine")
+    with pytest.raises(CheckpointError, match=r"schedule.decay_fraction=0.0, now 0.2"):
+        differ("wsd")
 
 
 @pytest.mark.all

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from seqtrain.data import DataConfig
-from seqtrain.errors import ConfigError
 from seqtrain.runtime.evaluation import _score_answers
 from seqtrain.runtime.settings import check
+from tests.command_cases import refused
 from tests.runtime.runtime_cases import change, outcome, records, small_config, train_on
 
 
@@ -54,7 +54,5 @@ def test_answers_are_counted_where_they_are_asked():
     ],
 )
 def test_a_task_that_does_not_fit_is_refused_before_anything_starts(tmp_path, data, message):
-    config = change(on_parity(tmp_path), data=DataConfig(**data))
-    with pytest.raises(ConfigError) as caught:
-        check(config)
-    assert str(caught.value).startswith(message)
+    with refused(message):
+        check(change(on_parity(tmp_path), data=DataConfig(**data)))

@@ -27,6 +27,13 @@ STAGES = (0, 1, 2, 3)
 pytestmark = pytest.mark.all
 
 
+def resumed_after_three(configs):
+    """Those runs resumed from their checkpoints after three steps, as `(whole, resumed)`."""
+    again = [as_it_was_at(config, 3, f"{folder_of(config).path.name}-again") for config in configs]
+    train_on(*again)
+    return zip(configs, again, strict=True)
+
+
 def test_a_resumed_run_has_the_very_same_losses(tmp_path):
     base = small_config(tmp_path)
     whole = [
@@ -35,9 +42,7 @@ def test_a_resumed_run_has_the_very_same_losses(tmp_path):
         for stage in STAGES
     ]
     train_on(*whole)
-    resumed = [as_it_was_at(config, 3, f"{config.train.dtype}-{config.parallel.zero_stage}-again") for config in whole]
-    train_on(*resumed)
-    for before, after in zip(whole, resumed, strict=True):
+    for before, after in resumed_after_three(whole):
         assert [record["step"] for record in records(after)] == [1, 2, 3, 4, 5, 6]
         assert losses(after) == losses(before), (before.train.dtype, before.parallel.zero_stage)
         assert score(after) == score(before)
@@ -51,9 +56,7 @@ def test_another_optimizer_is_an_entry_in_the_table(tmp_path, monkeypatch):
     base = small_config(tmp_path, optimizer={"name": "adamax"})
     whole = [change(base, f"{stage}", parallel={"zero_stage": stage}) for stage in STAGES]
     train_on(*whole)
-    resumed = [as_it_was_at(config, 3, f"{config.parallel.zero_stage}-again") for config in whole]
-    train_on(*resumed)
-    for before, after in zip(whole, resumed, strict=True):
+    for before, after in resumed_after_three(whole):
         assert losses(after) == losses(before)
         assert losses(before) == pytest.approx(losses(whole[0]), abs=1e-5)
         assert losses(before)[-1] < losses(before)[0] - 0.1
@@ -124,24 +127,6 @@ def test_a_run_stops_after_too_many_nonfinite_steps_in_a_row(tmp_path, monkeypat
     with pytest.raises(SeqtrainError, match=r"train.max_nonfinite_steps=2: 3 steps in a row, up to step 3"):
         train_on(config)
     assert len(records(config)) == 3
-
-
-def test_a_stop_request_saves_and_the_next_call_resumes(tmp_path):
-    config = small_config(tmp_path)
-    whole, folder = change(config, "whole"), folder_of(config)
-    train_on(whole)
-
-    def ask_after_two() -> None:
-        if len(records(config)) == 2:
-            folder.stop.touch()
-
-    train_on(config, poll=ask_after_two)
-    assert outcome(config)["stopped"]
-    assert outcome(config)["steps"] == 2
-    assert find(folder.checkpoints).progress.step == 2
-    train_on(config)
-    assert not outcome(config)["stopped"]
-    assert losses(config) == losses(whole)
 
 
 def test_a_stop_during_the_last_evaluation_leaves_the_score_to_the_next_call(tmp_path, monkeypatch):
