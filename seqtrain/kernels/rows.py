@@ -41,7 +41,7 @@ class Rows:
         count = past.shape[1]
         if not self.alike:
             return self.after(past, new, self.length[:, None] + torch.arange(count, device=past.device))
-        # A token at a time, in decoding: without the numbers of rows, which take longer than the rows.
+        # Decoding, token by token: without the numbers of rows, which take longer than the rows.
         rows = new.unflatten(0, (past.shape[0], new.shape[0] // past.shape[0]))
         held = max(0, count - rows.shape[1])
         return torch.cat([past[:, count - held :], rows[:, rows.shape[1] - (count - held) :]], 1)

@@ -47,9 +47,8 @@ class AffineSegment(ABC):
     def transition(self) -> tuple[Tensor | None, Tensor]:
         """`(transition, update)`; the transition None for the identity."""
 
-    @abstractmethod
-    def local_output(self) -> None:
-        """What can be computed while the incoming state is on its way."""
+    def local_output(self) -> None:  # noqa: B027
+        """What can be computed while the incoming state is on its way; nothing where it came with the map."""
 
     @abstractmethod
     def add_incoming(self, state: Tensor) -> Tensor:

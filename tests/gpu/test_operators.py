@@ -101,7 +101,7 @@ def test_long_rows_and_many_programs(name, decay_shape):
 @every_dtype
 @pytest.mark.parametrize("decay_shape", ["none", "BTH", "BTHK"])
 @every_operator
-def test_segments_of_a_cut_sequence(name, decay_shape, dtype, widths):
+def test_segments_of_a_sharded_sequence(name, decay_shape, dtype, widths):
     sizes = {"batch": 2, "key_width": widths[0], "value_width": widths[1]}
     tensors = matrix_inputs(name, 330, decay_shape=decay_shape, decay="wide", beta=1.0, **sizes)
     check(by_segment(MATRIX[name]), tensors, dtype)

@@ -93,14 +93,14 @@ def test_outside_of_graphs_the_function_itself_runs():
 # What each opaque form is given for one row of 30 tokens in two documents; letters stand for shapes.
 SIZES = {"B": 1, "T": 30, "H": 2, "K": 4, "V": 3, "D": 5, "G": 3, "N": 2, "S": 2, "F": 15, "W": 3}
 FORMS = {
-    "linear_attention": ("run", ("BTHK", "BTHK", "BTHV", "-BTHK", "SHKV", 0.5, "boundaries")),
-    "delta_rule": ("run", ("BTHK", "BTHK", "BTHV", "BTH", "-BTH", "SHKV", 0.5, "boundaries", "BTHK", "BTHK")),
-    "diagonal_scan": ("run", ("BTD", "-BTD", "SD", "boundaries")),
-    "diagonal_system": ("run", ("BTG", "cGN", "cGN", "cGN", "scan", "cSX", "boundaries")),
-    "short_convolution": ("run", ("BTD", "DW", None, "silu", 1, "SSD", "boundaries")),
-    "slot_scores": ("run", ("BTHK", "BTHK", "BTHV", "-BTHV", "SHVK", 0.5, "boundaries")),
-    "tensor_attention": ("_run", ("BTHK",) * 3 + ("BTHV",) * 2 + (2, 0.5, "zSHSFK", "boundaries")),
-    "ttt_linear": ("run", ("BTHK",) * 3 + ("BTH", "HLK", "HbK", "HbK", "D", "zSHMK", "boundaries")),
+    "linear_attention": ("BTHK", "BTHK", "BTHV", "-BTHK", "SHKV", 0.5, "boundaries"),
+    "delta_rule": ("BTHK", "BTHK", "BTHV", "BTH", "-BTH", "SHKV", 0.5, "boundaries", "BTHK", "BTHK"),
+    "diagonal_scan": ("BTD", "-BTD", "SD", "boundaries"),
+    "diagonal_system": ("BTG", "cGN", "cGN", "cGN", "scan", "cSX", "boundaries"),
+    "short_convolution": ("BTD", "DW", None, "silu", 1, "SSD", "boundaries"),
+    "slot_scores": ("BTHK", "BTHK", "BTHV", "-BTHV", "SHVK", 0.5, "boundaries"),
+    "tensor_attention": ("BTHK",) * 3 + ("BTHV",) * 2 + (2, 0.5, "zSHSFK", "boundaries"),
+    "ttt_linear": ("BTHK",) * 3 + ("BTH", "HLK", "HbK", "HbK", "D", "zSHMK", "boundaries"),
 }
 SIZES |= {"X": 6, "L": 5, "M": 11, "b": 1}
 
@@ -119,9 +119,8 @@ def argument(given, seed):
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
 @pytest.mark.parametrize("name", FORMS)
 def test_every_opaque_form_tells_its_shapes_and_has_its_gradients(name, backend):
-    attribute, given = FORMS[name]
-    form = getattr(import_module(f"seqtrain.kernels.{name}.{backend}"), attribute)
-    arguments = [argument(each, seed) for seed, each in enumerate(given)]
+    form = import_module(f"seqtrain.kernels.{name}.{backend}").run
+    arguments = [argument(each, seed) for seed, each in enumerate(FORMS[name])]
     torch.library.opcheck(form.operator.op, tuple(arguments), test_utils=CHECKS)
     leaves = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
     weights = [torch.randn_like(x) for x in form(*arguments)]

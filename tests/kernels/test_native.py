@@ -8,8 +8,6 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from seqtrain.kernels import delta_rule, linear_attention
 from seqtrain.kernels.dispatch import reset_backend_choice
@@ -43,34 +41,6 @@ def errors(name, tensors, **options):
 
 
 @needs_library
-@pytest.mark.parametrize("widths", [(8, 5), (40, 33)])  # chunks of 32 and of 64 tokens; widths that need padding
-@pytest.mark.parametrize(("decay_shape", "decay"), DECAYS)
-@pytest.mark.parametrize("name", OPERATORS)
-def test_documents_match_the_definition(name, decay_shape, decay, widths):
-    lengths = (130, 0, 1, 17, 65)
-    tensors = inputs(
-        name,
-        sum(lengths),
-        states=len(lengths),
-        key_width=widths[0],
-        value_width=widths[1],
-        decay_shape=decay_shape,
-        decay=decay,
-    )
-    assert_within(errors(name, tensors, cu_seqlens=boundaries(lengths)), torch.float32)
-
-
-@needs_library
-@pytest.mark.parametrize("tokens", [1, 63, 64, 200])
-@pytest.mark.parametrize("name", OPERATORS)
-def test_rows_match_the_definition(name, tokens):
-    # One token without documents would be decoded by the definition itself.
-    documents = {"cu_seqlens": boundaries([1])} if tokens == 1 else {}
-    tensors = inputs(name, tokens, batch=1 if documents else 2, key_width=48, value_width=40)
-    assert_within(errors(name, tensors, **documents), torch.float32)
-
-
-@needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("decay_shape", ["none", "BTH", "BTHK"])
 @pytest.mark.parametrize("name", OPERATORS)
@@ -83,53 +53,6 @@ def test_a_single_token_matches_the_definition(name, decay_shape, dtype):
     for x, y in zip(came, expected, strict=True):
         assert x.dtype == y.dtype
         assert relative_error(x, y) < (1e-6 if x.dtype == torch.float32 else 4e-3)
-
-
-@needs_library
-def test_decays_of_a_head():
-    assert_within(errors("linear_attention", recurrence_inputs(150, batch=2, decay_shape="H")), torch.float32)
-
-
-@needs_library
-@pytest.mark.parametrize("beta", [0.0, 2.0])
-def test_constant_beta_and_keys_that_are_alike(beta):
-    tensors = inputs("delta_rule", 130, correlation=100.0, key_width=16, value_width=24)
-    tensors["beta"] = torch.full_like(tensors["beta"], beta)
-    assert_within(errors("delta_rule", tensors), torch.float32)
-
-
-@needs_library
-@pytest.mark.parametrize("decay_shape", ["none", "BTH", "BTHK"])
-@pytest.mark.parametrize("name", OPERATORS)
-def test_bfloat16_inputs(name, decay_shape):
-    tensors = inputs(name, 130, states=3, decay_shape=decay_shape, decay="wide")
-    found = errors(name, tensors, dtype=torch.bfloat16, cu_seqlens=boundaries([70, 0, 60]))
-    assert_within(found, torch.bfloat16)
-
-
-@needs_library
-@settings(max_examples=20, deadline=None)
-@given(
-    name=st.sampled_from(sorted(OPERATORS)),
-    lengths=st.lists(st.integers(0, 80), min_size=1, max_size=4),
-    widths=st.tuples(st.integers(1, 3), st.integers(4, 70), st.integers(1, 70)),
-    decay_shape=st.sampled_from(["none", "BTH", "BTHK"]),
-    seed=st.integers(0, 1000),
-)
-def test_any_shape(name, lengths, widths, decay_shape, seed):
-    heads, key_width, value_width = widths
-    tensors = recurrence_inputs(
-        sum(lengths),
-        heads=heads,
-        key_width=key_width,
-        value_width=value_width,
-        states=len(lengths),
-        decay_shape=decay_shape,
-        decay="wide",
-        beta=1.0 if name == "delta_rule" else None,
-        seed=seed,
-    )
-    assert_within(errors(name, tensors, cu_seqlens=boundaries(lengths)), torch.float32)
 
 
 @needs_library
@@ -205,28 +128,15 @@ def test_a_document_never_feels_another_even_if_it_is_not_a_number(name, decay_s
 
 
 @needs_library
-def test_strided_inputs_float16_and_results_that_may_be_changed():
+def test_float16_inputs_and_results_that_may_be_changed():
     tensors = {key: x.half() if key != "initial_state" else x.float() for key, x in inputs("delta_rule", 70).items()}
-    expected = run_with_gradients(delta_rule, tensors, backend="native")
-    strided = {key: x.transpose(0, -1).contiguous().transpose(0, -1) for key, x in tensors.items()}
-    came = run_with_gradients(delta_rule, strided, backend="native")
-    assert all(torch.equal(came[key], expected[key]) for key in expected)
-    assert (came["out"].dtype, came["final_state"].dtype) == (torch.float16, torch.float32)
     q = tensors.pop("q").requires_grad_()
     out, state = delta_rule(q, **tensors, backend="native")
+    assert (out.dtype, state.dtype) == (torch.float16, torch.float32)
     out.mul_(2)
     state.mul_(2)
     (out.sum() + state.sum()).backward()
     assert q.grad.abs().sum() > 0
-
-
-@needs_library
-def test_only_one_of_both_results_is_used():
-    tensors = {key: x.float().requires_grad_() for key, x in inputs("delta_rule", 70).items()}
-    for n in (0, 1):
-        came = torch.autograd.grad(delta_rule(**tensors, backend="native")[n].sum(), tensors["v"])[0]
-        expected = torch.autograd.grad(delta_rule(**tensors, backend="chunked")[n].sum(), tensors["v"])[0]
-        assert relative_error(came, expected) < 2e-6
 
 
 @needs_library

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqtrain.kernels import delta_rule, linear_attention, slot_scores, states
+from seqtrain.kernels.native import build as native
 from seqtrain.kernels.triangular import unit_lower_inverse
 from seqtrain.testing import (
     assert_within,
@@ -20,41 +21,52 @@ from seqtrain.testing import (
 
 BETA = {linear_attention: None, delta_rule: 2.0}
 DECAYS = [("none", "mild"), *itertools.product(("H", "BTH", "BTHK"), ("mild", "wide", "strong", "spikes", "zero"))]
+NATIVE = native.unavailable() is None
+BACKENDS = ["chunked", pytest.param("native", marks=pytest.mark.skipif(not NATIVE, reason="no native library"))]
 both = pytest.mark.parametrize("operator", BETA, ids=lambda operator: operator.name)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @both
+@every_backend
 @pytest.mark.parametrize(("decay_shape", "decay"), DECAYS)
-def test_every_kind_of_decay(operator, decay_shape, decay):
+def test_every_kind_of_decay(operator, decay_shape, decay, backend):
     if operator is delta_rule and decay_shape == "H":
         pytest.skip("the delta rule has no constant decays")
-    tensors = recurrence_inputs(130, states=3, decay_shape=decay_shape, decay=decay, beta=BETA[operator])
+    # Of the native kernels: chunks of 64 tokens, and widths that need padding.
+    widths = {"key_width": 40, "value_width": 33} if backend == "native" else {}
+    tensors = recurrence_inputs(130, states=3, decay_shape=decay_shape, decay=decay, beta=BETA[operator], **widths)
     for dtype in (torch.float32, torch.bfloat16):
-        errors = compare_with_oracle(operator, tensors, dtype=dtype, cu_seqlens=boundaries([70, 0, 60]))
+        errors = compare_with_oracle(
+            operator, tensors, dtype=dtype, cu_seqlens=boundaries([70, 0, 60]), backend=backend
+        )
         assert_within(errors, dtype)
 
 
 @both
-@pytest.mark.parametrize("lengths", [(0, 0), (2,) * 40, (64, 128), (1, 200)])
-def test_documents_of_every_length(operator, lengths):
+@every_backend
+@pytest.mark.parametrize("lengths", [(0, 0), (2,) * 40, (64, 128), (1, 200), (130, 0, 1, 17, 65)])
+def test_documents_of_every_length(operator, lengths, backend):
     tensors = recurrence_inputs(sum(lengths), states=len(lengths), decay="wide", key_width=40, beta=BETA[operator])
-    assert_within(compare_with_oracle(operator, tensors, cu_seqlens=boundaries(lengths)), torch.float32)
+    errors = compare_with_oracle(operator, tensors, cu_seqlens=boundaries(lengths), backend=backend)
+    assert_within(errors, torch.float32)
 
 
 @pytest.mark.all
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
+    backend=st.sampled_from(["chunked", "native"] if NATIVE else ["chunked"]),
     operator=st.sampled_from(list(BETA)),
     lengths=st.lists(st.integers(0, 80), min_size=1, max_size=5),
     # Keys of 1 to 3 numbers wipe the state within a few tokens; what little gradient reaches the initial state is then
     # a small difference of large terms in any chunk form of the delta rule (5e-5 seen at K=1).
-    widths=st.tuples(st.integers(1, 4), st.integers(4, 20), st.integers(1, 20)),
+    widths=st.tuples(st.integers(1, 4), st.integers(4, 70), st.integers(1, 70)),
     # Not "H": its gradient is a sum over tokens, which for some seeds cancels to a thousandth of its terms.
     decay_shape=st.sampled_from(["none", "BTH", "BTHK"]),
     decay=st.sampled_from(["mild", "wide", "strong", "spikes"]),
     seed=st.integers(0, 1000),
 )
-def test_any_shape(operator, lengths, widths, decay_shape, decay, seed):
+def test_any_shape(backend, operator, lengths, widths, decay_shape, decay, seed):
     heads, key_width, value_width = widths
     tensors = recurrence_inputs(
         sum(lengths),
@@ -67,7 +79,8 @@ def test_any_shape(operator, lengths, widths, decay_shape, decay, seed):
         beta=None if operator is linear_attention else 1.0,
         seed=seed,
     )
-    assert_within(compare_with_oracle(operator, tensors, cu_seqlens=boundaries(lengths)), torch.float32)
+    errors = compare_with_oracle(operator, tensors, cu_seqlens=boundaries(lengths), backend=backend)
+    assert_within(errors, torch.float32)
 
 
 @both
@@ -111,20 +124,22 @@ def test_results_may_be_changed_before_the_backward_pass():
     assert q.grad.abs().sum() > 0
 
 
+@every_backend
 @pytest.mark.parametrize("correlation", [0.0, 3.0, 100.0])
 @pytest.mark.parametrize("decay_shape", ["none", "BTH", "BTHK"])
-def test_beta_to_two_and_keys_that_are_alike(decay_shape, correlation):
+def test_beta_to_two_and_keys_that_are_alike(decay_shape, correlation, backend):
     tensors = recurrence_inputs(
         130, decay_shape=decay_shape, beta=2.0, correlation=correlation, key_width=16, value_width=24
     )
-    assert_within(compare_with_oracle(delta_rule, tensors), torch.float32)
+    assert_within(compare_with_oracle(delta_rule, tensors, backend=backend), torch.float32)
 
 
+@every_backend
 @pytest.mark.parametrize("beta", [0.0, 2.0])
-def test_constant_beta(beta):
+def test_constant_beta(beta, backend):
     tensors = recurrence_inputs(130, decay_shape="BTHK", decay="wide", beta=1.0)
     tensors["beta"] = torch.full_like(tensors["beta"], beta)
-    assert_within(compare_with_oracle(delta_rule, tensors), torch.float32)
+    assert_within(compare_with_oracle(delta_rule, tensors, backend=backend), torch.float32)
 
 
 def test_the_transition_is_decay_less_the_product_of_both_vectors():

@@ -5,6 +5,7 @@ import torch
 
 from seqtrain.kernels import sink_attention, softmax_attention
 from seqtrain.testing import relative_error
+from tests.kernels.contract_cases import Case, assert_equal, call, run
 
 H, G, K, V = 4, 2, 6, 5
 
@@ -23,37 +24,19 @@ def inputs(batch, tokens, *, extra=True, seed=0):
     return tensors
 
 
-def run(tensors, state=None, **options):
-    """Output, state, and the gradients of a loss on both."""
-    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
-    past = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in (state or {}).items()}
-    out, after = sink_attention(**leaves, initial_state=past or None, **options)
-    weight = torch.linspace(-1, 1, max(out.numel(), 1), dtype=out.dtype)[: out.numel()].view_as(out)
-    loss = (out * weight).sum() + sum((x**2).sum() for x in after.values() if x.is_floating_point())
-    wanted = {**leaves, **{f"past {name}": x for name, x in past.items() if x.is_floating_point()}}
-    gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
-    named = {f"grad {name}": x for name, x in zip(wanted, gradients, strict=True)}
-    return {"out": out.detach(), **{name: x.detach() for name, x in after.items()}, **named}
-
-
-def assert_same(came, expected, limit=1e-12):
-    assert came.keys() == expected.keys()
-    assert [key for key in expected if not relative_error(came[key], expected[key]) <= limit] == []
-
-
 @pytest.mark.parametrize("extra", [True, False])
 @pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.parametrize("window", [1, 4, 20, 100])
 def test_chunked_equals_reference(window, sinks, extra):
-    options = {"window": window, "sinks": sinks}
+    case = Case(sink_attention, {"window": window, "sinks": sinks})
     for before in (None, 2, 50):
         state = None
         if before:
-            _, state = sink_attention(**inputs(2, before, extra=extra, seed=9), backend="reference", **options)
+            _, state = call(case, inputs(2, before, extra=extra, seed=9), backend="reference")
         for tokens in (1, 37):
             tensors = inputs(2, tokens, extra=extra)
-            expected = run(tensors, state, backend="reference", **options)
-            assert_same(run(tensors, state, backend="chunked", **options), expected)
+            expected = run(case, tensors, state, backend="reference")
+            assert_equal(run(case, tensors, state, backend="chunked"), expected, 1e-12)
 
 
 def test_without_sinks_it_is_a_sliding_window():
@@ -69,7 +52,7 @@ def test_a_window_over_everything_counts_sinks_once():
 
 
 def test_large_scores_keep_both_terms_under_one_maximum():
-    """Trap 8: with a maximum taken from one term only, the other one overflows or vanishes."""
+    """With a maximum taken from one term only, the other one overflows or vanishes."""
     tensors = inputs(1, 20)
     tensors["extra_score"] = tensors["extra_score"].nan_to_num(neginf=0.0) + 500
     tensors["q"] = tensors["q"] * 300

@@ -67,12 +67,6 @@ def test_chunked_equals_the_definition(window, documents, past):
     assert_equals_the_definition(tensors, lengths, window=window, cu_seqlens=cu_seqlens)
 
 
-@pytest.mark.parametrize("tokens", [1, 17, 63, 130, 600])
-@pytest.mark.parametrize("window", [None, 16])
-def test_lengths(tokens, window):
-    assert_equals_the_definition(*case(tokens, window=window), window=window)
-
-
 def test_long_documents_beside_short_ones():
     tensors, lengths = case(1300, documents=True, past=False)
     assert_equals_the_definition(tensors, lengths, cu_seqlens=boundaries([3, 1100, 2, 150, 40, 5]))

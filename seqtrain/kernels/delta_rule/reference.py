@@ -1,5 +1,7 @@
 """The definition of the delta rule with decay (docs/math.md, 1.2): one loop over tokens, gradients by autograd."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,17 +25,8 @@ def run(
     """`S_t = (I - beta_t erase_t^T read_t) diag(a_t) S_{t-1} + beta_t k_t^T v_t`, `o_t = scale q_t S_t`."""
     read, erase = k if read is None else read, k if erase is None else erase
 
-    def loop(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        read: Tensor,
-        erase: Tensor,
-        log_decay: Tensor | None,
-        state: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        out = []
+    def loop(*tensors: Any) -> tuple[Tensor, Tensor]:
+        (q, k, v, beta, read, erase, log_decay, state), out = tensors, []
         for t in range(q.shape[1]):
             if log_decay is not None:
                 a = log_decay[:, t].to(state.dtype).exp()

@@ -43,9 +43,6 @@ class DeltaRuleSegment(AffineSegment):
         update, transition = final.split([width, key], 3)
         return transition, update
 
-    def local_output(self) -> None:
-        pass
-
     def add_incoming(self, state: Tensor) -> Tensor:
         with full_precision(state.device):
             return (self.out + torch.einsum("bthk,bhkv->bthv", self.read, state)).to(self.tensors[2].dtype)

@@ -1,5 +1,7 @@
 """The delta rule by Triton kernels; wider heads than theirs, and float64 on a GPU, take the chunked form."""
 
+from typing import Any
+
 from torch import Tensor
 
 from seqtrain.kernels.delta_rule import chunked, delta_rule
@@ -11,22 +13,11 @@ __all__ = ["EXAMPLES", "run", "step", "unavailable"]
 EXAMPLES = recurrence_examples(delta_rule, beta=True)
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    scale: float,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Triton's `delta_rule`, without `read` and `erase`; arguments as `delta_rule` normalises them."""
+def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Triton's `delta_rule`, without `read` and `erase`; arguments as those of the chunked form."""
     from seqtrain.kernels.triton import recurrence
 
-    if not recurrence.serves(q):
-        return chunked.run(q, k, v, beta, log_decay, state, scale, cu_seqlens)
-    return recurrence.run(q, k, v, beta, log_decay, state, scale, cu_seqlens)
+    return (recurrence if recurrence.serves(arguments[0]) else chunked).run(*arguments)
 
 
 # With one token per row, the forward pass is a single launch.

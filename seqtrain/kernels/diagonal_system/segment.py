@@ -23,9 +23,6 @@ class DiagonalSystemSegment(AffineSegment):
         total = (log_a.to(torch.complex128).flatten() * u.shape[1]).exp().to(update.dtype)
         return total.expand(u.shape[0], -1), update
 
-    def local_output(self) -> None:
-        """All is done with the map."""
-
     def add_incoming(self, state: Tensor) -> Tensor:
         u, log_a, _, read = self.tensors
         if u.shape[1] == 0:

@@ -11,6 +11,7 @@ configurations stand in one place, where it is launched.
 import importlib
 import importlib.util
 import json
+import math
 import os
 import pkgutil
 import subprocess
@@ -69,7 +70,8 @@ class Example:
         read = 0.0
         for shape, dtype in self.tensors.values():
             if "T" in shape.split():
-                read += torch.Size([letters[letter] for letter in shape.split()]).numel() * _bytes(dtype) / batch
+                count = math.prod(letters[letter] for letter in shape.split())
+                read += count * getattr(torch, dtype).itemsize / batch
         written = outputs[0].nbytes / (batch * tokens)
         return read + written, 2 * read + written
 
@@ -108,10 +110,6 @@ def recurrence_examples(operator: Callable[..., Any], *, beta: bool) -> tuple[Ex
     )
 
 
-def _bytes(dtype: str) -> int:
-    return getattr(torch, dtype).itemsize
-
-
 def find_examples() -> dict[str, Example]:
     """All examples by name. Raises `ValueError` where two have one name."""
     found: dict[str, Example] = {}
@@ -145,7 +143,8 @@ def compile_example(name: str, target: str) -> list[dict]:
 
     example = find_examples()[name]
     with compiling(target) as kernels:
-        _forward_and_backward(example, example.inputs(max(example.tokens)))
+        inputs = example.inputs(max(example.tokens))
+        _backward(inputs, example.call(inputs))
     rows = [{"example": name, **asdict(kernel), "faults": kernel.faults()} for kernel in kernels]
     return [row for i, row in enumerate(rows) if row not in rows[:i]]
 
@@ -203,10 +202,6 @@ def count_in_child(names: Sequence[str]) -> list[Count]:
     if done.returncode:
         raise RuntimeError(f"counting failed: {done.stderr.strip().splitlines()[-1]}")
     return [Count(**{**each, "kernels": tuple(each["kernels"])}) for each in json.loads(done.stdout)]
-
-
-def _forward_and_backward(example: Example, inputs: dict[str, Tensor]) -> None:
-    _backward(inputs, example.call(inputs))
 
 
 def _backward(inputs: dict[str, Tensor], outputs: tuple[Tensor, ...]) -> None:

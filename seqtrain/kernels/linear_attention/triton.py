@@ -1,9 +1,12 @@
 """Linear attention with decay by Triton kernels; wider heads, and float64 on a GPU, take the chunked form."""
 
+from dataclasses import replace
+from typing import Any
+
 from torch import Tensor
 
 from seqtrain.kernels.gpu import unavailable
-from seqtrain.kernels.inspect.examples import Example, recurrence_examples
+from seqtrain.kernels.inspect.examples import recurrence_examples
 from seqtrain.kernels.linear_attention import chunked, linear_attention
 from seqtrain.kernels.segments import by_segment
 
@@ -14,12 +17,11 @@ _WHOLE = recurrence_examples(linear_attention, beta=False)
 EXAMPLES = (
     *_WHOLE,
     *(
-        Example(
-            f"segment of {whole.name}",
-            by_segment(linear_attention),
-            {**whole.tensors, "initial_state": ("B H K V", "float32")},
-            whole.sizes,
-            tokens=whole.tokens,
+        replace(
+            whole,
+            name=f"segment of {whole.name}",
+            operator=by_segment(linear_attention),
+            tensors={**whole.tensors, "initial_state": ("B H K V", "float32")},
         )
         for whole in _WHOLE
         if "K=V=128 bfloat16" in whole.name
@@ -27,21 +29,11 @@ EXAMPLES = (
 )
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    scale: float,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Triton's `linear_attention`; arguments as `linear_attention` normalises them."""
+def run(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """Triton's `linear_attention`; arguments as those of the chunked form."""
     from seqtrain.kernels.triton import recurrence
 
-    if not recurrence.serves(q):
-        return chunked.run(q, k, v, log_decay, state, scale, cu_seqlens)
-    return recurrence.run(q, k, v, None, log_decay, state, scale, cu_seqlens)
+    return recurrence.run(q, k, v, None, *others) if recurrence.serves(q) else chunked.run(q, k, v, *others)
 
 
 def find_map(k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor | None, Tensor]:

@@ -90,12 +90,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         scale = grads[0]
         # Scaled before rounding: a bfloat16 scale would put up to 0.4% on every gradient.
-        return (
-            None if d_hidden is None else (d_hidden.to(scale.dtype) * scale).to(d_hidden.dtype),
-            None if d_weight is None else (d_weight * scale).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        d_hidden = None if d_hidden is None else (d_hidden.to(scale.dtype) * scale).to(d_hidden.dtype)
+        d_weight = None if d_weight is None else (d_weight * scale).to(ctx.weight_dtype)
+        return d_hidden, d_weight, None, None, None, None, None

@@ -29,10 +29,9 @@ class _Call(ctypes.Structure):
     ]
 
 
-def run(
-    inputs: tuple[Tensor, ...], degree: int, scale: float, state: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`tensor_attention`; `inputs`: q, k1, k2, v1, v2, not float64; `state` is given, float32."""
+def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`tensor_attention` of inputs that are not float64; arguments as those of the chunked form."""
+    *inputs, degree, scale, state, cu_seqlens = arguments
     tensors = [x if x.dtype in KINDS else x.float() for x in inputs]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, state))
     out, final = TENSOR_ATTENTION(*tensors, state, cu_seqlens, degree, scale, keep)

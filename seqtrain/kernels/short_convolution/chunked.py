@@ -7,7 +7,7 @@ W=4).
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,15 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """See `short_convolution`; `state` is given, in the dtype of the sums."""
     rows = None if cu_seqlens is None else _document_rows(cu_seqlens, x.shape[1], state.shape[1])
-    return _ShortConvolution.apply(x, weight, bias, state, activation == "silu", dilation, rows)
+    return _ShortConvolution.apply(x, weight, bias, state, _Form(activation == "silu", dilation, rows))
+
+
+class _Form(NamedTuple):
+    """What is no tensor to differentiate; `rows`: of `_document_rows`, where there are documents."""
+
+    silu: bool
+    dilation: int
+    rows: tuple[Tensor, Tensor, Tensor] | None
 
 
 def _document_rows(cu_seqlens: Tensor, tokens: int, past: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,9 +83,9 @@ def _blocks(padded: Tensor, past: int, rows: tuple[Tensor, Tensor, Tensor] | Non
     step = max(1, BLOCK // (padded.shape[0] * padded.shape[2]))
     starts = list(range(0, length, step))
     if rows is None:
-        yield from (
-            _Block(start, min(start + step, length), start, min(start + step, length), None) for start in starts
-        )
+        for start in starts:
+            end = min(start + step, length)
+            yield _Block(start, end, start, end, None)
         return
     outputs = rows[0]
     edges = torch.searchsorted(outputs, torch.tensor([*starts, length], device=outputs.device)).tolist()
@@ -98,26 +106,19 @@ def _sums(window: Tensor, taps: Tensor, bias: Tensor | None, dilation: int) -> T
 class _ShortConvolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        state: Tensor,
-        silu: bool,
-        dilation: int,
-        rows: Any,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, form: _Form
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight, bias, state)
-        ctx.silu, ctx.dilation, ctx.rows = silu, dilation, rows
+        ctx.form, rows = form, form.rows
         dtype, past = state.dtype, state.shape[1]
         taps = weight.to(dtype).T.contiguous()  # W D
         bias = None if bias is None else bias.to(dtype)
         padded = _with_past(x, state, rows)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for block in _blocks(padded, past, rows):
-            sums = _sums(padded[:, block.start : block.end + past].to(dtype), taps, bias, dilation)
+            sums = _sums(padded[:, block.start : block.end + past].to(dtype), taps, bias, form.dilation)
             sums = sums if block.real is None else sums.index_select(1, block.real)
-            out[:, block.first : block.last] = F.silu(sums, inplace=True) if silu else sums
+            out[:, block.first : block.last] = F.silu(sums, inplace=True) if form.silu else sums
         if rows is None:
             return out, padded[:, x.shape[1] :].to(dtype, copy=True)
         return out, padded[0, rows[2]].to(dtype)
@@ -126,37 +127,21 @@ class _ShortConvolution(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         x, weight, bias, state = ctx.saved_tensors
         d_out, d_final = grads
-        d_padded, d_taps, d_bias = _gradients(d_out, d_final, x, weight, bias, state, ctx.silu, ctx.dilation, ctx.rows)
-        if ctx.rows is None:
+        d_padded, d_taps, d_bias = _gradients(d_out, d_final, x, weight, bias, state, ctx.form)
+        if ctx.form.rows is None:
             past = state.shape[1]
             dx, d_state = d_padded[:, past:], d_padded[:, :past]
         else:
-            outputs, given, _ = ctx.rows
+            outputs, given, _ = ctx.form.rows
             dx, d_state = d_padded.index_select(1, outputs + given.shape[1]), d_padded[0, given]
-        return (
-            dx.to(x.dtype),
-            d_taps.T.to(weight.dtype),
-            None if bias is None else d_bias.to(bias.dtype),
-            d_state,
-            None,
-            None,
-            None,
-        )
+        return dx.to(x.dtype), d_taps.T.to(weight.dtype), None if bias is None else d_bias.to(bias.dtype), d_state, None
 
 
 def _gradients(
-    d_out: Tensor,
-    d_final: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor,
-    silu: bool,
-    dilation: int,
-    rows: Any,
+    d_out: Tensor, d_final: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, form: _Form
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the padded inputs `[B, L, D]`, the taps `[W, D]` and the bias `[D]`, in the dtype of the sums."""
-    dtype, past, tokens = state.dtype, state.shape[1], x.shape[1]
+    (silu, dilation, rows), dtype, past, tokens = form, state.dtype, state.shape[1], x.shape[1]
     taps = weight.to(dtype).T.contiguous()
     bias = None if bias is None else bias.to(dtype)
     padded = _with_past(x, state, rows)

@@ -34,7 +34,18 @@ EXAMPLES = (
 )
 
 
-def run(
+def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Triton's `short_convolution`; arguments as those of the chunked form."""
+    out, final = _operator(*arguments)
+    return out, final
+
+
+def _shapes(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    state = others[4]
+    return x.new_empty(x.shape), state.new_empty(state.shape)
+
+
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -43,31 +54,18 @@ def run(
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `short_convolution`; `state` is given, in the dtype of the sums."""
-    out, final = _operator(x, weight, bias, state, cu_seqlens, activation == "silu", dilation)
-    return out, final
-
-
-def _shapes(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), state.new_empty(state.shape)
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-    dilation: int,
-) -> tuple[Tensor, Tensor]:
     from seqtrain.kernels.triton import convolution
 
-    out, final = _shapes(x, weight, bias, state)
+    out, final = _shapes(x, weight, bias, activation, dilation, state)
     launch = PINNED[gpu.target()]
     blocks, table, boundaries = _grid(x, state, cu_seqlens, launch)
     tensors = [None if each is None else each.contiguous() for each in (x, weight, bias, state)]
-    flags = {"W": weight.shape[1], "DILATION": dilation, "SILU": silu, "ACC": gpu.triton_dtype(state.dtype)}
+    flags = {
+        "W": weight.shape[1],
+        "DILATION": dilation,
+        "SILU": activation == "silu",
+        "ACC": gpu.triton_dtype(state.dtype),
+    }
     if len(table):
         with gpu.on_device(x):
             convolution.forward[len(table), blocks](
@@ -81,7 +79,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     from seqtrain.kernels.triton import convolution
 
-    x, weight, bias, state, cu_seqlens, silu, dilation = arguments
+    x, weight, bias, activation, dilation, state, cu_seqlens = arguments
     d_out, d_final = gradients
     (width, taps), dtype = weight.shape, state.dtype
     dx, d_state = x.new_empty(x.shape), state.new_empty(state.shape)
@@ -90,22 +88,15 @@ def _backward(
     d_weight = weight.new_empty(len(table), taps, width, dtype=dtype)
     d_bias = weight.new_empty(len(table), width, dtype=dtype)
     tensors = [None if each is None else each.contiguous() for each in (x, weight, bias, state, d_out, d_final)]
-    flags = {"W": taps, "DILATION": dilation, "SILU": silu, "ACC": gpu.triton_dtype(dtype)}
+    flags = {"W": taps, "DILATION": dilation, "SILU": activation == "silu", "ACC": gpu.triton_dtype(dtype)}
     if len(table):
         with gpu.on_device(x):
             convolution.backward[len(table), blocks](
                 *tensors, dx, d_state, d_weight, d_bias, table, boundaries, width, **flags,
                 TAPS=1 << (taps - 1).bit_length(), **launch.options(),
             )  # fmt: skip
-    return (
-        dx,
-        d_weight.sum(0).T.to(weight.dtype),
-        None if bias is None else d_bias.sum(0).to(bias.dtype),
-        d_state,
-        None,
-        None,
-        None,
-    )
+    d_bias = None if bias is None else d_bias.sum(0).to(bias.dtype)
+    return dx, d_weight.sum(0).T.to(weight.dtype), d_bias, None, None, d_state, None
 
 
 def _grid(x: Tensor, state: Tensor, cu_seqlens: Tensor | None, launch: Launch) -> tuple[int, Tensor, Tensor]:
@@ -113,11 +104,8 @@ def _grid(x: Tensor, state: Tensor, cu_seqlens: Tensor | None, launch: Launch) -
     boundaries = gpu.boundaries(x, cu_seqlens)
     blocks = -(-x.shape[2] // launch.sizes["BD"])
     length = gpu.piece_length(boundaries, blocks, SHORTEST)
-    return (
-        blocks,
-        gpu.pieces(boundaries, length, x.device, past=state.shape[1]),
-        gpu.boundaries_tensor(boundaries, x.device),
-    )
+    table = gpu.pieces(boundaries, length, x.device, past=state.shape[1])
+    return blocks, table, gpu.boundaries_tensor(boundaries, x.device)
 
 
 _operator = differentiable("short_convolution_triton", forward=_forward, backward=_backward, shapes=_shapes, results=2)

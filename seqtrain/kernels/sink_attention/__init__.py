@@ -1,5 +1,6 @@
 """Softmax attention over a sliding window and a document's first tokens, which may share its softmax with a memory."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,10 +10,21 @@ from seqtrain.kernels.checks import check_documents, check_state
 from seqtrain.kernels.operator import operator
 from seqtrain.kernels.rows import Rows
 from seqtrain.kernels.segments import PastKeysAndSinks
-from seqtrain.kernels.sink_attention.known import Known
 from seqtrain.kernels.softmax_attention.past import pairs_seen
 
 __all__ = ["sink_attention"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What backends are told next to the new tokens. `rows`: where pieces of the flat row lie; `past`, `after`: the
+    states before and after it; `fresh`: no token was seen before.
+    """
+
+    rows: Rows
+    past: dict[str, Tensor]
+    after: dict[str, Tensor]
+    fresh: bool
 
 
 def _states(*, G: int, K: int, V: int, window: int, sinks: int = 0, **_: Any) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from seqtrain.kernels.dispatch import full_precision
 from seqtrain.kernels.documents import state_dtype
 from seqtrain.kernels.rows import Rows
-from seqtrain.kernels.sink_attention.known import Known
+from seqtrain.kernels.sink_attention import Known
 
 # Queries in a block at least: below it, the cost of a block outweighs its work.
 BLOCK = 16

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from seqtrain.kernels.documents import state_dtype
-from seqtrain.kernels.sink_attention.known import Known
+from seqtrain.kernels.sink_attention import Known
 
 
 def run(

@@ -60,7 +60,7 @@ def tensor_attention(
         raise ValueError(f"tensor_attention: degree={degree}, expected {rule}")
     call = tensor_attention.prepare(tensors, backend, initial_state, cu_seqlens, scale=scale, degree=degree)
     with full_precision(q.device):
-        out, final = call.run(tensors, degree, call.scale, call.state, cu_seqlens)
+        out, final = call.run(*tensors, degree, call.scale, call.state, cu_seqlens)
     return out.to(v1.dtype), final
 
 

@@ -52,16 +52,8 @@ class _Plan:
         return self.layout.segments(self.limit)
 
 
-def run(
-    inputs: tuple[Tensor, ...], degree: int, scale: float, state: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """See `tensor_attention`; `inputs`: q, k1, k2, v1, v2; `state` is given."""
-    q, k1, k2, v1, v2 = inputs
-    return _run(q, k1, k2, v1, v2, degree, scale, state, cu_seqlens)
-
-
 @opaque("tensor_attention_chunked", like=lambda *x: (x[3].to(x[7].dtype), x[7]))
-def _run(
+def run(
     q: Tensor,
     k1: Tensor,
     k2: Tensor,
@@ -72,6 +64,7 @@ def _run(
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """See `tensor_attention`; `state` is given, and `out` comes back in its dtype."""
     return attend((q, k1, k2, v1, v2), degree, scale, state, cu_seqlens, Products(_outputs, _gradients, SEGMENT))
 
 
@@ -96,7 +89,7 @@ def attend(
     cu_seqlens: Tensor | None,
     products: Products,
 ) -> tuple[Tensor, Tensor]:
-    """`run`, by the given products."""
+    """`run` by the given products; `inputs`: q, k1, k2, v1, v2."""
     q, k1, k2, v1, v2 = inputs
     batch, tokens, heads, width = q.shape
     if tokens == 0:

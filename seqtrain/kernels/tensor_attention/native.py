@@ -1,5 +1,7 @@
 """Tensor attention by the native CPU kernels; float64 inputs go to the chunked form."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,12 +12,9 @@ from seqtrain.kernels.tensor_attention import chunked
 __all__ = ["run", "step", "unavailable"]
 
 
-def run(
-    inputs: tuple[Tensor, ...], degree: int, scale: float, state: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Native `tensor_attention`; arguments as `tensor_attention` normalises them."""
-    form = chunked if state.dtype == torch.float64 else tensor_attention
-    return form.run(inputs, degree, scale, state, cu_seqlens)
+def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Native `tensor_attention`; arguments as those of the chunked form."""
+    return (chunked if arguments[7].dtype == torch.float64 else tensor_attention).run(*arguments)
 
 
 # Token by token is how it goes anyway.

@@ -9,16 +9,8 @@ from seqtrain.kernels.documents import by_document
 from seqtrain.kernels.tensor_attention.features import features
 
 
-def run(
-    inputs: tuple[Tensor, ...], degree: int, scale: float, state: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """See `tensor_attention`; `inputs`: q, k1, k2, v1, v2; `state` is given, and `out` comes back in its dtype."""
-    q, k1, k2, v1, v2 = inputs
-    return _run(q, k1, k2, v1, v2, degree, scale, state, cu_seqlens)
-
-
 @opaque("tensor_attention_reference", like=lambda *x: (x[3].to(x[7].dtype), x[7]))
-def _run(
+def run(
     q: Tensor,
     k1: Tensor,
     k2: Tensor,
@@ -29,6 +21,7 @@ def _run(
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """See `tensor_attention`; `state` is given, and `out` comes back in its dtype."""
     dtype = state.dtype
     q, k1, k2 = (features(x.to(dtype) * factor, degree) for x, factor in ((q, scale), (k1, 1.0), (k2, 1.0)))
     keys = torch.stack([k1, k2], 3)  # B T H 2 F

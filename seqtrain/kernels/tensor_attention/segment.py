@@ -41,9 +41,6 @@ class TensorAttentionSegment(AffineSegment):
                 sums.append(total)
         return None, torch.stack(sums, 2)
 
-    def local_output(self) -> None:
-        pass
-
     def add_incoming(self, state: Tensor) -> Tensor:
         out, _ = self.operator(*self.tensors, initial_state=state, backend=self.backend, **self.options)
         return out

@@ -37,16 +37,8 @@ def _example(name: str, width: int, dtype: str) -> Example:
 EXAMPLES = (_example("tensor_attention K=4 V=64 bfloat16", 4, "bfloat16"),)
 
 
-def run(
-    inputs: tuple[Tensor, ...], degree: int, scale: float, state: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """See `tensor_attention`; `inputs`: q, k1, k2, v1, v2; `state` is given."""
-    q, k1, k2, v1, v2 = inputs
-    return _run(q, k1, k2, v1, v2, degree, scale, state, cu_seqlens)
-
-
 @opaque("tensor_attention_triton", like=lambda *x: (x[3].to(x[7].dtype), x[7]))
-def _run(
+def run(
     q: Tensor,
     k1: Tensor,
     k2: Tensor,
@@ -57,18 +49,12 @@ def _run(
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """See `tensor_attention`; `state` is given, and `out` comes back in its dtype."""
     if state.shape[3] > MOST_FEATURES:
         from seqtrain.kernels.tensor_attention import chunked
 
-        return chunked.run((q, k1, k2, v1, v2), degree, scale, state, cu_seqlens)
-    return attend(
-        (q, k1, k2, v1, v2),
-        degree,
-        scale,
-        state,
-        cu_seqlens,
-        Products(_outputs, _gradients, SEGMENT),
-    )
+        return chunked.run(q, k1, k2, v1, v2, degree, scale, state, cu_seqlens)
+    return attend((q, k1, k2, v1, v2), degree, scale, state, cu_seqlens, Products(_outputs, _gradients, SEGMENT))
 
 
 def _outputs(piece: Piece, sums: Tensor) -> Tensor:

@@ -28,20 +28,11 @@ def serves(q: Tensor) -> bool:
     return q.shape[3] <= WIDEST and (q.dtype != torch.float64 or not q.is_cuda)
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    log_decay: Tensor | None,
-    state: Tensor,
-    scale: float,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`delta_rule`, or `linear_attention` without `beta`; arguments as the operators normalise them."""
+def run(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """`delta_rule`, or `linear_attention` without `beta`; arguments as those of `_forward`."""
     dtype = torch.promote_types(q.dtype, k.dtype)
     dtype = dtype if dtype in _DTYPES else torch.float32
-    out, final = _recurrence(q.to(dtype), k.to(dtype), v, beta, log_decay, state, cu_seqlens, scale)
+    out, final = _recurrence(q.to(dtype), k.to(dtype), *others)
     return out, final
 
 
@@ -52,11 +43,11 @@ def _forward(
     beta: Tensor | None,
     log_decay: Tensor | None,
     state: Tensor,
-    cu_seqlens: Tensor | None,
     scale: float,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(out, final_state, inverse, sums)`: the last two for the backward pass, see `_empty_kept`."""
-    call = _Call.of(q, k, v, beta, log_decay, state, cu_seqlens, scale)
+    call = _Call.of(q, k, v, beta, log_decay, state, scale, cu_seqlens)
     out, final = torch.empty_like(call.v), torch.empty_like(call.state)
     inverse, sums = _empty_kept(q, beta, log_decay)
     with gpu.on_device(q):
@@ -86,7 +77,7 @@ def _backward(
     states = call.q.new_empty(call.chunks.shape[0], *call.state.shape[1:])
     d_states = torch.empty_like(states)
     errors = None if call.beta is None else torch.empty_like(call.v, dtype=call.q.dtype)
-    known = not _is_step(call.q, arguments[6])  # a step leaves them to be found
+    known = not _is_step(call.q, arguments[7])  # a step leaves them to be found
     inverse, sums = kept if known else (torch.empty_like(x) for x in kept)
     with gpu.on_device(call.q):
         made = call.operands(inverse, sums, known=known)
@@ -150,10 +141,10 @@ class _Call:
     @classmethod
     def of(cls, q: Tensor, *arguments: Any) -> "_Call":
         """Of the arguments of `_forward`."""
-        k, v, beta, log_decay, state, cu_seqlens, scale = arguments
+        *tensors, scale, cu_seqlens = arguments
         boundaries, target = gpu.boundaries(q, cu_seqlens), gpu.target()
         chunk = chunk_length(target, q.dtype)
-        tensors: list[Any] = [x if x is None else x.contiguous() for x in (q, k, v, beta, log_decay, state)]
+        tensors = [x if x is None else x.contiguous() for x in (q, *tensors)]
         chunks = gpu.pieces(boundaries, chunk, q.device)
         return cls(*tensors, scale, chunks, _documents(boundaries, chunk, q.device), chunk, target)
 

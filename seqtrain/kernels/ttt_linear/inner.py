@@ -18,26 +18,16 @@ class InnerModel:
     shares: Tensor  # [C]
 
     def norm(self, z: Tensor) -> Tensor:
-        """The LayerNorm of `z: [B,H,T,K]`."""
-        return layer_norm(z, self.weight, self.bias)
+        """`z: [B,H,T,K]` normalised to mean 0 and variance 1, times `weight`, plus `bias`."""
+        return _standardised(z)[0] * self.weight + self.bias
 
     def error_gradient(self, z: Tensor, target: Tensor) -> Tensor:
-        """See the function."""
-        return error_gradient(z, target, self.weight, self.bias)
-
-
-def layer_norm(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`[...,K]` normalised to mean 0 and variance 1, times `weight`, plus `bias`."""
-    return _standardised(z)[0] * weight + bias
-
-
-def error_gradient(z: Tensor, target: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The gradient in z of `|layer_norm(z) - target|^2 / 2`, all `[...,K]`."""
-    unit, inverse = _standardised(z)
-    gradient = (unit * weight + bias - target) * weight
-    # What changes the mean or the variance of z is taken out again by the norm.
-    along = (gradient * unit).mean(-1, keepdim=True)
-    return (gradient - gradient.mean(-1, keepdim=True) - unit * along) * inverse
+        """The gradient in z of `|norm(z) - target|^2 / 2`, all `[B,H,T,K]`."""
+        unit, inverse = _standardised(z)
+        gradient = (unit * self.weight + self.bias - target) * self.weight
+        # What changes the mean or the variance of z is taken out again by the norm.
+        along = (gradient * unit).mean(-1, keepdim=True)
+        return (gradient - gradient.mean(-1, keepdim=True) - unit * along) * inverse
 
 
 def _standardised(z: Tensor) -> tuple[Tensor, Tensor]:

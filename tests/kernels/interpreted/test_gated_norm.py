@@ -12,7 +12,7 @@ from .tolerances import assert_within
 
 
 @pytest.mark.parametrize("gate", ["none", "silu", "sigmoid", "first"])
-@pytest.mark.parametrize("own", [False, True], ids=["one weight", "a weight a head"])
+@pytest.mark.parametrize("own", [False, True], ids=["one weight", "weight per head"])
 @pytest.mark.parametrize("width", [16, 100])
 def test_the_algebra(width, own, gate):
     tensors, options = case(width, own=own, gate=gate)
@@ -30,7 +30,7 @@ def test_other_dtypes(gate, dtype):
     assert_within(errors_of("triton", tensors, options, dtype), dtype)
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["one weight", "a weight a head"])
+@pytest.mark.parametrize("own", [False, True], ids=["one weight", "weight per head"])
 def test_a_program_sums_over_its_tiles(own, monkeypatch):
     monkeypatch.setattr(gpu, "PROGRAMS", 1)
     monkeypatch.setattr(triton, "TILE", 256)  # two rows

@@ -217,7 +217,7 @@ def test_one_token_is_one_launch(name, decay_shape, dtype):
     assert_no_races(launches)
 
 
-# Bytes a token and head, forward and backward, and launches of both.
+# Bytes per token and head, forward and backward, and launches of both.
 LIMITS = {
     "linear_attention no decay": (1100, 5200, 4),
     "linear_attention decay [B,T,H]": (1100, 5200, 4),

@@ -1,4 +1,4 @@
-"""Linear attention on its part of a cut sequence, by kernels, against the float64 definition."""
+"""Linear attention on its part of a sharded sequence, by kernels, against the float64 definition."""
 
 import pytest
 import torch
