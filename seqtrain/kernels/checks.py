@@ -41,8 +41,7 @@ def check_kind(name: str, tensor: Tensor, kind: str) -> None:
 
 
 def check_documents(operator: str, cu_seqlens: Tensor | None, batch: int, tokens: int) -> int:
-    """Checks document boundaries and returns how many states the call carries: `N` documents, or `batch` without
-    boundaries.
+    """Checks document boundaries; returns how many states the call carries: `N`, or `batch` without boundaries.
 
     `cu_seqlens`: int `[N+1]`, from 0 to `tokens`, never falling; needs `batch == 1`. Empty documents are allowed.
     Raises `ValueError`.

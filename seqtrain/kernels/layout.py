@@ -170,8 +170,7 @@ class ChunkLayout:
 def chunk_layout(
     batch: int, tokens: int, cu_seqlens: Tensor | None, *, chunk: int, device: torch.device, smallest_chunk: int = 16
 ) -> ChunkLayout:
-    """The layout of `[batch, tokens]`, or of the documents of one row with boundaries `cu_seqlens` (int
-    `[N+1]`).
+    """The layout of `[batch, tokens]`, or of the documents of one row with boundaries `cu_seqlens`, int `[N+1]`.
 
     `chunk`: chunk length for long documents, a power of two. It is halved, down to `smallest_chunk`, where documents
     are so short that padding would outweigh what larger chunks save. Layouts are cached by their boundaries.

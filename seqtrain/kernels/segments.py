@@ -95,8 +95,7 @@ TimeSplit = AffineScan | PastInputs | PastKeys | PastKeysAndSinks | Relayed
 
 
 def by_segment(operator: "Operator") -> Callable[..., tuple[Tensor, Tensor]]:
-    """The operator as a rank computes it on its part of a sharded sequence: its map, its local output, and what the
-    incoming state adds.
+    """The operator on a part of a sharded sequence: its map, its local output, and what the incoming state adds.
 
     What comes takes tensors by name, in the operator's order; its `backend="reference"` is the operator's own.
     """

@@ -26,7 +26,8 @@ def run(
     read, erase = k if read is None else read, k if erase is None else erase
 
     def loop(*tensors: Any) -> tuple[Tensor, Tensor]:
-        (q, k, v, beta, read, erase, log_decay, state), out = tensors, []
+        q, k, v, beta, read, erase, log_decay, state = tensors
+        out: list[Tensor] = []
         for t in range(q.shape[1]):
             if log_decay is not None:
                 a = log_decay[:, t].to(state.dtype).exp()

@@ -1,5 +1,4 @@
-"""The scan in two passes over chunks that run side by side; the backward is the same scan from the last token to the
-first.
+"""The scan in two passes over chunks that run side by side; the backward is the same scan in reverse.
 
 T tokens are N chunks of C. First every chunk finds its total decay and the h it would end with, keeping only these;
 then the scan over the N chunks (the same function again) gives what enters each; then every chunk runs from there. Each
@@ -35,8 +34,7 @@ def run(x: Tensor, log_a: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> t
 
 
 def recurrence_(h: Tensor, a: Tensor, *, reverse: bool = False) -> None:
-    """In place `h_t += a_t * h_{t-1}` (`reverse`: `h_t += a_t * h_{t+1}`) along dimension 1; nothing enters at the
-    first.
+    """In place `h_t += a_t * h_{t-1}` (`reverse`: `h_t += a_t * h_{t+1}`) along dimension 1, from a zero state.
 
     `h`, `a`: `[B,T,...]`, of one shape and dtype.
     """

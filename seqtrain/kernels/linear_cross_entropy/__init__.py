@@ -19,8 +19,7 @@ IGNORED = -100
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int, backend: str = "auto"
 ) -> Tensor:
-    """`sum over labels != -100 of -log softmax(hidden @ weight.T)[label]`: a float32 scalar (float64 for float64
-    inputs).
+    """`sum over labels != -100 of -log softmax(hidden @ weight.T)[label]`: a scalar, float32 at least.
 
     `hidden`: `[n,D]`, `weight`: `[vocab,D]`, `labels`: int64 `[n]`, each in `[0, vocab)` or -100. `chunk`: tokens whose
     logits exist at one time. The softmax is float32; the products have hidden's dtype, or autocast's where that is on.

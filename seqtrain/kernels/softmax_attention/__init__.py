@@ -41,8 +41,8 @@ def softmax_attention(
     """`out_t = sum_s softmax_s(scale * q_t . k_s) v_s` over the last `window` tokens s <= t of t's document.
 
     `q`: `[B,T,H,K]`. `k`: `[B,T,G,K]`, `v`: `[B,T,G,V]`, floating, with H a multiple of G: query heads `h*H/G ...
-    (h+1)*H/G - 1` share key head h. `window`: keys a query sees, its own included; None for all. `scale` defaults to `K
-    ** -0.5`.
+    (h+1)*H/G - 1` share key head h. `window`: keys a query sees, its own included; None for all. `scale` defaults to
+    `K ** -0.5`.
     `cu_seqlens`: int `[N+1]`, document boundaries of a packed row (then B == 1).
 
     The state is what continuing needs: `dict(k=[B,S,G,K], v=[B,S,G,V], length=int64 [B])`. The last `length` of the S

@@ -61,9 +61,7 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, pas
 
 
 def _overlapping(rows: Tensor, window: int) -> Tensor:
-    """`[B, (N+1)*w, G, K]` -> `[B*N, 2w, G, K]`: each block with the one before it; for B == 1 a view, nothing is
-    copied.
-    """
+    """`[B, (N+1)*w, G, K]` -> `[B*N, 2w, G, K]`: each block with the one before; a view for B == 1."""
     return rows.unfold(1, 2 * window, window).permute(0, 1, 4, 2, 3).flatten(0, 1)
 
 

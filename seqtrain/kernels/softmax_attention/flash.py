@@ -1,6 +1,4 @@
-"""flash-attn on CUDA: its windows, grouped heads and packed documents; other dtypes than float16 and bfloat16 go to
-SDPA.
-"""
+"""flash-attn on CUDA: its windows, grouped heads and packed documents; in float16 and bfloat16, else SDPA."""
 
 import importlib.util
 

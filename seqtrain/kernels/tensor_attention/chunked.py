@@ -103,8 +103,7 @@ def attend(
 
 @dataclass(frozen=True)
 class Piece:
-    """Features of queries `[n,L,c,F]` and of both keys `[n,2,L,c,F]`, values with ones `[n,2,L,c,W]`; or their
-    gradients.
+    """Features of queries `[n,L,c,F]` and of both keys `[n,2,L,c,F]`, values with ones `[n,2,L,c,W]`, or gradients.
 
     n counts the steps of a chunk, L the chunks of a segment times heads. A step lies in one piece, for products of
     batches of matrices want that. Padding has neither values nor ones.
