@@ -70,10 +70,3 @@ def test_schedules_that_cannot_win_are_left_out(tmp_path):
     fixed = [row["model_ms"] for row in rows if not row["method"].startswith("auto")]
     assert len(fixed) < 8
     assert len(set(fixed)) <= 1
-
-
-def test_wrong_settings_end_it_in_one_line():
-    done = run_command("bench-all-scan", "forms=[dense]")
-    assert done.status == 2
-    assert "did you mean 'form'?" in done.err
-    assert len(done.err.splitlines()) == 1

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from seqtrain import cli
-
 # A process's peak never falls: every measurement needs a process of its own.
 TOOL = Path(__file__).parents[2] / "tools" / "measure_memory.py"
 SMALL = ("tokens=2048", "layers=[gla]", "depth=4", "width=64", "heads=2", "vocab_size=100", "threads=1")
@@ -38,10 +36,3 @@ def test_checkpointing_takes_less_memory():
     grown = [result["peak_bytes"] - result["peak_bytes_before"] for result in (kept, recomputed)]
     assert grown[1] < 0.8 * grown[0], grown
     assert kept["parameters"] == recomputed["parameters"]
-
-
-def test_an_unknown_mixer_is_one_line(capsys):
-    assert cli.run("bench-memory", ["layers=[glaa]"]) == 2
-    written = capsys.readouterr().err
-    assert "did you mean 'gla'" in written
-    assert len(written.splitlines()) == 1

@@ -91,25 +91,3 @@ def test_what_is_printed_names_machine_shapes_and_columns(tiny):
         assert words in printed
     assert (folder / "bench_operators.png").read_bytes().startswith(b"\x89PNG")
     assert str(folder / "bench_operators.png") in printed
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["token=[64]"], "config key 'token' is unknown; did you mean 'tokens'?"),
-        (["dtype=float16"], "dtype.0=float16: must be 'float32' or 'bfloat16'"),
-        (["tokens"], "'tokens' is not key=value; --help lists the keys"),
-    ],
-)
-def test_wrong_settings_end_it_in_one_line(arguments, message):
-    done = run_command("bench-operators", *arguments)
-    assert done.status == 2
-    assert message in done.err
-    assert len(done.err.splitlines()) == 1
-
-
-def test_help_lists_the_settings():
-    done = run_command("bench-operators", "--help")
-    assert done.status == 0
-    assert "rounds: " in done.out
-    assert "key=value" in done.out

@@ -5,13 +5,7 @@ import math
 import pytest
 import torch
 
-from experiments.interaction.operator import (
-    Interaction,
-    interaction,
-    interaction_rank,
-    mixing_blocks,
-    whole_blocks,
-)
+from experiments.interaction.operator import Interaction, interaction, interaction_rank, mixing_blocks, whole_blocks
 from seqtrain.mixers import MIXERS, LayerShape
 
 WIDTH, TOKENS = 8, 12
@@ -65,25 +59,21 @@ def linear_ssm(decays: list[float], frequencies: list[float]):
 
 
 @pytest.mark.parametrize(
-    ("decays", "frequencies", "rank"),
+    ("decays", "frequencies", "tokens", "rank"),
     [
         # So many different real decays, so many heads; equal ones share a head.
-        ([0.1, 0.5, 1.5], [0.0, 0.0, 0.0], 3),
-        ([0.1, 0.5, 0.5], [0.0, 0.0, 0.0], 2),
-        ([0.5, 0.5, 0.5], [0.0, 0.0, 0.0], 1),
+        ([0.1, 0.5, 1.5], [0.0, 0.0, 0.0], 16, 3),
+        ([0.1, 0.5, 0.5], [0.0, 0.0, 0.0], 16, 2),
+        ([0.5, 0.5, 0.5], [0.0, 0.0, 0.0], 16, 1),
         # A state that turns stands for two: itself and its conjugate.
-        ([0.1, 0.1, 0.3], [0.4, 1.1, 2.0], 6),
-        ([0.1, 0.3, 0.3], [0.4, 2.0, 2.0], 4),
+        ([0.1, 0.1, 0.3], [0.4, 1.1, 2.0], 16, 6),
+        ([0.1, 0.3, 0.3], [0.4, 2.0, 2.0], 16, 4),
+        # No more than there are distances.
+        ([0.1, 0.5, 1.5], [0.0, 0.0, 0.0], 2, 2),
     ],
 )
-def test_a_linear_ssm_needs_a_head_for_every_different_eigenvalue(decays, frequencies, rank):
-    mixer = linear_ssm(decays, frequencies)
-    assert interaction(mixer, row(16, mixer.shape.width)).rank == rank
-
-
-def test_the_rank_is_at_most_the_number_of_distances():
-    mixer = linear_ssm([0.1, 0.5, 1.5], [0.0, 0.0, 0.0])
-    assert interaction(mixer, row(2, 6)).rank == 2
+def test_a_linear_ssm_needs_a_head_for_every_different_eigenvalue(decays, frequencies, tokens, rank):
+    assert interaction(linear_ssm(decays, frequencies), row(tokens, 6)).rank == rank
 
 
 def test_blocks_of_attention_times_the_input_give_its_output():

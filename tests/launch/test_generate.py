@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from seqtrain.cli import run
-
 LAUNCH = Path(__file__).parents[2] / "launch"
 OPTIONS = [
     "runtime=inline",
@@ -47,19 +45,3 @@ def test_the_same_seed_writes_the_same_text(finished, tmp_path):
     assert len(texts[0]) >= 20
     assert texts[0] == texts[1] != texts[2]
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "run: is required"),
-        (["run=/no/such/run"], "run=/no/such/run: holds no config.yaml"),
-        (["run=x", "temprature=1"], "did you mean 'temperature'?"),
-        (["run=x", "top_p=2"], "top_p=2: must be less than or equal to 1"),
-    ],
-)
-def test_a_mistake_is_one_line(capsys, arguments, message):
-    assert run("generate", arguments) == 2
-    printed = capsys.readouterr().err
-    assert message in printed
-    assert printed.count("\n") == 1

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from seqtrain.cli import run
-
 ROOT = Path(__file__).parents[2]
 # The smallest run of the real thing: this process, one layer, a corpus of a few files.
 TINY = [
@@ -119,35 +117,6 @@ def test_torchrun_s_ranks_share_a_sequence(tmp_path, text):
     log = (tmp_path / "run" / "run.log").read_text()
     assert "1 x 2 ranks (data x sequence, cpu)" in log
     assert log.count("all_scan: measured on 2 ranks") == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["train.stepz=10"], "config key 'train.stepz' is unknown; did you mean 'train.steps'?"),
-        (["train.steps=ten"], "train.steps=ten: must be a valid integer"),
-        (["model.layers=[gated_delta_nett]"], "did you mean 'gated_delta_net'?"),
-        (["model=hybrid_tinny"], "did you mean 'hybrid_tiny'?"),
-        (["mixer.gla.bogus=1"], "config key 'mixer.gla.bogus' is unknown"),
-        (["+nonsense=1"], "config key 'nonsense' is unknown"),
-        (["model.width=100", "model.heads=7"], "model.width=100"),
-        (["runtime=inline", "parallel.data=2"], "parallel.data=2"),
-        (["train.micro_batch_size=all"], "train.micro_batch_size=all: must be a valid integer"),
-        (["runtime.address=10.0.0.7:6379"], "parallel.data=auto: how many ranks the cluster at runtime.address="),
-        (["parallel.sequence=1000"], "parallel.sequence=1000: more ranks than train.sequence_length=512 has tokens"),
-        (["parallel.algorithm=rings"], "parallel.algorithm=rings: must be"),
-        (["data=text"], "data.path"),
-        (["data=text", "data.path=/no/such/folder"], "/no/such/folder"),
-        (["checkpoint.resume=/no/such/checkpoint"], "/no/such/checkpoint"),
-    ],
-)
-def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    assert run("pretrain", [*arguments, "output_dir=run"]) == 2
-    printed = capsys.readouterr().err
-    assert message in printed
-    assert printed.count("\n") == 1, printed
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mistake_s_status_is_the_process_s(tmp_path):

@@ -27,14 +27,6 @@ IN_PLACE = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def config_of(*names, depth=None, **fields):
     return ModelConfig(layers=names, depth=depth or len(names), width=32, heads=2, **fields)
 
@@ -77,7 +69,13 @@ def saved_in_reality(run, module, x):
 
 # Those of each kind of operator run in the quick loop, too.
 QUICK = ("gated_delta_net", "attention", "hgrn", "tcnca")
-EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.all) for name in MIXERS.names]
+
+
+def of_all(*values):
+    return pytest.param(*values, marks=pytest.mark.all)
+
+
+EACH = [name if name in QUICK else of_all(name) for name in MIXERS.names]
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -103,7 +101,9 @@ def test_every_mixer_is_counted_as_it_is(name):
     assert loss.gradient_bytes == 4 * config.width * (VOCAB + 1)
 
 
-@pytest.mark.parametrize("name", ["gated_delta_net", "mamba2", "tensor_attention", "attention", "tcnca"])
+@pytest.mark.parametrize(
+    "name", ["gated_delta_net", "tcnca", *map(of_all, ("mamba2", "tensor_attention", "attention"))]
+)
 def test_executed_flops_are_those_of_the_chunk_forms(name):
     config, mixers = config_of(name), mixers_of(name)
     counts = count_model(config, mixers, VOCAB, tokens=TOKENS)
@@ -127,8 +127,8 @@ def test_executed_flops_are_those_of_the_chunk_forms(name):
     assert counts.executed_flops(checkpointing=True) > counts.executed_flops(checkpointing=False)
 
 
-@pytest.mark.parametrize("fields", [{}, {"tie_embeddings": False}, {"groups": (0, 24)}], ids=str)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("fields", [{}, of_all({"tie_embeddings": False}), of_all({"groups": (0, 24)})], ids=str)
+@pytest.mark.parametrize("checkpointing", [of_all(False), True])
 def test_the_parts_make_the_whole(checkpointing, fields):
     names = ("gla", "sliding_attention", "s5")
     config = config_of(*names, depth=5, activation_checkpointing=checkpointing, **fields)
@@ -146,6 +146,7 @@ def test_the_parts_make_the_whole(checkpointing, fields):
         assert counts.saved_bytes(checkpointing=True) < 0.4 * counts.saved_bytes(checkpointing=False)
 
 
+@pytest.mark.all
 # A window of 512: seven blocks, the first unlike the others, and 100 tokens.
 @pytest.mark.parametrize(("name", "tokens"), [("gla", 1536), ("hgrn", 1536), ("sliding_attention", 3684)])
 def test_long_sequences_follow_from_short_ones(name, tokens, monkeypatch):
@@ -161,6 +162,7 @@ def test_long_sequences_follow_from_short_ones(name, tokens, monkeypatch):
         assert line.executed_forward == pytest.approx(exact.executed_forward, rel=0.02)
 
 
+@pytest.mark.all
 def test_bfloat16_keeps_less_and_small_blocks_are_a_part():
     config, mixers = config_of("gla", "attention"), mixers_of("gla", "attention")
     wide, narrow = (count_model(config, mixers, VOCAB, tokens=TOKENS, dtype=d) for d in (torch.float32, torch.bfloat16))
@@ -185,6 +187,7 @@ def test_blocks_on_the_edge_count_as_often_as_smaller_ones_are_there():
     assert edge - small >= 2 * parts.SMALL
 
 
+@pytest.mark.all
 def test_a_model_of_billions_is_counted_without_its_memory():
     names = ("gated_delta_net", "attention")
     config = dataclasses.replace(config_of(*names, depth=24), width=4096, heads=32)

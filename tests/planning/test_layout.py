@@ -1,6 +1,6 @@
 """Predicted seconds and bytes follow from counts and constants as they should; figures by hand."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,56 +17,56 @@ CLUSTER = Cluster(LINKS, LINKS)
 MACHINE = Machine(name="by hand", memory=1e9, processors=4, base=5e6)
 
 
+def count(**options):
+    config = ModelConfig(layers=("gated_delta_net", "attention"), depth=2, width=32, heads=2)
+    return count_model(config, {name: MIXERS.get(name).Config() for name in config.layers}, 50, tokens=64, **options)
+
+
 @pytest.fixture(scope="module")
 def counts():
-    names = ("gated_delta_net", "attention")
-    config = ModelConfig(layers=names, depth=2, width=32, heads=2)
-    return count_model(config, {name: MIXERS.get(name).Config() for name in names}, 50, tokens=64)
+    return count()
 
 
 def changed(**fields):
-    return dataclasses.replace(ONE, **fields)
+    return replace(ONE, **fields)
+
+
+def total(counts, machine, **options):
+    return sum(compute_seconds(counts, machine, checkpointing=False, **options).values())
 
 
 def test_compute_is_products_over_their_rate_and_bytes_over_the_stream(counts):
-    free = dataclasses.replace(MACHINE, stream=1e30, attention=1e30, kernels=1e30, products={"float32": 1e9})
+    free = replace(MACHINE, stream=1e30, attention=1e30, kernels=1e30, products={"float32": 1e9})
     seconds = compute_seconds(counts, free, checkpointing=False)
     # With nothing to wait for but products: those of projections, MLPs and the head.
     found = [work.calls for part in counts.parts for work in (part.forward, part.backward)]
     flops = sum(calls.flops for each in found for name, calls in each.items() if "scaled_dot_product" not in name)
     assert seconds["products"] == pytest.approx(flops / 1e9)
     assert sum(seconds.values()) == pytest.approx(seconds["products"], rel=1e-6)
-    slow = dataclasses.replace(free, stream=1e6)
+    slow = replace(free, stream=1e6)
     assert compute_seconds(counts, slow, checkpointing=False)["memory traffic"] > 0
-    touched = dataclasses.replace(free, fresh=1.0)
-    mapped = dataclasses.replace(counts.parts[1].forward, mapped=3.0)
-    large = dataclasses.replace(counts, parts=(dataclasses.replace(counts.parts[1], forward=mapped),))
+    touched = replace(free, fresh=1.0)
+    mapped = replace(counts.parts[1].forward, mapped=3.0)
+    large = replace(counts, parts=(replace(counts.parts[1], forward=mapped),))
     assert compute_seconds(large, touched, checkpointing=False)["memory traffic"] == pytest.approx(3.0)
-    called = dataclasses.replace(free, call=1.0)
+    called = replace(free, call=1.0)
     operators = sum(calls.count for each in found for calls in each.values())
     assert compute_seconds(counts, called, checkpointing=False)["calls"] == operators
 
 
 def test_recomputed_layers_cost_their_forward_pass(counts):
     kept, again = (sum(compute_seconds(counts, MACHINE, checkpointing=flag).values()) for flag in (False, True))
-    layers = dataclasses.replace(
-        counts,
-        parts=tuple(
-            dataclasses.replace(p, backward=type(p.backward)(), executed_backward=0.0) for p in counts.parts[1:-1]
-        ),
-    )
-    assert again - kept == pytest.approx(sum(compute_seconds(layers, MACHINE, checkpointing=False).values()))
-    efficient = dataclasses.replace(MACHINE, efficiency={"gated_delta_net": 2.0})
-    assert sum(compute_seconds(counts, efficient, checkpointing=False).values()) > kept
+    parts = [replace(p, backward=type(p.backward)(), executed_backward=0.0) for p in counts.parts[1:-1]]
+    assert again - kept == pytest.approx(total(replace(counts, parts=tuple(parts)), MACHINE))
+    assert total(counts, replace(MACHINE, efficiency={"gated_delta_net": 2.0})) > kept
 
 
 def test_more_rounds_and_crowded_processors_take_longer(counts):
     once = predict(counts, ONE, MACHINE, CLUSTER)
     twice = predict(counts, changed(batch=2), MACHINE, CLUSTER)
-    assert twice.step_seconds - twice.seconds["optimizer"] == pytest.approx(
-        2 * (once.step_seconds - once.seconds["optimizer"])
-    )
-    crowded = dataclasses.replace(MACHINE, processors=1)
+    rounds = [each.step_seconds - each.seconds["optimizer"] for each in (once, twice)]
+    assert rounds[1] == pytest.approx(2 * rounds[0])
+    crowded = replace(MACHINE, processors=1)
     pair = changed(data=2, batch=2)
     compute = [predict(counts, pair, m, CLUSTER).seconds["products"] for m in (MACHINE, crowded)]
     assert compute[1] == pytest.approx(2 * compute[0])
@@ -80,7 +80,7 @@ def test_exchanges_are_there_where_ranks_are(counts):
     assert data["gradient exchange"] == pytest.approx(2 * (1e-4 + 2 * counts.parameters * 1e-9))
     sharded = predict(counts, changed(sequence=2), MACHINE, CLUSTER).seconds
     assert sharded["sequence exchange"] > 2e-4
-    links = Cluster(dataclasses.replace(LINKS, byte=1e-7), LINKS)
+    links = Cluster(replace(LINKS, byte=1e-7), LINKS)
     slower = predict(counts, changed(sequence=2), MACHINE, links).seconds
     assert slower["sequence exchange"] > sharded["sequence exchange"]
 
@@ -97,10 +97,10 @@ def test_memory_by_zero_stage(counts):
     assert totals[2] <= totals[1]
     again = memory_bytes(counts, changed(checkpointing=True), MACHINE)
     assert again["activations kept"] < plain["activations kept"]
-    holes = dataclasses.replace(MACHINE, kept_factor=1.5, passing_factor=2.0)
+    holes = replace(MACHINE, kept_factor=1.5, passing_factor=2.0)
     kept, passing = counts.small_bytes(checkpointing=False)
     assert memory_bytes(counts, ONE, holes)["allocator's holes"] == pytest.approx(0.5 * kept + passing)
-    cut = dataclasses.replace(MACHINE, cut_kept=0.25, cut_passing=0.125)
+    cut = replace(MACHINE, cut_kept=0.25, cut_passing=0.125)
     found = [memory_bytes(counts, each, cut)["maps of pieces"] for each in (ONE, changed(stage=3), changed(sequence=2))]
     assert found == pytest.approx([0, 0, 0.25 * kept + 0.125 * passing])
 
@@ -109,23 +109,24 @@ def test_holes_are_the_mean_of_the_mixers_own(counts):
     kept, passing = counts.small_bytes(checkpointing=False)
     # Attention's were not measured: for it the machine's factors hold.
     own = {"gated_delta_net": Holes(kept=0.5, passing=1.0, sharded=2.0), "gla": Holes(kept=9.0)}
-    machine = dataclasses.replace(MACHINE, kept_factor=1.25, passing_factor=3.0, holes=own)
+    machine = replace(MACHINE, kept_factor=1.25, passing_factor=3.0, holes=own)
     found = [memory_bytes(counts, changed(stage=stage), machine)["allocator's holes"] for stage in (0, 3)]
     mean = (0.5 + 0.25) / 2 * kept + (1.0 + 2.0) / 2 * passing
     assert found == pytest.approx([mean, mean + 1.0 * passing])
 
 
 def test_layers_of_a_sharded_sequence_take_as_much_longer_as_was_measured(counts):
-    slower = dataclasses.replace(MACHINE, cut={"gated_delta_net": 3.0})
-    assert compute_seconds(counts, slower, checkpointing=False) == compute_seconds(counts, MACHINE, checkpointing=False)
-    fast, slow = (sum(compute_seconds(counts, m, checkpointing=False, shards=2).values()) for m in (MACHINE, slower))
-    mixer = dataclasses.replace(counts, parts=tuple(part for part in counts.parts if part.kind == "gated_delta_net"))
-    assert slow - fast == pytest.approx(2 * sum(compute_seconds(mixer, MACHINE, checkpointing=False).values()))
+    slower = replace(MACHINE, cut={"gated_delta_net": 3.0})
+    assert total(counts, slower) == total(counts, MACHINE)
+    mixer = replace(counts, parts=tuple(part for part in counts.parts if part.kind == "gated_delta_net"))
+    assert total(counts, slower, shards=2) - total(counts, MACHINE, shards=2) == pytest.approx(
+        2 * total(mixer, MACHINE)
+    )
 
 
 def test_ranks_of_a_node_slow_each_other_as_was_measured(counts):
-    slower = dataclasses.replace(MACHINE, beside=1.25, processors=2)
-    even = dataclasses.replace(slower, beside=1.0)
+    slower = replace(MACHINE, beside=1.25, processors=2)
+    even = replace(slower, beside=1.0)
     alone = [predict(counts, ONE, machine, CLUSTER).step_seconds for machine in (slower, even)]
     assert alone[0] == alone[1]
     pair = [predict(counts, changed(data=2, batch=2), machine, CLUSTER).seconds for machine in (slower, even)]
@@ -133,24 +134,21 @@ def test_ranks_of_a_node_slow_each_other_as_was_measured(counts):
 
 
 def test_ranks_of_one_computer_share_its_memory(counts):
-    shared = dataclasses.replace(MACHINE, shared=True)
+    shared = replace(MACHINE, shared=True)
     pair = predict(counts, changed(data=2, batch=2), shared, CLUSTER)
     assert pair.room == 5e8
     assert pair.fits
-    tight = predict(counts, ONE, dataclasses.replace(MACHINE, memory=5.1e6), CLUSTER)
+    tight = predict(counts, ONE, replace(MACHINE, memory=5.1e6), CLUSTER)
     assert not tight.fits
     assert tight.binds == max(tight.bytes, key=lambda kind: tight.bytes[kind])
 
 
+@pytest.mark.all
 def test_more_rows_are_in_proportion(counts):
-    config = ModelConfig(layers=("gated_delta_net", "attention"), depth=2, width=32, heads=2)
-    mixers = {name: MIXERS.get(name).Config() for name in config.layers}
-    direct = count_model(config, mixers, 50, tokens=64, rows=3)
-    times = counts.of_rows(3)
+    direct, times = count(rows=3), counts.of_rows(3)
     assert times.step_flops == direct.step_flops
-    assert times.executed_flops(checkpointing=True) == pytest.approx(
-        direct.executed_flops(checkpointing=True), rel=0.02
-    )
+    executed = [each.executed_flops(checkpointing=True) for each in (times, direct)]
+    assert executed[0] == pytest.approx(executed[1], rel=0.02)
     for again in (False, True):
         assert times.peak_bytes(checkpointing=again) == pytest.approx(direct.peak_bytes(checkpointing=again), rel=0.15)
     shapes = [[each.shape for part in one.parts for each in part.exchanges] for one in (times, direct)]

@@ -35,20 +35,17 @@ def test_a_pipeline_takes_what_its_formula_says(blocks, ranks):
     assert math.isclose(came, (ranks - 1) * (1e-3 + on_link + apply) + (blocks - 1) * pace)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 8, 50])
-def test_an_all_gather_takes_what_the_cost_model_says(ranks):
-    scheme = Scheme("all_gather")
-    plan = scheme.plan(one_level(LINKS), work(), ranks)
-    came = scan_seconds(one_level(LINKS), work(), scheme, ranks=ranks)
-    assert math.isclose(came, plan.seconds(LINKS, DENSE, ranks, 4))
-
-
-@pytest.mark.parametrize("ranks", [2, 4, 8, 64])
-def test_a_tree_takes_what_the_cost_model_says_or_less(ranks):
-    scheme = Scheme("tree")
-    came = scan_seconds(one_level(LINKS), work(), scheme, ranks=ranks)
-    expected = scheme.plan(one_level(LINKS), work(), ranks).seconds(LINKS, DENSE, ranks, 4)
-    assert 0.85 * expected < came <= expected * (1 + 1e-12)
+@pytest.mark.parametrize(
+    ("name", "least", "ranks"),
+    [
+        *(("all_gather", 1 - 1e-12, ranks) for ranks in (2, 3, 8, 50)),
+        *(("tree", 0.85, ranks) for ranks in (2, 4, 8, 64)),
+    ],
+)
+def test_an_all_gather_takes_what_the_cost_model_says_and_a_tree_that_or_less(name, least, ranks):
+    came = scan_seconds(one_level(LINKS), work(), Scheme(name), ranks=ranks)
+    expected = Scheme(name).plan(one_level(LINKS), work(), ranks).seconds(LINKS, DENSE, ranks, 4)
+    assert least * expected <= came <= expected * (1 + 1e-12)
 
 
 def test_a_tree_by_hand():
@@ -99,10 +96,10 @@ def test_waiting_more_never_helps(scheme):
 def test_a_slow_rank_holds_up_all_and_noise_spreads():
     all_slow = Noise(slow_share=1.0, slow_factor=1.5)
     assert simulate(one_level(FREE), work(), Scheme(), all_slow, ranks=4) == pytest.approx([1.5 * 4 * 0.05])
-    noisy = simulate(one_level(LINKS), work(), Scheme(), Noise(compute=0.1, costs=0.1), ranks=4, samples=16)
+    noise = Noise(compute=0.1, costs=0.1)
+    noisy, again = (simulate(one_level(LINKS), work(), Scheme(), noise, ranks=4, samples=16) for _ in range(2))
     assert noisy.shape == (16,)
     assert len(np.unique(noisy)) == 16
-    again = simulate(one_level(LINKS), work(), Scheme(), Noise(compute=0.1, costs=0.1), ranks=4, samples=16)
     assert np.array_equal(noisy, again)
     replicas = simulate(one_level(LINKS), work(), Scheme(), Noise(compute=0.1), ranks=4, replicas=8, samples=16)
     assert replicas.mean() > noisy.mean()
@@ -138,8 +135,3 @@ def test_gradients_and_gathered_parameters_are_paid_for():
     assert gathered == pytest.approx([0.2])
     gathered = simulate(idle, work(parameter_bytes=8e6), Scheme("pipeline", 1), ranks=8)
     assert gathered[0] > 4 * (2 * (3e-3 + 7 / 8 * 0.08))
-
-
-def test_it_is_fast_enough_to_ask_often():
-    # 1,024 ranks, 24 layers, pipelined: one array operation covers all ranks, so this is a matter of a second.
-    assert simulate(one_level(LINKS), work(layers=24), Scheme("pipeline", 16), ranks=1024, samples=4).min() > 24 * 0.05

@@ -5,7 +5,6 @@ import json
 import pytest
 import yaml
 
-from seqtrain.errors import ConfigError
 from seqtrain.planning.cluster import CLUSTERS
 from seqtrain.planning.simulate_scaling import main
 
@@ -62,18 +61,3 @@ def test_strong_scaling_divides_the_compute(simulated):
     _, strong = simulated(*same, "scaling=strong")
     of = [report["simulated"][0]["step_ms"][1] for report in (weak, strong)]
     assert of[0] == pytest.approx(4 * of[1], rel=0.02)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["schemes=[autos]"], "schemes: 'autos' is unknown. Known: auto, "),
-        (["cluster=absent.yaml"], "cluster=absent.yaml: "),
-        (["cluster=a100"], "compute_ms=0: the cluster file has no forward and backward"),
-    ],
-)
-def test_wrong_settings_end_it_in_one_line(arguments, message):
-    with pytest.raises(ConfigError) as caught:
-        main(arguments)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)

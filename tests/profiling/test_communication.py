@@ -11,20 +11,10 @@ import torch.distributed as dist
 from seqtrain.parallel import all_scan
 from seqtrain.parallel.scan_engine import engine_of
 from seqtrain.parallel.testing import run_ranks
-from seqtrain.profiling.communication import (
-    COLLECTIVE,
-    EXCHANGE,
-    SCAN,
-    InFlight,
-    replaced,
-    timed,
-    watched_communication,
-)
+from seqtrain.profiling import communication
+from seqtrain.profiling.communication import COLLECTIVE, EXCHANGE, SCAN, InFlight, replaced, timed
 from seqtrain.profiling.parts import OTHER, HostClock, Timeline, seconds_by_part
 from tests.profiling.profiling_cases import CountingClock
-
-# Forked ranks need it: a thread pool that exists before the fork is dead after it.
-torch.set_num_threads(1)
 
 
 class Counted:
@@ -64,7 +54,7 @@ def watched_step(rank):
     timeline = Timeline(HostClock())
     in_flight = InFlight(timeline.clock)
     original, one = dist.all_reduce, torch.ones(3)
-    with watched_communication(timeline, in_flight):
+    with communication.watched_communication(timeline, in_flight):
         timeline.start()
         dist.all_reduce(one)
         work = dist.all_reduce(one, async_op=True)

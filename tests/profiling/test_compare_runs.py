@@ -22,27 +22,30 @@ def write_run(folder, losses, *, lr=0.001, speed=100.0):
 
 def write_profile(folder, losses):
     write_run(folder / "run", losses)
-    parts = [
-        {"kind": "gla", "phase": phase, "layer": 0, "seconds": 0.25, "share": 0.5} for phase in ("forward", "backward")
-    ]
+    part = {"kind": "gla", "layer": 0, "seconds": 0.25, "share": 0.5}
     report = {
         "tokens_per_second": {"median": 400.0},
         "memory": [{"peak_bytes": 2**20}, {"peak_bytes": 5 * 2**20}],
-        "parts": parts,
+        "parts": [part | {"phase": phase} for phase in ("forward", "backward")],
         "config": {"optimizer": {"lr": 0.001, "betas": [0.9, 0.95]}, "seed": 1},
     }
     (folder / "profile.json").write_text(json.dumps(report))
     return folder
 
 
+def compare(folder, *runs, **settings):
+    """The command on these runs: what it gave, and its report."""
+    words = [f"runs=[{','.join(map(str, runs))}]", *(f"{key}={value}" for key, value in settings.items())]
+    done = run_command("compare", *words, f"output_dir={folder / 'out'}")
+    assert (folder / "out" / "compare_runs.png").read_bytes().startswith(b"\x89PNG"), done.err
+    return done, json.loads((folder / "out" / "compare_runs.json").read_text())
+
+
 def test_the_same_losses_bit_for_bit(tmp_path):
-    first, second = (
-        write_run(tmp_path / name, [3.0, 0.1 + 0.2, None], speed=speed) for name, speed in (("a", 100.0), ("b", 150.0))
-    )
-    done = run_command("compare", f"runs=[{first},{second}]", f"output_dir={tmp_path / 'out'}")
+    runs = [write_run(tmp_path / f"{speed}", [3.0, 0.1 + 0.2, None], speed=speed) for speed in (100.0, 150.0)]
+    done, report = compare(tmp_path, *runs)
     assert done.status == 0, done.err
     assert "the same losses at all 3 steps, bit for bit" in done.out
-    report = json.loads((tmp_path / "out" / "compare_runs.json").read_text())
     assert report["same"]
     assert report["settings"] == {}
     assert report["losses"][0]["loss"] == report["losses"][0]["first_step"] == 0
@@ -52,20 +55,16 @@ def test_the_same_losses_bit_for_bit(tmp_path):
     assert figures["tokens/s over the first's"] == [1.0, 1.5]
     assert figures["peak MiB of a rank"] == [3.0, 3.0]
     assert figures["steps"] == [3, 3]
-    assert (tmp_path / "out" / "compare_runs.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_tolerance_decides_and_the_first_step_is_named(tmp_path):
     first = write_run(tmp_path / "a", [3.0, 2.0, 1.0])
-    near, short = (
-        write_profile(tmp_path / "near", [3.0, 2.0 + 1e-6, 1.5]),
-        write_run(tmp_path / "c", [3.0, 2.0], lr=0.01),
-    )
-    done = run_command("compare", f"runs=[{first},{near},{short}]", "tolerance=1e-5", f"output_dir={tmp_path / 'out'}")
+    near = write_profile(tmp_path / "near", [3.0, 2.0 + 1e-6, 1.5])
+    short = write_run(tmp_path / "c", [3.0, 2.0], lr=0.01)
+    done, report = compare(tmp_path, first, near, short, tolerance="1e-5")
     assert done.status == 1
     assert "at most 0.5 apart over 3 steps, differing first at step 3" in done.out
     assert "LOSSES DIFFER: at most 0 apart over 2 steps, 1 step exists in only one run" in done.out
-    report = json.loads((tmp_path / "out" / "compare_runs.json").read_text())
     assert [one["same"] for one in report["losses"]] == [False, False]
     assert [one["first_step"] for one in report["losses"]] == [3, 0]
     # A profile tells of itself, and has a run inside.
@@ -76,15 +75,7 @@ def test_the_tolerance_decides_and_the_first_step_is_named(tmp_path):
 
 
 def test_a_loss_that_was_not_finite_differs_from_a_number(tmp_path):
-    first, second = (write_run(tmp_path / name, [3.0, last]) for name, last in (("a", None), ("b", 2.0)))
-    done = run_command("compare", f"runs=[{first},{second}]", "tolerance=1000", f"output_dir={tmp_path / 'out'}")
+    runs = [write_run(tmp_path / f"{last}", [3.0, last]) for last in (None, 2.0)]
+    done, report = compare(tmp_path, *runs, tolerance=1000)
     assert done.status == 1
-    assert json.loads((tmp_path / "out" / "compare_runs.json").read_text())["losses"][0]["first_step"] == 2
-
-
-def test_a_folder_without_a_run_is_one_line(tmp_path):
-    first = write_run(tmp_path / "a", [3.0])
-    done = run_command("compare", f"runs=[{first},{tmp_path / 'none'}]")
-    assert done.status == 2
-    assert "none: no such run" in done.err
-    assert len(done.err.splitlines()) == 1
+    assert report["losses"][0]["first_step"] == 2

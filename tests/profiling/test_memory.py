@@ -91,9 +91,7 @@ def test_each_tensor_of_the_engine_counts_once_for_the_first_kind_that_has_it():
     # Two moments, and a count of steps.
     assert held_by_engine(engine) == {PARAMETERS: 32, GRADIENTS: 32, OPTIMIZER: 2 * 32 + FLOAT, BUFFERS: 0}
     sharded = engine_of(
-        model,
-        averaged_gradients={0: [model.weight.grad, torch.zeros(3)]},
-        flat=[model.weight.data, torch.zeros(5)],
+        model, averaged_gradients={0: [model.weight.grad, torch.zeros(3)]}, flat=[model.weight.data, torch.zeros(5)]
     )
     assert held_by_engine(sharded) == {PARAMETERS: 32, GRADIENTS: 32 + 12, OPTIMIZER: 0, BUFFERS: 20}
 
@@ -112,22 +110,11 @@ def test_the_kinds_sum_to_the_peak_and_the_peak_has_its_moment():
     meter.held = 1100
     reading = timeline.read()
     assert (reading.peak_bytes, reading.peak_part, reading.resting_bytes) == (1500, LAYER, 1000)
-    assert reading.kinds == {
-        PARAMETERS: 32,
-        GRADIENTS: 0,
-        OPTIMIZER: 0,
-        BUFFERS: 0,
-        LOSS: 50,
-        ACTIVATIONS: 200,
-        PROGRAM: 1000 - 32,
-        WORKING: 1500 - 968 - 32 - 250,
-    }
+    held = {PARAMETERS: 32, GRADIENTS: 0, OPTIMIZER: 0, BUFFERS: 0, PROGRAM: 1000 - 32}
+    assert reading.kinds == held | {LOSS: 50, ACTIVATIONS: 200, WORKING: 1500 - 968 - 32 - 250}
     assert sum(reading.kinds.values()) == reading.peak_bytes
-    assert [(sample.part, sample.peak_bytes) for sample in reading.samples] == [
-        (OTHER, 1000),
-        (LAYER, 1500),
-        (OTHER, 1250),
-    ]
+    samples = [(sample.part, sample.peak_bytes) for sample in reading.samples]
+    assert samples == [(OTHER, 1000), (LAYER, 1500), (OTHER, 1250)]
     assert reading.layers_most == {Part("layer", "", 3): 200, Part(LOSS): 50}
 
 

@@ -29,8 +29,8 @@ def triples(values):
 
 
 def test_every_module_is_met_forward_and_backward_and_the_parts_sum_to_the_step():
-    clock = CountingClock()
-    spans = step(small_model(), Timeline(clock))
+    clock, model = CountingClock(), small_model()
+    spans = step(model, Timeline(clock))
     found = seconds_by_part(spans)
     for phase in (FORWARD, BACKWARD):
         expected = {("gla", 0), ("attention", 1), ("mlp", 0), ("mlp", 1), (NORM, 0), (NORM, 1), (NORM, -1)}
@@ -39,13 +39,14 @@ def test_every_module_is_met_forward_and_backward_and_the_parts_sum_to_the_step(
         assert met == expected
     assert RECOMPUTATION not in {part.phase for part in found}
     assert sum(found.values()) == clock.time - 1.0
-
-
-def test_backward_goes_through_the_modules_in_reverse():
-    spans = step(small_model(), Timeline(CountingClock()))
+    # Backward goes through the modules in reverse.
     order = [(span.part.kind, span.part.layer) for span in spans if span.part.phase == BACKWARD]
     kinds = [entry for entry in order if entry[0] in ("gla", "attention", "mlp", "loss", "embedding")]
     assert kinds == [("loss", -1), ("mlp", 1), ("attention", 1), ("mlp", 0), ("gla", 0), ("embedding", -1)]
+    # Nothing is left on the model.
+    ended = clock.time
+    model(torch.arange(8)[None], labels=torch.arange(8)[None]).backward()
+    assert clock.time == ended
 
 
 def test_recomputation_is_a_pass_of_its_own():
@@ -69,25 +70,11 @@ def test_a_pass_without_gradients_is_one_that_is_made_again():
     assert phases == {RECOMPUTATION}
 
 
-def test_nothing_is_left_on_the_model():
-    model = small_model()
-    timeline = Timeline(CountingClock())
-    step(model, timeline)
-    before = timeline.clock.time
-    tokens = torch.arange(8)[None]
-    model(tokens, labels=tokens).backward()
-    assert timeline.clock.time == before
-
-
 def test_modules_inside_a_mixer_are_part_of_it():
     model = small_model(layers=("gated_delta_net", "gla"))
     watched = watched_modules(model)
-    assert [(kind, layer) for module, kind, layer in watched if kind not in (NORM, "mlp")] == [
-        ("embedding", -1),
-        ("gated_delta_net", 0),
-        ("gla", 1),
-        ("loss", -1),
-    ]
+    kinds = [(kind, layer) for module, kind, layer in watched if kind not in (NORM, "mlp")]
+    assert kinds == [("embedding", -1), ("gated_delta_net", 0), ("gla", 1), ("loss", -1)]
     assert mixer_name(model.blocks[0].mixer) == "gated_delta_net"
     inside = set(model.blocks[0].mixer.modules()) - {model.blocks[0].mixer}
     assert not inside & {module for module, _, _ in watched}

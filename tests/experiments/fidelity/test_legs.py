@@ -25,10 +25,9 @@ def test_a_perturbed_hippo_answers_as_hippo_at_every_frequency_and_its_normal_pa
 def test_a_spike_shows_in_the_output():
     systems, step = legs_systems(32, 10.0), 0.002
     time = torch.arange(2000, dtype=torch.float64)
-    answer = systems["normal"].response(normal_legs(32).values.imag) - systems["hippo"].response(
-        normal_legs(32).values.imag
-    )
-    worst = normal_legs(32).values.imag[answer.abs().argmax()]
+    spikes = normal_legs(32).values.imag
+    answer = systems["normal"].response(spikes) - systems["hippo"].response(spikes)
+    worst = spikes[answer.abs().argmax()]
     mode = torch.cos(worst * step * time)
     outputs = {name: system.output(mode, step) for name, system in systems.items()}
     error = {name: (outputs[name] - outputs["hippo"]).norm().item() for name in ("normal", "perturbed")}
@@ -37,9 +36,7 @@ def test_a_spike_shows_in_the_output():
 
 def test_an_output_is_the_recurrence_and_tends_to_the_response():
     torch.manual_seed(0)
-    system = StateSystem(
-        -torch.eye(3, dtype=torch.float64) + torch.randn(3, 3).double() * 0.2, *torch.randn(2, 3).double()
-    )
+    system = StateSystem(torch.randn(3, 3).double() * 0.2 - torch.eye(3), *torch.randn(2, 3).double())
     step, w = 0.01, 2.0
     time = torch.arange(4000, dtype=torch.float64) * step
     out = system.output(torch.cos(w * time), step)
