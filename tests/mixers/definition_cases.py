@@ -45,7 +45,7 @@ def rotated(part, base=10000.0):
     return torch.cat([turned.real, turned.imag], -1)
 
 
-def unit(part):
+def l2norm(part):
     """Of length 1 along the last dimension."""
     return part / (part.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 

@@ -8,31 +8,27 @@ import torch.nn.functional as F
 
 from seqtrain.errors import ConfigError
 from seqtrain.testing import relative_error
-from tests.mixers.definition_cases import HEADS, TOKENS, build, decayed, heads, merged, rms, rotated, unit, x
+from tests.mixers.definition_cases import HEADS, TOKENS, WIDTH, build, decayed, heads, l2norm, merged, rms, rotated, x
 
-
-def causal(scores):
-    return scores.tril()
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.mark.parametrize(
     ("feature_map", "phi"),
     [("elu", lambda s, q, k: (F.elu(q) + 1) @ (F.elu(k) + 1).mT), ("taylor2", lambda s, q, k: 1 + s + s * s / 2)],
 )
-@torch.no_grad()
 def test_linear_attention_with_a_sum(feature_map, phi):
     mixer = build("linear_attention", feature_map=feature_map)
     q, k, v = heads(mixer.qkv.linear(x()), 8, 8, 8)
-    weights = causal(phi(q @ k.mT / math.sqrt(8), q, k))
+    weights = phi(q @ k.mT / math.sqrt(8), q, k).tril()
     out = weights @ v / weights.sum(-1, keepdim=True)
     assert relative_error(mixer(x())[0], mixer.out(merged(out))) < 1e-12
 
 
-@torch.no_grad()
 def test_linear_attention_with_a_norm():
     mixer = build("linear_attention", feature_map="relu", normalizer="rms")
     q, k, v = heads(mixer.qkv.linear(x()), 8, 8, 8)
-    out = rms(causal(q.relu() @ k.relu().mT) @ v / math.sqrt(8), mixer.norm.norm.weight)
+    out = rms((q.relu() @ k.relu().mT).tril() @ v / math.sqrt(8), mixer.norm.norm.weight)
     assert relative_error(mixer(x())[0], mixer.out(merged(out))) < 1e-12
 
 
@@ -41,7 +37,6 @@ def test_a_sum_needs_non_negative_weights():
         build("linear_attention", feature_map="identity", normalizer="sum")
 
 
-@torch.no_grad()
 def test_retnet_in_its_parallel_form():
     mixer = build("retnet")
     q, k, v = heads(mixer.qkv.linear(x()), 8, 8, 16)
@@ -55,7 +50,6 @@ def test_retnet_in_its_parallel_form():
     assert relative_error(mixer(x())[0], mixer.out(out)) < 1e-6
 
 
-@torch.no_grad()
 def test_gla():
     mixer = build("gla")
     q, k, v = heads(mixer.qkv.linear(x()), 4, 4, 8)
@@ -65,7 +59,6 @@ def test_gla():
 
 
 @pytest.mark.parametrize("index", [0, 3])
-@torch.no_grad()
 def test_hgrn2(index):
     mixer = build("hgrn2", index=index)
     q, raw, v = heads(mixer.qfv.linear(x()), 8, 8, 8)
@@ -75,11 +68,10 @@ def test_hgrn2(index):
 
 
 @pytest.mark.parametrize(("negative", "largest"), [(False, 1), (True, 2)])
-@torch.no_grad()
 def test_delta_net(negative, largest):
     mixer = build("delta_net", conv_width=0, allow_negative_eigenvalues=negative)
     q, k, v = heads(mixer.qkv.linear(x()), 8, 8, 8)
-    q, k = unit(q), unit(k)
+    q, k = l2norm(q), l2norm(k)
     beta = largest * torch.sigmoid(mixer.beta(x())).transpose(1, 2)
     state, out = torch.zeros(2, HEADS, 8, 8, dtype=torch.float64), []
     for t in range(TOKENS):
@@ -90,12 +82,11 @@ def test_delta_net(negative, largest):
     assert relative_error(mixer(x())[0], mixer.out(merged(out))) < 1e-12
 
 
-@torch.no_grad()
 def test_tensor_attention_weighs_pairs_and_stays_bounded():
     mixer = build("tensor_attention", conv_width=0)
     mixer.temperature.copy_(torch.tensor([30.0, -1.0]))
     q, k1, k2, v1, v2 = heads(mixer.parts.linear(x()), 4, 4, 4, 8, 8)
-    q, k1, k2 = unit(q), unit(k1), unit(k2)
+    q, k1, k2 = l2norm(q), l2norm(k1), l2norm(k2)
     tau = 2 * torch.sigmoid(mixer.temperature)[:, None, None, None]
     exponent = tau * torch.einsum("bhtr,bhir,bhjr->bhtij", q, k1, k2)
     assert exponent.abs().max() <= 2
@@ -105,10 +96,65 @@ def test_tensor_attention_weighs_pairs_and_stays_bounded():
     assert relative_error(mixer(x())[0], mixer.out(merged(rms(out, mixer.norm.norm.weight)))) < 1e-10
 
 
-@torch.no_grad()
 def test_sliding_attention_sees_its_window():
     mixer = build("sliding_attention", window=5)
     changed = x()
     changed[:, 10] += 1
     difference = (mixer(changed)[0] - mixer(x())[0]).abs().amax((0, 2))
     assert difference.nonzero()[:, 0].tolist() == [10, 11, 12, 13, 14]
+
+
+def moved(name, **fields):
+    """With vectors moved from where they start, so that none hides behind an initial 0 or 1."""
+    mixer = build(name, index=1, **fields)
+    for parameter in mixer.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.rand_like(parameter) * 0.5)
+    return mixer
+
+
+def attention(q, k, v, seen):
+    scores = rotated(q) @ rotated(k).mT / math.sqrt(q.shape[-1])
+    return scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
+
+
+QUERY, KEY = torch.arange(TOKENS)[:, None], torch.arange(TOKENS)
+
+
+def test_tcnca():
+    mixer = moved("tcnca", chunk=7, conv_width=3, conv_depth=2, dilation=4)
+    c = x()
+    for layer, conv in enumerate(mixer.convs):
+        reach = 4**layer
+        padded = F.pad(c.transpose(1, 2), (2 * reach, 0))
+        c = c + F.silu(F.conv1d(padded, conv.weight[:, None], groups=WIDTH, dilation=reach).transpose(1, 2))
+    z, gate, candidate, update = mixer.parts(c).split([8, 32, WIDTH, WIDTH], 2)
+    (scale_q, scale_k), (shift_q, shift_k) = mixer.scales.split(8), mixer.shifts.split(8)
+    q, k = F.silu(z) * scale_q + shift_q, F.silu(z) * scale_k + shift_k
+    seen = (KEY <= QUERY) & (KEY // 7 == QUERY // 7)
+    (q,), (k,), (v,) = heads(q, 4), heads(k, 4), heads(F.silu(mixer.v(x())), 16)
+    out = merged(attention(q, k, v, seen))
+    expected = update.sigmoid() * F.silu(candidate + mixer.out(F.silu(gate) * out))
+    assert relative_error(mixer(x())[0], expected) < 1e-11
+
+
+def test_tcnca_reaches_as_far_as_its_convolution_and_its_chunk():
+    mixer = moved("tcnca", chunk=8, conv_width=3, conv_depth=2, dilation=3)
+    u, changed = x(), x()
+    changed[:, 3] += 1
+    touched = (mixer(u)[0] - mixer(changed)[0]).abs().amax((0, 2)).nonzero()[:, 0].tolist()
+    # 1 + 2 (1 + 3) tokens of convolution from token 3 on: to 11, and from there to the end of that chunk, 15.
+    assert touched == list(range(3, 16))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_intra_layer_hybrid(full):
+    mixer = moved("intra_hybrid", window=5, full=full)
+    q, k, v = heads(mixer.qkv.linear(x()), 8, 8, 8)
+    (decay,) = heads(torch.sigmoid(mixer.forget(x())) ** (1 / 16), 8)
+    branches = [decayed(q, k, v, decay), attention(q, k, v, (KEY <= QUERY) & (KEY > QUERY - 5))]
+    branches += [attention(q, k, v, KEY <= QUERY)] if full else []
+    pairs = zip(branches, mixer.norms, strict=True)
+    summed = sum(merged(rms(branch, norm.norm.weight)) for branch, norm in pairs)
+    assert relative_error(mixer(x())[0], mixer.out(summed)) < 1e-11
+    assert mixer.constant_state == (not full)

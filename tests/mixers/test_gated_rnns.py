@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seqtrain.parallel.sequence import SequenceContext
-from seqtrain.testing import boundaries, relative_error
-from tests.mixers.definition_cases import HEADS, TOKENS, WIDTH, build, heads, merged, rms, unit, x
+from seqtrain.testing import relative_error
+from tests.mixers.definition_cases import HEADS, TOKENS, WIDTH, build, heads, l2norm, merged, rms, x
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 HEAD = WIDTH // HEADS
 
@@ -27,7 +28,7 @@ def before(x):
     return F.pad(x, (0, 0, 1, -1))
 
 
-def randomise(mixer):
+def randomize(mixer):
     """Initial values hide parameters behind ones and zeros."""
     generator = torch.Generator().manual_seed(8)
     with torch.no_grad():
@@ -38,9 +39,8 @@ def randomise(mixer):
 
 
 @pytest.mark.parametrize("index", [0, 2])
-@torch.no_grad()
 def test_rwkv7(index):
-    m = randomise(build("rwkv7", index=index))
+    m = randomize(build("rwkv7", index=index))
     xr, xw, xk, xv, xa, xg = (x() + (before(x()) - x()) * mix for mix in m.mixes.chunk(6))
     w = torch.exp(-torch.exp(torch.tensor(-0.5)).double() * torch.sigmoid(m.decay(xw)))
     a, k, v = torch.sigmoid(m.rate(xa)), m.k(xk), m.v(xv)
@@ -61,9 +61,8 @@ def test_rwkv7(index):
 
 
 @pytest.mark.parametrize("index", [0, 2])
-@torch.no_grad()
 def test_rwkv6(index):
-    m = randomise(build("rwkv6", index=index))
+    m = randomize(build("rwkv6", index=index))
     step = before(x()) - x()
     first = x() + step * m.first_mix
     mixed = [
@@ -82,23 +81,23 @@ def test_rwkv6(index):
     assert relative_error(m(x())[0], m.out(out)) < 1e-12
 
 
-def stabilised_mlstm(mixer, inputs):
+def stabilized_mlstm(mixer, inputs):
     """xLSTM's definition, with the running maximum: `[B,T,D]` in float64."""
     q, k, v = heads(mixer.qkv.linear(inputs), 4, 4, 8)
     raw = 15 * torch.tanh(mixer.gates(inputs) / 15)
     gain, forget = (part.transpose(1, 2)[..., None, None] for part in (raw[..., :HEADS], raw[..., HEADS:]))
     forget = F.logsigmoid(forget)
     memory = torch.zeros(2, HEADS, 4, 8, dtype=torch.float64)
-    normaliser, largest = torch.zeros(2, HEADS, 4, 1, dtype=torch.float64), torch.zeros(2, HEADS, 1, 1).double()
+    normalizer, largest = torch.zeros(2, HEADS, 4, 1, dtype=torch.float64), torch.zeros(2, HEADS, 1, 1).double()
     rows = []
     for t in range(inputs.shape[1]):
         before, largest = largest, torch.maximum(forget[:, :, t] + largest, gain[:, :, t])
         keep, write = torch.exp(forget[:, :, t] + before - largest), torch.exp(gain[:, :, t] - largest)
         key = k[:, :, t, :, None] / 2
         memory = keep * memory + write * key * v[:, :, t, None]
-        normaliser = keep * normaliser + write * key
+        normalizer = keep * normalizer + write * key
         query = q[:, :, t, None]
-        rows.append(query @ memory / torch.maximum((query @ normaliser).abs(), torch.exp(-largest)))
+        rows.append(query @ memory / torch.maximum((query @ normalizer).abs(), torch.exp(-largest)))
     return torch.cat(rows, 2)
 
 
@@ -106,14 +105,12 @@ def gated(mixer, inputs, out):
     return mixer.out(group_norm(out, mixer.norm, 1e-6) * torch.sigmoid(mixer.gate(inputs)))
 
 
-@torch.no_grad()
 def test_mlstm():
     mixer = build("mlstm", conv_width=0)
     mixer.gates.bias.zero_()
-    assert relative_error(mixer(x())[0], gated(mixer, x(), stabilised_mlstm(mixer, x()))) < 1e-12
+    assert relative_error(mixer(x())[0], gated(mixer, x(), stabilized_mlstm(mixer, x()))) < 1e-12
 
 
-@torch.no_grad()
 def test_mlstm_holds_in_float32_with_gates_at_their_ends():
     mixer = build("mlstm", index=1, conv_width=0)
     mixer.gates.weight.mul_(300)  # nearly every gate at one of its two ends
@@ -121,19 +118,18 @@ def test_mlstm_holds_in_float32_with_gates_at_their_ends():
     raw = mixer.gates(x())
     assert raw.min() < -100
     assert raw.max() > 100
-    expected = gated(mixer, x(), stabilised_mlstm(mixer, x()))
+    expected = gated(mixer, x(), stabilized_mlstm(mixer, x()))
     assert relative_error(mixer(x())[0], expected) < 1e-11
     assert relative_error(mixer.float()(x().float())[0], expected) < 1e-4
 
 
 @pytest.mark.parametrize(("steps", "negative", "largest"), [(1, False, 1), (3, True, 2)])
-@torch.no_grad()
 def test_delta_product(steps, negative, largest):
     fields = {"steps": steps, "allow_negative_eigenvalues": negative, "conv_width": 0}
     mixer = build("delta_product", expand_key=1.0, expand_value=1.0, **fields)
     q, k, v = heads(mixer.qkv.linear(x()), 8, 8 * steps, 8 * steps)
     k, v = (part.unflatten(3, (steps, 8)) for part in (k, v))  # B H T steps K
-    q, k = unit(q), unit(k)
+    q, k = l2norm(q), l2norm(k)
     beta = largest * torch.sigmoid(mixer.beta(x())).unflatten(2, (HEADS, steps)).transpose(1, 2)
     decay = torch.exp(-mixer.rate_log.exp() * F.softplus(mixer.decay(x()) + mixer.step_bias)).transpose(1, 2)
     state, rows = torch.zeros(2, HEADS, 8, 8, dtype=torch.float64), []
@@ -143,15 +139,13 @@ def test_delta_product(steps, negative, largest):
             key, value = k[:, :, t, step, None], v[:, :, t, step, None]
             state = state + beta[:, :, t, step, None, None] * key.mT @ (value - key @ state)
         rows.append((q[:, :, t, None] @ state)[:, :, 0] / 8**0.5)
-    out = torch.stack(rows, 2)
-    out = rms(out, mixer.norm.norm.weight)
+    out = rms(torch.stack(rows, 2), mixer.norm.norm.weight)
     # Initial step sizes are drawn in float32.
     assert relative_error(mixer(x())[0], mixer.out(merged(out) * F.silu(mixer.gate(x())))) < 1e-9
 
 
-@torch.no_grad()
 def test_ttt_linear():
-    mixer = randomise(build("ttt_linear", conv_width=0, mini_batch=4, base_rate=0.5))
+    mixer = randomize(build("ttt_linear", conv_width=0, mini_batch=4, base_rate=0.5))
     q, k, v = heads(mixer.qkv.linear(x()), 8, 8, 8)
     q, k = (part * (8 / (part.square().sum(-1, keepdim=True) + 1e-6)) ** 0.5 for part in (q, k))
     rate = torch.sigmoid(mixer.rate(x())).transpose(1, 2) / 16
@@ -174,17 +168,5 @@ def test_ttt_linear():
         rows.append((query + F.layer_norm(z, (8,), eps=1e-6) * weight + bias)[:, :, 0])
         if t % 4 == 3:
             memory, total = now, torch.zeros_like(total)
-    out = torch.stack(rows, 2)
-    out = rms(out, mixer.norm.norm.weight)
+    out = rms(torch.stack(rows, 2), mixer.norm.norm.weight)
     assert relative_error(mixer(x())[0], mixer.out(merged(out) * F.silu(mixer.gate(x())))) < 1e-9
-
-
-@pytest.mark.parametrize("name", ["delta_product", "ttt_linear"])
-@torch.no_grad()
-def test_within_groups_of_tokens_each_group_is_a_document(name):
-    # 7 tokens are 14 steps of DeltaProduct, and no whole number of mini-batches of 4.
-    mixer, inputs = build(name, **({"mini_batch": 4} if name == "ttt_linear" else {})), x()[:1]
-    documents, _ = mixer(inputs, sequence=SequenceContext(boundaries([7, 7, 7, 7, 2])))
-    first, state = mixer(inputs[:, :10], sequence=SequenceContext().grouped(7))
-    rest, _ = mixer(inputs[:, 10:], state, sequence=SequenceContext().grouped(7, torch.tensor([10])))
-    assert relative_error(torch.cat([first, rest], 1), documents) < 1e-12

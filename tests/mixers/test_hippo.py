@@ -19,7 +19,7 @@ def test_hippo_is_the_published_matrix():
 
 
 @pytest.mark.parametrize("size", [2, 8, 64, 96])
-def test_a_perturbed_hippo_is_diagonalised(size):
+def test_a_perturbed_hippo_is_diagonalized(size):
     found = perturbed_legs(size, 10.0)
     rank_one = (torch.arange(size, dtype=torch.float64) + 0.5).sqrt()
     error = found.share * rank_one[:, None] * rank_one

@@ -9,13 +9,14 @@ from seqtrain.mixers.mala import magnitude_aware_weights
 from seqtrain.testing import relative_error
 from tests.mixers.definition_cases import TOKENS, build, heads, merged, rms, rotated, x
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 
 def elu(features):
     return F.elu(features) + 1
 
 
 @pytest.mark.parametrize(("feature_map", "phi"), [("elu", elu), ("relu", torch.relu)])
-@torch.no_grad()
 def test_norm_attention(feature_map, phi):
     mixer = build("trans_normer", index=2, feature_map=feature_map)
     q, k, v = heads(mixer.qkv.linear(x()), 8, 8, 8)
@@ -24,7 +25,6 @@ def test_norm_attention(feature_map, phi):
     assert relative_error(mixer(x())[0], mixer.out(merged(out))) < 1e-12
 
 
-@torch.no_grad()
 def test_diag_attention_is_softmax_within_blocks():
     mixer = build("trans_normer", index=1, block=7)
     q, k, v = heads(mixer.qkv.linear(x()), 8, 8, 8)
@@ -39,7 +39,6 @@ def test_lower_layers_are_diag_attention_as_the_share_says():
         assert [build("trans_normer", index=index, diag_share=share).diagonal for index in range(4)] == expected
 
 
-@torch.no_grad()
 def test_mala():
     mixer = build("mala", conv_width=0)
     q, k, v = heads(mixer.qkv.linear(x()), 8, 8, 8)
@@ -56,7 +55,6 @@ def test_mala():
     assert relative_error(merged(weights @ v) * mixer.gate(x()), out) < 1e-12
 
 
-@torch.no_grad()
 def test_long_queries_spread_the_weights_of_mala_and_not_those_of_a_sum():
     q, k = torch.randn(2, 1, 40, 1, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     q = q.abs()  # so that elu + 1 keeps the direction, but for the 1
@@ -67,7 +65,6 @@ def test_long_queries_spread_the_weights_of_mala_and_not_those_of_a_sum():
     assert relative_error(plain[1], plain[0]) < 0.1
 
 
-@torch.no_grad()
 def test_nalaformer():
     mixer = build("nalaformer", conv_width=0)
     q, k, v = heads(mixer.qkv.linear(x()), 8, 8, 8)
@@ -86,6 +83,7 @@ def test_nalaformer():
 
 
 @pytest.mark.parametrize("power", [2.0, 3.0])
+@torch.enable_grad()
 def test_gradients_of_nalaformer_are_finite_at_zero(power):
     mixer = build("nalaformer", power=power)
     inputs = torch.zeros(1, 5, 16, dtype=torch.float64, requires_grad=True)
@@ -95,7 +93,6 @@ def test_gradients_of_nalaformer_are_finite_at_zero(power):
 
 
 @pytest.mark.parametrize("window", [0, 5])
-@torch.no_grad()
 def test_based(window):
     mixer = build("based", window=window, conv_width=0, expand_key=0.5)
     q, k, v = heads(mixer.qkv.linear(x()), 4, 4, 8)
@@ -112,7 +109,6 @@ def test_based(window):
     assert relative_error(mixer(x())[0], mixer.out(merged(out))) < 1e-12
 
 
-@torch.no_grad()
 def test_dydila():
     mixer = build("dydila", conv_width=0, projections=2, factors=3)
     generator = torch.Generator().manual_seed(2)
@@ -143,6 +139,7 @@ def test_dydila():
     assert relative_error(mixer(x())[0], mixer.out(merged(out))) < 1e-6
 
 
+@torch.enable_grad()
 def test_a_choice_is_hard_and_its_gradient_that_of_a_softmax():
     scores = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
     worth = torch.arange(5, dtype=torch.float64)

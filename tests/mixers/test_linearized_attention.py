@@ -10,6 +10,8 @@ from seqtrain.mixers.linearized_attention import recurrent_mixers
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.testing import boundaries, relative_error
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 WIDTH, HEADS = 24, 4
 WINDOW, SINKS = 5, 2
 EXACT = 1e-12
@@ -59,7 +61,6 @@ def _stepped(mixer, piece, state):
 @pytest.mark.all
 @every_memory
 @pytest.mark.parametrize("window", [0, WINDOW])
-@torch.no_grad()
 def test_prefill_and_steps_equal_the_whole(memory, window):
     """A first piece below, at and above the window, of one token, in chunks, then token by token."""
     mixer, x = hybrid(memory, window=window), inputs(24)
@@ -71,7 +72,6 @@ def test_prefill_and_steps_equal_the_whole(memory, window):
 
 @every_memory
 @pytest.mark.parametrize("window", [0, WINDOW])
-@torch.no_grad()
 def test_packed_documents_equal_separate_ones(memory, window):
     mixer, lengths = hybrid(memory, window=window), [3, 30, 1, 12]
     x = inputs(46, batch=1)
@@ -93,7 +93,6 @@ def decay_between(written, tokens):
 
 @pytest.mark.parametrize("memory", NORMALIZED)
 @pytest.mark.parametrize("group", [1, 2])
-@torch.no_grad()
 def test_window_sinks_and_memory_equal_the_quadratic_form(memory, group):
     """Every past token is counted once, by the window, as a sink, or by the memory, in the order it left."""
     mixer, tokens = hybrid(memory, query_group=group), 30
@@ -115,12 +114,11 @@ def test_window_sinks_and_memory_equal_the_quadratic_form(memory, group):
     held = (features * left)[:, :, : tokens - WINDOW]
     queries = (q[..., None, :] @ mixer.memory.query_map)[..., 0, :]
     queries = mixer.memory.features(queries).transpose(1, 2)[:, :, WINDOW:]
-    masses = F.pad(torch.einsum("bhtf,bhtsf->bhts", queries, held), (0, 0, WINDOW, 0))
-    opened = (
-        (mixer.opening + (q * mixer.opening_slope.view(-1, q.shape[-1])).sum(-1)).exp().transpose(1, 2)[..., None]
-    )  # B H T 1
-    masses = masses.masked_fill((s > t - WINDOW) | (s < SINKS), 0.0) * opened
-    weights = scores.exp().masked_fill(~near, 0.0) + masses
+    remembered = F.pad(torch.einsum("bhtf,bhtsf->bhts", queries, held), (0, 0, WINDOW, 0))
+    slope = mixer.opening_slope.view(-1, q.shape[-1])
+    opened = (mixer.opening + (q * slope).sum(-1)).exp().transpose(1, 2)[..., None]  # B H T 1
+    remembered = remembered.masked_fill((s > t - WINDOW) | (s < SINKS), 0.0) * opened
+    weights = scores.exp().masked_fill(~near, 0.0) + remembered
     out = (weights / weights.sum(-1, keepdim=True)) @ each(v)
     expected = mixer.out(out.transpose(1, 2).flatten(2))
     assert relative_error(mixer(x)[0], expected) < EXACT
@@ -136,7 +134,6 @@ def softmax_layer(mixer, **fields):
 
 
 @every_memory
-@torch.no_grad()
 def test_within_the_window_it_is_softmax_attention(memory):
     """With norms, biases and free head widths; also where T equals the number of heads, or one."""
     for tokens in (1, HEADS, 40):
@@ -147,7 +144,6 @@ def test_within_the_window_it_is_softmax_attention(memory):
 
 @every_memory
 @pytest.mark.parametrize("sinks", [0, SINKS])
-@torch.no_grad()
 def test_a_memory_that_counts_nothing_leaves_window_and_sinks(memory, sinks):
     """The window has as many keys as that of `sliding_attention`."""
     mixer, x = hybrid(memory, sinks=sinks), inputs(30)
@@ -162,7 +158,6 @@ def test_a_memory_that_counts_nothing_leaves_window_and_sinks(memory, sinks):
 
 
 @every_memory
-@torch.no_grad()
 def test_ablating_the_window_leaves_the_memory_of_older_tokens(memory):
     mixer, x = hybrid(memory), inputs(30)
     mixer.without = "window"
@@ -176,21 +171,20 @@ def test_ablating_the_window_leaves_the_memory_of_older_tokens(memory):
 
 @every_memory
 @pytest.mark.parametrize("window", [0, WINDOW])
-@torch.no_grad()
-def test_key_heads_are_shared_by_neighbouring_query_heads(memory, window):
+def test_key_heads_are_shared_by_neighboring_query_heads(memory, window):
     """Repeated by heads, not by rows; and the state is kept once a key head."""
     shared = hybrid(memory, window=window)
     x, (_, state) = inputs(20), shared(inputs(20))
     q, k, v = (part.detach() for part in shared.project(x))
     written = shared.memory.write(x, k, v)
-    value, mass, _ = shared.memory.read(q, written, {}, SequenceContext())
+    value, normalizer, _ = shared.memory.read(q, written, {}, SequenceContext())
     for head in range(HEADS):
         group = slice(head // 2, head // 2 + 1)
         one = {name: part[:, :, group] for name, part in written.items()}
-        mine, my_mass, _ = shared.memory.read(q, one, {}, SequenceContext())
+        mine, my_normalizer, _ = shared.memory.read(q, one, {}, SequenceContext())
         assert relative_error(value[:, :, head], mine[:, :, head]) < EXACT
-        if mass is not None:
-            assert relative_error(mass[:, :, head], my_mass[:, :, head]) < EXACT
+        if normalizer is not None:
+            assert relative_error(normalizer[:, :, head], my_normalizer[:, :, head]) < EXACT
     assert {key: tuple(value.shape) for key, value in state.items()} == shared.state_shapes(2)
     recurrent = {"slot_keys", "slot_values"} if memory == "gsa" else {"memory"}
     assert {state[name].shape[1] for name in recurrent} == {HEADS // 2}
@@ -198,7 +192,6 @@ def test_key_heads_are_shared_by_neighbouring_query_heads(memory, window):
 
 @pytest.mark.all
 @every_memory
-@torch.no_grad()
 def test_the_memory_stays_as_large_as_the_window(memory):
     """What it gives does not outgrow the window's part with the number of tokens."""
     torch.manual_seed(0)
@@ -220,10 +213,7 @@ def test_the_memory_stays_as_large_as_the_window(memory):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (
-            {"memory": "kda", "combine": "denominator"},
-            "linearized_attention.combine=denominator: memory=kda has no normalizer",
-        ),
+        ({"memory": "kda", "combine": "denominator"}, "combine=denominator: memory=kda has no normalizer"),
         ({"head_width": 7}, "linearized_attention.head_width=7: a head has 7 channels"),
         ({"rope_stretch": (1.0, 2.0)}, r"rope_stretch=\[2 numbers\]: a head of 10 channels has 5"),
         ({"query_group": 3}, "query_group=3: must divide model.heads=4"),
@@ -236,7 +226,6 @@ def test_mistakes_are_named(fields, message):
 
 
 @pytest.mark.parametrize("name", ["liger_gla", "liger_hgrn2", "liger_gsa"])
-@torch.no_grad()
 def test_liger_is_what_was_published(name):
     """arXiv 2503.01496, eq. 9 to 12, token by token, with the gates, features and scale of the released code."""
     mixer, tokens = build(name, window=WINDOW), 20
@@ -265,7 +254,6 @@ def test_liger_is_what_was_published(name):
 @pytest.mark.all
 @every_memory
 @pytest.mark.parametrize("window", [0, WINDOW])
-@torch.no_grad()
 def test_with_norms_each_part_counts_by_its_weight_alone(memory, window):
     """However large a part is, its heads enter the sum with a root mean square of 1 times the weight."""
     mixer, x = hybrid(memory, window=window, combine="norms", norm_eps=1e-12), inputs(30)
@@ -283,7 +271,6 @@ def test_with_norms_each_part_counts_by_its_weight_alone(memory, window):
     assert relative_error(whole, parts["memory"] + parts["window"] if window else parts["window"]) < EXACT
 
 
-@torch.no_grad()
 def test_a_tied_gate_forgets_what_its_key_writes():
     mixer, x = hybrid("gla", tied_gate=True), inputs(30)
     _, k, v = mixer.project(x)

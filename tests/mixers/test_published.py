@@ -46,15 +46,8 @@ def assert_same(mixer, expected):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_mamba2(groups):
-    config = Mamba2Config(
-        hidden_size=WIDTH,
-        num_heads=HEADS,
-        head_dim=16,
-        state_size=8,
-        n_groups=groups,
-        expand=2,
-        layer_norm_epsilon=1e-6,
-    )
+    sizes = {"hidden_size": WIDTH, "num_heads": HEADS, "head_dim": 16, "state_size": 8, "n_groups": groups, "expand": 2}
+    config = Mamba2Config(**sizes, layer_norm_epsilon=1e-6)
     theirs = jiggled(Mamba2Mixer(config, 0))
     mixer = ours("mamba2", state=8, groups=groups)
     weights = {
@@ -72,14 +65,9 @@ def test_mamba2(groups):
 
 
 def test_gated_delta_net():
-    config = Qwen3NextConfig(
-        hidden_size=WIDTH,
-        linear_num_value_heads=HEADS,
-        linear_num_key_heads=HEADS,
-        linear_key_head_dim=6,
-        linear_value_head_dim=12,
-        rms_norm_eps=1e-6,
-    )
+    heads = {"linear_num_value_heads": HEADS, "linear_num_key_heads": HEADS}
+    widths = {"hidden_size": WIDTH, "linear_key_head_dim": 6, "linear_value_head_dim": 12}
+    config = Qwen3NextConfig(**heads, **widths, rms_norm_eps=1e-6)
     theirs = jiggled(Qwen3NextGatedDeltaNet(config, 0))
     # Theirs are ordered head by head: q, k, v, z of the first, then of the second.
     heads = theirs.in_proj_qkvz.weight.view(HEADS, 36, WIDTH).split([6, 6, 12, 12], 1)
@@ -124,9 +112,8 @@ def test_kimi_delta_attention():
 
 
 def test_attention_with_grouped_queries():
-    config = LlamaConfig(
-        hidden_size=WIDTH, num_attention_heads=HEADS, num_key_value_heads=2, attn_implementation="eager"
-    )
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": 2}
+    config = LlamaConfig(hidden_size=WIDTH, attn_implementation="eager", **heads)
     theirs = jiggled(LlamaAttention(config, 0))
     mixer = ours("attention", query_group=2)
     qkv = torch.cat([theirs.q_proj.weight, theirs.k_proj.weight, theirs.v_proj.weight])

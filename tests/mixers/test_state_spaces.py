@@ -1,4 +1,4 @@
-"""S4D, S4-PTD, S5, S5-PTD against their continuous systems, discretised by other means and run token by token."""
+"""S4D, S4-PTD, S5, S5-PTD against their continuous systems, discretized by other means and run token by token."""
 
 import math
 
@@ -13,6 +13,8 @@ from seqtrain.mixers.common.ssm import discretize
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.testing import boundaries, relative_error
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 WIDTH, TOKENS = 8, 30
 CHANNELWISE = [("s4d", {"initialization": name}) for name in ("lin", "inv", "legs")] + [("s4_ptd", {})]
@@ -61,21 +63,18 @@ def one_by_one(mixer, u, direction=0):
 @pytest.mark.parametrize("rule", ["zoh", "bilinear"])
 @pytest.mark.parametrize("form", ["scan", "fft"])
 @pytest.mark.parametrize(("name", "fields"), CHANNELWISE)
-@torch.no_grad()
-def test_a_system_a_channel(name, fields, form, rule):
+def test_a_system_per_channel(name, fields, form, rule):
     mixer = build(name, state=8, form=form, discretization=rule, **fields)
     assert relative_error(mixer(x())[0], finished(mixer, one_by_one(mixer, x()), x())) < 1e-11
 
 
 @pytest.mark.parametrize("form", ["scan", "fft"])
-@torch.no_grad()
-def test_fft_goes_on_from_a_state_as_the_scan_does(form):
+def test_fft_continues_from_a_state_as_the_scan_does(form):
     mixer, whole = build("s4d", form=form), build("s4d")(x(150))[0]
     first, state = mixer(x(150)[:, :70])
     assert relative_error(torch.cat([first, mixer(x(150)[:, 70:], state)[0]], 1), whole) < 1e-11
 
 
-@torch.no_grad()
 def test_documents_are_scanned_whatever_the_form():
     packed = SequenceContext(boundaries([7, 0, 90]))
     outs = [build("s4d", form=form)(x(97, batch=1), sequence=packed)[0] for form in ("scan", "fft")]
@@ -83,7 +82,7 @@ def test_documents_are_scanned_whatever_the_form():
 
 
 @pytest.mark.parametrize("rule", ["zoh", "bilinear"])
-def test_discretisations_agree_for_small_steps_and_stay_stable(rule):
+def test_discretizations_agree_for_small_steps_and_stay_stable(rule):
     rate = torch.complex(torch.tensor([-0.5, -3.0]), torch.tensor([4.0, 1000.0])).to(torch.complex128)
     log_a, gain = discretize(rate, torch.tensor(1e-6, dtype=torch.float64), rule)
     assert relative_error(log_a, rate * 1e-6) < 1e-5
@@ -114,14 +113,7 @@ def test_parameters_of_s4d_are_those_of_its_authors_layer():
     assert mixer.parameter_count() == 2 * 128 * 128 + kernel
 
 
-def system_of(spectrum, b):
-    """A and B of all states, rebuilt from one of each pair."""
-    a = 2 * ((spectrum.vectors * spectrum.values) @ spectrum.inverse).real
-    return a, b
-
-
 @pytest.mark.parametrize("name", ["s4_ptd", "legs"])
-@torch.no_grad()
 def test_a_layer_starts_as_hippo_or_what_is_near_it(name):
     """The impulse responses are those of a dense real system with HiPPO's B, and a real C of normal numbers."""
     size, mixer = 8, build("s4_ptd", state=8) if name == "s4_ptd" else build("s4d", state=8, initialization="legs")
@@ -139,14 +131,13 @@ def test_a_layer_starts_as_hippo_or_what_is_near_it(name):
 
 
 @pytest.mark.parametrize("name", ["s5", "s5_ptd"])
-@torch.no_grad()
 def test_one_system_for_all_channels_starts_from_real_matrices(name):
     """Written in the eigenvectors, B and C are real: the complex half is the whole real system of HiPPO's block."""
     mixer = build(name, blocks=1, step_low=0.05, step_high=0.05)
     mixer.reset_parameters(torch.Generator().manual_seed(3))
     drawn = torch.randn(8, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     spectrum = normal_legs(8) if name == "s5" else perturbed_legs(8, 10.0)
-    a, _ = system_of(spectrum, None)
+    a = 2 * ((spectrum.vectors * spectrum.values) @ spectrum.inverse).real
     write = torch.view_as_complex(mixer.write.weight.unflatten(0, (-1, 2)).transpose(1, 2).contiguous())
     b = 2 * (spectrum.vectors @ write).real
     assert relative_error(b, drawn / math.sqrt(WIDTH)) < 1e-10
@@ -162,17 +153,16 @@ def test_one_system_for_all_channels_starts_from_real_matrices(name):
     assert relative_error(mixer(x())[0], finished(mixer, torch.stack(out, 1), x())) < 1e-10
 
 
-@torch.no_grad()
 def test_s5_ptd_starts_damped_as_hippo_is_and_s5_does_not():
     """The mean of the eigenvalues is the trace over P: -(P + 1) / 2 for HiPPO, and E's own share of it."""
-    size = WIDTH
     decay = {name: build(name, blocks=1).decay_log.exp() for name in ("s5", "s5_ptd")}
-    found = perturbed_legs(size, 10.0)
+    found = perturbed_legs(WIDTH, 10.0)
     assert decay["s5"].max().item() == pytest.approx(0.5)
-    assert decay["s5_ptd"].mean().item() == pytest.approx((size + 1) / 2 - found.size / size)
+    assert decay["s5_ptd"].mean().item() == pytest.approx((WIDTH + 1) / 2 - found.size / WIDTH)
     assert decay["s5_ptd"].min() > 0.5
 
 
+@torch.enable_grad()
 def started(name):
     """The output's size at the last of 64 tokens before the gate, and every parameter's gradient norm."""
     mixer = build(name, width=32)
@@ -193,20 +183,19 @@ def test_s5_ptd_starts_at_the_scale_of_s5():
 
 
 @pytest.mark.parametrize(("name", "fields"), EVERY)
-@torch.no_grad()
 def test_both_directions_are_two_passes(name, fields):
     mixer = build(name, bidirectional=True, **fields)
     one_way = build(name, **fields)
     shared = {key: value for key, value in mixer.state_dict().items() if key not in ("read_back.weight", "readout")}
-    past, future = [], []
-    for direction, outs in ((0, past), (1, future)):
+    outs = []
+    for direction in (0, 1):
         if "readout" in mixer.state_dict():
             own = {"readout": mixer.readout.view(2, -1)[direction]}
         else:
             own = {"read.weight": (mixer.read, mixer.read_back)[direction].weight}
         one_way.load_state_dict(shared | own)
         outs.append(one_way.respond(x().flip(1) if direction else x(), None, SequenceContext(), 0)[0])
-    expected = finished(mixer, past[0] + future[0].flip(1), x())
+    expected = finished(mixer, outs[0] + outs[1].flip(1), x())
     assert relative_error(mixer(x())[0], expected) < 1e-12
     assert mixer.parameter_count() == sum(parameter.numel() for parameter in mixer.parameters())
     packed = mixer(x(batch=1), sequence=SequenceContext(boundaries([11, 0, 19])))[0]

@@ -12,10 +12,13 @@ from seqtrain.models.block import Block, SwiGLU
 from seqtrain.models.spiking import Spikes, spike_counts, spike_statistics
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.testing import boundaries, relative_error
+from tests.models import tiny
 
-WIDTH, HEADS, GROUP, VOCAB = 32, 2, 8, 40
-# Of each kind of state: a matrix, a vector, past inputs, all keys and positions, a window of keys.
-MIXED = ["gla", "s5", "gated_delta_net", "attention", "sliding_attention"]
+WIDTH, HEADS, GROUP = 32, 2, 8
+# Of each kind of state: a matrix, a vector, past inputs, all keys and positions, a window of keys; several steps per
+# token; mini-batches that do not fill a group.
+MIXED = {"gla": {}, "s5": {}, "gated_delta_net": {}, "attention": {}, "sliding_attention": {}}
+MIXED |= {"delta_product": {}, "ttt_linear": {"mini_batch": 5}}
 
 
 def block(name, group, **fields):
@@ -33,7 +36,7 @@ def x(tokens, batch=2):
 @pytest.mark.parametrize("name", MIXED)
 @torch.no_grad()
 def test_groups_are_sequences_of_their_own(name):
-    grouped, whole = block(name, GROUP), block(name, 0)
+    grouped, whole = (block(name, group, **MIXED[name]) for group in (GROUP, 0))
     for tokens in (5, 24, 37):
         expected = torch.cat([whole(part)[0] for part in x(tokens).split(GROUP, 1)], 1)
         assert relative_error(grouped(x(tokens))[0], expected) < 1e-11
@@ -42,7 +45,7 @@ def test_groups_are_sequences_of_their_own(name):
 @pytest.mark.parametrize("name", MIXED)
 @torch.no_grad()
 def test_groups_are_counted_over_pieces_and_steps(name):
-    grouped = block(name, GROUP)
+    grouped = block(name, GROUP, **MIXED[name])
     whole, final = grouped(x(45))
     out, state = [], None
     for piece in x(45).split([3, 5, 1, 16, 9, 6, 5], 1):
@@ -57,9 +60,10 @@ def test_groups_are_counted_over_pieces_and_steps(name):
     assert relative_error(torch.cat(out, 1), whole) < 1e-11
 
 
+@pytest.mark.parametrize("name", ["gla", "attention"])
 @torch.no_grad()
-def test_groups_begin_again_with_each_document():
-    grouped, lengths = block("gla", GROUP), [3, 20, 1, 11]
+def test_groups_begin_again_with_each_document(name):
+    grouped, lengths = block(name, GROUP), [3, 20, 1, 11]
     packed = grouped(x(35, batch=1), sequence=SequenceContext(boundaries(lengths)))[0]
     separate = [grouped(part)[0] for part in x(35, batch=1).split(lengths, 1)]
     assert relative_error(packed, torch.cat(separate, 1)) < 1e-11
@@ -71,14 +75,12 @@ def test_groups_within_groups_are_refused():
 
 
 def model(**fields):
-    torch.manual_seed(1)
-    names = ("gla", "attention")
-    config = ModelConfig(layers=names, width=WIDTH, heads=HEADS, initializer_range=0.3, **{"depth": 4, **fields})
-    return LanguageModel(config, {name: MIXERS.get(name).Config() for name in names}, VOCAB).double()
+    fields = {"depth": 4, "width": WIDTH, "initializer_range": 0.3, **fields}
+    return tiny.build(("gla", "attention"), **fields).double()
 
 
 def tokens(count=30, rows=2):
-    return torch.randint(VOCAB, (rows, count), generator=torch.Generator().manual_seed(8))
+    return tiny.batch(count, rows)[0]
 
 
 @torch.no_grad()
@@ -175,7 +177,7 @@ def test_wrong_keys_are_named(fields, message):
 def test_a_tiny_preset_learns_from_one_step(name):
     torch.manual_seed(0)
     config = validate(ModelConfig, OmegaConf.to_container(compose_config(f"model/{name}").model))
-    network = LanguageModel(config, {name: MIXERS.get(name).Config() for name in config.layers}, VOCAB)
+    network = LanguageModel(config, {name: MIXERS.get(name).Config() for name in config.layers}, tiny.VOCAB)
     ids = tokens(33)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4)
     before = network(ids[:, :-1], ids[:, 1:])

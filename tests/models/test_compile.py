@@ -4,27 +4,13 @@ import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 
-from seqtrain.mixers import MIXERS
-from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.testing import boundaries, relative_error
+from tests.models.tiny import batch, build
 
 # One mixer of each operator, and groups of tokens.
 HYBRID = ("gated_delta_net", "gla", "s5", "s4d", "tensor_attention", "sliding_attention", "trans_normer", "ttt_linear")
-VOCAB = 50
 pytestmark = pytest.mark.all
-
-
-def build(layers, **fields):
-    torch.manual_seed(1)
-    mixers = {name: MIXERS.get(name).Config() for name in layers}
-    config = ModelConfig(layers=layers, depth=len(layers), width=32, heads=2, loss_chunk=64, **fields)
-    return LanguageModel(config, mixers, VOCAB)
-
-
-def batch(tokens, seed=2):
-    ids = torch.randint(VOCAB, (1, tokens + 1), generator=torch.Generator().manual_seed(seed))
-    return ids[:, :-1], ids[:, 1:].clone()
 
 
 def loss_and_gradients(run, model, tokens, labels, sequence):
@@ -32,12 +18,12 @@ def loss_and_gradients(run, model, tokens, labels, sequence):
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-def assert_same(model, compiled, sequence, tokens=40):
-    expected = loss_and_gradients(model, model, *batch(tokens), sequence)
-    came = loss_and_gradients(compiled, model, *batch(tokens), sequence)
+def assert_same(model, compiled, sequence, limit=1e-5):
+    expected = loss_and_gradients(model, model, *batch(rows=1), sequence)
+    came = loss_and_gradients(compiled, model, *batch(rows=1), sequence)
     names = ["loss", *(name for name, _ in model.named_parameters())]
     for name, x, y in zip(names, came, expected, strict=True):
-        assert relative_error(x, y) < 1e-5, name
+        assert relative_error(x, y) < limit, name
 
 
 @pytest.fixture
@@ -58,7 +44,7 @@ def compiler():
 def test_packed_documents_of_any_number(compiler, recompute):
     compile_, graphs = compiler
     layers = HYBRID if not recompute else ("gated_delta_net", "s5")
-    model = build(layers, activation_checkpointing=recompute)
+    model = build(layers, width=32, activation_checkpointing=recompute)
     compiled = compile_(model)
     for lengths in ([15, 0, 25], [1, 20, 3, 16], [10, 10, 10, 5, 5]):
         assert_same(model, compiled, SequenceContext(boundaries(lengths)))
@@ -68,26 +54,21 @@ def test_packed_documents_of_any_number(compiler, recompute):
 
 def test_rows_without_documents(compiler):
     compile_, graphs = compiler
-    model = build(HYBRID)
+    model = build(HYBRID, width=32)
     assert_same(model, compile_(model), SequenceContext())
     assert len(graphs) == 1
 
 
 def test_under_autocast(compiler):
-    compile_, _ = compiler
-    model = build(("gated_delta_net", "attention"))
-    compiled, sequence = compile_(model), SequenceContext(boundaries([15, 25]))
+    model = build(("gated_delta_net", "attention"), width=32)
     with torch.autocast("cpu", torch.bfloat16):
-        expected = loss_and_gradients(model, model, *batch(40), sequence)
-        came = loss_and_gradients(compiled, model, *batch(40), sequence)
-    assert all(relative_error(x, y) < 1e-2 for x, y in zip(came, expected, strict=True))
+        assert_same(model, compiler[0](model), SequenceContext(boundaries([15, 25])), 1e-2)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("packed", [False, True])
 def test_inductor(packed):
     torch._dynamo.reset()
-    model = build(HYBRID)
-    assert_same(
-        model, torch.compile(model, fullgraph=True), SequenceContext(boundaries([15, 0, 25]) if packed else None)
-    )
+    model = build(HYBRID, width=32)
+    sequence = SequenceContext(boundaries([15, 0, 25]) if packed else None)
+    assert_same(model, torch.compile(model, fullgraph=True), sequence)

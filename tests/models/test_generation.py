@@ -4,20 +4,17 @@ import pytest
 import torch
 
 from seqtrain.mixers import MIXERS
-from seqtrain.models import LanguageModel, ModelConfig, generate
+from seqtrain.models import generate
 from seqtrain.models.generation import choose_token
-
-VOCAB = 40
+from tests.models import tiny
 
 
 def build(*layers):
-    torch.manual_seed(3)
-    config = ModelConfig(layers=layers, depth=len(layers), width=32, heads=2, initializer_range=0.3)
-    return LanguageModel(config, {name: MIXERS.get(name).Config() for name in layers}, VOCAB).double()
+    return tiny.build(layers, depth=len(layers), width=32, initializer_range=0.3).double()
 
 
 def prompt(rows=3, tokens=6):
-    return torch.randint(VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(8))
+    return torch.randint(tiny.VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(8))
 
 
 @torch.no_grad()

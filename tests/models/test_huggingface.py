@@ -6,6 +6,9 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, TextStreamer
 
 from seqtrain.errors import CheckpointError, SeqtrainError
 from seqtrain.mixers import MIXERS
@@ -26,10 +29,11 @@ FIELDS = {
 }
 
 
-def build(*, tied=True):
+def build(*, tied=True, layers=LAYERS):
     torch.manual_seed(2)
-    mixers = {name: MIXERS.get(name).Config(**fields) for name, fields in FIELDS.items()}
-    model = ModelConfig(layers=LAYERS, depth=5, width=32, heads=4, tie_embeddings=tied, initializer_range=0.1)
+    mixers = {name: MIXERS.get(name).Config(**FIELDS[name]) for name in layers}
+    shape = {"depth": len(layers), "width": 32, "heads": 4, "initializer_range": 0.1}
+    model = ModelConfig(layers=layers, tie_embeddings=tied, **shape)
     config = SeqtrainConfig.of(model, mixers, VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=None)
     return SeqtrainForCausalLM(config).eval()
 
@@ -67,9 +71,6 @@ def padded(side):
 @torch.no_grad()
 def test_saved_and_loaded_it_is_the_same(tmp_path, tied):
     """The tied head stays tied, in the file too, and nothing is left to unsaved buffers."""
-    from safetensors import safe_open
-    from transformers import AutoModelForCausalLM
-
     model, tokens = build(tied=tied), some_tokens(2, 20)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -93,8 +94,6 @@ def test_importing_seqtrain_after_transformers_is_enough_too(folder):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_half_precision_loads_and_generates(model, folder, dtype):
-    from transformers import AutoModelForCausalLM
-
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     tokens = some_tokens(1, 20)
     assert {parameter.dtype for parameter in half.parameters()} == {dtype}
@@ -120,9 +119,8 @@ def test_padding_changes_nothing(model, side):
 @torch.no_grad()
 def test_padding_in_what_follows_changes_nothing_either(model):
     past, tokens, mask = some_tokens(3, 11, seed=4), *padded("right")
-    out = model(
-        tokens, attention_mask=torch.cat([torch.ones_like(past), mask], 1), past_key_values=model(past).past_key_values
-    )
+    mask_of_all = torch.cat([torch.ones_like(past), mask], 1)
+    out = model(tokens, attention_mask=mask_of_all, past_key_values=model(past).past_key_values)
     for row, prompt in enumerate(PROMPTS):
         alone = model(torch.cat([past[row], prompt])[None]).logits[0, 11:]
         assert relative_error(out.logits[row][mask[row].bool()], alone) < 1e-5
@@ -141,8 +139,6 @@ def test_a_padded_batch_generates_what_its_rows_do(model):
 
 @torch.no_grad()
 def test_sampling_beams_and_streaming(model):
-    from transformers import TextStreamer
-
     prompt = PROMPTS[1][None]
     drawn = []
     for seed in (5, 5, 6):
@@ -169,10 +165,7 @@ def test_sampling_beams_and_streaming(model):
 
 @torch.no_grad()
 def test_the_cache_of_recurrent_layers_does_not_grow():
-    torch.manual_seed(0)
-    mixers = {name: MIXERS.get(name).Config(**FIELDS[name]) for name in LAYERS[2:]}
-    shape = ModelConfig(layers=LAYERS[2:], depth=3, width=32, heads=4)
-    model = SeqtrainForCausalLM(SeqtrainConfig.of(shape, mixers, VOCAB)).eval()
+    model = build(layers=LAYERS[2:])
     out = model(some_tokens(1, 10))
     few = out.past_key_values.nbytes
     out = model(some_tokens(1, 70), past_key_values=out.past_key_values)
@@ -209,16 +202,11 @@ def changed(folder, place, change):
     ],
 )
 def test_an_edited_config_is_refused(folder, tmp_path, change):
-    from transformers import AutoModelForCausalLM
-
     with pytest.raises(CheckpointError, match="were changed after export"):
         AutoModelForCausalLM.from_pretrained(changed(folder, tmp_path / "copy", change))
 
 
 def test_missing_weights_are_refused(folder, tmp_path):
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM
-
     copy = changed(folder, tmp_path / "copy", lambda values: None)
     weights = load_file(copy / "model.safetensors")
     del weights["model.blocks.3.mixer.rate_log"]

@@ -9,7 +9,7 @@ from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel
 from seqtrain.parallel import SequenceContext, ShardedSequence, flush_scans, scans_opened
 from seqtrain.parallel.testing import run_ranks
-from tests.models.cut_cases import LAYERS, build, row
+from tests.models.tiny import LAYERS, build, row
 from tests.parallel.shard_cases import CUTS, Cut
 
 
@@ -54,45 +54,37 @@ def assert_same(came: tuple, truth: tuple) -> None:
         assert (came[1][name] - expected).norm() < 1e-5 * max(expected.norm(), 1e-2 * largest), name
 
 
-def degrees(layers: tuple[str, ...]) -> dict[int, Cut]:
-    """One row, with documents of uneven lengths, cut for two, three and four ranks."""
-    boundaries = (0, 13, 14, 160, 201)
-    return {ranks: Cut(even_offsets(201, ranks), boundaries) for ranks in (2, 3, 4)}
+# One row, with documents of uneven lengths, cut for two, three and four ranks.
+DEGREES = {ranks: Cut(even_offsets(201, ranks), (0, 13, 14, 160, 201)) for ranks in (2, 3, 4)}
 
 
 @pytest.mark.all
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
 def test_loss_and_gradients(layers):
-    cuts = degrees(layers)
-
     def run(rank: int) -> dict:
         found = {}
-        for ranks, cut in cuts.items():
+        for ranks, cut in DEGREES.items():
             group = dist.new_group(list(range(ranks)))
             if rank < ranks:
                 found[ranks] = on_ranks(build(layers), cut, group)
             dist.barrier()
         # Two rows, each over two ranks.
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-        row_of_rank = rank // 2
-        found["two rows"] = on_ranks(
-            build(layers), cuts[2], pairs[row_of_rank], number=row_of_rank, world=dist.group.WORLD
-        )
+        options = {"number": rank // 2, "world": dist.group.WORLD}
+        found["two rows"] = on_ranks(build(layers), DEGREES[2], pairs[rank // 2], **options)
         return found
 
     found = run_ranks(4, run)
-    truth = on_whole_row(layers, cuts[2])
-    for ranks in cuts:
+    truth = on_whole_row(layers, DEGREES[2])
+    for ranks in DEGREES:
         assert_same(found[0][ranks], truth)
-    both = on_whole_row(layers, cuts[2], rows=2)
+    both = on_whole_row(layers, DEGREES[2], rows=2)
     for part in found:
         assert_same(part["two rows"], both)
 
 
 @pytest.mark.all
-@pytest.mark.parametrize(
-    "cut", [cut for cut in CUTS.values() if cut.boundaries], ids=[n for n in CUTS if CUTS[n].boundaries]
-)
+@pytest.mark.parametrize("cut", [pytest.param(cut, id=name) for name, cut in CUTS.items() if cut.boundaries])
 def test_any_cut(cut):
     layers = ("gated_delta_net", "sliding_attention", "s5", "attention", "gla")
     found = run_ranks(cut.ranks, lambda rank: on_ranks(build(layers), cut, dist.group.WORLD))

@@ -1,7 +1,7 @@
 """Sharded rows, and how a test compares an operator on them with the operator on the whole row."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqtrain.parallel import SequenceContext, ShardedSequence, flush_scans
+from seqtrain.parallel.testing import run_ranks
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Cut:
     @property
     def ranks(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def last_rank(self) -> int:
+        """The last one that has tokens."""
+        return max(rank for rank in range(self.ranks) if self.offsets[rank + 1] > self.offsets[rank])
 
     @property
     def cu_seqlens(self) -> Tensor | None:
@@ -56,32 +62,69 @@ def cuts(*, quick: str, packed: bool = False) -> list:
 
 @dataclass
 class OperatorCase:
-    """An operator, its tensors for the whole row by name, its options, and which tensors have no time."""
+    """An operator, its tensors for the whole row by name, its options, and which tensors have no time.
+
+    `initial_state` is that of the row, or of each row of a batch.
+    """
 
     operator: Callable
     tensors: dict[str, Tensor | None]
     options: dict[str, Any] = field(default_factory=dict)
-    initial_state: Tensor | None = None
+    initial_state: Tensor | dict[str, Tensor] | None = None
     shared: tuple[str, ...] = ()
 
     def leaves(self) -> dict[str, Tensor]:
-        named = self.tensors | {"initial_state": self.initial_state}
-        return {name: tensor.detach().requires_grad_() for name, tensor in named.items() if tensor is not None}
+        named = self.tensors | by_name("past", self.initial_state)
+        return {
+            name: tensor.detach().requires_grad_(tensor.dtype != torch.int64)
+            for name, tensor in named.items()
+            if tensor is not None
+        }
+
+    def state_of(self, leaves: dict[str, Tensor], more: int = 0) -> Tensor | dict[str, Tensor] | None:
+        """The initial state among `leaves`, with `more` empty ones after it."""
+        past = {name: leaf for name, leaf in leaves.items() if name.startswith("past")}
+        past = {name: torch.cat([x, x.new_zeros(more, *x.shape[1:])]) for name, x in past.items()}
+        return past.get("past", {name.removeprefix("past "): x for name, x in past.items()} or None)
+
+    def weights(self) -> Tensor:
+        """What a loss multiplies the outputs by, which are as large as the last of these tensors."""
+        like = next(
+            x for name in ("extra_value", "v", "v1", "written", "x") if (x := self.tensors.get(name)) is not None
+        )
+        return torch.randn(like.shape, dtype=like.real.dtype, generator=torch.Generator())
 
 
-def whole(case: OperatorCase, cut: Cut, weights: Tensor) -> dict[str, Tensor]:
+def by_name(name: str, state: Tensor | dict[str, Tensor] | None) -> dict[str, Tensor]:
+    if isinstance(state, dict):
+        return {f"{name} {key}": x for key, x in state.items()}
+    return {} if state is None else {name: state}
+
+
+def outcome(leaves: dict[str, Tensor], out: Tensor, final: Any, weights: Tensor, last: bool) -> dict:
+    """`out`, the `final` state of the row, and the gradients of a loss on both; on `last` ranks alone of the state."""
+    loss = real(out * weights).sum()
+    final = {name: x[-len(out) :] for name, x in by_name("final", final).items()}
+    if last:
+        loss = loss + sum(real(x).sin().sum() for x in final.values() if x.requires_grad)
+    loss.backward()
+    found = {"out": out} | final
+    return {name: x.detach() for name, x in found.items()} | {
+        name: leaf.grad for name, leaf in leaves.items() if leaf.requires_grad
+    }
+
+
+def whole(case: OperatorCase, cut: Cut) -> dict[str, Tensor]:
     """Outputs and gradients from one process: `out`, and a gradient for each tensor of the case."""
     leaves = case.leaves()
-    state = leaves.get("initial_state")
-    if state is not None and cut.boundaries is not None:
-        state = torch.cat([state, state.new_zeros(len(cut.boundaries) - 2, *state.shape[1:])])
+    # The initial state is the first document's.
+    state = case.state_of(leaves, 0 if cut.boundaries is None else len(cut.boundaries) - 2)
     inputs = [leaves.get(name) for name in case.tensors]
     out, final = SequenceContext(cut.cu_seqlens).run(case.operator, *inputs, initial_state=state, **case.options)
-    real(out * weights).sum().add(final_loss(final[-1])).backward()
-    return {"out": out.detach(), "final": final[-1].detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+    return outcome(leaves, out, final, case.weights(), True)
 
 
-def sharded(case: OperatorCase, cut: Cut, weights: Tensor, *, members: list[int] | None = None) -> dict[str, Tensor]:
+def sharded(case: OperatorCase, cut: Cut, *, members: list[int] | None = None) -> dict[str, Tensor]:
     """The same on this rank: its part of `out`, of the gradients of tensors with time, and its own for the others."""
     group = dist.group.WORLD if members is None else dist.new_group(members)
     assert group is not None
@@ -95,35 +138,69 @@ def sharded(case: OperatorCase, cut: Cut, weights: Tensor, *, members: list[int]
         for name, leaf in ((name, leaves.get(name)) for name in case.tensors)
     ]
     sequence = ShardedSequence(group=group, offsets=cut.offsets, cu_seqlens=cut.cu_seqlens)
-    out, final = sequence.run(case.operator, *inputs, initial_state=leaves.get("initial_state"), **case.options)
-    last = max(r for r in range(cut.ranks) if cut.offsets[r + 1] > cut.offsets[r])
-    loss = real(out * weights[:, rows]).sum()
-    if rank == last:
-        loss = loss + final_loss(final[-1])
-    loss.backward()
+    out, final = sequence.run(case.operator, *inputs, initial_state=case.state_of(leaves), **case.options)
+    found = outcome(leaves, out, final, case.weights()[:, rows], rank == cut.last_rank)
     flush_scans(group)
-    found = {"out": out.detach(), "final": final[-1].detach()}
-    for name, leaf in leaves.items():
-        timed = name not in (*case.shared, "initial_state")
-        found[name] = leaf.grad[:, rows] if timed else leaf.grad
-    return found
+    timed = case.tensors.keys() - set(case.shared)
+    return {name: x[:, rows] if name in timed else x for name, x in found.items()}
 
 
 def joined(found: list[dict[str, Tensor]], case: OperatorCase, cut: Cut) -> dict[str, Tensor]:
     """What all ranks found as one: parts one after the other, gradients of shared tensors added up."""
-    last = max(r for r in range(cut.ranks) if cut.offsets[r + 1] > cut.offsets[r])
-    result = {"final": found[last]["final"]}
+    result = {}
     for name in found[0]:
-        if name in (*case.shared, "initial_state"):
-            result[name] = torch.stack([part[name] for part in found]).sum(0)
-        elif name != "final":
-            result[name] = torch.cat([part[name] for part in found], 1)
+        parts = [part[name] for part in found]
+        if name.startswith("final"):
+            result[name] = parts[cut.last_rank]
+        elif name in case.shared or name.startswith("past"):
+            result[name] = torch.stack(parts).sum(0)
+        else:
+            result[name] = torch.cat(parts, 1)
     return result
+
+
+def assert_same_as_whole(
+    cases: dict[str, OperatorCase], cut: Cut, *, limit: float = 1e-10, members: list[int] | None = None
+) -> None:
+    """On ranks (`members` of four, if given) every case gives what it gives in one process, by relative error."""
+
+    def on_rank(rank: int) -> dict:
+        return {name: sharded(case, cut, members=members) for name, case in cases.items()}
+
+    found = run_ranks(4 if members else cut.ranks, on_rank)
+    found = [found[rank] for rank in members or range(cut.ranks)]
+    errors = {}
+    for name, case in cases.items():
+        truth, mine = whole(case, cut), joined([part[name] for part in found], case, cut)
+        assert mine.keys() == truth.keys()
+        for key, expected in truth.items():
+            assert mine[key].shape == expected.shape
+            # Plus 0.0, since counts of tokens have no norm.
+            scale = max((expected + 0.0).norm().item(), 1e-6)
+            errors[f"{name}: {key}"] = (mine[key] - expected + 0.0).norm().item() / scale
+    assert {name: error for name, error in errors.items() if not error < limit} == {}
+
+
+def assert_nothing_leaks(cases: dict[str, OperatorCase], cut: Cut, last: int) -> None:
+    """With another `last` token in one document, the next one's outputs and gradients stay the same to the bit."""
+    changed = {}
+    for name, case in cases.items():
+        tensors = {key: x if x is None or key in case.shared else x.clone() for key, x in case.tensors.items()}
+        for key in tensors.keys() - set(case.shared):
+            if tensors[key] is not None:
+                tensors[key][:, last] *= 0.5
+        changed[name] = replace(case, tensors=tensors)
+
+    def on_rank(rank: int) -> list[dict[str, dict]]:
+        return [{name: sharded(case, cut) for name, case in each.items()} for each in (cases, changed)]
+
+    found = run_ranks(cut.ranks, on_rank)
+    for name, case in cases.items():
+        before, after = (joined([part[which][name] for part in found], case, cut) for which in (0, 1))
+        for key in ("out", *(key for key, x in case.tensors.items() if x is not None and key not in case.shared)):
+            assert torch.equal(before[key][:, last + 1 :], after[key][:, last + 1 :]), (name, key)
+        assert not torch.equal(before["out"][:, last], after["out"][:, last]), name
 
 
 def real(x: Tensor) -> Tensor:
     return x.real + x.imag if x.is_complex() else x
-
-
-def final_loss(state: Tensor) -> Tensor:
-    return real(state).sin().sum()

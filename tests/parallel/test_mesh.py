@@ -1,6 +1,5 @@
 """Ranks as a mesh: which ranks are sequence parallel, and what is left when it is taken down."""
 
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -8,6 +7,7 @@ from seqtrain.parallel import ShardedSequence, all_scan
 from seqtrain.parallel.mesh import form_mesh
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.testing import run_ranks
+from tests.parallel.ranks import on_ranks
 
 
 def form(sequence: int, algorithm: str = "ring"):
@@ -31,25 +31,16 @@ def test_neighbors_share_a_sequence_and_others_do_not():
     assert told == [(0, 3) * 2, (3, 5) * 2, ("chunked",) * 4, ("ring",) * 4]
 
 
-@pytest.mark.all
-def test_a_whole_sequence_needs_no_group():
-    def place(rank):
-        with form(1) as mesh:
-            return mesh.group, mesh.data_rank, mesh.sequence((0, 5), torch.tensor([0, 5]), backend="auto")
-
-    for rank, (group, data_rank, sequence) in enumerate(run_ranks(2, place)):
-        assert (group, data_rank, type(sequence)) == (None, rank, SequenceContext)
+@on_ranks(2)
+def test_a_whole_sequence_needs_no_group(rank):
+    with form(1) as mesh:
+        assert (mesh.group, mesh.data_rank) == (None, rank)
+        assert type(mesh.sequence((0, 5), torch.tensor([0, 5]), backend="auto")) is SequenceContext
 
 
-@pytest.mark.all
-def test_meshes_one_after_the_other_are_cut_differently():
-    def places(rank):
-        found = []
-        for sequence in (4, 2, 4):
-            with form(sequence, "auto") as mesh:
-                _, total = all_scan(None, torch.ones(1, 1, 1, 1), group=mesh.group)
-                found.append((mesh.sequence_rank, total.item()))
-        return found
-
-    for rank, found in enumerate(run_ranks(4, places)):
-        assert found == [(rank, rank + 1), (rank % 2, rank % 2 + 1), (rank, rank + 1)]
+@on_ranks(4)
+def test_meshes_one_after_the_other_are_cut_differently(rank):
+    for ranks in (4, 2, 4):
+        with form(ranks, "auto") as mesh:
+            _, total = all_scan(None, torch.ones(1, 1, 1, 1), group=mesh.group)
+            assert (mesh.sequence_rank, total.item()) == (rank % ranks, rank % ranks + 1)

@@ -18,6 +18,7 @@ from seqtrain.parallel import (
 )
 from seqtrain.parallel.halo import HaloPlan, left_halo
 from seqtrain.parallel.testing import RankError, rank_outcomes, run_ranks
+from tests.parallel.ranks import on_ranks
 from tests.parallel.scan_cases import check, gradients_of, loss, own_leaves, random_case
 
 BIG = (1, 1, 2048, 2048)  # 16 MiB, more than sockets hold
@@ -51,22 +52,18 @@ def test_a_scan_advances_while_its_rank_computes(algorithm):
     assert run_ranks(3, advance, algorithm, limit=30) == [(0, 1), (1, 2), (2, 3)]
 
 
-# Rank 1 has only announced the scan, and yet rank 0's whole state leaves: the receive is posted.
-def announced(rank):
+@on_ranks(2, limit=30)
+def test_receives_are_posted_when_a_scan_is_opened(rank):
+    """Rank 1 has only announced the scan, and yet rank 0's whole state leaves."""
     options = {"group": dist.group.WORLD, "algorithm": "pipeline", "blocks": 4}
     if rank == 0:
         all_scan(None, torch.ones(BIG), **options)
         flush_scans(dist.group.WORLD)
         store().set("sent", "yes")
-        return None
+        return
     scan = open_all_scan(None, BIG, dtype=torch.float32, device=torch.device("cpu"), **options)
     store().wait(["sent"])
-    return scan.start(None, torch.ones(BIG)).wait()[1].unique().tolist()
-
-
-@pytest.mark.all
-def test_receives_are_posted_when_a_scan_is_opened():
-    assert run_ranks(2, announced, limit=30)[1] == [2.0]
+    assert scan.start(None, torch.ones(BIG)).wait()[1].unique().tolist() == [2.0]
 
 
 def layer(group, algorithm, transition, update, initial):
@@ -77,12 +74,13 @@ def layer(group, algorithm, transition, update, initial):
     return (local * state_in).sum() + final.tanh().sum()
 
 
-def saved_not_repeated(rank, ranks):
+@on_ranks(3, quick=True)
+def test_activation_checkpointing_repeats_no_scan(rank):
     group = dist.group.WORLD
     for algorithm in ("pipeline", "tree", "auto"):
         results = []
         for context_fn in (None, checkpoint_contexts):
-            own = own_leaves(random_case("dense", ranks), rank)
+            own = own_leaves(random_case("dense", 3), rank)
             run = partial(layer, group, algorithm)
             before = scans_opened(group)
             out = run(*own) if context_fn is None else checkpoint(run, *own, use_reentrant=False, context_fn=context_fn)
@@ -93,58 +91,44 @@ def saved_not_repeated(rank, ranks):
             assert torch.equal(plain, saved)
 
 
-def test_activation_checkpointing_repeats_no_scan():
-    run_ranks(3, saved_not_repeated, 3)
-
-
-def compiled(rank, ranks):
-    run = torch.compile(partial(layer, dist.group.WORLD, "tree"), fullgraph=True, backend="aot_eager")
+@pytest.mark.timeout(120)
+@on_ranks(2, limit=100)
+def test_compiles_as_one_graph(rank):
+    plain = partial(layer, dist.group.WORLD, "tree")
     results = []
-    for function in (partial(layer, dist.group.WORLD, "tree"), run):
-        own = own_leaves(random_case("channel", ranks), rank)
+    for function in (plain, torch.compile(plain, fullgraph=True, backend="aot_eager")):
+        own = own_leaves(random_case("channel", 2), rank)
         out = function(*own)
         out.backward()
         results.append([out.detach(), *(tensor.grad for tensor in own)])
-    for plain, other in zip(*results, strict=True):
-        torch.testing.assert_close(plain, other)
-
-
-@pytest.mark.all
-@pytest.mark.timeout(120)
-def test_compiles_as_one_graph():
-    run_ranks(2, compiled, 2, limit=100)
-
-
-# gloo aborts the process when a message has another size than its receive; here it is an error to catch.
-def disagree(rank):
-    shape = (1, 2, 3, 4) if rank == 0 else (1, 2, 3, 5)
-    all_scan(None, torch.ones(shape), group=dist.group.WORLD, algorithm="pipeline")
-    flush_scans(dist.group.WORLD)
+    for expected, came in zip(*results, strict=True):
+        torch.testing.assert_close(expected, came)
 
 
 @pytest.mark.all
 def test_ranks_that_disagree_about_a_scan_get_an_error():
+    """gloo aborts the process when a message has another size than its receive; here it is an error to catch."""
+
+    def disagree(rank):
+        shape = (1, 2, 3, 4) if rank == 0 else (1, 2, 3, 5)
+        all_scan(None, torch.ones(shape), group=dist.group.WORLD, algorithm="pipeline")
+        flush_scans(dist.group.WORLD)
+
     outcomes = rank_outcomes(2, disagree, limit=30, group_timeout=2)
     assert all(isinstance(outcome, RankError) for outcome in outcomes), outcomes
     assert "ranks disagree about the scan" in str(outcomes[1])
 
 
-# After a failed scan the group is dead, and says so at once instead of waiting again.
-def fail_twice(rank):
+@on_ranks(2, limit=30, group_timeout=2)
+def test_a_failed_group_stays_failed(rank):
+    """It says so at once instead of waiting again."""
     if rank == 0:
         store().wait(["failed twice"])
-        return "never scanned"
-    with pytest.raises(RuntimeError, match="all_scan failed"):
-        all_scan(None, torch.ones(1, 1, 2, 2), group=dist.group.WORLD, algorithm="tree")
-    with pytest.raises(RuntimeError, match="dead since an earlier scan or message failed"):
-        all_scan(None, torch.ones(1, 1, 2, 2), group=dist.group.WORLD, algorithm="tree")
+        return
+    for message in ("all_scan failed", "dead since an earlier scan or message failed"):
+        with pytest.raises(RuntimeError, match=message):
+            all_scan(None, torch.ones(1, 1, 2, 2), group=dist.group.WORLD, algorithm="tree")
     store().set("failed twice", "yes")
-    return "failed twice"
-
-
-@pytest.mark.all
-def test_a_failed_group_stays_failed():
-    assert rank_outcomes(2, fail_twice, limit=30, group_timeout=2) == ["never scanned", "failed twice"]
 
 
 # A rank that raises or is killed ends its neighbors' scans and messages long before the group's time-out.
@@ -172,21 +156,21 @@ def test_a_lost_rank_ends_the_others(way, message):
         assert any(said in str(outcomes[rank]) for said in ("all_scan failed", "messages failed", "dead since"))
 
 
-# An engine belongs to its group: the next group of the same name starts afresh.
-def renewed(rank, ranks, folder):
-    for turn in range(3):
-        case = random_case("head", ranks, seed=turn)
-        transition, update, initial = own = own_leaves(case, rank)
-        states = all_scan(transition, update, group=dist.group.WORLD, initial_state=initial, algorithm="auto")
-        loss(case.weights[rank], *states).backward()
-        check(case, rank, states, gradients_of(*own), 1e-12, f"turn {turn}")
-        flush_scans(dist.group.WORLD)
-        dist.barrier()
-        dist.destroy_process_group()
-        renewal = dist.FileStore(f"{folder}/{turn}", ranks)
-        dist.init_process_group("gloo", store=renewal, rank=rank, world_size=ranks)
-
-
 @pytest.mark.all
 def test_groups_may_be_destroyed_and_made_again(tmp_path):
-    run_ranks(2, renewed, 2, tmp_path)
+    """An engine belongs to its group: the next group of the same name starts afresh."""
+
+    def renewed(rank):
+        for turn in range(3):
+            case = random_case("head", 2, seed=turn)
+            transition, update, initial = own = own_leaves(case, rank)
+            states = all_scan(transition, update, group=dist.group.WORLD, initial_state=initial, algorithm="auto")
+            loss(case.weights[rank], *states).backward()
+            check(case, rank, states, gradients_of(*own), 1e-12, f"turn {turn}")
+            flush_scans(dist.group.WORLD)
+            dist.barrier()
+            dist.destroy_process_group()
+            renewal = dist.FileStore(f"{tmp_path}/{turn}", 2)
+            dist.init_process_group("gloo", store=renewal, rank=rank, world_size=2)
+
+    run_ranks(2, renewed)

@@ -73,26 +73,6 @@ def group_by_group(operator, inputs, edges) -> torch.Tensor:
 
 
 @both
-def test_groups_of_packed_documents(operator):
-    inputs, edges = tensors(1, 19), [0, 6, 6, 14, 19]
-    out, _ = SequenceContext(torch.tensor(edges)).grouped(SIZE).run(operator, *inputs)
-    torch.testing.assert_close(out, group_by_group(operator, inputs, edges))
-
-
-@both
-@pytest.mark.parametrize("parts", [(0, 3, 4, 5, 11), (0, 4, 8, 11), (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)])
-def test_groups_of_rows_in_parts(operator, parts):
-    inputs = tensors(2, 11)
-    sequence, state, past, outs = SequenceContext(), None, None, []
-    for start, end in pairwise(parts):
-        given = [x[:, start:end] for x in inputs]
-        out, state = sequence.grouped(SIZE, past).run(operator, *given, initial_state=state)
-        _, past = sequence.count(past, 2, end - start, out.device)
-        outs.append(out)
-    torch.testing.assert_close(torch.cat(outs, 1), group_by_group(operator, inputs, [0, 11]))
-
-
-@both
 def test_groups_of_documents_in_parts(operator):
     """Two documents of which the second call brings more tokens; one of them stands at a boundary of groups."""
     lengths = ([4, 6], [5, 0], [2, 3])

@@ -18,7 +18,8 @@ from seqtrain.kernels import (
 )
 from seqtrain.parallel import SequenceContext, ShardedSequence
 from seqtrain.parallel.testing import run_ranks
-from tests.parallel.shard_cases import CUTS, Cut, OperatorCase, cuts, joined, sharded, whole
+from tests.parallel.ranks import on_ranks
+from tests.parallel.shard_cases import CUTS, Cut, OperatorCase, assert_nothing_leaks, assert_same_as_whole, cuts
 
 
 def operator_cases(cut: Cut, dtype: torch.dtype, *, initial: bool) -> dict[str, OperatorCase]:
@@ -67,52 +68,22 @@ def operator_cases(cut: Cut, dtype: torch.dtype, *, initial: bool) -> dict[str, 
     return cases
 
 
-def weights_of(case: OperatorCase, cut: Cut) -> torch.Tensor:
-    name = next(name for name in ("v", "v1", "written", "x") if name in case.tensors)
-    return torch.randn(case.tensors[name].shape, dtype=case.tensors[name].real.dtype, generator=torch.Generator())
-
-
-def on_rank(rank: int, cut: Cut, dtype: torch.dtype, initial: bool, members: list[int] | None) -> dict:
-    cases = operator_cases(cut, dtype, initial=initial)
-    return {name: sharded(case, cut, weights_of(case, cut), members=members) for name, case in cases.items()}
-
-
-def differences(found: list[dict], cut: Cut, dtype: torch.dtype, initial: bool) -> dict[str, float]:
-    """Relative errors by case and tensor."""
-    errors = {}
-    for name, case in operator_cases(cut, dtype, initial=initial).items():
-        truth = whole(case, cut, weights_of(case, cut))
-        mine = joined([part[name] for part in found], case, cut)
-        assert mine.keys() == truth.keys()
-        for key, expected in truth.items():
-            assert mine[key].shape == expected.shape
-            scale = max(expected.norm().item(), 1e-6)
-            errors[f"{name}: {key}"] = (mine[key] - expected).norm().item() / scale
-    return errors
-
-
 @pytest.mark.parametrize("cut", cuts(quick="uneven"))
 @pytest.mark.parametrize("initial", [pytest.param(False, marks=pytest.mark.all), True], ids=["", "initial state"])
 def test_outputs_and_gradients(cut, initial):
-    found = run_ranks(cut.ranks, on_rank, cut, torch.float64, initial, None)
-    errors = differences(found, cut, torch.float64, initial)
-    assert {name: error for name, error in errors.items() if not error < 1e-10} == {}
+    assert_same_as_whole(operator_cases(cut, torch.float64, initial=initial), cut)
 
 
 @pytest.mark.all
 def test_float32():
     cut = CUTS["across three ranks"]
-    found = run_ranks(cut.ranks, on_rank, cut, torch.float32, True, None)
-    errors = differences(found, cut, torch.float32, True)
-    assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
+    assert_same_as_whole(operator_cases(cut, torch.float32, initial=True), cut, limit=1e-5)
 
 
 @pytest.mark.all
 def test_ranks_that_are_not_the_worlds_first():
     cut = Cut((0, 40, 131), (0, 17, 131))
-    found = run_ranks(4, on_rank, cut, torch.float64, True, [1, 3])
-    errors = differences([found[1], found[3]], cut, torch.float64, True)
-    assert {name: error for name, error in errors.items() if not error < 1e-10} == {}
+    assert_same_as_whole(operator_cases(cut, torch.float64, initial=True), cut, members=[1, 3])
 
 
 @pytest.mark.all
@@ -134,27 +105,8 @@ def test_states_travel_in_float32_where_inputs_are_bfloat16():
 @pytest.mark.all
 @pytest.mark.parametrize("last", [66, 67, 89, 142], ids=["before a cut", "at a cut", "rank's last", "third rank"])
 def test_nothing_leaks_into_the_next_document(last):
-    """With another last token in one document, the next one's outputs and gradients stay the same to the bit."""
     cut = Cut((0, 67, 90, 143, 201), (0, last + 1, 201))
-
-    def run(rank: int) -> list[dict[str, tuple]]:
-        results = []
-        for change in (False, True):
-            cases = operator_cases(cut, torch.float32, initial=False)
-            for case in cases.values():
-                for name in case.tensors.keys() - set(case.shared):
-                    if change and case.tensors[name] is not None:
-                        case.tensors[name] = case.tensors[name].clone()
-                        case.tensors[name][:, last] *= 0.5
-            results.append({name: sharded(case, cut, weights_of(case, cut)) for name, case in cases.items()})
-        return results
-
-    found = run_ranks(cut.ranks, run)
-    for name, case in operator_cases(cut, torch.float32, initial=False).items():
-        before, after = (joined([part[which][name] for part in found], case, cut) for which in (0, 1))
-        for key in before.keys() - {"final", *case.shared}:
-            assert torch.equal(before[key][:, last + 1 :], after[key][:, last + 1 :]), (name, key)
-        assert not torch.equal(before["out"][:, last], after["out"][:, last]), name
+    assert_nothing_leaks(operator_cases(cut, torch.float32, initial=False), cut, last)
 
 
 @operator(arguments={"x": "B T D"}, out="B T D", flops=lambda **_: 0)
@@ -173,31 +125,26 @@ def running_maximum(x, *, initial_state=None, cu_seqlens=None, backend):
     return torch.stack(outs, 1) if outs else x[:, :0], {"largest": torch.cat(states)}
 
 
-def relayed(call: dict, cut: Cut, sequence) -> None:
-    """`call["x"]` -> out and the gradient of x."""
-    x = call["x"].detach().requires_grad_()
+def relayed(sequence, x, weight) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and the gradient of x."""
+    x = x.detach().requires_grad_()
     out, _ = sequence.run(running_maximum, x)
-    (out * call["weight"]).sum().backward()
-    call |= {"out": out.detach(), "grad": x.grad}
+    (out * weight).sum().backward()
+    return out.detach(), x.grad
 
 
 @pytest.mark.parametrize("cut", cuts(quick="few tokens", packed=True))
 def test_an_operator_that_is_no_affine_map_is_relayed(cut):
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(1, cut.tokens, 3, dtype=torch.float64, generator=generator) for _ in range(2))
+    row = [torch.randn(1, cut.tokens, 3, dtype=torch.float64, generator=generator) for _ in range(2)]
 
-    def run(rank: int) -> dict:
-        rows = slice(cut.offsets[rank], cut.offsets[rank + 1])
-        call = {"x": x[:, rows], "weight": weight[:, rows]}
-        group = dist.group.WORLD
-        relayed(call, cut, ShardedSequence(group=group, offsets=cut.offsets, cu_seqlens=cut.cu_seqlens))
-        return call
+    def run(rank: int) -> tuple:
+        sequence = ShardedSequence(group=dist.group.WORLD, offsets=cut.offsets, cu_seqlens=cut.cu_seqlens)
+        return relayed(sequence, *(x[:, cut.offsets[rank] : cut.offsets[rank + 1]] for x in row))
 
-    truth = {"x": x, "weight": weight}
-    relayed(truth, cut, SequenceContext(cut.cu_seqlens))
-    found = run_ranks(cut.ranks, run)
-    for name in ("out", "grad"):
-        torch.testing.assert_close(torch.cat([part[name] for part in found], 1), truth[name])
+    truth = relayed(SequenceContext(cut.cu_seqlens), *row)
+    for parts, expected in zip(zip(*run_ranks(cut.ranks, run), strict=True), truth, strict=True):
+        torch.testing.assert_close(torch.cat(parts, 1), expected)
 
 
 def test_positions_are_the_rows_and_restart_with_each_document():
@@ -227,16 +174,11 @@ def test_positions_are_the_rows_and_restart_with_each_document():
     assert [place for part in found for place in part[3]] == (places % 30).tolist()
 
 
-def test_offsets_that_do_not_fit():
-    def run(rank: int) -> list[str]:
-        complaints = []
-        for offsets in ((0, 5), (0, 4, 3), (1, 4, 10), (0, 4, 9)):
-            with pytest.raises(ValueError, match="offsets") as caught:
-                ShardedSequence(group=dist.group.WORLD, offsets=offsets, cu_seqlens=torch.tensor([0, 10]))
-            complaints.append(str(caught.value))
-        return complaints
-
-    assert all("expected" in complaint for complaint in run_ranks(2, run)[1])
+@on_ranks(2, quick=True)
+def test_offsets_that_do_not_fit(rank):
+    for offsets in ((0, 5), (0, 4, 3), (1, 4, 10), (0, 4, 9)):
+        with pytest.raises(ValueError, match=r"offsets.*expected"):
+            ShardedSequence(group=dist.group.WORLD, offsets=offsets, cu_seqlens=torch.tensor([0, 10]))
 
 
 @operator(arguments={"x": "B T D", "weight": "G K V"}, out="B T D", flops=lambda **_: 0)
@@ -246,18 +188,16 @@ def scaled(x, weight, *, initial_state=None, cu_seqlens=None, backend):
     return x * weight.sum(), x.new_zeros(states, 1)
 
 
-@pytest.mark.parametrize("width", [15, 16])
-def test_a_weight_as_wide_as_a_rank_has_tokens_is_not_cut_in_time(width):
-    def on_rank(rank: int) -> torch.Tensor:
-        sequence = ShardedSequence(
-            group=dist.group.WORLD, offsets=(0, 16, 32), cu_seqlens=torch.tensor([0, 10, 20, 32], dtype=torch.int32)
-        )
-        return sequence.run(scaled, torch.ones(1, 16, 1), torch.ones(2, width, 3))[0]
-
-    assert [found.unique().tolist() for found in run_ranks(2, on_rank)] == 2 * [[width * 6.0]]
+@on_ranks(2, quick=True)
+def test_a_weight_as_wide_as_a_rank_has_tokens_is_not_cut_in_time(rank):
+    documents = torch.tensor([0, 10, 20, 32], dtype=torch.int32)
+    sequence = ShardedSequence(group=dist.group.WORLD, offsets=(0, 16, 32), cu_seqlens=documents)
+    for width in (15, 16):
+        out, _ = sequence.run(scaled, torch.ones(1, 16, 1), torch.ones(2, width, 3))
+        assert out.unique().tolist() == [width * 6.0]
 
 
-@pytest.mark.parametrize("width", [15, 16])
-def test_groups_do_not_cut_it_either(width):
-    out, _ = SequenceContext().grouped(5).run(scaled, torch.ones(2, width, 1), torch.ones(2, width, 3))
-    assert out.unique().tolist() == [width * 6.0]
+def test_groups_do_not_cut_it_either():
+    for width in (15, 16):
+        out, _ = SequenceContext().grouped(5).run(scaled, torch.ones(2, width, 1), torch.ones(2, width, 3))
+        assert out.unique().tolist() == [width * 6.0]

@@ -1,6 +1,7 @@
 """Softmax attention over ranks against one process: outputs, states and the gradients of q, k and v on every rank."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from seqtrain.parallel.halo import HaloPlan, left_halo
 from seqtrain.parallel.scan_engine import engine_of
 from seqtrain.parallel.testing import run_ranks
 from seqtrain.testing import boundaries
+from tests.parallel.ranks import on_ranks
 
 TOKENS = 29
 # Documents in a row of 29 tokens: none but the row; over three ranks; starts at cuts, one empty; many short ones.
@@ -53,33 +55,24 @@ def truth(row, past, lengths, cu_seqlens, window):
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def compare(
-    row,
-    offsets,
-    group,
-    *,
-    documents=None,
-    window=None,
-    past=None,
-    lengths=None,
-    dtype=torch.float64,
-    backend="auto",
-    **options,
-):
+def compare(row, offsets, *, group=None, documents=None, window=None, past=None, lengths=None, **options):
+    """Asserts that this rank's outputs and gradients are those of the whole row; returns the state after it."""
+    group, dtype = group or dist.group.WORLD, options.pop("dtype", torch.float64)
     rank = group.rank()
     own = slice(offsets[rank], offsets[rank + 1])
     cu_seqlens = None if documents is None else boundaries(documents)
     expected = truth(row, past, lengths, cu_seqlens, window)
     leaves = [x[:, own].clone().to(dtype).requires_grad_() for x in row[:3]]
     leaves += [x.clone().to(dtype).requires_grad_() for x in past or ()]
-    sequence = ShardedSequence(group=group, offsets=offsets, cu_seqlens=cu_seqlens, backend=backend)
+    sequence = ShardedSequence(
+        group=group, offsets=offsets, cu_seqlens=cu_seqlens, backend=options.pop("backend", "auto")
+    )
     state = state_of(leaves[3:], lengths) if past else None
     out, state = sequence.run(softmax_attention, *leaves[:3], initial_state=state, window=window, **options)
     assert out.dtype == dtype
     (out * row[3][:, own].to(dtype)).sum().backward()
-    for name, came, whole in zip(
-        ("out", "q", "k", "v", "past k", "past v"), [out, *(x.grad for x in leaves)], expected, strict=False
-    ):
+    names = ("out", "q", "k", "v", "past k", "past v")
+    for name, came, whole in zip(names, [out, *(x.grad for x in leaves)], expected, strict=False):
         true = whole[:, own]
         if name.startswith("past"):
             true = whole if rank == 0 else torch.zeros_like(whole)
@@ -97,21 +90,21 @@ def compare(
 
 def full(rank, ranks, heads, groups, form):
     row, _ = random_inputs(heads, groups)
-    for offsets in OFFSETS[ranks]:
-        for documents in DOCUMENTS.values():
-            compare(row, offsets, dist.group.WORLD, documents=documents, form=form)
+    for offsets, documents in product(OFFSETS[ranks], DOCUMENTS.values()):
+        compare(row, offsets, documents=documents, form=form)
+
+
+def quick_on_three(*cases):
+    """Parameters of which those of three ranks are in the quick loop."""
+    return [pytest.param(*case, marks=() if case[0] == 3 else pytest.mark.all) for case in cases]
 
 
 @pytest.mark.parametrize(
     ("ranks", "heads", "groups", "form"),
-    [
-        pytest.param(2, 4, 2, "heads", marks=pytest.mark.all),
-        (3, 6, 3, "heads"),
-        pytest.param(4, 8, 4, "heads", marks=pytest.mark.all),
-        pytest.param(2, 3, 3, "auto", marks=pytest.mark.all),
-        (3, 6, 2, "auto"),
-        pytest.param(4, 2, 1, "auto", marks=pytest.mark.all),
-    ],
+    quick_on_three(
+        *((2, 4, 2, "heads"), (3, 6, 3, "heads"), (4, 8, 4, "heads")),
+        *((2, 3, 3, "auto"), (3, 6, 2, "auto"), (4, 2, 1, "auto")),
+    ),
 )
 def test_full_attention_equals_one_process(ranks, heads, groups, form):
     run_ranks(ranks, full, ranks, heads, groups, form)
@@ -119,96 +112,72 @@ def test_full_attention_equals_one_process(ranks, heads, groups, form):
 
 def windows(rank, ranks):
     row, _ = random_inputs(4, 2)
-    for offsets in OFFSETS[ranks]:
-        for documents in DOCUMENTS.values():
-            for window in (1, 2, 5, 16, 40):
-                compare(row, offsets, dist.group.WORLD, documents=documents, window=window)
+    for offsets, documents, window in product(OFFSETS[ranks], DOCUMENTS.values(), (1, 2, 5, 16, 40)):
+        compare(row, offsets, documents=documents, window=window)
 
 
-@pytest.mark.parametrize(
-    "ranks", [pytest.param(ranks, marks=() if ranks == 3 else pytest.mark.all) for ranks in (2, 3, 4)]
-)
+@pytest.mark.parametrize("ranks", quick_on_three((2,), (3,), (4,)))
 def test_windows_equal_one_process(ranks):
     run_ranks(ranks, windows, ranks)
 
 
-def other_settings(rank, ranks):
-    group = dist.group.WORLD
+@on_ranks(3)
+def test_float32_rows_and_the_definition(rank):
     row, _ = random_inputs(6, 3)
-    for offsets in OFFSETS[ranks]:
-        for options in ({"form": "heads"}, {"form": "blocks"}, {"window": 5}):
-            compare(row, offsets, group, documents=DOCUMENTS["long"], dtype=torch.float32, **options)
-            compare(row, offsets, group, documents=DOCUMENTS["long"], backend="reference", **options)
-            compare(random_inputs(6, 3, batch=2)[0], offsets, group, scale=6**-0.5, **options)
+    for offsets, options in product(OFFSETS[3], ({"form": "heads"}, {"form": "blocks"}, {"window": 5})):
+        compare(row, offsets, documents=DOCUMENTS["long"], dtype=torch.float32, **options)
+        compare(row, offsets, documents=DOCUMENTS["long"], backend="reference", **options)
+        compare(random_inputs(6, 3, batch=2)[0], offsets, scale=6**-0.5, **options)
 
 
-@pytest.mark.all
-def test_float32_rows_and_the_definition():
-    run_ranks(3, other_settings, 3)
+@on_ranks(3)
+def test_states_before_the_row(rank):
+    forms = ({"form": "heads"}, {"form": "blocks"}, {"window": 14})
+    for offsets, rows in product(OFFSETS[3], (3, 13)):
+        row, past = random_inputs(6, 3, past=rows)
+        for documents, options in product(DOCUMENTS.values(), forms):
+            compare(row, offsets, documents=documents, past=past, lengths=[rows], **options)
+        row, past = random_inputs(6, 3, past=rows, batch=2)
+        compare(row, offsets, past=past, lengths=[rows, 1], window=14)
+        with pytest.raises(ValueError, match="on several ranks it must be"):
+            compare(row, offsets, past=past, lengths=[rows, 1])
 
 
-def given_states(rank, ranks):
-    group = dist.group.WORLD
-    for offsets in OFFSETS[ranks]:
-        for rows in (3, 13):
-            row, past = random_inputs(6, 3, past=rows)
-            for documents in DOCUMENTS.values():
-                for options in ({"form": "heads"}, {"form": "blocks"}, {"window": 14}):
-                    compare(row, offsets, group, documents=documents, past=past, lengths=[rows], **options)
-            row, past = random_inputs(6, 3, past=rows, batch=2)
-            compare(row, offsets, group, past=past, lengths=[rows, 1], window=14)
-            with pytest.raises(ValueError, match="on several ranks it must be"):
-                compare(row, offsets, group, past=past, lengths=[rows, 1])
-
-
-@pytest.mark.all
-def test_states_before_the_row():
-    run_ranks(3, given_states, 3)
-
-
-def final_states(rank, ranks):
+@on_ranks(3)
+def test_states_after_each_rank(rank):
     row, past = random_inputs(4, 2, past=3)
     _, k, v, _ = row
-    for offsets in OFFSETS[ranks]:
+    for offsets, documents in product(OFFSETS[3], DOCUMENTS.values()):
         start, end = offsets[rank : rank + 2]
-        for documents in DOCUMENTS.values():
-            state = compare(row, offsets, dist.group.WORLD, documents=documents, window=9, past=past, lengths=[3])
-            first = max([0, *([] if documents is None else [x for x in boundaries(documents).tolist() if x < end])])
-            keys, values = (torch.cat([old, new[:, :end]], 1) for old, new in zip(past, (k, v), strict=True))
-            count = min(8, end - first + (0 if first else 3))
-            assert state["length"].tolist() == [count]
-            assert torch.equal(state["k"][:, state["k"].shape[1] - count :], keys[:, keys.shape[1] - count :])
-            assert torch.equal(state["v"][:, state["v"].shape[1] - count :], values[:, values.shape[1] - count :])
-            assert state["k"].shape[1] == (8 if documents is None else count)
-            own = compare(row, offsets, dist.group.WORLD, documents=documents)
-            held = end - max(first, start) if end > start else 0
-            assert torch.equal(own["k"], k[:, end - held : end])
-            assert own["length"].tolist() == [held]
+        state = compare(row, offsets, documents=documents, window=9, past=past, lengths=[3])
+        first = max([0, *([] if documents is None else [x for x in boundaries(documents).tolist() if x < end])])
+        count = min(8, end - first + (0 if first else 3))
+        assert state["length"].tolist() == [count]
+        for name, old, new in zip("kv", past, (k, v), strict=True):
+            expected = torch.cat([old, new[:, :end]], 1)
+            assert torch.equal(state[name][:, state[name].shape[1] - count :], expected[:, expected.shape[1] - count :])
+        assert state["k"].shape[1] == (8 if documents is None else count)
+        own = compare(row, offsets, documents=documents)
+        held = end - max(first, start) if end > start else 0
+        assert torch.equal(own["k"], k[:, end - held : end])
+        assert own["length"].tolist() == [held]
 
 
-@pytest.mark.all
-def test_states_after_each_rank():
-    run_ranks(3, final_states, 3)
-
-
-# Ranks of the group are not ranks of the world.
-def sub_group(rank):
+@on_ranks(4)
+def test_ranks_of_a_group_are_not_ranks_of_the_world(rank):
     group = dist.new_group([1, 3])
     if rank in (1, 3):
-        row, _ = random_inputs(4, 2)
         for options in ({"form": "heads"}, {"form": "blocks"}, {"window": 17}):
-            compare(row, (0, 12, 29), group, documents=DOCUMENTS["long"], **options)
+            compare(random_inputs(4, 2)[0], (0, 12, 29), group=group, documents=DOCUMENTS["long"], **options)
 
 
-@pytest.mark.all
-def test_a_group_that_is_not_the_world():
-    run_ranks(4, sub_group)
-
-
-def one_document_changed(rank, ranks):
-    group, offsets = dist.group.WORLD, (0, 7, 15, 29)
-    sequence = ShardedSequence(group=group, offsets=offsets, cu_seqlens=boundaries([4, 13, 12]))
+@on_ranks(3)
+def test_documents_do_not_see_each_other(rank):
+    """The next document's outputs and gradients are bit-equal when the last token of the one before changes."""
+    offsets = (0, 7, 15, 29)
+    sequence = ShardedSequence(group=dist.group.WORLD, offsets=offsets, cu_seqlens=boundaries([4, 13, 12]))
     own = slice(offsets[rank], offsets[rank + 1])
+    others = [position - own.start for position in range(own.start, own.stop) if not 4 <= position < 17]
     row, _ = random_inputs(3, 3)
     changed = 0
     for options in ({"form": "heads"}, {"form": "blocks"}, {"window": 13}):
@@ -223,19 +192,11 @@ def one_document_changed(rank, ranks):
             out, _ = sequence.run(softmax_attention, *leaves, **options)
             (out * row[3][:, own]).sum().backward()
             results.append([out.detach(), *(leaf.grad for leaf in leaves)])
-        others = [position for position in range(own.start, own.stop) if not 4 <= position < 17]
         for before, after in zip(*results, strict=True):
-            index = [position - own.start for position in others]
-            assert torch.equal(before[:, index], after[:, index])
+            assert torch.equal(before[:, others], after[:, others])
             changed += not torch.equal(before, after)
-    return changed
-
-
-# The next document's outputs and gradients are bit-equal when the last token of the one before changes.
-@pytest.mark.all
-def test_documents_do_not_see_each_other():
     # On the token's own rank all has changed, on the others the gradients of the keys and values it sees.
-    assert run_ranks(3, one_document_changed, 3) == [6, 6, 12]
+    assert changed == (6, 6, 12)[rank]
 
 
 def counted(rank, other):
@@ -294,50 +255,35 @@ def test_messages_compile_as_one_graph():
     run_ranks(2, counted, compiled, limit=100)
 
 
-# A rank whose tokens count for nothing still takes part in backward.
-def without_loss(rank, ranks):
-    group, offsets = dist.group.WORLD, (0, 11, 21, 29)
+@on_ranks(3)
+def test_a_rank_without_loss_returns_gradients(rank):
+    """A rank whose tokens count for nothing still takes part in backward."""
+    offsets = (0, 11, 21, 29)
     own = slice(offsets[rank], offsets[rank + 1])
     row, _ = random_inputs(3, 3)
     row[3][:, 11:21] = 0
     for options in ({"form": "heads"}, {"form": "blocks"}, {"window": 8}):
-        compare(row, offsets, group, **options)
+        compare(row, offsets, **options)
     leaves = [x[:, own].clone().requires_grad_() for x in row[:3]]
-    out, _ = ShardedSequence(group=group, offsets=offsets).run(softmax_attention, *leaves)
+    out, _ = ShardedSequence(group=dist.group.WORLD, offsets=offsets).run(softmax_attention, *leaves)
     (out.sum() * 0 if rank == 1 else (out * row[3][:, own]).sum()).backward()
     expected = truth(row, None, None, None, None)
     for came, true in zip((leaf.grad for leaf in leaves), expected[1:], strict=True):
         torch.testing.assert_close(came, true[:, own])
 
 
-@pytest.mark.all
-def test_a_rank_without_loss_returns_gradients():
-    run_ranks(3, without_loss, 3)
+@on_ranks(2)
+def test_short_documents_go_by_blocks(rank):
+    """Documents that hardly reach to the left need one round of blocks, not two of heads."""
+    row, engine = random_inputs(4, 2)[0], engine_of(dist.group.WORLD.group_name)
+    for documents, rounds in (([14, 15], 1), ([12, 17], 1), ([10, 19], 2)):
+        before = engine.exchanges
+        compare(row, (0, 15, 29), documents=documents)
+        assert (engine.exchanges - before) // 2 == rounds
 
 
-# Documents that hardly reach to the left need no exchange of everything: one round of blocks, not two of heads.
-def chosen(rank):
-    row, _ = random_inputs(4, 2)
-    group = dist.group.WORLD
-    counts = []
-    for documents in ([14, 15], [12, 17], [10, 19]):
-        before = engine_of(group.group_name).exchanges
-        compare(row, (0, 15, 29), group, documents=documents)
-        counts.append((engine_of(group.group_name).exchanges - before) // 2)
-    return counts
-
-
-@pytest.mark.all
-def test_short_documents_go_by_blocks():
-    assert run_ranks(2, chosen) == [[1, 1, 2]] * 2
-
-
-@pytest.mark.all
-def test_form_by_heads_needs_heads():
-    def refused(rank):
-        row, _ = random_inputs(3, 3)
-        sequence = ShardedSequence(group=dist.group.WORLD, offsets=(0, 29, 29))
-        with pytest.raises(ValueError, match="H=3 and G=3 heads on 2 ranks"):
-            sequence.run(softmax_attention, *row[:3], form="heads")
-
-    run_ranks(2, refused)
+@on_ranks(2)
+def test_form_by_heads_needs_heads(rank):
+    sequence = ShardedSequence(group=dist.group.WORLD, offsets=(0, 29, 29))
+    with pytest.raises(ValueError, match="H=3 and G=3 heads on 2 ranks"):
+        sequence.run(softmax_attention, *random_inputs(3, 3)[0][:3], form="heads")

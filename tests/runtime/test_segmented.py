@@ -9,7 +9,7 @@ from seqtrain.runtime import segmented
 from seqtrain.runtime.evaluation import _score
 from seqtrain.runtime.segmented import Segment, segment_losses
 from seqtrain.testing import relative_error
-from tests.models.cut_cases import LAYERS, build, row
+from tests.models.tiny import LAYERS, build, row
 from tests.parallel.shard_cases import Cut
 
 # Five segments are cut at 40, 80, 120 and 160: at a boundary of documents, within a long one, just after one that is

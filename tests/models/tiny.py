@@ -1,4 +1,4 @@
-"""Tiny models of every mixer, and a row of tokens for them: what cutting a row is tested with."""
+"""Tiny models of every mixer, and tokens for them."""
 
 import torch
 
@@ -25,11 +25,17 @@ HYBRIDS = {
 LAYERS = {name: (name,) for name in MIXERS.names} | HYBRIDS
 
 
-def build(layers: tuple[str, ...], **fields) -> LanguageModel:
-    torch.manual_seed(3)
-    config = ModelConfig(layers=layers, depth=max(2, len(layers)), width=24, heads=2, loss_chunk=64, **fields)
-    mixers = {name: MIXERS.get(name).Config(**TINY.get(name, {})) for name in layers}
-    return LanguageModel(config, mixers, VOCAB)
+def build(layers: tuple[str, ...], *, seed: int = 3, settings: dict = TINY, **fields) -> LanguageModel:
+    torch.manual_seed(seed)
+    shape = {"depth": max(2, len(layers)), "width": 24, "heads": 2, "loss_chunk": 64} | fields
+    mixers = {name: MIXERS.get(name).Config(**settings.get(name, {})) for name in layers}
+    return LanguageModel(ModelConfig(layers=layers, **shape), mixers, VOCAB)
+
+
+def batch(tokens: int = 40, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, and the next ones as their labels."""
+    ids = torch.randint(VOCAB, (rows, tokens + 1), generator=torch.Generator().manual_seed(2))
+    return ids[:, :-1], ids[:, 1:].clone()
 
 
 def row(cut: Cut, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
