@@ -20,9 +20,9 @@ PRESETS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
 HYBRID = ("gated_delta_net", "gla", "hgrn2", "s5", "tensor_attention", "sliding_attention")
 
 
-def build(*, layers=HYBRID, depth=6, dtype=torch.float32, **fields):
+def build(*, layers=HYBRID, depth=6, **fields):
     fields = {"width": 32, "loss_chunk": 16, "seed": 1, **fields}
-    return tiny.build(layers, depth=depth, settings={}, **fields).to(dtype)
+    return tiny.build(layers, depth=depth, settings={}, **fields)
 
 
 def loss_and_gradients(model, *arguments, **options):

@@ -21,11 +21,11 @@ def gradients(model: LanguageModel) -> dict[str, torch.Tensor]:
 
 def on_whole_row(layers: tuple[str, ...], cut: Cut, *, rows: int = 1, **fields) -> tuple[torch.Tensor, dict]:
     """Loss and gradients of one process, summed over rows."""
-    model, total = build(layers, **fields), torch.zeros(())
+    model, total = build(layers, **fields), 0
     for number in range(rows):
         loss = model(*row(cut, number), sequence=SequenceContext(cut.cu_seqlens))
         loss.backward()
-        total += loss.detach()
+        total = total + loss.detach()
     return total, gradients(model)
 
 
@@ -46,14 +46,22 @@ def on_ranks(
     return loss, found, scans_opened(group) - before
 
 
-def assert_same(came: tuple, truth: tuple) -> None:
-    assert abs(came[0] - truth[0]) < 1e-5 * abs(truth[0])
+def assert_same(came: tuple, truth: tuple, limit: float = 1e-5) -> None:
+    assert abs(came[0] - truth[0]) < limit * abs(truth[0])
     largest = max(gradient.norm() for gradient in truth[1].values())
     for name, expected in truth[1].items():
         # A gradient that is zero but for rounding is held to the size of the others.
-        assert (came[1][name] - expected).norm() < 1e-5 * max(expected.norm(), 1e-2 * largest), name
+        assert (came[1][name] - expected).norm() < limit * max(expected.norm(), 1e-2 * largest), name
 
 
+# Layers of converted models: window, sinks, delay and memory together.
+MEMORIES = [
+    ("linearized_attention", {"memory": "gla", "window": 7, "sinks": 2, "query_group": 2, "gate_rank": 3}),
+    ("linearized_attention", {"memory": "kda", "window": 25, "sinks": 3}),
+    ("linearized_attention", {"memory": "gsa", "window": 0, "slots": 3}),
+    ("liger_hgrn2", {"window": 6}),
+    ("gsa", {"slots": 3}),
+]
 # One row, with documents of uneven lengths, cut for two, three and four ranks.
 DEGREES = {ranks: Cut(even_offsets(201, ranks), (0, 13, 14, 160, 201)) for ranks in (2, 3, 4)}
 
@@ -89,6 +97,16 @@ def test_any_cut(cut):
     layers = ("gated_delta_net", "sliding_attention", "s5", "attention", "gla")
     found = run_ranks(cut.ranks, lambda rank: on_ranks(build(layers), cut, dist.group.WORLD))
     assert_same(found[0], on_whole_row(layers, cut))
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("documents", [(0, 21, 24, 64), None])
+def test_window_sinks_and_memory_in_float64(documents):
+    cut = Cut((0, 20, 23, 64), documents)
+    cases = [{"layers": (name,), "settings": {name: fields}, "dtype": torch.float64} for name, fields in MEMORIES]
+    found = run_ranks(3, lambda rank: [on_ranks(build(**case), cut, dist.group.WORLD) for case in cases])
+    for came, case in zip(found[0], cases, strict=True):
+        assert_same(came, on_whole_row(cut=cut, **case), 1e-9)
 
 
 def test_groups_of_tokens():

@@ -25,11 +25,13 @@ HYBRIDS = {
 LAYERS = {name: (name,) for name in MIXERS.names} | HYBRIDS
 
 
-def build(layers: tuple[str, ...], *, seed: int = 3, settings: dict = TINY, **fields) -> LanguageModel:
+def build(
+    layers: tuple[str, ...], *, seed: int = 3, settings: dict = TINY, dtype: torch.dtype = torch.float32, **fields
+) -> LanguageModel:
     torch.manual_seed(seed)
     shape = {"depth": max(2, len(layers)), "width": 24, "heads": 2, "loss_chunk": 64} | fields
     mixers = {name: MIXERS.get(name).Config(**settings.get(name, {})) for name in layers}
-    return LanguageModel(ModelConfig(layers=layers, **shape), mixers, VOCAB)
+    return LanguageModel(ModelConfig(layers=layers, **shape), mixers, VOCAB).to(dtype)
 
 
 def batch(tokens: int = 40, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
