@@ -10,7 +10,7 @@ from tests.models import tiny
 
 
 def build(*layers):
-    return tiny.build(layers, depth=len(layers), width=32, initializer_range=0.3).double()
+    return tiny.build(layers, depth=len(layers), width=32, initializer_range=0.3, settings={}, dtype=torch.float64)
 
 
 def prompt(rows=3, tokens=6):

@@ -16,7 +16,8 @@ from seqtrain.testing import boundaries, relative_error
 from tests.models import tiny
 from tests.models.tiny import VOCAB, batch
 
-PRESETS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
+# Tiny ones are trained in test_block.
+PRESETS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml") if not path.stem.endswith("_tiny"))
 HYBRID = ("gated_delta_net", "gla", "hgrn2", "s5", "tensor_attention", "sliding_attention")
 
 
@@ -144,7 +145,7 @@ def test_counts(tie_embeddings):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_yaml_builds_on_meta(name):
+def test_every_large_preset_builds_on_meta(name):
     config = validate(ModelConfig, OmegaConf.to_container(compose_config(f"model/{name}").model))
     with torch.device("meta"):
         model = LanguageModel(config, {layer: MIXERS.get(layer).Config() for layer in config.layers}, 50257)

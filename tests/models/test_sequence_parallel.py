@@ -29,7 +29,7 @@ def on_whole_row(layers: tuple[str, ...], cut: Cut, *, rows: int = 1, **fields) 
     return total, gradients(model)
 
 
-def on_ranks(
+def on_rank(
     model: LanguageModel, cut: Cut, group: dist.ProcessGroup, *, number: int = 0, world: dist.ProcessGroup | None = None
 ) -> tuple[torch.Tensor, dict, int]:
     """The loss and the gradients, all ranks of `world` (default: the group) together, and this rank's scans."""
@@ -74,12 +74,12 @@ def test_loss_and_gradients(layers):
         for ranks, cut in DEGREES.items():
             group = dist.new_group(list(range(ranks)))
             if rank < ranks:
-                found[ranks] = on_ranks(build(layers), cut, group)
+                found[ranks] = on_rank(build(layers), cut, group)
             dist.barrier()
         # Two rows, each over two ranks.
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
         options = {"number": rank // 2, "world": dist.group.WORLD}
-        found["two rows"] = on_ranks(build(layers), DEGREES[2], pairs[rank // 2], **options)
+        found["two rows"] = on_rank(build(layers), DEGREES[2], pairs[rank // 2], **options)
         return found
 
     found = run_ranks(4, run)
@@ -95,7 +95,7 @@ def test_loss_and_gradients(layers):
 @pytest.mark.parametrize("cut", [pytest.param(cut, id=name) for name, cut in CUTS.items() if cut.boundaries])
 def test_any_cut(cut):
     layers = ("gated_delta_net", "sliding_attention", "s5", "attention", "gla")
-    found = run_ranks(cut.ranks, lambda rank: on_ranks(build(layers), cut, dist.group.WORLD))
+    found = run_ranks(cut.ranks, lambda rank: on_rank(build(layers), cut, dist.group.WORLD))
     assert_same(found[0], on_whole_row(layers, cut))
 
 
@@ -104,7 +104,7 @@ def test_any_cut(cut):
 def test_window_sinks_and_memory_in_float64(documents):
     cut = Cut((0, 20, 23, 64), documents)
     cases = [{"layers": (name,), "settings": {name: fields}, "dtype": torch.float64} for name, fields in MEMORIES]
-    found = run_ranks(3, lambda rank: [on_ranks(build(**case), cut, dist.group.WORLD) for case in cases])
+    found = run_ranks(3, lambda rank: [on_rank(build(**case), cut, dist.group.WORLD) for case in cases])
     for came, case in zip(found[0], cases, strict=True):
         assert_same(came, on_whole_row(cut=cut, **case), 1e-9)
 
@@ -112,7 +112,7 @@ def test_window_sinks_and_memory_in_float64(documents):
 def test_groups_of_tokens():
     cut, layers = CUTS["across three ranks"], ("gla", "gated_delta_net", "attention")
     fields = {"groups": (7, 0, 64)}
-    found = run_ranks(cut.ranks, lambda rank: on_ranks(build(layers, **fields), cut, dist.group.WORLD))
+    found = run_ranks(cut.ranks, lambda rank: on_rank(build(layers, **fields), cut, dist.group.WORLD))
     assert_same(found[0], on_whole_row(layers, cut, **fields))
 
 
@@ -131,6 +131,6 @@ def test_no_layer_draws_random_numbers():
 def test_one_scan_a_layer_and_direction(checkpointing):
     cut, layers = CUTS["across three ranks"], ("gated_delta_net", "gla", "s5", "tensor_attention", "attention")
     model = build(layers, activation_checkpointing=checkpointing)
-    found = run_ranks(cut.ranks, lambda rank: on_ranks(model, cut, dist.group.WORLD))
+    found = run_ranks(cut.ranks, lambda rank: on_rank(model, cut, dist.group.WORLD))
     assert [scans for _, _, scans in found] == [2 * (len(layers) - 1)] * cut.ranks
     assert_same(found[0], on_whole_row(layers, cut))
