@@ -9,12 +9,13 @@ from torch import Tensor
 
 from seqtrain.convert.architecture import Architecture
 from seqtrain.convert.sources import Source
+from seqtrain.convert.verify import check
 from seqtrain.errors import ConfigError
 from seqtrain.files import replacing
 from seqtrain.models import LanguageModel
 from seqtrain.testing import relative_error
 
-# What belongs to a tokenizer and to generation, copied as it is.
+# Files of the tokenizer and of generation, copied as they are.
 CARRIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -31,7 +32,7 @@ RELOADED = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raises `ConfigError` where `folder` exists: no model is written over."""
+    """Raises `ConfigError` where `folder` exists: no model is overwritten."""
     if folder.exists():
         raise ConfigError(f"output_dir={folder.parent}: holds a model already ({folder.name}); use another output_dir")
 
@@ -46,7 +47,7 @@ def export(student: LanguageModel, architecture: Architecture, source: Source, f
         for name in CARRIED:
             if source.path.is_dir() and (source.path / name).is_file():
                 shutil.copyfile(source.path / name, unfinished / name)
-        if not source.path.is_dir() and (tokenizer := load_tokenizer(source)) is not None:
+        if not source.path.is_dir() and (tokenizer := source.tokenizer()) is not None:
             tokenizer.save_pretrained(unfinished)
 
 
@@ -71,22 +72,9 @@ def _as_huggingface(student: LanguageModel, architecture: Architecture, source: 
     return model
 
 
-def load_tokenizer(source: Source) -> Any:
-    """The source's Hugging Face tokenizer, or None where there is none."""
-    from transformers import AutoTokenizer
-
-    options = {} if source.path.is_dir() else {"gguf_file": source.path.name}
-    try:
-        found = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False, **options)
-    # A folder without one is told in many ways, one of them being a tokenizer without tokens.
-    except Exception:
-        return None
-    return found if len(found) > len(found.all_special_tokens) else None
-
-
 @torch.no_grad()
 def check_reloaded(folder: Path, tokens: Tensor, expected: Tensor) -> list[dict[str, Any]]:
-    """The exported model, loaded again: its logits on `tokens: [B,T]`, and that it generates as it would without cache.
+    """Checks the exported model, loaded again: logits on `tokens: [B,T]`, and generation with and without cache.
 
     `expected: [B,T,vocab]`: the student's logits before it was exported.
     """
@@ -94,21 +82,19 @@ def check_reloaded(folder: Path, tokens: Tensor, expected: Tensor) -> list[dict[
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     error = relative_error(model(tokens).logits, expected)
-    limit = RELOADED[next(model.parameters()).dtype]
-    found = [{"name": "exported and loaded again", "error": error, "limit": limit, "passed": error <= limit}]
+    reloaded = check("exported and loaded again", error, RELOADED[next(model.parameters()).dtype])
     prompt = tokens[:1, : min(tokens.shape[1], 100)]
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     new = [model.generate(prompt, use_cache=cached, **options)[0] for cached in (True, False)]
     differing = float(sum(a != b for a, b in zip(*(row.tolist() for row in new), strict=False)))
-    name = "tokens that differ when generated with and without the cache"
-    return [*found, {"name": name, "error": differing, "limit": 0.0, "passed": differing == 0}]
+    return [reloaded, check("tokens that differ when generated with and without the cache", differing, 0.0)]
 
 
 @torch.no_grad()
 def long_generation(folder: Path, prompt: Tensor, new_tokens: int) -> list[dict[str, int]]:
-    """Bytes of the cache while the exported model goes on with `prompt: int64 [1,T]`, greedily, for `new_tokens`.
+    """Bytes of the cache while Hugging Face's `generate` continues `prompt: int64 [1,T]` greedily for `new_tokens`.
 
-    By Hugging Face's own `generate`. A row `{"tokens": ..., "bytes": ...}` for the prompt, one whenever the tokens seen
+    A row `{"tokens": ..., "bytes": ...}` for the prompt, one whenever the tokens seen
     have doubled, and one at the end.
     """
     from transformers import AutoModelForCausalLM, StoppingCriteriaList

@@ -1,4 +1,4 @@
-"""The Transformers that can be converted: where each weight of theirs belongs, one table of names a family.
+"""The Transformers that can be converted: where each weight of theirs belongs, one table of names per family.
 
 A place is a parameter of `LanguageModel`, or some of its rows: `blocks.{i}.mixer.qkv.weight[q]`. Models whose
 attention has been replaced have these parameters too, so one table serves the teacher and every student.
@@ -59,11 +59,11 @@ GGUF_NAMES = {
 
 @dataclass(frozen=True)
 class Family:
-    """What has to be known of an architecture beside its config.
+    """What has to be known of an architecture besides its config.
 
     `weights`: name in the file -> place in the model, `{i}` standing for a layer. `qkv_bias`, `qk_norm`: what its
     attention has. `must_be`: config keys with the only value that can be converted. `gguf_interleaved`: GGUF files
-    hold the rows of q and k so that neighbours are rotated together.
+    hold the rows of q and k so that neighbors are rotated together.
     """
 
     weights: Mapping[str, str]

@@ -1,19 +1,33 @@
 """Which layers keep softmax attention."""
 
-import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from seqtrain.convert.architecture import FULL, WINDOWED
-from seqtrain.convert.scores import agreement, hidden_states
+from seqtrain.convert.measure import agreement, hidden_states
 from seqtrain.convert.settings import POLICY
 from seqtrain.convert.student import check_layers
 from seqtrain.errors import ConfigError
+from seqtrain.files import Manifest
 from seqtrain.models import LanguageModel
-from seqtrain.report import write_json
+
+
+@dataclass(frozen=True)
+class LayerChoice(Manifest):
+    """`layers.json`: the layers that keep softmax attention, all mixers' names, and the scores of the choice."""
+
+    error = ConfigError
+    remedy = "keep takes the layers.json of a conversion, or an object with keep, a list of layers from 0"
+
+    keep: tuple[Annotated[int, Field(ge=0, strict=True)], ...]
+    layers: list[str] | None = None
+    importance: list[float] | None = None
 
 
 def kept_layers(
@@ -23,65 +37,45 @@ def kept_layers(
 
     `keep`: as `ConvertConfig.keep`. `importance`: measures each layer, called for a budget only. Raises `ConfigError`.
     """
+    scores = None
     if not isinstance(keep, str):
-        check_layers(keep, depth)
-        return tuple(sorted(set(keep))), None
-    if keep.endswith(".json"):
-        kept, scores = read_layers(Path(keep).expanduser(), depth)
-        check_layers(kept, depth)
-        return kept, scores
-    matched = POLICY.fullmatch(keep)
-    assert matched is not None, keep
-    kind, number = matched.groups()
-    if kind is None:
+        kept = keep
+    elif keep.endswith(".json"):
+        choice = LayerChoice.read(Path(keep).expanduser())
+        if choice.layers and len(choice.layers) != depth:
+            raise ConfigError(f"keep={keep}: is of a model with {len(choice.layers)} layers, not {depth}")
+        kept, scores = choice.keep, choice.importance
+    elif keep == "none":
         return (), None
-    if kind == "every":
-        kept = tuple(range(int(number) - 1, depth, int(number)))
-        check_layers(kept, depth)
-        return kept, None
-    check_layers(range(int(number)), depth)
-    scores = importance()
-    best = sorted(range(depth), key=lambda index: (-scores[index], index))
-    return tuple(sorted(best[: int(number)])), scores
+    else:
+        matched = POLICY.fullmatch(keep)
+        assert matched is not None, keep
+        number = int(matched[2])
+        kept = tuple(range(number - 1, depth, number) if matched[1] == "every" else range(number))
+    check_layers(kept, depth)
+    if isinstance(keep, str) and keep.startswith("budget:"):
+        scores = measured = importance()
+        kept = tuple(sorted(range(depth), key=lambda index: (-measured[index], index))[: len(kept)])
+    return tuple(sorted(set(kept))), scores
 
 
 def layers_that_stay(layers: Sequence[str]) -> tuple[int, ...]:
-    """The numbers of those that are their teacher's softmax attention still, of the mixers' names."""
+    """The numbers of the layers that are still softmax attention, of the mixers' names."""
     return tuple(index for index, name in enumerate(layers) if name in (FULL, WINDOWED))
 
 
-def write_layers(file: Path, layers: Sequence[str], importance: Sequence[float] | None) -> None:
-    """What was chosen, for people and for `keep=FILE.json`: the mixers' names, and what was measured for the choice."""
-    chosen = {"keep": layers_that_stay(layers), "layers": layers, "importance": importance}
-    write_json(file, chosen)
-
-
-def read_layers(file: Path, depth: int) -> tuple[tuple[int, ...], list[float] | None]:
-    """`(keep, importance)` of a file that `write_layers` wrote, for a model of so many layers. Raises `ConfigError`.
-
-    A file of hand has `keep` alone, a list of numbers from 0.
-    """
-    try:
-        chosen = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"keep={file}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"keep={file}: is no readable JSON: {str(error).splitlines()[0]}") from None
-    keep = chosen.get("keep") if isinstance(chosen, dict) else None
-    if not isinstance(keep, list) or not all(type(index) is int and index >= 0 for index in keep):
-        raise ConfigError(f"keep={file}: must hold an object with keep, a list of layers from 0")
-    if len(chosen.get("layers") or [""] * depth) != depth:
-        raise ConfigError(f"keep={file}: is of a model with {len(chosen['layers'])} layers, not {depth}")
-    return tuple(sorted(set(keep))), chosen.get("importance")
+def write_layers(file: Path, layers: Sequence[str], importance: list[float] | None) -> None:
+    """Writes what was chosen, for people and for `keep=FILE.json`."""
+    LayerChoice(layers_that_stay(layers), list(layers), importance).write(file)
 
 
 @torch.no_grad()
 def restore_one_layer(
     student: LanguageModel, teacher: LanguageModel, tokens: Tensor, progress: Callable[[str], None]
 ) -> list[float]:
-    """How much nearer each layer's own attention brings the all-converted student to its teacher.
+    """By how much each layer's own attention lowers `KL(teacher | student)` of the fully converted student.
 
-    `tokens: int64 [B,T]`. The fall of the mean divergence `KL(teacher | student)`, nats a token, layer by layer.
+    `tokens: int64 [B,T]`. Mean nats per token, layer by layer.
     """
     expected = hidden_states(teacher, tokens)
 

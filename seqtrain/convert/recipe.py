@@ -12,7 +12,7 @@ from seqtrain.errors import ConfigError
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class StageConfig:
     sequence_length: Positive = 512
     # Sequences in a step, all ranks together.
     batch_size: Positive = 1
-    # Most sequences a rank runs through the model at once.
+    # Most sequences per rank in one pass.
     micro_batch_size: Positive = 1
-    # Ranks that share a sequence; must divide the number of ranks, parallel.data x parallel.sequence. 0: all of them.
+    # Sequence-parallel ranks; must divide the number of ranks, parallel.data x parallel.sequence. 0: all of them.
     sequence_ranks: Count = 1
-    # transfer: what is minimised, the error relative to the teacher's output token by token, or its mean square.
+    # transfer: what is minimized, the error relative to the teacher's output token by token, or its mean square.
     error: Literal["relative", "mean_square"] = "relative"
     # transfer: the layers, by number; empty: all that were converted.
     layers: tuple[Count, ...] = ()
@@ -59,15 +59,15 @@ class StageConfig:
     lora_alpha: Positive = 16
     # lora: the matrices that have an adapter.
     lora_targets: tuple[Literal["q", "k", "v", "out", "gate", "up", "down"], ...] = ("q", "k", "v")
-    # Share of the steps over which rates rise; then they fall in half a cosine.
-    warmup_fraction: Share = 0.1
-    # Rates of the last step as a share of the highest.
-    final_lr_ratio: Share = 0.1
+    # Fraction of the steps over which rates rise; then they fall in half a cosine.
+    warmup_fraction: Fraction = 0.1
+    # Rates of the last step as a fraction of the highest.
+    final_lr_ratio: Fraction = 0.1
     # Decay rates of Adam's means, per step.
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    # Share of a matrix taken off each step, times its learning rate.
+    # Fraction of a matrix subtracted per step, times its learning rate.
     weight_decay: Rate = 0.0
-    # Largest norm of a step's gradient; 0 leaves it alone. A transfer's layers have nothing to do with each other: 0.
+    # Largest norm of a step's gradient; 0: no clipping. A transfer's layers are independent: 0.
     gradient_clipping: Rate = 0.0
     # True: activations are computed again in the backward pass instead of kept.
     activation_checkpointing: bool = False

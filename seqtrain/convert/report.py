@@ -1,37 +1,34 @@
-"""A conversion's report: numbers for programs, tables and pictures for people, the same byte for byte on every run.
+"""A conversion's report: numbers for programs, tables and figures for people, the same byte for byte on every run.
 
 What differs from run to run (paths, times, memory) is in a file of its own, `run.json`.
 """
 
+import json
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import seqtrain
-from seqtrain.convert.pictures import draw
 from seqtrain.convert.policy import write_layers
 from seqtrain.convert.settings import ConvertConfig
 from seqtrain.convert.sources import Source
+from seqtrain.errors import ConfigError
 from seqtrain.files import replace_file
-from seqtrain.report import write_json
+from seqtrain.report import new_figure, save_figure, write_json
 
-# What the config says of this machine's folders.
+# Keys of the config that name folders of this machine.
 PLACES = ("source", "output_dir")
+COLORS = {"teacher": "tab:blue", "student": "tab:orange", "start": "tab:gray"}
 
 
 def heading(config: ConvertConfig, source: Source) -> dict[str, Any]:
     """What a report begins with: which code made what of which weights, without any path."""
     values = {key: value for key, value in asdict(config).items() if key not in PLACES}
-    return {
-        "seqtrain": seqtrain.__version__,
-        "source": {
-            "model_type": source.config.model_type,
-            "sha256": source.sha256(),
-            "quantised": source.quantised,
-        },
-        "config": _without_folders(values),
-    }
+    origin = {"model_type": source.config.model_type, "sha256": source.sha256(), "quantised": source.quantized}
+    return {"seqtrain": seqtrain.__version__, "source": origin, "config": _without_folders(values)}
 
 
 def _without_folders(value: Any) -> Any:
@@ -42,11 +39,40 @@ def _without_folders(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and "/" in value else value
 
 
+def read_others(folders: Iterable[str], report: dict[str, Any]) -> dict[str, Any]:
+    """By name, perplexities, part of the gap closed and tokens trained on of the conversions in `folders`.
+
+    `report`: of this conversion, with `source`, `texts` and `config`. Raises `ConfigError` for one of another teacher
+    or other texts, whose figures can't be compared.
+    """
+    found = {}
+    for folder in folders:
+        file = Path(folder).expanduser() / "report.json"
+        try:
+            other = json.loads(file.read_text(encoding="utf-8"))
+            config = other["config"]
+            same = {key: other[key] == report[key] for key in ("source", "texts")}
+            for key in ("tokens", "sequences"):
+                same[key] = config["verify"][key] == report["config"]["verify"][key]
+            figures = {
+                "tokens_trained": sum(run["tokens"] for run in other["training"]),
+                "perplexity": {name: text["perplexity"] for name, text in other["end"]["texts"].items()},
+                "gap_closed": other["gap_closed"],
+            }
+            name = f"{config['target']} by {config['recipe']['name']}"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"beside={folder}: holds no report of a conversion ({error})") from None
+        if differing := [key for key, equal in same.items() if not equal]:
+            raise ConfigError(f"beside={folder}: can't be compared: not the same {differing[0]}")
+        found[name] = figures
+    return found
+
+
 def write(folder: Path, report: dict[str, Any], run: dict[str, Any]) -> None:
     """Writes `report.json`, `report.md`, `report.png`, `layers.json`, and `run.json`, into `folder`.
 
     `report`: `heading` and `layers: list[str]`, `kept: list[int]`, `layer_importance: list[float] | None`,
-    `parameters: {teacher, student}`, `texts: {name: origin}`, `start`, `end` (of `Judge.measure`), `gap_closed`,
+    `parameters: {teacher, student}`, `texts: {name: origin}`, `start`, `end` (of `Evaluator.measure`), `gap_closed`,
     `layer_errors: {when: list[float]}` in order of time, `cache_bytes_float32`, `generation: list`, `checks`, `passed`,
     `training: list` of the recipe's runs, `beside` (of `read_others`).
     """
@@ -58,153 +84,168 @@ def write(folder: Path, report: dict[str, Any], run: dict[str, Any]) -> None:
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """The numbers of `report` in tables, and what the model is and is not."""
-    config, source = report["config"], report["source"]
+    """The numbers of `report` in tables, and the limitations of the model."""
+    config, source, parameters = report["config"], report["source"], report["parameters"]
     counts = ", ".join(f"{count} x {name}" for name, count in sorted(Counter(report["layers"]).items()))
-    lines = [
+    errors = report["layer_errors"]
+    rows = [
+        [str(index), name, *(f"{each[index]:.4f}" for each in errors.values())]
+        for index, name in enumerate(report["layers"])
+    ]
+    checks = [
+        f"- {'passed' if check['passed'] else 'FAILED'}: {check['name']} "
+        f"({check['error']:.3g}, at most {check['limit']:.3g})"
+        for check in report["checks"]
+    ]
+    blocks = [
         f"# {config['target']} from {source['model_type']}",
-        "",
         f"Layers: {counts}. Recipe: {config['recipe']['name']}. Weights: {config['dtype']}, "
-        f"{report['parameters']['student']:,} parameters (teacher {report['parameters']['teacher']:,}).",
+        f"{parameters['student']:,} parameters (teacher {parameters['teacher']:,}).\n"
         f"Source sha256: `{source['sha256']}`.",
-        "",
         "## What this model is, and is not",
-        "",
-        *(f"- {line}" for line in _character(report)),
-        "",
+        "\n".join(f"- {line}" for line in _character(report)),
         *_compared(report),
         "![perplexity by position, errors of layers, ablations, cache by length](report.png)",
-        "",
         *_recalled(report["end"]["recall"]),
         *_answered(report["end"].get("answer")),
-        "## Errors of layers, each on its teacher's own input",
-        "",
-        *_table(
-            ["layer", "mixer", *report["layer_errors"]],
-            [
-                [str(index), name, *(f"{errors[index]:.4f}" for errors in report["layer_errors"].values())]
-                for index, name in enumerate(report["layers"])
-            ],
-        ),
+        "## Errors of layers, each on its teacher's input",
+        _table(["layer", "mixer", *errors], rows),
         "## Bytes of cache for one sequence",
-        "",
         "By length, in float32:",
-        "",
-        *_table(
-            ["tokens", "teacher", "student"],
-            [[f"{row[key]:,}" for key in ("tokens", "teacher", "student")] for row in report["cache_bytes_float32"]],
-        ),
+        _table_of(report["cache_bytes_float32"], "tokens", "teacher", "student"),
         *_generated(report["generation"]),
         "## Checks",
-        "",
-        *(
-            f"- {'passed' if check['passed'] else 'FAILED'}: {check['name']} "
-            f"({check['error']:.3g}, at most {check['limit']:.3g})"
-            for check in report["checks"]
-        ),
-        "",
+        "\n".join(checks),
     ]
-    return "\n".join(lines)
+    return "\n\n".join(blocks) + "\n"
 
 
-def _compared(report: dict[str, Any]) -> list[str]:
-    """Perplexities of each text: the teacher, the student at the start and at the end, whole and in part."""
-    trained = report["start"] != report["end"]
-    lines = []
-    for name, end in report["end"]["texts"].items():
-        start = report["start"]["texts"][name]
-        models = [["teacher", end["perplexity"]["teacher"]]]
-        for when, found in (("at the start", start), ("", end)) if trained else (("", end),):
-            models += [
-                [f"{model} {when}".strip(), value] for model, value in found["perplexity"].items() if model != "teacher"
-            ]
-        for other, figures in report["beside"].items():
-            called = f"{other} ({figures['tokens_trained']:,} tokens)"
-            models += [
-                [f"{called}: {model}", value]
-                for model, value in figures["perplexity"][name].items()
-                if model != "teacher"
-            ]
-        columns = [key for key in end["by_position"][0] if key not in ("from", "to")]
-        lines += [
-            f"## Against the teacher on {name}: {end['tokens']:,} tokens of {report['texts'][name]}",
-            "",
-            *_table(["model", "perplexity"], [[model, f"{value:.2f}"] for model, value in models]),
-            f"KL to the teacher: {end['kl_to_teacher']:.4f} nats a token. Same likeliest token: "
-            f"{100 * end['top1_agreement']:.1f}%.",
-        ]
-        if trained:
-            closed = report["gap_closed"][name]
-            share = "there was none" if closed is None else f"{100 * closed:.1f}%"
-            lines.append(f"Gap closed between the start (window and sinks) and the teacher: {share}.")
-        rows = [
-            [f"{row['from']} to {row['to']}", *(f"{row[key]:.2f}" for key in columns)] for row in end["by_position"]
-        ]
-        lines += ["", *_table(["positions", *columns], rows)]
-    return lines
-
-
-def _recalled(recall: dict[str, Any] | None) -> list[str]:
-    if recall is None:
-        return []
-    rows = [
-        [name, f"{each['surprise']:.2f}", f"{100 * each['accuracy']:.0f}%"]
-        for name, each in recall.items()
-        if name != "tokens_between"
-    ]
-    return [
-        "## Recall beyond the window",
-        "",
-        f"A passage of random tokens comes a second time, {recall['tokens_between']} tokens after the first:",
-        "",
-        *_table(["model", "nats a token", "likeliest token right"], rows),
-    ]
-
-
-def _answered(answer: dict[str, Any] | None) -> list[str]:
-    if answer is None:
-        return []
-    rows = [[name, repr(answer[name])] for name in ("teacher", "student")]
-    return [f"## Asked to go on with {answer['prompt']!r}", "", *_table(["model", "answer"], rows)]
-
-
-def _generated(rows: list[dict[str, int]]) -> list[str]:
-    if not rows:
-        return []
-    cells = [[f"{row['tokens']:,}", f"{row['bytes']:,}"] for row in rows]
-    return ["While the exported model generated, in its own number format:", "", *_table(["tokens", "bytes"], cells)]
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table and an empty one."""
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)] + [""]
-
-
-def _character(report: dict[str, Any]) -> list[str]:
+def _character(report: dict[str, Any]) -> Iterator[str]:
     """Sentences on what was made, and on what its numbers do not say."""
-    target, kept = report["config"]["target"], report["kept"]
-    depth = len(report["layers"])
-    lines = [
-        f"{depth - len(kept)} of {depth} layers are no softmax attention over all tokens: {target} is their memory."
-    ]
+    target, kept, depth = report["config"]["target"], report["kept"], len(report["layers"])
+    yield f"{depth - len(kept)} of {depth} layers no longer attend to all tokens; they use a {target} memory."
     if kept:
-        lines.append(
-            f"Layers {', '.join(map(str, kept))} are softmax attention still: its cache grows with every token."
-        )
+        yield f"Layers {', '.join(map(str, kept))} are still softmax attention: its cache grows with every token."
     else:
-        lines.append("No layer keeps all keys: its cache does not grow.")
-    if report["source"]["quantised"]:
-        file = report["source"]["quantised"]
-        lines.append(f"Its teacher is the dequantised {file} file, not the model that file was made from.")
+        yield "No layer keeps all keys: its cache does not grow."
+    if file := report["source"]["quantised"]:
+        yield f"Its teacher is the dequantized {file} file, not the model that file was made from."
     if report["config"]["recipe"]["name"] == "none":
-        lines.append("It was not trained after its attention was replaced: new parameters are as they were drawn.")
+        yield "It was not trained after its attention was replaced: new parameters are as initialized."
     for name, text in report["end"]["texts"].items():
         perplexities = text["perplexity"]
         off = perplexities.get("student, memory off")
         if off is not None and off <= perplexities["student"]:
-            lines.append(
+            yield (
                 f"Its memory does not help on {name}: perplexity is {off:.2f} without it and "
                 f"{perplexities['student']:.2f} with it. What lies beyond the window is not used there."
             )
-    lines.append("Perplexity on a few texts says little of what a model can do with facts that lie far back.")
-    return lines
+    yield "Perplexity on a few texts says little about what a model can do with facts that lie far back."
+
+
+def _compared(report: dict[str, Any]) -> Iterator[str]:
+    """Perplexities of each text: the teacher, the student at the start and at the end, whole and in part."""
+    trained = report["start"] != report["end"]
+    for name, end in report["end"]["texts"].items():
+        called = {" at the start": report["start"]["texts"][name]["perplexity"]} if trained else {}
+        called[""] = end["perplexity"]
+        models = [["teacher", f"{end['perplexity']['teacher']:.2f}"]]
+        models += [[model + when, value] for when, found in called.items() for model, value in _students(found)]
+        for other, figures in report["beside"].items():
+            prefix = f"{other} ({figures['tokens_trained']:,} tokens): "
+            models += [[prefix + model, value] for model, value in _students(figures["perplexity"][name])]
+        yield f"## Against the teacher on {name}: {end['tokens']:,} tokens of {report['texts'][name]}"
+        yield _table(["model", "perplexity"], models)
+        closing = (
+            f"KL to the teacher: {end['kl_to_teacher']:.4f} nats per token. Same likeliest token: "
+            f"{100 * end['top1_agreement']:.1f}%."
+        )
+        if trained:
+            closed = report["gap_closed"][name]
+            share = "there was none" if closed is None else f"{100 * closed:.1f}%"
+            closing += f"\nGap closed between the start (window and sinks) and the teacher: {share}."
+        yield closing
+        columns = [key for key in end["by_position"][0] if key not in ("from", "to")]
+        rows = [
+            [f"{row['from']} to {row['to']}", *(f"{row[key]:.2f}" for key in columns)] for row in end["by_position"]
+        ]
+        yield _table(["positions", *columns], rows)
+
+
+def _students(perplexities: dict[str, float]) -> list[tuple[str, str]]:
+    return [(model, f"{value:.2f}") for model, value in perplexities.items() if model != "teacher"]
+
+
+def _recalled(recall: dict[str, Any] | None) -> Iterator[str]:
+    if recall is not None:
+        models = {name: each for name, each in recall.items() if name != "tokens_between"}
+        rows = [[name, f"{each['surprise']:.2f}", f"{100 * each['accuracy']:.0f}%"] for name, each in models.items()]
+        yield "## Recall beyond the window"
+        yield f"A passage of random tokens is repeated {recall['tokens_between']} tokens after its first occurrence:"
+        yield _table(["model", "nats per token", "likeliest token right"], rows)
+
+
+def _answered(answer: dict[str, Any] | None) -> Iterator[str]:
+    if answer is not None:
+        yield f"## Continuations of {answer['prompt']!r}"
+        yield _table(["model", "answer"], [[name, repr(answer[name])] for name in ("teacher", "student")])
+
+
+def _generated(rows: list[dict[str, int]]) -> Iterator[str]:
+    if rows:
+        yield "While the exported model generated, in its own number format:"
+        yield _table_of(rows, "tokens", "bytes")
+
+
+def _table_of(rows: list[dict[str, int]], *columns: str) -> str:
+    return _table(list(columns), [[f"{row[key]:,}" for key in columns] for row in rows])
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Perplexity by position, errors of layers, ablations, and cache by length, drawn into `path` (PNG)."""
+    figure = new_figure(11, 8)
+    places = figure.subplots(2, 2)
+    _draw_positions(places[0, 0], report)
+    places[0, 1].set(title="error of each layer on its teacher's input", xlabel="layer", ylabel="relative error")
+    for when, values in report["layer_errors"].items():
+        places[0, 1].plot(range(len(values)), values, marker="o", markersize=3, label=when)
+    _draw_ablations(places[1, 0], report["end"]["texts"])
+    _draw_cache(places[1, 1], report["cache_bytes_float32"])
+    for axes in places.flat:
+        axes.legend(fontsize="small")
+    save_figure(figure, path, dpi=100)
+
+
+def _draw_positions(axes: Any, report: dict[str, Any]) -> None:
+    axes.set(title="perplexity by position", xlabel="token of the text", ylabel="perplexity", yscale="log")
+    start, ends = report["start"]["texts"], report["end"]["texts"]
+    for style, (name, end) in zip(cycle(("-", "--", ":", "-.")), ends.items(), strict=False):
+        curves = {"teacher": (end, "teacher"), "student": (end, "student")}
+        if start != ends:
+            curves["start"] = (start[name], "student")
+        for label, (found, key) in curves.items():
+            rows, look = found["by_position"], {"color": COLORS[label], "linestyle": style}
+            edges = [rows[0]["from"], *(row["to"] for row in rows)]
+            axes.stairs([row[key] for row in rows], edges, baseline=None, label=f"{name}, {label}", **look)
+
+
+def _draw_ablations(axes: Any, texts: dict[str, Any]) -> None:
+    axes.set(title="with parts switched off", ylabel="perplexity", yscale="log")
+    models = list(next(iter(texts.values()))["perplexity"])
+    width = 0.8 / len(texts)
+    for number, (name, text) in enumerate(texts.items()):
+        places = [index + number * width for index in range(len(models))]
+        axes.bar(places, [text["perplexity"][model] for model in models], width, label=name)
+    centers = [index + 0.4 - width / 2 for index in range(len(models))]
+    axes.set_xticks(centers, [model.replace(", ", "\n") for model in models])
+
+
+def _draw_cache(axes: Any, cache: list[dict[str, int]]) -> None:
+    axes.set(title="cache of one sequence, float32", xlabel="tokens seen", ylabel="bytes", xscale="log", yscale="log")
+    lengths = [row["tokens"] for row in cache]
+    for name in ("teacher", "student"):
+        axes.plot(lengths, [row[name] for row in cache], marker="o", label=name, color=COLORS[name])

@@ -1,4 +1,4 @@
-"""What a conversion can be told: one frozen dataclass a section."""
+"""The config of a conversion: one frozen dataclass per section."""
 
 import re
 from collections.abc import Mapping
@@ -31,15 +31,15 @@ class LayerConfig:
     # A window without sinks costs more than all else (perplexity 191 instead of 63): it must be asked for with true.
     without_sinks: bool = False
     # How window and memory are joined; auto: under one denominator where the memory has a normalizer, else as a sum;
-    # norms: each normalised by itself, then added (SpikingBrain).
+    # norms: each normalized by itself, then added (SpikingBrain).
     combine: Literal["auto", "denominator", "sum", "norms"] = "auto"
-    # What the memory counts before training: a factor on its normalizer, or its share of the sum.
+    # Weight of the memory before training: a factor on its normalizer, or its fraction of the sum.
     memory_weight: Annotated[float, Field(ge=0, lt=1)] = 0.1
     # Rank of the matrix that makes gla's forget gate.
     gate_rank: Annotated[int, Field(gt=0)] = 16
     # True: gla's forget gate is 1 - key, without a matrix (SpikingBrain's tied gate).
     tied_gate: bool = False
-    # Slots of gsa, a head.
+    # Slots of gsa per head.
     slots: Annotated[int, Field(gt=0)] = 64
     # together: every converted layer has window and memory; alternate: one has the memory alone, the next the window
     # with its sinks alone (SpikingBrain's alternation between layers).
@@ -57,7 +57,7 @@ class VerifyConfig:
     tokens: Annotated[int, Field(gt=1)] = 512
     # Sequences of a text at most.
     sequences: Annotated[int, Field(gt=0)] = 4
-    # What teacher and student are asked to go on with; empty: nothing.
+    # What teacher and student are to continue; empty: nothing.
     prompt: str = "The capital of France is"
     # Tokens the exported model generates while its cache is watched; 0: none.
     generate: Annotated[int, Field(ge=0)] = 64
@@ -68,7 +68,7 @@ class VerifyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Everything `seqtrain convert` can be told."""
+    """All options of `seqtrain convert`."""
 
     # Folder of a Hugging Face checkpoint (safetensors), or a GGUF file.
     source: str = ""
@@ -85,7 +85,7 @@ class ConvertConfig:
     recipe: RecipeConfig
     # What the recipe's stages train on; the tokenizer is the source's.
     data: DataConfig
-    # Ranks that train; a stage may let some of them share its sequences.
+    # Ranks that train; stages may use some of them as sequence-parallel ranks.
     parallel: ParallelConfig
     runtime: RuntimeConfig
     checkpoint: CheckpointConfig
@@ -105,7 +105,7 @@ def targets() -> tuple[str, ...]:
 
 
 def is_liger(target: str) -> bool:
-    """Whether the target is a layer of its own, not a memory next to a window."""
+    """Whether the target is a complete layer, not a memory next to a window."""
     return issubclass(MIXERS.get(target), Liger)
 
 
@@ -115,7 +115,7 @@ def read_convert_config(config: DictConfig) -> ConvertConfig:
     recipe = read_recipe(values.pop("recipe", {}))
     typed = replace(validate(ConvertConfig, values | {"recipe": {"name": recipe.name}}), recipe=recipe)
     if typed.parallel.data == AUTO:
-        # A stage has one sequence in a step unless it says more.
+        # A stage has one sequence per step by default.
         typed = replace(typed, parallel=replace(typed.parallel, data=1))
     if not typed.source:
         raise ConfigError("source: is required; name a folder with config.json and safetensors, or a .gguf file")
@@ -124,24 +124,31 @@ def read_convert_config(config: DictConfig) -> ConvertConfig:
     if isinstance(typed.keep, str) and not (POLICY.fullmatch(typed.keep) or typed.keep.endswith(".json")):
         rule = "must be none, every:K, budget:N, a list of layers, as in [3,7,11], or a layers.json"
         raise ConfigError(f"keep={typed.keep}: {rule}")
-    layer = typed.layer
-    if is_liger(typed.target):
-        if layer.window == 0:
-            rule = f"target={typed.target} averages a window with a recurrence, so it must be at least 1"
-            raise ConfigError(f"layer.window=0: {rule}")
-        if layer.arrangement == "alternate":
-            raise ConfigError(f"layer.arrangement=alternate: target={typed.target} has both parts in one layer")
-    elif layer.tied_gate and recurrence_of(typed.target).tied is None:
-        raise ConfigError(f"layer.tied_gate=true: target={typed.target} has no tied gate; target=gla has one")
-    elif layer.arrangement == "alternate" and not layer.window:
+    _check_layer(typed)
+    _check_ranks(typed)
+    return typed
+
+
+def _check_layer(config: ConvertConfig) -> None:
+    """Raises `ConfigError` for the first rule between `layer` and `target` that is broken."""
+    target, layer, liger = config.target, config.layer, is_liger(config.target)
+    if liger and layer.window == 0:
+        raise ConfigError(
+            f"layer.window=0: target={target} averages a window with a recurrence: layer.window must be at least 1"
+        )
+    if liger and layer.arrangement == "alternate":
+        raise ConfigError(f"layer.arrangement=alternate: target={target} has both parts in one layer")
+    if liger:
+        return
+    if layer.tied_gate and recurrence_of(target).tied is None:
+        raise ConfigError(f"layer.tied_gate=true: only applies to target=gla, not target={target}")
+    if layer.arrangement == "alternate" and not layer.window:
         raise ConfigError("layer.window=0: layer.arrangement=alternate needs a window for every other layer")
-    elif layer.window and not layer.sinks and not layer.without_sinks:
+    if layer.window and not layer.sinks and not layer.without_sinks:
         raise ConfigError(
             "layer.sinks=0: a window that loses the first tokens breaks most models; use layer.sinks=4, or "
             "layer.without_sinks=true if that is what you want"
         )
-    _check_ranks(typed)
-    return typed
 
 
 def _check_ranks(config: ConvertConfig) -> None:

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.files import sha256_of
 
 INDEX = "model.safetensors.index.json"
-DEQUANTISED_ROWS = 1024
+DEQUANTIZED_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,8 @@ class Source:
 
     `path`: folder or GGUF file. `config`: transformers' config of it. `files`: those that hold weights. `shapes`: of
     every tensor, by the name it has in a Hugging Face checkpoint. `rope_stretch`: factors on the rotation's
-    wavelengths that lie beside the weights (GGUF), none for those of the config. `interleaved`: the rows of q and k lie
-    so that neighbours are rotated together (GGUF).
+    wavelengths that are stored with the weights (GGUF); empty: those of the config. `interleaved`: the rows of q and k
+    are ordered so that neighbors are rotated together (GGUF).
     """
 
     path: Path
@@ -39,14 +38,21 @@ class Source:
     interleaved: bool = field(default=False, kw_only=True)
 
     @property
-    def quantised(self) -> str:
-        """How a file holds its matrices where that lost something, as `GGUF Q4_1`; empty where nothing was lost."""
+    def quantized(self) -> str:
+        """The format a file's matrices are quantized to, as `GGUF Q4_1`; empty where nothing was lost."""
         return ""
 
-    @property
-    def folder(self) -> Path:
-        """Where the tokenizer and the rest lie."""
-        return self.path if self.path.is_dir() else self.path.parent
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer, or None where there is none."""
+        from transformers import AutoTokenizer
+
+        folder, options = (self.path, {}) if self.path.is_dir() else (self.path.parent, {"gguf_file": self.path.name})
+        try:
+            found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        # A missing one is reported in many ways, one of them being a tokenizer without tokens.
+        except Exception:
+            return None
+        return found if len(found) > len(found.all_special_tokens) else None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its name, in the files' order; only one is held. Raises `CheckpointError`."""
@@ -69,7 +75,7 @@ class SafetensorsSource(Source):
 
 
 class GGUFSource(Source):
-    """A GGUF file (llama.cpp): its tensors are dequantised to float32, and have their Hugging Face names and rows."""
+    """A GGUF file (llama.cpp): its tensors are dequantized to float32, and have their Hugging Face names and rows."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         config = self.config
@@ -79,7 +85,7 @@ class GGUFSource(Source):
             if tensor.name == "rope_freqs.weight":
                 continue
             name = names.get(tensor.name, tensor.name)
-            value = _dequantised(tensor)
+            value = _dequantized(tensor)
             kind = name.split(".")[-2]
             if self.interleaved and kind in heads:
                 # Rows 2i, 2i+1 of a head are the pair that i, i + K/2 are in a Hugging Face checkpoint.
@@ -87,7 +93,7 @@ class GGUFSource(Source):
             yield name, value
 
     @property
-    def quantised(self) -> str:
+    def quantized(self) -> str:
         kinds = Counter(tensor.tensor_type.name for tensor in _gguf_reader(self.path).tensors if len(tensor.shape) > 1)
         return f"GGUF {kinds.most_common(1)[0][0]}" if kinds and set(kinds) - {"F32", "F16", "BF16"} else ""
 
@@ -119,7 +125,7 @@ def _open_folder(folder: Path) -> Source:
     values = _json(file)
     family = family_of(str(values.get("model_type")), file)
     if "quantization_config" in values:
-        raise ConfigError(f"source={folder}: quantised weights (quantization_config); dequantise them first")
+        raise ConfigError(f"source={folder}: quantized weights (quantization_config); dequantize them first")
     files = _weight_files(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in files:
@@ -173,13 +179,13 @@ def _open_gguf(file: Path) -> Source:
     return GGUFSource(file, family, config, (file,), shapes, rope_stretch=stretch, interleaved=interleaved)
 
 
-def _dequantised(tensor: Any) -> Tensor:
-    """A GGUF reader's tensor in float32, some rows at a time: dequantising takes several times their size."""
+def _dequantized(tensor: Any) -> Tensor:
+    """A GGUF reader's tensor in float32, some rows at a time: dequantizing takes several times their size."""
     from gguf import dequantize
 
     value = torch.empty([int(size) for size in reversed(tensor.shape)])
-    for start in range(0, value.shape[0], DEQUANTISED_ROWS):
-        rows = slice(start, start + DEQUANTISED_ROWS)
+    for start in range(0, value.shape[0], DEQUANTIZED_ROWS):
+        rows = slice(start, start + DEQUANTIZED_ROWS)
         value[rows] = torch.tensor(dequantize(tensor.data[rows], tensor.tensor_type))
     return value
 
@@ -191,9 +197,9 @@ def _gguf_reader(file: Path) -> Any:
         raise ConfigError(f"source={file}: reading GGUF files needs gguf: pip install 'seqtrain[convert]'") from None
     try:
         return GGUFReader(file)
-    # numpy's complaints about bytes that are not there.
+    # What numpy raises for missing bytes.
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise CheckpointError(f"{file}: is no whole GGUF file ({_first_line(error)})") from None
+        raise CheckpointError(f"{file}: incomplete or corrupt GGUF file ({_first_line(error)})") from None
 
 
 def _read_config(folder: Path, **options: str) -> Any:
@@ -209,13 +215,10 @@ def _read_config(folder: Path, **options: str) -> Any:
 def _opened(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
-    with ExitStack() as stack:
-        try:
-            opened = stack.enter_context(safe_open(file, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: is no whole safetensors file ({_first_line(error)})") from None
-        stack.pop_all()
-        return opened
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: incomplete or corrupt safetensors file ({_first_line(error)})") from None
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The stages of a recipe, one run of the runtime after the other, from wherever they were left."""
+"""The stages of a recipe, one run of the runtime after the other, resumed where they were left."""
 
 import hashlib
 import json
@@ -26,12 +26,7 @@ from seqtrain.runtime import PretrainConfig, check, checkpoint, run
 from seqtrain.runtime.optimizers import OptimizerConfig
 from seqtrain.runtime.run_folder import plain
 from seqtrain.runtime.schedule import ScheduleConfig
-from seqtrain.runtime.settings import (
-    EvaluationConfig,
-    KernelsConfig,
-    SampleConfig,
-    TrainConfig,
-)
+from seqtrain.runtime.settings import EvaluationConfig, KernelsConfig, SampleConfig, TrainConfig
 from seqtrain.testing import relative_error
 
 START = "start"
@@ -41,7 +36,7 @@ Progress = Callable[[str, str], None]
 
 
 class Stopped(Exception):
-    """A signal asked the training to stop; what was done is kept. `number`: the signal's."""
+    """A signal stopped the training; what was done is kept. `number`: the signal's."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by signal {number}")
@@ -50,12 +45,11 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Training:
-    """The training of one conversion. `folder`: where it keeps what it needs to go on."""
+    """The training of one conversion. `tokenizer`: of Hugging Face; None where there is nothing to train."""
 
     config: ConvertConfig
     pair: Pair
     manifest: ConversionManifest
-    # Of Hugging Face; None where there is nothing to train.
     tokenizer: Any
     progress: Progress
 
@@ -63,8 +57,9 @@ class Training:
     def tokenizer_folder(self) -> Path:
         return self.manifest.folder / "tokenizer"
 
-    def begin(self, student: LanguageModel) -> None:
-        """Keeps the untrained student, from which everything follows, and the tokenizer."""
+    def begin(self, student: LanguageModel, kept: list[int], layer_importance: list[float] | None) -> None:
+        """Keeps the untrained student, from which everything follows, the choice of its layers, and the tokenizer."""
+        self.manifest.choose(kept, layer_importance)
         if not self.manifest.done(START):
             self.manifest.folder.mkdir(parents=True, exist_ok=True)
             self.tokenizer.save_pretrained(self.tokenizer_folder)
@@ -74,9 +69,9 @@ class Training:
     def run(
         self, transferred: Callable[[str, LanguageModel], None] = lambda name, student: None
     ) -> tuple[LanguageModel, list[dict[str, Any]]]:
-        """Every stage that is not done yet; the student after the last, and what each run reports.
+        """Runs every stage that is not done yet; the student after the last, and what each run reports.
 
-        `transferred(stage, student)` is told after each transfer. Raises `Stopped`.
+        `transferred(stage, student)` is called after each transfer. Raises `Stopped`.
         """
         pair, reports = self.pair, []
         for number, (name, stage) in enumerate(self.config.recipe.stages.items(), 1):
@@ -101,18 +96,16 @@ class Training:
             check(self._settings(stage, name))
 
     def _transfers(self, name: str, stage: StageConfig, pair: Pair) -> Iterator[str]:
-        """One run for each group of layers; each is told what enters its first layer."""
+        """One run for each group of layers, each given what enters its first layer."""
         layers = stage.layers or pair.converted
         size = stage.layers_at_once or len(layers)
         groups = [layers[start : start + size] for start in range(0, len(layers), size)]
-        before: Transfer | None = None
         for group in groups:
             part = name if len(groups) == 1 else f"{name}-layers-{group[0]:03d}-{group[-1]:03d}"
-            task = Transfer(pair, stage, group)
-            config = self._settings(stage, part)
+            task, config = Transfer(pair, stage, group), self._settings(stage, part)
             if not self.manifest.done(part):
                 if len(groups) > 1:
-                    task = self._given(task, before, config)
+                    task = self._with_inputs(task, config)
                 self._train(config, task)
                 weights = self._trained_weights(config)
                 found = {
@@ -120,21 +113,18 @@ class Training:
                 }
                 write_tensors(self.manifest.weights(part), found)
                 self._finish(part, config, {"layers": list(group)})
-                before = task
             yield part
-        shutil.rmtree(self._cache(), ignore_errors=True)
+        shutil.rmtree(self.manifest.folder / "inputs", ignore_errors=True)
 
-    def _cache(self) -> Path:
-        return self.manifest.folder / "inputs"
-
-    def _given(self, task: Transfer, before: Transfer | None, config: PretrainConfig) -> Transfer:
-        """`task` with the file of what enters its first layer, made from that of the layers before."""
-        first = task.layers[0]
-        file = self._cache() / f"layer-{first:03d}.f32"
+    def _with_inputs(self, task: Transfer, config: PretrainConfig) -> Transfer:
+        """`task` with the file of what enters its first layer, made from the last one on disk."""
+        folder, first = self.manifest.folder / "inputs", task.layers[0]
+        file = folder / f"layer-{first:03d}.f32"
         corpus = prepare(config.data).folder
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            origin = before or self._nearest(task)
+        held = sorted(folder.glob("layer-*.f32"))
+        if file not in held:
+            folder.mkdir(parents=True, exist_ok=True)
+            origin = task.given(held[-1]) if held else task
             advance(
                 task.pair.load_teacher(),
                 origin.data(config, corpus),
@@ -145,27 +135,18 @@ class Training:
                 backend=config.kernels.backend,
                 progress=lambda step: self.progress("teacher", f"what enters layer {first}, step {step}"),
             )
-        for other in self._cache().glob("layer-*.f32"):
-            if other != file:
-                other.unlink()
-        return replace(task, first=first, inputs=str(file))
-
-    def _nearest(self, task: Transfer) -> Transfer:
-        """Of the layers before, the last whose inputs are on disk."""
-        held = sorted(self._cache().glob("layer-*.f32"))
-        if not held:
-            return task
-        return replace(task, first=int(held[-1].stem.removeprefix("layer-")), inputs=str(held[-1]))
+        for other in set(held) - {file}:
+            other.unlink()
+        return task.given(file)
 
     def _distillation(self, name: str, stage: StageConfig, pair: Pair) -> Iterator[str]:
         task, config = Distillation(pair, stage), self._settings(stage, name)
         if not self.manifest.done(name):
             self._train(config, task)
             student, _ = task.student(config)
-            with torch.no_grad():
-                parameters = dict(student.named_parameters())
-                for key, value in self._trained_weights(config).items():
-                    parameters[key.removeprefix("student.")].copy_(value)
+            weights = {key.removeprefix("student."): value for key, value in self._trained_weights(config).items()}
+            unknown = student.load_state_dict(weights, strict=False).unexpected_keys
+            assert not unknown, unknown
             found, about = self._merged(student, task)
             write_tensors(self.manifest.weights(name), found)
             self._finish(name, config, about)
@@ -174,17 +155,16 @@ class Training:
     @torch.no_grad()
     def _merged(self, student: LanguageModel, task: Distillation) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The student's changed weights under their own names, and what merging adapters did to the logits."""
-        pair = task.pair
+        pair, lora = task.pair, task.stage.trainable == "lora"
         before = mapped(pair.files)
-        found = merged_weights(student) if task.stage.trainable == "lora" else dict(student.named_parameters())
+        found = merged_weights(student) if lora else dict(student.named_parameters())
         found = {name: value for name, value in found.items() if not torch.equal(value, before[name])}
-        if task.stage.trainable != "lora":
+        if not lora:
             return found, {}
-        vocabulary = pair.student.vocab_size
-        tokens = torch.arange(PROBE)[None] * 7919 % vocabulary
+        tokens = torch.arange(PROBE)[None] * 7919 % pair.student.vocab_size
         expected = student(tokens, all_logits=True)[0]
         merged = model_from(pair.student, pair.files, own=found)
-        _overlay(merged, found)
+        merged.load_state_dict(found, strict=False)
         about = {"merging_changed_logits_by": relative_error(merged(tokens, all_logits=True)[0], expected)}
         return found, about
 
@@ -261,14 +241,8 @@ def prepare_training(
     return training
 
 
-def _overlay(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    for name, value in tensors.items():
-        parameters[name].copy_(value)
-
-
-def identity(config: ConvertConfig, source_sha256: str) -> dict[str, Any]:
-    """What decides the outcome of a training: two with the same identity come to the same weights."""
+def fingerprint(config: ConvertConfig, source_sha256: str) -> dict[str, Any]:
+    """What decides the outcome of a training: two with the same fingerprint come to the same weights."""
     told = {key: plain(getattr(config, key)) for key in ("recipe", "layer", "data")}
     for key in ("cache_dir", "verify", "shard_tokens"):
         del told["data"][key]
@@ -280,7 +254,7 @@ def identity(config: ConvertConfig, source_sha256: str) -> dict[str, Any]:
 
 
 def remove_weights(folder: Path) -> None:
-    """Leaves of a training what says how it went: manifest, metrics and curves."""
+    """Removes all of a finished training but manifest, metrics and curves."""
     for file in folder.glob("*.safetensors"):
         file.unlink()
     shutil.rmtree(folder / "tokenizer", ignore_errors=True)

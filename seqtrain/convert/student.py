@@ -6,7 +6,6 @@ from itertools import cycle
 from typing import Any
 
 import torch
-from torch import nn
 
 from seqtrain.convert.architecture import WINDOWED, Architecture
 from seqtrain.convert.settings import ConvertConfig, is_liger
@@ -66,29 +65,25 @@ def load_student(
 ) -> LanguageModel:
     """The network with the source's weights, and new ones by each mixer's own rule from `seed`."""
     student = architecture.build()
-    filled = load_weights(student, source, dtype=dtype, progress=progress)
+    load_weights(student, source, dtype=dtype, progress=progress)
     generator = torch.Generator().manual_seed(seed)
     for block in student.blocks:
         block.mixer.reset_parameters(generator)  # type: ignore[operator, union-attr]
-    new = {name for name, _ in student.named_parameters()} - filled
     empty = [name for name, parameter in student.named_parameters() if parameter.isnan().any()]
-    assert not empty, f"nobody filled {empty}; new parameters: {sorted(new)}"
+    assert not empty, f"no reset_parameters filled {empty}"
     return student.eval()
 
 
-def teacher_beside(student: LanguageModel, architecture: Architecture) -> LanguageModel:
-    """The network of `architecture` with the weights of `student`, not copies of them: right until it is trained."""
+def teacher_sharing(student: LanguageModel, architecture: Architecture) -> LanguageModel:
+    """The network of `architecture` on the very weights of `student`: valid until those are trained."""
     teacher = architecture.build()
     own = dict(student.named_parameters(remove_duplicate=False))
-    for name, _ in list(teacher.named_parameters(remove_duplicate=False)):
-        module, _, parameter = name.rpartition(".")
-        holder: nn.Module = teacher.get_submodule(module)
-        setattr(holder, parameter, own[name])
+    teacher.load_state_dict({name: own[name] for name in teacher.state_dict()}, assign=True)
     return teacher.eval()
 
 
 def check_layers(kept: Collection[int], depth: int) -> None:
-    """Raises `ConfigError` for a layer there is none of, or where all would stay as they are."""
+    """Raises `ConfigError` for a layer that does not exist, or where all layers would stay as they are."""
     if beyond := [index for index in kept if index >= depth]:
         raise ConfigError(f"keep={sorted(kept)}: the model has layers 0 to {depth - 1}, not {beyond[0]}")
     if len(set(kept)) == depth:

@@ -55,7 +55,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Each of `layers` alone: its teacher's layer's input in, that layer's output wanted.
+    """Each of `layers` alone, from the input of its teacher's layer to that layer's output.
 
     `inputs`: file of what enters layer `first` for every sequence of the run (`CachedInputs`); empty: layer 0, tokens.
     """
@@ -81,6 +81,10 @@ class Transfer:
         mixers = {str(index): student.get_submodule(f"blocks.{index}.mixer") for index in self.layers}
         model = TransferModel(mixers, pair.load_teacher(), first=self.first, error=stage.error)
         return Trainable(model, groups, self.data(config, corpus))
+
+    def given(self, file: Path) -> "Transfer":
+        """The same on the inputs in `file`, whose name says the layer."""
+        return replace(self, first=int(file.stem.removeprefix("layer-")), inputs=str(file))
 
     def data(self, config: PretrainConfig, corpus: Path) -> TrainingData:
         """What the layers are given."""
@@ -133,13 +137,13 @@ class TransferModel(nn.Module):
         super().__init__()
         self.mixers = nn.ModuleDict(mixers)
         # In a tuple, which a module's list of children does not see.
-        self.beside = (teacher,)
+        self.frozen = (teacher,)
         self.first = first
         self.error = ERRORS[error]
 
     def forward(self, tokens: Tensor, labels: Tensor, *, sequence: SequenceContext = WHOLE) -> Tensor:
         """`tokens`: int64 `[B,T]`, or what enters layer `first`, float `[B,T,D]`. The sum of the layers' errors."""
-        [teacher] = self.beside
+        [teacher] = self.frozen
         with torch.no_grad():
             x = tokens if tokens.is_floating_point() else teacher.embedding(tokens)
         total = torch.zeros((), device=x.device)
@@ -167,12 +171,12 @@ class DistilledModel(nn.Module):
     def __init__(self, student: LanguageModel, teacher: LanguageModel | None, stage: StageConfig):
         super().__init__()
         self.student = student
-        self.beside = (teacher,)
+        self.frozen = (teacher,)
         self.stage = stage
 
     def forward(self, tokens: Tensor, labels: Tensor, *, sequence: SequenceContext = WHOLE) -> Tensor:
         """`tokens`, `labels`: int64 `[B,T]` -> the stage's loss, a scalar summed over labels that count."""
-        stage, student, [teacher] = self.stage, self.student, self.beside
+        stage, student, [teacher] = self.stage, self.student, self.frozen
         hidden, _ = student.hidden(tokens, sequence=sequence, keep_state=False)
         expected, head = None, None
         if teacher is not None:

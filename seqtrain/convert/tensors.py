@@ -1,11 +1,11 @@
-"""Weights on disk that a model is laid over: nothing is read before it is used, and nothing held twice."""
+"""Models whose weights are mapped from disk: nothing is read before it is used, and nothing is held twice."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqtrain.convert.architecture import Architecture
 from seqtrain.files import replacing
@@ -15,20 +15,15 @@ from seqtrain.models import LanguageModel
 def model_from(architecture: Architecture, files: Iterable[Path], *, own: Iterable[str] = ()) -> LanguageModel:
     """The network with the weights of `files`; a later file's tensors take the place of an earlier one's.
 
-    Its parameters are mapped from the files, read-only in effect: two models of one file, in any number of processes,
-    are in memory once. Those named in `own` are copies that may be changed. Nothing requires a gradient.
+    Its parameters are mapped from the files, read-only in effect: any number of models and processes share them in
+    memory. Those named in `own` are copies that may be changed. Nothing requires a gradient.
     """
-    model = architecture.build()
-    tensors = mapped(files)
-    owned = set(own)
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if name == "head.weight" and architecture.model.tie_embeddings:
-            continue
-        module, _, key = name.rpartition(".")
-        value = tensors[name]
-        assert value.shape == parameter.shape, (name, value.shape, parameter.shape)
-        holder: nn.Module = model.get_submodule(module)
-        setattr(holder, key, nn.Parameter(value.clone() if name in owned else value, requires_grad=False))
+    model = architecture.build().requires_grad_(False)
+    tensors, owned = mapped(files), set(own)
+    values = {name: tensors[name].clone() if name in owned else tensors[name] for name, _ in model.named_parameters()}
+    if architecture.model.tie_embeddings:
+        values["head.weight"] = values["embedding.weight"]
+    model.load_state_dict(values, assign=True)
     if architecture.model.tie_embeddings:
         model.head.weight = model.embedding.weight
     return model.eval()

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqtrain.convert.export import load_tokenizer
 from seqtrain.convert.settings import VerifyConfig
 from seqtrain.convert.sources import Source
 from seqtrain.errors import ConfigError
@@ -25,7 +24,7 @@ class Text:
 
 
 def _code() -> str:
-    # `data=stdlib` holds this file out, so that a model trained on the rest has not seen it.
+    # `data=stdlib` holds this file out of what it trains on.
     return Path(str(import_module("multiprocessing.connection").__file__)).read_text(encoding="utf-8")
 
 
@@ -38,24 +37,24 @@ def _prose() -> str:
 BUILT_IN: Mapping[str, Callable[[], str]] = {"python-code": _code, "python-prose": _prose}
 
 
-def read_texts(wish: VerifyConfig, source: Source, *, seed: int) -> list[Text]:
-    """Those of `wish.texts` as the source's tokenizer reads them; random tokens where it has none.
+def read_texts(config: VerifyConfig, source: Source, *, seed: int) -> list[Text]:
+    """Those of `config.texts` as the source's tokenizer reads them; random tokens where it has none.
 
-    Rows lie one behind the other in a text, from its beginning; a text gives as many as it has, up to the number
-    wished for. Raises `ConfigError`.
+    Rows follow one another from the beginning of a text, as many as it has up to `config.sequences`. Raises
+    `ConfigError`.
     """
-    tokenizer = load_tokenizer(source)
-    wanted = {name: origin for name, origin in wish.texts.items() if origin}
+    tokenizer = source.tokenizer()
+    wanted = {name: origin for name, origin in config.texts.items() if origin}
     if tokenizer is not None and wanted:
-        return [_tokenized(name, origin, wish, tokenizer) for name, origin in wanted.items()]
+        return [_tokenized(name, origin, config, tokenizer) for name, origin in wanted.items()]
     if files := [f"verify.texts.{name}={origin}" for name, origin in wanted.items() if origin not in BUILT_IN]:
         raise ConfigError(f"{files[0]}: source={source.path} has no tokenizer to read it with")
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(source.config.vocab_size, (wish.sequences, wish.tokens), generator=generator)
+    tokens = torch.randint(source.config.vocab_size, (config.sequences, config.tokens), generator=generator)
     return [Text("random", "random tokens", tokens)]
 
 
-def _tokenized(name: str, origin: str, wish: VerifyConfig, tokenizer: Any) -> Text:
+def _tokenized(name: str, origin: str, config: VerifyConfig, tokenizer: Any) -> Text:
     key = f"verify.texts.{name}={origin}"
     if origin in BUILT_IN:
         content = BUILT_IN[origin]()
@@ -67,9 +66,9 @@ def _tokenized(name: str, origin: str, wish: VerifyConfig, tokenizer: Any) -> Te
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{key}: can't be read as UTF-8 text: {error}") from None
     # Twelve characters are more than a token has on average: a long text need not be read to its end.
-    content = content[: 12 * wish.tokens * wish.sequences]
+    content = content[: 12 * config.tokens * config.sequences]
     ids = torch.tensor(tokenizer(content, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-    rows = min(len(ids) // wish.tokens, wish.sequences)
+    rows = min(len(ids) // config.tokens, config.sequences)
     if rows == 0:
-        raise ConfigError(f"{key}: has {len(ids)} tokens, verify.tokens={wish.tokens}; use fewer, or a longer text")
-    return Text(name, Path(origin).name, ids[: rows * wish.tokens].view(rows, wish.tokens))
+        raise ConfigError(f"{key}: has {len(ids)} tokens, verify.tokens={config.tokens}; use fewer, or a longer text")
+    return Text(name, Path(origin).name, ids[: rows * config.tokens].view(rows, config.tokens))

@@ -18,17 +18,17 @@ PLACE = re.compile(r"(.+?)(?:\[(\w+)\])?")
 @torch.no_grad()
 def load_weights(
     model: LanguageModel, source: Source, *, dtype: torch.dtype, progress: Callable[[str], None] = lambda name: None
-) -> set[str]:
-    """Gives `model`, built on the meta device, memory and the source's weights; returns the parameters filled.
+) -> None:
+    """Gives `model`, built on the meta device, memory and the source's weights.
 
-    The others (those a replaced layer adds) are NaN until somebody fills them. Peak memory: the model in `dtype` and
-    one tensor. Raises `CheckpointError` for a tensor that is missing, unknown, or has another shape than the model's.
+    Parameters the source does not have (those of a replaced layer) are NaN until they are filled. Peak memory: the
+    model in `dtype` and one tensor. Raises `CheckpointError` for a tensor that is missing, unknown, or has another
+    shape than the model's.
     """
     places = _places(model, source)
     _check_names(model, source, places)
     give_memory(model, dtype)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    filled: set[str] = set()
     tied_head = None
     for name, tensor in source.tensors():
         progress(name)
@@ -37,10 +37,8 @@ def load_weights(
         elif name in places:
             parameter, rows = places[name]
             parameters[parameter][rows].copy_(tensor)
-            filled.add(parameter)
     if tied_head is not None and not torch.equal(model.embedding.weight, tied_head.to(dtype)):
         raise CheckpointError(f"source={source.path}: lm_head.weight differs from the embedding the config ties it to")
-    return filled
 
 
 def give_memory(model: LanguageModel, dtype: torch.dtype) -> None:

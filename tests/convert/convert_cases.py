@@ -87,7 +87,7 @@ def save_tokenizer(folder, *, chat_template=None):
 
 
 def write_gguf(model, file, *, quantization="F32"):
-    """`model`, a transformers one, as llama.cpp writes it: its names, and q and k of llamas with neighbours rotated."""
+    """`model`, a transformers one, as llama.cpp writes it: its names, and q and k of llamas with neighbors rotated."""
     from gguf import GGMLQuantizationType, GGUFWriter, quants
 
     from seqtrain.convert.families import FAMILIES, GGUF_NAMES, in_layers

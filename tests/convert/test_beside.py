@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from seqtrain.convert.beside import read_others
+from seqtrain.convert.report import read_others
 from seqtrain.errors import ConfigError
 
 OTHER = {
@@ -39,9 +39,9 @@ def test_figures_of_the_same_teacher_on_the_same_texts(tmp_path):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("source", "sha256"), "other", "is of another source, and can't be compared"),
-        (("texts", "prose"), "lear.txt", "is of another texts, and can't be compared"),
-        (("config", "verify", "tokens"), 64, "is of another tokens, and can't be compared"),
+        (("source", "sha256"), "other", "can't be compared: not the same source"),
+        (("texts", "prose"), "lear.txt", "can't be compared: not the same texts"),
+        (("config", "verify", "tokens"), 64, "can't be compared: not the same tokens"),
         (("training",), None, "holds no report of a conversion"),
     ],
 )

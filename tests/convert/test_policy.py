@@ -53,11 +53,11 @@ def test_a_choice_of_hand_needs_no_more_than_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such file"),
-        ("{", "is no readable JSON"),
-        ("[1, 2]", "must hold an object with keep"),
-        ('{"keep": [1, -1]}', "must hold an object with keep"),
-        ('{"keep": [true]}', "must hold an object with keep"),
+        (None, "layers.json: missing; keep takes"),
+        ("{", "layers.json: damaged"),
+        ("[1, 2]", "or an object with keep"),
+        ('{"keep": [1, -1]}', "damaged at keep.1: Input should be greater"),
+        ('{"keep": [true]}', "damaged at keep.0: Input should be a valid integer"),
         ('{"keep": [7]}', "has layers 0 to 3, not 7"),
         (json.dumps({"keep": [1], "layers": ["attention"] * 3}), "is of a model with 3 layers, not 4"),
     ],

@@ -62,7 +62,7 @@ def test_the_report_says_what_was_made(converted):
     for found in report["end"]["texts"].values():
         for number in (*found["perplexity"].values(), found["kl_to_teacher"]):
             assert f"{number:.2f}" in text
-    for sentence in ("It was not trained", f"Layers {kept} are softmax attention still", "python-prose"):
+    for sentence in ("It was not trained", f"Layers {kept} are still softmax attention", "python-prose"):
         assert sentence in text
     answer = report["end"]["answer"]
     assert answer["prompt"] == "The capital of France is"
@@ -123,7 +123,7 @@ def test_a_gguf_file_is_converted(transformers_on_disk, tmp_path):
     report = convert(settings(tmp_path / "tiny.gguf", tmp_path / "out", "target=liger_gla", "dtype=bfloat16"))
     assert report["passed"]
     assert report["texts"] == {"random": "random tokens"}
-    assert "dequantised GGUF Q8_0 file" in (tmp_path / "out" / "report.md").read_text()
+    assert "dequantized GGUF Q8_0 file" in (tmp_path / "out" / "report.md").read_text()
     with safe_open(tmp_path / "out" / "model" / "model.safetensors", framework="pt") as file:
         assert file.get_tensor("model.norm.weight").dtype == torch.bfloat16
 
@@ -169,11 +169,11 @@ def rename_the_architecture(folder):
     ("damage", "overrides", "message"),
     [
         (drop_a_tensor, [], "lacks model.norm.weight"),
-        (cut_the_weights, [], "is no whole safetensors file"),
+        (cut_the_weights, [], "incomplete or corrupt safetensors file"),
         (rename_the_architecture, [], "architecture 'qwen7' is unknown; did you mean"),
         (None, ["source_sha256=abc"], "but source_sha256=abc"),
         (None, ["keep=[0,1,2]"], "leaves no layer to convert"),
-        (None, ["keep=nowhere.json"], "keep=nowhere.json: no such file"),
+        (None, ["keep=nowhere.json"], "nowhere.json: missing; keep takes"),
         (None, ["target=kda", "layer.combine=denominator"], "memory=kda has no normalizer"),
         (None, ["verify.texts.code=nowhere.txt"], "verify.texts.code=nowhere.txt: no such file"),
         (None, ["verify.tokens=10000000"], "verify.tokens=10000000; use fewer, or a longer text"),

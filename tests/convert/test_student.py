@@ -11,7 +11,7 @@ from seqtrain.convert.export import export
 from seqtrain.convert.policy import kept_layers
 from seqtrain.convert.settings import is_liger, read_convert_config, targets
 from seqtrain.convert.sources import open_source
-from seqtrain.convert.student import load_student, student_of, teacher_beside
+from seqtrain.convert.student import load_student, student_of, teacher_sharing
 from seqtrain.convert.verify import end_checks, start_checks
 from seqtrain.errors import ConfigError
 from seqtrain.parallel.sequence import SequenceContext
@@ -32,7 +32,7 @@ def make_student(folder, config, kept=()):
     teacher = architecture_of(source)
     architecture = student_of(teacher, config, kept)
     student = load_student(architecture, source, dtype=getattr(torch, config.dtype), seed=0)
-    return teacher_beside(student, teacher), student, architecture, source
+    return teacher_sharing(student, teacher), student, architecture, source
 
 
 def make_pair(folder, target="gated_delta_net", *, kept=(), dtype="float32", **layer):
@@ -173,7 +173,7 @@ def test_own_windows_stay_within_the_teachers(transformers_on_disk):
         (["keep=evry:2"], "keep=evry:2: must be none, every:K, budget:N"),
         (["target=gla", "layer.arrangement=alternate", "layer.window=0"], "layer.arrangement=alternate needs a window"),
         (["target=liger_gsa", "layer.arrangement=alternate"], "target=liger_gsa has both parts in one layer"),
-        (["target=kda", "layer.tied_gate=true"], "layer.tied_gate=true: target=kda has no tied gate"),
+        (["target=kda", "layer.tied_gate=true"], "layer.tied_gate=true: only applies to target=gla, not target=kda"),
         (["target=liger_gla", "layer.window=0"], "layer.window=0: target=liger_gla averages a window"),
         (["layer.widow=3"], "did you mean 'layer.window'?"),
         (["dtype=int8"], "dtype=int8: must be"),

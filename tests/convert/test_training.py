@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from seqtrain.config import compose_config, conf_dir
 from seqtrain.convert import convert, read_convert_config
 from seqtrain.convert.architecture import architecture_of
-from seqtrain.convert.export import load_tokenizer
 from seqtrain.convert.manifest import ConversionManifest
 from seqtrain.convert.sources import open_source
 from seqtrain.convert.stages import prepare_training
@@ -102,8 +101,8 @@ def begun(config):
     teacher = architecture_of(opened)
     student = student_of(teacher, config, () if config.keep == "none" else config.keep)
     manifest = ConversionManifest.open(Path(config.output_dir) / "training", {})
-    training = prepare_training(config, teacher, student, manifest, load_tokenizer(opened), lambda stage, what: None)
-    training.begin(load_student(student, opened, dtype=torch.float32, seed=config.seed))
+    training = prepare_training(config, teacher, student, manifest, opened.tokenizer(), lambda stage, what: None)
+    training.begin(load_student(student, opened, dtype=torch.float32, seed=config.seed), [], None)
     return training
 
 
@@ -230,7 +229,7 @@ def test_frozen_weights_are_in_memory_once_and_stay_what_they_were(source, tmp_p
     work = session.task.build(session.config, session.corpus)
     moving = {name for name, parameter in work.model.named_parameters() if parameter.requires_grad}
     assert moving == {f"student.{name}" for name in training.pair.new()}
-    [teacher] = work.model.beside
+    [teacher] = work.model.frozen
     # The same pages of the same file.
     mine, theirs = (model.blocks[0].mlp.up.weight for model in (work.model.student, teacher))
     torch.testing.assert_close(mine, theirs)

@@ -6,19 +6,23 @@ import math
 import pytest
 import torch
 
-from seqtrain.convert.ablation import converted_mixers, seen_by, switched_off
-from seqtrain.convert.scores import (
+from seqtrain.convert.measure import (
+    Evaluator,
     agreement,
     by_position,
+    converted_mixers,
     hidden_states,
+    layer_errors,
     perplexity,
     recall,
     repeated_passages,
+    softmax_reach,
     surprise,
+    switched_off,
 )
 from seqtrain.convert.settings import VerifyConfig
 from seqtrain.convert.texts import Text
-from seqtrain.convert.verify import Judge, check_generation, gap_closed, goals, layer_errors
+from seqtrain.convert.verify import check_generation, gap_closed, goals
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.testing import relative_error
@@ -33,8 +37,8 @@ def pair(transformers_on_disk):
 
 
 @pytest.fixture(scope="module")
-def judge(pair):
-    return Judge(
+def evaluator(pair):
+    return Evaluator(
         pair[0], [Text("one", "one.txt", some_tokens(2, 70)), Text("two", "two.txt", some_tokens(1, 90, seed=4))]
     )
 
@@ -63,8 +67,8 @@ def test_positions_double_and_their_mean_is_the_whole(pair):
     assert rows[1]["it"] == pytest.approx(perplexity(surprises[:, 63:127]))
 
 
-def test_a_measure_says_what_each_part_is_worth(pair, judge):
-    came = judge.measure(pair[1])
+def test_a_measure_says_what_each_part_is_worth(pair, evaluator):
+    came = evaluator.measure(pair[1])
     models = {"teacher", "student", "student, memory off", "student, window off"}
     for text in ("one", "two"):
         found = came["texts"][text]
@@ -73,12 +77,12 @@ def test_a_measure_says_what_each_part_is_worth(pair, judge):
         assert set(found["by_position"][0]) == models | {"from", "to"}
     assert came["texts"]["one"]["tokens"] == 140
     assert set(came["recall"]) == models | {"tokens_between"}
-    assert judge.measure(pair[1]) == came
+    assert evaluator.measure(pair[1]) == came
     assert all(mixer.without == "" for mixer in converted_mixers(pair[1]))
 
 
-def test_a_teacher_is_measured_as_itself(pair, judge):
-    came = judge.measure(pair[0])
+def test_a_teacher_is_measured_as_itself(pair, evaluator):
+    came = evaluator.measure(pair[0])
     assert came["layer_errors"] == [0.0, 0.0, 0.0]
     for found in came["texts"].values():
         assert set(found["perplexity"]) == {"teacher", "student"}
@@ -107,7 +111,7 @@ def test_a_layers_error_is_its_own(pair):
 def test_alternating_layers_can_be_switched_off_too(transformers_on_disk):
     _, folder = transformers_on_disk("llama")
     _, student = make_pair(folder, "gla", window=8, sinks=3, arrangement="alternate")
-    assert seen_by(student) == (8, 3)
+    assert softmax_reach(student) == (8, 3)
     tokens = some_tokens(1, 40)
     outs = [hidden_states(student, tokens)]
     for part in ("memory", "window"):

@@ -41,7 +41,7 @@ def test_a_gguf_file_holds_the_same_model(transformers_on_disk, tmp_path, kind):
 
 
 @pytest.mark.parametrize(("quantization", "step"), [("F16", 2**-11), ("BF16", 2**-8), ("Q8_0", 1 / 127)])
-def test_gguf_weights_are_dequantised(transformers_on_disk, tmp_path, quantization, step):
+def test_gguf_weights_are_dequantized(transformers_on_disk, tmp_path, quantization, step):
     theirs, _ = transformers_on_disk("smollm2")
     write_gguf(theirs, tmp_path / "model.gguf", quantization=quantization)
     ours = read_teacher(tmp_path / "model.gguf").embedding.weight
@@ -76,8 +76,8 @@ def test_weights_have_the_dtype_asked_for_and_stay_tied(transformers_on_disk, dt
     _, folder = transformers_on_disk("smollm2")
     source = open_source(str(folder))
     model = architecture_of(source).build()
-    filled = load_weights(model, source, dtype=dtype)
-    assert filled == {name for name, _ in model.named_parameters()}
+    load_weights(model, source, dtype=dtype)
+    assert not any(parameter.isnan().any() for parameter in model.parameters())
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert model.head.weight is model.embedding.weight
 
@@ -137,7 +137,7 @@ def set_config(**values):
         (add("model.layers.0.extra", 2), "holds model.layers.0.extra, which its architecture does not have"),
         (add("model.norm.weight", 5), "model.norm.weight has shape (5,), expected (32,)"),
         (add("lm_head.weight", 61, 32), "lm_head.weight differs from the embedding the config ties it to"),
-        (truncate, "model.safetensors: is no whole safetensors file"),
+        (truncate, "model.safetensors: incomplete or corrupt safetensors file"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
         (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: is not JSON"),
@@ -146,7 +146,7 @@ def set_config(**values):
         (set_config(mlp_bias=True), "mlp_bias=True can't be converted"),
         (set_config(num_key_value_heads=3), "num_key_value_heads=3 must divide num_attention_heads=4"),
         (set_config(num_hidden_layers=4), "lacks model.layers.3"),
-        (set_config(quantization_config={"bits": 4}), "quantised weights"),
+        (set_config(quantization_config={"bits": 4}), "quantized weights"),
         (set_config(intermediate_size=41), "intermediate_size=41 must be a multiple of 8"),
         (
             set_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
