@@ -1,17 +1,23 @@
-"""A Transformer's config in our own terms: the same network as a `LanguageModel` with softmax mixers."""
+"""The networks of a conversion: the teacher as a `LanguageModel` with softmax mixers, and its student."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
 
+from seqtrain.convert.settings import ConvertConfig, is_liger
 from seqtrain.convert.sources import Source
 from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
 
 FULL, WINDOWED = "attention", "sliding_attention"
+LINEARIZED, STREAMING = "linearized_attention", "streaming_attention"
+# Options of linearized attention that a conversion takes over.
+MEMORY = ("sinks", "combine", "memory_weight", "gate_rank", "tied_gate", "slots")
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,9 @@ class Architecture:
 def architecture_of(source: Source) -> Architecture:
     """The teacher. Raises `ConfigError` for what `LanguageModel` has no counterpart of."""
     config, family = source.config, source.family
-    _refuse(source, {"hidden_act": "silu", **family.must_be})
+    for key, allowed in {"hidden_act": "silu", **family.must_be}.items():
+        if (came := getattr(config, key)) != allowed:
+            raise ConfigError(f"source={source.path}: {key}={came} can't be converted; it must be {allowed}")
     heads, groups, depth = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
     if groups < 1 or heads % groups:
         raise ConfigError(f"source={source.path}: num_key_value_heads={groups} must divide num_attention_heads={heads}")
@@ -47,11 +55,8 @@ def architecture_of(source: Source) -> Architecture:
         "qkv_bias": family.qkv_bias,
     }
     layers = _layers(config, depth)
-    mixers: dict[str, Any] = {}
-    if FULL in layers:
-        mixers[FULL] = MIXERS.get(FULL).Config(**attention)
-    if WINDOWED in layers:
-        mixers[WINDOWED] = MIXERS.get(WINDOWED).Config(**attention, window=config.sliding_window)
+    own = {FULL: {}, WINDOWED: {"window": config.sliding_window}} if WINDOWED in layers else {FULL: {}}
+    mixers = {name: MIXERS.get(name).Config(**attention, **own[name]) for name in own if name in layers}
     model = ModelConfig(
         layers=layers,
         depth=depth,
@@ -101,7 +106,30 @@ def rotation(source: Source) -> tuple[float, tuple[float, ...], float]:
     return base, tuple((plain / rates.double()).tolist()), float(amplitude)
 
 
-def _refuse(source: Source, must_be: Mapping[str, Any]) -> None:
-    for key, allowed in must_be.items():
-        if (came := getattr(source.config, key)) != allowed:
-            raise ConfigError(f"source={source.path}: {key}={came} can't be converted; it must be {allowed}")
+def student_of(teacher: Architecture, config: ConvertConfig, kept: Collection[int]) -> Architecture:
+    """`teacher` with the target's layers everywhere but in `kept`. Raises `ConfigError`."""
+    layer, softmax = config.layer, next(iter(teacher.mixers.values()))
+    # A layer that never saw further than its own window has no use for a longer one.
+    window = layer.window
+    if WINDOWED in teacher.mixers:
+        window = min(window, teacher.mixers[WINDOWED].window)
+    options: dict[str, dict[str, Any]]
+    memory = {"memory": config.target} | {key: getattr(layer, key) for key in MEMORY}
+    if is_liger(config.target):
+        options = {config.target: {"window": window}}
+    elif layer.arrangement == "alternate":
+        options = {LINEARIZED: memory | {"window": 0}, STREAMING: {"window": window, "sinks": layer.sinks}}
+    else:
+        options = {LINEARIZED: memory | {"window": window}}
+    names = cycle(options)
+    layers = tuple(old if index in kept else next(names) for index, old in enumerate(teacher.model.layers))
+    mixers = {**teacher.mixers, **{name: _taking_over(softmax, name, own) for name, own in options.items()}}
+    used = {each: mixers[each] for each in sorted(set(layers))}
+    return Architecture(dataclasses.replace(teacher.model, layers=layers), used, teacher.vocab_size)
+
+
+def _taking_over(softmax: Any, name: str, options: dict[str, Any]) -> Any:
+    """The config of mixer `name` with the projections of `softmax`, a config too, and `options` of its own."""
+    cls = MIXERS.get(name).Config
+    shared = {field.name for field in dataclasses.fields(cls)} & {field.name for field in dataclasses.fields(softmax)}
+    return cls(**{field: getattr(softmax, field) for field in shared - set(options)}, **options)

@@ -1,6 +1,6 @@
 """Which layers keep softmax attention."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,6 @@ from torch import Tensor
 from seqtrain.convert.architecture import FULL, WINDOWED
 from seqtrain.convert.measure import agreement, hidden_states
 from seqtrain.convert.settings import POLICY
-from seqtrain.convert.student import check_layers
 from seqtrain.errors import ConfigError
 from seqtrain.files import Manifest
 from seqtrain.models import LanguageModel
@@ -52,11 +51,19 @@ def kept_layers(
         assert matched is not None, keep
         number = int(matched[2])
         kept = tuple(range(number - 1, depth, number) if matched[1] == "every" else range(number))
-    check_layers(kept, depth)
+    _check(kept, depth)
     if isinstance(keep, str) and keep.startswith("budget:"):
         scores = measured = importance()
         kept = tuple(sorted(range(depth), key=lambda index: (-measured[index], index))[: len(kept)])
     return tuple(sorted(set(kept))), scores
+
+
+def _check(kept: Collection[int], depth: int) -> None:
+    """Raises `ConfigError` for a layer that does not exist, or where all layers would stay as they are."""
+    if beyond := [index for index in kept if index >= depth]:
+        raise ConfigError(f"keep={sorted(kept)}: the model has layers 0 to {depth - 1}, not {beyond[0]}")
+    if len(set(kept)) == depth:
+        raise ConfigError(f"keep={sorted(kept)}: leaves no layer to convert; keep fewer than {depth}")
 
 
 def layers_that_stay(layers: Sequence[str]) -> tuple[int, ...]:

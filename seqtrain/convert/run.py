@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqtrain.convert.architecture import Architecture, architecture_of
+from seqtrain.convert.architecture import Architecture, architecture_of, student_of
 from seqtrain.convert.export import check_reloaded, export, long_generation, refuse_existing
 from seqtrain.convert.manifest import ConversionManifest
 from seqtrain.convert.measure import Evaluator, layer_errors
@@ -17,10 +17,11 @@ from seqtrain.convert.policy import kept_layers, restore_one_layer
 from seqtrain.convert.report import heading, read_others, write
 from seqtrain.convert.settings import ConvertConfig
 from seqtrain.convert.sources import Source, open_source
-from seqtrain.convert.stages import Progress, Training, fingerprint, prepare_training, remove_weights
-from seqtrain.convert.student import load_student, student_of, teacher_sharing
+from seqtrain.convert.stages import START, Progress, Training, fingerprint, remove_weights
+from seqtrain.convert.tasks import Pair
 from seqtrain.convert.texts import Text, read_texts
 from seqtrain.convert.verify import cache_bytes, check_generation, end_checks, gap_closed, goals, start_checks
+from seqtrain.convert.weights import load_student, teacher_sharing
 from seqtrain.memory import AnonymousPeak
 from seqtrain.models import LanguageModel
 
@@ -68,7 +69,9 @@ def convert(config: ConvertConfig, progress: Progress = lambda stage, what: None
     # As an unfinished training has chosen them.
     kept, scores = (manifest.chosen["kept"], manifest.chosen["importance"]) if manifest.chosen else _choose(plan)
     architecture = student_of(plan.teacher, config, kept)
-    training = prepare_training(config, plan.teacher, architecture, manifest, plan.tokenizer, progress)
+    pair = Pair(plan.teacher, architecture, (manifest.weights(START),))
+    training = Training(config, pair, manifest, plan.tokenizer, progress)
+    training.check()
     report = heading(config, plan.source)
     chosen = {"kept": list(kept), "layer_importance": scores}
     student, peaks = _measured_and_trained(plan, training, chosen, report)

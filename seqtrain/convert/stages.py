@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from seqtrain.convert.adapters import merged_weights
-from seqtrain.convert.architecture import Architecture
 from seqtrain.convert.manifest import ConversionManifest
 from seqtrain.convert.recipe import StageConfig
 from seqtrain.convert.settings import ConvertConfig
 from seqtrain.convert.tasks import Distillation, Pair, Transfer
 from seqtrain.convert.teacher_inputs import advance
-from seqtrain.convert.tensors import mapped, model_from, write_tensors
+from seqtrain.convert.weights import mapped, model_from, write_tensors
 from seqtrain.data import prepare
 from seqtrain.errors import ConfigError
 from seqtrain.models import LanguageModel
@@ -30,6 +29,8 @@ from seqtrain.runtime.settings import EvaluationConfig, KernelsConfig, SampleCon
 from seqtrain.testing import relative_error
 
 START = "start"
+# What a stage says of the training loop.
+LOOP = ("steps", "sequence_length", "batch_size", "micro_batch_size", "dtype", "gradient_clipping")
 # Tokens that the merging of adapters is checked on.
 PROBE = 64
 Progress = Callable[[str, str], None]
@@ -45,7 +46,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Training:
-    """The training of one conversion. `tokenizer`: of Hugging Face; None where there is nothing to train."""
+    """The training of one conversion. `tokenizer`: of Hugging Face; None where the source has none."""
 
     config: ConvertConfig
     pair: Pair
@@ -86,13 +87,14 @@ class Training:
         return model_from(pair.student, pair.files, own=mapped(pair.files)), reports
 
     def check(self) -> None:
-        """Raises `ConfigError` for what the runtime would refuse, before anything is trained."""
-        for name, stage in self.config.recipe.stages.items():
-            if wrong := sorted(set(stage.layers) - set(self.pair.converted)):
-                allowed = list(self.pair.converted)
-                raise ConfigError(
-                    f"recipe.stages.{name}.layers: layer {wrong[0]} was not converted; those are {allowed}"
-                )
+        """Raises `ConfigError` for what can't be run, before anything is written."""
+        config, converted = self.config, self.pair.converted
+        if config.recipe.stages and self.tokenizer is None:
+            raise ConfigError(f"recipe={config.recipe.name}: source={config.source} has no tokenizer to read text with")
+        for name, stage in config.recipe.stages.items():
+            if wrong := sorted(set(stage.layers) - set(converted)):
+                rule = f"layer {wrong[0]} was not converted; those are {list(converted)}"
+                raise ConfigError(f"recipe.stages.{name}.layers: {rule}")
             check(self._settings(stage, name))
 
     def _transfers(self, name: str, stage: StageConfig, pair: Pair) -> Iterator[str]:
@@ -181,14 +183,7 @@ class Training:
                 lr=max(stage.lr_new, stage.lr), betas=stage.betas, weight_decay=stage.weight_decay
             ),
             schedule=ScheduleConfig(warmup_fraction=stage.warmup_fraction, final_lr_ratio=stage.final_lr_ratio),
-            train=TrainConfig(
-                steps=stage.steps,
-                sequence_length=stage.sequence_length,
-                batch_size=stage.batch_size,
-                micro_batch_size=stage.micro_batch_size,
-                dtype=stage.dtype,
-                gradient_clipping=stage.gradient_clipping,
-            ),
+            train=TrainConfig(**{key: getattr(stage, key) for key in LOOP}),
             evaluation=EvaluationConfig(every=0),
             parallel=replace(config.parallel, data=ranks // shared, sequence=shared),
             runtime=config.runtime,
@@ -219,26 +214,6 @@ class Training:
         first, last = (sum(part) / quarter for part in (losses[:quarter], losses[-quarter:]))
         self.manifest.finish(name, about | {"tokens": tokens, "loss": {"first quarter": first, "last quarter": last}})
         shutil.rmtree(folder / "checkpoints")
-
-
-def prepare_training(
-    config: ConvertConfig,
-    teacher: Architecture,
-    student: Architecture,
-    manifest: ConversionManifest,
-    tokenizer: Any,
-    progress: Progress,
-) -> Training:
-    """The training `config.recipe` asks for; nothing is written yet. Raises `ConfigError` for what can't be run.
-
-    `tokenizer`: of Hugging Face, for the text; None where the source has none.
-    """
-    if config.recipe.stages and tokenizer is None:
-        raise ConfigError(f"recipe={config.recipe.name}: source={config.source} has no tokenizer to read text with")
-    pair = Pair(teacher, student, (manifest.weights(START),))
-    training = Training(config, pair, manifest, tokenizer, progress)
-    training.check()
-    return training
 
 
 def fingerprint(config: ConvertConfig, source_sha256: str) -> dict[str, Any]:

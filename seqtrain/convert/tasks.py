@@ -13,7 +13,7 @@ from seqtrain.convert.architecture import Architecture
 from seqtrain.convert.losses import distillation_sum, mean_square_sum, relative_error_sum, with_gradients
 from seqtrain.convert.recipe import StageConfig
 from seqtrain.convert.teacher_inputs import CachedInputs
-from seqtrain.convert.tensors import model_from
+from seqtrain.convert.weights import model_from
 from seqtrain.data import open_corpus
 from seqtrain.files import sha256_of
 from seqtrain.mixers import WHOLE
@@ -107,7 +107,8 @@ class Distillation:
 
     def build(self, config: PretrainConfig, corpus: Path) -> Trainable:
         student, groups = self.student(config)
-        model = DistilledModel(student, self._teacher(), self.stage)
+        teacher = self.pair.load_teacher() if self.stage.kl or self.stage.hidden else None
+        model = DistilledModel(student, teacher, self.stage)
         return Trainable(model, groups, training_data(config, corpus))
 
     def student(self, config: PretrainConfig) -> tuple[LanguageModel, list[dict[str, Any]]]:
@@ -125,9 +126,6 @@ class Distillation:
             add_adapters(student, rank=stage.lora_rank, alpha=stage.lora_alpha, targets=stage.lora_targets)
             rates |= {name: stage.lr for name, parameter in student.named_parameters() if parameter.requires_grad}
         return student, _groups(student, rates, config)
-
-    def _teacher(self) -> LanguageModel | None:
-        return self.pair.load_teacher() if self.stage.kl or self.stage.hidden else None
 
 
 class TransferModel(nn.Module):
@@ -178,18 +176,17 @@ class DistilledModel(nn.Module):
         """`tokens`, `labels`: int64 `[B,T]` -> the stage's loss, a scalar summed over labels that count."""
         stage, student, [teacher] = self.stage, self.student, self.frozen
         hidden, _ = student.hidden(tokens, sequence=sequence, keep_state=False)
-        expected, head = None, None
+        expected = None
         if teacher is not None:
             with torch.no_grad():
                 expected, _ = teacher.hidden(tokens, sequence=sequence, keep_state=False)
-            head = teacher.head.weight
         loss = torch.zeros((), device=hidden.device)
         if stage.kl or stage.ce:
             loss = distillation_sum(
                 hidden.flatten(0, 1),
                 student.head.weight,
                 None if expected is None or not stage.kl else expected.flatten(0, 1),
-                head,
+                None if teacher is None else teacher.head.weight,
                 labels.flatten(),
                 kl=stage.kl,
                 ce=stage.ce,

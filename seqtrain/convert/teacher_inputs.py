@@ -1,17 +1,14 @@
-"""What enters a layer of the teacher, for every sequence of a run, kept on disk: the teacher is streamed once.
+"""The inputs of a teacher's layer for every sequence of a run, on disk: float32 `[sequences, T, D]` in the run's order.
 
-A file holds float32 `[sequences, T, D]`, in the order the run reads its sequences. Advancing it from one layer to
-another needs the blocks between alone.
+Advancing them to a later layer needs only the blocks between, so the teacher is streamed once.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from seqtrain.data import WHOLE_BATCH, Batch, BatchSlice
 from seqtrain.files import replacing
@@ -21,7 +18,7 @@ from seqtrain.runtime.task import TrainingData
 
 
 class CachedInputs:
-    """Training batches that hold, in the place of tokens, what a file says enters a layer for them: `[1,n,D]`."""
+    """Training batches that hold, in place of tokens, the inputs `[1,n,D]` that a file has for them."""
 
     def __init__(self, batches: TrainingData, file: Path, *, batch_size: int, sequence_length: int, width: int):
         self.batches = batches
@@ -48,7 +45,7 @@ def advance(
     backend: str,
     progress: Callable[[int], None],
 ) -> None:
-    """Writes to `file` what enters layer `last` for the batches of `steps` steps, whole or not at all.
+    """Writes the inputs of layer `last` for the batches of `steps` steps to `file`, atomically.
 
     `batches`: of tokens where `first` is 0, else `CachedInputs` of layer `first`. `progress(step)`: what is done.
     """
@@ -58,10 +55,6 @@ def advance(
             x = batch.tokens if batch.tokens.is_floating_point() else teacher.embedding(batch.tokens)
             sequence = SequenceContext(cu_seqlens=batch.cu_seqlens, backend=backend)
             for block in teacher.blocks[first:last]:
-                x = _through(block, x, sequence)
+                x, _ = block(x, None, sequence=sequence)
             opened.write(x.float().numpy().tobytes())
             progress(step + 1)
-
-
-def _through(block: Any, x: Tensor, sequence: SequenceContext) -> Tensor:
-    return block(x, None, sequence=sequence)[0]

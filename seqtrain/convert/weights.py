@@ -1,18 +1,50 @@
-"""Filling a model from a source, tensor by tensor, and proving that nothing was left out on either side."""
+"""Models with weights: of a source, tensor by tensor, nothing left out on either side; or mapped from files."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from seqtrain.convert.architecture import Architecture
 from seqtrain.convert.families import IGNORED, in_layers
 from seqtrain.convert.sources import Source
 from seqtrain.errors import CheckpointError
+from seqtrain.files import replacing
 from seqtrain.mixers.common.attention import SoftmaxAttention
 from seqtrain.models import LanguageModel
 
 PLACE = re.compile(r"(.+?)(?:\[(\w+)\])?")
+
+
+def load_student(
+    architecture: Architecture,
+    source: Source,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    progress: Callable[[str], None] = lambda name: None,
+) -> LanguageModel:
+    """The network with the source's weights, and new ones by each mixer's own rule from `seed`."""
+    student = architecture.build()
+    load_weights(student, source, dtype=dtype, progress=progress)
+    generator = torch.Generator().manual_seed(seed)
+    for block in student.blocks:
+        block.mixer.reset_parameters(generator)  # type: ignore[operator, union-attr]
+    empty = [name for name, parameter in student.named_parameters() if parameter.isnan().any()]
+    assert not empty, f"no reset_parameters filled {empty}"
+    return student.eval()
+
+
+def teacher_sharing(student: LanguageModel, architecture: Architecture) -> LanguageModel:
+    """The network of `architecture` on the very weights of `student`: valid until those are trained."""
+    teacher = architecture.build()
+    own = dict(student.named_parameters(remove_duplicate=False))
+    teacher.load_state_dict({name: own[name] for name in teacher.state_dict()}, assign=True)
+    return teacher.eval()
 
 
 @torch.no_grad()
@@ -98,3 +130,39 @@ def _check_names(model: LanguageModel, source: Source, places: Mapping[str, tupl
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def model_from(architecture: Architecture, files: Iterable[Path], *, own: Iterable[str] = ()) -> LanguageModel:
+    """The network with the weights of `files`; a later file's tensors take the place of an earlier one's.
+
+    Its parameters are mapped from the files, read-only in effect: any number of models and processes share them in
+    memory. Those named in `own` are copies that may be changed. Nothing requires a gradient.
+    """
+    model = architecture.build().requires_grad_(False)
+    tensors, owned = mapped(files), set(own)
+    values = {name: tensors[name].clone() if name in owned else tensors[name] for name, _ in model.named_parameters()}
+    if architecture.model.tie_embeddings:
+        values["head.weight"] = values["embedding.weight"]
+    model.load_state_dict(values, assign=True)
+    if architecture.model.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    return model.eval()
+
+
+def mapped(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Every tensor of `files` by name, of the last file that has it, mapped into memory."""
+    places: dict[str, Path] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            places |= dict.fromkeys(opened.keys(), file)
+    found: dict[str, Tensor] = {}
+    for file in set(places.values()):
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name) for name, place in places.items() if place == file}
+    return found
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes `tensors` as safetensors, whole or not at all."""
+    with replacing(file) as unfinished:
+        save_file({name: tensor.detach().contiguous() for name, tensor in sorted(tensors.items())}, unfinished)

@@ -6,11 +6,11 @@ import gc
 import torch
 
 from seqtrain.config import compose_config
-from seqtrain.convert.architecture import architecture_of
+from seqtrain.convert.architecture import architecture_of, student_of
 from seqtrain.convert.export import export
 from seqtrain.convert.settings import read_convert_config
 from seqtrain.convert.sources import open_source
-from seqtrain.convert.student import load_student, student_of
+from seqtrain.convert.weights import load_student
 from seqtrain.memory import AnonymousPeak
 from tests.convert.convert_cases import COMMON
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from seqtrain.config import compose_config
-from seqtrain.convert.architecture import architecture_of
+from seqtrain.convert.architecture import architecture_of, student_of
 from seqtrain.convert.export import export
 from seqtrain.convert.policy import kept_layers
 from seqtrain.convert.settings import is_liger, read_convert_config, targets
 from seqtrain.convert.sources import open_source
-from seqtrain.convert.student import load_student, student_of, teacher_sharing
 from seqtrain.convert.verify import end_checks, start_checks
+from seqtrain.convert.weights import load_student, teacher_sharing
 from seqtrain.errors import ConfigError
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.testing import boundaries, relative_error

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from seqtrain.config import compose_config, conf_dir
 from seqtrain.convert import convert, read_convert_config
-from seqtrain.convert.architecture import architecture_of
+from seqtrain.convert.architecture import architecture_of, student_of
 from seqtrain.convert.manifest import ConversionManifest
 from seqtrain.convert.sources import open_source
-from seqtrain.convert.stages import prepare_training
-from seqtrain.convert.student import load_student, student_of
-from seqtrain.convert.tasks import Distillation, Transfer
+from seqtrain.convert.stages import START, Training
+from seqtrain.convert.tasks import Distillation, Pair, Transfer
+from seqtrain.convert.weights import load_student
 from seqtrain.data import prepare
 from seqtrain.errors import ConfigError
 from seqtrain.parallel.testing import RankError
@@ -101,7 +101,8 @@ def begun(config):
     teacher = architecture_of(opened)
     student = student_of(teacher, config, () if config.keep == "none" else config.keep)
     manifest = ConversionManifest.open(Path(config.output_dir) / "training", {})
-    training = prepare_training(config, teacher, student, manifest, opened.tokenizer(), lambda stage, what: None)
+    pair = Pair(teacher, student, (manifest.weights(START),))
+    training = Training(config, pair, manifest, opened.tokenizer(), lambda stage, what: None)
     training.begin(load_student(student, opened, dtype=torch.float32, seed=config.seed), [], None)
     return training
 
