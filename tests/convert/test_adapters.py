@@ -53,7 +53,7 @@ def test_merged_weights_compute_what_the_adapters_did(model):
     assert relative_error(logits(fresh), expected) < 1e-5
 
 
-def test_trap_9_small_updates_survive_merging(model):
+def test_small_updates_survive_merging(model):
     """In bfloat16 much of an update of 5e-4 is lost in the sum; in float32 nothing is."""
     name = "blocks.1.mixer.out.weight"
     base = dict(model.named_parameters())[name].clone()

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 
+import pytest
 import torch
 
 from seqtrain.config import compose_config
@@ -15,6 +16,7 @@ from seqtrain.memory import AnonymousPeak
 from tests.convert.convert_cases import COMMON
 
 
+@pytest.mark.all
 def test_the_student_is_all_that_is_held(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -72,7 +72,7 @@ def test_the_report_says_what_was_made(converted):
 
 
 def test_tokenizer_template_and_generation_config_come_along(converted, source):
-    """Trap 19; and trap 13: the tied head is in the file once."""
+    """And the tied head is in the file once."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place, _ = converted
@@ -87,6 +87,7 @@ def test_tokenizer_template_and_generation_config_come_along(converted, source):
         assert "model.head.weight" not in set(file.keys())
 
 
+@pytest.mark.all
 def test_the_same_again_is_the_same_byte_for_byte(converted, source, tmp_path):
     place, _ = converted
     again = convert(
@@ -110,7 +111,7 @@ def test_the_report_has_no_paths(converted, source):
         assert str(source.parent) not in text
 
 
-def test_nothing_is_written_over(converted, source):
+def test_nothing_is_overwritten(converted, source):
     place, _ = converted
     before = {file: file.stat().st_mtime_ns for file in place.rglob("*")}
     with pytest.raises(ConfigError, match="holds a model already"):
@@ -118,6 +119,7 @@ def test_nothing_is_written_over(converted, source):
     assert {file: file.stat().st_mtime_ns for file in place.rglob("*")} == before
 
 
+@pytest.mark.all
 def test_a_gguf_file_is_converted(transformers_on_disk, tmp_path):
     write_gguf(transformers_on_disk("smollm2")[0], tmp_path / "tiny.gguf", quantization="Q8_0")
     report = convert(settings(tmp_path / "tiny.gguf", tmp_path / "out", "target=liger_gla", "dtype=bfloat16"))
@@ -128,6 +130,7 @@ def test_a_gguf_file_is_converted(transformers_on_disk, tmp_path):
         assert file.get_tensor("model.norm.weight").dtype == torch.bfloat16
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("stage", ["save", "check"])
 def test_a_failure_leaves_no_half_model(source, tmp_path, monkeypatch, stage):
     """A model that cannot be written is not there; one that fails a check is, and the report says so."""
@@ -194,6 +197,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(source, tmp_path, damage, 
     assert (tmp_path / "out" / "report.json").read_text() == "of an earlier one"
 
 
+@pytest.mark.all
 def test_a_choice_of_layers_is_taken_over(converted, source, tmp_path):
     place, report = converted
     again = convert(settings(source, tmp_path, f"keep={place}/layers.json", "target=gla", "verify.generate=0"))
@@ -202,6 +206,7 @@ def test_a_choice_of_layers_is_taken_over(converted, source, tmp_path):
     assert again["config"]["keep"] == "layers.json"
 
 
+@pytest.mark.all
 def test_the_program_converts(source, tmp_path):
     command = [sys.executable, str(LAUNCH), f"source={source}", "target=delta_net", "output_dir=out", "layer.window=8"]
     result = subprocess.run(

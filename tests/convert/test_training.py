@@ -1,4 +1,4 @@
-"""The stages of recipes on the runtime: errors fall, a killed training goes on to the same weights, ranks agree."""
+"""The stages of recipes on the runtime: errors fall, a killed training resumes to the same weights, ranks agree."""
 
 import dataclasses
 import json
@@ -125,6 +125,7 @@ def trained(session):
     return load_file(found.folder / checkpoint.WEIGHTS)
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_runs_from_beginning_to_end(source, tmp_path, recipe):
     chosen = ["target=liger_gla"] if recipe == "liger" else ["target=gla", "keep=[1]"]
@@ -143,6 +144,7 @@ def test_a_recipe_runs_from_beginning_to_end(source, tmp_path, recipe):
         assert report["training"][0]["merging_changed_logits_by"] < 1e-5
 
 
+@pytest.mark.all
 def test_transfer_brings_every_layer_nearer_its_teacher(source, tmp_path):
     config = settings(source, tmp_path, "transfer_then_kl", "target=gla", "keep=[1]", steps=80)
     [report] = convert_alone(only(config, "transfer"))
@@ -152,7 +154,8 @@ def test_transfer_brings_every_layer_nearer_its_teacher(source, tmp_path):
         assert end[index] < 0.9 * start[index]
 
 
-def test_trap_21_a_training_killed_inside_a_layer_goes_on_to_the_same_weights(source, tmp_path):
+@pytest.mark.all
+def test_a_training_killed_inside_a_layer_resumes_to_the_same_weights(source, tmp_path):
     whole = settings(source, tmp_path / "whole", "transfer_then_kl", "target=gla", "checkpoint.every=5", steps=30)
     whole = only(whole, "transfer", layers_at_once=1)
     killed = dataclasses.replace(whole, output_dir=str(tmp_path / "killed"))
@@ -178,6 +181,7 @@ def test_trap_21_a_training_killed_inside_a_layer_goes_on_to_the_same_weights(so
     assert came == expected
 
 
+@pytest.mark.all
 def test_layers_one_by_one_from_kept_inputs_are_those_trained_together(source, tmp_path):
     together = only(settings(source, tmp_path / "all", "transfer_then_kl", "target=gla"), "transfer")
     alone = only(dataclasses.replace(together, output_dir=str(tmp_path / "one")), "transfer", layers_at_once=1)
@@ -193,8 +197,9 @@ def test_layers_one_by_one_from_kept_inputs_are_those_trained_together(source, t
     assert not (tmp_path / "one" / "training" / "inputs").exists()
 
 
+@pytest.mark.all
 def test_a_stage_comes_to_the_same_on_any_ranks(source, tmp_path):
-    """Sequences side by side, and one sequence over two ranks: the long-context stage."""
+    """Data parallel, and sequence parallel as in the long-context stage."""
     config = settings(source, tmp_path, "transfer_then_kl", "target=gla", "keep=[1]", micro_batch_size=1)
     training = begun(config)
     transfer, kl = config.recipe.stages.values()
@@ -222,6 +227,7 @@ def test_a_stage_comes_to_the_same_on_any_ranks(source, tmp_path):
                 torch.testing.assert_close(trained(session)[key], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.all
 def test_frozen_weights_are_in_memory_once_and_stay_what_they_were(source, tmp_path):
     config = settings(source, tmp_path, "transfer_then_kl", "target=gla", "keep=[1]")
     training = begun(config)
@@ -281,19 +287,12 @@ def test_an_unfinished_training_of_another_recipe_is_left_alone(source, tmp_path
         convert(config)
 
 
+@pytest.mark.all
 @pytest.mark.timeout(240)
 def test_ray_s_workers_train_what_this_process_would(source, tmp_path):
     alone = settings(source, tmp_path / "inline", "transfer_then_kl", "target=gla", "keep=[1]", micro_batch_size=1)
-    shared = settings(
-        source,
-        tmp_path / "ray",
-        "transfer_then_kl",
-        "target=gla",
-        "keep=[1]",
-        "runtime=ray",
-        "parallel.data=2",
-        micro_batch_size=1,
-    )
+    chosen = ["target=gla", "keep=[1]", "runtime=ray", "parallel.data=2"]
+    shared = settings(source, tmp_path / "ray", "transfer_then_kl", *chosen, micro_batch_size=1)
     train_alone(alone)
     _, reports = begun(shared).run()
     assert [report["run"] for report in reports] == ["1-transfer", "2-kl"]

@@ -138,8 +138,8 @@ def marked_rows(rows, generator):
     return torch.cat([start, marker, fill, torch.full((rows, 1), ASKED), marker], 1)
 
 
-@pytest.mark.parametrize("memory", ["gla", "gated_delta_net"])
-def test_trap_20_recall_beyond_the_window_is_the_memorys(memory):
+@pytest.mark.parametrize("memory", ["gla", pytest.param("gated_delta_net", marks=pytest.mark.all)])
+def test_recall_beyond_the_window_is_the_memorys(memory):
     """A tiny trained model answers from 15 tokens back, with a window of 4; without its memory it guesses."""
     torch.manual_seed(0)
     mixer = MIXERS.get("linearized_attention").Config(memory=memory, window=4, sinks=2, memory_weight=0.5)

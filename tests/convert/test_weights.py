@@ -22,7 +22,7 @@ def logits_of(model, tokens):
 @pytest.mark.parametrize("kind", TINY)
 @torch.no_grad()
 def test_a_teacher_has_the_logits_of_its_source(transformers_on_disk, kind):
-    """Traps 3, 4, 18: norms, biases, free head widths, windows and rotations all count."""
+    """Norms, biases, free head widths, windows and rotations all count."""
     theirs, folder = transformers_on_disk(kind)
     tokens = some_tokens(2, 80)
     torch.testing.assert_close(logits_of(read_teacher(folder), tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
@@ -51,7 +51,7 @@ def test_gguf_weights_are_dequantized(transformers_on_disk, tmp_path, quantizati
     assert ((ours - expected).abs() <= 0.51 * step * expected.abs().amax(1, keepdim=True) * 2).all()
 
 
-def test_rotation_factors_beside_gguf_weights_are_used(transformers_on_disk, tmp_path):
+def test_rotation_factors_in_gguf_files_are_used(transformers_on_disk, tmp_path):
     from gguf import GGUFWriter
 
     theirs, _ = transformers_on_disk("smollm2")
@@ -164,7 +164,7 @@ def test_a_damaged_source_is_one_line(transformers_on_disk, tmp_path, change, me
     assert "\n" not in str(caught.value)
 
 
-def test_an_index_may_only_name_files_beside_it(transformers_on_disk, tmp_path):
+def test_an_index_may_only_name_files_next_to_it(transformers_on_disk, tmp_path):
     _, folder = transformers_on_disk("qwen2")
     copy = sharded(folder, tmp_path / "copy")
     file = copy / "model.safetensors.index.json"
