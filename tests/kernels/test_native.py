@@ -22,6 +22,7 @@ from seqtrain.testing import (
     relative_error,
     run_with_gradients,
 )
+from tests.kernels.isolation import TOKENS, assert_documents_apart
 
 needs_library = pytest.mark.skipif(build.unavailable() is not None, reason=f"native {build.unavailable()}")
 
@@ -56,7 +57,7 @@ def test_a_single_token_matches_the_definition(name, decay_shape, dtype):
 
 
 @needs_library
-@pytest.mark.parametrize("tokens", [1024, 1100])
+@pytest.mark.parametrize("tokens", [pytest.param(1024, marks=pytest.mark.all), 1100])
 @pytest.mark.parametrize("decay_shape", ["none", "BTH", "BTHK"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_row_cut_in_time_matches_the_definition(name, decay_shape, tokens, monkeypatch):
@@ -111,20 +112,8 @@ def test_blocks_of_columns_and_saved_states_change_nothing(name, decay_shape, mo
 @needs_library
 @pytest.mark.parametrize("decay_shape", ["none", "BTH", "BTHK"])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_a_document_never_feels_another_even_if_it_is_not_a_number(name, decay_shape):
-    tensors = {
-        key: None if x is None else x.float() for key, x in inputs(name, 100, states=3, decay_shape=decay_shape).items()
-    }
-    options = {"cu_seqlens": boundaries([30, 40, 30]), "backend": "native"}
-    before = run_with_gradients(OPERATORS[name], tensors, **options)
-    for key, x in tensors.items():
-        if key != "initial_state" and x is not None:
-            x[:, :30] = x[:, 70:] = float("nan")
-    after = run_with_gradients(OPERATORS[name], tensors, **options)
-    assert after["out"][:, :30].isnan().any()
-    for key in after:
-        inside = (slice(1, 2),) if "state" in key else (slice(None), slice(30, 70))
-        assert torch.equal(after[key][inside], before[key][inside]), key
+def test_documents_do_not_see_each_other(name, decay_shape):
+    assert_documents_apart(OPERATORS[name], inputs(name, TOKENS, states=3, decay_shape=decay_shape), "native")
 
 
 @needs_library

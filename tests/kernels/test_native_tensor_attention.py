@@ -8,7 +8,8 @@ import torch
 from seqtrain.kernels import tensor_attention
 from seqtrain.kernels.native import build
 from seqtrain.kernels.native import tensor_attention as native
-from seqtrain.testing import assert_within, boundaries, compare_with_oracle, relative_error, run_with_gradients
+from seqtrain.testing import assert_within, compare_with_oracle, relative_error, run_with_gradients
+from tests.kernels.isolation import TOKENS, assert_documents_apart
 from tests.kernels.test_tensor_attention import case, inputs
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=f"native {build.unavailable()}")
@@ -32,17 +33,8 @@ def test_inputs_of_mixed_dtypes():
     assert torch.equal(came, expected)
 
 
-def test_a_document_never_feels_another_even_if_it_is_not_a_number():
-    tensors = {name: x.float() for name, x in inputs(1, 100).items()}
-    options = {"cu_seqlens": boundaries([30, 40, 30]), "backend": "native"}
-    before = run_with_gradients(tensor_attention, tensors, **options)
-    for x in tensors.values():
-        x[:, :30] = x[:, 70:] = float("nan")
-    after = run_with_gradients(tensor_attention, tensors, **options)
-    assert after["out"][:, :30].isnan().any()
-    for name in after:
-        inside = (slice(1, 2),) if "state" in name else (slice(None), slice(30, 70))
-        assert torch.equal(after[name][inside], before[name][inside]), name
+def test_documents_do_not_see_each_other():
+    assert_documents_apart(tensor_attention, inputs(1, TOKENS), "native")
 
 
 def test_threads_change_nothing(monkeypatch):

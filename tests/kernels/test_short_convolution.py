@@ -61,11 +61,8 @@ def test_it_is_the_causal_convolution(dilation):
     [
         ({"activation": "gelu"}, "activation='gelu', expected 'silu' or 'none'"),
         ({"dilation": 0}, "dilation=0, expected at least 1"),
-        ({"weight": torch.zeros(D + 1, 4)}, "weight has shape .* with D=6"),
-        ({"initial_state": torch.zeros(1, 4, D)}, r"initial_state has shape \(1, 4, 6\), expected \(1, 3, 6\)"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
-    arguments = {"x": torch.zeros(1, 5, D), "weight": torch.zeros(D, 4)} | change
     with pytest.raises(ValueError, match=message):
-        short_convolution(**arguments)
+        short_convolution(torch.zeros(1, 5, D), torch.zeros(D, 4), **change)

@@ -8,6 +8,7 @@ from seqtrain.kernels import softmax_attention
 from seqtrain.kernels.softmax_attention import chunked
 from seqtrain.planning.trace import Tracer
 from seqtrain.testing import TOLERANCES, boundaries, relative_error
+from tests.kernels.contract_cases import Case, assert_equal, cast, run
 
 H, G, K, V = 4, 2, 8, 5
 LENGTHS = [0, 0, 1, 3, 0, 30, 27, 0]
@@ -18,58 +19,45 @@ def normal(*shape, seed=0):
 
 
 def case(tokens, *, documents=False, window=None, past=True, values=V):
-    """q, k, v and the keys and values of a past of uneven lengths."""
+    """Tensors by name, and a state of uneven lengths."""
     rows = 7 if window is None else window - 1
     if documents:
         lengths = [rows, 0, rows // 2, 0, rows, rows, 1 if rows else 0, 0]
         batch, kept = 1, sum(lengths)
     else:
         batch, kept, lengths = 2, rows, [rows, rows // 2]
-    tensors = [
-        normal(batch, tokens, H, K),
-        normal(batch, tokens, G, K, seed=1),
-        normal(batch, tokens, G, values, seed=2),
-    ]
-    tensors += [normal(batch, kept, G, K, seed=3), normal(batch, kept, G, values, seed=4)] if past else []
-    return tensors, torch.tensor(lengths)
+    tensors = {
+        "q": normal(batch, tokens, H, K),
+        "k": normal(batch, tokens, G, K, seed=1),
+        "v": normal(batch, tokens, G, values, seed=2),
+    }
+    if not past:
+        return tensors, None
+    k, v = normal(batch, kept, G, K, seed=3), normal(batch, kept, G, values, seed=4)
+    return tensors, {"k": k, "v": v, "length": torch.tensor(lengths)}
 
 
-def results(tensors, lengths, dtype, **options):
-    """`out`, the final state and every gradient, the final state's own included."""
-    leaves = [x.to(dtype).requires_grad_() for x in tensors]
-    state = dict(zip(("k", "v"), leaves[3:], strict=False), length=lengths) if len(leaves) > 3 else None
-    out, final = softmax_attention(*leaves[:3], initial_state=state, **options)
-    outputs = [out, final["k"], final["v"]]
-    loss = sum((x * normal(*x.shape, seed=9).to(dtype)).sum() for x in outputs)
-    return [*outputs, *torch.autograd.grad(loss, leaves)], final["length"]
-
-
-def assert_equals_the_definition(tensors, lengths, dtype=torch.float32, **options):
-    rounded = [x.to(dtype) for x in tensors]
-    came, length = results(rounded, lengths, dtype, backend="chunked", **options)
-    expected, expected_length = results(
-        [x.double() for x in rounded], lengths, torch.float64, backend="reference", **options
-    )
-    # A window of one key leaves nothing to choose: exact zeros in one form, rounding in the other.
-    errors = [
-        relative_error(a, b) if b.norm() > 1e-12 else a.norm().item() for a, b in zip(came, expected, strict=True)
-    ]
-    assert max(errors) <= TOLERANCES[dtype], errors
-    assert torch.equal(length, expected_length)
+def assert_equals_the_definition(tensors, state, cu_seqlens=None, **options):
+    call = Case(softmax_attention, options)
+    tensors, state = ({name: cast(x, torch.float32) for name, x in (each or {}).items()} for each in (tensors, state))
+    came = run(call, tensors, state or None, backend="chunked", cu_seqlens=cu_seqlens)
+    tensors, state = ({name: cast(x, torch.float64) for name, x in each.items()} for each in (tensors, state))
+    expected = run(call, tensors, state or None, backend="reference", cu_seqlens=cu_seqlens)
+    assert_equal(came, expected, TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("past", [False, True], ids=["fresh", "past"])
 @pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 100])
 def test_chunked_equals_the_definition(window, documents, past):
-    tensors, lengths = case(61, documents=documents, window=window, past=past)
+    tensors, state = case(61, documents=documents, window=window, past=past)
     cu_seqlens = boundaries(LENGTHS) if documents else None
-    assert_equals_the_definition(tensors, lengths, window=window, cu_seqlens=cu_seqlens)
+    assert_equals_the_definition(tensors, state, window=window, cu_seqlens=cu_seqlens)
 
 
-def test_long_documents_beside_short_ones():
-    tensors, lengths = case(1300, documents=True, past=False)
-    assert_equals_the_definition(tensors, lengths, cu_seqlens=boundaries([3, 1100, 2, 150, 40, 5]))
+def test_long_documents_next_to_short_ones():
+    tensors, _ = case(1300, documents=True, past=False)
+    assert_equals_the_definition(tensors, None, cu_seqlens=boundaries([3, 1100, 2, 150, 40, 5]))
 
 
 @pytest.mark.parametrize("values", [K, 2 * K])
@@ -78,7 +66,7 @@ def test_wide_values_and_a_scale(values):
 
 
 def test_the_definition_is_softmax_attention():
-    q, k, v = case(20, past=False)[0]
+    q, k, v = case(20, past=False)[0].values()
     expected = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.repeat_interleave(H // G, 2).transpose(1, 2),
@@ -107,7 +95,6 @@ def test_a_window_holds_no_mask_that_grows_with_the_tokens():
     [
         ({"q": torch.zeros(2, 9, 3, K)}, "q has H=3 heads, expected a multiple of k's G=2"),
         ({"window": 0}, "window=0, expected at least 1"),
-        ({"v": torch.zeros(2, 8, G, V)}, "v has shape .* with T=9"),
         ({"initial_state": {"k": torch.zeros(1)}}, r"initial_state has keys \['k'\], expected k, v and length"),
         ({"backend": "flash"}, "backend=flash can't run here: flash needs a CUDA device"),
     ],
@@ -121,7 +108,7 @@ def test_wrong_arguments_are_named(change, message):
 
 
 def test_a_past_of_the_wrong_length_is_refused():
-    q, k, v = (x.float() for x in case(4, past=False)[0])
+    q, k, v = (x.float() for x in case(4, past=False)[0].values())
     state = {"k": k, "v": v, "length": torch.tensor([4, 5])}
     with pytest.raises(ValueError, match=r"length\] is \(4, 5\), but must be at most the S=4 rows"):
         softmax_attention(q, k, v, initial_state=state)

@@ -7,7 +7,8 @@ import torch
 
 from seqtrain.kernels import diagonal_scan
 from seqtrain.kernels.inspect.interpreter import assert_no_races, between_nans, nan_filled_empty, recording
-from seqtrain.testing import boundaries, compare_with_oracle, run_with_gradients
+from seqtrain.testing import compare_with_oracle
+from tests.kernels.isolation import TOKENS, assert_documents_apart
 from tests.kernels.test_diagonal import case
 
 from .tolerances import assert_within
@@ -70,26 +71,5 @@ def test_programs_in_any_order_without_races(order, in_pieces):
 
 
 def test_documents_do_not_see_each_other():
-    lengths = [20, 30, 14]
-    tensors, _ = case(64)
-    tensors = {name: x[:1].float() for name, x in tensors.items()}
-    tensors["initial_state"] = torch.randn(3, 5)
-    poisoned = {name: between_nans(x) for name, x in tensors.items() if name != "initial_state"}
-    for x in poisoned.values():
-        x[:, :20] = float("nan")
-        x[:, 50:] = float("nan")
-    weights = torch.ones(1, 64, 5), torch.ones(3, 5)
-    options = {"cu_seqlens": boundaries(lengths), "backend": "triton", "weights": weights}
-    clean = run_with_gradients(diagonal_scan, tensors, **options)
-    # Called on the poisoned tensors themselves, which lie between NaNs.
-    state = tensors["initial_state"].clone().requires_grad_()
-    for x in poisoned.values():
-        x.requires_grad_()
-    out, final = diagonal_scan(**poisoned, initial_state=state, cu_seqlens=boundaries(lengths), backend="triton")
-    wanted = [*poisoned.values(), state]
-    dx, d_log_a, d_state = torch.autograd.grad([out, final], wanted, weights)
-    inside = slice(20, 50)
-    for came, name in ((out, "out"), (dx, "grad x"), (d_log_a, "grad log_a")):
-        assert torch.equal(came[:, inside], clean[name][:, inside]), name
-    assert torch.equal(final[1], clean["final_state"][1])
-    assert torch.equal(d_state[1], clean["grad initial_state"][1])
+    tensors = {name: x[:1] for name, x in case(TOKENS)[0].items()} | {"initial_state": torch.randn(3, 5)}
+    assert_documents_apart(diagonal_scan, tensors, "triton", copied=between_nans)
