@@ -67,8 +67,8 @@ def saved_in_reality(run, module, x):
     return sum(kept.values()), sum(masks.values())
 
 
-# Those of each kind of operator run in the quick loop, too.
-QUICK = ("gated_delta_net", "attention", "hgrn", "tcnca")
+# Runs in the quick loop, too.
+QUICK = ("gated_delta_net",)
 
 
 def of_all(*values):
@@ -102,7 +102,7 @@ def test_every_mixer_is_counted_as_it_is(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["gated_delta_net", "tcnca", *map(of_all, ("mamba2", "tensor_attention", "attention"))]
+    "name", ["gated_delta_net", *map(of_all, ("tcnca", "mamba2", "tensor_attention", "attention"))]
 )
 def test_executed_flops_are_those_of_the_chunk_forms(name):
     config, mixers = config_of(name), mixers_of(name)
@@ -174,6 +174,7 @@ def test_bfloat16_keeps_less_and_small_blocks_are_a_part():
     assert sum(small) == wide.peak_bytes(checkpointing=False)
 
 
+@pytest.mark.all
 def test_blocks_on_the_edge_count_as_often_as_smaller_ones_are_there():
     # The residual stream's tensors are blocks on the edge: those of half the width are small, larger ones neither.
     tokens = parts.SMALL // (32 * 4)
