@@ -122,6 +122,10 @@ class _Operands:
     factors: Tensor | None = None
 
 
+def _contiguous(tensor: Any) -> Any:
+    return tensor if tensor is None else tensor.contiguous()
+
+
 @dataclass
 class _Call:
     """The inputs of a call, contiguous, and what all its launches share."""
@@ -141,12 +145,13 @@ class _Call:
     @classmethod
     def of(cls, q: Tensor, *arguments: Any) -> "_Call":
         """Of the arguments of `_forward`."""
-        *tensors, scale, cu_seqlens = arguments
+        *others, scale, cu_seqlens = arguments
         boundaries, target = gpu.boundaries(q, cu_seqlens), gpu.target()
         chunk = chunk_length(target, q.dtype)
-        tensors = [x if x is None else x.contiguous() for x in (q, *tensors)]
+        k, v, beta, log_decay, state = map(_contiguous, others)
         chunks = gpu.pieces(boundaries, chunk, q.device)
-        return cls(*tensors, scale, chunks, _documents(boundaries, chunk, q.device), chunk, target)
+        documents = _documents(boundaries, chunk, q.device)
+        return cls(q.contiguous(), k, v, beta, log_decay, state, scale, chunks, documents, chunk, target)
 
     @property
     def decay(self) -> int:
