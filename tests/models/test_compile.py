@@ -18,9 +18,10 @@ def loss_and_gradients(run, model, tokens, labels, sequence):
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-def assert_same(model, compiled, sequence, limit=1e-5):
-    expected = loss_and_gradients(model, model, *batch(rows=1), sequence)
-    came = loss_and_gradients(compiled, model, *batch(rows=1), sequence)
+def assert_same(model, compiled, sequence, limit=1e-5, *, tokens=40):
+    read = batch(tokens, rows=1)
+    expected = loss_and_gradients(model, model, *read, sequence)
+    came = loss_and_gradients(compiled, model, *read, sequence)
     names = ["loss", *(name for name, _ in model.named_parameters())]
     for name, x, y in zip(names, came, expected, strict=True):
         assert relative_error(x, y) < limit, name
