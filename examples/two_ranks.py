@@ -6,8 +6,9 @@ torchrun --nproc-per-node=2 examples/two_ranks.py
 import torch
 import torch.distributed as dist
 
+from seqtrain.data.batches import even_offsets
 from seqtrain.mixers import MIXERS, LayerShape
-from seqtrain.parallel import ShardedSequence, even_offsets
+from seqtrain.parallel import ShardedSequence
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)  # the same layer and the same tokens on every rank
