@@ -8,12 +8,21 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
+from seqtrain.config import read_settings
 from seqtrain.errors import ConfigError
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[2]
 # Lines of a failed program's output that its error repeats.
 SHOWN = 15
+
+
+def read_commit_settings(cls: type[T], arguments: Sequence[str]) -> T:
+    """As `read_settings`; a word that is not `key=value` is the `commit`."""
+    return read_settings(cls, [word if "=" in word else f"commit={word}" for word in arguments])
 
 
 @contextmanager

@@ -8,19 +8,16 @@ further step adds to it. Exit status: 0, or 1 where the median of a figure's rat
 than their spread (half their interquartile range), or by more than 3% where the spread is smaller.
 """
 
-import json
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from seqtrain.benchmarks.commits import ROOT, checkout, run_python
-from seqtrain.config import read_settings
-from seqtrain.report import machine, show_table
+from seqtrain.benchmarks.commits import ROOT, checkout, read_commit_settings, run_python
+from seqtrain.report import machine, show_table, write_json
 
 # Name -> the overrides that make a run of a few seconds out of a shipped preset, on one rank.
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -139,25 +136,15 @@ def row(figure: Figure) -> tuple[str, ...]:
     )
 
 
-def write(settings: Settings, about: Mapping[str, str], figures: Sequence[Figure]) -> Path:
-    """The figures as JSON in `output_dir`."""
-    folder = Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [{**asdict(one), "ratio": one.ratio, "spread": one.spread, "slower": one.slower} for one in figures]
-    path = folder / "bench_regression.json"
-    path.write_text(json.dumps({"machine": about, "settings": asdict(settings), "figures": rows}, indent=1))
-    return path
-
-
 def main(arguments: list[str]) -> int:
-    named = [
-        f"commit={argument}" if "=" not in argument and argument[:1] != "-" else argument for argument in arguments
-    ]
-    settings = read_settings(Settings, named)
+    settings = read_commit_settings(Settings, arguments)
     about = machine()
     with checkout(settings.commit) as old:
         figures = compare(settings, old, ROOT)
     print(f"{about}, against {settings.commit}; CPU seconds, medians of {settings.rounds} rounds in turns")
     show_table(["preset", "what", "old", "new", "new/old", "spread", ""], [row(figure) for figure in figures])
-    print(write(settings, about, figures))
+    rows = [{**asdict(one), "ratio": one.ratio, "spread": one.spread, "slower": one.slower} for one in figures]
+    path = Path(settings.output_dir) / "bench_regression.json"
+    write_json(path, {"machine": about, "settings": asdict(settings), "figures": rows})
+    print(path)
     return 1 if any(figure.slower for figure in figures) else 0

@@ -4,21 +4,21 @@
     python tools/compare_commits.py OLD_COMMIT 'runs=[delta_rule,zero3]'
 
 The runs have five steps each and cover every family of mixers, sequence parallelism, segments, ZeRO 0 to 3, bfloat16
-products and a conversion of two stages. They are kept in `output_dir` by commit, so that a commit's own runs are made
-once. Printed are a verdict for each run, as `tools/compare_runs.py` gives it, and every key of every choice under conf/
+products and a conversion of two stages. The commit's are kept in `output_dir` and made once, this tree's are made each
+time. Printed are a verdict for each run, as `tools/compare_runs.py` gives it, and every key of every choice under conf/
 whose composed value has changed. Exit status: 0 where all losses are the same, bit for bit, else 1. Configs that differ
 are only listed: a default may change on purpose.
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seqtrain.benchmarks.commits import ROOT, checkout, resolve, run_python
-from seqtrain.config import read_settings
+from seqtrain.benchmarks.commits import ROOT, checkout, read_commit_settings, resolve, run_python
 from seqtrain.profiling.compare_runs import difference, flat, read_run, verdict
 
 # One process, a model of one layer of each mixer named, 256 tokens a sequence.
@@ -138,6 +138,8 @@ def record(tree: Path, folder: Path, names: tuple[str, ...]) -> None:
         out = folder / name
         if (folder / f"{name}.done").exists():
             continue
+        # What an interrupted call has left.
+        shutil.rmtree(out, ignore_errors=True)
         print(f"{folder.name}: {name}", file=sys.stderr)
         if name == "conversion":
             run_python(tree, ["-c", TEACHER, str(folder / "teacher")])
@@ -168,15 +170,14 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, li
 
 
 def main(arguments: list[str]) -> int:
-    named = [
-        f"commit={argument}" if "=" not in argument and argument[:1] != "-" else argument for argument in arguments
-    ]
-    settings = read_settings(Settings, named)
+    settings = read_commit_settings(Settings, arguments)
     names = settings.runs or (*RUNS, "conversion")
     root = Path(settings.output_dir).resolve()
     old, new = root / resolve(settings.commit)[:12], root / "here"
     with checkout(settings.commit) as tree:
         record(tree, old, names)
+    # Runs of an earlier state of this tree would prove nothing.
+    shutil.rmtree(new, ignore_errors=True)
     record(ROOT, new, names)
     same = True
     for name in names:
