@@ -10,7 +10,6 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 NATIVE = "seqtrain/kernels/native"
-LEVELS = ("x86-64-v3", "x86-64-v4")
 
 
 class NativeKernels(BuildHookInterface):
@@ -22,7 +21,7 @@ class NativeKernels(BuildHookInterface):
             return
         compiler = self.compiler()
         self.folder = tempfile.TemporaryDirectory()
-        built = {level: Path(self.folder.name, f"{level}.so") for level in LEVELS}
+        built = {level: Path(self.folder.name, f"{level}.so") for level in compiler.LEVELS}
         try:
             for level, path in built.items():
                 compiler.build(compiler.find_compiler(), level, path)

@@ -117,7 +117,8 @@ class _Windows:
         """
         length = self.sequence_length
         offsets = even_offsets(len(starts) * length, part.parts)
-        first, last = offsets[part.part], offsets[part.part + 1]
+        own = part.tokens(offsets)
+        first, last = own.start, own.stop
         tokens = np.empty(last - first, dtype=np.int64)
         labels = np.empty_like(tokens)
         for row in range(first // length, -(-last // length)):

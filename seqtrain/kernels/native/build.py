@@ -17,18 +17,12 @@ from pathlib import Path
 import torch
 
 from seqtrain.kernels.native import compiler as cxx
-from seqtrain.kernels.native.compiler import BUILD_SECONDS, NativeError
+from seqtrain.kernels.native.compiler import BUILD_SECONDS, LEVELS, NativeError
 
 log = logging.getLogger("seqtrain.kernels")
 
 # Where a wheel has its libraries, `LEVEL.so`; a checkout has none.
 PREBUILT = Path(__file__).parent / "prebuilt"
-# Best first: `-march` names, what PyTorch calls processors of the level (ATEN_CPU_CAPABILITY lowers it), and the
-# features that Linux lists for it.
-LEVELS = {
-    "x86-64-v4": (("AVX512",), {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
-    "x86-64-v3": (("AVX512", "AVX2"), {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}),
-}
 
 
 @cache

@@ -8,6 +8,12 @@ from pathlib import Path
 SOURCES = Path(__file__).parent
 # No -ffast-math: it would change results for infinities and reorder sums. Contraction is only a*b+c in one step.
 FLAGS = ("-O3", "-std=gnu++17", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared")
+# What a wheel has a library for, best first: `-march` names, what PyTorch calls processors of the level
+# (ATEN_CPU_CAPABILITY lowers it), and the features that Linux lists for it.
+LEVELS = {
+    "x86-64-v4": (("AVX512",), {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
+    "x86-64-v3": (("AVX512", "AVX2"), {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}),
+}
 # A build takes about ten seconds; a machine that needs longer than this is not waited for.
 BUILD_SECONDS = 300
 
