@@ -4,11 +4,8 @@ Hydra composes what the dataclasses of a program say by default, the choices in 
 the result against the dataclasses. Their defaults are read from their source (`seqtrain.schema`), not imported.
 """
 
-import dataclasses
-import difflib
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,10 +19,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
 
 from seqtrain.errors import ConfigError, exit_status, unknown_name
 from seqtrain.schema import definition, mixer_definition, mixer_names
+from seqtrain.validation import validate
 
 T = TypeVar("T")
 
@@ -115,43 +112,6 @@ def _note_presets(config: DictConfig, choices: Mapping[str, Any]) -> None:
     if "presets" in config:
         shown = [group for group in reversed(list(choices)) if "/" not in group and group not in ("mixer", "fit")]
         config.presets = {group: choices[group] for group in shown}
-
-
-def validate(cls: type[T], values: Mapping[str, Any], *, prefix: str = "") -> T:
-    """`values` as an instance of the dataclass `cls`, strictly: no unknown key, no coerced type.
-
-    `prefix` is put before the keys that errors name. Raises `ConfigError` for the first key that is wrong.
-    """
-    for key, allowed in _unknown_keys(cls, values, prefix):
-        raise ConfigError(unknown_name("config key", key, allowed))
-    try:
-        return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
-    except ValidationError as error:
-        raise ConfigError(_explain_value(error, prefix)) from error
-
-
-def _unknown_keys(cls: type, values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, list[str]]]:
-    fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
-    for key, value in values.items():
-        if key not in fields:
-            yield prefix + key, [prefix + name for name in fields]
-        elif dataclasses.is_dataclass(fields[key]) and isinstance(value, Mapping):
-            yield from _unknown_keys(fields[key], value, f"{prefix}{key}.")
-
-
-def _explain_value(error: ValidationError, prefix: str) -> str:
-    first = error.errors(include_url=False)[0]
-    key = prefix + ".".join(str(part) for part in first["loc"])
-    if first["type"] == "missing":
-        return f"{key}: is required"
-    rule = first["msg"].replace("Input should be", "must be").replace("Value error, ", "")
-    allowed = re.findall(r"'([^']*)'", str(first.get("ctx", {}).get("expected", "")))
-    near = difflib.get_close_matches(str(first["input"]), allowed, n=1, cutoff=0.5)
-    return f"{key}={_as_typed(first['input'])}: {rule}" + (f"; did you mean {near[0]!r}?" if near else "")
-
-
-def _as_typed(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _explain_composition(error: Exception, name: str, overrides: Sequence[str]) -> str:

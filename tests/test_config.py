@@ -9,8 +9,9 @@ from omegaconf import OmegaConf
 from pydantic import Field
 
 from seqtrain import config as config_module
-from seqtrain.config import compose_config, launch, show_text, validate
+from seqtrain.config import compose_config, launch, show_text
 from seqtrain.errors import ConfigError, exit_status
+from seqtrain.validation import validate
 from tests.command_cases import refused
 
 

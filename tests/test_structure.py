@@ -18,7 +18,19 @@ FLOORS = (
     ("runtime", "profiling", "planning", "benchmarks"),
     "convert",
 )
-HEAVY = ("ray", "deepspeed", "triton", "transformers", "datasets", "wandb", "matplotlib", "pyarrow", "tokenizers")
+HEAVY = (
+    "hydra",
+    "omegaconf",
+    "ray",
+    "deepspeed",
+    "triton",
+    "transformers",
+    "datasets",
+    "wandb",
+    "matplotlib",
+    "pyarrow",
+    "tokenizers",
+)
 
 
 def level(name: str) -> int:

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.fidelity.results import Bounds, Curve, Effort, Figure
-from seqtrain.config import validate
 from seqtrain.data.batches import IGNORED
 from seqtrain.data.synthetic import Task, examples
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
+from seqtrain.validation import validate
 
 # Seed of the rows every model is scored on; none is trained on.
 HELD_OUT_SEED = 0

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from seqtrain.config import validate
 from seqtrain.errors import ConfigError
+from seqtrain.validation import validate
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
-from seqtrain.config import validate
 from seqtrain.convert.recipe import RecipeConfig, read_recipe
 from seqtrain.data import DataConfig
 from seqtrain.errors import ConfigError, unknown_name
@@ -16,6 +15,7 @@ from seqtrain.mixers import MIXERS
 from seqtrain.mixers.common.liger import Liger
 from seqtrain.mixers.linearized_attention import recurrence_of
 from seqtrain.runtime.settings import AUTO, CheckpointConfig, ParallelConfig, RuntimeConfig, TrackingConfig
+from seqtrain.validation import validate
 
 POLICY = re.compile(r"none|(every|budget):([1-9]\d*)")
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from seqtrain.config import validate
 from seqtrain.errors import CheckpointError
 from seqtrain.mixers import MIXERS
 from seqtrain.models.language_model import LanguageModel, ModelConfig
+from seqtrain.validation import validate
 
 
 class SeqtrainConfig(PreTrainedConfig):

@@ -7,10 +7,10 @@ from typing import Annotated
 import yaml
 from pydantic import Field
 
-from seqtrain.config import validate
 from seqtrain.errors import ConfigError, SeqtrainError
 from seqtrain.parallel.schedules.links import Cluster, Costs
 from seqtrain.planning.layout import Machine
+from seqtrain.validation import validate
 
 CLUSTERS = Path(__file__).parent / "clusters"
 Scale = Annotated[float, Field(ge=0)]

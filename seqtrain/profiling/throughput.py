@@ -23,7 +23,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from seqtrain.config import launch, validate
+from seqtrain.config import launch
 from seqtrain.errors import ConfigError
 from seqtrain.planning.run_config import count_run
 from seqtrain.profiling import (
@@ -41,6 +41,7 @@ from seqtrain.runtime import PretrainConfig, read_pretrain_config, run
 from seqtrain.runtime.metrics import read_lines
 from seqtrain.runtime.run_folder import RunFolder, plain
 from seqtrain.runtime.settings import segments
+from seqtrain.validation import validate
 
 MIB = 2**20
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from seqtrain.config import validate
 from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS
 from seqtrain.runtime.settings import PretrainConfig, check, resolve
+from seqtrain.validation import validate
 
 
 def read_pretrain_config(config: DictConfig) -> PretrainConfig:

@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
-from seqtrain.config import launch, validate
+from seqtrain.config import launch
 from seqtrain.errors import ConfigError
 from seqtrain.runtime.sample import Continuation, continue_text, open_run
+from seqtrain.validation import validate
 
 
 @dataclass(frozen=True)

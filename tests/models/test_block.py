@@ -4,7 +4,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from seqtrain.config import compose_config, conf_dir, validate
+from seqtrain.config import compose_config, conf_dir
 from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS, LayerShape
 from seqtrain.models import LanguageModel, ModelConfig, generate
@@ -12,6 +12,7 @@ from seqtrain.models.block import Block, SwiGLU
 from seqtrain.models.spiking import Spikes, spike_counts, spike_statistics
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.testing import boundaries, relative_error
+from seqtrain.validation import validate
 from tests.models import tiny
 
 WIDTH, HEADS, GROUP = 32, 2, 8

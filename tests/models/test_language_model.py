@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
-from seqtrain.config import compose_config, conf_dir, validate
+from seqtrain.config import compose_config, conf_dir
 from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.testing import boundaries, relative_error
+from seqtrain.validation import validate
 from tests.models import tiny
 from tests.models.tiny import VOCAB, batch
 

@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from seqtrain.config import validate
 from seqtrain.data.batches import IGNORED, WHOLE_BATCH, Batch, BatchSlice, even_offsets
 from seqtrain.data.config import DataConfig
 from seqtrain.data.synthetic._base import Split, Task, examples
 from seqtrain.data.synthetic._registry import TASKS
+from seqtrain.validation import validate
 
 # Synthetic rows are scored under this seed whatever a run's own, so that runs can be compared.
 HELD_OUT_SEED = 0

@@ -1,0 +1,51 @@
+"""Values as instances of dataclasses, strictly; a mistake is one line that names the key. Knows nothing of Hydra."""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from seqtrain.errors import ConfigError, unknown_name
+
+T = TypeVar("T")
+
+
+def validate(cls: type[T], values: Mapping[str, Any], *, prefix: str = "") -> T:
+    """`values` as an instance of the dataclass `cls`, strictly: no unknown key, no coerced type.
+
+    `prefix` is put before the keys that errors name. Raises `ConfigError` for the first key that is wrong.
+    """
+    for key, allowed in _unknown_keys(cls, values, prefix):
+        raise ConfigError(unknown_name("config key", key, allowed))
+    try:
+        return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise ConfigError(_explain_value(error, prefix)) from error
+
+
+def _unknown_keys(cls: type, values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, list[str]]]:
+    fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in fields:
+            yield prefix + key, [prefix + name for name in fields]
+        elif dataclasses.is_dataclass(fields[key]) and isinstance(value, Mapping):
+            yield from _unknown_keys(fields[key], value, f"{prefix}{key}.")
+
+
+def _explain_value(error: ValidationError, prefix: str) -> str:
+    first = error.errors(include_url=False)[0]
+    key = prefix + ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"{key}: is required"
+    rule = first["msg"].replace("Input should be", "must be").replace("Value error, ", "")
+    allowed = re.findall(r"'([^']*)'", str(first.get("ctx", {}).get("expected", "")))
+    near = difflib.get_close_matches(str(first["input"]), allowed, n=1, cutoff=0.5)
+    return f"{key}={_as_typed(first['input'])}: {rule}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _as_typed(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
