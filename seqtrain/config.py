@@ -71,7 +71,8 @@ def _composed(name: str, overrides: tuple[str, ...], folder: Path) -> DictConfig
     return config
 
 
-@cache
+# Hydra's store holds those of one folder: for another, or the same after another, they are stored again.
+@lru_cache(maxsize=1)
 def _offer_defaults(folder: Path) -> None:
     """Gives Hydra what the dataclasses say: defaults, `mixer=all`, options that are names, a stage of a recipe.
 

@@ -1,6 +1,7 @@
 """Composing and checking configs: right values become typed, a wrong one is one line that says how to mend it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from textwrap import dedent
 from typing import Annotated, Literal
 
@@ -80,9 +81,6 @@ def conf(tmp_path, monkeypatch):
         "experiment/none.yaml": "{}",
         "experiment/long.yaml": "length: 2",
         "mixer/gla.yaml": "gate_rank: 2",
-        # Names that conf/ has a file of, which Hydra's one store would offer from here on.
-        "schedule/linear.yaml": "{}",
-        "schedule/wsd.yaml": "{}",
     }
     for name, text in files.items():
         path = tmp_path / "conf" / name
@@ -97,6 +95,18 @@ def test_a_mixer_has_its_dataclass_s_values_then_its_file_s_then_those_typed(con
     mixers = compose_config("main", ["mixer.gla.expand_key=0.75", "mixer.sliding_attention.window=3"]).mixer
     assert (mixers.gla.expand_key, mixers.gla.gate_rank, mixers.gla.expand_value) == (0.75, 2, 1.0)
     assert (mixers.sliding_attention.window, mixers.sliding_attention.query_group) == (3, 1)
+
+
+def test_defaults_are_those_of_the_folder_in_use(conf, monkeypatch):
+    # Hydra has one store for all folders: from the project's own to another and back.
+    with monkeypatch.context() as own:
+        own.setattr(config_module, "conf_dir", lambda: Path(__file__).parents[1] / "conf")
+        compose_config("pretrain")
+    assert compose_config("main").mixer.gla.gate_rank == 2
+    monkeypatch.undo()
+    config = compose_config("pretrain", ["schedule=linear"])
+    assert (config.mixer.gla.gate_rank, config.schedule.name) == (16, "linear")
+    assert config.presets.schedule == "linear"
 
 
 def test_what_was_chosen_is_noted_and_null_means_none(conf):
