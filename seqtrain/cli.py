@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from seqtrain.errors import ConfigError, exit_status, unknown_name
+from seqtrain.help import composed_before, examples, page
 from seqtrain.schema import read_module
 
 
@@ -26,26 +27,39 @@ class Command:
     about: str
     # Its primary config in conf/, where it reads Hydra's overrides; else its class `Settings` lists its keys.
     config: str = ""
+    # What is typed before the names of the fields of its class `Settings`, where other keys are those of pretraining.
+    prefix: str = ""
 
-    def __call__(self, arguments: Sequence[str]) -> int:
+    def __call__(self, name: str, arguments: Sequence[str]) -> int:
+        if {"-h", "--help"} & set(arguments):
+            print(self.help(name))
+            return 0
         if self.config:
+            if text := composed_before(self.config, arguments):
+                print(text)
+                return 0
             from seqtrain.config import asks_for_text, check_keys, show_text
 
             if asks_for_text(arguments):
                 return show_text(self.config, arguments)
             check_keys(self.config, arguments)
-        elif {"-h", "--help"} & set(arguments):
-            print(self.help())
-            return 0
-        status: int = importlib.import_module(self.module).main(list(arguments))
+        try:
+            status: int = importlib.import_module(self.module).main(list(arguments))
+        except ConfigError as error:
+            if arguments or "is required" not in str(error):
+                raise
+            example = examples(name, self.docstring)[0].partition("  #")[0].rstrip()
+            raise ConfigError(f"{error}, as in: {example}") from error
         return status
 
-    def help(self) -> str:
-        """The module's docstring, and the source of its class `Settings`: keys, defaults and units."""
-        module = read_module(self.module)
-        text = ast.get_docstring(module.tree) or ""
-        settings = module.find("Settings")
-        return f"{text}\n\nSettings, as key=value:\n\n{settings.source}" if settings else text
+    @property
+    def docstring(self) -> str:
+        return ast.get_docstring(read_module(self.module).tree) or ""
+
+    def help(self, name: str) -> str:
+        """What the command is for, examples, and a table of its keys."""
+        settings = read_module(self.module).find("Settings")
+        return page(name, self.docstring, {self.prefix: settings} if settings else {}, self.config)
 
 
 COMMANDS = {
@@ -59,8 +73,12 @@ COMMANDS = {
     ),
     "kernel-report": Command("seqtrain.kernels.inspect.report", "compile and count Triton kernels without a GPU"),
     "compare": Command("seqtrain.profiling.compare_runs", "compare finished runs or profiles"),
-    "plan": Command("seqtrain.planning.plan", "find the layout of a run that fits a cluster and is fastest"),
-    "inspect": Command("seqtrain.planning.inspect_model", "count parameters, FLOPs, state and activation bytes"),
+    "plan": Command(
+        "seqtrain.planning.plan", "find the layout of a run that fits a cluster and is fastest", prefix="plan."
+    ),
+    "inspect": Command(
+        "seqtrain.planning.inspect_model", "count parameters, FLOPs, state and activation bytes", prefix="inspect."
+    ),
     "simulate": Command("seqtrain.planning.simulate_scaling", "simulate steps with one sequence over many ranks"),
     "bench-operators": Command("seqtrain.benchmarks.operators", "time operators against others"),
     "bench-all-scan": Command("seqtrain.benchmarks.all_scan", "time ways to hand states from rank to rank"),
@@ -80,7 +98,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
     def work() -> int:
         if "." not in name and name not in COMMANDS:
             raise ConfigError(unknown_name("command", name, COMMANDS))
-        return (COMMANDS.get(name) or Command(name, ""))(arguments)
+        return (COMMANDS.get(name) or Command(name, ""))(name, arguments)
 
     return exit_status(work)
 

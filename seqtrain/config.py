@@ -4,6 +4,8 @@ Hydra composes what the dataclasses of a program say by default, the choices in 
 the result against the dataclasses. Their defaults are read from their source (`seqtrain.schema`), not imported.
 """
 
+import argparse
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
@@ -11,45 +13,41 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from seqtrain.errors import ConfigError, exit_status, unknown_name
-from seqtrain.schema import definition, mixer_definition, mixer_names
+from seqtrain.help import commented, keep_composed, meanings
+from seqtrain.overrides import points, quote_text
+from seqtrain.schema import NAMED_GROUPS, PROGRAMS, conf_dir, definition, mixer_definition, mixer_names, named_options
 from seqtrain.validation import validate
 
 T = TypeVar("T")
 
 
-def conf_dir() -> Path:
-    """The folder of YAML files: inside an installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if folder.is_dir():
-            return folder
-    raise ConfigError(f"{package.parent / 'conf'}: the configuration folder is missing; reinstall seqtrain")
-
-
-# The dataclass of each primary config in conf/, and the key it is put under there; its defaults are `NAME_defaults`.
-PROGRAMS = {
-    "pretrain": ("seqtrain.runtime.settings:PretrainConfig", ""),
-    "convert": ("seqtrain.convert.settings:ConvertConfig", ""),
-    "generate": ("seqtrain.runtime.generate:GenerateConfig", ""),
-    "profile": ("seqtrain.profiling.profiler:ProfileConfig", "profile"),
-}
-# Groups whose options are the names that the dataclass of that key allows; a file in conf/ says more of one.
-NAMED_GROUPS = ("optimizer", "schedule", "runtime")
-
-
 def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """The composed config `name` with `overrides`, not to be changed. Raises `ConfigError` with one line."""
-    return _composed(name, tuple(overrides), conf_dir())
+    return _composed(name, tuple(quote_text(_without_null(overrides), _value_types(name))), conf_dir())
+
+
+def _value_types(name: str) -> dict[str, str]:
+    """What each key and group of the primary config `name` takes, as `Definition.value_types` says."""
+    groups = [path.name for path in conf_dir().iterdir() if path.is_dir()]
+    return dict.fromkeys([*groups, *NAMED_GROUPS], "text") | _key_types(name)
+
+
+@cache
+def _key_types(name: str) -> dict[str, str]:
+    if name not in PROGRAMS:
+        return {}
+    target, key = PROGRAMS[name]
+    own = dict(definition(target).value_types(f"{key}." if key else ""))
+    return _key_types("pretrain") | own if key else own
 
 
 @lru_cache(maxsize=1)
@@ -57,7 +55,7 @@ def _composed(name: str, overrides: tuple[str, ...], folder: Path) -> DictConfig
     _offer_defaults(folder)
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
-            config = compose(name, overrides=_without_null(overrides), return_hydra_config=True)
+            config = compose(name, overrides=list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain_composition(error, name, overrides)) from error
     choices = config.hydra.runtime.choices
@@ -82,7 +80,7 @@ def _offer_defaults(folder: Path) -> None:
     for name, (target, key) in PROGRAMS.items():
         values = definition(target).defaults()
         store.store(name=f"{name}_defaults", node={key: values} if key else values)
-    for group, options in _named_options().items():
+    for group, options in named_options().items():
         for option in options:
             if not (folder / group / f"{option}.yaml").exists():
                 store.store(group=group, name=option, node={"name": option})
@@ -92,14 +90,6 @@ def _offer_defaults(folder: Path) -> None:
     store.store(
         group="mixer", name="all", node={"defaults": ["_self_", *(f"{name}@{name}" for name in files)]} | mixers
     )
-
-
-@cache
-def _named_options() -> dict[str, list[str]]:
-    """The names that the dataclass of each of `NAMED_GROUPS` allows."""
-    fields = definition(PROGRAMS["pretrain"][0]).keys()
-    nested = {group: fields[group].nested for group in NAMED_GROUPS}
-    return {group: re.findall(r"'(\w+)'", found.keys()["name"].type) for group, found in nested.items() if found}
 
 
 def _without_null(overrides: Sequence[str]) -> list[str]:
@@ -123,13 +113,17 @@ def _explain_composition(error: Exception, name: str, overrides: Sequence[str]) 
         return unknown_name(f"{group}=", option, _options(group))
     if key := re.search(r"Could not override '([^'@]+)", text):
         return _explain_key(key[1], name, overrides)
+    if (missing := re.search(r"Interpolation key '(.+)' not found", text)) and (
+        key := re.search(r"full_key: (.+)", text)
+    ):
+        return f"{key[1]}: ${{{missing[1]}}} names no key; type \\${{{missing[1]}}} for the text itself"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"{' '.join(overrides)}: {'; '.join(lines)}" if overrides else "; ".join(lines)
 
 
 def _options(group: str) -> set[str]:
     """The choices of `group`: files in conf/, and names that its dataclass allows."""
-    return {path.stem for path in (conf_dir() / group).glob("[!_]*.yaml")} | set(_named_options().get(group, ()))
+    return {path.stem for path in (conf_dir() / group).glob("[!_]*.yaml")} | set(named_options().get(group, ()))
 
 
 def _explain_key(key: str, name: str, overrides: Sequence[str]) -> str:
@@ -149,8 +143,19 @@ def read_settings(cls: type[T], arguments: Sequence[str]) -> T:
     for argument in arguments:
         if "=" not in argument:
             raise ConfigError(f"{argument!r} is not key=value; --help lists the keys")
-    values = OmegaConf.to_container(OmegaConf.from_cli(list(arguments)))
+    types = dict(definition(f"{cls.__module__}:{cls.__qualname__}").value_types())
+    words = [_as_yaml(word) if types.get(word.partition("=")[0]) == "text" else word for word in arguments]
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_cli(words))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{' '.join(arguments)}: {' '.join(str(error).split())}") from error
     return validate(cls, {str(key): value for key, value in values.items()})  # type: ignore[union-attr]
+
+
+def _as_yaml(word: str) -> str:
+    """`key=text` with the text in quotes, where it has none."""
+    key, _, text = word.partition("=")
+    return word if text[:1] in ("'", '"') and text[:1] == text[-1:] else f"{key}={json.dumps(text)}"
 
 
 def split_settings(cls: type[T], name: str, arguments: Sequence[str]) -> tuple[T, list[str]]:
@@ -167,8 +172,7 @@ def launch(name: str, arguments: Sequence[str], read: Callable[[DictConfig], T],
     point of a sweep before the first one starts. `run` does the work. Each point of a sweep has its own `output_dir`,
     below the one given. A `SeqtrainError` is raised; one in a run of a sweep is printed, status 2.
     """
-    parser = get_args_parser()
-    parsed = parser.parse_args(arguments)
+    parsed = _parse(name, arguments)
     if not parsed.multirun:
         return run(read(compose_config(name, parsed.overrides)))
     statuses = [0]
@@ -178,16 +182,23 @@ def launch(name: str, arguments: Sequence[str], read: Callable[[DictConfig], T],
         _note_presets(config, HydraConfig.get().runtime.choices)
         statuses.append(exit_status(lambda: run(read(config))))
 
-    for overrides in _points(parsed.overrides):
+    for overrides in points(parsed.overrides):
         read(compose_config(name, overrides))
-    _run_hydra(parsed, parser, job, str(conf_dir()), name)
+    _run_hydra(parsed, get_args_parser(), job, str(conf_dir()), name)
     return max(statuses)
+
+
+def _parse(name: str, arguments: Sequence[str]) -> argparse.Namespace:
+    """`arguments` as Hydra's flags and overrides, with text put in quotes."""
+    parsed: argparse.Namespace = get_args_parser().parse_args(arguments)
+    parsed.overrides = quote_text(_without_null(parsed.overrides), _value_types(name), sweep=parsed.multirun)
+    return parsed
 
 
 def check_keys(name: str, arguments: Sequence[str]) -> None:
     """Composes what `arguments` ask for, so that a wrong key is known before the program is imported."""
-    parsed = get_args_parser().parse_args(arguments)
-    for overrides in _points(parsed.overrides) if parsed.multirun else [parsed.overrides]:
+    parsed = _parse(name, arguments)
+    for overrides in points(parsed.overrides) if parsed.multirun else [parsed.overrides]:
         compose_config(name, overrides)
 
 
@@ -199,22 +210,19 @@ def asks_for_text(arguments: Sequence[str]) -> bool:
 
 def show_text(name: str, arguments: Sequence[str]) -> int:
     """Prints what `arguments` ask Hydra for about the primary config `name`; gives the exit status."""
-    parser = get_args_parser()
-    parsed = parser.parse_args(arguments)
+    parsed = _parse(name, arguments)
     _offer_defaults(conf_dir())
     if parsed.cfg or parsed.info:
-        compose_config(name, parsed.overrides)
+        config = compose_config(name, parsed.overrides)
+    if parsed.cfg == "job" and not parsed.package:
+        values: dict[str, Any] = OmegaConf.to_container(config, resolve=parsed.resolve)  # type: ignore[assignment]
+        text = "\n".join(commented(values, meanings(name)))
+        if not parsed.resolve:
+            keep_composed(name, arguments, text)
+        print(text)
+        return 0
     try:
-        _run_hydra(parsed, parser, lambda config: None, str(conf_dir()), name)
+        _run_hydra(parsed, get_args_parser(), lambda config: None, str(conf_dir()), name)
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0
-
-
-def _points(overrides: Sequence[str]) -> list[Sequence[str]]:
-    """The override lists of the points of a sweep."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from error
-    return [point for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for point in batch]

@@ -12,9 +12,10 @@ from importlib import import_module
 from typing import Annotated, Any, Literal, Union
 
 import yaml
+from pydantic import WrapValidator
 
-from seqtrain.config import PROGRAMS, conf_dir
-from seqtrain.schema import ROOT, Definition, definition, mixer_definition, mixer_names
+from seqtrain.schema import PROGRAMS, ROOT, Definition, conf_dir, definition, mixer_definition, mixer_names
+from seqtrain.validation import FilePath
 
 PAGE = ROOT / "docs" / "configuration.md"
 INTRODUCTION = """# Configuration
@@ -31,7 +32,7 @@ TITLES = {
     "pretrain": "seqtrain pretrain",
     "convert": "seqtrain convert",
     "generate": "seqtrain generate",
-    "profile": "seqtrain profile, in addition to the keys of pretrain",
+    "profile_throughput": "seqtrain profile, in addition to the keys of pretrain",
 }
 HEAD = ("| key | type | default | meaning |", "|---|---|---|---|")
 
@@ -104,6 +105,8 @@ def _yaml(value: Any) -> str:
 def _words(hint: Any) -> str:
     """A type as a reader of YAML calls it."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint == FilePath:
+        return "path"
     if origin is Annotated:
         return _bounded(*inner)
     if origin is Literal:
@@ -123,7 +126,7 @@ def _bounded(kind: Any, *annotations: Any) -> str:
     words = [
         f"{sign} {getattr(bound, name):g}" for bound in bounds for name, sign in signs.items() if hasattr(bound, name)
     ]
-    auto = ["`auto`"] if any(hasattr(each, "func") for each in annotations) else []
+    auto = ["`auto`"] if any(isinstance(each, WrapValidator) for each in annotations) else []
     return " or ".join([*auto, " ".join([_words(kind), ", ".join(words)]).strip()])
 
 

@@ -1,6 +1,8 @@
 """Errors meant for users: one line that names what is wrong, what came, what is allowed, and the way out."""
 
 import difflib
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -51,5 +53,9 @@ def exit_status(work: Callable[[], int]) -> int:
         if extra is None:
             raise
         message = f"{package} is not installed: pip install 'seqtrain[{extra}]'"
+    except BrokenPipeError:
+        # Whoever read what is printed is gone, as in `... | head`: what Python prints at its end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     print(f"error: {message}", file=sys.stderr)
     return 2

@@ -4,14 +4,29 @@ Help, defaults and the reference of the configuration are read here, so that non
 """
 
 import ast
+import builtins
 import dataclasses
+import importlib
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+from seqtrain.errors import ConfigError
+
 ROOT = Path(__file__).resolve().parent.parent
+
+# The dataclass of each primary config in conf/, and the key it is put under there; its defaults are `NAME_defaults`.
+PROGRAMS = {
+    "pretrain": ("seqtrain.runtime.settings:PretrainConfig", ""),
+    "convert": ("seqtrain.convert.settings:ConvertConfig", ""),
+    "generate": ("seqtrain.runtime.generate:GenerateConfig", ""),
+    "profile_throughput": ("seqtrain.profiling.profiler:ProfileConfig", "profile"),
+}
+# Groups whose options are the names that the dataclass of that key allows; a file in conf/ says more of one.
+NAMED_GROUPS = ("optimizer", "schedule", "runtime")
 
 
 @dataclass(frozen=True)
@@ -50,15 +65,16 @@ class Module:
         return None
 
     def value(self, expression: ast.expr) -> Any:
-        """What a default evaluates to, with the constants of this module. Raises `NameError` for anything imported."""
-        return eval(compile(ast.Expression(expression), self.name, "eval"), {"field": dataclasses.field}, _Names(self))
+        """What a default evaluates to, with the constants of this module, of seqtrain's others and Python's own."""
+        # As globals, so that functions in it find them, too.
+        return eval(compile(ast.Expression(expression), self.name, "eval"), _Names(self))
 
 
 class _Names(dict[str, Any]):
     """The constants of a module, each evaluated when it is asked for."""
 
     def __init__(self, module: Module):
-        super().__init__()
+        super().__init__(__builtins__=builtins)
         self.module = module
 
     def __missing__(self, name: str) -> Any:
@@ -66,6 +82,11 @@ class _Names(dict[str, Any]):
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
             if [getattr(target, "id", None) for target in targets] == [name]:
                 return self.module.value(node.value)  # type: ignore[attr-defined]
+            if isinstance(node, ast.ImportFrom) and name in [alias.asname or alias.name for alias in node.names]:
+                assert node.module
+                if node.module.startswith("seqtrain"):
+                    return _Names(read_module(node.module))[name]
+                return getattr(importlib.import_module(node.module), name)
         raise KeyError(name)
 
 
@@ -77,12 +98,6 @@ class Definition:
     node: ast.ClassDef
     # Its name in the module, `Outer.Inner` for one within another.
     path: str
-
-    @property
-    def source(self) -> str:
-        """The lines of the class, with its decorators."""
-        first = min([self.node.lineno, *(decorator.lineno for decorator in self.node.decorator_list)])
-        return "\n".join(self.module.text.splitlines()[first - 1 : self.node.end_lineno])
 
     @property
     def is_dataclass(self) -> bool:
@@ -117,6 +132,15 @@ class Definition:
                 above = key.comment or inherited
                 keys[key.name] = replace(key, comment=above)
         return keys
+
+    def value_types(self, prefix: str = "") -> Iterator[tuple[str, str]]:
+        """The dotted names, after `prefix`, of all fields, and what each takes: `text`, a `list` or another value."""
+        for key in self.keys().values():
+            if key.nested:
+                yield from key.nested.value_types(f"{prefix}{key.name}.")
+            else:
+                kinds = {"text": key.type in ("str", "FilePath"), "list": "tuple[" in key.type}
+                yield prefix + key.name, next((kind for kind, holds in kinds.items() if holds), "")
 
     def defaults(self) -> dict[str, Any]:
         """The values of the fields that have one, nested as they are, as a YAML file would hold them."""
@@ -163,6 +187,15 @@ def definition(target: str) -> Definition:
     return found
 
 
+def conf_dir() -> Path:
+    """The folder of YAML files: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if folder.is_dir():
+            return folder
+    raise ConfigError(f"{package.parent / 'conf'}: the configuration folder is missing; reinstall seqtrain")
+
+
 @lru_cache
 def read_module(name: str) -> Module:
     """The module `name` of seqtrain, or of another package next to it, parsed but not imported."""
@@ -181,3 +214,11 @@ def mixer_definition(name: str) -> Definition:
 def mixer_names() -> list[str]:
     """The names of all mixers: those of their files."""
     return sorted(path.stem for path in (ROOT / "seqtrain" / "mixers").glob("[!_]*.py"))
+
+
+@cache
+def named_options() -> dict[str, list[str]]:
+    """The names that the dataclass of each of `NAMED_GROUPS` allows."""
+    fields = definition(PROGRAMS["pretrain"][0]).keys()
+    nested = {group: fields[group].nested for group in NAMED_GROUPS}
+    return {group: re.findall(r"'(\w+)'", found.keys()["name"].type) for group, found in nested.items() if found}

@@ -3,15 +3,24 @@
 import dataclasses
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from seqtrain.errors import ConfigError, unknown_name
 
 T = TypeVar("T")
+
+
+def _expand(path: str) -> str:
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+# The name of a file or folder: `~` and `$HOME` in it are those of whoever runs the program.
+FilePath = Annotated[str, AfterValidator(_expand)]
 
 
 def validate(cls: type[T], values: Mapping[str, Any], *, prefix: str = "") -> T:

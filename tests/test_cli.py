@@ -1,11 +1,13 @@
 """`seqtrain COMMAND`: the table of commands, text without torch, completion."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from seqtrain import cli
 from seqtrain.cli import COMMANDS, main
@@ -27,7 +29,49 @@ def test_text_and_wrong_keys_cost_no_import_of_torch():
     statuses = [0, 0, 2, *(0 for _ in helps)]
     assert result.stderr.splitlines()[-1] == f"{statuses} False"
     assert "lr: 0.0006" in result.stdout
-    assert "Settings, as key=value:" in result.stdout
+    assert "Keys, as KEY=VALUE:" in result.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_examples_and_a_table_that_fit_a_terminal(name, capsys):
+    assert main([name, "--help"]) == 0
+    about, table = capsys.readouterr().out.split("Keys, as KEY=VALUE:")
+    assert about.count("\n    seqtrain ") + about.count("\n    torchrun ") >= 3
+    assert max(map(len, about.splitlines())) <= 120
+    assert max(map(len, table.splitlines())) <= 100
+    for key in ("output_dir", "seed") if name == "pretrain" else ():
+        assert f"  {key} " in table
+
+
+def test_choices_are_those_of_the_command(capsys):
+    main(["convert", "--help"])
+    choices = capsys.readouterr().out.split("Choices, as ")[1].split("Keys, as ")[0]
+    assert [line.split()[0] for line in choices.splitlines() if line[:3].strip()][1:] == [
+        "recipe",
+        "data",
+        "runtime",
+        "tracking",
+    ]
+
+
+def test_a_composed_config_says_what_its_keys_mean(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first, again, other = (_printed(capsys, f"pretrain --cfg job seed={seed}") for seed in (3, 3, 4))
+    assert first == again != other
+    assert yaml.safe_load(first)["seed"] == 3
+    assert "  depth: 6                                 # Number of blocks" in first
+
+
+def _printed(capsys, line):
+    assert main(line.split()) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["generate", "convert", "compare", "bench-regression"])
+def test_what_is_required_comes_with_an_example(name, capsys):
+    assert main([name]) == 2
+    message = capsys.readouterr().err
+    assert re.match(rf"error: \w+: is required.*, as in: seqtrain {name} .*\n$", message)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -10,8 +10,11 @@ from omegaconf import OmegaConf
 from pydantic import Field
 
 from seqtrain import config as config_module
-from seqtrain.config import compose_config, launch, show_text
+from seqtrain.config import compose_config, launch, read_settings, show_text
+from seqtrain.data import DataConfig
 from seqtrain.errors import ConfigError, exit_status
+from seqtrain.overrides import quote_text
+from seqtrain.planning.plan import Settings as PlanSettings
 from seqtrain.validation import validate
 from tests.command_cases import refused
 
@@ -56,6 +59,48 @@ def test_a_wrong_value_is_one_line_with_key_value_and_rule(train, message):
 def test_a_missing_value_is_named():
     with refused("train.dtype: is required"):
         validate(Program, {"train": {"steps": 1}})
+
+
+@pytest.mark.parametrize("path", ["~/books", "$HOME/books", "/home/me/books"])
+def test_paths_are_those_of_who_runs_it(path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert validate(DataConfig, {"path": path}).path == "/home/me/books"
+
+
+TEXTS = ["Hello, world: x", "def main(", "<|end|>", "~/books", "a=b (ü)", 'it\'s "so"', "null", "12", "[a", "\\", ""]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_taken_as_it_stands(text):
+    assert compose_config("generate", [f"prompt={text}"]).prompt == text
+    assert compose_config("pretrain", [f"data.path={text}"]).data.path == text
+    assert read_settings(PlanSettings, [f"output_dir={text}"]).output_dir == text
+
+
+def test_quotes_of_hydra_s_grammar_stay_quotes():
+    assert compose_config("generate", ["prompt='a, b'"]).prompt == "a, b"
+    assert read_settings(PlanSettings, ["output_dir='a b'"]).output_dir == "a b"
+
+
+def test_a_sweep_runs_over_texts_that_need_quotes():
+    assert quote_text(["path=~/a,~/b", "lr=1,2"], {"path": "text"}, sweep=True) == ['path="~/a","~/b"', "lr=1,2"]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("model.layers=gla,attention", "model.layers=gla,attention: type 'model.layers=[gla,attention]'"),
+        ("model.layers=[gla,a(b]", """model.layers=[gla,a(b]: type 'model.layers=[gla,"a(b"]'"""),
+        ("model.layers=[gla", "model.layers=[gla: type 'model.layers=[gla]'"),
+        ("optimizer.lr=1,2", "optimizer.lr=1,2: takes one value; type --multirun optimizer.lr=1,2 for one run"),
+        ("model=3", "model= '3' is unknown"),
+        ("train.steps", "'train.steps' is not key=value"),
+        ("sample.prompt=${x}", "sample.prompt: ${x} names no key; type \\${x} for the text itself"),
+    ],
+)
+def test_what_hydra_can_t_take_comes_with_what_to_type(word, message):
+    with refused(message):
+        compose_config("pretrain", [word])
 
 
 @pytest.fixture
@@ -124,7 +169,7 @@ def test_what_was_chosen_is_noted_and_null_means_none(conf):
         ("optimizer=adamv", "optimizer= 'adamv' is unknown; did you mean 'adamw'? Known: adamw, quick"),
         ("mixer.s5.block=1", "config key 'mixer.s5.block' is unknown; did you mean 'mixer.s5.blocks'? Known: "),
         ("train.steps=[1", "train.steps=[1: "),
-        ("train.steps=${nothing}", "train.steps=${nothing}: "),
+        ("train.steps=${nothing}", "train.steps: ${nothing} names no key"),
     ],
 )
 def test_a_wrong_override_is_one_line(conf, override, message):

@@ -49,7 +49,6 @@ def test_fields_are_read_with_their_comments(tmp_path, monkeypatch):
     assert keys["needed"].default is MISSING
     inner = {"width": 16, "names": ["a"]}
     assert config.defaults() == {**inner, "inner": inner, "many": {"x": 1}, "depth": 3}
-    assert config.source.startswith("    @dataclass(frozen=True)\n    class Config(Inner):")
 
 
 def plain(value):

@@ -3,7 +3,7 @@
     python tools/bench_all_scan.py                                   # four ranks of its own, on the loopback interface
     torchrun --nproc-per-node 4 tools/bench_all_scan.py form=[head] state_kib=[16,128,1024] compute_ms=20
     torchrun --nproc-per-node 8 tools/bench_all_scan.py ranks=[2,4,8] form=[dense,channel] state_kib=[16,64,256,1024] \
-        only=[auto,pipeline,tree,all_gather,ring] within=3           # is the choice the best one? a grid
+        only=[auto,pipeline,tree,all_gather,ring] within=3
     torchrun --nproc-per-node 8 tools/bench_all_scan.py layers=8 compute_ms=22    # whole steps, forward and backward
 
 Any launcher will do that starts one copy per rank with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Every round times

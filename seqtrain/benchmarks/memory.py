@@ -2,6 +2,7 @@
 
     python tools/measure_memory.py   # 65,536 tokens, 12 layers of width 512, a vocabulary of 50k
     python tools/measure_memory.py tokens=8192 layers=[gla] activation_checkpointing=false
+    python tools/measure_memory.py tokens=131072 limit_gib=8
 
 Printed are peak memory (what the operating system saw, imports and weights included), time, tokens per second and
 parameters; with `limit_gib` the exit status is 1 where the peak is above it.

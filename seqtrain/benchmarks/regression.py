@@ -2,6 +2,7 @@
 
     python tools/bench_regression.py OLD_COMMIT
     python tools/bench_regression.py OLD_COMMIT rounds=9 steps=20
+    python tools/bench_regression.py OLD_COMMIT output_dir=outputs/regression
 
 Both trees run in turns, in processes of their own. Start-up is the CPU time of a run of one step; a step is what each
 further step adds to it. Exit status: 0, or 1 where the median of a figure's ratios, new over old, lies above 1 by more

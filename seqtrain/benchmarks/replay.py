@@ -2,6 +2,7 @@
 
     python tools/compare_commits.py OLD_COMMIT
     python tools/compare_commits.py OLD_COMMIT 'runs=[delta_rule,zero3]'
+    python tools/compare_commits.py HEAD~1 output_dir=outputs/before_and_after
 
 The runs have five steps each and cover every family of mixers, sequence parallelism, segments, ZeRO 0 to 3, bfloat16
 products and a conversion of two stages. The commit's are kept in `output_dir` and made once, this tree's are made each

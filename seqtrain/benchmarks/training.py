@@ -1,6 +1,7 @@
 """Compares the throughput of training runs that differ in a few settings, run in turns under the same conditions.
 
     python tools/bench_training.py                                  # the quickstart, backend auto against chunked
+    python tools/bench_training.py rounds=5
     python tools/bench_training.py 'variants=[train.dtype=float32,train.dtype=bfloat16]' 'common=[train.steps=20]'
 
 Each round starts every variant once, as its own run of launch/pretrain.py. A variant's speed is the median over its

@@ -1,4 +1,13 @@
-"""`seqtrain convert`: turns a pretrained Transformer into a recurrent model and prints the outcome."""
+"""Turns a pretrained Transformer into a recurrent model, trained towards its teacher.
+
+    python launch/convert.py source=path/to/SmolLM2-135M target=gla recipe=transfer_then_kl output_dir=converted
+    python launch/convert.py source=path/to/model.gguf target=gated_delta_net keep=every:4 recipe=lolcats
+    python launch/convert.py source=path/to/Qwen3-0.6B target=liger_gla recipe=liger layer.window=128
+
+Reads Llama, Mistral, Qwen2, Qwen3 or SmolLM2 checkpoints (safetensors or GGUF). Softmax attention becomes a window and
+a recurrent state in all layers but those that `keep` names; a model that keeps none generates in constant memory.
+`output_dir` gets the model in Hugging Face's form, report.md and report.json; the same command resumes what stopped.
+"""
 
 import sys
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ from seqtrain.mixers import MIXERS
 from seqtrain.mixers.common.liger import Liger
 from seqtrain.mixers.linearized_attention import recurrence_of
 from seqtrain.runtime.settings import AUTO, CheckpointConfig, ParallelConfig, RuntimeConfig, TrackingConfig
-from seqtrain.validation import validate
+from seqtrain.validation import FilePath, validate
 
 POLICY = re.compile(r"none|(every|budget):([1-9]\d*)")
 
@@ -52,7 +52,7 @@ class VerifyConfig:
 
     # Held-out texts by the name the report gives them: a text file, or python-prose or python-code, which come with
     # Python; empty leaves one out.
-    texts: Mapping[str, str] = field(default_factory=lambda: {"prose": "python-prose", "code": "python-code"})
+    texts: Mapping[str, FilePath] = field(default_factory=lambda: {"prose": "python-prose", "code": "python-code"})
     # Tokens of a text in one sequence.
     tokens: Annotated[int, Field(gt=1)] = 512
     # Sequences of a text at most.
@@ -71,7 +71,7 @@ class ConvertConfig:
     """All options of `seqtrain convert`."""
 
     # Folder of a Hugging Face checkpoint (safetensors), or a GGUF file.
-    source: str = ""
+    source: FilePath = ""
     # What Source.sha256 must give for its weights; empty: anything.
     source_sha256: str = ""
     # What replaces softmax attention.
@@ -92,7 +92,7 @@ class ConvertConfig:
     tracking: TrackingConfig
     verify: VerifyConfig
     # Folder of the report; the model is written to `model` in it.
-    output_dir: str
+    output_dir: FilePath
     # Folders of other conversions of the same source, whose figures are to stand in this one's tables.
     beside: tuple[str, ...] = ()
     # Of the new parameters, and of the order of the data.

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from seqtrain.validation import FilePath
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -19,22 +21,22 @@ class DataConfig:
     # Rows a synthetic task is scored on.
     held_out_rows: Annotated[int, Field(gt=0)] = 256
     # A file, a folder or a glob pattern (huggingface: a folder that `save_to_disk` wrote). stdlib needs none.
-    path: str = ""
+    path: FilePath = ""
     # Share of the text that is held out for evaluation, by whole documents. 0 holds out nothing.
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.05
     # Text of its own for evaluation, in the same form as `path`; `held_out` then has no effect. Empty: a share of
     # `path`.
-    held_out_path: str = ""
+    held_out_path: FilePath = ""
     # Name of the field or column that holds the text (jsonl, parquet, huggingface).
     text_field: str = "text"
     # Bytes that are not UTF-8: stop with an error, or put U+FFFD in their place.
     invalid_utf8: Literal["error", "replace"] = "error"
     # "bytes", or a Hugging Face tokenizer on disk: a folder or a tokenizer.json.
-    tokenizer: str = "bytes"
+    tokenizer: FilePath = "bytes"
     # The token that ends every document, from the tokenizer's vocabulary. Empty: the tokenizer's own eos_token.
     end_token: str = ""
     # Where token shards are kept between runs. Empty: the user's cache folder.
-    cache_dir: str = ""
+    cache_dir: FilePath = ""
     # Tokens per shard; an interrupted ingestion resumes after the last finished shard.
     shard_tokens: Annotated[int, Field(gt=0)] = 2**25
     # When shards are read whole to compare checksums: when first opened on this machine, always, or never.

@@ -2,6 +2,7 @@
 
     python tools/compare_runs.py 'runs=[runs/before,runs/after]'                  # losses bit for bit
     python tools/compare_runs.py 'runs=[runs/a,runs/b,profiles/c]' tolerance=1e-5
+    python tools/compare_runs.py 'runs=[profiles/a,profiles/b]' output_dir=outputs/a_and_b
 
 Each is a folder that launch/pretrain.py or tools/profile_throughput.py wrote; all are compared with the first. The exit
 status is 0 where every run has the first one's losses at every step, 1 where one has not, 2 for a mistake: so a change

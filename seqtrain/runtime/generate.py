@@ -1,4 +1,9 @@
-"""`seqtrain generate`: continues a prompt with a trained model."""
+"""Continues a prompt with the newest checkpoint of a run.
+
+python launch/generate.py run=runs/mine
+python launch/generate.py run=runs/mine prompt="Once upon a time" tokens=500
+python launch/generate.py run=runs/mine prompt="def main(" temperature=0 seed=1
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +16,7 @@ from pydantic import Field
 from seqtrain.config import launch
 from seqtrain.errors import ConfigError
 from seqtrain.runtime.sample import Continuation, continue_text, open_run
-from seqtrain.validation import validate
+from seqtrain.validation import FilePath, validate
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class GenerateConfig(Continuation):
     seed: Annotated[int, Field(ge=0)] = 0
     temperature: Annotated[float, Field(ge=0)] = 0.8
     # output_dir of the run whose newest checkpoint writes.
-    run: str = ""
+    run: FilePath = ""
     # Implementation of the operators.
     backend: Literal["auto", "reference", "chunked", "triton", "native"] = "auto"
 
@@ -36,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
 def read(config: DictConfig) -> GenerateConfig:
     typed = validate(GenerateConfig, OmegaConf.to_container(config))  # type: ignore[arg-type]
     if not typed.run:
-        raise ConfigError("run: is required; name the output_dir of a run, as in run=runs/2026-01-31/12-00-00")
+        raise ConfigError("run: is required; name the output_dir of a run")
     return typed
 
 

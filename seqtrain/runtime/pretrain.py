@@ -1,4 +1,15 @@
-"""`seqtrain pretrain`: trains a language model and prints the outcome."""
+"""Trains a language model on text or a synthetic task; without any override it runs the quickstart.
+
+    python launch/pretrain.py data=text data.path=~/books train.sequence_length=4096
+    python launch/pretrain.py 'model.layers=[gated_delta_net,sliding_attention]' model.depth=12 model.width=512
+    python launch/pretrain.py run=runs/mine                      # resumes the run in that folder
+    python launch/pretrain.py parallel.sequence=2 parallel.data=1    # one sequence over two workers
+    python launch/pretrain.py --multirun optimizer.lr=1e-3,3e-3 seed=0,1
+
+`output_dir` gets config.yaml, metrics.jsonl, checkpoints/, summary.json, loss.png and run.log. Ctrl-C and SIGTERM save
+a checkpoint, then stop. The values of the quickstart give way to those that fit a `data=` or `model=` you choose, these
+to those of `experiment=`, and all of them to what you type.
+"""
 
 import os
 from collections.abc import Sequence

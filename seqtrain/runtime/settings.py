@@ -18,6 +18,7 @@ from seqtrain.parallel import Algorithm
 from seqtrain.runtime.optimizers import OptimizerConfig
 from seqtrain.runtime.schedule import ScheduleConfig
 from seqtrain.runtime.segmented import Gradients
+from seqtrain.validation import FilePath
 
 # What a key holds whose value follows from what is there; `resolve` puts the number in its place.
 AUTO: Any = "auto"
@@ -116,7 +117,7 @@ class CheckpointConfig:
     keep: Annotated[int, Field(ge=2)] = 2
     # `auto` resumes from output_dir's newest whole checkpoint; `never` wants a fresh output_dir; a checkpoint's folder
     # starts a new run in output_dir from that one's weights, optimizer and step.
-    resume: str = "auto"
+    resume: FilePath = "auto"
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class PretrainConfig:
     # Seed of the weights and of the order of the data.
     seed: Count = 0
     # Folder of the run; the same folder again resumes the run (see checkpoint.resume).
-    output_dir: str
+    output_dir: FilePath
     # What the config was composed of, by group: filled in, for the reader of config.yaml.
     presets: Mapping[str, str] = field(default_factory=dict)
 

@@ -2,6 +2,7 @@
 
     python tools/kernel_report.py                                       # all examples, all targets; minutes
     python tools/kernel_report.py examples=[scan] targets=[sm_90] count=false
+    python tools/kernel_report.py examples=[delta_rule] output_dir=outputs/before
 
 One row per kernel, pinned configuration and target: registers and spilled bytes per thread, shared memory, blocks that
 fit on a multiprocessor, matrix and copy instructions. Then, counted in Triton's interpreter, HBM bytes and FLOPs of
