@@ -45,3 +45,15 @@ def _is_selected(item: pytest.Item, config: pytest.Config) -> bool:
 
 def _is_named(item: pytest.Item, named: list) -> bool:
     return any(item.nodeid.startswith(str(name).removeprefix("./")) for name in named)
+
+
+@pytest.fixture
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Triton decides when it is imported whether it interprets or compiles.
+    if item.get_closest_marker("interpreter") and not INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1 in the environment")

@@ -8,6 +8,7 @@ from seqtrain.testing import boundaries, relative_error
 from tests.mixers.test_contract import build, every_mixer, inputs, run
 from tests.models import test_compile
 
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 TOKENS = 70
 LENGTHS = (20, 0, 49, 1)
 

@@ -1,13 +1,19 @@
 """Calls of every operator, made from its declaration: its tensors, its variants, and what it returns by name."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from seqtrain.kernels import OPERATORS, Operator
-from seqtrain.testing import boundaries, decay_like, relative_error
+from seqtrain.testing import TOLERANCES, boundaries, decay_like, relative_error
+from tests.conftest import INTERPRETED
+
+# Triton's kernels run on a GPU where there is one, and are interpreted on the CPU where that is asked for.
+GPU = torch.cuda.is_available() and not INTERPRETED
 
 SIZES = {"B": 2, "H": 4, "G": 2, "K": 8, "V": 5, "D": 6, "M": 5, "N": 3, "W": 4, "C": 5, "n": 21, "vocab": 11, "d0": 3}
 # What an operator can't be called without, and what makes it do something else: the first is its plain call.
@@ -56,6 +62,8 @@ class Case:
     shapes: dict[str, str | None] = field(default_factory=dict)
     complex: tuple[str, ...] = ()
     sizes: dict[str, int] = field(default_factory=dict)
+    decay: str = "wide"  # as in `decay_like`
+    beta: float = 1.0  # its upper bound
 
     @property
     def has_state(self) -> bool:
@@ -75,8 +83,9 @@ class Case:
             shape = self.shapes.get(name, shapes[-1])
             kind = self.operator.kinds.get(name, "")
             is_complex = kind == "a complex dtype" or name in self.complex
-            made[name] = None if shape is None else _numbers(name, kind, is_complex, _dims(shape, sizes), generator)
+            made[name] = shape and self._numbers(name, kind, is_complex, _dims(shape, sizes), generator)
         if "beta" in made:  # the delta rule is stable for short keys
+            made["beta"] = self.beta * made["beta"]
             for name in ("k", "read", "erase"):
                 made[name] = None if made[name] is None else torch.nn.functional.normalize(made[name], dim=-1)
             made["erase"] = None if made["erase"] is None else 0.8 * made["read"]
@@ -95,20 +104,21 @@ class Case:
         dtype = torch.float32 if dtype == torch.bfloat16 and not isinstance(state, dict) else dtype
         return {k: cast(x, dtype) for k, x in state.items()} if isinstance(state, dict) else cast(state, dtype)
 
+    def _numbers(self, name: str, kind: str, is_complex: bool, shape: list[int], generator: torch.Generator) -> Tensor:
+        if kind == "int64":
+            labels = torch.randint(SIZES["vocab"], shape, generator=generator)
+            labels[1::4] = -100  # count for nothing
+            return labels
+        normal = torch.randn(shape, generator=generator, dtype=torch.complex128 if is_complex else torch.float64)
+        if name in ("log_decay", "log_a"):
+            decay = decay_like(shape, self.decay, generator)
+            return torch.complex(decay, normal.imag) if is_complex else decay
+        return normal.sigmoid() if name in ("beta", "rate", "shares") else normal
+
 
 def _dims(shape: str, sizes: dict[str, int]) -> list[int]:
     letters = shape.replace("...", "d0").split()
     return [sizes[letter[:-2]] + 1 if letter.endswith("+1") else sizes[letter] for letter in letters]
-
-
-def _numbers(name: str, kind: str, is_complex: bool, shape: list[int], generator: torch.Generator) -> Tensor:
-    if kind == "int64":
-        return torch.randint(SIZES["vocab"], shape, generator=generator)
-    normal = torch.randn(shape, generator=generator, dtype=torch.complex128 if is_complex else torch.float64)
-    if name in ("log_decay", "log_a"):
-        decay = decay_like(shape, "wide", generator)
-        return torch.complex(decay, normal.imag) if is_complex else decay
-    return normal.sigmoid() if name in ("beta", "rate", "shares") else normal
 
 
 def cast(x: Any, dtype: torch.dtype) -> Any:
@@ -163,6 +173,39 @@ def assert_equal(came: dict[str, Tensor], expected: dict[str, Tensor], tolerance
     assert {name: f"{error:.1e}" for name, error in errors.items() if not error <= tolerance} == {}
 
 
+def check(
+    case: Case,
+    backend: str,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    lengths: list[int] | None = None,
+    past: bool = False,
+    device: str = "cpu",
+    limits: dict[torch.dtype, float] = TOLERANCES,
+) -> None:
+    """A call, of two rows or of documents of these `lengths`, against the definition in float64 on the same numbers."""
+    try:
+        case.operator.choose(backend, torch.device(device))
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    batch = 2 if lengths is None else 1
+    tensors = {name: cast(x, dtype) for name, x in case.tensors(tokens, batch=batch).items()}
+    if case.operator.name == "gated_norm":  # its weight is float32 at least
+        tensors["weight"] = tensors["weight"].to(torch.promote_types(dtype, torch.float32))
+    state = case.state(len(lengths or [0] * batch), dtype=dtype, packed=lengths is not None) if past else None
+    options = {} if lengths is None else {"cu_seqlens": boundaries(lengths)}
+
+    def results(backend: str, change: Callable[[Any], Any]) -> dict[str, Tensor]:
+        past = {key: change(x) for key, x in state.items()} if isinstance(state, dict) else change(state)
+        return run(case, {name: change(x) for name, x in tensors.items()}, past, backend=backend, **options)
+
+    def moved(x: Any) -> Any:
+        return x.to(device) if isinstance(x, Tensor) else x
+
+    assert_equal(results(backend, moved), results("reference", lambda x: cast(moved(x), torch.float64)), limits[dtype])
+
+
 def _leaf(x: Any) -> Any:
     differentiable = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
     return x.detach().clone().requires_grad_() if differentiable else x
@@ -170,8 +213,7 @@ def _leaf(x: Any) -> Any:
 
 def _weights(x: Tensor) -> Tensor:
     """Normal numbers that every dtype holds exactly, so that two dtypes have one loss."""
-    normal = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
-    return normal.to(x.dtype)
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).bfloat16().to(x)
 
 
 CASES = {

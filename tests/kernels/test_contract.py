@@ -8,7 +8,8 @@ import torch
 from seqtrain.kernels import OPERATORS
 from seqtrain.kernels.segments import AffineScan, by_segment
 from seqtrain.testing import TOLERANCES, assert_within, boundaries, compare_with_oracle
-from tests.kernels.contract_cases import CASES, assert_equal, call, cast, flat, run
+from tests.conftest import INTERPRETED
+from tests.kernels.contract_cases import CASES, GPU, assert_equal, call, cast, check, flat, run
 
 LENGTHS = [0, 1, 63, 0, 64, 2, 0]
 CPU = torch.device("cpu")
@@ -17,12 +18,24 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 with_state = pytest.mark.parametrize(
     "case", [x for x in CASES.values() if x.has_state], ids=[name for name, x in CASES.items() if x.has_state]
 )
-# Every backend that is not the definition, those for accelerators aside: tests/gpu and the interpreter have them.
+
+
+def places(case):
+    """Every backend that is not the definition, and the device it runs on."""
+    yield "chunked", "cpu", ()
+    if "native" in case.operator.backends and not case.has_read:
+        yield "native", "cpu", ()
+    if GPU:
+        yield from (("auto", "cuda", ()), ("chunked", "cuda", ()))
+    elif "triton" in case.operator.backends and not case.has_read:
+        yield "triton", "cpu", pytest.mark.interpreter
+
+
 BACKENDS = [
-    pytest.param(case, backend, id=f"{name}-{backend}")
+    pytest.param(case, backend, device, id=f"{name}-{backend}-{device}", marks=marks)
     for name, case in CASES.items()
-    for backend in case.operator.backends
-    if backend == "chunked" or (backend == "native" and not case.has_read)
+    if case.operator.backends
+    for backend, device, marks in places(case)
 ]
 # `by_segment` has no options.
 SCANS = {
@@ -30,7 +43,7 @@ SCANS = {
     for name, x in CASES.items()
     if isinstance(x.operator.time, AffineScan) and not ({"form"} & {*x.options} or x.sizes)
 }
-every_backend = pytest.mark.parametrize(("case", "backend"), BACKENDS)
+every_backend = pytest.mark.parametrize(("case", "backend", "device"), BACKENDS)
 
 
 def part_of(case, tensors, start, end):
@@ -38,33 +51,13 @@ def part_of(case, tensors, start, end):
     return dict(zip(tensors, case.operator.take(list(tensors.values()), slice(start, end)), strict=True))
 
 
-def check(case, backend, tokens, dtype, *, lengths=None, past=False):
-    """One call against the definition in float64 on the same numbers."""
-    try:
-        case.operator.choose(backend, CPU)
-    except ValueError as reason:
-        pytest.skip(str(reason))
-    batch = 2 if lengths is None else 1
-    tensors = {name: cast(x, dtype) for name, x in case.tensors(tokens, batch=batch).items()}
-    if case.operator.name == "gated_norm":  # its weight is float32 at least
-        tensors["weight"] = tensors["weight"].to(torch.promote_types(dtype, torch.float32))
-    state = case.state(len(lengths or [0] * batch), dtype=dtype, packed=lengths is not None) if past else None
-    options = {} if lengths is None else {"cu_seqlens": boundaries(lengths)}
-    came = run(case, tensors, state, backend=backend, **options)
-    exact = {name: cast(x, torch.float64) for name, x in tensors.items()}
-    if isinstance(state, dict):
-        state = {key: cast(x, torch.float64) for key, x in state.items()}
-    else:
-        state = cast(state, torch.float64)
-    assert_equal(came, run(case, exact, state, backend="reference", **options), TOLERANCES[dtype])
-
-
 @every_backend
 @pytest.mark.parametrize("tokens", [1, 17, pytest.param(63, marks=pytest.mark.all), 130])
-def test_rows_match_the_definition(case, backend, tokens):
-    check(case, backend, tokens, torch.float32)
-    if case.has_state:
-        check(case, backend, tokens, torch.float32, past=True)
+def test_rows_match_the_definition(case, backend, device, tokens):
+    if INTERPRETED and tokens > 17:
+        pytest.skip("many chunks take long to interpret; test_triton has some")
+    for past in {False, case.has_state}:
+        check(case, backend, tokens, torch.float32, past=past, device=device)
 
 
 @every_backend
@@ -73,12 +66,12 @@ def test_rows_match_the_definition(case, backend, tokens):
     [pytest.param(torch.float64, marks=pytest.mark.all), torch.float32, torch.bfloat16],
     ids=["float64", "float32", "bfloat16"],
 )
-def test_documents_match_the_definition(case, backend, dtype):
-    if not case.has_state:
-        check(case, backend, 130, dtype)
-        return
-    check(case, backend, sum(LENGTHS), dtype, lengths=LENGTHS, past=True)
-    check(case, backend, sum(LENGTHS), dtype, lengths=LENGTHS)
+def test_documents_match_the_definition(case, backend, device, dtype):
+    if GPU and device == "cuda" and dtype == torch.float64:
+        pytest.skip("kernels for GPUs compute in float32")
+    for past in {False, case.has_state}:
+        lengths = LENGTHS if case.has_state else None
+        check(case, backend, sum(LENGTHS), dtype, lengths=lengths, past=past, device=device)
 
 
 @with_state
@@ -245,6 +238,39 @@ def test_wrong_states_are_refused(case):
     state = case.state(3)
     with pytest.raises(ValueError, match=r"initial_state"):
         call(case, case.tensors(6), state)
+
+
+READ = {"read": torch.zeros(2, 6, 4, 8)}
+MISTAKES = [
+    ("delay", {"by": -1}, "by=-1, expected 0"),
+    ("delta_rule", READ, "delta_rule: erase is None, expected both read and erase, or neither"),
+    (
+        "delta_rule",
+        {**READ, "erase": READ["read"], "backend": "native"},
+        "delta_rule: backend=native has no read and erase; use chunked or auto",
+    ),
+    ("diagonal_system", {"form": "convolution"}, "form='convolution', expected 'scan' or 'fft'"),
+    ("gated_norm", {"activation": "gelu"}, "activation='gelu', expected 'silu' or 'sigmoid'"),
+    ("linear_cross_entropy", {"chunk": 0}, "chunk=0, expected at least 1"),
+    ("short_convolution", {"activation": "gelu"}, "activation='gelu', expected 'silu' or 'none'"),
+    ("short_convolution", {"dilation": 0}, "dilation=0, expected at least 1"),
+    ("sink_attention", {"window": 0}, "window=0"),
+    ("sink_attention", {"extra_value": None}, "come together"),
+    ("softmax_attention", {"q": torch.zeros(2, 6, 3, 8)}, "q has H=3 heads, expected a multiple of k's G=2"),
+    ("softmax_attention", {"window": 0}, "window=0, expected at least 1"),
+    ("softmax_attention", {"initial_state": {"k": torch.zeros(1)}}, r"has keys \['k'\], expected k, v and length"),
+    ("softmax_attention", {"backend": "flash"}, "backend=flash can't run here: flash needs a CUDA device"),
+    ("tensor_attention", {"degree": 3}, "degree=3, expected an even number"),
+    ("tensor_attention", {"degree": -2}, "degree=-2, expected an even number"),
+    ("tensor_attention", {"degree": None, "initial_state": torch.zeros(1)}, "initial_state given with degree=None"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), MISTAKES)
+def test_options_that_make_no_sense_are_named(name, change, message):
+    case = CASES[name]
+    with pytest.raises(ValueError, match=message):
+        case.operator(**(case.tensors(6, dtype=torch.float32) | case.options | change))
 
 
 @pytest.mark.parametrize("name", [name for name, x in OPERATORS.items() if x.backends])

@@ -1,12 +1,18 @@
-"""Operators as torch.compile sees them: the same results and gradients as called plainly, and shapes told truly."""
+"""Operators: their declarations, and what torch.compile sees of them: the same results, and shapes told truly."""
 
+import copy
+import inspect
+import pickle
 from importlib import import_module
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from seqtrain.kernels import OPERATORS, linear_attention, operator, softmax_attention
 from seqtrain.kernels.custom_ops import differentiable, opaque
+from tests.kernels.contract_cases import CASES, call
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
@@ -90,43 +96,103 @@ def test_outside_of_graphs_the_function_itself_runs():
     assert untraceable(x, "text", torch.tensor([0, 9]))[1] is x
 
 
-# What each opaque form is given for one row of 30 tokens in two documents; letters stand for shapes.
-SIZES = {"B": 1, "T": 30, "H": 2, "K": 4, "V": 3, "D": 5, "G": 3, "N": 2, "S": 2, "F": 15, "W": 3}
-FORMS = {
-    "linear_attention": ("BTHK", "BTHK", "BTHV", "-BTHK", "SHKV", 0.5, "boundaries"),
-    "delta_rule": ("BTHK", "BTHK", "BTHV", "BTH", "-BTH", "SHKV", 0.5, "boundaries", "BTHK", "BTHK"),
-    "diagonal_scan": ("BTD", "-BTD", "SD", "boundaries"),
-    "diagonal_system": ("BTG", "cGN", "cGN", "cGN", "scan", "cSX", "boundaries"),
-    "short_convolution": ("BTD", "DW", None, "silu", 1, "SSD", "boundaries"),
-    "slot_scores": ("BTHK", "BTHK", "BTHV", "-BTHV", "SHVK", 0.5, "boundaries"),
-    "tensor_attention": ("BTHK",) * 3 + ("BTHV",) * 2 + (2, 0.5, "zSHSFK", "boundaries"),
-    "ttt_linear": ("BTHK",) * 3 + ("BTH", "HLK", "HbK", "HbK", "D", "zSHMK", "boundaries"),
-}
-SIZES |= {"X": 6, "L": 5, "M": 11, "b": 1}
+OPAQUE = ("linear_attention", "delta_rule", "delta_rule3", "diagonal_scan", "diagonal_system", "short_convolution")
+OPAQUE += ("slot_scores", "tensor_attention", "ttt_linear")
 
 
-def argument(given, seed):
-    if not isinstance(given, str) or given in ("scan", "silu"):
-        return given
-    if given == "boundaries":
-        return torch.tensor([0, 11, 30])
-    kind, shape = (given[0], given[1:]) if given[0] in "-cz" else ("", given)
-    x = torch.randn([SIZES[letter] for letter in shape], generator=torch.Generator().manual_seed(seed))
-    x = {"-": -x.abs(), "c": torch.complex(-x.abs(), x), "z": 0 * x}.get(kind, x)
-    return x.requires_grad_()
+def is_number(x):
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
-@pytest.mark.parametrize("name", FORMS)
-def test_every_opaque_form_tells_its_shapes_and_has_its_gradients(name, backend):
-    form = import_module(f"seqtrain.kernels.{name}.{backend}").run
-    arguments = [argument(each, seed) for seed, each in enumerate(FORMS[name])]
+@pytest.mark.parametrize("name", OPAQUE)
+def test_every_opaque_form_tells_its_shapes_and_has_its_gradients(name, backend, monkeypatch):
+    """On what its operator gives it for one row of 30 tokens in two documents."""
+    case, given = CASES[name], []
+    form = import_module(f"seqtrain.kernels.{case.operator.name}.{backend}").run
+    called = lambda *arguments: given.append(arguments) or form(*arguments)  # noqa: E731
+    monkeypatch.setattr(case.operator, "choose", lambda *_, **options: called)
+    tensors, state = case.tensors(30, batch=1, dtype=torch.float32), case.state(2, dtype=torch.float32, packed=True)
+    call(case, tensors, state, cu_seqlens=torch.tensor([0, 11, 30]), backend=backend)
+    each, form_of = tree_flatten(given[0])
+    arguments = [x.detach().requires_grad_() if is_number(x) else x for x in each]
     torch.library.opcheck(form.operator.op, tuple(arguments), test_utils=CHECKS)
-    leaves = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
-    weights = [torch.randn_like(x) for x in form(*arguments)]
+    leaves = [x for x in arguments if is_number(x)]
+    out = form(*tree_unflatten(arguments, form_of))
+    weights = [torch.randn_like(x) for x in out]
+    came, right = (torch.autograd.grad(x, leaves, weights) for x in (form.operator.op(*arguments), out))
+    assert all(torch.allclose(x, y, rtol=1e-5, atol=1e-6) for x, y in zip(came, right, strict=True))
 
-    def found(function):
-        return torch.autograd.grad(function(*arguments), leaves, weights)
 
-    for came, right in zip(found(form.operator.op), found(form), strict=True):
-        assert torch.allclose(came, right, rtol=1e-5, atol=1e-6)
+@operator(
+    arguments={"x": "B T D", "weight": "H K V", "decay": ("D", "B T D"), "rest": "B T ...", "bias": "D+1"},
+    out="B T ...",
+    flops=lambda *, B, T, D, complex, **_: B * T * D * (4 if complex else 1),
+)
+def example(x, weight, decay=None, rest=None, bias=None, *, power=1, cu_seqlens=None, backend="auto"):
+    """What it does."""
+    return x**power
+
+
+@pytest.mark.parametrize("tokens", [15, 16])
+def test_what_is_cut_in_time_is_declared_and_no_matter_of_sizes(tokens):
+    x, weight = torch.zeros(2, 16, 16), torch.zeros(2, 16, 3)
+    taken = example.take((x, weight, torch.zeros(16), torch.zeros(2, 16, 4, 5), None), slice(0, tokens))
+    assert [None if part is None else tuple(part.shape) for part in taken] == [
+        (2, tokens, 16), (2, 16, 3), (16,), (2, tokens, 4, 5), None
+    ]  # fmt: skip
+    assert example.along_time((x, weight, x)) == (True, False, True)
+
+
+def test_tensors_by_name_take_their_places():
+    x, decay = torch.zeros(1, 3, 2), torch.zeros(2)
+    assert example.arranged((x,), {"decay": decay, "power": 2}) == ((x, None, decay, None, None), {"power": 2})
+
+
+def test_it_is_the_function_it_decorates():
+    assert example(torch.full((1,), 3.0), None, power=2) == 9
+    assert (example.__name__, example.__doc__, example.__module__) == ("example", "What it does.", __name__)
+    assert list(inspect.signature(example).parameters)[:2] == ["x", "weight"]
+    assert pickle.loads(pickle.dumps(linear_attention)) is linear_attention
+    assert copy.deepcopy(OPERATORS)["softmax_attention"] is softmax_attention
+
+
+@pytest.mark.all
+def test_two_backends_of_one_operator_are_one_graph():
+    def both(x):
+        out, _ = linear_attention(x, x, x, backend="chunked")
+        return linear_attention(out, x, x, backend="reference")[0]
+
+    x = torch.randn(1, 8, 2, 4)
+    assert torch.equal(torch.compile(both, fullgraph=True, backend="aot_eager")(x), both(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": None}, "example: weight is None, expected a tensor"),
+        ({"weight": torch.zeros(2, 3)}, r"weight has shape \(2, 3\), expected \[H, K, V\]"),
+        ({"decay": torch.zeros(2, 2)}, r"decay has shape \(2, 2\), expected \[D\] or \[B, T, D\]"),
+        ({"decay": torch.zeros(1, 4, 2)}, r"decay has shape \(1, 4, 2\), expected \[B, T, D\] with T=3"),
+        ({"bias": torch.zeros(2)}, r"bias has shape \(2,\), expected \[D\+1\] with D\+1=3"),
+        ({"x": torch.zeros(1, 3, 2, dtype=torch.int64)}, "x has dtype torch.int64, expected a floating dtype"),
+        ({"bias": torch.zeros(3, device="meta")}, "bias is on meta, expected cpu"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    arguments = {"x": torch.zeros(1, 3, 2), "weight": torch.zeros(2, 4, 5), "decay": None, "rest": None, "bias": None}
+    with pytest.raises(ValueError, match=message):
+        example.check(list((arguments | change).values()))
+
+
+def test_flops_and_the_shape_of_the_output():
+    x, weight, rest = torch.zeros(2, 3, 4), torch.zeros(1, 1, 1), torch.zeros(2, 3, 7, 5)
+    assert example.flops((x, weight), {}) == 24
+    assert example.out_shape((x, weight, None, rest), {}) == (2, 3, 7, 5)
+    keys = [torch.zeros(2, 40, heads, 8) for heads in (6, 2, 2)]
+    window = softmax_attention.state_shape(keys, {"window": 16}, 2)
+    assert window == {
+        "k": ((2, 15, 2, 8), torch.float32), "v": ((2, 15, 2, 8), torch.float32), "length": ((2,), torch.int64)
+    }  # fmt: skip
+    # 16 keys each, fewer for the first 15 queries.
+    assert softmax_attention.flops(keys, {"window": 16}) == 2 * 2 * 6 * (8 + 8) * (16 * 40 - 15 * 16 // 2)

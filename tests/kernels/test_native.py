@@ -5,14 +5,15 @@ import gc
 import logging
 import multiprocessing
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
-from seqtrain.kernels import delta_rule, linear_attention
+from seqtrain.kernels import delta_rule, linear_attention, tensor_attention
 from seqtrain.kernels.dispatch import reset_backend_choice
 from seqtrain.kernels.native import build, cut, recurrence
-from seqtrain.kernels.native.compiler import find_compiler
+from seqtrain.kernels.native import tensor_attention as native
 from seqtrain.kernels.segments import by_segment
 from seqtrain.testing import (
     assert_within,
@@ -22,15 +23,22 @@ from seqtrain.testing import (
     relative_error,
     run_with_gradients,
 )
+from tests.kernels.contract_cases import Case
 from tests.kernels.isolation import TOKENS, assert_documents_apart
 
-needs_library = pytest.mark.skipif(build.unavailable() is not None, reason=f"native {build.unavailable()}")
+pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=f"native {build.unavailable()}")
 
 OPERATORS = {"linear_attention": linear_attention, "delta_rule": delta_rule}
+ALL = OPERATORS | {"tensor_attention": tensor_attention}
+TENSORS = Case(tensor_attention, {}, sizes={"H": 2, "K": 3})
 DECAYS = [
     ("none", "mild"),
     *((shape, kind) for shape in ("BTH", "BTHK") for kind in ("mild", "wide", "strong", "spikes")),
 ]
+
+
+def tensors_of(tokens, batch=1, **sizes):
+    return replace(TENSORS, sizes=TENSORS.sizes | sizes).tensors(tokens, batch=batch)
 
 
 def inputs(name, tokens, **options):
@@ -41,22 +49,6 @@ def errors(name, tensors, **options):
     return compare_with_oracle(OPERATORS[name], tensors, backend="native", **options)
 
 
-@needs_library
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("decay_shape", ["none", "BTH", "BTHK"])
-@pytest.mark.parametrize("name", OPERATORS)
-def test_a_single_token_matches_the_definition(name, decay_shape, dtype):
-    tensors = inputs(name, 1, batch=3, key_width=20, value_width=37, decay_shape=decay_shape, decay="wide")
-    tensors = {key: x if x is None else x.to(torch.float32 if "state" in key else dtype) for key, x in tensors.items()}
-    assert OPERATORS[name].choose("native", torch.device("cpu"), single_token=True).__module__.endswith("native")
-    came = OPERATORS[name](**tensors, backend="native")
-    expected = OPERATORS[name](**tensors, backend="reference")
-    for x, y in zip(came, expected, strict=True):
-        assert x.dtype == y.dtype
-        assert relative_error(x, y) < (1e-6 if x.dtype == torch.float32 else 4e-3)
-
-
-@needs_library
 @pytest.mark.parametrize("tokens", [pytest.param(1024, marks=pytest.mark.all), 1100])
 @pytest.mark.parametrize("decay_shape", ["none", "BTH", "BTHK"])
 @pytest.mark.parametrize("name", OPERATORS)
@@ -72,28 +64,20 @@ def test_a_row_cut_in_time_matches_the_definition(name, decay_shape, tokens, mon
     assert_within(found, torch.float32)
 
 
-@needs_library
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("widths", [(8, 5), (40, 33)])
-@pytest.mark.parametrize(("decay_shape", "decay"), [*DECAYS, ("H", "mild")])
-def test_a_segment_s_map_and_what_it_reads_match_the_definition(decay_shape, decay, widths, dtype):
-    tensors = recurrence_inputs(
-        200, batch=2, key_width=widths[0], value_width=widths[1], decay_shape=decay_shape, decay=decay
-    )
-    parts = compare_with_oracle(by_segment(linear_attention), tensors, dtype=dtype, backend="native")
-    assert_within(parts, dtype)
+# 200 tokens of every decay, padded and not; any number of them, in blocks of value columns.
+SEGMENTS = [(200, widths, decay) for widths in ((8, 5), (40, 33)) for decay in (*DECAYS, ("H", "mild"))]
+SEGMENTS += [(tokens, (20, 70), (shape, "mild")) for tokens in (0, 1, 65) for shape in ("none", "BTH", "BTHK")]
 
 
-@needs_library
-@pytest.mark.parametrize("tokens", [0, 1, 65])
-@pytest.mark.parametrize("decay_shape", ["none", "BTH", "BTHK"])
-def test_a_segment_of_any_length(decay_shape, tokens, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)  # blocks of value columns
-    tensors = recurrence_inputs(tokens, heads=1, key_width=20, value_width=70, decay_shape=decay_shape)
-    assert_within(compare_with_oracle(by_segment(linear_attention), tensors, backend="native"), torch.float32)
+@pytest.mark.parametrize(("tokens", "widths", "decay"), SEGMENTS)
+def test_a_segment_s_map_and_what_it_reads_match_the_definition(tokens, widths, decay, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    sizes = {"batch": 2, "key_width": widths[0], "value_width": widths[1]}
+    tensors = recurrence_inputs(tokens, decay_shape=decay[0], decay=decay[1], **sizes)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_within(compare_with_oracle(by_segment(linear_attention), tensors, dtype=dtype, backend="native"), dtype)
 
 
-@needs_library
 @pytest.mark.parametrize("decay_shape", ["BTH", "BTHK"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_blocks_of_columns_and_saved_states_change_nothing(name, decay_shape, monkeypatch):
@@ -109,26 +93,15 @@ def test_blocks_of_columns_and_saved_states_change_nothing(name, decay_shape, mo
     assert all(relative_error(parts[key], whole[key]) < 2e-6 for key in whole)
 
 
-@needs_library
-@pytest.mark.parametrize("decay_shape", ["none", "BTH", "BTHK"])
-@pytest.mark.parametrize("name", OPERATORS)
+APART = [(name, shape) for name in OPERATORS for shape in ("none", "BTH", "BTHK")]
+
+
+@pytest.mark.parametrize(("name", "decay_shape"), [*APART, ("tensor_attention", None)])
 def test_documents_do_not_see_each_other(name, decay_shape):
-    assert_documents_apart(OPERATORS[name], inputs(name, TOKENS, states=3, decay_shape=decay_shape), "native")
+    tensors = inputs(name, TOKENS, states=3, decay_shape=decay_shape) if decay_shape else tensors_of(TOKENS)
+    assert_documents_apart(ALL[name], tensors, "native")
 
 
-@needs_library
-def test_float16_inputs_and_results_that_may_be_changed():
-    tensors = {key: x.half() if key != "initial_state" else x.float() for key, x in inputs("delta_rule", 70).items()}
-    q = tensors.pop("q").requires_grad_()
-    out, state = delta_rule(q, **tensors, backend="native")
-    assert (out.dtype, state.dtype) == (torch.float16, torch.float32)
-    out.mul_(2)
-    state.mul_(2)
-    (out.sum() + state.sum()).backward()
-    assert q.grad.abs().sum() > 0
-
-
-@needs_library
 @pytest.mark.parametrize("decay_shape", ["none", "BTHK"])
 def test_the_operators_pass_pytorch_s_own_check(decay_shape):
     tensors = {
@@ -142,9 +115,12 @@ def test_the_operators_pass_pytorch_s_own_check(decay_shape):
         torch.library.opcheck(
             recurrence.RECURRENCE.op, (*parts, None, log_decay, state, None, 0.5, True), test_utils=checks
         )
+    five = [x.float().requires_grad_() for x in tensors_of(20).values()]
+    state = TENSORS.state(2, dtype=torch.float32, packed=True).requires_grad_()
+    given = (*five, state, boundaries([9, 11]), 2, 0.5, True)
+    torch.library.opcheck(native.TENSOR_ATTENTION.op, given, test_utils=checks)
 
 
-@needs_library
 def test_a_thousand_calls_leave_no_memory_behind():
     tensors = {key: x.float() for key, x in inputs("delta_rule", 40, heads=1).items()}
 
@@ -162,7 +138,6 @@ def test_a_thousand_calls_leave_no_memory_behind():
     assert mapped() - before < 8 << 20  # a call's scratch alone is about 0.2 MB
 
 
-@needs_library
 def test_several_threads_of_python_at_once():
     tensors = {key: x.float() for key, x in inputs("delta_rule", 150, heads=3).items()}
     expected = run_with_gradients(delta_rule, tensors, backend="native")
@@ -181,7 +156,6 @@ def test_several_threads_of_python_at_once():
     assert all(torch.equal(result[key], expected[key]) for result in came for key in expected)
 
 
-@needs_library
 def test_a_forked_process_computes_too(monkeypatch):
     tensors = {key: x.float() for key, x in inputs("delta_rule", 150, heads=3).items()}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -201,9 +175,40 @@ def test_a_forked_process_computes_too(monkeypatch):
     assert equal.value == 1
 
 
-@needs_library
 def test_both_sides_agree_on_the_call():
     assert build.library().seqtrain_call_size() == ctypes.sizeof(recurrence._Call)
+    assert build.library().seqtrain_tensor_call_size() == ctypes.sizeof(native._Call)
+
+
+@pytest.mark.parametrize(("key_width", "value_width"), [(1, 1), (6, 16), (4, 33)])
+def test_tensor_attention_of_any_width(key_width, value_width):
+    tensors = tensors_of(70, K=key_width, V=value_width)
+    assert_within(compare_with_oracle(tensor_attention, tensors, backend="native"), torch.float32)
+
+
+def test_tensor_attention_of_mixed_dtypes():
+    mixed = {name: x.bfloat16() if name in ("q", "v2") else x.float() for name, x in tensors_of(130).items()}
+    came, alike = (
+        tensor_attention(**each, cu_seqlens=boundaries([0, 43, 87]), backend="native")[0]
+        for each in (mixed, {name: x.float() for name, x in mixed.items()})
+    )
+    assert torch.equal(came, alike)
+
+
+def test_threads_change_nothing_in_tensor_attention(monkeypatch):
+    tensors, results = {name: x.float() for name, x in tensors_of(90, batch=3).items()}, []
+    for threads in (1, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        results.append(run_with_gradients(tensor_attention, tensors, backend="native"))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_long_sums_keep_their_precision():
+    tensors = {name: x.abs() for name, x in tensors_of(6000, K=1).items()}
+    came = tensor_attention(**{name: x.float() for name, x in tensors.items()}, backend="native")
+    expected = tensor_attention(**tensors, backend="chunked")
+    # One running sum of so many terms would be wrong by 1e-5.
+    assert all(relative_error(x, y) < 1e-6 for x, y in zip(came, expected, strict=True))
 
 
 @pytest.fixture
@@ -271,14 +276,6 @@ def test_processes_that_start_together_build_once(fresh, monkeypatch):
     assert "can't be loaded" in build.unavailable()
 
 
-def test_the_key_follows_compiler_and_sources(fresh, monkeypatch):
-    monkeypatch.setenv("CXX", compiler(fresh, "echo macros"))
-    first = build._key(find_compiler())
-    assert build._key(find_compiler()) == first
-    monkeypatch.setenv("CXX", compiler(fresh, "echo other macros"))
-    assert build._key(find_compiler()) != first
-
-
 @pytest.mark.parametrize(
     ("capability", "missing", "expected"),
     [
@@ -304,18 +301,3 @@ def test_a_prebuilt_library_that_does_not_load_is_compiled_instead(fresh, monkey
     with caplog.at_level(logging.INFO, "seqtrain.kernels"):
         assert "needs a C++ compiler" in build.unavailable()
     assert "native kernels: x86-64-v3.so can't be loaded" in caplog.text
-
-
-@needs_library
-@pytest.mark.parametrize("name", OPERATORS)
-def test_torch_compile_takes_it_whole(name):
-    tensors = {key: x.float().requires_grad_() for key, x in inputs(name, 70).items()}
-
-    def loss(**arguments):
-        out, state = OPERATORS[name](**arguments)
-        return out.sin().sum() + state.cos().sum()
-
-    expected = torch.autograd.grad(loss(**tensors, backend="native"), list(tensors.values()))
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    came = torch.autograd.grad(compiled(**tensors), list(tensors.values()))
-    assert all(relative_error(x, y) < 1e-6 for x, y in zip(came, expected, strict=True))

@@ -1,15 +1,13 @@
 """What is particular to linear attention, the delta rule and slot scores: hard decays, alike keys, identities."""
 
 import itertools
+import random
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from seqtrain.kernels import delta_rule, linear_attention, slot_scores, states
 from seqtrain.kernels.native import build as native
-from seqtrain.kernels.triangular import unit_lower_inverse
 from seqtrain.testing import (
     assert_within,
     boundaries,
@@ -21,8 +19,8 @@ from seqtrain.testing import (
 
 BETA = {linear_attention: None, delta_rule: 2.0}
 DECAYS = [("none", "mild"), *itertools.product(("H", "BTH", "BTHK"), ("mild", "wide", "strong", "spikes", "zero"))]
-NATIVE = native.unavailable() is None
-BACKENDS = ["chunked", pytest.param("native", marks=pytest.mark.skipif(not NATIVE, reason="no native library"))]
+needs_library = pytest.mark.skipif(native.unavailable() is not None, reason="no native library")
+BACKENDS = ["chunked", pytest.param("native", marks=needs_library)]
 both = pytest.mark.parametrize("operator", BETA, ids=lambda operator: operator.name)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -43,39 +41,24 @@ def test_every_kind_of_decay(operator, decay_shape, decay, backend):
         assert_within(errors, dtype)
 
 
-@both
-@every_backend
-@pytest.mark.parametrize("lengths", [(0, 0), (2,) * 40, (64, 128), (1, 200), (130, 0, 1, 17, 65)])
-def test_documents_of_every_length(operator, lengths, backend):
-    tensors = recurrence_inputs(sum(lengths), states=len(lengths), decay="wide", key_width=40, beta=BETA[operator])
-    errors = compare_with_oracle(operator, tensors, cu_seqlens=boundaries(lengths), backend=backend)
-    assert_within(errors, torch.float32)
-
-
 @pytest.mark.all
-@settings(max_examples=40, deadline=None)
-@given(
-    backend=st.sampled_from(["chunked", "native"] if NATIVE else ["chunked"]),
-    operator=st.sampled_from(list(BETA)),
-    lengths=st.lists(st.integers(0, 80), min_size=1, max_size=5),
-    # Keys of 1 to 3 numbers wipe the state within a few tokens; what little gradient reaches the initial state is then
-    # a small difference of large terms in any chunk form of the delta rule (5e-5 seen at K=1).
-    widths=st.tuples(st.integers(1, 4), st.integers(4, 70), st.integers(1, 70)),
-    # Not "H": its gradient is a sum over tokens, which for some seeds cancels to a thousandth of its terms.
-    decay_shape=st.sampled_from(["none", "BTH", "BTHK"]),
-    decay=st.sampled_from(["mild", "wide", "strong", "spikes"]),
-    seed=st.integers(0, 1000),
-)
-def test_any_shape(backend, operator, lengths, widths, decay_shape, decay, seed):
-    heads, key_width, value_width = widths
+@every_backend
+@pytest.mark.parametrize("seed", range(20))
+def test_any_shape(seed, backend):
+    """Not shorter keys than 4: 1 to 3 numbers wipe the state within a few tokens, and what little gradient reaches the
+    initial state is then a small difference of large terms in any chunk form of the delta rule (5e-5 seen at K=1).
+    """
+    draw = random.Random(seed)
+    operator, lengths = draw.choice(list(BETA)), [draw.randint(0, 80) for _ in range(draw.randint(1, 5))]
     tensors = recurrence_inputs(
         sum(lengths),
-        heads=heads,
-        key_width=key_width,
-        value_width=value_width,
+        heads=draw.randint(1, 4),
+        key_width=draw.randint(4, 70),
+        value_width=draw.randint(1, 70),
         states=len(lengths),
-        decay_shape=decay_shape,
-        decay=decay,
+        # Not "H": its gradient is a sum over tokens, which for some seeds cancels to a thousandth of its terms.
+        decay_shape=draw.choice(["none", "BTH", "BTHK"]),
+        decay=draw.choice(["mild", "wide", "strong", "spikes"]),
         beta=None if operator is linear_attention else 1.0,
         seed=seed,
     )
@@ -114,10 +97,14 @@ def test_a_reset_by_decay_costs_no_digits_afterwards(decay_shape):
     assert_within(compare_with_oracle(linear_attention, tensors), torch.float32)
 
 
-def test_results_may_be_changed_before_the_backward_pass():
-    tensors = recurrence_inputs(70, decay_shape="BTH")
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_results_may_be_changed_before_the_backward_pass(backend, dtype):
+    tensors = recurrence_inputs(70, decay_shape="BTH", beta=2.0)
+    tensors = {name: x.to(torch.float32 if "state" in name else dtype) for name, x in tensors.items()}
     q = tensors.pop("q").requires_grad_()
-    out, state = linear_attention(q, **tensors, backend="chunked")
+    out, state = delta_rule(q, **tensors, backend=backend)
+    assert (out.dtype, state.dtype) == (dtype, torch.float32)
     out.mul_(2)
     state.mul_(2)
     (out.sum() + state.sum()).backward()
@@ -159,6 +146,14 @@ def test_the_transition_is_decay_less_the_product_of_both_vectors():
     assert relative_error(final, state) < 1e-12
 
 
+def test_a_layout_first_met_in_inference_mode_serves_training():
+    tensors = recurrence_inputs(44, states=3)
+    options = {"cu_seqlens": boundaries([11, 31, 2]), "backend": "chunked"}
+    with torch.inference_mode():
+        expected, _ = linear_attention(**tensors, **options)
+    assert torch.equal(run_with_gradients(linear_attention, tensors, **options)["out"], expected)
+
+
 def test_read_and_erase_equal_to_k_change_nothing():
     tensors = recurrence_inputs(100, decay_shape="BTH", beta=1.0)
     plain = run_with_gradients(delta_rule, tensors, backend="chunked")
@@ -167,29 +162,6 @@ def test_read_and_erase_equal_to_k_change_nothing():
         assert relative_error(wide[name], plain[name]) < 1e-12, name
     together = wide["grad k"] + wide["grad read"] + wide["grad erase"]
     assert relative_error(together, plain["grad k"]) < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"read": torch.rand(1, 10, 2, 8)}, "delta_rule: erase is None, expected both read and erase, or neither"),
-        (
-            {"read": torch.rand(1, 10, 2, 8), "erase": torch.rand(1, 10, 2, 8), "backend": "native"},
-            "delta_rule: backend=native has no read and erase; use chunked or auto",
-        ),
-    ],
-)
-def test_read_and_erase_come_together_and_not_to_every_backend(change, message):
-    with pytest.raises(ValueError, match=message):
-        delta_rule(**recurrence_inputs(10, beta=1.0), **change)
-
-
-@pytest.mark.parametrize("size", [1, 8, 16, 64])
-def test_triangular_inverse_of_a_matrix_whose_powers_explode(size):
-    # All keys equal and beta = 2: the powers of L reach 1e18 at 64, the inverse has entries of 2 at most.
-    strict = torch.full((3, size, size), 2.0)
-    unit = strict.double().tril(-1) + torch.eye(size, dtype=torch.float64)
-    assert relative_error(unit_lower_inverse(strict), torch.linalg.inv(unit)) < 1e-6
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])

@@ -9,6 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from seqtrain.kernels.inspect.interpreter import assert_no_races, between_nans, install, nan_filled_empty, recording
 
 BF16 = torch.bfloat16
+pytestmark = pytest.mark.interpreter
 
 
 @pytest.fixture(autouse=True)
@@ -60,54 +61,6 @@ def test_bfloat16_is_rounded_to_nearest(op):
 
 
 @triton.jit
-def reduce_and_scan(x, sums, running, biggest, R: tl.constexpr, C: tl.constexpr):
-    at = tl.arange(0, R)[:, None] * C + tl.arange(0, C)
-    tile = tl.load(x + at)
-    tl.store(sums + tl.arange(0, C), tl.sum(tile, 0))
-    tl.store(running + at, tl.cumsum(tile, 0))
-    tl.store(biggest + tl.arange(0, R), tl.max(tile, 1))
-
-
-def test_reductions_of_bfloat16():
-    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(1)).to(BF16)
-    sums, running, biggest = torch.zeros(8), torch.zeros(16, 8), torch.zeros(16)
-    reduce_and_scan[(1,)](x, sums, running, biggest, 16, 8)
-    torch.testing.assert_close(sums, x.float().sum(0))
-    torch.testing.assert_close(running, x.float().cumsum(0))
-    assert torch.equal(biggest, x.float().amax(1))
-
-
-@triton.jit
-def _affine(a1, b1, a2, b2):
-    return a1 * a2, b1 * a2 + b2
-
-
-@triton.jit
-def affine_scan(a, b, out, end, R: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr):
-    at = tl.arange(0, R)[:, None] * C + tl.arange(0, C)
-    tile_a, tile_b = tl.load(a + at), tl.load(b + at)
-    _, found = tl.associative_scan((tile_a, tile_b), 0, _affine, reverse=REVERSE)
-    tl.store(out + at, found)
-    _, last = tl.reduce((tile_a, tile_b), 0, _affine)
-    tl.store(end + tl.arange(0, C), last)
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_scans_by_a_function_of_the_kernel(reverse):
-    generator = torch.Generator().manual_seed(2)
-    a, b = torch.rand(16, 4, generator=generator), torch.randn(16, 4, generator=generator)
-    out, end = torch.zeros(16, 4), torch.zeros(4)
-    affine_scan[(1,)](a, b, out, end, 16, 4, reverse)
-    rows = list(range(16))
-    h, expected = torch.zeros(4), torch.zeros(16, 4)
-    for t in reversed(rows) if reverse else rows:
-        h = expected[t] = a[t] * h + b[t]
-    torch.testing.assert_close(out, expected)
-    if not reverse:
-        torch.testing.assert_close(end, expected[-1])
-
-
-@triton.jit
 def product(a, b, out, PRECISION: tl.constexpr, N: tl.constexpr):
     at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)
     tl.store(out + at, tl.dot(tl.load(a + at), tl.load(b + at), input_precision=PRECISION))
@@ -134,24 +87,6 @@ def test_products_have_the_precision_asked_for(dtype, precision, low, high):
 
 
 @triton.jit
-def loops(out, n, K: tl.constexpr):
-    total = tl.zeros((1,), tl.float32)
-    for i in range(n):
-        total += (i * 2 + 1).to(tl.float32)
-    for i in tl.range(n, 0, -2, num_stages=2):
-        total += i.to(tl.float32)
-    for i in tl.static_range(K):
-        total += i
-    tl.store(out + tl.arange(0, 1), total)
-
-
-def test_loop_variables_have_a_dtype():
-    out = torch.zeros(1)
-    loops[(1,)](out, 5, 3)
-    assert out.item() == (1 + 3 + 5 + 7 + 9) + (5 + 3 + 1) + (0 + 1 + 2)
-
-
-@triton.jit
 def overlapping(x, out, n, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * (BLOCK - SHIFT) + tl.arange(0, BLOCK)
     tl.store(out + i, tl.load(x + i, i < n), i < n)
@@ -168,19 +103,6 @@ def test_bytes_are_counted_once_and_races_are_named():
     assert_no_races([clean])
     with pytest.raises(AssertionError, match=r"overlapping: out: .*'rewritten': 4"):
         assert_no_races([racing])
-
-
-@triton.jit
-def one_place(out, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    tl.store(out + i // 2, i.to(tl.float32))
-
-
-def test_a_store_that_writes_a_place_twice_is_named():
-    with recording() as launches:
-        one_place[(1,)](torch.zeros(8), 16)
-    with pytest.raises(AssertionError, match="'repeated': 8"):
-        assert_no_races(launches)
 
 
 @triton.jit
