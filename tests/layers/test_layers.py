@@ -1,15 +1,12 @@
 """The shared parts: initial step sizes and rates, rotation, feature maps, norms, errors of settings, lazy imports."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from seqtrain.errors import ConfigError
 from seqtrain.layers import FEATURE_MAPS, RMSNorm, ShortConvolution, l2norm, rotate, step_sizes, taylor2
 from seqtrain.mixers import MIXERS, LayerShape
 from seqtrain.testing import relative_error
+from tests.command_cases import refused
 
 
 def build(name, width=256, heads=64, **fields):
@@ -93,14 +90,5 @@ def test_a_short_convolution_starts_within_its_bound():
     ],
 )
 def test_a_setting_that_does_not_fit_is_one_line(name, fields, message):
-    with pytest.raises(ConfigError) as caught:
+    with refused(message):
         build(name, width=32, heads=4, **fields)
-    assert str(caught.value).startswith(message)
-
-
-@pytest.mark.all
-def test_mixers_are_imported_when_asked_for():
-    program = "import sys, seqtrain.mixers as m; print(m.MIXERS.names, 'seqtrain.mixers.gla' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "'gla'" in result.stdout
-    assert result.stdout.strip().endswith("False")

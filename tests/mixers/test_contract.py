@@ -35,6 +35,8 @@ VARIANTS = [
     ("intra_hybrid", {"window": 9, "tied_gate": True}),
     ("linearized_attention", {"window": 9, "memory": "gla", "tied_gate": True, "combine": "norms"}),
     ("linearized_attention", {"window": 0, "memory": "kda", "combine": "norms"}),
+    ("linearized_attention", {"window": 5, "sinks": 2, "memory": "gsa", "slots": 3, "query_group": 2}),
+    ("linearized_attention", {"window": 0, "memory": "hgrn2", "query_group": 2, "qk_norm": True}),
     ("min_gru", {"candidate": "linear", "expand": 0.5}),
     ("rg_lru", {"expand": 1.5, "conv_width": 2}),
     ("tcnca", {"chunk": 64, "conv_width": 2, "conv_depth": 1, "expand_key": 1.0, "expand_value": 1.0}),

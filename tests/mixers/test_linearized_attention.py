@@ -8,7 +8,7 @@ from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS, LayerShape
 from seqtrain.mixers.linearized_attention import recurrent_mixers
 from seqtrain.parallel.sequence import SequenceContext
-from seqtrain.testing import boundaries, relative_error
+from seqtrain.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -43,42 +43,6 @@ def assert_same(came, expected, limit=EXACT):
     assert came.keys() == expected.keys()
     errors = {key: relative_error(came[key], expected[key]) for key in expected}
     assert [key for key, error in errors.items() if not error <= limit] == [], errors
-
-
-def in_pieces(mixer, x, lengths):
-    outs, state = [], None
-    for piece in x.split(lengths, 1):
-        out, state = mixer(piece, state) if piece.shape[1] != 1 else _stepped(mixer, piece, state)
-        outs.append(out)
-    return {"out": torch.cat(outs, 1), **state}
-
-
-def _stepped(mixer, piece, state):
-    out, state = mixer.step(piece[:, 0], state)
-    return out[:, None], state
-
-
-@pytest.mark.all
-@every_memory
-@pytest.mark.parametrize("window", [0, WINDOW])
-def test_prefill_and_steps_equal_the_whole(memory, window):
-    """A first piece below, at and above the window, of one token, in chunks, then token by token."""
-    mixer, x = hybrid(memory, window=window), inputs(24)
-    whole = in_pieces(mixer, x, [24])
-    for first in (1, WINDOW - 1, WINDOW, WINDOW + 1, 19):
-        assert_same(in_pieces(mixer, x, [first] + [1] * (24 - first)), whole, 1e-11)
-    assert_same(in_pieces(mixer, x, [7, 2, 9, 6]), whole, 1e-11)
-
-
-@every_memory
-@pytest.mark.parametrize("window", [0, WINDOW])
-def test_packed_documents_equal_separate_ones(memory, window):
-    mixer, lengths = hybrid(memory, window=window), [3, 30, 1, 12]
-    x = inputs(46, batch=1)
-    packed, state = mixer(x, sequence=SequenceContext(boundaries(lengths)))
-    outs, states = zip(*(mixer(piece) for piece in x.split(lengths, 1)), strict=True)
-    expected = {key: torch.cat([each[key] for each in states]) for key in states[0]}
-    assert_same({"out": packed, **state}, {"out": torch.cat(outs, 1), **expected}, 1e-11)
 
 
 def decay_between(written, tokens):
@@ -188,26 +152,6 @@ def test_key_heads_are_shared_by_neighboring_query_heads(memory, window):
     assert {key: tuple(value.shape) for key, value in state.items()} == shared.state_shapes(2)
     recurrent = {"slot_keys", "slot_values"} if memory == "gsa" else {"memory"}
     assert {state[name].shape[1] for name in recurrent} == {HEADS // 2}
-
-
-@pytest.mark.all
-@every_memory
-def test_the_memory_stays_as_large_as_the_window(memory):
-    """What it gives does not outgrow the window's part with the number of tokens."""
-    torch.manual_seed(0)
-    cls = MIXERS.get("linearized_attention")
-    mixer, tokens = cls(cls.Config(memory=memory, window=8, sinks=2), LayerShape(64, 4)), 512
-    # Tokens have something in common, as real ones do; the mean of independent ones would vanish.
-    x = torch.randn(1, 1, 64) + 0.7 * torch.randn(1, tokens, 64)
-    q, k, v = mixer.project(x)
-    written = mixer.memory.write(x, k, v)
-    value, _, _ = mixer.memory.read(q, written, {}, SequenceContext())
-    mixer.without = "memory"
-    mixer.out = torch.nn.Identity()
-    near = mixer(x)[0].unflatten(2, (4, -1))
-    early, late = slice(tokens // 8 - 16, tokens // 8 + 16), slice(tokens - 32, tokens)
-    growth = (value[:, late].norm() / near[:, late].norm()) / (value[:, early].norm() / near[:, early].norm())
-    assert 0.5 <= growth <= 2.0
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS, LayerShape
 from seqtrain.mixers.common.hippo import hippo_legs, normal_legs, perturbed_legs, report_perturbation
-from seqtrain.mixers.common.ssm import discretize
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.testing import boundaries, relative_error
@@ -81,15 +80,6 @@ def test_documents_are_scanned_whatever_the_form():
     assert torch.equal(*outs)
 
 
-@pytest.mark.parametrize("rule", ["zoh", "bilinear"])
-def test_discretizations_agree_for_small_steps_and_stay_stable(rule):
-    rate = torch.complex(torch.tensor([-0.5, -3.0]), torch.tensor([4.0, 1000.0])).to(torch.complex128)
-    log_a, gain = discretize(rate, torch.tensor(1e-6, dtype=torch.float64), rule)
-    assert relative_error(log_a, rate * 1e-6) < 1e-5
-    assert relative_error(gain, torch.full_like(gain, 1e-6)) < 1e-3
-    assert (discretize(rate, torch.tensor(0.1, dtype=torch.float64), rule)[0].real < 0).all()
-
-
 def test_initial_eigenvalues_are_the_papers():
     frequency = {name: build("s4d", initialization=name, state=64).frequency[:32] for name in ("lin", "inv", "legs")}
     n = torch.arange(32)
@@ -111,6 +101,15 @@ def test_parameters_of_s4d_are_those_of_its_authors_layer():
     mixer = build("s4d", width=128, state=64)
     kernel = 128 + 128 + 128 * 32 * (1 + 1 + 2)
     assert mixer.parameter_count() == 2 * 128 * 128 + kernel
+
+
+def test_hippo_is_the_published_matrix():
+    a, b = hippo_legs(4)
+    for n in range(4):
+        assert b[n] == math.sqrt(2 * n + 1)
+        for k in range(4):
+            expected = math.sqrt((2 * n + 1) * (2 * k + 1)) if n > k else n + 1 if n == k else 0
+            assert a[n, k].item() == pytest.approx(-expected)
 
 
 @pytest.mark.parametrize("name", ["s4_ptd", "legs"])
@@ -160,26 +159,6 @@ def test_s5_ptd_starts_damped_as_hippo_is_and_s5_does_not():
     assert decay["s5"].max().item() == pytest.approx(0.5)
     assert decay["s5_ptd"].mean().item() == pytest.approx((WIDTH + 1) / 2 - found.size / WIDTH)
     assert decay["s5_ptd"].min() > 0.5
-
-
-@torch.enable_grad()
-def started(name):
-    """The output's size at the last of 64 tokens before the gate, and every parameter's gradient norm."""
-    mixer = build(name, width=32)
-    u = torch.randn(32, 64, 32, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    target = torch.randn(32, 32, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    (mixer(u)[0][:, -1] * target).sum(1).mean().backward()
-    gradients = {key: parameter.grad.norm().item() for key, parameter in mixer.named_parameters()}
-    with torch.no_grad():
-        return mixer.respond(u, None, SequenceContext(), 0)[0][:, -1].square().mean().sqrt().item(), gradients
-
-
-def test_s5_ptd_starts_at_the_scale_of_s5():
-    """Ill-conditioned eigenvectors neither swell the output nor starve a parameter of gradient."""
-    (size, gradients), (other, others) = started("s5"), started("s5_ptd")
-    assert 1 / 3 < other / size < 3
-    for key, gradient in gradients.items():
-        assert 1 / 8 < others[key] / gradient < 8, key
 
 
 @pytest.mark.parametrize(("name", "fields"), EVERY)

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 
 from seqtrain.config import compose_config, conf_dir
-from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.testing import boundaries, relative_error
 from seqtrain.validation import validate
+from tests.command_cases import refused
 from tests.models import tiny
 from tests.models.tiny import VOCAB, batch
 
@@ -89,12 +89,6 @@ def test_state_continues_a_sequence():
     assert [each.keys() for each in after] == [each.keys() for each in final]
 
 
-def test_the_same_seed_gives_the_same_weights():
-    first, second, other = (dict(build(seed=seed).named_parameters()) for seed in (1, 1, 2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
-
-
 def test_every_mixer_draws_its_weights_from_the_generator_given():
     model, draws = build(layers=tuple(MIXERS.names), depth=len(MIXERS.names)), []
     for seed in (1, 9):
@@ -165,11 +159,10 @@ def test_every_large_preset_builds_on_meta(name):
     ],
 )
 def test_a_shape_that_does_not_fit_is_one_line(fields, message):
-    with pytest.raises(ConfigError) as caught:
+    with refused(message):
         build(**fields)
-    assert str(caught.value).startswith(message)
 
 
 def test_a_mixer_without_settings_is_named():
-    with pytest.raises(ConfigError, match=r"^mixer\.gla: is required by model\.layers=gla"):
+    with refused("mixer.gla: is required by model.layers=gla"):
         LanguageModel(ModelConfig(layers=("gla",), depth=1, width=32, heads=2), {}, VOCAB)

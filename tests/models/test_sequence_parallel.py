@@ -9,7 +9,7 @@ from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel
 from seqtrain.parallel import SequenceContext, ShardedSequence, flush_scans, scans_opened
 from seqtrain.parallel.testing import run_ranks
-from tests.models.tiny import LAYERS, build, row
+from tests.models.tiny import HYBRIDS, LAYERS, assert_same_gradients, build, row
 from tests.parallel.shard_cases import CUTS, Cut
 
 
@@ -46,14 +46,6 @@ def on_rank(
     return loss, found, scans_opened(group) - before
 
 
-def assert_same(came: tuple, truth: tuple, limit: float = 1e-5) -> None:
-    assert abs(came[0] - truth[0]) < limit * abs(truth[0])
-    largest = max(gradient.norm() for gradient in truth[1].values())
-    for name, expected in truth[1].items():
-        # A gradient that is zero but for rounding is held to the size of the others.
-        assert (came[1][name] - expected).norm() < limit * max(expected.norm(), 1e-2 * largest), name
-
-
 # Layers of converted models: window, sinks, delay and memory together.
 MEMORIES = [
     ("linearized_attention", {"memory": "gla", "window": 7, "sinks": 2, "query_group": 2, "gate_rank": 3}),
@@ -69,6 +61,13 @@ DEGREES = {ranks: Cut(even_offsets(201, ranks), (0, 13, 14, 160, 201)) for ranks
 @pytest.mark.all
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
 def test_loss_and_gradients(layers):
+    found = run_ranks(3, lambda rank: on_rank(build(layers), DEGREES[3], dist.group.WORLD))
+    assert_same_gradients(found[0], on_whole_row(layers, DEGREES[3]))
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("layers", HYBRIDS.values(), ids=HYBRIDS)
+def test_every_number_of_ranks_and_two_rows_at_once(layers):
     def run(rank: int) -> dict:
         found = {}
         for ranks, cut in DEGREES.items():
@@ -85,10 +84,10 @@ def test_loss_and_gradients(layers):
     found = run_ranks(4, run)
     truth = on_whole_row(layers, DEGREES[2])
     for ranks in DEGREES:
-        assert_same(found[0][ranks], truth)
+        assert_same_gradients(found[0][ranks], truth)
     both = on_whole_row(layers, DEGREES[2], rows=2)
     for part in found:
-        assert_same(part["two rows"], both)
+        assert_same_gradients(part["two rows"], both)
 
 
 @pytest.mark.all
@@ -96,7 +95,7 @@ def test_loss_and_gradients(layers):
 def test_any_cut(cut):
     layers = ("gated_delta_net", "sliding_attention", "s5", "attention", "gla")
     found = run_ranks(cut.ranks, lambda rank: on_rank(build(layers), cut, dist.group.WORLD))
-    assert_same(found[0], on_whole_row(layers, cut))
+    assert_same_gradients(found[0], on_whole_row(layers, cut))
 
 
 @pytest.mark.all
@@ -106,14 +105,14 @@ def test_window_sinks_and_memory_in_float64(documents):
     cases = [{"layers": (name,), "settings": {name: fields}, "dtype": torch.float64} for name, fields in MEMORIES]
     found = run_ranks(3, lambda rank: [on_rank(build(**case), cut, dist.group.WORLD) for case in cases])
     for came, case in zip(found[0], cases, strict=True):
-        assert_same(came, on_whole_row(cut=cut, **case), 1e-9)
+        assert_same_gradients(came, on_whole_row(cut=cut, **case), 1e-9)
 
 
 def test_groups_of_tokens():
     cut, layers = CUTS["across three ranks"], ("gla", "gated_delta_net", "attention")
     fields = {"groups": (7, 0, 64)}
     found = run_ranks(cut.ranks, lambda rank: on_rank(build(layers, **fields), cut, dist.group.WORLD))
-    assert_same(found[0], on_whole_row(layers, cut, **fields))
+    assert_same_gradients(found[0], on_whole_row(layers, cut, **fields))
 
 
 def test_no_layer_draws_random_numbers():
@@ -133,4 +132,4 @@ def test_one_scan_a_layer_and_direction(checkpointing):
     model = build(layers, activation_checkpointing=checkpointing)
     found = run_ranks(cut.ranks, lambda rank: on_rank(model, cut, dist.group.WORLD))
     assert [scans for _, _, scans in found] == [2 * (len(layers) - 1)] * cut.ranks
-    assert_same(found[0], on_whole_row(layers, cut))
+    assert_same_gradients(found[0], on_whole_row(layers, cut))

@@ -34,6 +34,16 @@ def build(
     return LanguageModel(ModelConfig(layers=layers, **shape), mixers, VOCAB).to(dtype)
 
 
+def assert_same_gradients(came: tuple, truth: tuple, limit: float = 1e-5, *, scale: float = 1.0) -> None:
+    """Both hold a loss, and gradients by name, those that came `scale` times as large."""
+    assert abs(came[0] - truth[0]) <= limit * abs(truth[0])
+    largest = max(gradient.norm() for gradient in truth[1].values())
+    for name, expected in truth[1].items():
+        # A gradient that is zero but for rounding is held to the size of the others.
+        error = (came[1][name] - scale * expected).norm()
+        assert error < limit * scale * max(expected.norm(), 1e-2 * largest), name
+
+
 def batch(tokens: int = 40, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens, and the next ones as their labels."""
     ids = torch.randint(VOCAB, (rows, tokens + 1), generator=torch.Generator().manual_seed(2))

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from seqtrain.kernels import softmax_attention
 from seqtrain.parallel import SequenceContext, ShardedSequence, flush_scans
 from seqtrain.parallel.testing import run_ranks
 
@@ -64,7 +65,7 @@ def cuts(*, quick: str, packed: bool = False) -> list:
 class OperatorCase:
     """An operator, its tensors for the whole row by name, its options, and which tensors have no time.
 
-    `initial_state` is that of the row, or of each row of a batch.
+    `initial_state` is that of the row, or of each row of a batch; `final`: whether the state after it is compared.
     """
 
     operator: Callable
@@ -72,6 +73,8 @@ class OperatorCase:
     options: dict[str, Any] = field(default_factory=dict)
     initial_state: Tensor | dict[str, Tensor] | None = None
     shared: tuple[str, ...] = ()
+    final: bool = True
+    backend: str = "auto"
 
     def leaves(self) -> dict[str, Tensor]:
         named = self.tensors | by_name("past", self.initial_state)
@@ -84,15 +87,17 @@ class OperatorCase:
     def state_of(self, leaves: dict[str, Tensor], more: int = 0) -> Tensor | dict[str, Tensor] | None:
         """The initial state among `leaves`, with `more` empty ones after it."""
         past = {name: leaf for name, leaf in leaves.items() if name.startswith("past")}
-        past = {name: torch.cat([x, x.new_zeros(more, *x.shape[1:])]) for name, x in past.items()}
+        # The keys of softmax attention's documents lie end to end.
+        rows = {name: x for name, x in past.items() if self.operator is not softmax_attention or x.dim() == 1}
+        past |= {name: torch.cat([x, x.new_zeros(more, *x.shape[1:])]) for name, x in rows.items()}
         return past.get("past", {name.removeprefix("past "): x for name, x in past.items()} or None)
 
     def weights(self) -> Tensor:
-        """What a loss multiplies the outputs by, which are as large as the last of these tensors."""
-        like = next(
-            x for name in ("extra_value", "v", "v1", "written", "x") if (x := self.tensors.get(name)) is not None
-        )
-        return torch.randn(like.shape, dtype=like.real.dtype, generator=torch.Generator())
+        """What a loss multiplies the outputs by."""
+        first = next(iter(self.tensors.values()))
+        options = {name: value for name, value in self.options.items() if name != "form"}
+        shape = self.operator.out_shape(list(self.tensors.values()), options)
+        return torch.randn(shape, dtype=first.real.dtype, generator=torch.Generator())
 
 
 def by_name(name: str, state: Tensor | dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -102,7 +107,7 @@ def by_name(name: str, state: Tensor | dict[str, Tensor] | None) -> dict[str, Te
 
 
 def outcome(leaves: dict[str, Tensor], out: Tensor, final: Any, weights: Tensor, last: bool) -> dict:
-    """`out`, the `final` state of the row, and the gradients of a loss on both; on `last` ranks alone of the state."""
+    """`out`, the `final` state of the row, and gradients of a loss on both, of the state on the `last` rank alone."""
     loss = real(out * weights).sum()
     final = {name: x[-len(out) :] for name, x in by_name("final", final).items()}
     if last:
@@ -110,7 +115,9 @@ def outcome(leaves: dict[str, Tensor], out: Tensor, final: Any, weights: Tensor,
     loss.backward()
     found = {"out": out} | final
     return {name: x.detach() for name, x in found.items()} | {
-        name: leaf.grad for name, leaf in leaves.items() if leaf.requires_grad
+        name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        for name, leaf in leaves.items()
+        if leaf.requires_grad
     }
 
 
@@ -120,8 +127,9 @@ def whole(case: OperatorCase, cut: Cut) -> dict[str, Tensor]:
     # The initial state is the first document's.
     state = case.state_of(leaves, 0 if cut.boundaries is None else len(cut.boundaries) - 2)
     inputs = [leaves.get(name) for name in case.tensors]
-    out, final = SequenceContext(cut.cu_seqlens).run(case.operator, *inputs, initial_state=state, **case.options)
-    return outcome(leaves, out, final, case.weights(), True)
+    options = {name: value for name, value in case.options.items() if name != "form"}
+    out, final = SequenceContext(cut.cu_seqlens).run(case.operator, *inputs, initial_state=state, **options)
+    return outcome(leaves, out, final if case.final else None, case.weights(), True)
 
 
 def sharded(case: OperatorCase, cut: Cut, *, members: list[int] | None = None) -> dict[str, Tensor]:
@@ -137,8 +145,9 @@ def sharded(case: OperatorCase, cut: Cut, *, members: list[int] | None = None) -
         leaf if leaf is None or name in case.shared else leaf[:, rows]
         for name, leaf in ((name, leaves.get(name)) for name in case.tensors)
     ]
-    sequence = ShardedSequence(group=group, offsets=cut.offsets, cu_seqlens=cut.cu_seqlens)
+    sequence = ShardedSequence(group=group, offsets=cut.offsets, cu_seqlens=cut.cu_seqlens, backend=case.backend)
     out, final = sequence.run(case.operator, *inputs, initial_state=case.state_of(leaves), **case.options)
+    final = final if case.final else None
     found = outcome(leaves, out, final, case.weights()[:, rows], rank == cut.last_rank)
     flush_scans(group)
     timed = case.tensors.keys() - set(case.shared)
@@ -159,18 +168,23 @@ def joined(found: list[dict[str, Tensor]], case: OperatorCase, cut: Cut) -> dict
     return result
 
 
-def assert_same_as_whole(
-    cases: dict[str, OperatorCase], cut: Cut, *, limit: float = 1e-10, members: list[int] | None = None
+def assert_same_as_whole(cases: dict[str, OperatorCase], cut: Cut, **options: Any) -> None:
+    assert_same_rows({name: (case, cut) for name, case in cases.items()}, **options)
+
+
+def assert_same_rows(
+    rows: dict[str, tuple[OperatorCase, Cut]], *, limit: float = 1e-10, members: list[int] | None = None
 ) -> None:
     """On ranks (`members` of four, if given) every case gives what it gives in one process, by relative error."""
+    [ranks] = {cut.ranks for _, cut in rows.values()}
 
     def on_rank(rank: int) -> dict:
-        return {name: sharded(case, cut, members=members) for name, case in cases.items()}
+        return {name: sharded(case, cut, members=members) for name, (case, cut) in rows.items()}
 
-    found = run_ranks(4 if members else cut.ranks, on_rank)
-    found = [found[rank] for rank in members or range(cut.ranks)]
+    found = run_ranks(4 if members else ranks, on_rank)
+    found = [found[rank] for rank in members or range(ranks)]
     errors = {}
-    for name, case in cases.items():
+    for name, (case, cut) in rows.items():
         truth, mine = whole(case, cut), joined([part[name] for part in found], case, cut)
         assert mine.keys() == truth.keys()
         for key, expected in truth.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from seqtrain.parallel import ALGORITHMS, all_scan, open_all_scan, scans_opened, start_all_scan
+from seqtrain.parallel import ALGORITHMS, all_scan, open_all_scan, start_all_scan
 from seqtrain.parallel.schedules import SCHEDULES, candidates
 from seqtrain.parallel.schedules.tree import Tree
 from seqtrain.parallel.testing import run_ranks
@@ -44,18 +44,6 @@ def test_states_and_gradients_on_every_rank(ranks):
     run_ranks(ranks, every_form, ranks)
 
 
-def test_states_and_gradients_by_hand():
-    def on_rank(rank):
-        factor, update = torch.full((1, 1), 2.0 + rank).requires_grad_(), torch.ones(1, 1, 1, 1)
-        initial = torch.ones(1, 1, 1, 1, requires_grad=True)
-        _, final = all_scan(factor, update, group=dist.group.WORLD, initial_state=initial, algorithm="pipeline")
-        (final * (10.0 if rank == 2 else 0.0)).sum().backward()
-        return final.item(), factor.grad.item(), initial.grad.item()
-
-    # S goes 1, 2*1+1 = 3, 3*3+1 = 10, 4*10+1 = 41; each factor's gradient is its S_in times the factors after it.
-    assert run_ranks(3, on_rank) == [(3, 10 * 1 * 3 * 4, 10 * 2 * 3 * 4), (10, 10 * 3 * 4, 0), (41, 10 * 10, 0)]
-
-
 @pytest.mark.all
 def test_a_new_schedule_is_one_class(monkeypatch):
     class Later(Tree):
@@ -70,39 +58,52 @@ def test_a_new_schedule_is_one_class(monkeypatch):
     run_ranks(3, on_rank)
 
 
-@on_ranks(3)
-def test_pipeline_with_any_number_of_blocks(rank):
+def any_number_of_blocks(ranks):
     for form, blocks in product(FORMS, (1, 2, 3, 5, 7, 16, 1000)):
-        case = random_case(form, 3, seed=blocks)
-        scan_and_check(case, rank, dist.group.WORLD, f"{form} {blocks}", algorithm="pipeline", blocks=blocks)
+        yield random_case(form, ranks, seed=blocks), {"algorithm": "pipeline", "blocks": blocks}
 
 
-@on_ranks(4)
-def test_complex_states_and_float32(rank):
+def complex_states_and_float32(ranks):
     for algorithm, form in product(("pipeline", "tree", "all_gather"), FORMS):
-        case = random_case(form, 4, dtype=torch.complex128)
-        scan_and_check(case, rank, dist.group.WORLD, f"complex {form}", algorithm=algorithm)
-        options = {"algorithm": algorithm, "dtype": torch.float32, "tolerance": 2e-6}
-        scan_and_check(random_case(form, 4), rank, dist.group.WORLD, f"float32 {form}", **options)
+        yield random_case(form, ranks, dtype=torch.complex128), {"algorithm": algorithm}
+        yield random_case(form, ranks), {"algorithm": algorithm, "dtype": torch.float32, "tolerance": 2e-6}
 
 
-@on_ranks(4)
-def test_empty_ranks_forward_what_they_get(rank):
+def empty_ranks(ranks):
     """A rank without tokens is the identity, whichever ranks they are."""
     empty = ((0,), (3,), (1, 2), (0, 1, 3), (0, 1, 2, 3))
     for identity, form, algorithm in product(empty, ("head", "dense", "diagonal"), ALGORITHMS):
-        case = random_case(form, 4, identity=identity)
-        scan_and_check(case, rank, dist.group.WORLD, f"{identity} {form} {algorithm}", algorithm=algorithm)
+        yield random_case(form, ranks, identity=identity), {"algorithm": algorithm}
 
 
-@on_ranks(4)
-def test_zero_transitions_have_exact_gradients(rank):
+def zero_transitions(ranks):
     """A document's start makes a transition zero; nothing divides by it."""
     for form, algorithm in product(("head", "channel", "dense", "diagonal"), ALGORITHMS):
-        case = random_case(form, 4)
+        case = random_case(form, ranks)
         case.transitions[1] = torch.zeros_like(case.transitions[1])
         case.transitions[2].view(-1)[::2] = 0
-        scan_and_check(case, rank, dist.group.WORLD, f"zero {form} {algorithm}", algorithm=algorithm)
+        yield case, {"algorithm": algorithm}
+
+
+def strided_on_one_rank(ranks):
+    """gloo rejects non-contiguous tensors on the rank that has them, and the others die by time-out."""
+    for form, algorithm in product(("head", "channel", "dense"), ALGORITHMS):
+        case = random_case(form, ranks)
+        case.updates[1] = case.updates[1].transpose(0, 3).contiguous().transpose(0, 3)
+        case.transitions[1] = case.transitions[1].transpose(0, 1).contiguous().transpose(0, 1)
+        yield case, {"algorithm": algorithm}
+
+
+@pytest.mark.all
+@pytest.mark.parametrize(
+    "cases", [any_number_of_blocks, complex_states_and_float32, empty_ranks, zero_transitions, strided_on_one_rank]
+)
+def test_every_kind_of_map(cases):
+    def on_rank(rank):
+        for number, (case, options) in enumerate(cases(4)):
+            scan_and_check(case, rank, dist.group.WORLD, f"{number} {options}", **options)
+
+    run_ranks(4, on_rank)
 
 
 @on_ranks(4)
@@ -112,19 +113,6 @@ def test_ranks_of_a_group_are_not_ranks_of_the_world(rank):
         if rank in ranks:
             case = random_case("dense", 2, seed=rank % 2)
             scan_and_check(case, rank, group, f"{ranks} {algorithm}", place=ranks.index(rank), algorithm=algorithm)
-
-
-@on_ranks(3)
-def test_strided_inputs_on_one_rank(rank):
-    """gloo rejects non-contiguous tensors on the rank that has them, and the others die by time-out."""
-    for form, algorithm in product(("head", "channel", "dense"), ALGORITHMS):
-        case = random_case(form, 3)
-        if rank == 1:
-            case.updates[1] = case.updates[1].transpose(0, 3).contiguous().transpose(0, 3)
-            case.transitions[1] = case.transitions[1].transpose(0, 1).contiguous().transpose(0, 1)
-            assert not case.updates[1].is_contiguous()
-            assert not case.transitions[1].is_contiguous()
-        scan_and_check(case, rank, dist.group.WORLD, f"strided {form} {algorithm}", algorithm=algorithm)
 
 
 @on_ranks(3)
@@ -191,19 +179,6 @@ def test_results_may_be_overwritten(rank):
         torch.testing.assert_close(states[1], expected[1])
         for state in states:
             state.fill_(float("nan"))
-
-
-@on_ranks(2)
-def test_scans_are_counted(rank):
-    update = torch.ones(1, 2, 3, 4, requires_grad=True)
-    for expected, backward in ((1, False), (3, True)):
-        state_in, _ = all_scan(None, update, group=dist.group.WORLD, algorithm="tree")
-        if backward:
-            state_in.sum().backward()
-        assert scans_opened(dist.group.WORLD) == expected
-    with torch.no_grad():
-        all_scan(None, update, group=dist.group.WORLD, algorithm="tree")
-    assert scans_opened(dist.group.WORLD) == 4
 
 
 @on_ranks(1, quick=True)

@@ -50,13 +50,6 @@ def test_seconds_count_the_dense_products():
     assert Pipeline(4).seconds(slow, HEADS, 3, 4) == 0.0
 
 
-def test_payload_is_what_the_schedules_receive():
-    factor = 4 * 8
-    assert Pipeline(5).payload_bytes(DENSE, 4, 4) == [0, STATE, STATE, STATE]
-    assert Tree().payload_bytes(HEADS, 4, 4) == [0, STATE, 2 * STATE + factor, 2 * STATE + factor]
-    assert AllGather().payload_bytes(DENSE, 4, 4) == [0, STATE, 3 * STATE, 5 * STATE]
-
-
 @pytest.mark.parametrize(
     ("links", "places", "expected"),
     [

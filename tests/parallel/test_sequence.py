@@ -32,11 +32,6 @@ def test_an_operator_gets_what_the_sequence_knows():
     assert came == ("past", edges, "chunked")
 
 
-def test_a_token_repeated_keeps_its_document():
-    assert SequenceContext(torch.tensor([0, 3, 7])).repeated(2).cu_seqlens.tolist() == [0, 6, 14]
-    assert SequenceContext().repeated(2) == SequenceContext()
-
-
 def test_counts_continue_from_earlier_calls():
     rows = SequenceContext()
     before, after = rows.count(None, 2, 4, torch.device("cpu"))
@@ -123,7 +118,9 @@ def test_positions_continue_in_the_first_document_alone():
     assert (before + 0 * after).tolist() == [[0]]
 
 
-def test_repeated_tokens_of_a_continued_sequence():
+def test_a_token_repeated_keeps_its_document():
+    assert SequenceContext(torch.tensor([0, 3, 7])).repeated(2).cu_seqlens.tolist() == [0, 6, 14]
+    assert SequenceContext().repeated(2) == SequenceContext()
     assert continued(3, 2).repeated(2).cu_seqlens.tolist() == [0, 6, 10]
 
 

@@ -1,7 +1,6 @@
 """Softmax attention over ranks against one process: outputs, states and the gradients of q, k and v on every rank."""
 
 from functools import partial
-from itertools import product
 
 import pytest
 import torch
@@ -13,9 +12,10 @@ from seqtrain.parallel import ShardedSequence, checkpoint_contexts
 from seqtrain.parallel.block_attention import block_attention
 from seqtrain.parallel.halo import HaloPlan, left_halo
 from seqtrain.parallel.scan_engine import engine_of
-from seqtrain.parallel.testing import run_ranks
+from seqtrain.parallel.testing import RankError, run_ranks
 from seqtrain.testing import boundaries
 from tests.parallel.ranks import on_ranks
+from tests.parallel.shard_cases import Cut, OperatorCase, assert_nothing_leaks, assert_same_rows, sharded
 
 TOKENS = 29
 # Documents in a row of 29 tokens: none but the row; over three ranks; starts at cuts, one empty; many short ones.
@@ -25,73 +25,32 @@ OFFSETS = {
     3: [(0, 7, 15, 29), (0, 1, 2, 29), (0, 12, 12, 29), (0, 20, 29, 29)],
     4: [(0, 7, 8, 22, 29), (0, 0, 11, 11, 29), (0, 3, 15, 16, 29)],
 }
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def random_inputs(heads, groups, *, seed=0, batch=1, past=None, tokens=TOKENS):
-    """q, k, v, the output's weight and, for `past` rows, an initial state; float64, K=6, V=4."""
-    generator = torch.Generator().manual_seed(seed)
+def case_of(heads, groups, *, batch=1, past=None, lengths=None, dtype=torch.float64, backend="auto", **options):
+    """q, k, v of K=6, V=4 and, for `past` rows, an initial state."""
+    generator = torch.Generator().manual_seed(0)
 
     def normal(rows, *shape):
-        return torch.randn(batch, rows, *shape, dtype=torch.float64, generator=generator)
+        return torch.randn(batch, rows, *shape, dtype=torch.float64, generator=generator).to(dtype)
 
-    row = [normal(tokens, heads, 6), normal(tokens, groups, 6), normal(tokens, groups, 4), normal(tokens, heads, 4)]
-    return row, None if past is None else (normal(past, groups, 6), normal(past, groups, 4))
-
-
-def state_of(past, lengths):
-    return None if past is None else {"k": past[0], "v": past[1], "length": torch.tensor(lengths)}
-
-
-def truth(row, past, lengths, cu_seqlens, window):
-    """Output and gradients of the whole row, in one process."""
-    leaves = [x.clone().requires_grad_() for x in (*row[:3], *(past or ()))]
-    state = state_of(leaves[3:], lengths) if past else None
-    if state is not None and cu_seqlens is not None:
-        # The state is the first document's.
-        state["length"] = torch.tensor([*lengths, *[0] * (len(cu_seqlens) - 2)])
-    out, _ = softmax_attention(*leaves[:3], window=window, initial_state=state, cu_seqlens=cu_seqlens)
-    (out * row[3]).sum().backward()
-    return [out.detach(), *(leaf.grad for leaf in leaves)]
+    tensors = {"q": normal(TOKENS, heads, 6), "k": normal(TOKENS, groups, 6), "v": normal(TOKENS, groups, 4)}
+    state = None
+    if past is not None:
+        state = {"k": normal(past, groups, 6), "v": normal(past, groups, 4)}
+        state["length"] = torch.tensor(lengths or [past] * batch)
+    return OperatorCase(softmax_attention, tensors, options, state, final=False, backend=backend)
 
 
-def compare(row, offsets, *, group=None, documents=None, window=None, past=None, lengths=None, **options):
-    """Asserts that this rank's outputs and gradients are those of the whole row; returns the state after it."""
-    group, dtype = group or dist.group.WORLD, options.pop("dtype", torch.float64)
-    rank = group.rank()
-    own = slice(offsets[rank], offsets[rank + 1])
-    cu_seqlens = None if documents is None else boundaries(documents)
-    expected = truth(row, past, lengths, cu_seqlens, window)
-    leaves = [x[:, own].clone().to(dtype).requires_grad_() for x in row[:3]]
-    leaves += [x.clone().to(dtype).requires_grad_() for x in past or ()]
-    sequence = ShardedSequence(
-        group=group, offsets=offsets, cu_seqlens=cu_seqlens, backend=options.pop("backend", "auto")
-    )
-    state = state_of(leaves[3:], lengths) if past else None
-    out, state = sequence.run(softmax_attention, *leaves[:3], initial_state=state, window=window, **options)
-    assert out.dtype == dtype
-    (out * row[3][:, own].to(dtype)).sum().backward()
-    names = ("out", "q", "k", "v", "past k", "past v")
-    for name, came, whole in zip(names, [out, *(x.grad for x in leaves)], expected, strict=False):
-        true = whole[:, own]
-        if name.startswith("past"):
-            true = whole if rank == 0 else torch.zeros_like(whole)
-        if came is None:
-            assert true.numel() == 0, f"{name} has no gradient on rank {rank}"
-            continue
-        # Against the whole row's norm: a query that sees one key alone has no gradient to compare with. Where all do,
-        # what q and k have is rounding, which is measured by the gradient of v.
-        scale = expected[3] if window == 1 and name in ("q", "k") else whole
-        error = (came - true).norm() / scale.norm()
-        what = f"{offsets} {documents} window={window} {options} rank {rank}: {name} is off by {error:.2e}"
-        assert error < TOLERANCES[dtype], what
-    return state
+def cuts(ranks, names=DOCUMENTS):
+    edges = {name: DOCUMENTS[name] and tuple(boundaries(DOCUMENTS[name]).tolist()) for name in names}
+    return [Cut(offsets, edges[name]) for offsets in OFFSETS[ranks] for name in names]
 
 
-def full(rank, ranks, heads, groups, form):
-    row, _ = random_inputs(heads, groups)
-    for offsets, documents in product(OFFSETS[ranks], DOCUMENTS.values()):
-        compare(row, offsets, documents=documents, form=form)
+def agree(cuts, *cases, **options):
+    """Outputs and gradients of every case on every cut are those of one process."""
+    rows = {f"{number} {case.options} {cut}": (case, cut) for number, case in enumerate(cases) for cut in cuts}
+    assert_same_rows(rows, **options)
 
 
 def quick_on_three(*cases):
@@ -107,96 +66,65 @@ def quick_on_three(*cases):
     ),
 )
 def test_full_attention_equals_one_process(ranks, heads, groups, form):
-    run_ranks(ranks, full, ranks, heads, groups, form)
-
-
-def windows(rank, ranks):
-    row, _ = random_inputs(4, 2)
-    for offsets, documents, window in product(OFFSETS[ranks], DOCUMENTS.values(), (1, 2, 5, 16, 40)):
-        compare(row, offsets, documents=documents, window=window)
+    agree(cuts(ranks), case_of(heads, groups, form=form))
 
 
 @pytest.mark.parametrize("ranks", quick_on_three((2,), (3,), (4,)))
 def test_windows_equal_one_process(ranks):
-    run_ranks(ranks, windows, ranks)
+    agree(cuts(ranks), *(case_of(4, 2, window=window) for window in (1, 2, 5, 16, 40)))
 
 
-@on_ranks(3)
-def test_float32_rows_and_the_definition(rank):
-    row, _ = random_inputs(6, 3)
-    for offsets, options in product(OFFSETS[3], ({"form": "heads"}, {"form": "blocks"}, {"window": 5})):
-        compare(row, offsets, documents=DOCUMENTS["long"], dtype=torch.float32, **options)
-        compare(row, offsets, documents=DOCUMENTS["long"], backend="reference", **options)
-        compare(random_inputs(6, 3, batch=2)[0], offsets, scale=6**-0.5, **options)
+FORMS = ({"form": "heads"}, {"form": "blocks"}, {"window": 14})
 
 
-@on_ranks(3)
-def test_states_before_the_row(rank):
-    forms = ({"form": "heads"}, {"form": "blocks"}, {"window": 14})
-    for offsets, rows in product(OFFSETS[3], (3, 13)):
-        row, past = random_inputs(6, 3, past=rows)
-        for documents, options in product(DOCUMENTS.values(), forms):
-            compare(row, offsets, documents=documents, past=past, lengths=[rows], **options)
-        row, past = random_inputs(6, 3, past=rows, batch=2)
-        compare(row, offsets, past=past, lengths=[rows, 1], window=14)
-        with pytest.raises(ValueError, match="on several ranks it must be"):
-            compare(row, offsets, past=past, lengths=[rows, 1])
+@pytest.mark.all
+def test_float32_rows_and_the_definition():
+    agree(cuts(3, ["long"]), *(case_of(6, 3, dtype=torch.float32, **options) for options in FORMS), limit=1e-5)
+    cases = [case_of(6, 3, backend="reference", **options) for options in FORMS]
+    agree(cuts(3, ["long"]), *cases)
+    agree(cuts(3, ["whole"]), *(case_of(6, 3, batch=2, scale=6**-0.5, **options) for options in FORMS))
+
+
+@pytest.mark.all
+def test_states_before_the_row():
+    for rows in (3, 13):
+        agree(cuts(3), *(case_of(6, 3, past=rows, **options) for options in FORMS))
+        agree(cuts(3, ["whole"]), case_of(6, 3, past=rows, lengths=[rows, 1], batch=2, window=14))
+    with pytest.raises(RankError, match="on several ranks it must be"):
+        agree(cuts(3, ["whole"]), case_of(6, 3, past=3, lengths=[3, 1], batch=2))
+
+
+@pytest.mark.all
+def test_ranks_of_a_group_are_not_ranks_of_the_world():
+    cut = Cut((0, 12, 29), tuple(boundaries(DOCUMENTS["long"]).tolist()))
+    agree([cut], *(case_of(4, 2, **options) for options in FORMS), members=[1, 3])
+
+
+@pytest.mark.all
+def test_documents_do_not_see_each_other():
+    cases = {str(options): case_of(3, 3, **options) for options in FORMS}
+    assert_nothing_leaks(cases, Cut((0, 7, 15, 29), (0, 17, 29)), 16)
 
 
 @on_ranks(3)
 def test_states_after_each_rank(rank):
-    row, past = random_inputs(4, 2, past=3)
-    _, k, v, _ = row
-    for offsets, documents in product(OFFSETS[3], DOCUMENTS.values()):
-        start, end = offsets[rank : rank + 2]
-        state = compare(row, offsets, documents=documents, window=9, past=past, lengths=[3])
-        first = max([0, *([] if documents is None else [x for x in boundaries(documents).tolist() if x < end])])
+    past = case_of(4, 2, past=3)
+    for cut in cuts(3):
+        sequence = ShardedSequence(group=dist.group.WORLD, offsets=cut.offsets, cu_seqlens=cut.cu_seqlens)
+        start, end = cut.offsets[rank : rank + 2]
+        parts = [x[:, start:end] for x in past.tensors.values()]
+        _, state = sequence.run(softmax_attention, *parts, initial_state=past.initial_state, window=9)
+        first = max([0, *(x for x in cut.boundaries or () if x < end)])
         count = min(8, end - first + (0 if first else 3))
         assert state["length"].tolist() == [count]
-        for name, old, new in zip("kv", past, (k, v), strict=True):
-            expected = torch.cat([old, new[:, :end]], 1)
+        for name in "kv":
+            expected = torch.cat([past.initial_state[name], past.tensors[name][:, :end]], 1)
             assert torch.equal(state[name][:, state[name].shape[1] - count :], expected[:, expected.shape[1] - count :])
-        assert state["k"].shape[1] == (8 if documents is None else count)
-        own = compare(row, offsets, documents=documents)
+        assert state["k"].shape[1] == (8 if cut.boundaries is None else count)
+        _, own = sequence.run(softmax_attention, *parts)
         held = end - max(first, start) if end > start else 0
-        assert torch.equal(own["k"], k[:, end - held : end])
+        assert torch.equal(own["k"], past.tensors["k"][:, end - held : end])
         assert own["length"].tolist() == [held]
-
-
-@on_ranks(4)
-def test_ranks_of_a_group_are_not_ranks_of_the_world(rank):
-    group = dist.new_group([1, 3])
-    if rank in (1, 3):
-        for options in ({"form": "heads"}, {"form": "blocks"}, {"window": 17}):
-            compare(random_inputs(4, 2)[0], (0, 12, 29), group=group, documents=DOCUMENTS["long"], **options)
-
-
-@on_ranks(3)
-def test_documents_do_not_see_each_other(rank):
-    """The next document's outputs and gradients are bit-equal when the last token of the one before changes."""
-    offsets = (0, 7, 15, 29)
-    sequence = ShardedSequence(group=dist.group.WORLD, offsets=offsets, cu_seqlens=boundaries([4, 13, 12]))
-    own = slice(offsets[rank], offsets[rank + 1])
-    others = [position - own.start for position in range(own.start, own.stop) if not 4 <= position < 17]
-    row, _ = random_inputs(3, 3)
-    changed = 0
-    for options in ({"form": "heads"}, {"form": "blocks"}, {"window": 13}):
-        results = []
-        for change in (0.0, 100.0):
-            leaves = [x[:, own].clone() for x in row[:3]]
-            if own.start <= 16 < own.stop:
-                for leaf in leaves:
-                    leaf[:, 16 - own.start] += change
-            for leaf in leaves:
-                leaf.requires_grad_()
-            out, _ = sequence.run(softmax_attention, *leaves, **options)
-            (out * row[3][:, own]).sum().backward()
-            results.append([out.detach(), *(leaf.grad for leaf in leaves)])
-        for before, after in zip(*results, strict=True):
-            assert torch.equal(before[:, others], after[:, others])
-            changed += not torch.equal(before, after)
-    # On the token's own rank all has changed, on the others the gradients of the keys and values it sees.
-    assert changed == (6, 6, 12)[rank]
 
 
 def counted(rank, other):
@@ -204,7 +132,7 @@ def counted(rank, other):
     group, offsets = dist.group.WORLD, (0, 21, 29)
     sequence, own = ShardedSequence(group=group, offsets=offsets), slice(offsets[rank], offsets[rank + 1])
     plan = HaloPlan((0, 0), offsets)
-    row, _ = random_inputs(4, 4)
+    row = list(case_of(4, 4).tensors.values())
 
     def layer(q, k, v, form):
         q, k, v = q.sin(), k.cos(), v.exp()
@@ -222,7 +150,7 @@ def counted(rank, other):
     for form in forms:
         results, counts = [], []
         for run in (layer, other(layer)):
-            leaves = [x[:, own].clone().requires_grad_() for x in row[:3]]
+            leaves = [x[:, own].clone().requires_grad_() for x in row]
             before = engine_of(group.group_name).exchanges
             out = run(*leaves, form)
             forward = engine_of(group.group_name).exchanges
@@ -260,25 +188,26 @@ def test_a_rank_without_loss_returns_gradients(rank):
     """A rank whose tokens count for nothing still takes part in backward."""
     offsets = (0, 11, 21, 29)
     own = slice(offsets[rank], offsets[rank + 1])
-    row, _ = random_inputs(3, 3)
-    row[3][:, 11:21] = 0
-    for options in ({"form": "heads"}, {"form": "blocks"}, {"window": 8}):
-        compare(row, offsets, **options)
-    leaves = [x[:, own].clone().requires_grad_() for x in row[:3]]
-    out, _ = ShardedSequence(group=dist.group.WORLD, offsets=offsets).run(softmax_attention, *leaves)
-    (out.sum() * 0 if rank == 1 else (out * row[3][:, own]).sum()).backward()
-    expected = truth(row, None, None, None, None)
-    for came, true in zip((leaf.grad for leaf in leaves), expected[1:], strict=True):
-        torch.testing.assert_close(came, true[:, own])
+    weight = torch.linspace(-1, 1, TOKENS, dtype=torch.float64)[None, :, None, None].clone()
+    weight[:, 11:21] = 0
+    for options in FORMS:
+        row = list(case_of(3, 3).tensors.values())
+        whole = [x.clone().requires_grad_() for x in row]
+        (softmax_attention(*whole, window=options.get("window"))[0] * weight).sum().backward()
+        parts = [x[:, own].clone().requires_grad_() for x in row]
+        out, _ = ShardedSequence(group=dist.group.WORLD, offsets=offsets).run(softmax_attention, *parts, **options)
+        (out.sum() * 0 if rank == 1 else (out * weight[:, own]).sum()).backward()
+        for came, true in zip(parts, whole, strict=True):
+            torch.testing.assert_close(came.grad, true.grad[:, own])
 
 
 @on_ranks(2)
 def test_short_documents_go_by_blocks(rank):
     """Documents that hardly reach to the left need one round of blocks, not two of heads."""
-    row, engine = random_inputs(4, 2)[0], engine_of(dist.group.WORLD.group_name)
+    engine = engine_of(dist.group.WORLD.group_name)
     for documents, rounds in (([14, 15], 1), ([12, 17], 1), ([10, 19], 2)):
         before = engine.exchanges
-        compare(row, (0, 15, 29), documents=documents)
+        sharded(case_of(4, 2), Cut((0, 15, 29), (0, documents[0], 29)))
         assert (engine.exchanges - before) // 2 == rounds
 
 
@@ -286,4 +215,4 @@ def test_short_documents_go_by_blocks(rank):
 def test_form_by_heads_needs_heads(rank):
     sequence = ShardedSequence(group=dist.group.WORLD, offsets=(0, 29, 29))
     with pytest.raises(ValueError, match="H=3 and G=3 heads on 2 ranks"):
-        sequence.run(softmax_attention, *random_inputs(3, 3)[0][:3], form="heads")
+        sequence.run(softmax_attention, *case_of(3, 3).tensors.values(), form="heads")
