@@ -7,20 +7,24 @@ import pytest
 from tests.command_cases import run_command
 
 
+def bench(folder, *settings):
+    done = run_command("bench-all-scan", *settings, "width=16", "rounds=1", f"output_dir={folder}")
+    assert done.status == 0, done.err
+    assert (folder / "all_scan.png").read_bytes().startswith(b"\x89PNG")
+    return done.out, json.loads((folder / "all_scan.json").read_text())["rows"]
+
+
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scans")
-    small = ("ranks=[2,3]", "state_kib=[6]", "width=16", "tokens=8", "form=[dense,channel]", "rounds=1")
-    done = run_command("bench-all-scan", *small, f"output_dir={folder}")
-    assert done.status == 0, done.err
-    return done.out, json.loads((folder / "all_scan.json").read_text()), folder
+    small = ("ranks=[2,3]", "state_kib=[6]", "tokens=8", "form=[dense,channel]")
+    return bench(tmp_path_factory.mktemp("scans"), *small)
 
 
 @pytest.mark.all
 def test_every_method_is_measured_over_every_rank_count_and_form(scans):
-    printed, report, folder = scans
+    printed, rows = scans
     found = {}
-    for row in report["rows"]:
+    for row in rows:
         found.setdefault((row["ranks"], row["form"]), {})[row["method"].split(" = ")[0]] = row
         assert row["median_ms"] >= row["minimum_ms"] > 0
     assert set(found) == {(ranks, form) for ranks in (2, 3) for form in ("dense", "channel")}
@@ -29,15 +33,12 @@ def test_every_method_is_measured_over_every_rank_count_and_form(scans):
     for methods in found.values():
         assert set(methods) == ours | theirs  # 6 heads divide by 2 and by 3
     assert printed.count("of the best fixed choice") == 4
-    assert (folder / "all_scan.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.all
 def test_payloads_are_those_of_the_methods(scans):
-    _, report, _ = scans
     state, transition = 4 * 6 * 16 * 16, 4 * 6 * 16 * 16
-    rows = [row for row in report["rows"] if (row["ranks"], row["form"]) == (3, "dense")]
-    sizes = {row["method"]: row["payload_bytes"] for row in rows}
+    sizes = {row["method"]: row["payload_bytes"] for row in scans[1] if (row["ranks"], row["form"]) == (3, "dense")}
     assert sizes["pipeline 4"] == sizes["their ring"] == sizes["ring"] == state
     assert sizes["all_gather"] == 2 * state + transition
     assert sizes["their all-gather"] == 2 * (state + transition)
@@ -47,24 +48,17 @@ def test_payloads_are_those_of_the_methods(scans):
 
 @pytest.mark.all
 def test_a_model_makes_one_scan_a_layer_and_direction(tmp_path):
-    small = ("ranks=[2]", "compute_ms=1", "state_kib=[1]", "width=16", "rounds=1")
-    done = run_command("bench-all-scan", *small, "layers=3", f"output_dir={tmp_path}")
-    assert done.status == 0, done.err
-    rows = json.loads((tmp_path / "all_scan.json").read_text())["rows"]
+    _, rows = bench(tmp_path, "ranks=[2]", "compute_ms=1", "state_kib=[1]", "layers=3")
     scans = {row["method"].split(": ")[1]: row["scans"] for row in rows}
     assert scans.pop("compute alone") == 0
     overlapped = {"auto", "pipeline", "tree", "all_gather", "ring"}
     assert set(scans) == overlapped | {"auto, not overlapped", "auto, a barrier a layer"}
     assert set(scans.values()) == {2 * 3}
     assert all(row["compute_ms"] >= 2 * 3 * 1 for row in rows)
-    assert (tmp_path / "all_scan.png").exists()
 
 
 def test_schedules_that_cannot_win_are_left_out(tmp_path):
-    small = ("ranks=[3]", "width=16", "state_kib=[64]", "form=[none]", "rounds=1")
-    done = run_command("bench-all-scan", *small, "within=1", "only=[auto,pipe,ring]", f"output_dir={tmp_path}")
-    assert done.status == 0, done.err
-    rows = json.loads((tmp_path / "all_scan.json").read_text())["rows"]
+    _, rows = bench(tmp_path, "ranks=[3]", "state_kib=[64]", "form=[none]", "within=1", "only=[auto,pipe,ring]")
     assert sum(row["method"].startswith("auto") for row in rows) == 1
     assert all(row["method"].startswith(("auto", "pipe", "ring")) for row in rows)
     fixed = [row["model_ms"] for row in rows if not row["method"].startswith("auto")]

@@ -86,8 +86,8 @@ def save_tokenizer(folder, *, chat_template=None):
     tokenizer.save_pretrained(folder)
 
 
-def write_gguf(model, file, *, quantization="F32"):
-    """`model`, a transformers one, as llama.cpp writes it: its names, and q and k of llamas with neighbors rotated."""
+def write_gguf(model, file, *, quantization="F32", more=None):
+    """`model`, a transformers one, as llama.cpp writes it: its names, llamas' q and k with neighbors rotated."""
     from gguf import GGMLQuantizationType, GGUFWriter, quants
 
     from seqtrain.convert.families import FAMILIES, GGUF_NAMES, in_layers
@@ -122,6 +122,8 @@ def write_gguf(model, file, *, quantization="F32"):
             writer.add_tensor(names[name], np.ascontiguousarray(values))
         else:
             writer.add_tensor(names[name], quants.quantize(values, chosen), raw_dtype=chosen)
+    for name, values in (more or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

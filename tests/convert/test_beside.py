@@ -6,7 +6,7 @@ import json
 import pytest
 
 from seqtrain.convert.report import read_others
-from seqtrain.errors import ConfigError
+from tests.command_cases import refused
 
 OTHER = {
     "source": {"sha256": "abc"},
@@ -51,12 +51,6 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, path, value, message):
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
-    with pytest.raises(ConfigError, match=message) as caught:
-        read_others([write(tmp_path / "other", other)], OTHER)
-    assert str(caught.value).startswith(f"beside={tmp_path}")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_folder_without_a_report_is_one_line(tmp_path):
-    with pytest.raises(ConfigError, match="holds no report of a conversion"):
-        read_others([str(tmp_path)], OTHER)
+    for folder, said in ((write(tmp_path / "other", other), message), (str(tmp_path), "holds no report")):
+        with refused(f"beside={folder}: {said}"):
+            read_others([folder], OTHER)

@@ -27,6 +27,7 @@ from seqtrain.parallel.testing import RankError
 from seqtrain.runtime import checkpoint
 from seqtrain.runtime.run_folder import claim
 from seqtrain.runtime.worker import Session, train
+from tests.command_cases import refused
 from tests.convert.convert_cases import save_tokenizer
 from tests.runtime.runtime_cases import losses, on_ranks
 
@@ -51,20 +52,9 @@ def source(transformers_on_disk, tmp_path_factory):
 
 def settings(source, place, recipe, *overrides, steps=4, **small):
     """A conversion by `recipe` with so many steps of small batches in each stage."""
-    values = [
-        f"source={source / 'source'}",
-        f"output_dir={place}",
-        f"recipe={recipe}",
-        "layer.window=8",
-        "layer.sinks=2",
-        "data=text",
-        f"data.path={source / 'text'}",
-        f"data.cache_dir={source / 'cache'}",
-        "runtime.cpus_per_worker=1",
-        "verify.tokens=40",
-        "verify.sequences=1",
-        "verify.generate=0",
-    ]
+    values = [f"source={source / 'source'}", f"output_dir={place}", f"recipe={recipe}", "data=text"]
+    values += [f"data.path={source / 'text'}", f"data.cache_dir={source / 'cache'}", "runtime.cpus_per_worker=1"]
+    values += ["layer.window=8", "layer.sinks=2", "verify.tokens=40", "verify.sequences=1", "verify.generate=0"]
     config = read_convert_config(compose_config("convert", [*values, *overrides]))
     stages = {
         name: dataclasses.replace(stage, **(SMALL | {"steps": steps} | small), sequence_ranks=1)
@@ -144,7 +134,7 @@ def test_a_recipe_runs_from_beginning_to_end(source, tmp_path, recipe):
         assert report["training"][0]["merging_changed_logits_by"] < 1e-5
 
 
-@pytest.mark.all
+@pytest.mark.full
 def test_transfer_brings_every_layer_nearer_its_teacher(source, tmp_path):
     config = settings(source, tmp_path, "transfer_then_kl", "target=gla", "keep=[1]", steps=80)
     [report] = convert_alone(only(config, "transfer"))
@@ -265,10 +255,8 @@ def test_frozen_weights_are_in_memory_once_and_stay_what_they_were(source, tmp_p
     ],
 )
 def test_a_wrong_recipe_is_one_line(overrides, message):
-    with pytest.raises(ConfigError) as caught:
+    with refused(message):
         read_convert_config(compose_config("convert", ["source=unused", *overrides]))
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_what_only_the_model_shows_to_be_wrong_is_one_line_before_training(source, tmp_path, transformers_on_disk):
@@ -287,8 +275,8 @@ def test_an_unfinished_training_of_another_recipe_is_left_alone(source, tmp_path
         convert(config)
 
 
-@pytest.mark.all
-@pytest.mark.timeout(240)
+@pytest.mark.full
+@pytest.mark.timeout(600)
 def test_ray_s_workers_train_what_this_process_would(source, tmp_path):
     alone = settings(source, tmp_path / "inline", "transfer_then_kl", "target=gla", "keep=[1]", micro_batch_size=1)
     chosen = ["target=gla", "keep=[1]", "runtime=ray", "parallel.data=2"]

@@ -6,20 +6,7 @@ import math
 import pytest
 import torch
 
-from seqtrain.convert.measure import (
-    Evaluator,
-    agreement,
-    by_position,
-    converted_mixers,
-    hidden_states,
-    layer_errors,
-    perplexity,
-    recall,
-    repeated_passages,
-    softmax_reach,
-    surprise,
-    switched_off,
-)
+from seqtrain.convert import measure
 from seqtrain.convert.settings import VerifyConfig
 from seqtrain.convert.texts import Text
 from seqtrain.convert.verify import check_generation, gap_closed, goals
@@ -38,7 +25,7 @@ def pair(transformers_on_disk):
 
 @pytest.fixture(scope="module")
 def evaluator(pair):
-    return Evaluator(
+    return measure.Evaluator(
         pair[0], [Text("one", "one.txt", some_tokens(2, 70)), Text("two", "two.txt", some_tokens(1, 90, seed=4))]
     )
 
@@ -46,13 +33,15 @@ def evaluator(pair):
 def test_scores_are_those_of_whole_logits(pair):
     """In chunks of tokens, with 2 rows longer than a chunk, nothing is lost at their boundaries."""
     tokens = some_tokens(2, 300)
-    hidden = [hidden_states(model, tokens) for model in pair]
+    hidden = [measure.hidden_states(model, tokens) for model in pair]
     with torch.no_grad():
         logits = [model(tokens, all_logits=True)[0].double() for model in pair]
     entropy = torch.nn.functional.cross_entropy(logits[1][:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    assert math.log(perplexity(surprise(pair[1], hidden[1], tokens))) == pytest.approx(float(entropy), rel=1e-6)
+    assert math.log(measure.perplexity(measure.surprise(pair[1], hidden[1], tokens))) == pytest.approx(
+        float(entropy), rel=1e-6
+    )
     log_p, log_q = (each.log_softmax(-1) for each in logits)
-    divergence, same = agreement(pair[0], hidden[0], pair[1], hidden[1])
+    divergence, same = measure.agreement(pair[0], hidden[0], pair[1], hidden[1])
     assert divergence == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-5)
     assert same == pytest.approx(float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()))
     assert divergence > 0.01
@@ -60,11 +49,11 @@ def test_scores_are_those_of_whole_logits(pair):
 
 def test_positions_double_and_their_mean_is_the_whole(pair):
     surprises = torch.rand(3, 199, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    rows = by_position({"it": surprises})
+    rows = measure.by_position({"it": surprises})
     assert [(row["from"], row["to"]) for row in rows] == [(1, 64), (64, 128), (128, 200)]
     mean = sum(math.log(row["it"]) * (row["to"] - row["from"]) for row in rows) / 199
     assert mean == pytest.approx(float(surprises.mean()))
-    assert rows[1]["it"] == pytest.approx(perplexity(surprises[:, 63:127]))
+    assert rows[1]["it"] == pytest.approx(measure.perplexity(surprises[:, 63:127]))
 
 
 def test_a_measure_says_what_each_part_is_worth(pair, evaluator):
@@ -78,7 +67,7 @@ def test_a_measure_says_what_each_part_is_worth(pair, evaluator):
     assert came["texts"]["one"]["tokens"] == 140
     assert set(came["recall"]) == models | {"tokens_between"}
     assert evaluator.measure(pair[1]) == came
-    assert all(mixer.without == "" for mixer in converted_mixers(pair[1]))
+    assert all(mixer.without == "" for mixer in measure.converted_mixers(pair[1]))
 
 
 def test_a_teacher_is_measured_as_itself(pair, evaluator):
@@ -95,7 +84,7 @@ def test_a_layers_error_is_its_own(pair):
     """On the teacher's input: what the layers before it do wrong does not count."""
     teacher, student = pair
     tokens = some_tokens(1, 50)
-    errors = layer_errors(teacher, student, tokens)
+    errors = measure.layer_errors(teacher, student, tokens)
     assert min(errors) > 1e-3
     x = teacher.blocks[0](teacher.embedding(tokens))[0]
     expected, _ = teacher.blocks[1].mixer(teacher.blocks[1].mixer_norm(x))
@@ -103,7 +92,7 @@ def test_a_layers_error_is_its_own(pair):
     assert errors[1] == pytest.approx(relative_error(came, expected))
     replaced, student.blocks[0].mixer = student.blocks[0].mixer, teacher.blocks[0].mixer
     try:
-        assert layer_errors(teacher, student, tokens) == [0.0, *errors[1:]]
+        assert measure.layer_errors(teacher, student, tokens) == [0.0, *errors[1:]]
     finally:
         student.blocks[0].mixer = replaced
 
@@ -111,21 +100,21 @@ def test_a_layers_error_is_its_own(pair):
 def test_alternating_layers_can_be_switched_off_too(transformers_on_disk):
     _, folder = transformers_on_disk("llama")
     _, student = make_pair(folder, "gla", window=8, sinks=3, arrangement="alternate")
-    assert softmax_reach(student) == (8, 3)
+    assert measure.softmax_reach(student) == (8, 3)
     tokens = some_tokens(1, 40)
-    outs = [hidden_states(student, tokens)]
+    outs = [measure.hidden_states(student, tokens)]
     for part in ("memory", "window"):
-        with switched_off(student, part) as found:
+        with measure.switched_off(student, part) as found:
             assert found
-            outs.append(hidden_states(student, tokens))
+            outs.append(measure.hidden_states(student, tokens))
     assert min(relative_error(a, b) for a, b in zip(outs, outs[1:] + outs[:1], strict=True)) > 1e-3
 
 
 def test_repeated_passages_lie_beyond_the_window():
-    tokens = repeated_passages(some_tokens(2, 60), 8, first=4, least_between=30)
+    tokens = measure.repeated_passages(some_tokens(2, 60), 8, first=4, least_between=30)
     assert torch.equal(tokens[:, 4:12], tokens[:, -8:])
     assert not torch.equal(tokens[0, 4:12], tokens[1, 4:12])
-    assert repeated_passages(some_tokens(2, 60), 8, first=4, least_between=49) is None
+    assert measure.repeated_passages(some_tokens(2, 60), 8, first=4, least_between=49) is None
 
 
 MARKERS, FILL, ASKED = 6, 6, 7
@@ -155,10 +144,10 @@ def test_recall_beyond_the_window_is_the_memorys(memory):
         (model(rows[:, :-1], labels) / 32).backward()
         optimizer.step()
     tokens = marked_rows(64, generator)
-    whole = recall(model, tokens, 1)
-    with switched_off(model, "memory") as found:
+    whole = measure.recall(model, tokens, 1)
+    with measure.switched_off(model, "memory") as found:
         assert found
-        without = recall(model, tokens, 1)
+        without = measure.recall(model, tokens, 1)
     assert whole["accuracy"] == 1.0
     assert without["accuracy"] < 2 / MARKERS
     assert without["surprise"] > whole["surprise"] + 1.0

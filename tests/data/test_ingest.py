@@ -197,7 +197,9 @@ def write_rows(kind, file, texts):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to reset the peak")
-@pytest.mark.parametrize("kind", [pytest.param("text", marks=pytest.mark.full), "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.full) for kind in ("text", "jsonl")), "parquet"]
+)
 @pytest.mark.all
 def test_memory_does_not_grow_with_the_text(kind, tmp_path):
     big, small = tmp_path / f"big.{kind}", tmp_path / f"small.{kind}"

@@ -6,7 +6,6 @@ import pytest
 
 import seqtrain.mixers
 from seqtrain.mixers import MIXERS
-from seqtrain.models import LanguageModel, ModelConfig
 from tests.mixers import test_contract as contract
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "new_mixer"
@@ -31,14 +30,3 @@ def test_it_is_found_and_keeps_the_contract():
         contract.test_all_parameters_learn("qrnn", fields)
         contract.test_states_have_the_shapes_and_bytes_they_say("qrnn", fields)
         contract.test_flops_are_those_of_the_products_and_the_operators("qrnn", fields, 0)
-
-
-def test_what_it_counts_is_derived():
-    model = LanguageModel(
-        ModelConfig(layers=("qrnn",), depth=2, width=32, heads=2), {"qrnn": MIXERS.get("qrnn").Config()}, 50
-    )
-    mixer = model.blocks[0].mixer
-    assert mixer.parameter_count() == 4 * 32 * 32
-    assert mixer.flops(100) == 2 * 100 * 4 * 32 * 32 + 2 * 100 * 32
-    assert mixer.state_bytes(100) == 4 * 32
-    assert mixer.constant_state

@@ -1,12 +1,13 @@
 """The interaction operator against cases whose rank, reach and blocks are known."""
 
-import math
+import json
 
 import pytest
 import torch
 
-from experiments.interaction.operator import Interaction, interaction, interaction_rank, mixing_blocks, whole_blocks
+from experiments.interaction.operator import interaction, interaction_rank, mixing_blocks, whole_blocks
 from seqtrain.mixers import MIXERS, LayerShape
+from tests.command_cases import run_command
 
 WIDTH, TOKENS = 8, 12
 
@@ -84,13 +85,6 @@ def test_blocks_of_attention_times_the_input_give_its_output():
     torch.testing.assert_close(rebuilt, mixer(x[None])[0][0], rtol=1e-10, atol=1e-12)
 
 
-def test_blocks_of_an_ssm_depend_on_the_distance_alone():
-    [blocks] = mixing_blocks(linear_ssm([0.1, 0.5, 1.5], [0.3, 0.7, 2.0]), row(width=6))
-    for distance in range(TOKENS):
-        lag = blocks.diagonal(-distance).movedim(-1, 0)
-        torch.testing.assert_close(lag, lag[:1].expand_as(lag), rtol=1e-9, atol=1e-14)
-
-
 @pytest.mark.parametrize("measure", [lambda *x: mixing_blocks(*x)[0], whole_blocks], ids=["mixing", "whole"])
 @pytest.mark.parametrize("name", ["gated_delta_net", "mamba2", "tensor_attention", "s5"])
 def test_no_block_reaches_back_from_the_future(measure, name):
@@ -106,18 +100,6 @@ def test_the_whole_jacobian_is_the_derivative():
         ahead, behind = (mixer((x + sign * step * toward)[None])[0][0] for sign in (1, -1))
     found = torch.einsum("ijod,jd->io", whole_blocks(mixer, x), toward)
     torch.testing.assert_close(found, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-6)
-
-
-def test_gradients_of_a_decaying_layer_reach_as_far_as_it_decays():
-    short = interaction(linear_ssm([1.0] * 4, [0.0] * 4), row(24)).reach
-    assert short[11] / short[1] == pytest.approx(math.exp(-10), rel=0.5)
-    attention = interaction(build("attention"), row(24)).reach
-    assert attention[11] / attention[1] > 0.1
-
-
-def test_half_distance_is_where_the_reach_has_halved():
-    assert Interaction(1, 1, 1, (1.0,), (5.0, 1.0, 0.6, 0.4)).half_distance == 3
-    assert Interaction(1, 1, 1, (1.0,), (5.0, 1.0, 0.6, 0.6)).half_distance == math.inf
 
 
 def test_rank_counts_directions_above_the_tolerance():
@@ -146,3 +128,24 @@ def test_an_operator_whose_values_are_unknown_is_named():
     mixer.forward = lambda x, state=None, *, sequence: sequence.run(unknown, x)  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"^interaction: unknown isn't known to be linear in values it is given$"):
         mixing_blocks(mixer, row())
+
+
+COMMAND = "experiments.interaction.run"
+
+
+def test_ranks_are_the_heads_where_they_must_be(tmp_path):
+    sizes = ("mixers=[attention,delta_net,s5]", "heads=[2,3]", "width=8", "tokens=10", "threads=1")
+    done = run_command(COMMAND, *sizes, f"output_dir={tmp_path}")
+    assert done.status == 0, done.err
+    report = json.loads((tmp_path / "interaction_operator.json").read_text())
+    ranks = {(row["mixer"], row["heads"]): row["found"]["rank"] for row in report["mixers"]}
+    # The short convolution is off: with it, DeltaNet's neighbors would mix before the operator.
+    assert ranks["attention", 2] == ranks["delta_net", 2] == 2
+    assert ranks["s5", 2] == ranks["s5", 3] > 2
+    assert all(len(row["found"]["reach"]) == 10 for row in report["mixers"])
+    # What does not fit is skipped by name.
+    assert set(report["skipped"]) == {"attention, 3 heads", "delta_net, 3 heads"}
+    assert "skipped attention, 3 heads: model.width=8: must be divisible by model.heads=3" in done.out
+    assert "rank = heads needed" in done.out
+    for name in ("spectra.png", "reach.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

@@ -350,6 +350,7 @@ def test_a_delta_rule_s_map_and_its_outputs_come_of_one_pass(decay_shape):
     assert [launch.kernel for launch in launches] == ["prepare", "forward"]
 
 
+@interpreted
 def test_nothing_to_do():
     case = matrix("delta_rule")
     came = contract.run(case, case.tensors(0, batch=1), case.state(2), cu_seqlens=boundaries([0, 0]), backend="triton")
@@ -388,7 +389,8 @@ def chunked_work(monkeypatch):
     def local_output(self):
         self.out, _ = linear_attention(*self.tensors, backend="chunked", **self.options)
 
-    monkeypatch.setattr(LinearAttentionSegment, "local_output", local_output)
+    if not GPU:
+        monkeypatch.setattr(LinearAttentionSegment, "local_output", local_output)
 
 
 # Every decay; dtypes; any length; more than one block of K and of V in every kernel, the last ones cut.

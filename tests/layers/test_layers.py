@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from seqtrain.layers import FEATURE_MAPS, RMSNorm, ShortConvolution, l2norm, rotate, step_sizes, taylor2
+from seqtrain.layers import FEATURE_MAPS, RMSNorm, ShortConvolution, l2norm, rotate, step_sizes
 from seqtrain.mixers import MIXERS, LayerShape
 from seqtrain.testing import relative_error
 from tests.command_cases import refused
@@ -41,13 +41,6 @@ def test_far_positions_keep_their_precision_in_float32():
     x = torch.ones(1, 1, 1, 16)
     place = torch.tensor([[1_000_003]])
     assert relative_error(rotate(x, place, 1e4), rotate(x.double(), place, 1e4)) < 1e-6
-
-
-def test_taylor_features_multiply_to_the_polynomial():
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 5, 7, dtype=torch.float64)
-    score = q @ k.T / 7**0.5
-    assert relative_error(taylor2(q) @ taylor2(k).T, 1 + score + score**2 / 2) < 1e-12
 
 
 @pytest.mark.parametrize("name", FEATURE_MAPS)

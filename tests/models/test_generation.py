@@ -28,19 +28,6 @@ def test_greedy_tokens_are_the_likeliest_of_the_whole_forward_pass():
     assert torch.equal(new, logits[:, 5:-1].argmax(-1))
 
 
-@torch.no_grad()
-def test_memory_is_constant_where_mixers_recur():
-    recurrent = [name for name in MIXERS.names if build(name).blocks[0].mixer.constant_state]
-    assert set(MIXERS.names) - set(recurrent) == {"attention"}
-    model = build(*recurrent)
-    tokens, sizes = prompt(rows=1), set()
-    _, state = model(tokens)
-    for _ in range(5):
-        _, state = model.step(tokens[:, 0], state)
-        sizes.add(sum(value.untyped_storage().nbytes() for layer in state for value in layer.values()))
-    assert len(sizes) == 1
-
-
 def test_the_generator_decides_what_is_drawn():
     model = build("gla")
 

@@ -67,15 +67,10 @@ def saved_in_reality(run, module, x):
     return sum(kept.values()), sum(masks.values())
 
 
-# Runs in the quick loop, too.
-QUICK = ("gated_delta_net",)
-
-
-def of_all(*values):
-    return pytest.param(*values, marks=pytest.mark.all)
-
-
-EACH = [name if name in QUICK else of_all(name) for name in MIXERS.names]
+# What layers compute is in their own contract; here are those that keep different things for the backward pass.
+TIERS = dict.fromkeys(("attention", "tcnca", "s5", "tensor_attention", "ttt_linear", "rwkv7"), pytest.mark.all)
+TIERS |= {"gated_delta_net": ()}  # in the quick loop
+EACH = [pytest.param(name, marks=TIERS.get(name, pytest.mark.full)) for name in MIXERS.names]
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -101,9 +96,8 @@ def test_every_mixer_is_counted_as_it_is(name):
     assert loss.gradient_bytes == 4 * config.width * (VOCAB + 1)
 
 
-@pytest.mark.parametrize(
-    "name", ["gated_delta_net", *map(of_all, ("tcnca", "mamba2", "tensor_attention", "attention"))]
-)
+@pytest.mark.all
+@pytest.mark.parametrize("name", ["gated_delta_net", "tcnca", "mamba2", "tensor_attention", "attention"])
 def test_executed_flops_are_those_of_the_chunk_forms(name):
     config, mixers = config_of(name), mixers_of(name)
     counts = count_model(config, mixers, VOCAB, tokens=TOKENS)
@@ -127,8 +121,9 @@ def test_executed_flops_are_those_of_the_chunk_forms(name):
     assert counts.executed_flops(checkpointing=True) > counts.executed_flops(checkpointing=False)
 
 
-@pytest.mark.parametrize("fields", [{}, of_all({"tie_embeddings": False}), of_all({"groups": (0, 24)})], ids=str)
-@pytest.mark.parametrize("checkpointing", [of_all(False), True])
+@pytest.mark.all
+@pytest.mark.parametrize("fields", [{}, {"tie_embeddings": False}, {"groups": (0, 24)}], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_parts_make_the_whole(checkpointing, fields):
     names = ("gla", "sliding_attention", "s5")
     config = config_of(*names, depth=5, activation_checkpointing=checkpointing, **fields)

@@ -1,4 +1,4 @@
-"""The planner on tiny models: layouts and their command, a check against a real run, mistakes in one line."""
+"""The planner and the inspection of tiny models: layouts and their command, columns and totals, mistakes."""
 
 import contextlib
 import io
@@ -9,6 +9,7 @@ import pytest
 
 from seqtrain.benchmarks.ranks import on_ranks
 from seqtrain.planning import calibrate
+from seqtrain.planning.inspect_model import main as inspect
 from seqtrain.planning.layout import Holes, Machine, memory_bytes
 from seqtrain.planning.layout_runs import Measured
 from seqtrain.planning.plan import main
@@ -103,3 +104,27 @@ def test_memory_made_of_known_holes_gives_them_back(monkeypatch):
     for name, own in holes.items():
         assert astuple(found.holes[name]) == pytest.approx(astuple(own), abs=1e-6)
     assert (found.cut_kept, found.cut_passing) == pytest.approx((0.125, 0.0625), abs=1e-6)
+
+
+@pytest.mark.all
+def test_a_row_a_part_and_the_whole_is_their_sum(tmp_path, capsys):
+    sizes = (*TINY[:4], "train.sequence_length=64", "train.micro_batch_size=2", "inspect.vocab_size=100")
+    assert inspect([*sizes, f"inspect.output_dir={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "inspect_model.json").read_text())
+    parts, whole = report["parts"], report["totals"]
+    assert [row["part"] for row in parts] == ["embedding", "gla", "mlp", "attention", "mlp", "loss"]
+    assert whole["parameters"] == sum(row["parameters"] for row in parts)
+    assert whole["tokens"] == 2 * 64
+    assert whole["forward_flops"] == pytest.approx(128 * sum(row["flops_a_token"] for row in parts))
+    # Keys and values of 64 tokens, 2 heads of 16 numbers of 4 bytes; how many they are, and the next position.
+    assert parts[3]["state_bytes"] == 2 * 64 * 32 * 4 + 2 * 8
+    assert whole["saved_bytes_checkpointed"] < whole["saved_bytes"]
+    lines = printed.splitlines()
+    assert lines[0].split()[:3] == ["layer", "part", "parameters"]
+    assert lines[2].split()[:3] == ["0", "gla", f"{parts[1]['parameters']:,}"]
+    assert f"{whole['parameters']:,} parameters" in printed
+    assert (tmp_path / "inspect_model.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "inspect_model.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert "<td>gla</td>" in page

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import product
 
 import pytest
 
@@ -49,11 +50,7 @@ def test_the_parts_are_those_of_the_model_and_sum_to_the_steps(sweep):
     _, out = sweep
     report = json.loads((out / "0" / "profile.json").read_text())
     found = {(row["kind"], row["phase"]) for row in report["parts"]}
-    both = {
-        (kind, phase)
-        for kind in ("gla", "mlp", "norm, residual", "embedding", "loss")
-        for phase in ("forward", "backward")
-    }
+    both = set(product(("gla", "mlp", "norm, residual", "embedding", "loss"), ("forward", "backward")))
     alone = {("data", ""), ("optimizer", ""), ("gradients", "backward"), ("communication", "collective")}
     assert found == both | alone | {("other", ""), ("other", "backward")}
     # By construction: every moment of a step is in one part.
@@ -66,38 +63,28 @@ def test_the_parts_are_those_of_the_model_and_sum_to_the_steps(sweep):
     assert report["flops"]["executed"] > report["flops"]["model"] > 0
     assert report["flops"]["mfu"] > 0
     assert report["checkpoint"]["bytes"] > 0
-
-
-@pytest.mark.all
-def test_memory_has_its_kinds_and_its_moment(sweep):
-    _, out = sweep
-    [memory] = json.loads((out / "1" / "profile.json").read_text())["memory"]
+    # Memory has its kinds and its moment.
+    report = json.loads((out / "1" / "profile.json").read_text())
+    [memory] = report["memory"]
     assert set(memory["kinds"]) == KINDS
     assert sum(memory["kinds"].values()) == memory["peak_bytes"]
-    assert memory["kinds"]["parameters"] == 4 * json.loads((out / "1" / "profile.json").read_text())["parameters"]
+    assert memory["kinds"]["parameters"] == 4 * report["parameters"]
     assert {row["layer"] for row in memory["layers"] if row["kind"] == "attention"} == {0, 1}
     assert memory["peak_part"]["kind"]
 
 
 @pytest.mark.all
-def test_the_trace_is_one_perfetto_reads(sweep):
-    _, out = sweep
+def test_the_trace_is_one_perfetto_reads_and_a_sweep_one_table_and_one_picture(sweep):
+    printed, out = sweep
     events = json.loads((out / "0" / "trace.json").read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X" and event["tid"] == 0]
     assert {"gla forward", "gla backward", "optimizer", "data"} <= {event["name"] for event in spans}
     ends = [event["ts"] + event["dur"] for event in spans]
     assert ends[:-1] == pytest.approx([event["ts"] for event in spans[1:]])
-
-
-@pytest.mark.all
-def test_a_sweep_is_one_table_and_one_picture(sweep):
-    printed, out = sweep
     assert {path.name for path in out.iterdir()} >= {"0", "1", "sweep.json", "sweep.html", "sweep.png"}
     assert "tokens/s" in printed
-    assert [row["point"] for row in json.loads((out / "sweep.json").read_text())] == [
-        "layers=[gla]",
-        "layers=[attention]",
-    ]
+    points = [row["point"] for row in json.loads((out / "sweep.json").read_text())]
+    assert points == ["layers=[gla]", "layers=[attention]"]
     assert "layers=[attention]" in printed.split("MFU")[-1]
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
 

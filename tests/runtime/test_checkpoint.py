@@ -19,7 +19,7 @@ from seqtrain.runtime.compose import typed_pretrain_config
 from seqtrain.runtime.ranks import is_lost_peer
 from tests.runtime.runtime_cases import as_it_was_at, change, folder_of, losses, small_config, train_on
 
-MADE_EARLIER = Path(__file__).with_name("made_by_0aa027e")
+MADE_EARLIER = Path(__file__).with_name("made_by_0aa027e.tar.xz")  # the folder of a run
 
 
 @pytest.fixture(scope="module")
@@ -146,24 +146,25 @@ def test_weights_of_another_shape_or_name_are_refused(finished, root):
             read(root / "step-00000006").load_weights(model)
 
 
-def earlier_config(**sections):
-    return change(typed_pretrain_config(yaml.safe_load((MADE_EARLIER / "config.yaml").read_text())), **sections)
+@pytest.fixture
+def earlier(tmp_path):
+    """The config of a run of four steps that an earlier version made, and its folder with a checkpoint after two."""
+    shutil.unpack_archive(MADE_EARLIER, tmp_path)
+    folder = tmp_path / "made_by_0aa027e"
+    return change(typed_pretrain_config(yaml.safe_load((folder / "config.yaml").read_text())), output_dir=str(folder))
 
 
-def test_a_checkpoint_of_an_earlier_version_is_read():
-    [found] = map(read, (MADE_EARLIER / "checkpoints").iterdir())
+def test_a_checkpoint_of_an_earlier_version_is_read(earlier):
+    [found] = map(read, folder_of(earlier).checkpoints.iterdir())
     assert found.progress == Progress(step=2, taken=2, tokens=256)
-    config = earlier_config()
-    found.load_weights(LanguageModel(config.model, config.mixer, vocab_size=17))
+    found.load_weights(LanguageModel(earlier.model, earlier.mixer, vocab_size=17))
 
 
 @pytest.mark.all
-def test_a_run_of_an_earlier_version_is_resumed(tmp_path):
+def test_a_run_of_an_earlier_version_is_resumed(earlier):
     """Its last two steps are done again here, from its checkpoint after the second."""
-    config = earlier_config(output_dir=str(tmp_path / "out"))
-    shutil.copytree(MADE_EARLIER, config.output_dir)
-    before = losses(config)
-    train_on(config)
+    before = losses(earlier)
+    train_on(earlier)
     assert len(before) == 4
-    assert losses(config) == pytest.approx(before, rel=1e-5)
-    assert folder_of(config).starts.read_text().count('"step": 2') == 1
+    assert losses(earlier) == pytest.approx(before, rel=1e-5)
+    assert folder_of(earlier).starts.read_text().count('"step": 2') == 1

@@ -60,11 +60,21 @@ def assert_same_step(config: PretrainConfig, expected: PretrainConfig, tolerance
     assert score(config) == pytest.approx(score(expected), rel=tolerance), config.parallel
 
 
-@pytest.mark.all
-def test_losses_are_the_same_for_every_rank_count_and_zero_stage(tmp_path):
+def in_tiers(some, others):
+    """Parameters: `some` for the tier `all`, and `others` for `full`."""
+    return [pytest.param(some, marks=pytest.mark.all), pytest.param(others, marks=pytest.mark.full)]
+
+
+@pytest.mark.parametrize(
+    "grids",
+    in_tiers(
+        [*((2, 1, stage) for stage in STAGES), (4, 1, 1)],
+        [*((1, 1, stage) for stage in (1, 2, 3)), *((4, 1, stage) for stage in (0, 2, 3))],
+    ),
+)
+def test_losses_are_the_same_for_every_rank_count_and_zero_stage(tmp_path, grids):
     base = small_config(tmp_path, train={"steps": 20}, checkpoint={"every": 0})
-    grids = [(count, 1, stage) for count in (1, 2, 4) for stage in STAGES]
-    expected, *others = configs = [change(base, f"{case}", parallel=grid(*case)) for case in grids]
+    expected, *others = configs = [change(base, f"{case}", parallel=grid(*case)) for case in [(1, 1, 0), *grids]]
     train_on(*configs)
     assert len(losses(expected)) == 20
     assert losses(expected)[-1] < losses(expected)[0] - 0.5, "the model must learn, or equal losses say little"
@@ -73,13 +83,13 @@ def test_losses_are_the_same_for_every_rank_count_and_zero_stage(tmp_path):
         assert score(config) == pytest.approx(score(expected), abs=1e-5), config.parallel
 
 
-@pytest.mark.all
-def test_recomputed_blocks_have_the_same_losses_in_every_stage(tmp_path):
+@pytest.mark.parametrize("stages", in_tiers((1, 3), (0, 2)))
+def test_recomputed_blocks_have_the_same_losses_in_every_stage(tmp_path, stages):
     layers = ("gated_delta_net", "gla", "hgrn2", "s5", "tensor_attention", "sliding_attention")
     base = small_config(tmp_path, *layers, train={"steps": 3}, checkpoint={"every": 0}, parallel=grid(2, 1, 0))
     recomputed = [
         change(base, f"{stage}", model={"activation_checkpointing": True}, parallel=grid(2, 1, stage))
-        for stage in STAGES
+        for stage in stages
     ]
     train_on(base, *recomputed)
     for config in recomputed:
@@ -105,9 +115,11 @@ def test_loss_and_gradient_are_those_of_the_mean_over_all_predicted_tokens(tmp_p
     assert record["tokens"] == 8 * 32
 
 
-@pytest.mark.all
-def test_a_sharded_sequence_has_the_gradients_of_one_rank_on_every_mesh_and_stage(hybrid):
-    meshes = (*((2, 2, stage) for stage in STAGES), (1, 2, 1), (1, 2, 3), (1, 3, 2), (1, 4, 0))
+@pytest.mark.parametrize(
+    "meshes",
+    in_tiers([(2, 2, 1), (2, 2, 3), (1, 2, 2), (1, 3, 0)], [(2, 2, 0), (2, 2, 2), (1, 2, 1), (1, 3, 2), (1, 4, 0)]),
+)
+def test_a_sharded_sequence_has_the_gradients_of_one_rank_on_every_mesh_and_stage(hybrid, meshes):
     hybrid = change(hybrid, model={"activation_checkpointing": True})
     alone, *sharded = [change(hybrid, f"{mesh}", parallel=grid(*mesh)) for mesh in ((1, 1, 1), *meshes)]
     train_on(alone, *sharded)
@@ -143,9 +155,9 @@ def test_a_rank_without_labels_adds_nothing(hybrid, tmp_path):
     assert outcome(sharded)["skipped_steps"] == 0
 
 
-@pytest.mark.all
-@pytest.mark.parametrize(("ranks", "stages"), [(2, (0, 1, 2)), (1, (3,))], ids=str)
-def test_a_step_in_segments_has_the_gradients_of_one_in_one_piece(hybrid, ranks, stages):
+@pytest.mark.parametrize("ranks_and_stages", in_tiers((2, (1, 2)), (1, (0, 3))))
+def test_a_step_in_segments_has_the_gradients_of_one_in_one_piece(hybrid, ranks_and_stages):
+    ranks, stages = ranks_and_stages
     whole = change(hybrid, parallel=grid(ranks, 1, 1))
     pieces = [
         change(whole, f"{stage}", train={"segment_tokens": 15}, parallel=grid(ranks, 1, stage)) for stage in stages

@@ -1,10 +1,14 @@
-"""One line a step in `metrics.jsonl`, also after a restart, and readers that follow it."""
+"""One line a step in `metrics.jsonl`, readers that follow it, and what is said of a run without a terminal."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
-from seqtrain.runtime.metrics import MetricsFile, MetricsReader, count_restarts, read_lines
+from seqtrain.runtime import progress
+from seqtrain.runtime.metrics import MetricsFile, MetricsReader, Within, count_restarts, read_lines
+from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.run_folder import RunFolder
 
 
@@ -71,3 +75,31 @@ def test_restarts_are_starts_that_nobody_asked_for(folder):
     write(folder, after=0, steps=range(1, 2), session="first call")
     write(folder, after=1, steps=range(2, 3), session="second call")
     assert count_restarts(folder) == 1
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """A display of three steps that says everything, and what it has said."""
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    text = io.StringIO()
+    with ProgressDisplay(steps=3, console=Console(file=text, width=200)) as display:
+        yield display, lambda: text.getvalue().splitlines()
+
+
+def record(step):
+    return {"step": step, "loss": 2.0, "tokens_per_second": 1000.0, "step_seconds": 7.0}
+
+
+def test_a_step_says_how_much_of_it_is_done_each_time_there_is_more(shown):
+    display, lines = shown
+    for done in (1, 1, 2):
+        display.show_within(Within(0, done, 4))
+    display.show(record(1))
+    display.show_within(Within(0, 4, 4))
+    display.show_within(Within(1, 1, 4))
+    assert lines() == [
+        "part 1/4 of step 1  starting",
+        "part 2/4 of step 1  starting",
+        "step 1/3  loss 2.0000  1,000 tokens/s  14 s left",
+        "part 1/4 of step 2  loss 2.0000  1,000 tokens/s",
+    ]

@@ -52,12 +52,9 @@ def export(folder):
     return exported
 
 
-def evaluate(*arguments, cwd):
-    offline = {"HF_HOME": str(cwd / "cache"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    command = [sys.executable, str(TOOL), *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env=os.environ | offline, capture_output=True, text=True, timeout=280, check=False
-    )
+def evaluate(*arguments, **environment):
+    options = {"env": os.environ | environment, "capture_output": True, "text": True, "timeout": 280, "check": False}
+    return subprocess.run([sys.executable, str(TOOL), *arguments], **options)
 
 
 @torch.no_grad()
@@ -73,7 +70,9 @@ def test_the_harness_finds_the_models_own_likelihoods(tmp_path):
         *("--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'},dtype=float32", "--device", "cpu"),
         *("--include_path", str(tmp_path / "tasks"), "--tasks", "letters", "--batch_size", "4"),
         *("--output_path", str(tmp_path / "out"), "--log_samples"),
-        cwd=tmp_path,
+        HF_HOME=str(tmp_path / "cache"),
+        HF_HUB_OFFLINE="1",
+        HF_DATASETS_OFFLINE="1",
     )
     assert result.returncode == 0, result.stderr[-2000:]
     (samples,) = (tmp_path / "out").rglob("samples_letters_*.jsonl")
@@ -95,14 +94,6 @@ def test_the_harness_finds_the_models_own_likelihoods(tmp_path):
 
 def test_without_the_extra_it_says_what_to_install(tmp_path):
     (tmp_path / "lm_eval.py").write_text("raise ImportError('no such thing')")
-    command = [sys.executable, str(TOOL), "--help"]
-    result = subprocess.run(
-        command,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    result = evaluate("--help", PYTHONPATH=str(tmp_path))
     assert result.returncode == 2
     assert result.stderr == "lm-eval can't be imported (no such thing): pip install 'seqtrain[eval]'\n"

@@ -5,9 +5,8 @@ import torch
 from torch import nn
 
 from experiments.fidelity import Bounds, Effort
-from experiments.fidelity.training import Recipe, Stage, score, small_model, smooth, train, train_seeds
+from experiments.fidelity.training import Recipe, Stage, score, small_model, train, train_seeds
 from seqtrain.data.synthetic import make_task
-from seqtrain.errors import ConfigError
 
 
 def model(seed: int = 0, **fields):
@@ -54,17 +53,6 @@ def test_a_stage_ends_when_enough_is_right():
     assert train(Echo(), [Stage(task, length=1, steps=30, batch=4)], Recipe(), seed=0).steps == 30
 
 
-def test_the_rate_rises_then_falls_over_all_stages(monkeypatch):
-    rates = []
-    step = torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self)))
-    train(Echo(), stages(10) + stages(10), Recipe(lr=1.0, warmup=5), seed=0)
-    assert rates[:5] == sorted(rates[:5])
-    assert rates[4:] == sorted(rates[4:], reverse=True)
-    assert rates[4] > 0.9
-    assert rates[-1] == pytest.approx(0.1, abs=0.01)
-
-
 def test_scores_count_answers_from_the_first_token_wanted():
     task = make_task("parity")
     # The first bit's parity is the bit; from the second on half the rows differ.
@@ -94,12 +82,3 @@ def test_a_figure_has_one_value_a_seed_and_says_what_training_took():
     assert len(figure.seconds) == 2
     [curve] = figure.curves
     assert curve.x == (1, 2, 3, 4)
-
-
-def test_curves_are_smoothed_over_the_steps_before():
-    assert smooth([1.0, 0.0, 1.0, 1.0], window=2) == (1.0, 0.5, 0.5, 1.0)
-
-
-def test_a_wrong_field_of_the_mixer_is_named():
-    with pytest.raises(ConfigError, match=r"^config key 'mixer\.delta_net\.conv' is unknown"):
-        model(conv=2)
