@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from inspect import signature
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -150,6 +151,13 @@ def piece_length(boundaries: tuple[int, ...], blocks: int, shortest: int) -> int
     return max(shortest, -(-boundaries[-1] // max(1, -(-PROGRAMS // blocks))))
 
 
+class Constants(SimpleNamespace):
+    """A kernel's compile-time arguments, which it takes as one: sizes of tensors and blocks, flags, dtypes."""
+
+    def __hash__(self) -> int:
+        return hash(tuple(vars(self).values()))
+
+
 @dataclass(frozen=True)
 class Launch:
     """A pinned configuration: what a kernel is launched with next to its tensors.
@@ -162,6 +170,7 @@ class Launch:
     stages: int = 2
     sizes: Mapping[str, int] = field(default_factory=dict)
 
-    def options(self) -> dict[str, Any]:
+    def options(self, **constants: Any) -> dict[str, Any]:
         """Keyword arguments of the launch; fusing a*b+c is explicit, since its default changes between Tritons."""
-        return {**self.sizes, "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        constants = {"M": Constants(**self.sizes, **constants)}
+        return {**constants, "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}

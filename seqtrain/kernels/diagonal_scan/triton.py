@@ -117,7 +117,7 @@ def _scan(
     with gpu.on_device(u):
         for totals_only in (True, False) if cut else (False,):
             stage = {"TOTALS": totals_only, "LOOKBACK": cut and not totals_only}
-            kernels.scan[len(table), blocks](*tensors, table, width, **flags, **stage, **launch.options())
+            kernels.scan[len(table), blocks](*tensors, table, width, **launch.options(**flags, **stage))
     return d_log_a.sum(0).to(log_a.dtype) if shared and d_log_a is not None else d_log_a
 
 

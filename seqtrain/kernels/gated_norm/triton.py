@@ -70,11 +70,10 @@ def _forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, silu: b
         return (out,)
     x, gate = _by_token(x), None if gate is None else _by_token(gate)
     launch, rows, groups, flags = _call(x, weight, out, silu, gate_first)
+    numbers = (rows, x.stride(0), 0 if gate is None else gate.stride(0), eps)
     with gpu.on_device(x):
-        norm.forward[-(-rows // launch.sizes["BR"]), groups](
-            x, weight.contiguous(), gate, out, rows, x.stride(0), 0 if gate is None else gate.stride(0), eps,
-            **flags, **launch.options(),
-        )  # fmt: skip
+        grid = (-(-rows // launch.sizes["BR"]), groups)
+        norm.forward[grid](x, weight.contiguous(), gate, out, *numbers, **launch.options(**flags))
     return (out,)
 
 
@@ -95,11 +94,10 @@ def _backward(
     tiles_each = -(-tiles * groups // gpu.PROGRAMS)
     programs = -(-tiles // tiles_each)
     sums = weight.new_empty(programs, *weight.shape, dtype=_accumulator(x))
+    tensors = (x, weight.contiguous(), gate, gradients[0].contiguous(), dx, d_gate, sums)
+    numbers = (rows, tiles_each, x.stride(0), 0 if gate is None else gate.stride(0), eps)
     with gpu.on_device(x):
-        norm.backward[programs, groups](
-            x, weight.contiguous(), gate, gradients[0].contiguous(), dx, d_gate, sums, rows, tiles_each,
-            x.stride(0), 0 if gate is None else gate.stride(0), eps, **flags, **launch.options(),
-        )  # fmt: skip
+        norm.backward[programs, groups](*tensors, *numbers, **launch.options(**flags))
     return dx, sums.sum(0).to(weight.dtype), d_gate, None, None, None
 
 
@@ -115,14 +113,8 @@ def _call(
     """Configuration, rows of a program's first dimension, programs of its second, and the kernels' flags."""
     heads, width = like.shape[-2:]
     shared = weight.dim() == 1
-    flags = {
-        "HEADS": heads,
-        "V": width,
-        "SHARED": shared,
-        "SILU": silu,
-        "GATE_FIRST": gate_first,
-        "ACC": gpu.triton_dtype(_accumulator(x)),
-    }
+    flags = {"HEADS": heads, "V": width, "SHARED": shared, "SILU": silu, "GATE_FIRST": gate_first}
+    flags["ACC"] = gpu.triton_dtype(_accumulator(x))
     return _pinned(width), x.shape[0] * (heads if shared else 1), 1 if shared else heads, flags
 
 

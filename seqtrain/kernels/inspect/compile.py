@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from seqtrain.kernels import dispatch, gpu
-from seqtrain.kernels.inspect.targets import TARGETS, use_target
+from seqtrain.kernels.inspect.targets import TARGETS, by_name, use_target
 
 # From this many rows on, products of 16-bit matrices are to run on the fastest matrix instructions of a target.
 WIDE_ROWS = 64
@@ -104,7 +104,7 @@ def _examine(name: str, compiled: Any, grid: tuple[int, ...], arguments: dict[st
         kernel=name,
         target=target,
         grid=tuple(grid),
-        arguments={key: _described(x) for key, x in arguments.items() if x is not None},
+        arguments={key: _described(x) for key, x in by_name(arguments).items() if x is not None},
         warps=warps,
         stages=compiled.metadata.num_stages,
         registers=code.registers,

@@ -33,7 +33,7 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter as stock
 
 from seqtrain.kernels import gpu
-from seqtrain.kernels.inspect.targets import use_target
+from seqtrain.kernels.inspect.targets import by_name, use_target
 
 Order = Literal["given", "reversed", "shuffled"]
 _builder = stock.interpreter_builder
@@ -120,7 +120,7 @@ class _Watch:
         self.kernel, self.watched, self.program = kernel, watched, 0
         self.record = LaunchRecord(kernel, ())
         self.memories: dict[int, _Memory] = {}
-        for name, value in arguments.items():
+        for name, value in by_name(arguments).items():
             tensor = getattr(value, "base", value) if hasattr(value, "block_shape") else value
             if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes():
                 key = tensor.untyped_storage().data_ptr()

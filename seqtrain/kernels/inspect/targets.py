@@ -1,5 +1,6 @@
 """The GPUs that kernels are inspected for, and a driver that makes Triton compile for one that is not here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,19 @@ class _Driver:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+def by_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A launch's arguments by name: those in a tuple by its name and their place, compile-time ones by their own."""
+    found: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, gpu.Constants):
+            found |= vars(value)
+        elif isinstance(value, tuple):
+            found |= {f"{name}[{place}]": each for place, each in enumerate(value)}
+        else:
+            found[name] = value
+    return found
 
 
 def use_target(name: str) -> None:

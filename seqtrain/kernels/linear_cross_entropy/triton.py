@@ -49,9 +49,8 @@ def _losses(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
     losses = _empty_losses(logits, labels, gradient)
     flags = {"IGNORED": IGNORED, "GRADIENT": gradient, "ACC": gpu.triton_dtype(losses.dtype)}
     with gpu.on_device(logits):
-        cross_entropy[(logits.shape[0],)](
-            logits, labels.contiguous(), losses, logits.shape[1], **flags, **PINNED[gpu.target()].options()
-        )
+        options = PINNED[gpu.target()].options(**flags)
+        cross_entropy[(logits.shape[0],)](logits, labels.contiguous(), losses, logits.shape[1], **options)
     return losses
 
 

@@ -60,17 +60,11 @@ def _forward(
     launch = PINNED[gpu.target()]
     blocks, table, boundaries = _grid(x, state, cu_seqlens, launch)
     tensors = [None if each is None else each.contiguous() for each in (x, weight, bias, state)]
-    flags = {
-        "W": weight.shape[1],
-        "DILATION": dilation,
-        "SILU": activation == "silu",
-        "ACC": gpu.triton_dtype(state.dtype),
-    }
+    flags = {"DILATION": dilation, "SILU": activation == "silu", "ACC": gpu.triton_dtype(state.dtype)}
+    options = launch.options(W=weight.shape[1], **flags)
     if len(table):
         with gpu.on_device(x):
-            convolution.forward[len(table), blocks](
-                *tensors, out, final, table, boundaries, x.shape[2], **flags, **launch.options()
-            )
+            convolution.forward[len(table), blocks](*tensors, out, final, table, boundaries, x.shape[2], **options)
     return out, final
 
 
@@ -88,13 +82,12 @@ def _backward(
     d_weight = weight.new_empty(len(table), taps, width, dtype=dtype)
     d_bias = weight.new_empty(len(table), width, dtype=dtype)
     tensors = [None if each is None else each.contiguous() for each in (x, weight, bias, state, d_out, d_final)]
-    flags = {"W": taps, "DILATION": dilation, "SILU": activation == "silu", "ACC": gpu.triton_dtype(dtype)}
+    flags = {"DILATION": dilation, "SILU": activation == "silu", "ACC": gpu.triton_dtype(dtype)}
+    options = launch.options(W=taps, TAPS=1 << (taps - 1).bit_length(), **flags)
+    written = (dx, d_state, d_weight, d_bias)
     if len(table):
         with gpu.on_device(x):
-            convolution.backward[len(table), blocks](
-                *tensors, dx, d_state, d_weight, d_bias, table, boundaries, width, **flags,
-                TAPS=1 << (taps - 1).bit_length(), **launch.options(),
-            )  # fmt: skip
+            convolution.backward[len(table), blocks](*tensors, *written, table, boundaries, width, **options)
     d_bias = None if bias is None else d_bias.sum(0).to(bias.dtype)
     return dx, d_weight.sum(0).T.to(weight.dtype), d_bias, None, None, d_state, None
 

@@ -82,12 +82,7 @@ class Products:
 
 
 def attend(
-    inputs: tuple[Tensor, ...],
-    degree: int,
-    scale: float,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    products: Products,
+    inputs: tuple[Tensor, ...], degree: int, scale: float, state: Tensor, cu_seqlens: Tensor | None, products: Products
 ) -> tuple[Tensor, Tensor]:
     """`run` by the given products; `inputs`: q, k1, k2, v1, v2."""
     q, k1, k2, v1, v2 = inputs

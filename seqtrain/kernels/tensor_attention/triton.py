@@ -86,11 +86,6 @@ def _call(piece: Piece, kernel: str) -> tuple[tuple[int, int], tuple[int, ...], 
     steps, lanes, _, width = piece.q.shape
     columns = piece.v.shape[-1]
     launch = PINNED[kernel]
-    options = {
-        "C": STEP,
-        "BF": MOST_FEATURES,
-        "ACC": gpu.triton_dtype(piece.q.dtype),
-        "PRECISION": gpu.PRECISION[gpu.target()],
-        **launch.options(),
-    }
+    accumulator, precision = gpu.triton_dtype(piece.q.dtype), gpu.PRECISION[gpu.target()]
+    options = launch.options(C=STEP, BF=MOST_FEATURES, ACC=accumulator, PRECISION=precision)
     return (lanes, -(-columns // launch.sizes["BW"])), (lanes, steps, width, columns), options

@@ -31,6 +31,18 @@ def store_rows(
 
 
 @triton.jit
+def load_tokens(pointer, at, rows, column, WIDTH: tl.constexpr, BW: tl.constexpr, M: tl.constexpr):
+    """`load_rows` of a chunk's tokens, of one head: row `at` of `[tokens * H, WIDTH]` is the first."""
+    return load_rows(pointer + at * WIDTH, rows, column, M.H * WIDTH, WIDTH, M.BT, BW)
+
+
+@triton.jit
+def store_tokens(pointer, tile, at, rows, column, WIDTH: tl.constexpr, BW: tl.constexpr, M: tl.constexpr):
+    """Writes what `load_tokens` would read."""
+    store_rows(pointer + at * WIDTH, tile, rows, column, M.H * WIDTH, WIDTH, M.BT, BW)
+
+
+@triton.jit
 def load_numbers(pointer, rows, STRIDE: tl.constexpr, BT: tl.constexpr, ACC: tl.constexpr):
     """One number per row, `[BT]`; zeros from row `rows` on."""
     i = tl.arange(0, BT)

@@ -48,52 +48,47 @@ from seqtrain.kernels.triton.chunks import (
     load_numbers,
     load_rows,
     load_sums,
+    load_tokens,
     scalar_decays,
     store_rows,
+    store_tokens,
     sum_decays,
 )
 from seqtrain.kernels.triton.state import decay_state, load_state, read_parts, store_state, write_state
 
 
 @triton.jit
-def load_apart(
-    v,
-    beta,
-    log_decay,
-    sums,
-    factors,
-    at,
-    state_at,
-    rows,
-    column,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    PARTS: tl.constexpr,
-    DECAY: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def load_apart(tensors, at, state_at, rows, column, M: tl.constexpr):
     """What a chunk needs that no product takes as it is: `(v, beta, G or decays, G_C)`, `[1]` for what is not given."""
-    b_v, strength, g, total = tl.zeros([1], ACC), tl.zeros([1], ACC), tl.zeros([1], ACC), tl.zeros([1], ACC)
+    v, beta, log_decay, sums, factors = tensors
+    b_v, strength, g, total = tl.zeros([1], M.ACC), tl.zeros([1], M.ACC), tl.zeros([1], M.ACC), tl.zeros([1], M.ACC)
     if v is not None:
-        b_v = load_rows(v + at * V, rows, column, H * V, V, BT, BV)
+        b_v = load_tokens(v, at, rows, column, M.V, M.BV, M)
     if beta is not None:
-        strength = load_numbers(beta + at, rows, H, BT, ACC)
-    if DECAY == 1:
+        strength = load_numbers(beta + at, rows, M.H, M.BT, M.ACC)
+    if M.DECAY == 1:
         if log_decay is None:
-            g, total = load_sums(sums + at, rows, H, BT)
+            g, total = load_sums(sums + at, rows, M.H, M.BT)
         else:
-            g = load_numbers(log_decay + at, rows, H, BT, tl.float64)
-    if DECAY == 2:
-        d = tl.arange(0, BK // PARTS)
+            g = load_numbers(log_decay + at, rows, M.H, M.BT, tl.float64)
+    if M.DECAY == 2:
+        PARTS: tl.constexpr = M.PARTS
+        d = tl.arange(0, M.BK // PARTS)
         total = tl.tuple(())
         for p in tl.static_range(PARTS):
-            part = p * (BK // PARTS) + d
-            total += (tl.load(factors + state_at * K + part, mask=(part < K) & (rows > 0), other=1.0),)
+            part = p * (M.BK // PARTS) + d
+            total += (tl.load(factors + state_at * M.K + part, mask=(part < M.K) & (rows > 0), other=1.0),)
     return b_v, strength, g, total
+
+
+@triton.jit
+def place(documents, M: tl.constexpr):
+    """A program's first column; which state it has and which head; its document's first token, tokens, first chunk."""
+    BLOCKS: tl.constexpr = (M.V + M.BV - 1) // M.BV
+    nh = tl.program_id(0) // BLOCKS
+    row = documents + 3 * (nh // M.H)
+    start, chunk = tl.load(row).to(tl.int64), tl.load(row + 2).to(tl.int64)
+    return tl.program_id(0) % BLOCKS * M.BV, nh.to(tl.int64), nh % M.H, start, tl.load(row + 1), chunk
 
 
 @triton.jit
@@ -103,304 +98,203 @@ def is_wide(keys, BK: tl.constexpr):
 
 
 @triton.jit
-def pair_products(
-    left,
-    right,
-    left_at,
-    right_at,
-    rows,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def pair_products(left, right, left_at, right_at, rows, M: tl.constexpr):
     """Products of the rows of two tiles, which lie at `left_at` and `right_at`: `[BT,BT]`."""
-    if is_wide(left_at, BK):
+    if is_wide(left_at, M.BK):
         # Read again, 128 bytes per token at a time. Addresses computed before the loop would hold registers, too.
         PART: tl.constexpr = 1024 // left.dtype.primitive_bitwidth
-        products = tl.zeros([BT, BT], ACC)
-        for c in tl.range(0, K, PART, disable_licm=True):
-            b_left = load_rows(left_at, rows, c, H * K, K, BT, PART)
-            b_right = load_rows(right_at, rows, c, H * K, K, BT, PART)
-            products = tl.dot(b_left, tl.trans(b_right), products, input_precision=PRECISION)
+        products = tl.zeros([M.BT, M.BT], M.ACC)
+        for c in tl.range(0, M.K, PART, disable_licm=True):
+            b_left = load_rows(left_at, rows, c, M.H * M.K, M.K, M.BT, PART)
+            b_right = load_rows(right_at, rows, c, M.H * M.K, M.K, M.BT, PART)
+            products = tl.dot(b_left, tl.trans(b_right), products, input_precision=M.PRECISION)
     else:
-        products = tl.dot(left, tl.trans(right), input_precision=PRECISION)
+        products = tl.dot(left, tl.trans(right), input_precision=M.PRECISION)
     return products
 
 
 @triton.jit
-def forward(
-    q,
-    k,
-    v,
-    beta,
-    log_decay,
-    sums,
-    inverse,
-    asked,
-    pairs,
-    factors,
-    out,
-    errors,
-    states,
-    initial,
-    final,
-    documents,
-    scale,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    PARTS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    DECAY: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def forward(made, v, beta, out, errors, states, initial, final, documents, scale, M: tl.constexpr):
     """From chunk to chunk: writes those of `out`, `errors` (E), `states` (before each chunk), `final` that are given.
 
     One program per block of V, head and document. `log_decay` given, `sums` are found and written, else they are read.
     AHEAD: what is no operand of a product is loaded a chunk ahead (1) or where it is used (0).
     """
+    q, k, log_decay, sums, inverse, asked, pairs, factors = made
     FINE: tl.constexpr = k.dtype.element_ty.primitive_bitwidth >= 32
-    BLOCKS: tl.constexpr = (V + BV - 1) // BV
-    column = tl.program_id(0) % BLOCKS * BV
-    nh = tl.program_id(0) // BLOCKS
-    n = nh // H
-    h = nh % H
-    start = tl.load(documents + 3 * n).to(tl.int64)
-    length = tl.load(documents + 3 * n + 1)
-    chunk = tl.load(documents + 3 * n + 2).to(tl.int64)
-    state = load_state(initial + nh.to(tl.int64) * K * V, column, K, V, BK, BV, PARTS, ACC)
-    at = start * H + h
-    if AHEAD:
-        b_v, b_beta, b_g, b_total = load_apart(
-            v, beta, log_decay, sums, factors, at, chunk * H + h, length, column, H, K, V, BT, BK, BV, PARTS, DECAY, ACC
-        )
-    for c in tl.range(tl.cdiv(length, BT), disable_licm=is_wide(k, BK)):
-        rows = length - c * BT
-        at = (start + c * BT) * H + h
-        b_k = load_rows(k + at * K, rows, 0, H * K, K, BT, BK)
+    column, nh, h, start, length, chunk = place(documents, M)
+    state = load_state(initial + nh * M.K * M.V, column, M)
+    apart = (v, beta, log_decay, sums, factors)
+    if M.AHEAD:
+        b_v, b_beta, b_g, b_total = load_apart(apart, start * M.H + h, chunk * M.H + h, length, column, M)
+    for c in tl.range(tl.cdiv(length, M.BT), disable_licm=is_wide(k, M.BK)):
+        rows = length - c * M.BT
+        at = (start + c * M.BT) * M.H + h
+        b_k = load_tokens(k, at, rows, 0, M.K, M.BK, M)
         dtype = b_k.dtype
         b_state = state[0].to(dtype)
         if states is not None:
-            store_state(states + ((chunk + c) * H + h) * K * V, state, column, K, V, BK, BV, PARTS)
+            store_state(states + ((chunk + c) * M.H + h) * M.K * M.V, state, column, M)
         # Parts are read before anything else is held.
-        if PARTS > 1 and beta is not None:
-            asking, reads = k if DECAY < 2 else asked, None if out is None else q + at * K
-            held, b_out = read_parts(asking + at * K, reads, rows, state, H, K, BT, BK, BV, PARTS, PRECISION)
-        elif PARTS > 1 and out is not None:
-            b_out, _ = read_parts(q + at * K, None, rows, state, H, K, BT, BK, BV, PARTS, PRECISION)
-        if AHEAD:
-            written, strength, g, total = b_v.to(ACC), b_beta, b_g, b_total
+        if M.PARTS > 1 and beta is not None:
+            asking, reads = k if M.DECAY < 2 else asked, None if out is None else q + at * M.K
+            held, b_out = read_parts(asking + at * M.K, reads, rows, state, M)
+        elif M.PARTS > 1 and out is not None:
+            b_out, _ = read_parts(q + at * M.K, None, rows, state, M)
+        if M.AHEAD:
+            written, strength, g, total = b_v.to(M.ACC), b_beta, b_g, b_total
         b_v, b_beta, b_g, b_total = load_apart(
-            v, beta, log_decay, sums, factors, at + AHEAD * BT * H, (chunk + c + AHEAD) * H + h, rows - AHEAD * BT,
-            column, H, K, V, BT, BK, BV, PARTS, DECAY, ACC,
-        )  # fmt: skip
-        if not AHEAD:
-            written, strength, g, total = b_v.to(ACC), b_beta, b_g, b_total
-        if DECAY == 1:
+            apart, at + M.AHEAD * M.BT * M.H, (chunk + c + M.AHEAD) * M.H + h, rows - M.AHEAD * M.BT, column, M
+        )
+        if not M.AHEAD:
+            written, strength, g, total = b_v.to(M.ACC), b_beta, b_g, b_total
+        if M.DECAY == 1:
             if log_decay is not None:
                 g, total = sum_decays(g)
-                i = tl.arange(0, BT)
-                tl.store(sums + at + i * H, g, mask=(i < rows) & (column == 0))
-            from_start, to_end, factor, high, low = scalar_decays(g, total, ACC)
-        if DECAY == 2:
+                i = tl.arange(0, M.BT)
+                tl.store(sums + at + i * M.H, g, mask=(i < rows) & (column == 0))
+            from_start, to_end, factor, high, low = scalar_decays(g, total, M.ACC)
+        if M.DECAY == 2:
             factor = total
         if beta is not None:
-            if PARTS == 1 and DECAY == 2:
-                b_asked = load_rows(asked + at * K, rows, 0, H * K, K, BT, BK)
-                held = tl.dot(b_asked, b_state, input_precision=PRECISION)
-            elif PARTS == 1:
-                held = tl.dot(b_k, b_state, input_precision=PRECISION)
-            if DECAY == 1:
+            if M.PARTS == 1 and M.DECAY == 2:
+                b_asked = load_tokens(asked, at, rows, 0, M.K, M.BK, M)
+                held = tl.dot(b_asked, b_state, input_precision=M.PRECISION)
+            elif M.PARTS == 1:
+                held = tl.dot(b_k, b_state, input_precision=M.PRECISION)
+            if M.DECAY == 1:
                 held *= from_start[:, None]
-            b_inverse = load_rows(inverse + at * BT, rows, 0, H * BT, BT, BT, BT)
-            written = tl.dot(b_inverse, (written - held).to(dtype), input_precision=PRECISION)
+            b_inverse = load_tokens(inverse, at, rows, 0, M.BT, M.BT, M)
+            written = tl.dot(b_inverse, (written - held).to(dtype), input_precision=M.PRECISION)
             if errors is not None:
-                store_rows(errors + at * V, written, rows, column, H * V, V, BT, BV)
+                store_tokens(errors, written, at, rows, column, M.V, M.BV, M)
             written *= strength[:, None]
         if out is not None:
-            b_q = load_rows(q + at * K, rows, 0, H * K, K, BT, BK)
-            if PARTS == 1:
-                b_out = tl.dot(b_q, b_state, input_precision=PRECISION)
-            if DECAY == 2:
-                b_pairs = load_rows(pairs + at * BT, rows, 0, H * BT, BT, BT, BT)
-                b_out = tl.dot(b_pairs, written.to(dtype), b_out, input_precision=PRECISION)
+            b_q = load_tokens(q, at, rows, 0, M.K, M.BK, M)
+            if M.PARTS == 1:
+                b_out = tl.dot(b_q, b_state, input_precision=M.PRECISION)
+            if M.DECAY == 2:
+                b_pairs = load_tokens(pairs, at, rows, 0, M.BT, M.BT, M)
+                b_out = tl.dot(b_pairs, written.to(dtype), b_out, input_precision=M.PRECISION)
             else:
-                p = pair_products(b_q, b_k, q + at * K, k + at * K, rows, H, K, BT, BK, ACC, PRECISION)
-                if DECAY == 1:
+                p = pair_products(b_q, b_k, q + at * M.K, k + at * M.K, rows, M)
+                if M.DECAY == 1:
                     b_out *= from_start[:, None]
-                    p *= between(high, low, BT, False, FINE)
+                    p *= between(high, low, M.BT, False, FINE)
                 else:
-                    i = tl.arange(0, BT)
+                    i = tl.arange(0, M.BT)
                     p = tl.where(i[:, None] >= i[None, :], p, 0.0)
-                b_out = tl.dot(p.to(dtype), written.to(dtype), b_out, input_precision=PRECISION) * scale
-            store_rows(out + at * V, b_out, rows, column, H * V, V, BT, BV)
-        if DECAY > 0:
-            state = decay_state(state, factor, PARTS, DECAY)
-        if DECAY == 1:
+                b_out = tl.dot(p.to(dtype), written.to(dtype), b_out, input_precision=M.PRECISION) * scale
+            store_tokens(out, b_out, at, rows, column, M.V, M.BV, M)
+        if M.DECAY > 0:
+            state = decay_state(state, factor, M)
+        if M.DECAY == 1:
             written *= to_end[:, None]
-        state = write_state(b_k, k + at * K, rows, written.to(dtype), state, H, K, BT, BK, PARTS, PRECISION)
+        state = write_state(b_k, k + at * M.K, rows, written.to(dtype), state, M)
     if final is not None:
-        store_state(final + nh.to(tl.int64) * K * V, state, column, K, V, BK, BV, PARTS)
+        store_state(final + nh * M.K * M.V, state, column, M)
 
 
 @triton.jit
-def step(
-    q,
-    k,
-    v,
-    beta,
-    log_decay,
-    out,
-    initial,
-    final,
-    scale,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    DECAY: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def step(q, k, v, beta, log_decay, out, initial, final, scale, M: tl.constexpr):
     """One token per row, as in the definition: `out` and `final`, each state read and written once.
 
     A program a block of V, head and row.
     """
-    BLOCKS: tl.constexpr = (V + BV - 1) // BV
-    column = tl.program_id(0) % BLOCKS * BV
+    BLOCKS: tl.constexpr = (M.V + M.BV - 1) // M.BV
+    column = tl.program_id(0) % BLOCKS * M.BV
     at = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    d = tl.arange(0, BK)
-    e = column + tl.arange(0, BV)
-    b_k = tl.load(k + at * K + d, mask=d < K, other=0.0).to(ACC)
-    b_q = tl.load(q + at * K + d, mask=d < K, other=0.0).to(ACC)
-    written = tl.load(v + at * V + e, mask=e < V, other=0.0).to(ACC)
-    state = load_rows(initial + at * K * V, K, column, V, V, BK, BV).to(ACC)
-    if DECAY == 1:
-        state *= tl.math.exp2(tl.load(log_decay + at).to(ACC) * LOG2_E)
-    if DECAY == 2:
-        decay = tl.load(log_decay + at * K + d, mask=d < K, other=0.0).to(ACC)
+    d = tl.arange(0, M.BK)
+    e = column + tl.arange(0, M.BV)
+    b_k = tl.load(k + at * M.K + d, mask=d < M.K, other=0.0).to(M.ACC)
+    b_q = tl.load(q + at * M.K + d, mask=d < M.K, other=0.0).to(M.ACC)
+    written = tl.load(v + at * M.V + e, mask=e < M.V, other=0.0).to(M.ACC)
+    state = load_rows(initial + at * M.K * M.V, M.K, column, M.V, M.V, M.BK, M.BV).to(M.ACC)
+    if M.DECAY == 1:
+        state *= tl.math.exp2(tl.load(log_decay + at).to(M.ACC) * LOG2_E)
+    if M.DECAY == 2:
+        decay = tl.load(log_decay + at * M.K + d, mask=d < M.K, other=0.0).to(M.ACC)
         state *= tl.math.exp2(decay * LOG2_E)[:, None]
     if beta is not None:
-        written = (written - tl.sum(b_k[:, None] * state, 0)) * tl.load(beta + at).to(ACC)
+        written = (written - tl.sum(b_k[:, None] * state, 0)) * tl.load(beta + at).to(M.ACC)
     state += b_k[:, None] * written[None, :]
     b_out = tl.sum(b_q[:, None] * state, 0) * scale
-    tl.store(out + at * V + e, b_out.to(out.dtype.element_ty), mask=e < V)
-    store_rows(final + at * K * V, state, K, column, V, V, BK, BV)
+    tl.store(out + at * M.V + e, b_out.to(out.dtype.element_ty), mask=e < M.V)
+    store_rows(final + at * M.K * M.V, state, M.K, column, M.V, M.V, M.BK, M.BV)
 
 
 @triton.jit
-def reverse(
-    q,
-    k,
-    beta,
-    sums,
-    inverse,
-    asked,
-    pairs,
-    factors,
-    d_out,
-    d_v,
-    d_states,
-    d_final,
-    d_initial,
-    documents,
-    scale,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    PARTS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    DECAY: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def reverse(made, beta, d_out, d_v, d_states, d_final, d_initial, documents, scale, M: tl.constexpr):
     """From the last chunk to the first: `d_v`, `d_states` (of the state after each chunk) and `d_initial`.
 
     One program per block of V, head and document. AHEAD: as in `forward`.
     """
+    q, k, _, sums, inverse, asked, pairs, factors = made
     FINE: tl.constexpr = k.dtype.element_ty.primitive_bitwidth >= 32
-    BLOCKS: tl.constexpr = (V + BV - 1) // BV
-    column = tl.program_id(0) % BLOCKS * BV
-    nh = tl.program_id(0) // BLOCKS
-    n = nh // H
-    h = nh % H
-    start = tl.load(documents + 3 * n).to(tl.int64)
-    length = tl.load(documents + 3 * n + 1)
-    chunk = tl.load(documents + 3 * n + 2).to(tl.int64)
-    i = tl.arange(0, BT)
-    d_state = load_state(d_final + nh.to(tl.int64) * K * V, column, K, V, BK, BV, PARTS, ACC)
-    count = tl.cdiv(length, BT)
-    if AHEAD:
-        rows = tl.where(count > 0, length - (count - 1) * BT, 0)
+    column, nh, h, start, length, chunk = place(documents, M)
+    i = tl.arange(0, M.BT)
+    d_state = load_state(d_final + nh * M.K * M.V, column, M)
+    count = tl.cdiv(length, M.BT)
+    apart = (None, beta, None, sums, factors)
+    if M.AHEAD:
+        rows = tl.where(count > 0, length - (count - 1) * M.BT, 0)
         _, b_beta, b_g, b_total = load_apart(
-            None, beta, None, sums, factors, (start + (count - 1) * BT) * H + h, (chunk + count - 1) * H + h, rows, 0,
-            H, K, V, BT, BK, BV, PARTS, DECAY, ACC,
-        )  # fmt: skip
-    for left in tl.range(count, disable_licm=is_wide(k, BK)):
+            apart, (start + (count - 1) * M.BT) * M.H + h, (chunk + count - 1) * M.H + h, rows, 0, M
+        )
+    for left in tl.range(count, disable_licm=is_wide(k, M.BK)):
         c = count - 1 - left
-        rows = length - c * BT
-        at = (start + c * BT) * H + h
-        if PARTS > 1:
+        rows = length - c * M.BT
+        at = (start + c * M.BT) * M.H + h
+        if M.PARTS > 1:
             # Before anything else is held, as in `forward`.
-            store_state(d_states + ((chunk + c) * H + h) * K * V, d_state, column, K, V, BK, BV, PARTS)
-            written, _ = read_parts(k + at * K, None, rows, d_state, H, K, BT, BK, BV, PARTS, PRECISION)
-        if AHEAD:
+            store_state(d_states + ((chunk + c) * M.H + h) * M.K * M.V, d_state, column, M)
+            written, _ = read_parts(k + at * M.K, None, rows, d_state, M)
+        if M.AHEAD:
             strength, g, total = b_beta, b_g, b_total
-        ahead = tl.where(c > 0, BT, 0) if AHEAD else rows
+        ahead = tl.where(c > 0, M.BT, 0) if M.AHEAD else rows
         _, b_beta, b_g, b_total = load_apart(
-            None, beta, None, sums, factors, at - AHEAD * BT * H, (chunk + c - AHEAD) * H + h, ahead, 0,
-            H, K, V, BT, BK, BV, PARTS, DECAY, ACC,
-        )  # fmt: skip
-        if not AHEAD:
+            apart, at - M.AHEAD * M.BT * M.H, (chunk + c - M.AHEAD) * M.H + h, ahead, 0, M
+        )
+        if not M.AHEAD:
             strength, g, total = b_beta, b_g, b_total
-        b_k = load_rows(k + at * K, rows, 0, H * K, K, BT, BK)
-        b_q = load_rows(q + at * K, rows, 0, H * K, K, BT, BK)
+        b_k = load_tokens(k, at, rows, 0, M.K, M.BK, M)
+        b_q = load_tokens(q, at, rows, 0, M.K, M.BK, M)
         dtype = b_k.dtype
-        b_out = load_rows(d_out + at * V, rows, column, H * V, V, BT, BV).to(dtype)
-        if PARTS == 1:
-            store_state(d_states + ((chunk + c) * H + h) * K * V, d_state, column, K, V, BK, BV, PARTS)
-            written = tl.dot(b_k, d_state[0].to(dtype), input_precision=PRECISION)  # dn
-        if DECAY == 2:
-            b_pairs = load_rows(pairs + at * BT, rows, 0, H * BT, BT, BT, BT)
-            written = tl.dot(tl.trans(b_pairs), b_out, written, input_precision=PRECISION)
-            d_state = decay_state(d_state, total, PARTS, DECAY)
+        b_out = load_tokens(d_out, at, rows, column, M.V, M.BV, M).to(dtype)
+        if M.PARTS == 1:
+            store_state(d_states + ((chunk + c) * M.H + h) * M.K * M.V, d_state, column, M)
+            written = tl.dot(b_k, d_state[0].to(dtype), input_precision=M.PRECISION)  # dn
+        if M.DECAY == 2:
+            b_pairs = load_tokens(pairs, at, rows, 0, M.BT, M.BT, M)
+            written = tl.dot(tl.trans(b_pairs), b_out, written, input_precision=M.PRECISION)
+            d_state = decay_state(d_state, total, M)
         else:
             # Its row j holds what reads token j.
-            p = pair_products(b_k, b_q, k + at * K, q + at * K, rows, H, K, BT, BK, ACC, PRECISION)
-            if DECAY == 1:
-                from_start, to_end, factor, high, low = scalar_decays(g, total, ACC)
+            p = pair_products(b_k, b_q, k + at * M.K, q + at * M.K, rows, M)
+            if M.DECAY == 1:
+                from_start, to_end, factor, high, low = scalar_decays(g, total, M.ACC)
                 written *= to_end[:, None]
-                p *= between(high, low, BT, True, FINE)
-                d_state = decay_state(d_state, factor, PARTS, DECAY)
+                p *= between(high, low, M.BT, True, FINE)
+                d_state = decay_state(d_state, factor, M)
             else:
                 p = tl.where(i[:, None] <= i[None, :], p, 0.0)
-            written = tl.dot((p * scale).to(dtype), b_out, written, input_precision=PRECISION)
-            if DECAY == 1:
-                b_out = (b_out.to(ACC) * (from_start * scale)[:, None]).to(dtype)
+            written = tl.dot((p * scale).to(dtype), b_out, written, input_precision=M.PRECISION)
+            if M.DECAY == 1:
+                b_out = (b_out.to(M.ACC) * (from_start * scale)[:, None]).to(dtype)
             else:
-                b_out = (b_out.to(ACC) * scale).to(dtype)
+                b_out = (b_out.to(M.ACC) * scale).to(dtype)
         if beta is not None:
             written *= strength[:, None]
-            b_inverse = load_rows(inverse + at * BT, rows, 0, H * BT, BT, BT, BT)
-            written = tl.dot(tl.trans(b_inverse), written.to(dtype), input_precision=PRECISION)
-        store_rows(d_v + at * V, written, rows, column, H * V, V, BT, BV)
-        d_state = write_state(b_q, q + at * K, rows, b_out, d_state, H, K, BT, BK, PARTS, PRECISION)
+            b_inverse = load_tokens(inverse, at, rows, 0, M.BT, M.BT, M)
+            written = tl.dot(tl.trans(b_inverse), written.to(dtype), input_precision=M.PRECISION)
+        store_tokens(d_v, written, at, rows, column, M.V, M.BV, M)
+        d_state = write_state(b_q, q + at * M.K, rows, b_out, d_state, M)
         if beta is not None:
-            if DECAY == 1:
+            if M.DECAY == 1:
                 written *= from_start[:, None]
-            asking = k if DECAY < 2 else asked
-            if DECAY == 2:
-                b_k = load_rows(asked + at * K, rows, 0, H * K, K, BT, BK)
+            asking = k if M.DECAY < 2 else asked
+            if M.DECAY == 2:
+                b_k = load_tokens(asked, at, rows, 0, M.K, M.BK, M)
             written = (-written).to(dtype)
-            d_state = write_state(b_k, asking + at * K, rows, written, d_state, H, K, BT, BK, PARTS, PRECISION)
-    store_state(d_initial + nh.to(tl.int64) * K * V, d_state, column, K, V, BK, BV, PARTS)
+            d_state = write_state(b_k, asking + at * M.K, rows, written, d_state, M)
+    store_state(d_initial + nh * M.K * M.V, d_state, column, M)

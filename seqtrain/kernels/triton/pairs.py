@@ -96,122 +96,86 @@ def store_sums(sums, tile, which, lanes, lane, f, w, F, W):
 
 
 @triton.jit
-def outputs(
-    q,
-    k,
-    v,
-    sums,
-    out,
-    lanes,
-    steps,
-    F,
-    W,
-    C: tl.constexpr,
-    TG: tl.constexpr,
-    BF: tl.constexpr,
-    BW: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def outputs(q, k, v, sums, out, lanes, steps, F, W, M: tl.constexpr):
     """q `[n,L,C,F]`, k `[n,2,L,C,F]`, v `[n,2,L,C,W]`, sums before each chunk `[2,L,F,W]` -> out `[n,L,C,W]`."""
     lane = tl.program_id(0)
-    f = tl.arange(0, BF)
-    w = tl.program_id(1) * BW + tl.arange(0, BW)
+    f = tl.arange(0, M.BF)
+    w = tl.program_id(1) * M.BW + tl.arange(0, M.BW)
     s1 = load_sums(sums, 0, lanes, lane, f, w, F, W)
     s2 = load_sums(sums, 1, lanes, lane, f, w, F, W)
     for n in range(steps):
-        k1, k2, v1, v2 = load_keys(k, v, n, lanes, lane, f, w, F, W, C)
-        for group in range(C // TG):
-            row = (n * lanes + lane) * C + group * TG
-            pairs, seen = is_pair(group * TG, TG, C)
-            query = load_tile(q, row, f, F, TG)
-            queries = tl.where(pairs, of_token(query, TG, C, BF), 0.0)
-            x1, x2 = queries * of_past(k1, TG, C, BF), queries * of_past(k2, TG, C, BF)
-            both_new = tl.where(seen, product(x1, tl.trans(k2), ACC, PRECISION), 0.0)
-            through = product(x1, s2, ACC, PRECISION) + product(both_new, v2, ACC, PRECISION)
-            rows = by_token(through * of_past(v1, TG, C, BW), TG, C, BW)
-            rows += by_token(product(x2, s1, ACC, PRECISION) * of_past(v2, TG, C, BW), TG, C, BW)
-            rows += product(query, s1 * s2, ACC)
-            store_tile(out, rows, row, w, W, TG)
-        s1 += product(tl.trans(k1), v1, ACC)
-        s2 += product(tl.trans(k2), v2, ACC)
+        k1, k2, v1, v2 = load_keys(k, v, n, lanes, lane, f, w, F, W, M.C)
+        for group in range(M.C // M.TG):
+            row = (n * lanes + lane) * M.C + group * M.TG
+            pairs, seen = is_pair(group * M.TG, M.TG, M.C)
+            query = load_tile(q, row, f, F, M.TG)
+            queries = tl.where(pairs, of_token(query, M.TG, M.C, M.BF), 0.0)
+            x1, x2 = queries * of_past(k1, M.TG, M.C, M.BF), queries * of_past(k2, M.TG, M.C, M.BF)
+            both_new = tl.where(seen, product(x1, tl.trans(k2), M.ACC, M.PRECISION), 0.0)
+            through = product(x1, s2, M.ACC, M.PRECISION) + product(both_new, v2, M.ACC, M.PRECISION)
+            rows = by_token(through * of_past(v1, M.TG, M.C, M.BW), M.TG, M.C, M.BW)
+            rows += by_token(product(x2, s1, M.ACC, M.PRECISION) * of_past(v2, M.TG, M.C, M.BW), M.TG, M.C, M.BW)
+            rows += product(query, s1 * s2, M.ACC)
+            store_tile(out, rows, row, w, W, M.TG)
+        s1 += product(tl.trans(k1), v1, M.ACC)
+        s2 += product(tl.trans(k2), v2, M.ACC)
 
 
 @triton.jit
-def gradients(
-    q,
-    k,
-    v,
-    sums,
-    d_out,
-    d_q,
-    d_k,
-    d_v,
-    d_sums,
-    lanes,
-    steps,
-    F,
-    W,
-    C: tl.constexpr,
-    TG: tl.constexpr,
-    BF: tl.constexpr,
-    BW: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def gradients(q, k, v, sums, d_out, d_q, d_k, d_v, d_sums, lanes, steps, F, W, M: tl.constexpr):
     """Gradients of q, k, v and of the sums before each chunk; sums: after each chunk. d_q, d_k: one a block of W."""
     lane, block = tl.program_id(0), tl.program_id(1)
-    f = tl.arange(0, BF)
-    w = block * BW + tl.arange(0, BW)
+    f = tl.arange(0, M.BF)
+    w = block * M.BW + tl.arange(0, M.BW)
     s1 = load_sums(sums, 0, lanes, lane, f, w, F, W)
     s2 = load_sums(sums, 1, lanes, lane, f, w, F, W)
-    d_s1 = tl.zeros((BF, BW), ACC)
-    d_s2 = tl.zeros((BF, BW), ACC)
+    d_s1 = tl.zeros((M.BF, M.BW), M.ACC)
+    d_s2 = tl.zeros((M.BF, M.BW), M.ACC)
     for back in range(steps):
         n = steps - 1 - back
-        k1, k2, v1, v2 = load_keys(k, v, n, lanes, lane, f, w, F, W, C)
-        s1 -= product(tl.trans(k1), v1, ACC)
-        s2 -= product(tl.trans(k2), v2, ACC)
+        k1, k2, v1, v2 = load_keys(k, v, n, lanes, lane, f, w, F, W, M.C)
+        s1 -= product(tl.trans(k1), v1, M.ACC)
+        s2 -= product(tl.trans(k2), v2, M.ACC)
         # What keys and values owe to later steps.
-        d_k1 = product(v1, tl.trans(d_s1), ACC)
-        d_k2 = product(v2, tl.trans(d_s2), ACC)
-        d_v1 = product(k1, d_s1, ACC)
-        d_v2 = product(k2, d_s2, ACC)
-        first = (n * lanes + lane) * C
-        grads = load_tile(d_out, first, w, W, C)
-        d_product = product(tl.trans(load_tile(q, first, f, F, C)), grads, ACC)
+        d_k1 = product(v1, tl.trans(d_s1), M.ACC)
+        d_k2 = product(v2, tl.trans(d_s2), M.ACC)
+        d_v1 = product(k1, d_s1, M.ACC)
+        d_v2 = product(k2, d_s2, M.ACC)
+        first = (n * lanes + lane) * M.C
+        grads = load_tile(d_out, first, w, W, M.C)
+        d_product = product(tl.trans(load_tile(q, first, f, F, M.C)), grads, M.ACC)
         d_s1 += d_product * s2
         d_s2 += d_product * s1
-        for group in range(C // TG):
-            row = first + group * TG
-            pairs, seen = is_pair(group * TG, TG, C)
-            grad = load_tile(d_out, row, w, W, TG)
-            queries = tl.where(pairs, of_token(load_tile(q, row, f, F, TG), TG, C, BF), 0.0)
-            x1, x2 = queries * of_past(k1, TG, C, BF), queries * of_past(k2, TG, C, BF)
-            d_pairs = tl.where(pairs, of_token(grad, TG, C, BW), 0.0)
-            d_1, d_2 = d_pairs * of_past(v1, TG, C, BW), d_pairs * of_past(v2, TG, C, BW)
-            d_s1 += product(tl.trans(x2), d_2, ACC, PRECISION)
-            d_s2 += product(tl.trans(x1), d_1, ACC, PRECISION)
+        for group in range(M.C // M.TG):
+            row = first + group * M.TG
+            pairs, seen = is_pair(group * M.TG, M.TG, M.C)
+            grad = load_tile(d_out, row, w, W, M.TG)
+            queries = tl.where(pairs, of_token(load_tile(q, row, f, F, M.TG), M.TG, M.C, M.BF), 0.0)
+            x1, x2 = queries * of_past(k1, M.TG, M.C, M.BF), queries * of_past(k2, M.TG, M.C, M.BF)
+            d_pairs = tl.where(pairs, of_token(grad, M.TG, M.C, M.BW), 0.0)
+            d_1, d_2 = d_pairs * of_past(v1, M.TG, M.C, M.BW), d_pairs * of_past(v2, M.TG, M.C, M.BW)
+            d_s1 += product(tl.trans(x2), d_2, M.ACC, M.PRECISION)
+            d_s2 += product(tl.trans(x1), d_1, M.ACC, M.PRECISION)
 
-            both_new = tl.where(seen, product(x1, tl.trans(k2), ACC, PRECISION), 0.0)
-            through = product(x1, s2, ACC, PRECISION) + product(both_new, v2, ACC, PRECISION)
-            d_v1 += by_past(through * d_pairs, TG, C, BW)
-            d_v2 += by_past(product(x2, s1, ACC, PRECISION) * d_pairs, TG, C, BW)
-            d_v2 += product(tl.trans(both_new), d_1, ACC, PRECISION)
+            both_new = tl.where(seen, product(x1, tl.trans(k2), M.ACC, M.PRECISION), 0.0)
+            through = product(x1, s2, M.ACC, M.PRECISION) + product(both_new, v2, M.ACC, M.PRECISION)
+            d_v1 += by_past(through * d_pairs, M.TG, M.C, M.BW)
+            d_v2 += by_past(product(x2, s1, M.ACC, M.PRECISION) * d_pairs, M.TG, M.C, M.BW)
+            d_v2 += product(tl.trans(both_new), d_1, M.ACC, M.PRECISION)
 
-            d_both_new = tl.where(seen, product(d_1, tl.trans(v2), ACC, PRECISION), 0.0)
-            d_x1 = product(d_1, tl.trans(s2), ACC, PRECISION) + product(d_both_new, k2, ACC, PRECISION)
-            d_x2 = product(d_2, tl.trans(s1), ACC, PRECISION)
-            d_pair = tl.where(pairs, d_x1 * of_past(k1, TG, C, BF) + d_x2 * of_past(k2, TG, C, BF), 0.0)
-            d_query = by_token(d_pair, TG, C, BF) + product(grad, tl.trans(s1 * s2), ACC)
-            store_tile(d_q, d_query, (block * steps * lanes) * C + row, f, F, TG)
-            d_k1 += by_past(d_x1 * queries, TG, C, BF)
-            d_k2 += by_past(d_x2 * queries, TG, C, BF) + product(tl.trans(d_both_new), x1, ACC, PRECISION)
+            d_both_new = tl.where(seen, product(d_1, tl.trans(v2), M.ACC, M.PRECISION), 0.0)
+            d_x1 = product(d_1, tl.trans(s2), M.ACC, M.PRECISION) + product(d_both_new, k2, M.ACC, M.PRECISION)
+            d_x2 = product(d_2, tl.trans(s1), M.ACC, M.PRECISION)
+            d_pair = tl.where(pairs, d_x1 * of_past(k1, M.TG, M.C, M.BF) + d_x2 * of_past(k2, M.TG, M.C, M.BF), 0.0)
+            d_query = by_token(d_pair, M.TG, M.C, M.BF) + product(grad, tl.trans(s1 * s2), M.ACC)
+            store_tile(d_q, d_query, (block * steps * lanes) * M.C + row, f, F, M.TG)
+            d_k1 += by_past(d_x1 * queries, M.TG, M.C, M.BF)
+            d_k2 += by_past(d_x2 * queries, M.TG, M.C, M.BF) + product(tl.trans(d_both_new), x1, M.ACC, M.PRECISION)
         one, other = (2 * n) * lanes + lane, (2 * n + 1) * lanes + lane
         before = block * steps * 2 * lanes
-        store_tile(d_k, d_k1, (before + one) * C, f, F, C)
-        store_tile(d_k, d_k2, (before + other) * C, f, F, C)
-        store_tile(d_v, d_v1, one * C, w, W, C)
-        store_tile(d_v, d_v2, other * C, w, W, C)
+        store_tile(d_k, d_k1, (before + one) * M.C, f, F, M.C)
+        store_tile(d_k, d_k2, (before + other) * M.C, f, F, M.C)
+        store_tile(d_v, d_v1, one * M.C, w, W, M.C)
+        store_tile(d_v, d_v2, other * M.C, w, W, M.C)
     store_sums(d_sums, d_s1, 0, lanes, lane, f, w, F, W)
     store_sums(d_sums, d_s2, 1, lanes, lane, f, w, F, W)

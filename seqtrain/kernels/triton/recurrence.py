@@ -52,10 +52,10 @@ def _forward(
     inverse, sums = _empty_kept(q, beta, log_decay)
     with gpu.on_device(q):
         if _is_step(q, cu_seqlens):
-            call.step(out, final)
+            call.launch(matrix.step, call.q, call.k, call.v, call.beta, call.log_decay, out, call.state, final)
         else:
             made = call.operands(inverse, sums, known=False)
-            call.forward(made, out=out, final=final)
+            call.launch(matrix.forward, made, call.v, call.beta, out, None, None, call.state, final, call.documents)
     return out, final, inverse, sums
 
 
@@ -81,11 +81,12 @@ def _backward(
     inverse, sums = kept if known else (torch.empty_like(x) for x in kept)
     with gpu.on_device(call.q):
         made = call.operands(inverse, sums, known=known)
-        call.forward(made, errors=errors, states=states)
-        call.reverse(made, d_out, d_v, d_states, d_final, d_state)
+        call.launch(matrix.forward, made, call.v, call.beta, None, errors, states, call.state, None, call.documents)
+        call.launch(matrix.reverse, made, call.beta, d_out, d_v, d_states, d_final, d_state, call.documents)
         del made
-        values = call.v if errors is None else errors
-        call.gradients(sums if call.decay == 1 else None, values, d_out, d_v, states, d_states, d_q, d_k, d_beta, d_log)
+        inputs = (call.q, call.k, call.beta, call.log_decay, sums if call.decay == 1 else None)
+        given = (call.v if errors is None else errors, d_out, d_v, states, d_states)
+        call.launch(matrix_chunks.gradients, *inputs, given, d_q, d_k, d_beta, d_log, call.chunks)
     return d_q, d_k, d_v, d_beta, d_log, d_state, None, None
 
 
@@ -105,21 +106,6 @@ def _empty_kept(q: Tensor, beta: Tensor | None, log_decay: Tensor | None) -> tup
 
 
 _recurrence = differentiable("matrix_recurrence", forward=_forward, backward=_backward, shapes=_shapes, results=2)
-
-
-@dataclass
-class _Operands:
-    """What the kernels that go from chunk to chunk multiply with; see `matrix`."""
-
-    q: Tensor
-    k: Tensor
-    # Both None of a form that has none; `log_decay` is given while `sums` are not found yet.
-    inverse: Tensor | None
-    sums: Tensor | None
-    log_decay: Tensor | None = None
-    asked: Tensor | None = None
-    pairs: Tensor | None = None
-    factors: Tensor | None = None
 
 
 def _contiguous(tensor: Any) -> Any:
@@ -158,73 +144,35 @@ class _Call:
         """DECAY of the kernels."""
         return 0 if self.log_decay is None else self.log_decay.dim() - 2
 
-    def operands(self, inverse: Tensor, sums: Tensor, *, known: bool) -> _Operands:
-        """Runs `prepare` where there is something to prepare; writes `inverse` and `sums` unless they are `known`."""
-        made = _Operands(self.q, self.k, None if self.beta is None else inverse, sums if self.decay == 1 else None)
+    def operands(self, inverse: Tensor, sums: Tensor, *, known: bool) -> tuple[Tensor | None, ...]:
+        """What the kernels that go from chunk to chunk multiply with, their `made`; None of a form that has none.
+
+        Runs `prepare` where there is something to prepare; writes `inverse` and `sums` unless they are `known`.
+        """
+        made_sums, made_inverse = sums if self.decay == 1 else None, None if self.beta is None else inverse
+        if self.decay < 2 and (known or self.beta is None):
+            # `forward` finds sums that are not known as it goes: a launch less.
+            return self.q, self.k, None if known else self.log_decay, made_sums, made_inverse, None, None, None
+        decayed: list[Tensor | None] = [self.q, self.k, None, None, None]
         if self.decay == 2:
-            made.q, made.k = torch.empty_like(self.q), torch.empty_like(self.k)
-            made.asked = None if self.beta is None else torch.empty_like(self.k)
-            made.pairs = self.q.new_empty(*self.q.shape[:3], self.chunk)
-            made.factors = self.state.new_empty(self.chunks.shape[0], *self.q.shape[2:])
-        elif known:
-            return made
-        elif self.beta is None:
-            # `forward` finds the sums as it goes: a launch less.
-            made.log_decay = self.log_decay
-            return made
-        written = (made.sums, None if known else made.inverse, made.q, made.k, made.asked, made.pairs, made.factors)
-        inputs = (self.q, self.k, self.beta, self.log_decay)
-        self._launch(matrix_chunks.prepare, *inputs, *written, self.chunks)
-        return made
+            asked = None if self.beta is None else torch.empty_like(self.k)
+            pairs = self.q.new_empty(*self.q.shape[:3], self.chunk)
+            factors = self.state.new_empty(self.chunks.shape[0], *self.q.shape[2:])
+            decayed = [torch.empty_like(self.q), torch.empty_like(self.k), asked, pairs, factors]
+        written = (made_sums, None if known else made_inverse, *decayed)
+        self.launch(matrix_chunks.prepare, self.q, self.k, self.beta, self.log_decay, *written, self.chunks)
+        return *decayed[:2], None, made_sums, made_inverse, *decayed[2:]
 
-    def forward(
-        self,
-        made: _Operands,
-        *,
-        out: Tensor | None = None,
-        errors: Tensor | None = None,
-        states: Tensor | None = None,
-        final: Tensor | None = None,
-    ) -> None:
-        """Runs `forward` for the results that are given."""
-        inputs = (made.q, made.k, self.v, self.beta, made.log_decay)
-        prepared = (made.sums, made.inverse, made.asked, made.pairs, made.factors)
-        self._launch(matrix.forward, *inputs, *prepared, out, errors, states, self.state, final, self.documents)
-
-    def step(self, out: Tensor, final: Tensor) -> None:
-        """Runs `step`, which writes both."""
-        self._launch(matrix.step, self.q, self.k, self.v, self.beta, self.log_decay, out, self.state, final)
-
-    def reverse(
-        self, made: _Operands, d_out: Tensor, d_v: Tensor, d_states: Tensor, d_final: Tensor, d_state: Tensor
-    ) -> None:
-        """Runs `reverse`, which writes d_v, d_states and d_state."""
-        inputs = (made.q, made.k, self.beta, made.sums, made.inverse, made.asked, made.pairs, made.factors)
-        self._launch(matrix.reverse, *inputs, d_out, d_v, d_states, d_final, d_state, self.documents)
-
-    def gradients(self, *tensors: Tensor | None) -> None:
-        """Runs `gradients`; tensors from `sums` to `d_log`."""
-        self._launch(matrix_chunks.gradients, self.q, self.k, self.beta, self.log_decay, *tensors, self.chunks)
-
-    def _launch(self, kernel: Any, *tensors: Tensor | None) -> None:
+    def launch(self, kernel: Any, *tensors: Any) -> None:
         heads, key, value = self.v.shape[2], self.q.shape[3], self.v.shape[3]
         width, delta = triton.next_power_of_2(max(key, 16)), self.beta is not None
         launch = pinned(self.target, kernel.__name__, width, self.q.dtype, self.decay, delta=delta)
         places, blocks = self.state.shape[0], triton.cdiv(value, launch.sizes.get("BV", value))
         if kernel in (matrix_chunks.prepare, matrix_chunks.gradients):
             places, blocks = self.chunks.shape[0], 1
-        flags = {} if kernel is matrix.step else {"PRECISION": gpu.PRECISION[self.target]}
-        kernel[(places * heads * blocks,)](
-            *tensors,
-            self.scale,
-            H=heads,
-            K=key,
-            V=value,
-            DECAY=self.decay,
-            ACC=gpu.triton_dtype(self.state.dtype),
-            **flags,
-            **launch.options(),
-        )
+        flags = {"DECAY": self.decay, "DELTA": delta, "PRECISION": gpu.PRECISION[self.target]}
+        options = launch.options(H=heads, K=key, V=value, ACC=gpu.triton_dtype(self.state.dtype), **flags)
+        kernel[(places * heads * blocks,)](*tensors, self.scale, **options)
 
 
 # A training step has one set of boundaries in all its layers, forward and backward; evaluation adds a few.

@@ -64,12 +64,7 @@ def _then(a1, u1, a2, u2):
 
 @triton.jit
 def _then_complex(a1r, a1i, u1r, u1i, a2r, a2i, u2r, u2i):
-    return (
-        a1r * a2r - a1i * a2i,
-        a1r * a2i + a1i * a2r,
-        a2r * u1r - a2i * u1i + u2r,
-        a2r * u1i + a2i * u1r + u2i,
-    )
+    return (a1r * a2r - a1i * a2i, a1r * a2i + a1i * a2r, a2r * u1r - a2i * u1i + u2r, a2r * u1i + a2i * u1r + u2i)
 
 
 @triton.jit
@@ -89,149 +84,112 @@ def pick_row(tile, row, BT: tl.constexpr):
 
 
 @triton.jit
-def enter(
-    totals,
-    enters,
-    piece,
-    document,
-    first,
-    last,
-    d,
-    inside,
-    D,
-    COMPLEX: tl.constexpr,
-    BACK: tl.constexpr,
-    LOOKBACK: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def enter(totals, enters, piece, document, first, last, d, inside, D, M: tl.constexpr):
     """The state that enters a piece: the given one, taken through the pieces before it."""
-    hr, hi = load_complex(enters, document * D + d, inside, COMPLEX, ACC)
-    if LOOKBACK:
+    hr, hi = load_complex(enters, document * D + d, inside, M.COMPLEX, M.ACC)
+    if M.LOOKBACK:
         before = piece - first
-        if BACK:
+        if M.BACK:
             before = last - piece
         for j in range(before):
             n = first + j
-            if BACK:
+            if M.BACK:
                 n = last - j
             at = n.to(tl.int64) * 2 * D + d
-            ar, ai = load_complex(totals, at, inside, COMPLEX, ACC)
-            ur, ui = load_complex(totals, at + D, inside, COMPLEX, ACC)
-            hr, hi = multiply_add(ar, ai, hr, hi, ur, ui, COMPLEX)
+            ar, ai = load_complex(totals, at, inside, M.COMPLEX, M.ACC)
+            ur, ui = load_complex(totals, at + D, inside, M.COMPLEX, M.ACC)
+            hr, hi = multiply_add(ar, ai, hr, hi, ur, ui, M.COMPLEX)
     return hr, hi
 
 
 @triton.jit
-def scan(
-    u,
-    log_a,
-    kept,
-    state,
-    enters,
-    out,
-    leaves,
-    d_log_a,
-    totals,
-    pieces,
-    D,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-    ACC: tl.constexpr,
-    COMPLEX: tl.constexpr,
-    U_COMPLEX: tl.constexpr,
-    A_COMPLEX: tl.constexpr,
-    OUT_COMPLEX: tl.constexpr,
-    A_SHARED: tl.constexpr,
-    BACK: tl.constexpr,
-    TOTALS: tl.constexpr,
-    LOOKBACK: tl.constexpr,
-):
+def scan(u, log_a, kept, state, enters, out, leaves, d_log_a, totals, pieces, D, M: tl.constexpr):
     """One piece, BD channels. u: x, or the gradient of out. enters, leaves: states `[N,D]`, or their gradients.
 
     kept, state: h of all tokens and the initial state, with BACK. d_log_a: a row per token; A_SHARED: per piece.
     totals: `[P,2,D]`. log_a: `[tokens,D]`, `[D]` where A_SHARED.
     """
     piece = tl.program_id(0)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    d = tl.program_id(1) * M.BD + tl.arange(0, M.BD)
     inside = d < D
     document = tl.load(pieces + 5 * piece).to(tl.int64)
     start = tl.load(pieces + 5 * piece + 1)
     end = tl.load(pieces + 5 * piece + 2)
     first = tl.load(pieces + 5 * piece + 3)
     last = tl.load(pieces + 5 * piece + 4)
-    SIGN: tl.constexpr = -1 if BACK else 1
-    if TOTALS:
-        hr = tl.zeros((BD,), ACC)
-        hi = tl.zeros((BD,), ACC)
-        whole_r = tl.full((BD,), 1.0, ACC)
-        whole_i = tl.zeros((BD,), ACC)
+    SIGN: tl.constexpr = -1 if M.BACK else 1
+    if M.TOTALS:
+        hr = tl.zeros((M.BD,), M.ACC)
+        hi = tl.zeros((M.BD,), M.ACC)
+        whole_r = tl.full((M.BD,), 1.0, M.ACC)
+        whole_i = tl.zeros((M.BD,), M.ACC)
     else:
-        hr, hi = enter(totals, enters, piece, document, first, last, d, inside, D, COMPLEX, BACK, LOOKBACK, ACC)
-    if A_SHARED and BACK:
-        sum_r = tl.zeros((BD,), ACC)
-        sum_i = tl.zeros((BD,), ACC)
+        hr, hi = enter(totals, enters, piece, document, first, last, d, inside, D, M)
+    if M.A_SHARED and M.BACK:
+        sum_r = tl.zeros((M.BD,), M.ACC)
+        sum_i = tl.zeros((M.BD,), M.ACC)
 
-    for i in range(tl.cdiv(end - start, BT)):
-        rows = end - (i + 1) * BT + tl.arange(0, BT) if BACK else start + i * BT + tl.arange(0, BT)
+    for i in range(tl.cdiv(end - start, M.BT)):
+        rows = end - (i + 1) * M.BT + tl.arange(0, M.BT) if M.BACK else start + i * M.BT + tl.arange(0, M.BT)
         real = (rows >= start) & (rows < end)
         mask = real[:, None] & inside[None, :]
         at = rows[:, None].to(tl.int64) * D + d[None, :]
-        ur, ui = load_complex(u, at, mask, U_COMPLEX, ACC)
+        ur, ui = load_complex(u, at, mask, M.U_COMPLEX, M.ACC)
         # The decay on the way to a row: its own, or with BACK that of the next token. Rows that do not exist, and
         # the gradient of the final state, are not decayed.
         decayed = mask
         shift = 0
-        if BACK:
+        if M.BACK:
             decayed = (real & ((rows < end - 1) | (piece < last)))[:, None] & inside[None, :]
             shift = 1
         where = at + shift * D
-        if A_SHARED:
-            where = tl.broadcast_to(d[None, :], (BT, BD))
-        ar, ai = load_decay(log_a, where, decayed, SIGN, A_COMPLEX, ACC)
-        ar, ai, ur, ui = scan_tile(ar, ai, ur, ui, COMPLEX, BACK)
-        edge = BT - 1
-        if BACK:
+        if M.A_SHARED:
+            where = tl.broadcast_to(d[None, :], (M.BT, M.BD))
+        ar, ai = load_decay(log_a, where, decayed, SIGN, M.A_COMPLEX, M.ACC)
+        ar, ai, ur, ui = scan_tile(ar, ai, ur, ui, M.COMPLEX, M.BACK)
+        edge = M.BT - 1
+        if M.BACK:
             edge = 0
-        if TOTALS:
-            er, ei = pick_row(ar, edge, BT), pick_row(ai, edge, BT)
-            hr, hi = multiply_add(er, ei, hr, hi, pick_row(ur, edge, BT), pick_row(ui, edge, BT), COMPLEX)
-            whole_r, whole_i = multiply_add(er, ei, whole_r, whole_i, tl.zeros_like(hr), tl.zeros_like(hr), COMPLEX)
+        if M.TOTALS:
+            er, ei = pick_row(ar, edge, M.BT), pick_row(ai, edge, M.BT)
+            hr, hi = multiply_add(er, ei, hr, hi, pick_row(ur, edge, M.BT), pick_row(ui, edge, M.BT), M.COMPLEX)
+            whole_r, whole_i = multiply_add(er, ei, whole_r, whole_i, tl.zeros_like(hr), tl.zeros_like(hr), M.COMPLEX)
         else:
-            gr, gi = multiply_add(ar, ai, hr[None, :], hi[None, :], ur, ui, COMPLEX)
-            store_complex(out, at, gr, gi, mask, OUT_COMPLEX)
-            hr, hi = pick_row(gr, edge, BT), pick_row(gi, edge, BT)
-            if BACK:
+            gr, gi = multiply_add(ar, ai, hr[None, :], hi[None, :], ur, ui, M.COMPLEX)
+            store_complex(out, at, gr, gi, mask, M.OUT_COMPLEX)
+            hr, hi = pick_row(gr, edge, M.BT), pick_row(gi, edge, M.BT)
+            if M.BACK:
                 # g times conj(a_t h_{t-1}); before a document's first token stands its initial state.
                 is_first = (rows == start) & (piece == first)
-                br, bi = load_complex(kept, at - D, mask & (~is_first)[:, None], COMPLEX, ACC)
-                sr, si = load_complex(state, document * D + d, inside, COMPLEX, ACC)
+                br, bi = load_complex(kept, at - D, mask & (~is_first)[:, None], M.COMPLEX, M.ACC)
+                sr, si = load_complex(state, document * D + d, inside, M.COMPLEX, M.ACC)
                 br = tl.where(is_first[:, None], sr[None, :], br)
                 bi = tl.where(is_first[:, None], si[None, :], bi)
                 own = at
-                if A_SHARED:
+                if M.A_SHARED:
                     own = where
-                ar, ai = load_decay(log_a, own, mask, 1, A_COMPLEX, ACC)
-                br, bi = multiply_add(ar, ai, br, bi, tl.zeros_like(br), tl.zeros_like(br), COMPLEX)
-                br, bi = multiply_add(br, -bi, gr, gi, tl.zeros_like(br), tl.zeros_like(br), COMPLEX)
-                if A_SHARED:
+                ar, ai = load_decay(log_a, own, mask, 1, M.A_COMPLEX, M.ACC)
+                br, bi = multiply_add(ar, ai, br, bi, tl.zeros_like(br), tl.zeros_like(br), M.COMPLEX)
+                br, bi = multiply_add(br, -bi, gr, gi, tl.zeros_like(br), tl.zeros_like(br), M.COMPLEX)
+                if M.A_SHARED:
                     sum_r += tl.sum(tl.where(mask, br, 0.0), 0)
                     sum_i += tl.sum(tl.where(mask, bi, 0.0), 0)
                 else:
-                    store_complex(d_log_a, at, br, bi, mask, A_COMPLEX)
+                    store_complex(d_log_a, at, br, bi, mask, M.A_COMPLEX)
 
-    if TOTALS:
+    if M.TOTALS:
         at = piece.to(tl.int64) * 2 * D + d
-        store_complex(totals, at, whole_r, whole_i, inside, COMPLEX)
-        store_complex(totals, at + D, hr, hi, inside, COMPLEX)
+        store_complex(totals, at, whole_r, whole_i, inside, M.COMPLEX)
+        store_complex(totals, at + D, hr, hi, inside, M.COMPLEX)
     else:
-        if BACK:
-            if A_SHARED:
-                store_complex(d_log_a, piece.to(tl.int64) * D + d, sum_r, sum_i, inside, A_COMPLEX)
+        if M.BACK:
+            if M.A_SHARED:
+                store_complex(d_log_a, piece.to(tl.int64) * D + d, sum_r, sum_i, inside, M.A_COMPLEX)
             own = start.to(tl.int64) * D + d
-            if A_SHARED:
+            if M.A_SHARED:
                 own = d
-            ar, ai = load_decay(log_a, own, inside, -1, A_COMPLEX, ACC)
-            hr, hi = multiply_add(ar, ai, hr, hi, tl.zeros_like(hr), tl.zeros_like(hr), COMPLEX)
-            store_complex(leaves, document * D + d, hr, hi, inside & (piece == first), COMPLEX)
+            ar, ai = load_decay(log_a, own, inside, -1, M.A_COMPLEX, M.ACC)
+            hr, hi = multiply_add(ar, ai, hr, hi, tl.zeros_like(hr), tl.zeros_like(hr), M.COMPLEX)
+            store_complex(leaves, document * D + d, hr, hi, inside & (piece == first), M.COMPLEX)
         else:
-            store_complex(leaves, document * D + d, hr, hi, inside & (piece == last), COMPLEX)
+            store_complex(leaves, document * D + d, hr, hi, inside & (piece == last), M.COMPLEX)

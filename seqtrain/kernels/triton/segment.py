@@ -184,18 +184,11 @@ class _Call:
     def _launch(self, kernel: Any, launch: gpu.Launch, programs: int, *arguments: Any) -> None:
         if programs == 0:
             return
+        (_, _, heads, key), value = self.x.shape, self.y.shape[3]
+        flags = {"TO_END": self.to_end, "DECAY": self.decay, "PRECISION": gpu.PRECISION[gpu.target()]}
+        accumulator = gpu.triton_dtype(state_dtype(self.x.dtype))
         with gpu.on_device(self.x):
-            kernel[(programs,)](
-                *arguments,
-                TO_END=self.to_end,
-                H=self.x.shape[2],
-                K=self.x.shape[3],
-                V=self.y.shape[3],
-                DECAY=self.decay,
-                ACC=gpu.triton_dtype(state_dtype(self.x.dtype)),
-                PRECISION=gpu.PRECISION[gpu.target()],
-                **launch.options(),
-            )
+            kernel[(programs,)](*arguments, **launch.options(H=heads, K=key, V=value, ACC=accumulator, **flags))
 
 
 def pinned(target: str, kernel: str, key_width: int, value_width: int, dtype: torch.dtype) -> gpu.Launch:

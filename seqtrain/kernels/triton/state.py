@@ -12,96 +12,66 @@ from seqtrain.kernels.triton.chunks import load_rows, store_rows
 
 
 @triton.jit
-def load_state(
-    pointer,
-    column,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    PARTS: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def load_state(pointer, column, M: tl.constexpr):
     """A block of V columns of a state `[K,V]`, in PARTS."""
-    PART: tl.constexpr = BK // PARTS
+    PARTS: tl.constexpr = M.PARTS
+    PART: tl.constexpr = M.BK // PARTS
     state = tl.tuple(())
     for p in tl.static_range(PARTS):
-        state += (load_rows(pointer + p * PART * V, K - p * PART, column, V, V, PART, BV).to(ACC),)
+        state += (load_rows(pointer + p * PART * M.V, M.K - p * PART, column, M.V, M.V, PART, M.BV).to(M.ACC),)
     return state
 
 
 @triton.jit
-def store_state(
-    pointer, state, column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr
-):
+def store_state(pointer, state, column, M: tl.constexpr):
     """Writes what `load_state` would read, in the pointer's dtype."""
-    PART: tl.constexpr = BK // PARTS
+    PARTS: tl.constexpr = M.PARTS
+    PART: tl.constexpr = M.BK // PARTS
     for p in tl.static_range(PARTS):
-        store_rows(pointer + p * PART * V, state[p], K - p * PART, column, V, V, PART, BV)
+        store_rows(pointer + p * PART * M.V, state[p], M.K - p * PART, column, M.V, M.V, PART, M.BV)
 
 
 @triton.jit
-def read_parts(
-    first,
-    second,
-    rows,
-    state,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def read_parts(first, second, rows, state, M: tl.constexpr):
     """`tile state` `[BT,BV]` of the tile `[BT,BK]` at each of two pointers, the second of which may be None."""
-    PART: tl.constexpr = BK // PARTS
-    found = tl.zeros([BT if second is None else 2 * BT, BV], state[0].dtype)
+    PARTS: tl.constexpr = M.PARTS
+    PART: tl.constexpr = M.BK // PARTS
+    found = tl.zeros([M.BT if second is None else 2 * M.BT, M.BV], state[0].dtype)
     for p in tl.static_range(PARTS):
-        tile = load_rows(first, rows, p * PART, H * K, K, BT, PART)
+        tile = load_rows(first, rows, p * PART, M.H * M.K, M.K, M.BT, PART)
         if second is not None:
             # As one tile: each product of its own would hold what it makes of the state until the other is done.
-            other = load_rows(second, rows, p * PART, H * K, K, BT, PART)
-            tile = tl.reshape(tl.permute(tl.join(tile, other), (2, 0, 1)), (2 * BT, PART))
-        found = tl.dot(tile, state[p].to(tile.dtype), found, input_precision=PRECISION)
+            other = load_rows(second, rows, p * PART, M.H * M.K, M.K, M.BT, PART)
+            tile = tl.reshape(tl.permute(tl.join(tile, other), (2, 0, 1)), (2 * M.BT, PART))
+        found = tl.dot(tile, state[p].to(tile.dtype), found, input_precision=M.PRECISION)
     if second is None:
         return found, found
     else:
-        return tl.split(tl.permute(tl.reshape(found, (2, BT, BV)), (1, 2, 0)))
+        return tl.split(tl.permute(tl.reshape(found, (2, M.BT, M.BV)), (1, 2, 0)))
 
 
 @triton.jit
-def write_state(
-    tile,
-    pointer,
-    rows,
-    written,
-    state,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def write_state(tile, pointer, rows, written, state, M: tl.constexpr):
     """`state + tile^T written` of a tile `[BT,BK]`, `written` `[BT,BV]` in its dtype.
 
     With several parts the tile is read again from where it lies, `pointer`.
     """
-    PART: tl.constexpr = BK // PARTS
+    PARTS: tl.constexpr = M.PARTS
+    PART: tl.constexpr = M.BK // PARTS
     after = tl.tuple(())
     for p in tl.static_range(PARTS):
-        part = tile if PARTS == 1 else load_rows(pointer, rows, p * PART, H * K, K, BT, PART)
-        after += (tl.dot(tl.trans(part), written, state[p], input_precision=PRECISION),)
+        part = tile if PARTS == 1 else load_rows(pointer, rows, p * PART, M.H * M.K, M.K, M.BT, PART)
+        after += (tl.dot(tl.trans(part), written, state[p], input_precision=M.PRECISION),)
     return after
 
 
 @triton.jit
-def decay_state(state, factor, PARTS: tl.constexpr, DECAY: tl.constexpr):
+def decay_state(state, factor, M: tl.constexpr):
     """`factor state`: a number, or with DECAY 2 `[BK]` in PARTS."""
+    PARTS: tl.constexpr = M.PARTS
     after = tl.tuple(())
     for p in tl.static_range(PARTS):
-        if DECAY == 2:
+        if M.DECAY == 2:
             after += (state[p] * factor[p][:, None],)
         else:
             after += (state[p] * factor,)
