@@ -11,10 +11,8 @@ from torch import Tensor
 
 from seqtrain.kernels.dispatch import full_precision
 from seqtrain.kernels.layout import ChunkLayout, Segment, chunk_layout
+from seqtrain.kernels.operator import Inputs
 from seqtrain.kernels.states import chunk_length, segment_limit
-
-# Of an operator, in its order: q `[B,T,H,K]`, k, v `[B,T,H,V]`, ...; None for those left out.
-Inputs = Sequence[Tensor | None]
 
 
 class ChunkForm(NamedTuple):

@@ -42,19 +42,26 @@ class Operator:
 
 
 def differentiable(
-    name: str, *, forward: Forward, backward: Backward, shapes: Forward, results: int, keep_results: bool = False
+    name: str,
+    forward: Forward,
+    backward: Backward,
+    shapes: Forward,
+    *,
+    results: int,
+    keep_results: bool = False,
+    schema: str = "",
 ) -> Operator:
     """The operator `seqtrain::<name>`.
 
-    forward: annotated with `Tensor`, `Tensor | None`, `int`, `float`, `bool` or `str`, and a tuple of so many tensors.
-        Its arguments are positional; no tensor it returns may be a view of an argument or of another one. The first
-        `results` are the caller's, the others are kept for `backward`.
+    forward: annotated with `Tensor`, `Tensor | None`, `int`, `float`, `bool` or `str`, and a tuple of so many tensors,
+        or described by a `schema` of PyTorch's. Its arguments are positional; no tensor it returns may be a view of an
+        argument or of another one. The first `results` are the caller's, the others are kept for `backward`.
     backward: is given the arguments, what was kept, and a gradient of each result (zeros where it had none); returns
         one for each argument. They are taken as contiguous and of the argument's shape and dtype.
     keep_results: what is kept for `backward` begins with the results.
     shapes: like `forward`, with `torch.empty` tensors of the same shapes, dtypes and strides.
     """
-    schema = torch.library.infer_schema(forward, mutates_args=())
+    schema = schema or torch.library.infer_schema(forward, mutates_args=())
     arguments, returned = schema[1:].split(") -> ")
     # A tuple of one is no type of an operator's result.
     single = returned == "((Tensor))"
@@ -67,7 +74,7 @@ def differentiable(
     op.register_fake(_first_of(shapes) if single else shapes)
     backward_op = torch.library.custom_op(
         f"{NAMESPACE}::{name}_backward",
-        _listed(backward, len(signature(forward).parameters)),
+        _listed(backward, arguments.count(",") + 1),
         mutates_args=(),
         schema=f"({arguments}, Tensor[] kept, Tensor[] gradients) -> Tensor[]",
     )
@@ -135,7 +142,7 @@ def opaque(name: str, *, like: Callable[..., tuple[Tensor, ...]]) -> Callable[[F
             return tuple(_empty_like(x) for x in like(*arguments))
 
         results = len(signature(function).return_annotation.__args__)
-        operator = differentiable(name, forward=forward, backward=backward, shapes=shapes, results=results)
+        operator = differentiable(name, forward, backward, shapes, results=results)
 
         @wraps(function)
         def call(*arguments: Any) -> Any:

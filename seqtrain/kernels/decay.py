@@ -52,11 +52,7 @@ def decayed_products(rows: Sequence[Tensor], keys: Tensor, log_decay: Tensor | N
 
 
 def decayed_products_backward(
-    rows: Sequence[Tensor],
-    keys: Tensor,
-    log_decay: Tensor | None,
-    products: Products,
-    gradients: Products,
+    rows: Sequence[Tensor], keys: Tensor, log_decay: Tensor | None, products: Products, gradients: Products
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """Gradients of `rows` (one each), `keys` and `log_decay`, given `gradients` of the products.
 

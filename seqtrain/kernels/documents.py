@@ -1,8 +1,9 @@
-"""What the reference backends share: running a definition document by document, and the dtype states are carried in."""
+"""What the reference backends share: a definition run token by token in each document, and the dtype of states."""
 
 from collections.abc import Callable
 from functools import reduce
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,3 +33,27 @@ def by_document(
         for n, (start, end) in enumerate(pairwise(boundaries))
     ]
     return torch.cat([out for out, _ in pieces], 1), torch.cat([final for _, final in pieces])
+
+
+def by_token(
+    step: Callable[..., tuple[Tensor, Tensor]],
+    tensors: tuple[Any, ...],
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    like: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """A definition: `step(*tensors at a token, state) -> (output at it, state)`, one token after the other.
+
+    `tensors`: `[B,T,...]` or None each. `like`: of the output's shape. `out` comes back in the state's dtype.
+    """
+
+    def loop(like: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+        *tensors, state = inputs
+        rows = []
+        for t in range(like.shape[1]):
+            row, state = step(*(None if x is None else x[:, t] for x in tensors), state)
+            rows.append(row)
+        return (torch.stack(rows, 1) if rows else like.to(state.dtype)), state
+
+    return by_document(loop, (like, *tensors), state, cu_seqlens)

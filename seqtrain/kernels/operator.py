@@ -6,8 +6,8 @@ shapes of its state and output, its FLOPs, and its tests (`tests/kernels/test_co
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import update_wrapper
-from inspect import Parameter, signature
+from functools import update_wrapper, wraps
+from inspect import Parameter, Signature, signature
 from types import SimpleNamespace
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seqtrain.kernels import dispatch
 from seqtrain.kernels.checks import check_documents, check_kind, check_shape, check_state
-from seqtrain.kernels.custom_ops import constant
+from seqtrain.kernels.custom_ops import constant, opaque
 from seqtrain.kernels.documents import state_dtype
 from seqtrain.kernels.segments import RELAYED, AffineScan, AffineSegment, Options, TimeSplit
 
@@ -25,6 +25,8 @@ R = TypeVar("R")
 
 # The sizes that the letters of shapes stand for.
 Sizes = dict[str, int]
+# An operator's tensors, in its order; None for those left out.
+Inputs = Sequence[Any]
 # Of a tensor: "..." in a shape stands for up to so many, with the letters d0, d1, ...
 MOST_DIMENSIONS = 8
 
@@ -163,6 +165,34 @@ class Operator(Generic[P, R]):
         if not hasattr(self._functions, key):
             setattr(self._functions, key, dispatch.function_of(self.__module__, backend, function))
         return key
+
+    def backend(self, *, like: Callable[[Inputs, Tensor], Tensor]) -> Callable[[Callable], Callable]:
+        """Decorates a backend's `run(inputs, state, cu_seqlens, *options)` -> `(out, final_state)`, as `opaque` does.
+
+        inputs: the operator's tensors, all of them, as it normalises them. state: the initial one, given, in the dtype
+        of states and sums. like: `(inputs, state)` -> what has the shape and dtype of `out`.
+        """
+
+        def decorate(run: Callable) -> Callable:
+            def flat(*arguments: Any) -> tuple[Tensor, Tensor]:
+                return run(arguments[:count], *arguments[count:])
+
+            kind, count = Parameter.POSITIONAL_OR_KEYWORD, len(self.arguments)
+            tensors = (Tensor | None if x in self.optional else Tensor for x in self.arguments)
+            parameters = [Parameter(x, kind, annotation=of) for x, of in zip(self.arguments, tensors, strict=True)]
+            parameters += list(signature(run).parameters.values())[1:]
+            flat.__signature__ = Signature(parameters, return_annotation=tuple[Tensor, Tensor])  # type: ignore[attr-defined]
+            name = f"{self.name}_{run.__module__.rpartition('.')[2]}"
+            compiled: Any = opaque(name, like=lambda *x: (like(x[:count], x[count]), x[count]))(flat)
+
+            @wraps(run)
+            def call(inputs: Inputs, *others: Any) -> tuple[Tensor, Tensor]:
+                return compiled(*inputs, *others) if torch.compiler.is_compiling() else run(inputs, *others)
+
+            call.operator = compiled.operator  # type: ignore[attr-defined]
+            return call
+
+        return decorate
 
     def along_time(self, tensors: Sequence[Any]) -> tuple[bool, ...]:
         """Which of the tensors have a time axis: it is their second one."""

@@ -18,12 +18,7 @@ from seqtrain.kernels.segments import PastInputs
     time=PastInputs(lambda tensors, options: options["by"]),
 )
 def delay(
-    x: Tensor,
-    *,
-    by: int,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
+    x: Tensor, *, by: int, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """`out_t = x_{t - by}` within t's row or document, zeros before its start.
 

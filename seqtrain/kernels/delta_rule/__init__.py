@@ -1,11 +1,46 @@
 """The delta rule with decay: the recurrence of DeltaNet, Gated DeltaNet and Kimi Delta Attention."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from seqtrain.kernels.delta_rule.segment import DeltaRuleSegment
 from seqtrain.kernels.dispatch import full_precision
 from seqtrain.kernels.operator import operator
-from seqtrain.kernels.segments import AffineScan
+from seqtrain.kernels.segments import AffineScan, AffineSegment, Options
+
+
+class DeltaRuleSegment(AffineSegment):
+    """Over a sharded sequence: one pass gives outputs, the map, and how both depend on the past.
+
+    The rule is linear in values and state together. So values that are zero, from a state that is the identity, give as
+    final state the transition M and as outputs the matrix R that reads an incoming state: `out = out_0 + R S`. These
+    K columns go next to the V columns of the values through the same pass.
+    """
+
+    @staticmethod
+    def transition_shape(tensors: Sequence[Any], options: Options) -> tuple[int, ...] | None:
+        batch, _, heads, key = tensors[0].shape
+        return batch, heads, key, key
+
+    def transition(self) -> tuple[Tensor | None, Tensor]:
+        q, k, v, *rest = self.tensors
+        batch, _, heads, key = q.shape
+        width, dtype = v.shape[3], self.state_dtype
+        # Not in v's dtype: M and R are read with a state of the state's dtype.
+        columns = torch.cat([v.to(dtype), v.new_zeros(*v.shape[:3], key, dtype=dtype)], 3)
+        state = torch.eye(key, key + width, dtype=dtype, device=v.device).roll(width, 1)
+        out, final = self.operator(
+            q, k, columns, *rest, initial_state=state.expand(batch, heads, -1, -1), backend=self.backend, **self.options
+        )
+        self.out, self.read = out.split([width, key], 3)
+        update, transition = final.split([width, key], 3)
+        return transition, update
+
+    def add_incoming(self, state: Tensor) -> Tensor:
+        with full_precision(state.device):
+            return (self.out + torch.einsum("bthk,bhkv->bthv", self.read, state)).to(self.tensors[2].dtype)
 
 
 @operator(
@@ -67,6 +102,5 @@ def delta_rule(
         backend = "chunked"
     tensors = (q, k, v, beta, log_decay, read, erase)
     call = delta_rule.prepare(tensors, backend, initial_state, cu_seqlens, scale=scale)
-    vectors = () if read is None else (read, erase)
     with full_precision(q.device):
-        return call.run(q, k, v, beta, log_decay, call.state, call.scale, cu_seqlens, *vectors)
+        return call.run(tensors, call.state, cu_seqlens, call.scale)

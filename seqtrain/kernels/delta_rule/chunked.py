@@ -16,30 +16,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seqtrain.kernels.chunk_form import ChunkForm, Inputs, layout_of, rows_of
-from seqtrain.kernels.custom_ops import opaque
+from seqtrain.kernels.chunk_form import ChunkForm, layout_of, rows_of
 from seqtrain.kernels.decay import Products, decayed_products, decayed_products_backward
+from seqtrain.kernels.delta_rule import delta_rule
 from seqtrain.kernels.layout import Segment
+from seqtrain.kernels.operator import Inputs
 from seqtrain.kernels.states import factor_gradient, scan_through
 from seqtrain.kernels.triangular import unit_lower_inverse
 
 
-@opaque("delta_rule_chunked", like=lambda *x: (x[2], x[5]))
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    read: Tensor | None = None,
-    erase: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Chunked `delta_rule`; arguments as `delta_rule` normalises them."""
-    inputs = (q, k, v, beta, log_decay, read, erase)
-    return FORM.run(inputs, state, scale, layout_of(q, v, cu_seqlens))
+@delta_rule.backend(like=lambda inputs, state: inputs[2])
+def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Chunked `delta_rule`."""
+    return FORM.run(inputs, state, scale, layout_of(inputs[0], inputs[2], cu_seqlens))
 
 
 @dataclass

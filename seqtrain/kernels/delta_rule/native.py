@@ -8,13 +8,16 @@ from torch import Tensor
 from seqtrain.kernels.delta_rule import chunked
 from seqtrain.kernels.native import recurrence
 from seqtrain.kernels.native.build import unavailable
+from seqtrain.kernels.operator import Inputs
 
 __all__ = ["run", "step", "unavailable"]
 
 
-def run(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Native `delta_rule` without `read` and `erase`; arguments as those of the chunked form."""
-    return (chunked if arguments[5].dtype == torch.float64 else recurrence).run(*arguments)
+def run(inputs: Inputs, state: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """Native `delta_rule` without `read` and `erase`."""
+    if state.dtype == torch.float64:
+        return chunked.run(inputs, state, *others)
+    return recurrence.run(inputs[:5], state, *others)
 
 
 # The library has a way of its own for single tokens.

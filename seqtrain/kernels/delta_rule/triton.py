@@ -7,17 +7,18 @@ from torch import Tensor
 from seqtrain.kernels.delta_rule import chunked, delta_rule
 from seqtrain.kernels.gpu import unavailable
 from seqtrain.kernels.inspect.examples import recurrence_examples
+from seqtrain.kernels.operator import Inputs
 
 __all__ = ["EXAMPLES", "run", "step", "unavailable"]
 
 EXAMPLES = recurrence_examples(delta_rule, beta=True)
 
 
-def run(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Triton's `delta_rule`, without `read` and `erase`; arguments as those of the chunked form."""
+def run(inputs: Inputs, *others: Any) -> tuple[Tensor, Tensor]:
+    """Triton's `delta_rule`, without `read` and `erase`."""
     from seqtrain.kernels.triton import recurrence
 
-    return (recurrence if recurrence.serves(arguments[0]) else chunked).run(*arguments)
+    return recurrence.run(inputs[:5], *others) if recurrence.serves(inputs[0]) else chunked.run(inputs, *others)
 
 
 # With one token per row, the forward pass is a single launch.

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqtrain.kernels.custom_ops import opaque
+from seqtrain.kernels.diagonal_scan import diagonal_scan
+from seqtrain.kernels.operator import Inputs
 
 # Up to this many tokens a plain loop is the fastest.
 LOOP = 48
@@ -19,9 +20,10 @@ LOOP = 48
 CHUNK = 32
 
 
-@opaque("diagonal_scan_chunked", like=lambda x, _, state, __: (x.to(state.dtype) if state.is_complex() else x, state))
-def run(x: Tensor, log_a: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See `diagonal_scan`; `state` is given."""
+@diagonal_scan.backend(like=lambda inputs, state: inputs[0].to(state.dtype) if state.is_complex() else inputs[0])
+def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `diagonal_scan`."""
+    x, log_a = inputs
     out_dtype = state.dtype if state.is_complex() else x.dtype
     if x.shape[1] == 0:
         return x.to(out_dtype), state

@@ -3,20 +3,19 @@
 import torch
 from torch import Tensor
 
-from seqtrain.kernels.custom_ops import opaque
-from seqtrain.kernels.documents import by_document
+from seqtrain.kernels.diagonal_scan import diagonal_scan
+from seqtrain.kernels.documents import by_token
+from seqtrain.kernels.operator import Inputs
 
 
-@opaque("diagonal_scan_reference", like=lambda x, _, state, __: (x.to(state.dtype), state))
-def run(x: Tensor, log_a: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See `diagonal_scan`; `state` is given, and `h` comes back in its dtype."""
+@diagonal_scan.backend(like=lambda inputs, state: inputs[0].to(state.dtype))
+def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `diagonal_scan`; `h` comes back in the state's dtype."""
 
-    def one(x: Tensor, log_a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        rows = []
-        for t in range(x.shape[1]):
-            state = log_a[:, t].exp() * state + x[:, t]
-            rows.append(state)
-        return torch.stack(rows, 1) if rows else x.to(state.dtype), state
+    def step(x: Tensor, log_a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        state = log_a.exp() * state + x
+        return state, state
 
+    x, log_a = inputs
     log_a = log_a.to(torch.promote_types(log_a.dtype, torch.float32)).expand(x.shape)
-    return by_document(one, (x, log_a), state, cu_seqlens)
+    return by_token(step, (x, log_a), state, cu_seqlens, like=x)

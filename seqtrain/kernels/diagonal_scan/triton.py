@@ -11,6 +11,7 @@ from seqtrain.kernels.custom_ops import differentiable
 from seqtrain.kernels.diagonal_scan import diagonal_scan
 from seqtrain.kernels.gpu import Launch, unavailable
 from seqtrain.kernels.inspect.examples import Example
+from seqtrain.kernels.operator import Inputs
 
 __all__ = ["EXAMPLES", "run", "unavailable"]
 
@@ -43,9 +44,9 @@ EXAMPLES = (
 )
 
 
-def run(x: Tensor, log_a: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See `diagonal_scan`; `state` is given."""
-    out, final = _operator(x, log_a, state, cu_seqlens)
+def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `diagonal_scan`."""
+    out, final = _operator(*inputs, state, cu_seqlens)
     return out, final
 
 
@@ -128,6 +129,4 @@ def _as_real(x: Tensor | None) -> Tensor | None:
     return torch.view_as_real(x.resolve_conj().contiguous())
 
 
-_operator = differentiable(
-    "diagonal_scan_triton", forward=_forward, backward=_backward, shapes=_shapes, results=2, keep_results=True
-)
+_operator = differentiable("diagonal_scan_triton", _forward, _backward, _shapes, results=2, keep_results=True)

@@ -1,12 +1,36 @@
 """Diagonal state-space systems, one per channel: `diagonal_scan` with constant decays, written to and read from."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from seqtrain.kernels.diagonal_system.segment import DiagonalSystemSegment
 from seqtrain.kernels.operator import operator
-from seqtrain.kernels.segments import AffineScan
+from seqtrain.kernels.segments import AffineScan, AffineSegment, Options
+
+
+class DiagonalSystemSegment(AffineSegment):
+    """The outputs from a zero state come with the update; the incoming state, decayed, is read out and added."""
+
+    @staticmethod
+    def transition_shape(tensors: Sequence[Any], options: Options) -> tuple[int, ...] | None:
+        return tensors[0].shape[0], tensors[1].numel()
+
+    def transition(self) -> tuple[Tensor | None, Tensor]:
+        u, log_a = self.tensors[:2]
+        self.out, update = self.operator(*self.tensors, backend=self.backend, **self.options)
+        total = (log_a.to(torch.complex128).flatten() * u.shape[1]).exp().to(update.dtype)
+        return total.expand(u.shape[0], -1), update
+
+    def add_incoming(self, state: Tensor) -> Tensor:
+        # It has the operator, which has this.
+        from seqtrain.kernels.diagonal_system.chunked import decayed_reading
+
+        u, log_a, _, read = self.tensors
+        if u.shape[1] == 0:
+            return self.out
+        return self.out + decayed_reading(log_a, read.to(state.dtype), state, u.shape[1]).to(self.out.dtype)
 
 
 @operator(
@@ -47,4 +71,4 @@ def diagonal_system(
         raise ValueError(f"diagonal_system: form={form!r}, expected 'scan' or 'fft'")
     call = diagonal_system.prepare((u, log_a, write, read), backend, initial_state, cu_seqlens)
     matrices = (matrix.to(call.state.dtype) for matrix in (log_a, write, read))
-    return call.run(u, *matrices, form, call.state, cu_seqlens)
+    return call.run((u, *matrices), call.state, cu_seqlens, form)

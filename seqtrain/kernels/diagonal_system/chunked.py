@@ -13,19 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqtrain.kernels.custom_ops import opaque
 from seqtrain.kernels.diagonal_scan import diagonal_scan
+from seqtrain.kernels.diagonal_system import diagonal_system
 from seqtrain.kernels.dispatch import full_precision
+from seqtrain.kernels.operator import Inputs
 
 # Tokens per chunk, a power of two.
 CHUNK = 64
 
 
-@opaque("diagonal_system_chunked", like=lambda *x: (x[0], x[5]))
-def run(
-    u: Tensor, log_a: Tensor, write: Tensor, read: Tensor, form: str, state: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """See `diagonal_system`; `state` is given and the matrices have its dtype."""
+@diagonal_system.backend(like=lambda inputs, state: inputs[0])
+def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, form: str) -> tuple[Tensor, Tensor]:
+    """See `diagonal_system`; the matrices have the state's dtype."""
+    u, log_a, write, read = inputs
     if u.shape[1] == 0:
         return u, state
     chunks = _cut(u.shape[0], u.shape[1], cu_seqlens, u.device)

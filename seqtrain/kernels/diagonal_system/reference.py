@@ -2,16 +2,16 @@
 
 from torch import Tensor
 
-from seqtrain.kernels.custom_ops import opaque
 from seqtrain.kernels.diagonal_scan import reference
+from seqtrain.kernels.diagonal_system import diagonal_system
+from seqtrain.kernels.operator import Inputs
 
 
-@opaque("diagonal_system_reference", like=lambda *x: (x[0], x[5]))
-def run(
-    u: Tensor, log_a: Tensor, write: Tensor, read: Tensor, form: str, state: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """See `diagonal_system`; `state` is given and the matrices have its dtype. `form` makes no difference here."""
+@diagonal_system.backend(like=lambda inputs, state: inputs[0])
+def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, form: str) -> tuple[Tensor, Tensor]:
+    """See `diagonal_system`; the matrices have the state's dtype. `form` makes no difference here."""
+    u, log_a, write, read = inputs
     written = (u[..., None].to(state.dtype) * write).flatten(2)  # B T G*N
-    hidden, final = reference.run(written, log_a.flatten(), state, cu_seqlens)
+    hidden, final = reference.run((written, log_a.flatten()), state, cu_seqlens)
     out = (hidden.unflatten(2, read.shape) * read).real.sum(3)
     return out.to(u.dtype), final

@@ -122,4 +122,4 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-_operator = differentiable("gated_norm_triton", forward=_forward, backward=_backward, shapes=_shapes, results=1)
+_operator = differentiable("gated_norm_triton", _forward, _backward, _shapes, results=1)

@@ -38,7 +38,7 @@ from seqtrain.kernels.inspect.targets import by_name, use_target
 Order = Literal["given", "reversed", "shuffled"]
 _builder = stock.interpreter_builder
 _Handle = stock.TensorHandle
-_COMPARISONS = {np.less_equal, np.less, np.greater, np.greater_equal, np.equal, np.not_equal}
+_COMPARISONS = (np.less_equal, np.less, np.greater, np.greater_equal, np.equal, np.not_equal)
 # What `install` replaces: an owner, the name of its attribute, and what stands there then.
 _patches: list[tuple[Any, str, Any]] = []
 
@@ -245,36 +245,16 @@ def _to_tf32(x: np.ndarray) -> np.ndarray:
     return (_rounded(x, 13) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-@_patch(stock.InterpreterBuilder, "binary_op")
-def _binary_op(self: Any, plain: Callable, left: Any, right: Any, op: Callable) -> Any:
+@_patch(stock.InterpreterBuilder, "binary_op", "ternary_op", "unary_op", "create_fma", "create_rsqrt")
+def _compute(self: Any, plain: Callable, *operands: Any) -> Any:
+    handles, op = [x for x in operands if isinstance(x, _Handle)], operands[-1]
     with np.errstate(all="ignore"):
         if op in _COMPARISONS:
-            return _Handle(op(_wide(left), _wide(right)), tl.int1)
-        return _to_bf16(op(_wide(left), _wide(right))) if _is_bf16(left) else plain(self, left, right, op)
-
-
-@_patch(stock.InterpreterBuilder, "ternary_op")
-def _ternary_op(self: Any, plain: Callable, first: Any, second: Any, third: Any, op: Callable) -> Any:
-    if op is not np.where and _is_bf16(third):
-        return _to_bf16(op(_wide(first), _wide(second), _wide(third)))
-    return plain(self, first, second, third, op)
-
-
-@_patch(stock.InterpreterBuilder, "unary_op")
-def _unary_op(self: Any, plain: Callable, x: Any, op: Callable) -> Any:
-    with np.errstate(all="ignore"):
-        return _to_bf16(op(_wide(x))) if _is_bf16(x) else plain(self, x, op)
-
-
-@_patch(stock.InterpreterBuilder, "create_fma")
-def _fma(self: Any, plain: Callable, x: Any, y: Any, z: Any) -> Any:
-    return _to_bf16(_wide(x) * _wide(y) + _wide(z)) if _is_bf16(z) else plain(self, x, y, z)
-
-
-@_patch(stock.InterpreterBuilder, "create_rsqrt")
-def _rsqrt(self: Any, plain: Callable, x: Any) -> Any:
-    with np.errstate(all="ignore"):
-        return _to_bf16(1 / np.sqrt(_wide(x))) if _is_bf16(x) else plain(self, x)
+            return _Handle(op(*map(_wide, handles)), tl.int1)
+        if op is np.where or not _is_bf16(handles[-1]):
+            return plain(self, *operands)
+        wide = [_Handle(_wide(x), tl.float32) if _is_bf16(x) else x for x in handles]
+        return _to_bf16(plain(self, *wide, *operands[len(handles) :]).data)
 
 
 @_patch(stock.InterpreterBuilder, "cast_impl")

@@ -3,20 +3,19 @@
 import torch
 from torch import Tensor
 
-from seqtrain.kernels.chunk_form import ChunkForm, Inputs, layout_of, rows_of
-from seqtrain.kernels.custom_ops import opaque
+from seqtrain.kernels.chunk_form import ChunkForm, layout_of, rows_of
 from seqtrain.kernels.decay import Products, decayed_products, decayed_products_backward
 from seqtrain.kernels.documents import state_dtype
 from seqtrain.kernels.layout import Segment
+from seqtrain.kernels.linear_attention import linear_attention
+from seqtrain.kernels.operator import Inputs
 from seqtrain.kernels.states import factor_gradient, scan_additive
 
 
-@opaque("linear_attention_chunked", like=lambda *x: (x[2], x[4]))
-def run(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Chunked `linear_attention`; arguments as `linear_attention` normalises them."""
-    return FORM.run((q, k, v, log_decay), state, scale, layout_of(q, v, cu_seqlens))
+@linear_attention.backend(like=lambda inputs, state: inputs[2])
+def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Chunked `linear_attention`."""
+    return FORM.run(inputs, state, scale, layout_of(inputs[0], inputs[2], cu_seqlens))
 
 
 def find_map(k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor | None, Tensor]:

@@ -8,15 +8,16 @@ from torch import Tensor
 from seqtrain.kernels.linear_attention import chunked
 from seqtrain.kernels.native import recurrence
 from seqtrain.kernels.native.build import unavailable
+from seqtrain.kernels.operator import Inputs
 
 __all__ = ["find_map", "read", "run", "step", "unavailable"]
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """Native `linear_attention`; arguments as those of the chunked form."""
-    if others[1].dtype == torch.float64:
-        return chunked.run(q, k, v, *others)
-    return recurrence.run(q, k, v, None, *others)
+def run(inputs: Inputs, state: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """Native `linear_attention`."""
+    if state.dtype == torch.float64:
+        return chunked.run(inputs, state, *others)
+    return recurrence.run((*inputs[:3], None, inputs[3]), state, *others)
 
 
 def find_map(k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor | None, Tensor]:

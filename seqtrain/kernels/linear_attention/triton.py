@@ -8,6 +8,7 @@ from torch import Tensor
 from seqtrain.kernels.gpu import unavailable
 from seqtrain.kernels.inspect.examples import recurrence_examples
 from seqtrain.kernels.linear_attention import chunked, linear_attention
+from seqtrain.kernels.operator import Inputs
 from seqtrain.kernels.segments import by_segment
 
 __all__ = ["EXAMPLES", "find_map", "read", "run", "step", "unavailable"]
@@ -29,11 +30,13 @@ EXAMPLES = (
 )
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """Triton's `linear_attention`; arguments as those of the chunked form."""
+def run(inputs: Inputs, *others: Any) -> tuple[Tensor, Tensor]:
+    """Triton's `linear_attention`."""
     from seqtrain.kernels.triton import recurrence
 
-    return recurrence.run(q, k, v, None, *others) if recurrence.serves(q) else chunked.run(q, k, v, *others)
+    if not recurrence.serves(inputs[0]):
+        return chunked.run(inputs, *others)
+    return recurrence.run((*inputs[:3], None, inputs[3]), *others)
 
 
 def find_map(k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor | None, Tensor]:

@@ -20,6 +20,12 @@ class Array(ctypes.Structure):
         return cls(None, 0) if tensor is None else cls(tensor.data_ptr(), KINDS[tensor.dtype])
 
 
+def fields(arrays: str, pointers: str, numbers: str) -> list[tuple[str, Any]]:
+    """Those of a call, by name: arrays, addresses, numbers, and its scale; mirrors a struct of the library's."""
+    kinds = ((arrays, Array), (pointers, ctypes.c_void_p), (numbers, ctypes.c_int64), ("scale", ctypes.c_double))
+    return [(name, kind) for names, kind in kinds for name in names.split()]
+
+
 def contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x.contiguous() for x in tensors]
 

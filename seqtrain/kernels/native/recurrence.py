@@ -4,7 +4,6 @@ Sums and states are float32. Inputs may be float32 or bfloat16, each its own; ot
 """
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor
 from seqtrain.kernels.custom_ops import differentiable
 from seqtrain.kernels.native import cut
 from seqtrain.kernels.native.build import library
-from seqtrain.kernels.native.calls import KINDS, Array, check, contiguous, find_boundaries
+from seqtrain.kernels.native.calls import KINDS, Array, check, contiguous, fields, find_boundaries
+from seqtrain.kernels.operator import Inputs
 from seqtrain.kernels.states import chunk_length
 
 # Numbers that the recomputed chunks between two saved states may take: 1 MB, half of a usual second-level cache.
@@ -24,35 +24,21 @@ GROUP_CHUNKS = 32
 # of K = V = 32 takes 0.75 of its time, and the other half runs in parallel.
 BLOCK_COLUMNS = 16
 _BLOCK = 16  # kBlock in simd.h
-_ARRAYS = ("q", "k", "v", "beta", "log_decay", "out", "d_out", "d_q", "d_k", "d_v", "d_beta", "d_log")
-_FLOATS = ("state", "final_state", "checkpoints", "d_final", "d_state")
-_NUMBERS = ("documents", "tokens", "heads", "key", "value", "chunk", "every", "value_blocks", "threads", "decay")
 
 
 class _Call(ctypes.Structure):
     """`Call` of recurrence.cpp."""
 
-    _fields_ = [
-        *((name, Array) for name in _ARRAYS),
-        *((name, ctypes.c_void_p) for name in _FLOATS),
-        ("boundaries", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in _NUMBERS),
-        ("scale", ctypes.c_double),
-    ]
+    _fields_ = fields(
+        "q k v beta log_decay out d_out d_q d_k d_v d_beta d_log",
+        "state final_state checkpoints d_final d_state boundaries",
+        "documents tokens heads key value chunk every value_blocks threads decay",
+    )
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    log_decay: Tensor | None,
-    state: Tensor,
-    scale: float,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`delta_rule`, or `linear_attention` without `beta`; arguments as the operators normalise them, not float64."""
-    inputs = (q, k, v, beta, log_decay)
+def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """`delta_rule`, or `linear_attention` without a beta; inputs: q, k, v, beta and log_decay, not float64."""
+    q, _, v, _, _ = inputs
     chunk = chunk_length(q.shape[3], v.shape[3])
     blocks = q.shape[0] * q.shape[2] * max(1, v.shape[3] // BLOCK_COLUMNS)
     pieces = 1 if cu_seqlens is not None else cut.count_pieces(blocks, q.shape[1], chunk)
@@ -76,7 +62,7 @@ def read(q: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, out: 
     return _run_whole([q, None, out, None, log_decay], state.float(), scale, None)[0]
 
 
-def _run_whole(inputs: Sequence[Any], state: Tensor, scale: float, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def _run_whole(inputs: Inputs, state: Tensor, scale: float, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """The same with rows not split in time; inputs: q, k, v, beta and log_decay, see `_forward`."""
     tensors = [x if x is None or x.dtype in KINDS else x.float() for x in inputs]
     given = [x for x in (*tensors, state) if x is not None]
@@ -85,24 +71,15 @@ def _run_whole(inputs: Sequence[Any], state: Tensor, scale: float, cu_seqlens: T
     return out.to(inputs[2].dtype), final_state
 
 
-def _forward(
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor,
-    beta: Tensor | None,
-    log_decay: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`(out, final_state, checkpoints)`; checkpoints are empty unless `keep`.
 
     Without a beta, q or k may be missing. Without q, out is empty. Without k, nothing is written to the state, and out
     is v and what q reads.
     """
-    q, k, v, beta, log_decay, state = contiguous(q, k, v, beta, log_decay, state)
-    out, final_state, checkpoints = _shapes(q, k, v, beta, log_decay, state, cu_seqlens, scale, keep)
+    *tensors, cu_seqlens, scale, keep = arguments
+    q, k, v, beta, log_decay, state = contiguous(*tensors)
+    out, final_state, checkpoints = _shapes(*arguments)
     call = _describe(q, k, v, beta, log_decay, scale)
     boundaries = find_boundaries(v, cu_seqlens)
     _set_documents(call, boundaries, v.shape[2])
@@ -145,7 +122,11 @@ def _backward(
     return d_q, d_k, d_v, d_beta, d_log, d_state, None, None, None
 
 
-RECURRENCE = differentiable("recurrence", forward=_forward, backward=_backward, shapes=_shapes, results=2)
+_SCHEMA = (
+    "(Tensor? q, Tensor? k, Tensor v, Tensor? beta, Tensor? log_decay, Tensor state, "
+    "Tensor? cu_seqlens, float scale, bool keep) -> (Tensor, Tensor, Tensor)"
+)
+RECURRENCE = differentiable("recurrence", _forward, _backward, _shapes, results=2, schema=_SCHEMA)
 
 
 def _group(key: int, value: int) -> tuple[int, int]:

@@ -9,51 +9,38 @@ from torch import Tensor
 
 from seqtrain.kernels.custom_ops import differentiable
 from seqtrain.kernels.native.build import library
-from seqtrain.kernels.native.calls import KINDS, Array, check, contiguous, find_boundaries
+from seqtrain.kernels.native.calls import KINDS, Array, check, contiguous, fields, find_boundaries
+from seqtrain.kernels.operator import Inputs
 from seqtrain.kernels.tensor_attention.features import extensions, feature_count
 
 _TOKENS = 64  # kTokens in tensor_attention.cpp
-_ARRAYS = ("q", "k1", "k2", "v1", "v2", "out", "d_out", "d_q", "d_k1", "d_k2", "d_v1", "d_v2")
-_POINTERS = ("state", "final_state", "checkpoints", "d_final", "d_state", "ratio", "parent", "variable", "boundaries")
-_NUMBERS = ("documents", "tokens", "heads", "key", "value", "features", "threads")
+_ARRAYS = "q k1 k2 v1 v2 out d_out d_q d_k1 d_k2 d_v1 d_v2"
 
 
 class _Call(ctypes.Structure):
     """`TensorCall` of tensor_attention.cpp."""
 
-    _fields_ = [
-        *((name, Array) for name in _ARRAYS),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _NUMBERS),
-        ("scale", ctypes.c_double),
-    ]
+    _fields_ = fields(
+        _ARRAYS,
+        "state final_state checkpoints d_final d_state ratio parent variable boundaries",
+        "documents tokens heads key value features threads",
+    )
 
 
-def run(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """`tensor_attention` of inputs that are not float64; arguments as those of the chunked form."""
-    *inputs, degree, scale, state, cu_seqlens = arguments
+def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float, degree: int) -> tuple[Tensor, Tensor]:
+    """`tensor_attention` of inputs that are not float64."""
     tensors = [x if x.dtype in KINDS else x.float() for x in inputs]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, state))
     out, final = TENSOR_ATTENTION(*tensors, state, cu_seqlens, degree, scale, keep)
     return out, final
 
 
-def _forward(
-    q: Tensor,
-    k1: Tensor,
-    k2: Tensor,
-    v1: Tensor,
-    v2: Tensor,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    degree: int,
-    scale: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`(out, final_state, checkpoints)`; checkpoints are empty unless `keep`."""
-    out, final_state, checkpoints = _shapes(q, k1, k2, v1, v2, state, cu_seqlens, degree, scale, keep)
-    *inputs, state = contiguous(q, k1, k2, v1, v2, state)
-    call, boundaries = _Call(), find_boundaries(q, cu_seqlens)
+    *tensors, cu_seqlens, degree, scale, keep = arguments
+    out, final_state, checkpoints = _shapes(*arguments)
+    *inputs, state = contiguous(*tensors)
+    call, boundaries = _Call(), find_boundaries(inputs[0], cu_seqlens)
     _describe(call, inputs, boundaries, degree, scale)
     call.out = Array.of(out)
     call.state, call.final_state = state.data_ptr(), final_state.data_ptr()
@@ -77,7 +64,7 @@ def _backward(
     call, boundaries = _Call(), find_boundaries(inputs[0], cu_seqlens)
     _describe(call, inputs, boundaries, degree, scale)
     found, d_state = [torch.empty_like(x) for x in inputs], torch.empty_like(d_final)
-    for name, tensor in zip(_ARRAYS[6:], (d_out, *found), strict=True):
+    for name, tensor in zip(_ARRAYS.split()[6:], (d_out, *found), strict=True):
         setattr(call, name, Array.of(tensor))
     call.d_final, call.d_state = d_final.data_ptr(), d_state.data_ptr()
     call.checkpoints = kept[0].data_ptr()
@@ -85,12 +72,16 @@ def _backward(
     return *found, d_state, None, None, None, None
 
 
-TENSOR_ATTENTION = differentiable("tensor_attention", forward=_forward, backward=_backward, shapes=_shapes, results=2)
+_SCHEMA = (
+    "(Tensor q, Tensor k1, Tensor k2, Tensor v1, Tensor v2, Tensor state, "
+    "Tensor? cu_seqlens, SymInt degree, float scale, bool keep) -> (Tensor, Tensor, Tensor)"
+)
+TENSOR_ATTENTION = differentiable("tensor_attention", _forward, _backward, _shapes, results=2, schema=_SCHEMA)
 
 
 def _describe(call: _Call, inputs: list[Tensor], boundaries: Tensor, degree: int, scale: float) -> None:
     """Fills in what forward and backward share. `inputs`, contiguous, and `boundaries` must outlive the call."""
-    for name, tensor in zip(_ARRAYS, inputs, strict=False):
+    for name, tensor in zip(_ARRAYS.split(), inputs, strict=False):
         setattr(call, name, Array.of(tensor))
     batch, tokens, call.heads, call.key = inputs[0].shape
     call.tokens, call.value, call.scale = batch * tokens, inputs[3].shape[3], scale

@@ -47,5 +47,6 @@ def short_convolution(
         raise ValueError(f"short_convolution: activation={activation!r}, expected 'silu' or 'none'")
     if dilation < 1:
         raise ValueError(f"short_convolution: dilation={dilation}, expected at least 1")
-    call = short_convolution.prepare((x, weight, bias), backend, initial_state, cu_seqlens, dilation=dilation)
-    return call.run(x, weight, bias, activation, dilation, call.state, cu_seqlens)
+    tensors = (x, weight, bias)
+    call = short_convolution.prepare(tensors, backend, initial_state, cu_seqlens, dilation=dilation)
+    return call.run(tensors, call.state, cu_seqlens, activation, dilation)

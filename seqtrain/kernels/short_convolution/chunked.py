@@ -12,25 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqtrain.kernels.custom_ops import opaque
+from seqtrain.kernels.operator import Inputs
+from seqtrain.kernels.short_convolution import short_convolution
 
 # Numbers a block holds: 512 KiB of float32, within a core's second-level cache.
 BLOCK = 1 << 17
 
 
-@opaque("short_convolution_chunked", like=lambda *x: (x[0], x[5]))
+@short_convolution.backend(like=lambda inputs, state: inputs[0])
 def run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    dilation: int,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
+    inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, activation: str, dilation: int
 ) -> tuple[Tensor, Tensor]:
-    """See `short_convolution`; `state` is given, in the dtype of the sums."""
-    rows = None if cu_seqlens is None else _document_rows(cu_seqlens, x.shape[1], state.shape[1])
-    return _ShortConvolution.apply(x, weight, bias, state, _Form(activation == "silu", dilation, rows))
+    """See `short_convolution`."""
+    rows = None if cu_seqlens is None else _document_rows(cu_seqlens, inputs[0].shape[1], state.shape[1])
+    return _ShortConvolution.apply(*inputs, state, _Form(activation == "silu", dilation, rows))
 
 
 class _Form(NamedTuple):

@@ -8,6 +8,7 @@ from seqtrain.kernels import gpu
 from seqtrain.kernels.custom_ops import differentiable
 from seqtrain.kernels.gpu import Launch, unavailable
 from seqtrain.kernels.inspect.examples import Example
+from seqtrain.kernels.operator import Inputs
 from seqtrain.kernels.short_convolution import short_convolution
 
 __all__ = ["EXAMPLES", "run", "unavailable"]
@@ -34,29 +35,21 @@ EXAMPLES = (
 )
 
 
-def run(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Triton's `short_convolution`; arguments as those of the chunked form."""
-    out, final = _operator(*arguments)
+def run(inputs: Inputs, *others: Any) -> tuple[Tensor, Tensor]:
+    """Triton's `short_convolution`."""
+    out, final = _operator(*inputs, *others)
     return out, final
 
 
-def _shapes(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    state = others[4]
+def _shapes(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), state.new_empty(state.shape)
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    dilation: int,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     from seqtrain.kernels.triton import convolution
 
-    out, final = _shapes(x, weight, bias, activation, dilation, state)
+    x, weight, bias, state, cu_seqlens, activation, dilation = arguments
+    out, final = _shapes(*arguments)
     launch = PINNED[gpu.target()]
     blocks, table, boundaries = _grid(x, state, cu_seqlens, launch)
     tensors = [None if each is None else each.contiguous() for each in (x, weight, bias, state)]
@@ -73,7 +66,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     from seqtrain.kernels.triton import convolution
 
-    x, weight, bias, activation, dilation, state, cu_seqlens = arguments
+    x, weight, bias, state, cu_seqlens, activation, dilation = arguments
     d_out, d_final = gradients
     (width, taps), dtype = weight.shape, state.dtype
     dx, d_state = x.new_empty(x.shape), state.new_empty(state.shape)
@@ -89,7 +82,7 @@ def _backward(
         with gpu.on_device(x):
             convolution.backward[len(table), blocks](*tensors, *written, table, boundaries, width, **options)
     d_bias = None if bias is None else d_bias.sum(0).to(bias.dtype)
-    return dx, d_weight.sum(0).T.to(weight.dtype), d_bias, None, None, d_state, None
+    return dx, d_weight.sum(0).T.to(weight.dtype), d_bias, d_state, None, None, None
 
 
 def _grid(x: Tensor, state: Tensor, cu_seqlens: Tensor | None, launch: Launch) -> tuple[int, Tensor, Tensor]:
@@ -101,4 +94,8 @@ def _grid(x: Tensor, state: Tensor, cu_seqlens: Tensor | None, launch: Launch) -
     return blocks, table, gpu.boundaries_tensor(boundaries, x.device)
 
 
-_operator = differentiable("short_convolution_triton", forward=_forward, backward=_backward, shapes=_shapes, results=2)
+_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor state, "
+    "Tensor? cu_seqlens, str activation, SymInt dilation) -> (Tensor, Tensor)"
+)
+_operator = differentiable("short_convolution_triton", _forward, _backward, _shapes, results=2, schema=_SCHEMA)

@@ -37,13 +37,7 @@ def _flops(*, B: int, T: int, H: int, K: int, V: int, window: int, sinks: int = 
 
 
 @operator(
-    arguments={
-        "q": "B T H K",
-        "k": "B T G K",
-        "v": "B T G V",
-        "extra_score": "B T H",
-        "extra_value": "B T H V",
-    },
+    arguments={"q": "B T H K", "k": "B T G K", "v": "B T G V", "extra_score": "B T H", "extra_value": "B T H V"},
     out="B T H V",
     state=_states,
     state_from=("k",),
@@ -97,7 +91,7 @@ def sink_attention(
     flat = [None if tensor is None else tensor.flatten(0, 1) for tensor in (q, k, v, extra_score, extra_value)]
     after = _after(k.flatten(0, 1), v.flatten(0, 1), past, rows)
     run = sink_attention.choose(backend, q.device)
-    out = run(*flat, window, scale, Known(rows, past, after, fresh=initial_state is None))
+    out = run(flat, window, scale, Known(rows, past, after, fresh=initial_state is None))
     return out.view(*q.shape[:3], v.shape[3]).to(v.dtype), after
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from seqtrain.kernels.dispatch import full_precision
 from seqtrain.kernels.documents import state_dtype
+from seqtrain.kernels.operator import Inputs
 from seqtrain.kernels.rows import Rows
 from seqtrain.kernels.sink_attention import Known
 
@@ -29,17 +30,9 @@ class Layout:
     back: Tensor
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    extra_score: Tensor | None,
-    extra_value: Tensor | None,
-    window: int,
-    scale: float,
-    known: Known,
-) -> Tensor:
-    """Flat `q: [total,H,K]` and the rest; see `sink_attention`. Returns `out` alone, `[total,H,V]`."""
+def run(inputs: Inputs, window: int, scale: float, known: Known) -> Tensor:
+    """Flat inputs, `q: [total,H,K]`; see `sink_attention`. Returns `out` alone, `[total,H,V]`."""
+    q, k, v, extra_score, extra_value = inputs
     total, heads = q.shape[:2]
     if total == 0:
         return q.new_empty(0, heads, v.shape[2])

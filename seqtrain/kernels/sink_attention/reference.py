@@ -4,20 +4,13 @@ import torch
 from torch import Tensor
 
 from seqtrain.kernels.documents import state_dtype
+from seqtrain.kernels.operator import Inputs
 from seqtrain.kernels.sink_attention import Known
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    extra_score: Tensor | None,
-    extra_value: Tensor | None,
-    window: int,
-    scale: float,
-    known: Known,
-) -> Tensor:
-    """Flat `q: [total,H,K]` and the rest; see `sink_attention`. Returns `out` alone, `[total,H,V]`."""
+def run(inputs: Inputs, window: int, scale: float, known: Known) -> Tensor:
+    """Flat inputs, `q: [total,H,K]`; see `sink_attention`. Returns `out` alone, `[total,H,V]`."""
+    q, k, v, extra_score, extra_value = inputs
     dtype, repeat = state_dtype(q.dtype), q.shape[1] // k.shape[1]
     past, pieces, outs = known.past, zip(known.rows.start.tolist(), known.rows.length.tolist(), strict=True), []
     for n, (start, length) in enumerate(pieces):

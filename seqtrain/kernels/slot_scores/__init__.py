@@ -1,13 +1,41 @@
 """Queries against keys that are kept in slots which forget: the first of gated slot attention's two passes."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from seqtrain.kernels.dispatch import full_precision
+from seqtrain.kernels.linear_attention import LinearAttentionSegment, linear_attention
 from seqtrain.kernels.operator import operator
-from seqtrain.kernels.segments import AffineScan
-from seqtrain.kernels.slot_scores.segment import SlotScoresSegment
+from seqtrain.kernels.segments import AffineScan, Options
 
 __all__ = ["slot_scores"]
+
+
+class SlotScoresSegment(LinearAttentionSegment):
+    """The map of a segment is that of linear attention, read along its other side."""
+
+    @staticmethod
+    def transition_shape(tensors: Sequence[Any], options: Options) -> tuple[int, ...] | None:
+        return LinearAttentionSegment.transition_shape(_writing(tensors), options)
+
+    def transition(self) -> tuple[Tensor | None, Tensor]:
+        return linear_attention.segment(_writing(self.tensors), self.options, self.backend).transition()
+
+    def add_incoming(self, state: Tensor) -> Tensor:
+        q, log_decay = (self.tensors[index].to(state.dtype) for index in (0, 3))
+        scale = self.options.get("scale")
+        with full_precision(q.device):
+            read = torch.einsum("bthk,bhmk->bthm", q, state * (q.shape[3] ** -0.5 if scale is None else scale))
+            return self.out + (read * log_decay.cumsum(1).exp()).to(self.out.dtype)
+
+
+def _writing(tensors: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The arguments of the linear attention with the same state, which knows nothing of its queries: w stands there."""
+    _, k, written, log_decay = tensors
+    return written, written, k, log_decay
 
 
 @operator(
@@ -46,4 +74,4 @@ def slot_scores(
     tensors = (q, k, written, log_decay)
     call = slot_scores.prepare(tensors, backend, initial_state, cu_seqlens, scale=scale)
     with full_precision(q.device):
-        return call.run(*tensors, call.state, call.scale, cu_seqlens)
+        return call.run(tensors, call.state, cu_seqlens, call.scale)

@@ -11,32 +11,22 @@ import torch
 from torch import Tensor
 
 from seqtrain.kernels.chunk_form import layout_of
-from seqtrain.kernels.custom_ops import opaque
 from seqtrain.kernels.dispatch import full_precision
-from seqtrain.kernels.layout import ChunkLayout
 from seqtrain.kernels.linear_attention.chunked import FORM
+from seqtrain.kernels.operator import Inputs
+from seqtrain.kernels.slot_scores import slot_scores
 
 
-@opaque("slot_scores_chunked", like=lambda *x: (x[2].to(x[0].dtype), x[4]))
-def run(
-    q: Tensor, k: Tensor, written: Tensor, log_decay: Tensor, state: Tensor, scale: float, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Chunked `slot_scores`; arguments as it normalises them."""
-    return _SlotScores.apply(q, k, written, log_decay, state, scale, layout_of(written, k, cu_seqlens))
+@slot_scores.backend(like=lambda inputs, state: inputs[2].to(inputs[0].dtype))
+def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Chunked `slot_scores`."""
+    return _SlotScores.apply(*inputs, state, scale, layout_of(inputs[2], inputs[1], cu_seqlens))
 
 
 class _SlotScores(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        written: Tensor,
-        log_decay: Tensor,
-        state: Tensor,
-        scale: float,
-        layout: ChunkLayout,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        q, k, written, log_decay, state, scale, layout = arguments
         # Which queries is all the same here: the scores are linear attention's gradient of any.
         any_query = torch.zeros_like(written, dtype=q.dtype)
         inputs = (any_query, written, k, log_decay)

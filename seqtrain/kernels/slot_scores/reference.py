@@ -1,25 +1,20 @@
 """The definition: one token after the other."""
 
-import torch
 from torch import Tensor
 
-from seqtrain.kernels.custom_ops import opaque
-from seqtrain.kernels.documents import by_document
+from seqtrain.kernels.documents import by_token
+from seqtrain.kernels.operator import Inputs
+from seqtrain.kernels.slot_scores import slot_scores
 
 
-@opaque("slot_scores_reference", like=lambda *x: (x[2].to(x[0].dtype), x[4]))
-def run(
-    q: Tensor, k: Tensor, written: Tensor, log_decay: Tensor, state: Tensor, scale: float, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`slot_scores` token by token; arguments as it normalises them."""
+@slot_scores.backend(like=lambda inputs, state: inputs[2].to(inputs[0].dtype))
+def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """`slot_scores` token by token."""
 
-    def loop(q: Tensor, k: Tensor, written: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        out = []
-        for t in range(q.shape[1]):
-            query, key, taken = (x[:, t].to(state.dtype) for x in (q, k, written))
-            state = state * log_decay[:, t].to(state.dtype).exp()[..., None] + taken[..., None] * key[:, :, None]
-            out.append(scale * (state @ query[..., None])[..., 0])
-        return (torch.stack(out, 1) if out else written.to(state.dtype)), state
+    def step(q: Tensor, k: Tensor, written: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        query, key, taken = (x.to(state.dtype) for x in (q, k, written))
+        state = state * log_decay.to(state.dtype).exp()[..., None] + taken[..., None] * key[:, :, None]
+        return scale * (state @ query[..., None])[..., 0], state
 
-    out, state = by_document(loop, (q, k, written, log_decay), state, cu_seqlens)
-    return out.to(q.dtype), state
+    out, state = by_token(step, inputs, state, cu_seqlens, like=inputs[2])
+    return out.to(inputs[0].dtype), state

@@ -1,17 +1,61 @@
 """Tensor (Kronecker) attention: third-order attention as two linear recurrences."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from seqtrain.kernels.checks import check_documents
 from seqtrain.kernels.dispatch import full_precision
-from seqtrain.kernels.documents import state_dtype
+from seqtrain.kernels.documents import by_document, state_dtype
 from seqtrain.kernels.operator import operator
-from seqtrain.kernels.segments import AffineScan
-from seqtrain.kernels.tensor_attention import exact
-from seqtrain.kernels.tensor_attention.features import DEGREE, feature_count
-from seqtrain.kernels.tensor_attention.segment import TensorAttentionSegment
+from seqtrain.kernels.segments import AffineScan, AffineSegment, Options
+from seqtrain.kernels.tensor_attention.features import DEGREE, feature_count, features
 
 __all__ = ["DEGREE", "feature_count", "tensor_attention"]
+
+
+# Tokens whose features are held at once: F of them stand for K numbers.
+TOKENS = 4096
+
+
+class TensorAttentionSegment(AffineSegment):
+    """The sums are found first, from features that are not kept. They do not decay: a segment's map only adds.
+
+    Outputs are products of both sums, not linear in the state: they wait for it.
+    """
+
+    @staticmethod
+    def transition_shape(tensors: Sequence[Any], options: Options) -> tuple[int, ...] | None:
+        return None
+
+    def transition(self) -> tuple[Tensor | None, Tensor]:
+        _, k1, k2, v1, v2 = self.tensors
+        shape, dtype = self.operator.state_shape(self.tensors, self.options, self.tensors[0].shape[0])
+        degree = self.options.get("degree", DEGREE)
+        sums = []
+        with full_precision(k1.device):
+            for k, v in ((k1, v1), (k2, v2)):
+                total = torch.zeros(shape[:2] + shape[3:], dtype=dtype, device=k.device)
+                # One turn at least, so that gradients find their way on a rank without tokens, too.
+                for start in range(0, max(k.shape[1], 1), TOKENS):
+                    rows = slice(start, start + TOKENS)
+                    part = checkpoint(_sums, k[:, rows], v[:, rows], degree, dtype, use_reentrant=False)
+                    total = total + part
+                sums.append(total)
+        return None, torch.stack(sums, 2)
+
+    def add_incoming(self, state: Tensor) -> Tensor:
+        out, _ = self.operator(*self.tensors, initial_state=state, backend=self.backend, **self.options)
+        return out
+
+
+def _sums(k: Tensor, v: Tensor, degree: int, dtype: torch.dtype) -> Tensor:
+    """`sum_t phi(k_t)^T [v_t, 1]`: `[B,T,H,K]`, `[B,T,H,V]` -> `[B,H,F,V+1]`."""
+    rows = torch.cat([v.to(dtype), torch.ones_like(v[..., :1], dtype=dtype)], 3)
+    return torch.einsum("bthf,bthv->bhfv", features(k.to(dtype), degree), rows)
 
 
 @operator(
@@ -60,18 +104,30 @@ def tensor_attention(
         raise ValueError(f"tensor_attention: degree={degree}, expected {rule}")
     call = tensor_attention.prepare(tensors, backend, initial_state, cu_seqlens, scale=scale, degree=degree)
     with full_precision(q.device):
-        out, final = call.run(*tensors, degree, call.scale, call.state, cu_seqlens)
+        out, final = call.run(tensors, call.state, cu_seqlens, call.scale, degree)
     return out.to(v1.dtype), final
 
 
 def _exact(
     tensors: tuple[Tensor, ...], scale: float | None, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
+    """Third-order softmax attention itself, cubic in T: the measure of the Taylor form's error."""
     if initial_state is not None:
         raise ValueError(
             "tensor_attention: initial_state given with degree=None, which has no state of constant size; pass None"
         )
     sizes = tensor_attention.check(tensors)
-    check_documents("tensor_attention", cu_seqlens, sizes["B"], sizes["T"])
+    states = check_documents("tensor_attention", cu_seqlens, sizes["B"], sizes["T"])
+    factor = sizes["K"] ** -0.5 if scale is None else scale
+
+    def one(q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = q.shape[1]
+        scores = torch.einsum("bthr,bihr,bjhr->bhtij", q, k1, k2) * factor
+        seen = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~(seen[:, :, None] & seen[:, None, :]), -torch.inf)
+        weights = scores.flatten(3).softmax(-1).view(scores.shape)
+        return torch.einsum("bhtij,bihv,bjhv->bthv", weights, v1, v2), state
+
     dtype = state_dtype(*(tensor.dtype for tensor in tensors))
-    return exact.run(tensors, sizes["K"] ** -0.5 if scale is None else scale, dtype, cu_seqlens)
+    wide = tuple(tensor.to(dtype) for tensor in tensors)
+    return by_document(one, wide, wide[0].new_zeros(states, 0), cu_seqlens)[0].to(tensors[3].dtype)

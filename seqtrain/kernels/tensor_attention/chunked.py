@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqtrain.kernels.custom_ops import opaque
 from seqtrain.kernels.dispatch import full_precision
 from seqtrain.kernels.layout import ChunkLayout, Segment, chunk_layout
+from seqtrain.kernels.operator import Inputs
 from seqtrain.kernels.states import scan_additive
+from seqtrain.kernels.tensor_attention import tensor_attention
 from seqtrain.kernels.tensor_attention.features import feature_count, features, features_gradient
 
 # Tokens of a step. 4 and 8 take about the same time; 2 and 16 take 1.3 to 3 times as long.
@@ -52,20 +53,10 @@ class _Plan:
         return self.layout.segments(self.limit)
 
 
-@opaque("tensor_attention_chunked", like=lambda *x: (x[3].to(x[7].dtype), x[7]))
-def run(
-    q: Tensor,
-    k1: Tensor,
-    k2: Tensor,
-    v1: Tensor,
-    v2: Tensor,
-    degree: int,
-    scale: float,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See `tensor_attention`; `state` is given, and `out` comes back in its dtype."""
-    return attend((q, k1, k2, v1, v2), degree, scale, state, cu_seqlens, Products(_outputs, _gradients, SEGMENT))
+@tensor_attention.backend(like=lambda inputs, state: inputs[3].to(state.dtype))
+def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float, degree: int) -> tuple[Tensor, Tensor]:
+    """See `tensor_attention`; `out` comes back in the state's dtype."""
+    return attend(inputs, state, cu_seqlens, scale, degree, Products(_outputs, _gradients, SEGMENT))
 
 
 @dataclass(frozen=True)
@@ -82,10 +73,10 @@ class Products:
 
 
 def attend(
-    inputs: tuple[Tensor, ...], degree: int, scale: float, state: Tensor, cu_seqlens: Tensor | None, products: Products
+    inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float, degree: int, products: Products
 ) -> tuple[Tensor, Tensor]:
-    """`run` by the given products; `inputs`: q, k1, k2, v1, v2."""
-    q, k1, k2, v1, v2 = inputs
+    """`run` by the given products."""
+    q, v1 = inputs[0], inputs[3]
     batch, tokens, heads, width = q.shape
     if tokens == 0:
         return v1.to(state.dtype), state
@@ -93,7 +84,7 @@ def attend(
     # The longest chunks of which a segment still has its fill.
     chunk = 1 << (max(SHORTEST, min(LONGEST, batch * tokens // limit)).bit_length() - 1)
     layout = chunk_layout(batch, tokens, cu_seqlens, chunk=chunk, smallest_chunk=SHORTEST, device=q.device)
-    return _TensorAttention.apply(q, k1, k2, v1, v2, state, _Plan(degree, scale, layout, limit, products))
+    return _TensorAttention.apply(*inputs, state, _Plan(degree, scale, layout, limit, products))
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from seqtrain.kernels import gpu
-from seqtrain.kernels.custom_ops import opaque
 from seqtrain.kernels.gpu import Launch, unavailable
 from seqtrain.kernels.inspect.examples import Example
-from seqtrain.kernels.tensor_attention import tensor_attention
+from seqtrain.kernels.operator import Inputs
+from seqtrain.kernels.tensor_attention import chunked, tensor_attention
 from seqtrain.kernels.tensor_attention.chunked import STEP, Piece, Products, attend, from_steps
 
 __all__ = ["EXAMPLES", "run", "unavailable"]
@@ -37,24 +37,12 @@ def _example(name: str, width: int, dtype: str) -> Example:
 EXAMPLES = (_example("tensor_attention K=4 V=64 bfloat16", 4, "bfloat16"),)
 
 
-@opaque("tensor_attention_triton", like=lambda *x: (x[3].to(x[7].dtype), x[7]))
-def run(
-    q: Tensor,
-    k1: Tensor,
-    k2: Tensor,
-    v1: Tensor,
-    v2: Tensor,
-    degree: int,
-    scale: float,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See `tensor_attention`; `state` is given, and `out` comes back in its dtype."""
+@tensor_attention.backend(like=lambda inputs, state: inputs[3].to(state.dtype))
+def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float, degree: int) -> tuple[Tensor, Tensor]:
+    """See `tensor_attention`; `out` comes back in the state's dtype."""
     if state.shape[3] > MOST_FEATURES:
-        from seqtrain.kernels.tensor_attention import chunked
-
-        return chunked.run(q, k1, k2, v1, v2, degree, scale, state, cu_seqlens)
-    return attend((q, k1, k2, v1, v2), degree, scale, state, cu_seqlens, Products(_outputs, _gradients, SEGMENT))
+        return chunked.run(inputs, state, cu_seqlens, scale, degree)
+    return attend(inputs, state, cu_seqlens, scale, degree, Products(_outputs, _gradients, SEGMENT))
 
 
 def _outputs(piece: Piece, sums: Tensor) -> Tensor:

@@ -128,7 +128,9 @@ def gradients(q, k, beta, log_decay, sums, given, d_q, d_k, d_beta, d_log, chunk
 
     given: values (E, or v of the additive form), d_out, d_v, states, d_states.
     """
-    values, d_out, d_v, _, _ = given
+    values, d_out, d_v, states, d_states = given
+    state_at = tl.program_id(0).to(tl.int64) * M.K * M.V
+    given = (values, d_out, d_v, states + state_at, d_states + state_at)
     FINE: tl.constexpr = k.dtype.element_ty.primitive_bitwidth >= 32
     at, rows = place(chunks, M)
     i = tl.arange(0, M.BT)
@@ -212,7 +214,6 @@ def gradients(q, k, beta, log_decay, sums, given, d_q, d_k, d_beta, d_log, chunk
 def state_products(given, at, rows, column, dtype: tl.constexpr, BK: tl.constexpr, M: tl.constexpr):
     """A block of K of `(dout S^T, values dS^T, dv S^T, <S, dS>)`, `[BT,BK]` thrice and `[BK]`: without decays."""
     values, d_out, d_v, states, d_states = given
-    state_at = tl.program_id(0).to(tl.int64) * M.K * M.V + column * M.V
     g_q = tl.zeros([M.BT, BK], M.ACC)
     y = tl.zeros([M.BT, BK], M.ACC)
     g_k = tl.zeros([M.BT, BK], M.ACC)
@@ -220,8 +221,8 @@ def state_products(given, at, rows, column, dtype: tl.constexpr, BK: tl.constexp
     for j in range(0, M.V, M.BV):
         b_out = load_tokens(d_out, at, rows, j, M.V, M.BV, M).to(dtype)
         b_values = load_tokens(values, at, rows, j, M.V, M.BV, M).to(dtype)
-        b_state = load_rows(states + state_at, M.K - column, j, M.V, M.V, BK, M.BV)
-        b_d_state = load_rows(d_states + state_at, M.K - column, j, M.V, M.V, BK, M.BV)
+        b_state = load_rows(states + column * M.V, M.K - column, j, M.V, M.V, BK, M.BV)
+        b_d_state = load_rows(d_states + column * M.V, M.K - column, j, M.V, M.V, BK, M.BV)
         g_q = tl.dot(b_out, tl.trans(b_state), g_q, input_precision=M.PRECISION)
         y = tl.dot(b_values, tl.trans(b_d_state), y, input_precision=M.PRECISION)
         if M.DELTA:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from seqtrain.kernels import gpu
 from seqtrain.kernels.custom_ops import differentiable
+from seqtrain.kernels.operator import Inputs
 from seqtrain.kernels.triton import matrix, matrix_chunks
 from seqtrain.kernels.triton.matrix_launches import LONGEST, chunk_length, pinned
 
@@ -28,30 +29,21 @@ def serves(q: Tensor) -> bool:
     return q.shape[3] <= WIDEST and (q.dtype != torch.float64 or not q.is_cuda)
 
 
-def run(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """`delta_rule`, or `linear_attention` without `beta`; arguments as those of `_forward`."""
+def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """`delta_rule`, or `linear_attention` without a beta; inputs: q, k, v, beta and log_decay."""
+    q, k, *others = inputs
     dtype = torch.promote_types(q.dtype, k.dtype)
     dtype = dtype if dtype in _DTYPES else torch.float32
-    out, final = _recurrence(q.to(dtype), k.to(dtype), *others)
+    out, final = _recurrence(q.to(dtype), k.to(dtype), *others, state, scale, cu_seqlens)
     return out, final
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    log_decay: Tensor | None,
-    state: Tensor,
-    scale: float,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(out, final_state, inverse, sums)`: the last two for the backward pass, see `_empty_kept`."""
-    call = _Call.of(q, k, v, beta, log_decay, state, scale, cu_seqlens)
-    out, final = torch.empty_like(call.v), torch.empty_like(call.state)
-    inverse, sums = _empty_kept(q, beta, log_decay)
-    with gpu.on_device(q):
-        if _is_step(q, cu_seqlens):
+    call = _Call.of(*arguments)
+    out, final, inverse, sums = _shapes(*arguments)
+    with gpu.on_device(out):
+        if _is_step(call.q, arguments[-1]):
             call.launch(matrix.step, call.q, call.k, call.v, call.beta, call.log_decay, out, call.state, final)
         else:
             made = call.operands(inverse, sums, known=False)
@@ -105,7 +97,11 @@ def _empty_kept(q: Tensor, beta: Tensor | None, log_decay: Tensor | None) -> tup
     return inverse, q.new_empty(sums, dtype=torch.float64)
 
 
-_recurrence = differentiable("matrix_recurrence", forward=_forward, backward=_backward, shapes=_shapes, results=2)
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? log_decay, Tensor state, float scale, "
+    "Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_recurrence = differentiable("matrix_recurrence", _forward, _backward, _shapes, results=2, schema=_SCHEMA)
 
 
 def _contiguous(tensor: Any) -> Any:

@@ -95,8 +95,8 @@ def _read_backward(
     return d_q, gradients[0].to(base.dtype), d_log, d_state.to(state.dtype), None
 
 
-_find_map = differentiable("segment_map", forward=_map_forward, backward=_map_backward, shapes=_map_shapes, results=2)
-_read = differentiable("segment_read", forward=_read_forward, backward=_read_backward, shapes=_read_shapes, results=1)
+_find_map = differentiable("segment_map", _map_forward, _map_backward, _map_shapes, results=2)
+_read = differentiable("segment_read", _read_forward, _read_backward, _read_shapes, results=1)
 
 
 @dataclass

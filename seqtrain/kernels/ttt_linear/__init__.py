@@ -59,4 +59,4 @@ def ttt_linear(
     start, norm_weight, norm_bias, shares = (x.to(call.state.dtype) for x in tensors[4:])
     learned = (start, norm_weight[:, None], norm_bias[:, None], shares)
     with full_precision(q.device):
-        return call.run(q, k, v, rate, *learned, call.state, cu_seqlens)
+        return call.run((q, k, v, rate, *learned), call.state, cu_seqlens)

@@ -8,25 +8,16 @@ With G the sum of gradients that the mini-batch has from before, `Z = [K, 1] W` 
 import torch
 from torch import Tensor
 
-from seqtrain.kernels.custom_ops import opaque
 from seqtrain.kernels.documents import by_document
+from seqtrain.kernels.operator import Inputs
+from seqtrain.kernels.ttt_linear import ttt_linear
 from seqtrain.kernels.ttt_linear.inner import InnerModel, pack, unpack, with_one
 
 
-@opaque("ttt_linear_chunked", like=lambda *x: (x[2], x[8]))
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rate: Tensor,
-    start: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    shares: Tensor,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See `ttt_linear`; `state` is given, what is learned is in its dtype, norms `[H,1,K]`."""
+@ttt_linear.backend(like=lambda inputs, state: inputs[2])
+def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `ttt_linear`; what is learned is in the state's dtype, norms `[H,1,K]`."""
+    *tokens, start, weight, bias, shares = inputs
     model = InnerModel(start, weight, bias, shares)
 
     def rows(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,8 +48,8 @@ def run(
         state = pack(change, total, torch.full((q.shape[0],), count, device=q.device))
         return (query + model.norm(torch.cat(pieces, 2))).transpose(1, 2), state
 
-    out, state = by_document(rows, (q, k, v, rate), state, cu_seqlens)
-    return out.to(v.dtype), state
+    out, state = by_document(rows, tuple(tokens), state, cu_seqlens)
+    return out.to(inputs[2].dtype), state
 
 
 def _mini_batches(tokens: int, count: int, size: int) -> list[int]:
