@@ -19,6 +19,28 @@ struct Task {
   int64_t document, part;
 };
 
+// Where a worker is: a document's tokens of one head, in chunks.
+class InDocument {
+ protected:
+  template <class Call>
+  void enter(const Call& call, int64_t document, int64_t head, int64_t chunk) {
+    document_ = document, head_ = head, heads_ = call.heads, chunk_ = chunk;
+    start_ = call.boundaries[document];
+    length_ = call.boundaries[document + 1] - start_;
+    chunks_ = (length_ + chunk - 1) / chunk;
+  }
+
+  // Tokens of chunk n: all, or what the document has left.
+  int tokens(int64_t n) const { return static_cast<int>(std::min(chunk_, length_ - n * chunk_)); }
+
+  int64_t place(int64_t n, int i) const { return (start_ + n * chunk_ + i) * heads_ + head_; }
+
+  // The place of chunk n's checkpoint, n a multiple of `every`: rising over documents without a table of them.
+  int64_t checkpoint(int64_t n, int64_t every) const { return start_ / (chunk_ * every) + document_ + n / every; }
+
+  int64_t document_ = 0, head_ = 0, heads_ = 0, chunk_ = 1, start_ = 0, length_ = 0, chunks_ = 0;
+};
+
 // The OpenMP runtime's threads do not survive a fork; a child that waited for them would wait forever.
 inline std::atomic<bool> forked{false};
 

@@ -30,69 +30,47 @@ struct Call {
   double scale;
 };
 
-// Rows `from` to `from + kBlock` of E and n = beta E, VECS vectors of columns of them, given the rows before: side by
-// side, so that no sum waits for another.
-template <int VECS>
-static void solve_rows(int from, int width, const float* pairs, const float* beta, float* errors, float* written) {
-  for (int i = from; i < from + kBlock; ++i) {
+// Rows `from` to `from + kBlock` of x, VECS vectors of columns of them, and of beta x: side by side, so that no sum waits
+// for another. In E, given the rows before; in the transposed solve, given the rows after.
+template <Side SIDE, int VECS>
+static void solve_rows(int from, int width, const float* pairs, const float* beta, float* x, float* solved) {
+  for (int n = 0; n < kBlock; ++n) {
+    const int i = SIDE == kTransposed ? from + kBlock - 1 - n : from + n;
+    const int first = SIDE == kTransposed ? i + 1 : from;
     Vec sum[VECS];
-    float* error = errors + int64_t(i) * width;
-    for (int v = 0; v < VECS; ++v) sum[v] = load(error + v * kLanes);
-    for (int j = from; j < i; ++j)
-      for (int v = 0; v < VECS; ++v)
-        sum[v] -= pairs[i * kMaxChunk + j] * load(written + int64_t(j) * width + v * kLanes);
-    for (int v = 0; v < VECS; ++v) {
-      store(error + v * kLanes, sum[v]);
-      store(written + int64_t(i) * width + v * kLanes, beta[i] * sum[v]);
-    }
-  }
-}
-
-// E from its right side and n = beta E, [rows, width] each, `pairs` strictly lower.
-static void solve(int rows, int width, const float* pairs, const float* beta, float* errors, float* written) {
-  for (int from = 0; from < rows; from += kBlock) {
-    if (from)
-      multiply(kBlock, width, from, -1, pairs + from * kMaxChunk, kMaxChunk, written, width, 1,
-               errors + int64_t(from) * width, width);
-    by_columns(width, [&](auto vectors, int c) {
-      solve_rows<vectors>(from, width, pairs, beta, errors + c, written + c);
-    });
-  }
-}
-
-// The same of the transposed solve, given the rows after.
-template <int VECS>
-static void solve_rows_transposed(int from, int width, const float* pairs, const float* beta, float* y, float* solved) {
-  const int to = from + kBlock;
-  for (int j = to - 1; j >= from; --j) {
-    Vec sum[VECS];
-    float* row = y + int64_t(j) * width;
+    float* row = x + int64_t(i) * width;
     for (int v = 0; v < VECS; ++v) sum[v] = load(row + v * kLanes);
-    for (int i = j + 1; i < to; ++i)
-      for (int v = 0; v < VECS; ++v)
-        sum[v] -= pairs[i * kMaxChunk + j] * load(solved + int64_t(i) * width + v * kLanes);
+    for (int j = first; j < first + n; ++j) {
+      const float pair = SIDE == kTransposed ? pairs[j * kMaxChunk + i] : pairs[i * kMaxChunk + j];
+      for (int v = 0; v < VECS; ++v) sum[v] -= pair * load(solved + int64_t(j) * width + v * kLanes);
+    }
     for (int v = 0; v < VECS; ++v) {
       store(row + v * kLanes, sum[v]);
-      store(solved + int64_t(j) * width + v * kLanes, beta[j] * sum[v]);
+      store(solved + int64_t(i) * width + v * kLanes, beta[i] * sum[v]);
     }
   }
 }
 
-// The transposed solve: y = d_written - pairs^T (beta y), in place of d_written; `solved` is beta y.
-static void solve_transposed(int rows, int width, const float* pairs, const float* beta, float* y, float* solved) {
-  for (int from = rows - kBlock; from >= 0; from -= kBlock) {
-    const int to = from + kBlock;
-    if (to < rows)
-      multiply<kTransposed>(kBlock, width, rows - to, -1, pairs + to * kMaxChunk + from, kMaxChunk,
-                            solved + int64_t(to) * width, width, 1, y + int64_t(from) * width, width);
+// x from its right side in place, and beta x, [rows, width] each: x + pairs (beta x) = right, `pairs` strictly lower or
+// transposed. E and n = beta E in the first case; in the second what reaches v through them.
+template <Side SIDE>
+static void solve(int rows, int width, const float* pairs, const float* beta, float* x, float* solved) {
+  for (int n = 0; n < rows; n += kBlock) {
+    const int from = SIDE == kTransposed ? rows - kBlock - n : n, to = from + kBlock;
+    float* block = x + int64_t(from) * width;
+    if (n && SIDE == kTransposed)
+      multiply<kTransposed>(kBlock, width, n, -1, pairs + to * kMaxChunk + from, kMaxChunk, solved + int64_t(to) * width,
+                            width, 1, block, width);
+    else if (n)
+      multiply(kBlock, width, n, -1, pairs + from * kMaxChunk, kMaxChunk, solved, width, 1, block, width);
     by_columns(width, [&](auto vectors, int c) {
-      solve_rows_transposed<vectors>(from, width, pairs, beta, y + c, solved + c);
+      solve_rows<SIDE, vectors>(from, width, pairs, beta, x + c, solved + c);
     });
   }
 }
 
 // One thread's buffers, and what it does with a task.
-class Worker {
+class Worker : InDocument {
  public:
   Worker(const Call& call, bool backward)
       : call_(call),
@@ -131,7 +109,7 @@ class Worker {
     if (length_ == 1 && !call_.checkpoints && reads_ && writes_) return step();
     copy_state(call_.state, task.document, state_);
     for (int64_t n = 0; n < chunks_; ++n) {
-      if (call_.checkpoints && n % call_.every == 0) put_state(state_, call_.checkpoints, checkpoint(n));
+      if (call_.checkpoints && n % call_.every == 0) put_state(state_, call_.checkpoints, checkpoint(n, call_.every));
       Chunk chunk = take(n);
       decay_.prepare(chunk, log_, 0, chunk.paired());
       if (reads_) multiply(chunk.reads * chunk.rows, width_, key_, 1, chunk.start, key_, state_, width_, 0, read_, width_);
@@ -188,19 +166,10 @@ class Worker {
   }
 
   void begin(const Task& task) {
-    document_ = task.document;
-    head_ = task.part / call_.value_blocks;
     value_block_ = task.part % call_.value_blocks;
-    start_ = call_.boundaries[task.document];
-    length_ = call_.boundaries[task.document + 1] - start_;
-    chunks_ = (length_ + call_.chunk - 1) / call_.chunk;
+    enter(call_, task.document, task.part / call_.value_blocks, call_.chunk);
     first_column_ = value_block_ * width_;
     columns_ = static_cast<int>(std::min<int64_t>(width_, call_.value - first_column_));
-  }
-
-  // The place of chunk n's checkpoint, n a multiple of `every`: rising over documents without a table of them.
-  int64_t checkpoint(int64_t n) const {
-    return start_ / (call_.chunk * call_.every) + document_ + n / call_.every;
   }
 
   float* state_of(float* states, int64_t index) const {
@@ -217,11 +186,6 @@ class Worker {
     float* to = state_of(states, index);
     for (int64_t c = 0; c < call_.key; ++c) std::memcpy(to + c * call_.value, state + c * width_, sizeof(float) * columns_);
   }
-
-  // Tokens of chunk n: all, or what the document has left.
-  int tokens(int64_t n) const { return static_cast<int>(std::min(call_.chunk, length_ - n * call_.chunk)); }
-
-  int64_t place(int64_t n, int i) const { return (start_ + n * call_.chunk + i) * call_.heads + head_; }
 
   // Rows [padded(tokens), padded width] of chunk n, with zeros for padding.
   void take_rows(int64_t n, const Array& from, int64_t width, int64_t column, int columns, int to_width, float factor,
@@ -274,7 +238,7 @@ class Worker {
     const float* found = read_ + int64_t(chunk.rows) * width_;
     for (int i = 0; i < chunk.rows; ++i)
       add_row(values + int64_t(i) * width_, found + int64_t(i) * width_, -chunk.left[i], width_);
-    solve(chunk.rows, width_, chunk.pairs[1], beta_, values, written_);
+    solve<kPlain>(chunk.rows, width_, chunk.pairs[1], beta_, values, written_);
     return written_;
   }
 
@@ -285,7 +249,7 @@ class Worker {
   // States, errors and pairs of keys of the chunks from `first` to `end`.
   void recompute(int64_t first, int64_t end) {
     const int64_t state = int64_t(key_) * width_;
-    copy_state(call_.checkpoints, checkpoint(first), states_);
+    copy_state(call_.checkpoints, checkpoint(first, call_.every), states_);
     for (int64_t n = first; n < end; ++n) {
       const int64_t at = n - first;
       const bool last = n + 1 == end;
@@ -323,7 +287,7 @@ class Worker {
     if (delta_) {
       const float* errors = errors_ + at * kMaxChunk * width_;
       for (int i = 0; i < rows; ++i) scale_row(written + int64_t(i) * width_, errors + int64_t(i) * width_, beta_[i], width_);
-      solve_transposed(rows, width_, chunk.pairs[1], beta_, d_written_, solved);
+      solve<kTransposed>(rows, width_, chunk.pairs[1], beta_, d_written_, solved);
       put_values(n, solved, call_.d_v, 1);
       for (int i = 0; i < rows; ++i)
         beta_[i] = dot(d_written_ + int64_t(i) * width_, errors + int64_t(i) * width_, width_);
@@ -361,8 +325,7 @@ class Worker {
   const int key_, width_;  // padded widths: of keys, and of a block of value columns
   Arena arena_;
   Decay decay_;
-  int64_t document_ = 0, head_ = 0, value_block_ = 0;
-  int64_t start_ = 0, length_ = 0, chunks_ = 0, first_column_ = 0;
+  int64_t value_block_ = 0, first_column_ = 0;
   int columns_ = 0;
   float *x_, *log_, *beta_, *factor_, *v_, *written_, *read_, *state_;
   float* pairs_[2];

@@ -34,7 +34,7 @@ struct Sums {
   float* ones[2];
 };
 
-class TensorWorker {
+class TensorWorker : InDocument {
  public:
   TensorWorker(const TensorCall& call, bool backward)
       : call_(call),
@@ -55,12 +55,12 @@ class TensorWorker {
   }
 
   void forward(const Task& task) {
-    begin(task);
+    enter(call_, task.document, task.part, kTokens);
     load_sums(call_.state, task.document, before_);
-    for (int64_t n = 0; n < blocks_; ++n) {
-      if (call_.checkpoints) save_sums(before_, call_.checkpoints, checkpoint(n));
+    for (int64_t n = 0; n < chunks_; ++n) {
+      if (call_.checkpoints) save_sums(before_, call_.checkpoints, checkpoint(n, 1));
       run_block(n);
-      for (int i = 0; i < count(n); ++i)
+      for (int i = 0; i < tokens(n); ++i)
         put_row(out_ + int64_t(i) * width_, value(), 1, call_.out, place(n, i) * call_.value);
       merge(within_, before_);
     }
@@ -68,13 +68,13 @@ class TensorWorker {
   }
 
   void backward(const Task& task) {
-    begin(task);
+    enter(call_, task.document, task.part, kTokens);
     load_sums(call_.d_final, task.document, d_after_);
-    for (int64_t n = blocks_ - 1; n >= 0; --n) {
-      load_sums(call_.checkpoints, checkpoint(n), before_);
+    for (int64_t n = chunks_ - 1; n >= 0; --n) {
+      load_sums(call_.checkpoints, checkpoint(n, 1), before_);
       run_block(n);
       clear(d_within_);
-      for (int i = count(n) - 1; i >= 0; --i) token_gradients(n, i);
+      for (int i = tokens(n) - 1; i >= 0; --i) token_gradients(n, i);
       merge(d_within_, d_after_);
     }
     save_sums(d_after_, call_.d_state, task.document);
@@ -88,20 +88,7 @@ class TensorWorker {
     }
   }
 
-  void begin(const Task& task) {
-    document_ = task.document;
-    head_ = task.part;
-    start_ = call_.boundaries[task.document];
-    length_ = call_.boundaries[task.document + 1] - start_;
-    blocks_ = (length_ + kTokens - 1) / kTokens;
-  }
-
   int value() const { return static_cast<int>(call_.value); }
-  int count(int64_t n) const { return static_cast<int>(std::min<int64_t>(kTokens, length_ - n * kTokens)); }
-  int64_t place(int64_t n, int i) const { return (start_ + n * kTokens + i) * call_.heads + head_; }
-
-  // The place of block n's checkpoint: rising over documents without a table of them.
-  int64_t checkpoint(int64_t n) const { return start_ / kTokens + document_ + n; }
 
   float* state_row(float* states, int64_t index, int s, int f) const {
     return states + (((index * call_.heads + head_) * 2 + s) * features_ + f) * (call_.value + 1);
@@ -169,7 +156,7 @@ class TensorWorker {
   // Features, values, outputs and divisors of block n's tokens, and its own sums in within_.
   void run_block(int64_t n) {
     clear(within_);
-    for (int i = 0; i < count(n); ++i) {
+    for (int i = 0; i < tokens(n); ++i) {
       const int64_t at = place(n, i);
       float* phi[3];
       for (int which = 0; which < 3; ++which) {
@@ -268,7 +255,6 @@ class TensorWorker {
   const TensorCall& call_;
   const int features_, padded_features_, width_;
   Arena arena_;
-  int64_t document_ = 0, head_ = 0, start_ = 0, length_ = 0, blocks_ = 0;
   Sums before_, within_;  // sums before the block, and of its tokens so far
   Sums d_after_{}, d_within_{};
   float *x_[3], *phi_[3], *v_[2], *out_;
