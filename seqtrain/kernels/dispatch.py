@@ -3,7 +3,8 @@
 import importlib
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
+from typing import Any
 
 import torch
 
@@ -54,9 +55,23 @@ def _why_not(operator: str, package: str, backends: tuple[str, ...], name: str, 
 
 
 def function_of(package: str, backend: str, name: str) -> Callable:
-    """The function `name` of a backend, or the one that `FUNCTIONS` puts in its place."""
-    found = getattr(importlib.import_module(f"{package}.{backend}"), name, None)
-    return function_of(package, *FUNCTIONS[name]) if found is None else found
+    """The function `name` of a backend, or the one that `FUNCTIONS` puts in its place.
+
+    Where the backend has `serves`, inputs and states that it does not serve go to the chunked form.
+    """
+    module = importlib.import_module(f"{package}.{backend}")
+    found, serves = getattr(module, name, None), getattr(module, "serves", None)
+    if found is None:
+        return function_of(package, *FUNCTIONS[name])
+    if serves is None:
+        return found
+    chunked = function_of(package, "chunked", "run" if name == "step" else name)
+
+    @wraps(found)
+    def choose(inputs: Any, state: Any, *others: Any) -> Any:
+        return (found if serves(inputs, state) else chunked)(inputs, state, *others)
+
+    return choose
 
 
 def full_precision(device: torch.device) -> torch.autocast:

@@ -86,6 +86,15 @@ def _version(tool: Any) -> tuple[int, ...]:
     return tuple(int(part) for part in tool.version.split("."))
 
 
+# The widest K of matrix recurrences, which no program cuts: what is wider has no pinned configuration.
+WIDEST = 256
+
+
+def serves_keys(x: Tensor) -> bool:
+    """Whether the kernels of matrix recurrences take `x: [B,T,H,K]`: float64 only in Triton's interpreter."""
+    return x.shape[3] <= WIDEST and (x.dtype != torch.float64 or not x.is_cuda)
+
+
 def target() -> str:
     """The one of `TARGETS` whose configurations suit the GPU that Triton compiles for."""
     from triton.runtime.driver import driver

@@ -11,16 +11,8 @@ A recurrence over chunks then takes as many steps as the longest document has ch
 Everything that needs no incoming state runs batched over the chunks of a `Segment`, a run of steps short enough to keep
 temporaries small. Plain `[B,T]` input is B documents of length T: one step is one time slice of the batch.
 
-    layout = chunk_layout(B, T, cu_seqlens, chunk=64, device=q.device)
-    carry = layout.sort_states(initial_state)                 # documents in layout order; a copy, written in place
-    for segment in layout.segments(limit=128):                # about 128 chunks at a time
-        q = segment.take(q_all, torch.float32)                # [B,T,H,K] -> [chunks*H, C, K]; padding is zeros
-        for rows, count in segment.steps(H):                  # rows: slice of chunks*H; states are carry[:count]
-            ...
-        segment.put(out, out_chunks)                          # [chunks*H, C, V] -> its tokens of out [B,T,H,V]
-    final_state = layout.restore_states(carry)
-
-Padding comes as zeros, which every recurrence here takes as the identity: no key, no value, log decay 0.
+`chunk_form` shows how it is used. Padding comes as zeros, which every recurrence here takes as the identity: no key, no
+value, log decay 0.
 """
 
 from collections.abc import Iterator

@@ -1,24 +1,30 @@
-"""The delta rule by Triton kernels; wider heads than theirs, and float64 on a GPU, take the chunked form."""
+"""The delta rule by Triton kernels."""
 
 from typing import Any
 
 from torch import Tensor
 
-from seqtrain.kernels.delta_rule import chunked, delta_rule
+from seqtrain.kernels import gpu
+from seqtrain.kernels.delta_rule import delta_rule
 from seqtrain.kernels.gpu import unavailable
 from seqtrain.kernels.inspect.examples import recurrence_examples
 from seqtrain.kernels.operator import Inputs
 
-__all__ = ["EXAMPLES", "run", "step", "unavailable"]
+__all__ = ["EXAMPLES", "run", "serves", "step", "unavailable"]
 
 EXAMPLES = recurrence_examples(delta_rule, beta=True)
+
+
+def serves(inputs: Inputs, _: Tensor) -> bool:
+    """Whether the kernels take these inputs."""
+    return gpu.serves_keys(inputs[0])
 
 
 def run(inputs: Inputs, *others: Any) -> tuple[Tensor, Tensor]:
     """Triton's `delta_rule`, without `read` and `erase`."""
     from seqtrain.kernels.triton import recurrence
 
-    return recurrence.run(inputs[:5], *others) if recurrence.serves(inputs[0]) else chunked.run(inputs, *others)
+    return recurrence.run(inputs[:5], *others)
 
 
 # With one token per row, the forward pass is a single launch.

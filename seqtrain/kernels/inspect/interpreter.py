@@ -9,10 +9,9 @@ or compiles. In a process that interprets, `backend="triton"` takes CPU tensors 
     assert_no_races(launches)
 
 Patched, of Triton 3.9: bfloat16 is computed in float32 and rounded to nearest (stock: on raw 16-bit patterns, and casts
-truncate); comparisons give booleans (stock: a scalar one makes an integer mask); the numbers of `range` have `.to` and
-`.dtype`; float32 products of precision tf32 round their operands; custom reductions and scans go row by row instead of
-element by element; modules are patched once instead of at every call. An access outside the memory of a launch's
-tensors is an error that names the kernel.
+truncate); comparisons give booleans; the numbers of `range` have `.to` and `.dtype`; float32 products of precision tf32
+round their operands; custom scans go row by row; modules are patched once. An access outside the memory
+of a launch's tensors is an error that names the kernel.
 """
 
 import builtins
@@ -313,53 +312,21 @@ def _atomic(self: Any, plain: Callable, op: Any, pointers: Any, value: Any, *opt
     return plain(self, op, pointers, value, *options, **named)
 
 
-# Reductions and scans with a custom function: along the axis, row by row.
-
-
-def _rows(operands: tuple, axis: int) -> list[tuple]:
-    """The slices of tensors along an axis, as tensors."""
-    arrays = [np.moveaxis(x.handle.data, axis, 0) for x in operands]
-    kinds = [x.dtype for x in operands]
-    return [
-        tuple(_tensor(array[i], kind) for array, kind in zip(arrays, kinds, strict=True)) for i in range(len(arrays[0]))
-    ]
+# Scans with a custom function: along the axis, row by row.
 
 
 def _tensor(data: np.ndarray, kind: Any) -> Any:
-    shaped = kind if data.ndim == 0 else tl.block_type(kind, list(data.shape))
-    return tl.tensor(_Handle(np.atleast_1d(data) if data.ndim == 0 else data, kind), shaped)
-
-
-def _combine(function: Any, left: tuple, right: tuple) -> tuple:
-    combined = function.fn(*left, *right)
-    return combined if isinstance(combined, tuple) else (combined,)
+    return tl.tensor(_Handle(data, kind), tl.block_type(kind, list(data.shape)))
 
 
 @_patch(stock.ScanOps, "generic_scan")
 def _generic_scan(self: Any, plain: Callable, operands: tuple) -> list:
-    rows = _rows(operands, self.axis)
-    found = list(itertools.accumulate(rows, lambda left, right: _combine(self.combine_fn, left, right)))
-    return [
-        _tensor(np.stack([row[i].handle.data for row in found], self.axis), x.dtype) for i, x in enumerate(operands)
-    ]
-
-
-@_patch(stock.ReduceOps, "generic_reduce")
-def _generic_reduce(self: Any, plain: Callable, operands: tuple) -> list:
-    flat, axis = self.unravel(operands, self.axis)
-    last = None
-    for row in _rows(flat, axis):
-        last = row if last is None else _combine(self.combine_fn, last, row)
-    assert last is not None
-    arrays = [x.handle.data for x in last]
-    if self.keep_dims:
-        arrays = [
-            np.expand_dims(x, axis) if self.axis is not None else x.reshape((1,) * len(operands[0].shape))
-            for x in arrays
-        ]
-    elif self.axis is None:
-        arrays = [x.reshape(()) for x in arrays]
-    return [_tensor(array, x.dtype) for array, x in zip(arrays, operands, strict=True)]
+    kinds = [x.dtype for x in operands]
+    arrays = [np.moveaxis(x.handle.data, self.axis, 0) for x in operands]
+    rows = [[_tensor(row, kind) for row, kind in zip(each, kinds, strict=True)] for each in zip(*arrays, strict=True)]
+    found = list(itertools.accumulate(rows, lambda left, right: self.combine_fn.fn(*left, *right)))
+    columns = [np.stack([x.handle.data for x in each], self.axis) for each in zip(*found, strict=True)]
+    return [_tensor(column, kind) for column, kind in zip(columns, kinds, strict=True)]
 
 
 def _widened(self: Any, plain: Callable, operands: tuple) -> Any:

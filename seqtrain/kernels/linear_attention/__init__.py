@@ -29,7 +29,7 @@ class LinearAttentionSegment(AffineSegment):
         _, k, v = self.tensors[:3]
         find_map = self.operator.choose(self.backend, k.device, function="find_map")
         with full_precision(k.device):
-            return find_map(k, v, self._log_decay())
+            return find_map((None, k, v, self._log_decay()), None)
 
     def local_output(self) -> None:
         self.out, _ = self.operator(*self.tensors, backend=self.backend, **self.options)
@@ -38,7 +38,8 @@ class LinearAttentionSegment(AffineSegment):
         q, scale = self.tensors[0], self.options.get("scale")
         read = self.operator.choose(self.backend, q.device, function="read")
         with full_precision(q.device):
-            return read(q, self._log_decay(), state, q.shape[3] ** -0.5 if scale is None else scale, self.out)
+            inputs = (q, None, self.out, self._log_decay())
+            return read(inputs, state, q.shape[3] ** -0.5 if scale is None else scale)
 
     def _log_decay(self) -> Tensor | None:
         """`[B,T,H]` or `[B,T,H,K]`, or None."""

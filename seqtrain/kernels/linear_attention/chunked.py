@@ -18,12 +18,13 @@ def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float) 
     return FORM.run(inputs, state, scale, layout_of(inputs[0], inputs[2], cu_seqlens))
 
 
-def find_map(k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """What a segment makes of the state, without its outputs: `(transition, update)`, see `segment`.
+def find_map(inputs: Inputs, _: None) -> tuple[Tensor | None, Tensor]:
+    """What a segment makes of the state, without its outputs: `(transition, update)`, see `LinearAttentionSegment`.
 
-    k `[B,T,H,K]`, v `[B,T,H,V]`, log_decay None, `[B,T,H]` or `[B,T,H,K]`; update `[B,H,K,V]`, transition None, `[B,H]`
-    or `[B,H,K]`, in the state's dtype.
+    inputs: those of the operator, q aside, log_decay not `[H]`. update `[B,H,K,V]`, transition None, `[B,H]` or
+    `[B,H,K]`, in the state's dtype.
     """
+    _, k, v, log_decay = inputs
     dtype = state_dtype(k.dtype)
     k, v = k.to(dtype), v.to(dtype)
     if log_decay is None:
@@ -36,11 +37,12 @@ def find_map(k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor | N
     return log_decay.contiguous().sum(1).exp(), _outer(_weighted(k, to_end), v)
 
 
-def read(q: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, out: Tensor) -> Tensor:
+def read(inputs: Inputs, state: Tensor, scale: float) -> Tensor:
     """`out` `[B,T,H,V]` and what the queries read in the state before the segment, `scale (q_i e^{b_i}) S`.
 
-    q, log_decay: as for `find_map`; state `[B,H,K,V]`.
+    inputs: as for `find_map`, with q and without k, and `out` in the place of v; state `[B,H,K,V]`.
     """
+    q, _, out, log_decay = inputs
     q = q.to(state.dtype)
     if log_decay is not None:
         q = _weighted(q, log_decay.to(state.dtype).cumsum(1).exp())

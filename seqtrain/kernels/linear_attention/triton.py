@@ -1,17 +1,18 @@
-"""Linear attention with decay by Triton kernels; wider heads, and float64 on a GPU, take the chunked form."""
+"""Linear attention with decay by Triton kernels."""
 
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from seqtrain.kernels import gpu
 from seqtrain.kernels.gpu import unavailable
 from seqtrain.kernels.inspect.examples import recurrence_examples
-from seqtrain.kernels.linear_attention import chunked, linear_attention
+from seqtrain.kernels.linear_attention import linear_attention
 from seqtrain.kernels.operator import Inputs
 from seqtrain.kernels.segments import by_segment
 
-__all__ = ["EXAMPLES", "find_map", "read", "run", "step", "unavailable"]
+__all__ = ["EXAMPLES", "find_map", "read", "run", "serves", "step", "unavailable"]
 
 _WHOLE = recurrence_examples(linear_attention, beta=False)
 
@@ -30,27 +31,31 @@ EXAMPLES = (
 )
 
 
+def serves(inputs: Inputs, _: Tensor | None) -> bool:
+    """Whether the kernels take these inputs, of which q or k may be missing."""
+    return gpu.serves_keys(inputs[1] if inputs[0] is None else inputs[0])
+
+
 def run(inputs: Inputs, *others: Any) -> tuple[Tensor, Tensor]:
     """Triton's `linear_attention`."""
     from seqtrain.kernels.triton import recurrence
 
-    if not recurrence.serves(inputs[0]):
-        return chunked.run(inputs, *others)
     return recurrence.run((*inputs[:3], None, inputs[3]), *others)
 
 
-def find_map(k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor | None, Tensor]:
+def find_map(inputs: Inputs, _: None) -> tuple[Tensor | None, Tensor]:
     """As that of the chunked form."""
-    from seqtrain.kernels.triton import recurrence, segment
+    from seqtrain.kernels.triton import segment
 
-    return (segment if recurrence.serves(k) else chunked).find_map(k, v, log_decay)
+    return segment.find_map(*inputs[1:])
 
 
-def read(q: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, out: Tensor) -> Tensor:
+def read(inputs: Inputs, state: Tensor, scale: float) -> Tensor:
     """As that of the chunked form."""
-    from seqtrain.kernels.triton import recurrence, segment
+    from seqtrain.kernels.triton import segment
 
-    return (segment if recurrence.serves(q) else chunked).read(q, log_decay, state, scale, out)
+    q, _, out, log_decay = inputs
+    return segment.read(q, log_decay, state, scale, out)
 
 
 # With one token per row, the forward pass is a single launch.

@@ -70,19 +70,10 @@ def _loss_and_gradients(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        chunk: int,
-        softmax: Softmax,
-        need_hidden: bool,
-        need_weight: bool,
-    ) -> Tensor:
-        loss, d_hidden, d_weight = _loss_and_gradients(hidden, weight, labels, chunk, softmax, need_hidden, need_weight)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        loss, d_hidden, d_weight = _loss_and_gradients(*arguments)
         ctx.save_for_backward(d_hidden, d_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype = arguments[1].dtype
         return loss
 
     @staticmethod

@@ -1,14 +1,6 @@
-// What decay does inside a chunk, forward and backward; the same algebra as decay.py, whose letters are used here.
-//
-// With b the running sum of log decays inside a chunk of C tokens, reads x (queries; the delta rule's keys too), keys k:
-//
-//     pairs_ij = (x_i e^{b_i - b_j}) . k_j  for i > j (and i = j for queries)     between tokens of the chunk
-//     start_i  = x_i e^{b_i}                                                      what reads the incoming state
-//     keys_j   = k_j e^{b_C - b_j}                                                what writes the outgoing state
-//     factor   = e^{b_C}                                                          what is left of the incoming state
-//
-// No exponent is positive, and nothing is divided by a decay. Per channel, blocks of kBlock tokens are re-centred on
-// their own boundaries, and inside a block running products of decays are carried from token to token.
+// What decay does inside a chunk, forward and backward: the products of decay.py, in its letters; `start` are its rows.
+// Per channel, blocks of kBlock tokens are re-centred on their own boundaries, and inside a block running products of
+// decays are carried from token to token.
 #pragma once
 
 #include <algorithm>
@@ -113,7 +105,8 @@ class Decay {
   void gradients(const Chunk& chunk, float* d_start, float* d_keys, float* const d_pairs[2], const float* state,
                  const float* d_state, int width, float* d_log) {
     for (int s = 0; s < chunk.paired(); ++s) clear_above(d_pairs[s], chunk.rows, s > 0);
-    if (kind_ == DecayKind::kChannel) return channel_gradients(chunk, d_start, d_keys, d_pairs, state, d_state, width, d_log);
+    if (kind_ == DecayKind::kChannel)
+      return channel_gradients(chunk, d_start, d_keys, d_pairs, state, d_state, width, d_log);
     if (kind_ == DecayKind::kScalar) scalar_gradients(chunk, d_start, d_keys, d_pairs, state, d_state, width, d_log);
     for (int s = 0; s < chunk.paired(); ++s) {
       const int64_t at = int64_t(s) * chunk.rows * key_;
@@ -225,7 +218,8 @@ class Decay {
       const int64_t at = int64_t(i) * key_;
       if (chunk.writes) multiply_row(near_keys_ + at, k + at, in_end_ + at, key_);
       for (int s = first; s < chunk.reads; ++s)
-        multiply_row(near_reads_ + int64_t(s) * rows * key_ + at, chunk.x + int64_t(s) * rows * key_ + at, in_start_ + at, key_);
+        multiply_row(near_reads_ + int64_t(s) * rows * key_ + at, chunk.x + int64_t(s) * rows * key_ + at, in_start_ + at,
+                     key_);
     }
     chunk.start = start_;
     chunk.keys = keys_;
@@ -357,7 +351,7 @@ class Decay {
     }
   }
 
-  // What pairs of tokens of different blocks give the reads in d_start and, in work_, the keys, each up to its block's boundary.
+  // What pairs of tokens of different blocks give reads, in d_start, and keys, in work_, each up to its block's boundary.
   void other_blocks(const Chunk& chunk, float* const d_pairs[2], float* d_start) {
     const int rows = chunk.rows, blocks = rows / kBlock;
     for (int block = 1; block < blocks; ++block) {

@@ -1,9 +1,7 @@
 // Linear attention and the delta rule, forward and backward: one pass over the chunks of each document and head.
 //
-// The algebra is that of linear_attention/chunked.py and delta_rule/chunked.py. Everything of a chunk stays in cache.
-// With E the errors before beta, n = beta E (v itself in linear attention), N the pairs of keys and P those of queries:
-//
-//     E = (I + N diag(beta))^{-1} (v - start_k S)      out = P n + start_q S      S' = factor S + keys^T n
+// The algebra and the letters are those of delta_rule/chunked.py, and n is v itself in linear attention. Everything of a
+// chunk stays in cache.
 //
 // The forward pass keeps the state before every `every` chunks; the backward pass recomputes the chunks between two of
 // these, then goes through them from the last to the first. Without queries there are no outputs, only the state; without

@@ -36,9 +36,15 @@ class _Call(ctypes.Structure):
     )
 
 
+def serves(inputs: Inputs, state: Tensor | None) -> bool:
+    """Whether the library takes a call: not in float64."""
+    return torch.float64 not in [x.dtype for x in (inputs[1:3] if state is None else (state,))]
+
+
 def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """`delta_rule`, or `linear_attention` without a beta; inputs: q, k, v, beta and log_decay, not float64."""
-    q, _, v, _, _ = inputs
+    """`linear_attention`, or `delta_rule` where there is a beta, too."""
+    inputs = _with_beta(inputs)
+    q, v = inputs[0], inputs[2]
     chunk = chunk_length(q.shape[3], v.shape[3])
     blocks = q.shape[0] * q.shape[2] * max(1, v.shape[3] // BLOCK_COLUMNS)
     pieces = 1 if cu_seqlens is not None else cut.count_pieces(blocks, q.shape[1], chunk)
@@ -50,16 +56,22 @@ def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float) 
     return torch.cat([out, rest], 1), state
 
 
-def find_map(k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor | None, Tensor]:
+def find_map(inputs: Inputs, _: None) -> tuple[Tensor | None, Tensor]:
     """`(transition, update)` of `linear_attention`: the update is its final state from zeros, without its outputs."""
+    _, k, v, log_decay = inputs
     state = k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
-    _, update = _run_whole([None, k, v, None, log_decay], state, 1.0, None)
+    _, update = _run_whole(_with_beta(inputs), state, 1.0, None)
     return None if log_decay is None else log_decay.contiguous().sum(1, dtype=torch.float32).exp(), update
 
 
-def read(q: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, out: Tensor) -> Tensor:
-    """`out` `[B,T,H,V]` and what `linear_attention` reads in its incoming state, its keys and values aside."""
-    return _run_whole([q, None, out, None, log_decay], state.float(), scale, None)[0]
+def read(inputs: Inputs, state: Tensor, scale: float) -> Tensor:
+    """Outputs `[B,T,H,V]`, which stand in the place of v, and what q reads in the incoming state, without k."""
+    return _run_whole(_with_beta(inputs), state.float(), scale, None)[0]
+
+
+def _with_beta(inputs: Inputs) -> Inputs:
+    """`(q, k, v, beta, log_decay)` of those of `delta_rule` or `linear_attention`."""
+    return inputs[:5] if len(inputs) > 4 else (*inputs[:3], None, inputs[3])
 
 
 def _run_whole(inputs: Inputs, state: Tensor, scale: float, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,6 @@
 // Tensor attention, forward and backward: token by token, with both running sums in the first-level cache.
 //
-// The algebra is that of tensor_attention/chunked.py: with phi the features, S1 and S2 the running sums of phi(k)^T [v, 1],
-//
-//     s_t = sum_f phi(q_t)_f S1_tf S2_tf     (entry by entry of a row [v, 1])        out_t = s_t[:V] / s_t[V]
-//
-// A product of two running sums is no matrix product, but two rows of V numbers times F features are so few that each
+// The algebra is that of tensor_attention/reference.py. A product of two running sums is no matrix product, but two rows of V numbers times F features are so few that each
 // token's can be made in turn. Sums are kept as those before a block of tokens and those within it, so that rounding grows
 // with the number of blocks. The backward pass recomputes a block's sums, then takes its tokens out again one by one.
 // The columns of ones have their own arrays, over features.

@@ -7,10 +7,8 @@ sums before it, i and j <= t among the new tokens:
     o_t = phi(q_t) (S1 * S2) + sum_i v1_i * (x1_ti S2) + sum_j v2_j * (x2_tj S1)
           + sum_ij (x1_ti . phi(k2_j)) v1_i * v2_j
 
-with `x1_ti = phi(q_t) * phi(k1_i)` and `x2_tj = phi(q_t) * phi(k2_j)`.
-
-All are matrix products but for entries of pairs `(t,i)`, so c is small. W is V+1: values with a column of ones, whose
-sums divide.
+with `x1_ti = phi(q_t) * phi(k1_i)` and `x2_tj = phi(q_t) * phi(k2_j)`. All are matrix products but for entries of pairs
+`(t,i)`, so c is small. W is V+1: values with a column of ones, whose sums divide.
 
 Forward, per segment of the layout: totals of its chunks, what enters each, outputs. Backward, from the last segment to
 the first: the first two again; then the steps from last to first, the sums going back by subtraction, at most one chunk

@@ -1,22 +1,10 @@
-"""Tensor attention by the native CPU kernels; float64 inputs go to the chunked form."""
+"""Tensor attention by the native CPU kernels."""
 
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from seqtrain.kernels.native import tensor_attention
 from seqtrain.kernels.native.build import unavailable
-from seqtrain.kernels.operator import Inputs
-from seqtrain.kernels.tensor_attention import chunked
+from seqtrain.kernels.native.recurrence import serves
+from seqtrain.kernels.native.tensor_attention import run
 
-__all__ = ["run", "step", "unavailable"]
-
-
-def run(inputs: Inputs, state: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """Native `tensor_attention`."""
-    return (chunked if state.dtype == torch.float64 else tensor_attention).run(inputs, state, *others)
-
+__all__ = ["run", "serves", "step", "unavailable"]
 
 # Token by token is how it goes anyway.
 step = run

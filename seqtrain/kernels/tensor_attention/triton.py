@@ -12,10 +12,10 @@ from seqtrain.kernels import gpu
 from seqtrain.kernels.gpu import Launch, unavailable
 from seqtrain.kernels.inspect.examples import Example
 from seqtrain.kernels.operator import Inputs
-from seqtrain.kernels.tensor_attention import chunked, tensor_attention
+from seqtrain.kernels.tensor_attention import tensor_attention
 from seqtrain.kernels.tensor_attention.chunked import STEP, Piece, Products, attend, from_steps
 
-__all__ = ["EXAMPLES", "run", "unavailable"]
+__all__ = ["EXAMPLES", "run", "serves", "unavailable"]
 
 # Numbers in each of the two running sums of a segment: 64 MiB of float32.
 SEGMENT = 1 << 24
@@ -37,11 +37,14 @@ def _example(name: str, width: int, dtype: str) -> Example:
 EXAMPLES = (_example("tensor_attention K=4 V=64 bfloat16", 4, "bfloat16"),)
 
 
+def serves(_: Inputs, state: Tensor) -> bool:
+    """Whether the kernels take so many features."""
+    return state.shape[3] <= MOST_FEATURES
+
+
 @tensor_attention.backend(like=lambda inputs, state: inputs[3].to(state.dtype))
 def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float, degree: int) -> tuple[Tensor, Tensor]:
     """See `tensor_attention`; `out` comes back in the state's dtype."""
-    if state.shape[3] > MOST_FEATURES:
-        return chunked.run(inputs, state, cu_seqlens, scale, degree)
     return attend(inputs, state, cu_seqlens, scale, degree, Products(_outputs, _gradients, SEGMENT))
 
 

@@ -1,42 +1,25 @@
 """The recurrences with a matrix state: one family of kernels for linear attention and the delta rule.
 
-Here are those that go from chunk to chunk, and `step`; in `matrix_chunks` those of which a program has one chunk. Flags
-choose decay {none, scalar, per channel} x {additive, delta}; `recurrence` launches them all. With `G` the running sum
-of log2 decays inside a chunk of C tokens, `S` the state before it, `D_ij = 2^(G_i - G_j)` for `i >= j`:
+Here are those that go from chunk to chunk, and `step`; in `matrix_chunks` those of which a program has one chunk. With
+`G` the running sum of log2 decays inside a chunk of C tokens, `S` the state before it, `D_ij = 2^(G_i - G_j)`:
 
     P_ij = scale (q_i D_ij) . k_j   for i >= j          N_ij = (k_i D_ij) . k_j   for i > j
     E = (I + N diag(beta))^-1 (V - (2^G k) S)           n = beta E;  additive: n = v
     out = scale (2^G q) S + P n                         S' = 2^(G_C) S + (2^(G_C - G) k)^T n
 
-`beta` multiplies the columns of N, so that nothing is ever divided by it: 0 and 2 are like any other number. Backward,
-with `dS` the gradient of the state after the chunk and `A` the inverse above:
-
-    dn = P^T dout + (2^(G_C - G) k) dS                  dv = A^T (beta dn);  additive: dv = dn
-    dS <- 2^(G_C) dS + scale (2^G q)^T dout - (2^G k)^T dv
-    dP = dout E^T, i >= j                               X = -dv E^T, i > j: all that reaches k through the inverse
-    dq = scale 2^G dout S^T + dP (beta k)               y = 2^(G_C - G) E dS^T + dP^T q + X^T k
-    dk = beta y - 2^G dv S^T + X (beta k)               dbeta = <y, k>
-
-with the decay of P and N inside their products. A product of two gradients' rows, `<q_i, dq_i>`, less that of its
-columns is what its decays get; a token's product with itself holds no decay and is left out, and sums that would end
-in a difference are taken over just the terms that belong to them: strong decays have tiny gradients.
-
-Only differences of G that are at most 0 are exponentiated, except for per-channel decay, which does not factor out of
-the products: where a chunk's decays are mild (`chunks.is_mild`) one factor grows from its middle on as the other
-shrinks. Elsewhere products are found by halving: blocks of 1, 2, 4 ... tokens, the right one's rows decayed from the
-boundary, the left one's to it (`chunks.merge_blocks`), which makes each level one matrix product.
+Backward, dn is the gradient of n, X all that reaches k through the inverse: docs/kernels.md, "Algebra", has it whole.
 
 Tensors are contiguous: rows of tokens `[tokens, H, width]` (q, k and what is like them K wide, v and its like V wide, C
 wide what pairs tokens of a chunk), numbers `[tokens, H]`, states `[chunks or documents, H, K, V]`. `chunks`: int32
-`[chunks, 5]`, of `gpu.pieces`. `documents`: int32 `[N, 3]`, first token, tokens, first chunk.
-Constexprs: BT tokens a chunk; BK, BV the widths of blocks of K and V, powers of two; PARTS, in which a state is held
-(`state`); DECAY 0 none, 1 per token, 2 per channel; ACC the dtype of sums and states; PRECISION of products of
-float32. An absent tensor is None. `beta` given makes a kernel the delta rule's.
+`[chunks, 5]`, of `gpu.pieces`. `documents`: int32 `[N, 3]`, first token, tokens, first chunk. An absent tensor is None;
+`beta` given makes a kernel the delta rule's.
+M, compile-time arguments: H, K, V; BT tokens a chunk; BK, BV the widths of blocks of K and V, powers of two; PARTS, in
+which a state is held (`state`); DECAY 0 none, 1 per token, 2 per channel; DELTA whether there is a beta; ACC the dtype
+of sums and states; PRECISION of products of float32.
 
-With per-token decay, `sums` `[tokens, H]`, float64, holds G: the first kernel computes it, the others read it.
-
-With per-channel decay, `prepare` writes the operands that others multiply with, already decayed: `q` is then scale
-2^G q, `k` is 2^(G_C - G) k, `asked` is 2^G k, `pairs` is P, and `factors` `[chunks, H, K]` is 2^(G_C).
+`made`: q, k, log_decay, sums, inverse, asked, pairs, factors. With per-token decay, `sums` `[tokens, H]`, float64,
+holds G; where `log_decay` is given, it is to be found. With per-channel decay, `prepare` writes the operands decayed: q
+is scale 2^G q, k is 2^(G_C - G) k, `asked` is 2^G k, `pairs` is P, and `factors` `[chunks, H, K]` is 2^(G_C).
 """
 
 import triton

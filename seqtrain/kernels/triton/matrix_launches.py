@@ -16,17 +16,17 @@ from seqtrain.kernels.gpu import Launch
 # The longest chunk of any GPU and dtype.
 LONGEST = 64
 
-# By target and kernel; those that find pairs of tokens do other work with a decay per channel, and more of it for the
-# delta rule. BK: the most.
+# By kernel; those that find pairs of tokens do other work with a decay per channel, and more of it for the delta rule.
+# BK: the most.
+_PREPARE = Launch(warps=4, stages=1, sizes={"BK": 32})
+_COMMON = {"prepare": _PREPARE, "prepare channel": _PREPARE, "step": Launch(warps=4, stages=1, sizes={"BV": 16})}
+# What differs on a target.
 _PINNED = {
     "sm_80": {
-        "prepare": Launch(warps=4, stages=1, sizes={"BK": 32}),
-        "prepare channel": Launch(warps=4, stages=1, sizes={"BK": 32}),
         "forward": Launch(warps=4, stages=2, sizes={"BV": 16, "AHEAD": 0}),
         "reverse": Launch(warps=4, stages=2, sizes={"BV": 16, "AHEAD": 0}),
         "gradients": Launch(warps=4, stages=1, sizes={"BK": 32, "BV": 32}),
         "gradients channel": Launch(warps=4, stages=1, sizes={"BK": 16, "BV": 32}),
-        "step": Launch(warps=4, stages=1, sizes={"BV": 16}),
     },
     "sm_90": {
         "prepare": Launch(warps=4, stages=2, sizes={"BK": 64}),
@@ -38,7 +38,6 @@ _PINNED = {
         "gradients": Launch(warps=4, stages=3, sizes={"BK": 32, "BV": 64}),
         "gradients channel": Launch(warps=4, stages=1, sizes={"BK": 32, "BV": 64}),
         "gradients channel delta": Launch(warps=8, stages=1, sizes={"BK": 32, "BV": 64}),
-        "step": Launch(warps=4, stages=1, sizes={"BV": 16}),
     },
     "sm_100": {
         "prepare": Launch(warps=4, stages=2, sizes={"BK": 64}),
@@ -47,26 +46,20 @@ _PINNED = {
         "reverse": Launch(warps=8, stages=2, sizes={"BV": 32, "AHEAD": 0}),
         "gradients": Launch(warps=8, stages=2, sizes={"BK": 32, "BV": 64}),
         "gradients channel": Launch(warps=8, stages=1, sizes={"BK": 16, "BV": 64}),
-        "step": Launch(warps=4, stages=1, sizes={"BV": 16}),
     },
     "gfx942": {
-        "prepare": Launch(warps=4, stages=1, sizes={"BK": 32}),
-        "prepare channel": Launch(warps=4, stages=1, sizes={"BK": 32}),
         "forward": Launch(warps=4, stages=1, sizes={"BV": 32, "AHEAD": 0}),
         "reverse": Launch(warps=4, stages=1, sizes={"BV": 32, "AHEAD": 0}),
         "gradients": Launch(warps=4, stages=1, sizes={"BK": 64, "BV": 32}),
         "gradients channel": Launch(warps=4, stages=1, sizes={"BK": 16, "BV": 64}),
-        "step": Launch(warps=4, stages=1, sizes={"BV": 16}),
     },
 }
 
 # Of float32, for all targets: its products take about three times the registers of 16 bits.
 _FLOAT32 = {
-    "prepare": Launch(warps=4, stages=1, sizes={"BK": 32}),
     "forward": Launch(warps=8, stages=2, sizes={"BV": 32, "AHEAD": 0}),
     "reverse": Launch(warps=8, stages=2, sizes={"BV": 32, "AHEAD": 0}),
     "gradients": Launch(warps=8, stages=1, sizes={"BK": 32, "BV": 16}),
-    "step": Launch(warps=4, stages=1, sizes={"BV": 16}),
 }
 
 
@@ -127,7 +120,7 @@ def pinned(target: str, kernel: str, key_width: int, dtype: torch.dtype, decay: 
     key_width: K, rounded up to a power of two of at least 16; dtype: of q and k; decay: DECAY; delta: for delta rules.
     """
     case = _Case(target, kernel, key_width, dtype, decay, delta)
-    rows = _FLOAT32 if case.float32 else _PINNED[target]
+    rows = _COMMON | (_FLOAT32 if case.float32 else _PINNED[target])
     names = [kernel, f"{kernel} channel", f"{kernel} channel {case.dtype}", f"{kernel} channel delta"]
     allowed = [True, decay == 2, decay == 2, decay == 2 and delta]
     launch = [rows[name] for name, holds in zip(names, allowed, strict=True) if holds and name in rows][-1]

@@ -19,14 +19,7 @@ from seqtrain.kernels.operator import Inputs
 from seqtrain.kernels.triton import matrix, matrix_chunks
 from seqtrain.kernels.triton.matrix_launches import LONGEST, chunk_length, pinned
 
-# The widest K, which no program cuts: what is wider has no pinned configuration.
-WIDEST = 256
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def serves(q: Tensor) -> bool:
-    """Whether the kernels take these inputs: K up to WIDEST; float64 only in Triton's interpreter."""
-    return q.shape[3] <= WIDEST and (q.dtype != torch.float64 or not q.is_cuda)
 
 
 def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ With `w` the decay of a token up to the segment's end (TO_END: without its own),
 queries is what they read in an incoming state, and its gradient is `gather` and `weigh`. No chunk waits for another:
 `around` is the sum of the log2 decays between a chunk and that end of the segment, computed beforehand.
 
-Tensors as in `matrix`, each row one document; `around` `[B, chunks, H]`, with per-channel decay `[B, chunks, H, K]`.
+Tensors and M are as in `matrix`, each row one document; `around` is `[B, chunks, H]`, or `[B, chunks, H, K]` with
+per-channel decay.
 """
 
 import triton
