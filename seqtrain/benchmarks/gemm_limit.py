@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from seqtrain.kernels.chunk_form import chunk_length
 from seqtrain.kernels.native import build
-from seqtrain.kernels.states import chunk_length
 
 # Rows, columns and depth of a product.
 Product = tuple[int, int, int]

@@ -4,6 +4,7 @@ import importlib
 import logging
 from collections.abc import Callable
 from functools import cache, wraps
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -51,7 +52,11 @@ def _why_not(operator: str, package: str, backends: tuple[str, ...], name: str, 
     if name not in backends:
         return f"has no {operator} in this version"
     # A backend that depends on the machine (a compiler, a GPU generation) says so itself.
-    return getattr(importlib.import_module(f"{package}.{name}"), "unavailable", lambda: None)()
+    return None if name == "reference" else getattr(_module(package, name), "unavailable", lambda: None)()
+
+
+def _module(package: str, backend: str) -> ModuleType:
+    return importlib.import_module(f"{package}.{backend}")
 
 
 def function_of(package: str, backend: str, name: str) -> Callable:
@@ -59,7 +64,9 @@ def function_of(package: str, backend: str, name: str) -> Callable:
 
     Where the backend has `serves`, inputs and states that it does not serve go to the chunked form.
     """
-    module = importlib.import_module(f"{package}.{backend}")
+    if backend == "reference":
+        return importlib.import_module(package).reference
+    module = _module(package, backend)
     found, serves = getattr(module, name, None), getattr(module, "serves", None)
     if found is None:
         return function_of(package, *FUNCTIONS[name])

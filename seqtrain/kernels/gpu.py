@@ -6,7 +6,7 @@ calls of the public operator, by which `seqtrain.kernels.inspect` finds every ke
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -90,8 +90,9 @@ def _version(tool: Any) -> tuple[int, ...]:
 WIDEST = 256
 
 
-def serves_keys(x: Tensor) -> bool:
-    """Whether the kernels of matrix recurrences take `x: [B,T,H,K]`: float64 only in Triton's interpreter."""
+def serves(inputs: Sequence[Any], _: Tensor | None) -> bool:
+    """Whether the kernels of matrix recurrences take q or k `[B,T,H,K]`: float64 only in Triton's interpreter."""
+    x = inputs[1] if inputs[0] is None else inputs[0]
     return x.shape[3] <= WIDEST and (x.dtype != torch.float64 or not x.is_cuda)
 
 

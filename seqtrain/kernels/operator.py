@@ -50,7 +50,8 @@ class operator:
         what a chunk form does on top; elementwise products are not counted.
     state: the shape of one row's or document's state, or a dict of them; None for an operator without one.
     state_from: whose dtypes decide the state's, the first tensor where empty; state_dtype: how.
-    backends: modules of the operator's package with a function `run`; none where there is one form only.
+    backends: modules of the operator's package with a function `run`, and "reference", which is a function beside the
+        operator; none where there is one form only.
     time: how it is computed where a sequence is split in time.
 
     `flops` and `state` are called with the letters, `complex` (whether a tensor is) and the call's options as keywords.
@@ -181,9 +182,11 @@ class Operator(Generic[P, R]):
             tensors = (Tensor | None if x in self.optional else Tensor for x in self.arguments)
             parameters = [Parameter(x, kind, annotation=of) for x, of in zip(self.arguments, tensors, strict=True)]
             parameters += list(signature(run).parameters.values())[1:]
-            flat.__signature__ = Signature(parameters, return_annotation=tuple[Tensor, Tensor])  # type: ignore[attr-defined]
-            name = f"{self.name}_{run.__module__.rpartition('.')[2]}"
-            compiled: Any = opaque(name, like=lambda *x: (like(x[:count], x[count]), x[count]))(flat)
+            told = Signature(parameters, return_annotation=tuple[Tensor, Tensor])
+            flat.__signature__ = told  # type: ignore[attr-defined]
+            backend = "reference" if run.__name__ == "reference" else run.__module__.rpartition(".")[2]
+            as_operator = opaque(f"{self.name}_{backend}", like=lambda *x: (like(x[:count], x[count]), x[count]))
+            compiled: Any = as_operator(flat)
 
             @wraps(run)
             def call(inputs: Inputs, *others: Any) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from seqtrain.kernels.dispatch import full_precision
-from seqtrain.kernels.operator import operator
+from seqtrain.kernels.documents import by_token
+from seqtrain.kernels.operator import Inputs, operator
 from seqtrain.kernels.segments import AffineScan, AffineSegment, Options
 
 
@@ -104,3 +105,24 @@ def delta_rule(
     call = delta_rule.prepare(tensors, backend, initial_state, cu_seqlens, scale=scale)
     with full_precision(q.device):
         return call.run(tensors, call.state, cu_seqlens, call.scale)
+
+
+@delta_rule.backend(like=lambda inputs, state: inputs[2])
+def reference(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The definition (docs/math.md, 1.2): one loop over tokens, gradients by autograd."""
+    q, k, v, beta, log_decay, read, erase = inputs
+    read, erase = k if read is None else read, k if erase is None else erase
+
+    def step(*tensors: Any) -> tuple[Tensor, Tensor]:
+        *vectors, beta, log_decay, state = tensors
+        if log_decay is not None:
+            a = log_decay.to(state.dtype).exp()
+            state = state * (a[..., None, None] if a.dim() == 2 else a[..., None])  # B H K V
+        query, key, value, asked, taken = (x[:, :, None, :].to(state.dtype) for x in vectors)
+        held = asked @ state  # B H 1 V
+        strength = beta[:, :, None, None].to(state.dtype)
+        state = state + key.mT * (strength * value) - taken.mT * (strength * held)
+        return scale * (query @ state)[:, :, 0], state
+
+    out, state = by_token(step, (q, k, v, read, erase, beta, log_decay), state, cu_seqlens, like=v)
+    return out.to(v.dtype), state

@@ -4,20 +4,14 @@ from typing import Any
 
 from torch import Tensor
 
-from seqtrain.kernels import gpu
 from seqtrain.kernels.delta_rule import delta_rule
-from seqtrain.kernels.gpu import unavailable
+from seqtrain.kernels.gpu import serves, unavailable
 from seqtrain.kernels.inspect.examples import recurrence_examples
 from seqtrain.kernels.operator import Inputs
 
 __all__ = ["EXAMPLES", "run", "serves", "step", "unavailable"]
 
 EXAMPLES = recurrence_examples(delta_rule, beta=True)
-
-
-def serves(inputs: Inputs, _: Tensor) -> bool:
-    """Whether the kernels take these inputs."""
-    return gpu.serves_keys(inputs[0])
 
 
 def run(inputs: Inputs, *others: Any) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqtrain.kernels.operator import operator
+from seqtrain.kernels.documents import by_token
+from seqtrain.kernels.operator import Inputs, operator
 from seqtrain.kernels.segments import AffineScan, AffineSegment, Options
 
 
@@ -72,3 +73,16 @@ def diagonal_scan(
     call = diagonal_scan.prepare((x, log_a), backend, initial_state, cu_seqlens)
     out, final = call.run((x, log_a), call.state, cu_seqlens)
     return out.to(call.state.dtype if call.state.is_complex() else x.dtype), final
+
+
+@diagonal_scan.backend(like=lambda inputs, state: inputs[0].to(state.dtype))
+def reference(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The definition: one loop over tokens; `h` comes back in the state's dtype."""
+
+    def step(x: Tensor, log_a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        state = log_a.exp() * state + x
+        return state, state
+
+    x, log_a = inputs
+    log_a = log_a.to(torch.promote_types(log_a.dtype, torch.float32)).expand(x.shape)
+    return by_token(step, (x, log_a), state, cu_seqlens, like=x)

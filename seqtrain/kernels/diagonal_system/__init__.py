@@ -6,7 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from seqtrain.kernels.operator import operator
+from seqtrain.kernels.diagonal_scan import reference as scan_reference
+from seqtrain.kernels.operator import Inputs, operator
 from seqtrain.kernels.segments import AffineScan, AffineSegment, Options
 
 
@@ -72,3 +73,13 @@ def diagonal_system(
     call = diagonal_system.prepare((u, log_a, write, read), backend, initial_state, cu_seqlens)
     matrices = (matrix.to(call.state.dtype) for matrix in (log_a, write, read))
     return call.run((u, *matrices), call.state, cu_seqlens, form)
+
+
+@diagonal_system.backend(like=lambda inputs, state: inputs[0])
+def reference(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, form: str) -> tuple[Tensor, Tensor]:
+    """The definition: every state of every token, by the definition of the scan; `form` makes no difference here."""
+    u, log_a, write, read = inputs
+    written = (u[..., None].to(state.dtype) * write).flatten(2)  # B T G*N
+    hidden, final = scan_reference((written, log_a.flatten()), state, cu_seqlens)
+    out = (hidden.unflatten(2, read.shape) * read).real.sum(3)
+    return out.to(u.dtype), final

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from seqtrain.kernels.operator import operator
@@ -40,3 +41,16 @@ def gated_norm(
     if not fits or not all(each.is_floating_point() for each in (x, weight, gate) if each is not None):
         gated_norm.check((x, weight, gate))
     return gated_norm.choose(backend, x.device)(x, weight, gate, eps, activation == "silu", gate_first)
+
+
+def reference(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, silu: bool, gate_first: bool) -> Tensor:
+    """The definition."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    factor = torch.ones_like(wide)
+    if gate is not None:
+        gate = gate.to(wide.dtype)
+        factor = 1 / (1 + torch.exp(-gate)) * (gate if silu else 1)
+    if gate_first:
+        wide, factor = wide * factor, torch.ones_like(wide)
+    size = (wide.square().mean(-1, keepdim=True) + eps).sqrt()
+    return (wide / size * weight * factor).to(x.dtype)

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from seqtrain.kernels.dispatch import full_precision
-from seqtrain.kernels.operator import operator
+from seqtrain.kernels.documents import by_token
+from seqtrain.kernels.operator import Inputs, operator
 from seqtrain.kernels.segments import AffineScan, AffineSegment, Options
 
 
@@ -91,3 +92,19 @@ def linear_attention(
         log_decay = log_decay.to(call.state.dtype).expand(q.shape[:3])
     with full_precision(q.device):
         return call.run((q, k, v, log_decay), call.state, cu_seqlens, call.scale)
+
+
+@linear_attention.backend(like=lambda inputs, state: inputs[2])
+def reference(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The definition (docs/math.md, 1.1): one loop over tokens, gradients by autograd."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (x.to(state.dtype) for x in (q, k, v))
+        if log_decay is not None:
+            a = log_decay.to(state.dtype).exp()
+            state = state * (a[..., None, None] if a.dim() == 2 else a[..., None])  # B H K V
+        state = state + k[..., None] * v[:, :, None, :]
+        return scale * (q[:, :, None, :] @ state)[:, :, 0], state
+
+    out, state = by_token(step, inputs, state, cu_seqlens, like=inputs[2])
+    return out.to(inputs[2].dtype), state

@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor
 
-from seqtrain.kernels.chunk_form import ChunkForm, layout_of, rows_of
+from seqtrain.kernels.chunk_form import ChunkForm, factor_gradient, layout_of, rows_of, scan_additive
 from seqtrain.kernels.decay import Products, decayed_products, decayed_products_backward
 from seqtrain.kernels.documents import state_dtype
 from seqtrain.kernels.layout import Segment
 from seqtrain.kernels.linear_attention import linear_attention
 from seqtrain.kernels.operator import Inputs
-from seqtrain.kernels.states import factor_gradient, scan_additive
 
 
 @linear_attention.backend(like=lambda inputs, state: inputs[2])

@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from seqtrain.kernels import gpu
-from seqtrain.kernels.gpu import unavailable
+from seqtrain.kernels.gpu import serves, unavailable
 from seqtrain.kernels.inspect.examples import recurrence_examples
 from seqtrain.kernels.linear_attention import linear_attention
 from seqtrain.kernels.operator import Inputs
@@ -29,11 +28,6 @@ EXAMPLES = (
         if "K=V=128 bfloat16" in whole.name
     ),
 )
-
-
-def serves(inputs: Inputs, _: Tensor | None) -> bool:
-    """Whether the kernels take these inputs, of which q or k may be missing."""
-    return gpu.serves_keys(inputs[1] if inputs[0] is None else inputs[0])
 
 
 def run(inputs: Inputs, *others: Any) -> tuple[Tensor, Tensor]:

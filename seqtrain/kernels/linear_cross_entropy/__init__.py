@@ -1,5 +1,6 @@
 """Cross-entropy of a linear layer's logits, a chunk of tokens at a time, so that `[tokens, vocab]` never exists."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from seqtrain.kernels.operator import operator
@@ -32,3 +33,8 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: chunk={chunk}, expected at least 1 token")
     linear_cross_entropy.check((hidden, weight, labels))
     return linear_cross_entropy.choose(backend, hidden.device)(hidden, weight, labels, chunk)
+
+
+def reference(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    """The definition: whole logits."""
+    return F.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORED, reduction="sum")

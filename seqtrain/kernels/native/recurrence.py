@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqtrain.kernels.chunk_form import chunk_length
 from seqtrain.kernels.custom_ops import differentiable
 from seqtrain.kernels.native import cut
 from seqtrain.kernels.native.build import library
 from seqtrain.kernels.native.calls import KINDS, Array, check, contiguous, fields, find_boundaries
 from seqtrain.kernels.operator import Inputs
-from seqtrain.kernels.states import chunk_length
 
 # Numbers that the recomputed chunks between two saved states may take: 1 MB, half of a usual second-level cache.
 GROUP_NUMBERS = 1 << 18

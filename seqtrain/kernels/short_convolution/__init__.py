@@ -2,9 +2,12 @@
 
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from seqtrain.kernels.operator import operator
+from seqtrain.kernels.documents import by_token
+from seqtrain.kernels.operator import Inputs, operator
 from seqtrain.kernels.segments import PastInputs
 
 
@@ -50,3 +53,21 @@ def short_convolution(
     tensors = (x, weight, bias)
     call = short_convolution.prepare(tensors, backend, initial_state, cu_seqlens, dilation=dilation)
     return call.run(tensors, call.state, cu_seqlens, activation, dilation)
+
+
+@short_convolution.backend(like=lambda inputs, state: inputs[0])
+def reference(
+    inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, activation: str, dilation: int
+) -> tuple[Tensor, Tensor]:
+    """The definition: a window over the last inputs, moved token by token."""
+    x, weight, bias = inputs
+    taps = weight.to(state.dtype).T  # W D
+
+    def step(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        window = torch.cat([state, x.to(state.dtype)[:, None]], 1)  # B (W-1)*dilation+1 D
+        row = (window[:, ::dilation] * taps).sum(1)
+        row = row if bias is None else row + bias.to(row.dtype)
+        return F.silu(row) if activation == "silu" else row, window[:, 1:]
+
+    out, final = by_token(step, (x,), state, cu_seqlens, like=x)
+    return out.to(x.dtype), final

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from seqtrain.kernels.dispatch import full_precision
+from seqtrain.kernels.documents import by_token
 from seqtrain.kernels.linear_attention import LinearAttentionSegment, linear_attention
-from seqtrain.kernels.operator import operator
+from seqtrain.kernels.operator import Inputs, operator
 from seqtrain.kernels.segments import AffineScan, Options
 
 __all__ = ["slot_scores"]
@@ -75,3 +76,16 @@ def slot_scores(
     call = slot_scores.prepare(tensors, backend, initial_state, cu_seqlens, scale=scale)
     with full_precision(q.device):
         return call.run(tensors, call.state, cu_seqlens, call.scale)
+
+
+@slot_scores.backend(like=lambda inputs, state: inputs[2].to(inputs[0].dtype))
+def reference(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The definition: one token after the other."""
+
+    def step(q: Tensor, k: Tensor, written: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        query, key, taken = (x.to(state.dtype) for x in (q, k, written))
+        state = state * log_decay.to(state.dtype).exp()[..., None] + taken[..., None] * key[:, :, None]
+        return scale * (state @ query[..., None])[..., 0], state
+
+    out, state = by_token(step, inputs, state, cu_seqlens, like=inputs[2])
+    return out.to(inputs[0].dtype), state

@@ -24,7 +24,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, fused
     if not (fused and _has_fused(q)):
         return _plain(q, k, v, scale, causal)
     width = v.shape[3]
-    q, k, v = (rows.transpose(1, 2) for rows in _same_width(q, k, v))
+    q, k, v = (rows.transpose(1, 2) for rows in same_width(q, k, v))
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     else:
@@ -52,7 +52,7 @@ def attend_gradients(
     if not (fused and _has_fused(q)):
         return _plain_gradients(d_out, q, k, v, out, lse, scale, causal)
     widths = q.shape[3], k.shape[3], v.shape[3]
-    rows = (part.transpose(1, 2) for part in _same_width(d_out, q, k, v, out))
+    rows = (part.transpose(1, 2) for part in same_width(d_out, q, k, v, out))
     d_out, q, k, v, out = rows
     if q.device.type == "cpu":
         gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -77,7 +77,7 @@ def _has_fused(q: Tensor) -> bool:
     return q.device.type == "cpu"
 
 
-def _same_width(*parts: Tensor) -> list[Tensor]:
+def same_width(*parts: Tensor) -> list[Tensor]:
     """The fused kernels want K == V; zeros change neither scores nor values."""
     widest = max(rows.shape[3] for rows in parts)
     return [rows if rows.shape[3] == widest else F.pad(rows, (0, widest - rows.shape[3])) for rows in parts]

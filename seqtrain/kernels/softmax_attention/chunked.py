@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqtrain.kernels.custom_ops import opaque
+from seqtrain.kernels.softmax_attention.blocks import same_width
 from seqtrain.kernels.softmax_attention.past import Past
 
 # Documents from this length on are attended to one by one: a call's own cost (about 0.1 ms) is lost in their work.
@@ -124,17 +125,16 @@ def _documents(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | str | None) -> Tensor:
     """SDPA on `[B,T,H,K]`; `mask`: True where a key is seen, `"causal"`, or None for every key."""
-    key_width, value_width = q.shape[3], v.shape[3]
-    # The fused kernels want K == V; without them SDPA holds all T*T scores. Zeros change neither scores nor values.
-    widest = max(key_width, value_width)
-    q, k, v = (rows if rows.shape[3] == widest else F.pad(rows, (0, widest - rows.shape[3])) for rows in (q, k, v))
+    value_width, grouped = v.shape[3], q.shape[2] != k.shape[2]
+    # Without the fused kernels SDPA holds all T*T scores.
+    q, k, v = (rows.transpose(1, 2) for rows in same_width(q, k, v))
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
+        q,
+        k,
+        v,
         attn_mask=mask if isinstance(mask, Tensor) else None,
         is_causal=mask == "causal" if isinstance(mask, str) else False,
         scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        enable_gqa=grouped,
     )
     return out.transpose(1, 2)[..., :value_width]

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from seqtrain.kernels.checks import check_documents
 from seqtrain.kernels.dispatch import full_precision
-from seqtrain.kernels.documents import by_document, state_dtype
-from seqtrain.kernels.operator import operator
+from seqtrain.kernels.documents import by_document, by_token, state_dtype
+from seqtrain.kernels.operator import Inputs, operator
 from seqtrain.kernels.segments import AffineScan, AffineSegment, Options
 from seqtrain.kernels.tensor_attention.features import DEGREE, feature_count, features
 
@@ -131,3 +132,21 @@ def _exact(
     dtype = state_dtype(*(tensor.dtype for tensor in tensors))
     wide = tuple(tensor.to(dtype) for tensor in tensors)
     return by_document(one, wide, wide[0].new_zeros(states, 0), cu_seqlens)[0].to(tensors[3].dtype)
+
+
+@tensor_attention.backend(like=lambda inputs, state: inputs[3].to(state.dtype))
+def reference(
+    inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float, degree: int
+) -> tuple[Tensor, Tensor]:
+    """The definition: two sums of outer products, one loop over tokens; `out` comes back in the state's dtype."""
+    (q, k1, k2, v1, v2), dtype = inputs, state.dtype
+    q, k1, k2 = (features(x.to(dtype) * factor, degree) for x, factor in ((q, scale), (k1, 1.0), (k2, 1.0)))
+    keys = torch.stack([k1, k2], 3)  # B T H 2 F
+    values = torch.stack([F.pad(v.to(dtype), (0, 1), value=1.0) for v in (v1, v2)], 3)  # B T H 2 V+1
+
+    def step(q: Tensor, keys: Tensor, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        state = state + keys[..., :, None] * values[..., None, :]  # B H 2 F V+1
+        sums = torch.einsum("bhf,bhfv->bhv", q, state[:, :, 0] * state[:, :, 1])
+        return sums[..., :-1] / sums[..., -1:], state
+
+    return by_token(step, (q, keys, values), state, cu_seqlens, like=v1)

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqtrain.kernels.chunk_form import scan_additive
 from seqtrain.kernels.dispatch import full_precision
 from seqtrain.kernels.layout import ChunkLayout, Segment, chunk_layout
 from seqtrain.kernels.operator import Inputs
-from seqtrain.kernels.states import scan_additive
 from seqtrain.kernels.tensor_attention import tensor_attention
 from seqtrain.kernels.tensor_attention.features import feature_count, features, features_gradient
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from seqtrain.kernels.documents import by_document
 from seqtrain.kernels.operator import Inputs
-from seqtrain.kernels.ttt_linear import ttt_linear
-from seqtrain.kernels.ttt_linear.inner import InnerModel, pack, unpack, with_one
+from seqtrain.kernels.ttt_linear import InnerModel, pack, ttt_linear, unpack, with_one
 
 
 @ttt_linear.backend(like=lambda inputs, state: inputs[2])
