@@ -1,10 +1,9 @@
 """A matrix recurrence segment by segment, forward and backward: what linear attention and the delta rule share.
 
-The backward pass keeps the inputs and one state per segment, and recomputes the chunks of one segment at a time.
-
-States flow from chunk to chunk, and backward their gradients flow back: the same loop. `carry`
-`[N*H, K, V]` holds one state per document and head in layout order and is updated in place; `steps` is
-`Segment.steps(H)`, reversed for gradients; `starts` receives the carry as each chunk finds it.
+The backward pass keeps the inputs and one state per segment, and recomputes the chunks of one segment at a time. States
+flow from chunk to chunk, and their gradients flow back, by the same loops: `carry` `[N*H, K, V]` holds one state per
+document and head in layout order and is updated in place; `steps` is `Segment.steps(H)`, reversed for gradients;
+`starts` receives the carry as each chunk finds it.
 """
 
 from collections.abc import Callable, Iterator, Sequence

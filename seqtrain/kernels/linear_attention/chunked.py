@@ -17,7 +17,7 @@ def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float) 
     return FORM.run(inputs, state, scale, layout_of(inputs[0], inputs[2], cu_seqlens))
 
 
-def find_map(inputs: Inputs, _: None) -> tuple[Tensor | None, Tensor]:
+def find_map(inputs: Inputs, no_state: None) -> tuple[Tensor | None, Tensor]:
     """What a segment makes of the state, without its outputs: `(transition, update)`, see `LinearAttentionSegment`.
 
     inputs: those of the operator, q aside, log_decay not `[H]`. update `[B,H,K,V]`, transition None, `[B,H]` or

@@ -37,7 +37,7 @@ def run(inputs: Inputs, *others: Any) -> tuple[Tensor, Tensor]:
     return recurrence.run((*inputs[:3], None, inputs[3]), *others)
 
 
-def find_map(inputs: Inputs, _: None) -> tuple[Tensor | None, Tensor]:
+def find_map(inputs: Inputs, no_state: None) -> tuple[Tensor | None, Tensor]:
     """As that of the chunked form."""
     from seqtrain.kernels.triton import segment
 

@@ -56,7 +56,7 @@ def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, scale: float) 
     return torch.cat([out, rest], 1), state
 
 
-def find_map(inputs: Inputs, _: None) -> tuple[Tensor | None, Tensor]:
+def find_map(inputs: Inputs, no_state: None) -> tuple[Tensor | None, Tensor]:
     """`(transition, update)` of `linear_attention`: the update is its final state from zeros, without its outputs."""
     _, k, v, log_decay = inputs
     state = k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
