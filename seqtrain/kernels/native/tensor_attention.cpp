@@ -1,9 +1,10 @@
 // Tensor attention, forward and backward: token by token, with both running sums in the first-level cache.
 //
-// The algebra is that of tensor_attention/reference.py. A product of two running sums is no matrix product, but two rows of V numbers times F features are so few that each
-// token's can be made in turn. Sums are kept as those before a block of tokens and those within it, so that rounding grows
-// with the number of blocks. The backward pass recomputes a block's sums, then takes its tokens out again one by one.
-// The columns of ones have their own arrays, over features.
+// The algebra is that of the definition, `reference` in tensor_attention/__init__.py. A product of two running sums is no
+// matrix product, but two rows of V numbers times F features are so few that each token's can be made in turn. Sums are
+// kept as those before a block of tokens and those within it, so that rounding grows with the number of blocks. The
+// backward pass recomputes a block's sums, then takes its tokens out again one by one. The columns of ones have their own
+// arrays, over features.
 #include <algorithm>
 
 #include "arrays.h"
