@@ -1,6 +1,6 @@
 """What the reference backends share: a definition run token by token in each document, and the dtype of states."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import pairwise
 from typing import Any
@@ -37,7 +37,7 @@ def by_document(
 
 def by_token(
     step: Callable[..., tuple[Tensor, Tensor]],
-    tensors: tuple[Any, ...],
+    tensors: Sequence[Any],
     state: Tensor,
     cu_seqlens: Tensor | None,
     *,

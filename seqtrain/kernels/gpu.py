@@ -164,7 +164,7 @@ def piece_length(boundaries: tuple[int, ...], blocks: int, shortest: int) -> int
 class Constants(SimpleNamespace):
     """A kernel's compile-time arguments, which it takes as one: sizes of tensors and blocks, flags, dtypes."""
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(vars(self).values()))
 
 

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from seqtrain.kernels import delta_rule, linear_attention, slot_scores, states
+from seqtrain.kernels import chunk_form, delta_rule, linear_attention, slot_scores
 from seqtrain.kernels.delta_rule.chunked import unit_lower_inverse
 from seqtrain.kernels.native import build as native
 from seqtrain.testing import (
@@ -75,7 +75,7 @@ def test_many_segments_equal_one(operator, decay_shape, monkeypatch):
     )
     options = {"cu_seqlens": boundaries([250, 20, 130]), "backend": "chunked"}
     whole = run_with_gradients(operator, tensors, **options)
-    monkeypatch.setattr(states, "SEGMENT_NUMBERS", 1)
+    monkeypatch.setattr(chunk_form, "SEGMENT_NUMBERS", 1)
     parts = run_with_gradients(operator, tensors, **options)
     assert all(relative_error(parts[name], whole[name]) < 1e-13 for name in whole)
 

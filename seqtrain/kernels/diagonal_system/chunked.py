@@ -31,12 +31,12 @@ def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None, form: str) -> 
     chunks = _cut(u.shape[0], u.shape[1], cu_seqlens, u.device)
     with full_precision(u.device):
         matrices = _Matrices(log_a, write, read)
-        inputs = chunks.take(u.to(read.real.dtype))  # G I C
-        before, final = _states(inputs, matrices, chunks, state, u)
+        rows = chunks.take(u.to(read.real.dtype))  # G I C
+        before, final = _states(rows, matrices, chunks, state, u)
         if form == "fft" and cu_seqlens is None:
             out = _convolution(u.to(read.real.dtype), matrices) + _carried(state, matrices, u.shape[1])
         else:
-            out = chunks.put(_read(before, matrices) + inputs @ matrices.toeplitz(), u.shape)
+            out = chunks.put(_read(before, matrices) + rows @ matrices.toeplitz(), u.shape)
     return out.to(u.dtype), final
 
 
