@@ -21,26 +21,17 @@ SHORTEST = 256
 PINNED = {name: Launch(warps=4, stages=2, sizes={"BT": 32, "BD": 64}) for name in gpu.TARGETS}
 PINNED_COMPLEX = {name: Launch(warps=4, stages=2, sizes={"BT": 16, "BD": 32}) for name in gpu.TARGETS}
 
+
+def _example(what: str, width: int, dtype: str, log_a: str = "B T D", tokens: tuple[int, int] = (128, 256)) -> Example:
+    state = ("B D", "complex64" if dtype == "complex64" else "float32")
+    tensors = {"x": ("B T D", dtype), "log_a": (log_a, dtype), "initial_state": state}
+    return Example(f"diagonal_scan D={width} {what}", diagonal_scan, tensors, {"B": 1, "D": width}, tokens=tokens)
+
+
 EXAMPLES = (
-    Example(
-        "diagonal_scan D=512 bfloat16",
-        diagonal_scan,
-        {"x": ("B T D", "bfloat16"), "log_a": ("B T D", "bfloat16"), "initial_state": ("B D", "float32")},
-        {"B": 1, "D": 512},
-    ),
-    Example(
-        "diagonal_scan D=64 float32 in pieces",
-        diagonal_scan,
-        {"x": ("B T D", "float32"), "log_a": ("B T D", "float32"), "initial_state": ("B D", "float32")},
-        {"B": 1, "D": 64},
-        tokens=(1024, 2048),
-    ),
-    Example(
-        "diagonal_scan D=256 complex",
-        diagonal_scan,
-        {"x": ("B T D", "complex64"), "log_a": ("D", "complex64"), "initial_state": ("B D", "complex64")},
-        {"B": 1, "D": 256},
-    ),
+    _example("bfloat16", 512, "bfloat16"),
+    _example("float32 in pieces", 64, "float32", tokens=(1024, 2048)),
+    _example("complex", 256, "complex64", "D"),
 )
 
 

@@ -16,33 +16,20 @@ __all__ = ["EXAMPLES", "run", "unavailable"]
 # Numbers of a tile that four warps hold; wider rows take more warps.
 TILE = 2048
 
-_X, _GATE = ("B T H V", "bfloat16"), ("B T H V", "bfloat16")
+_X = ("B T H V", "bfloat16")
 _OWN = {"B": 1, "H": 8, "V": 128}
 
+
+def _example(what: str, weight: str, gate: dict, sizes: dict, tokens: tuple[int, int], **options: Any) -> Example:
+    tensors = {"x": _X, "weight": (weight, "float32"), **gate}
+    return Example(f"gated_norm {what}", gated_norm, tensors, sizes, {"eps": 1e-6, **options}, tokens)
+
+
 EXAMPLES = (
-    Example(
-        "gated_norm V=128 silu bfloat16",
-        gated_norm,
-        {"x": _X, "weight": ("V", "float32"), "gate": _GATE},
-        _OWN,
-        {"eps": 1e-6},
-    ),
-    Example(
-        "gated_norm 8 groups gate first",
-        gated_norm,
-        {"x": _X, "weight": ("H V", "float32"), "gate": _GATE},
-        _OWN,
-        {"eps": 1e-6, "gate_first": True},
-    ),
-    Example(
-        "gated_norm V=4096 no gate bfloat16",
-        gated_norm,
-        {"x": _X, "weight": ("V", "float32")},
-        {"B": 1, "H": 1, "V": 4096},
-        {"eps": 1e-6},
-        # As many programs for both: each writes sums for the weight.
-        tokens=(264, 528),
-    ),
+    _example("V=128 silu bfloat16", "V", {"gate": _X}, _OWN, (128, 256)),
+    _example("8 groups gate first", "H V", {"gate": _X}, _OWN, (128, 256), gate_first=True),
+    # As many programs for both: each writes sums for the weight.
+    _example("V=4096 no gate bfloat16", "V", {}, {"B": 1, "H": 1, "V": 4096}, (264, 528)),
 )
 
 
