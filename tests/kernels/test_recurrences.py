@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from seqtrain.kernels import chunk_form, delta_rule, linear_attention, slot_scores
-from seqtrain.kernels.delta_rule.chunked import unit_lower_inverse
 from seqtrain.kernels.native import build as native
 from seqtrain.testing import (
     assert_within,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from seqtrain.kernels import OPERATORS, delta_rule, dispatch, gated_norm, gpu, linear_attention, linear_cross_entropy
-from seqtrain.kernels.linear_attention.segment import LinearAttentionSegment
+from seqtrain.kernels.linear_attention import LinearAttentionSegment
 from seqtrain.kernels.segments import by_segment
 from seqtrain.kernels.triton import segment
 from seqtrain.parallel.sequence import SequenceContext
