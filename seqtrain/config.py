@@ -7,11 +7,12 @@ the result against the dataclasses. Their defaults are read from their source (`
 import argparse
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_store import ConfigStore
@@ -19,26 +20,30 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from seqtrain.errors import ConfigError, exit_status, unknown_name
 from seqtrain.help import commented, keep_composed, meanings
-from seqtrain.overrides import points, quote_text
+from seqtrain.overrides import points, quote_text, take
 from seqtrain.schema import NAMED_GROUPS, PROGRAMS, conf_dir, definition, mixer_definition, mixer_names, named_options
-from seqtrain.validation import validate
+from seqtrain.validation import expand, validate
 
 T = TypeVar("T")
 
 
 def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The composed config `name` with `overrides`, not to be changed. Raises `ConfigError` with one line."""
-    return _composed(name, tuple(quote_text(_without_null(overrides), _value_types(name))), conf_dir())
+    """The composed config `name` with `overrides`, not to be changed. Raises `ConfigError` with one line.
+
+    `run=FOLDER` among the overrides of `pretrain`: the config of the run in FOLDER, with what the others change.
+    """
+    run, words = take(quote_text(_without_null(overrides), _value_types(name)), "run" if name == "pretrain" else "")
+    config = _composed(name, tuple(words), conf_dir())
+    return config if run is None else _of_run(Path(expand(run)), config, words)
 
 
 def _value_types(name: str) -> dict[str, str]:
     """What each key and group of the primary config `name` takes, as `Definition.value_types` says."""
     groups = [path.name for path in conf_dir().iterdir() if path.is_dir()]
-    return dict.fromkeys([*groups, *NAMED_GROUPS], "text") | _key_types(name)
+    return dict.fromkeys([*groups, *NAMED_GROUPS, "run"], "text") | _key_types(name)
 
 
 @cache
@@ -50,7 +55,31 @@ def _key_types(name: str) -> dict[str, str]:
     return _key_types("pretrain") | own if key else own
 
 
-@lru_cache(maxsize=1)
+def _of_run(folder: Path, config: DictConfig, words: Sequence[str]) -> DictConfig:
+    """The config of the run in `folder`, changed where `config`, composed of `words`, differs from none or is typed."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"run={folder}: holds no config.yaml; name the output_dir of a run")
+    typed = {word.partition("=")[0].lstrip("+") for word in words}
+    plain = dict(_leaves(_composed("pretrain", (), conf_dir())))
+    # The time is in the name of the folder where none is typed.
+    plain["output_dir"] = config.output_dir
+    changed = {key: value for key, value in _leaves(config) if key in typed or value != plain[key]}
+    merged = OmegaConf.create(yaml.safe_load(file.read_text()))
+    for key, value in {"output_dir": str(folder), **changed}.items():
+        OmegaConf.update(merged, key, value, force_add=True)
+    return merged
+
+
+def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
+    """The values by dotted key."""
+    mixers = [f"mixer.{name}.{key}" for name, section in config.mixer.items() for key in section]
+    for key in [*_key_types("pretrain"), *mixers]:
+        if key not in ("mixer", "presets"):
+            yield key, OmegaConf.select(config, key)
+
+
+@lru_cache(maxsize=2)
 def _composed(name: str, overrides: tuple[str, ...], folder: Path) -> DictConfig:
     _offer_defaults(folder)
     try:
@@ -147,7 +176,7 @@ def read_settings(cls: type[T], arguments: Sequence[str]) -> T:
     words = [_as_yaml(word) if types.get(word.partition("=")[0]) == "text" else word for word in arguments]
     try:
         values = OmegaConf.to_container(OmegaConf.from_cli(words))
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{' '.join(arguments)}: {' '.join(str(error).split())}") from error
     return validate(cls, {str(key): value for key, value in values.items()})  # type: ignore[union-attr]
 
@@ -182,6 +211,8 @@ def launch(name: str, arguments: Sequence[str], read: Callable[[DictConfig], T],
         _note_presets(config, HydraConfig.get().runtime.choices)
         statuses.append(exit_status(lambda: run(read(config))))
 
+    if take(parsed.overrides, "run")[0] is not None:
+        raise ConfigError("run: resumes one run; leave out --multirun")
     for overrides in points(parsed.overrides):
         read(compose_config(name, overrides))
     _run_hydra(parsed, get_args_parser(), job, str(conf_dir()), name)

@@ -21,6 +21,13 @@ def quote_text(words: Sequence[str], types: Mapping[str, str], *, sweep: bool = 
     return [_quoted(word, types, sweep) for word in words]
 
 
+def take(words: Sequence[str], key: str) -> tuple[str | None, list[str]]:
+    """The text that `words` give `key`, or None, and the other words."""
+    own = [word for word in words if word.startswith(f"{key}=")]
+    parsed = _parse(own[-1]) if own else None
+    return str(parsed.value()) if parsed else None, [word for word in words if word not in own]
+
+
 def points(words: Sequence[str]) -> list[Sequence[str]]:
     """The override lists of the points of a sweep."""
     parsed = OverridesParser.create().parse_overrides(list(words))

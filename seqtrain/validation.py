@@ -15,12 +15,13 @@ from seqtrain.errors import ConfigError, unknown_name
 T = TypeVar("T")
 
 
-def _expand(path: str) -> str:
+def expand(path: str) -> str:
+    """`path` with `~`, `$HOME` and other variables as they are for whoever runs the program."""
     return os.path.expanduser(os.path.expandvars(path))
 
 
-# The name of a file or folder: `~` and `$HOME` in it are those of whoever runs the program.
-FilePath = Annotated[str, AfterValidator(_expand)]
+# The name of a file or folder, expanded.
+FilePath = Annotated[str, AfterValidator(expand)]
 
 
 def validate(cls: type[T], values: Mapping[str, Any], *, prefix: str = "") -> T:

@@ -86,6 +86,46 @@ def test_a_sweep_runs_over_texts_that_need_quotes():
     assert quote_text(["path=~/a,~/b", "lr=1,2"], {"path": "text"}, sweep=True) == ['path="~/a","~/b"', "lr=1,2"]
 
 
+@pytest.fixture
+def run_folder(tmp_path):
+    words = ["model.depth=3", "model.layers=[gla]", "mixer.gla.gate_rank=4", "runtime=inline", "train.steps=7"]
+    config = compose_config("pretrain", [*words, f"output_dir={tmp_path}"])
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    return tmp_path
+
+
+def test_a_run_s_own_config_is_the_base_of_what_resumes_it(run_folder):
+    config = compose_config("pretrain", [f"run={run_folder}", "checkpoint.every=9", "tracking=none", "model.heads=4"])
+    before = OmegaConf.load(run_folder / "config.yaml")
+    changed = {"checkpoint.every": 9, "tracking.mode": "disabled"}
+    for key, value in changed.items():
+        assert OmegaConf.select(config, key) == value
+        OmegaConf.update(before, key, value)
+    assert config == before
+
+
+def test_a_typed_value_counts_though_it_is_the_default(run_folder):
+    default = compose_config("pretrain").train.steps
+    assert compose_config("pretrain", [f"run={run_folder}", f"train.steps={default}"]).train.steps == default
+
+
+def test_a_mixer_s_key_of_a_run_can_change_alone(run_folder):
+    mixer = compose_config("pretrain", [f"run={run_folder}", "mixer.gla.expand_key=0.25"]).mixer.gla
+    assert (mixer.expand_key, mixer.gate_rank) == (0.25, 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run=/no/such/run"], "run=/no/such/run: holds no config.yaml"),
+        (["run=RUN", "train.stepz=1"], "config key 'train.stepz' is unknown"),
+    ],
+)
+def test_a_mistake_next_to_run_is_one_line(run_folder, words, message):
+    with refused(message):
+        compose_config("pretrain", [word.replace("RUN", str(run_folder)) for word in words])
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
