@@ -140,7 +140,10 @@ def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys,
     ("line", "found"),
     [
         ("seqtrain pre", "pretrain"),
-        ("seqtrain pretrain model=hybrid", "model=hybrid_125m model=hybrid_tiny"),
+        (
+            "seqtrain pretrain model=hybrid",
+            "model=hybrid_125m model=hybrid_1b model=hybrid_350m model=hybrid_7b model=hybrid_tiny",
+        ),
         ("seqtrain pretrain train.seq", "train.sequence_length="),
         ("seqtrain generate tem", "temperature="),
     ],
