@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from seqtrain.kernels import delay, gated_norm, short_convolution, sink_attention, softmax_attention, ttt_linear
 from seqtrain.testing import relative_error
-from tests.kernels.contract_cases import Case, assert_equal, call, check, run
+from tests.kernels.contract_cases import CASES, Case, assert_equal, call, check, run
 
 
 def test_zeros_have_a_gradient():
@@ -106,3 +106,10 @@ def test_the_loop_descends_the_gradient_of_the_error():
         assert relative_error(state[0, :, : K + 1], memory - tensors["start"]) < 1e-11
         assert relative_error(state[0, :, K + 1 : -1], total) < 1e-11
         assert (state[0, :, -1] == 13 % C).all()
+
+
+def test_rows_in_the_midst_of_mini_batches_at_different_tokens():
+    case = CASES["ttt_linear"]
+    tensors, state = case.tensors(12), case.state(2, packed=True)
+    came, expected = (run(case, tensors, state, backend=backend) for backend in ("chunked", "reference"))
+    assert_equal(came, expected, 1e-11)
