@@ -212,7 +212,7 @@ def reverse(made, beta, d_out, d_v, d_states, d_final, d_initial, documents, sca
 
     One program per block of V, head and document. AHEAD: as in `forward`.
     """
-    q, k, _, sums, inverse, asked, pairs, factors = made
+    q, k, _log_decay, sums, inverse, asked, pairs, factors = made
     FINE: tl.constexpr = k.dtype.element_ty.primitive_bitwidth >= 32
     column, nh, h, start, length, chunk = place(documents, M)
     i = tl.arange(0, M.BT)
