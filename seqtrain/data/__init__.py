@@ -1,17 +1,11 @@
 """Text to token shards to batches, or a synthetic task in their place."""
 
-from seqtrain.data.batches import WHOLE_BATCH, Batch, Batches, BatchSlice, EvaluationBatches
+from seqtrain.data.batches import WHOLE_BATCH, Batch, Batches, BatchSlice, EvaluationBatches, TokenStream
 from seqtrain.data.bigram import bigram_bits_per_byte
 from seqtrain.data.config import DataConfig
-from seqtrain.data.corpus import Corpus, TokenStream
-from seqtrain.data.opening import (
-    check_source,
-    load_tokenizer,
-    open_corpus,
-    prepare,
-)
+from seqtrain.data.corpus import Corpus, check_source, open_corpus, prepare
 from seqtrain.data.synthetic import SyntheticBatches, SyntheticCorpus
-from seqtrain.data.tokenizer import Tokenizer
+from seqtrain.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "WHOLE_BATCH",

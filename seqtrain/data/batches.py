@@ -1,21 +1,24 @@
-"""Windows of a token stream as packed batches: what a step reads follows from the seed and its number alone."""
+"""Tokens on disk as packed batches: what a step reads follows from the seed and its number alone."""
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from seqtrain.data.shards import Shard, SplitEntry
+from seqtrain.data.tokenizer import Tokenizer
 from seqtrain.errors import ConfigError, DataError
 
-if TYPE_CHECKING:
-    from seqtrain.data.corpus import TokenStream
-
 IGNORED = -100
+# Each open shard holds two file descriptors, of which a process may commonly have 1024.
+OPEN_SHARDS = 64
 # Rounds of the Feistel network; four make a pseudo-random permutation of a random round function.
 ROUNDS = 6
 MASK = 2**64 - 1
@@ -90,17 +93,63 @@ def even_offsets(tokens: int, parts: int) -> tuple[int, ...]:
     return tuple(tokens * part // parts for part in range(parts + 1))
 
 
+class TokenStream:
+    """One split as one long row of ids, its documents in order, each closed by the tokenizer's `end`."""
+
+    def __init__(self, name: str, entry: SplitEntry, shards: list[Shard], tokenizer: Tokenizer):
+        self.name = name
+        self.documents = entry.documents
+        self.tokens = entry.tokens
+        self.bytes = entry.bytes
+        self.tokenizer = tokenizer
+        # Text bytes for each byte counted from tokens: 1 unless the tokenizer normalises its text.
+        self.byte_scale = entry.bytes / entry.token_bytes if entry.token_bytes else 1.0
+        # Bytes of everything that is predicted: all but the first token of each document.
+        self.predicted_bytes = (entry.token_bytes - entry.first_bytes) * self.byte_scale
+        self._shards = shards
+        self._ends = list(accumulate(shard.entry.tokens for shard in shards))
+        self._maps = lru_cache(maxsize=OPEN_SHARDS)(lambda number: (shards[number].ids(), shards[number].starts()))
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """int64 `[stop - start]`: the ids at `start <= position < stop`, which must lie in the stream."""
+        assert 0 <= start <= stop <= self.tokens, (start, stop, self.tokens)
+        parts = [self._maps(number)[0][low:high] for number, low, high in self._pieces(start, stop)]
+        return np.concatenate(parts, dtype=np.int64) if parts else np.empty(0, dtype=np.int64)
+
+    def starts(self, start: int, stop: int) -> np.ndarray:
+        """int64: the positions `start <= position < stop` at which a document starts, rising."""
+        found = [np.empty(0, dtype=np.int64)]
+        for number, low, high in self._pieces(start, stop):
+            starts = self._maps(number)[1]
+            first, last = np.searchsorted(starts, [low, high])
+            found.append(starts[first:last] + (self._ends[number] - self._shards[number].entry.tokens))
+        return np.concatenate(found)
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """`(shard, from, to)`, counted inside the shard, for every shard that `start` to `stop` touches."""
+        number = bisect_right(self._ends, start)
+        while start < stop and number < len(self._ends):
+            base = self._ends[number] - self._shards[number].entry.tokens
+            end = min(stop, self._ends[number])
+            yield number, start - base, end - base
+            start = end
+            number += 1
+
+
+@dataclass(frozen=True)
 class _Windows:
     """Cuts windows of `sequence_length` out of a stream and lays the rows of one rank end to end."""
 
-    def __init__(self, stream: "TokenStream", sequence_length: int, batch_size: int, reset_at_documents: bool):
-        for key, value in (("train.sequence_length", sequence_length), ("train.batch_size", batch_size)):
+    stream: TokenStream
+    _: KW_ONLY
+    sequence_length: int
+    batch_size: int
+    reset_at_documents: bool = True
+
+    def __post_init__(self) -> None:
+        for key, value in (("train.sequence_length", self.sequence_length), ("train.batch_size", self.batch_size)):
             if value < 1:
                 raise ConfigError(f"{key}={value}: at least 1 is needed")
-        self.stream = stream
-        self.sequence_length = sequence_length
-        self.batch_size = batch_size
-        self.reset_at_documents = reset_at_documents
 
     def at(self, index: int, part: BatchSlice = WHOLE_BATCH) -> Batch:
         """A slice of batch `index`, from 0 on. All slices together are the same however many there are."""
@@ -160,6 +209,7 @@ class _Windows:
         return torch.tensor(boundaries, dtype=torch.int32)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Batches(_Windows):
     """Training batches: windows in a shuffled order that is a pure function of `(seed, step)`.
 
@@ -167,23 +217,19 @@ class Batches(_Windows):
     boundaries move and no token is left out for good. Raises `DataError` if the stream is shorter than one window.
     """
 
-    def __init__(
-        self,
-        stream: "TokenStream",
-        *,
-        seed: int,
-        sequence_length: int,
-        batch_size: int,
-        reset_at_documents: bool = True,
-    ):
-        super().__init__(stream, sequence_length, batch_size, reset_at_documents)
-        self.seed = seed
-        self.windows = stream.tokens // sequence_length
+    seed: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.windows == 0:
             raise DataError(
-                f"train.sequence_length={sequence_length}: the {stream.name} text has only {stream.tokens} tokens; "
-                "use a shorter sequence or more text"
+                f"train.sequence_length={self.sequence_length}: the {self.stream.name} text has only "
+                f"{self.stream.tokens} tokens; use a shorter sequence or more text"
             )
+
+    @property
+    def windows(self) -> int:
+        return self.stream.tokens // self.sequence_length
 
     def _start(self, sample: int) -> int:
         epoch, window = window_at(sample, self.windows, self.seed)
@@ -191,6 +237,7 @@ class Batches(_Windows):
         return round_keys(self.seed, epoch)[-1] % (room + 1) + window * self.sequence_length
 
 
+@dataclass(frozen=True, kw_only=True)
 class EvaluationBatches(_Windows):
     """The stream from its start to its end, every token once, in batches of one size; the last one is padded.
 
@@ -199,18 +246,15 @@ class EvaluationBatches(_Windows):
     every rank. `limit`: at most so many windows, spread evenly over the stream; 0 takes all.
     """
 
-    def __init__(
-        self,
-        stream: "TokenStream",
-        *,
-        sequence_length: int,
-        batch_size: int,
-        reset_at_documents: bool = True,
-        limit: int = 0,
-    ):
-        super().__init__(stream, sequence_length, batch_size, reset_at_documents)
-        self.windows = math.ceil(stream.tokens / sequence_length)
-        self.taken = min(limit or self.windows, self.windows)
+    limit: int = 0
+
+    @property
+    def windows(self) -> int:
+        return math.ceil(self.stream.tokens / self.sequence_length)
+
+    @property
+    def taken(self) -> int:
+        return min(self.limit or self.windows, self.windows)
 
     def __len__(self) -> int:
         return math.ceil(self.taken / self.batch_size)

@@ -1,6 +1,5 @@
 """The byte-bigram baseline: bits per byte of a model that sees only the previous byte."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,19 +17,18 @@ BREAK = 257
 SMOOTHING = 0.1
 
 
-class BigramCounter:
-    """Counts byte pairs of texts that come in pieces. `counts`: int64 `[256, 257]`."""
-
-    def __init__(self, counts: np.ndarray | None = None):
-        self.counts = np.zeros(SHAPE, dtype=np.int64) if counts is None else counts
-
-    def add(self, pieces: list[tuple[bytes, int, bool]]) -> None:
-        """Counts `(text, byte before it or -1, whether the document ends after it)` for every piece."""
-        symbols = np.concatenate(list(_symbols(pieces)))
-        before, after = symbols[:-1], symbols[1:]
-        pairs = (before < 256) & (after <= END)
-        found = before[pairs].astype(np.int64) * SHAPE[1] + after[pairs]
-        self.counts += np.bincount(found, minlength=self.counts.size).reshape(SHAPE)
+def count_pairs(pieces: list[tuple[bytes, int, bool]]) -> np.ndarray:
+    """int64 `[256, 257]`: byte pairs of pieces `(text, byte before it or -1, whether the document ends after it)`."""
+    symbols: list[np.ndarray] = []
+    for text, previous, ends in pieces:
+        before = [previous] if previous >= 0 else []
+        after = [END if ends else BREAK]
+        symbols += [np.array(before, np.uint16), np.frombuffer(text, np.uint8), np.array(after, np.uint16)]
+    row = np.concatenate(symbols, dtype=np.uint16)
+    first, second = row[:-1], row[1:]
+    pairs = (first < 256) & (second <= END)
+    found = first[pairs].astype(np.int64) * SHAPE[1] + second[pairs]
+    return np.bincount(found, minlength=SHAPE[0] * SHAPE[1]).reshape(SHAPE)
 
 
 def bigram_bits_per_byte(corpus: "Corpus", *, smoothing: float = SMOOTHING) -> float:
@@ -52,11 +50,3 @@ def bigram_bits_per_byte(corpus: "Corpus", *, smoothing: float = SMOOTHING) -> f
 def read_counts(file: Path) -> np.ndarray:
     """int64 `[2, 256, 257]`: counts of the training text and of the held-out text."""
     return np.load(file, allow_pickle=False)
-
-
-def _symbols(pieces: list[tuple[bytes, int, bool]]) -> Iterator[np.ndarray]:
-    for text, previous, ends in pieces:
-        if previous >= 0:
-            yield np.array([previous], dtype=np.uint16)
-        yield np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
-        yield np.array([END if ends else BREAK], dtype=np.uint16)

@@ -1,81 +1,33 @@
-"""A prepared corpus: two streams of tokens over memory-mapped shards, and the tokenizer that made them."""
+"""What `data.` describes, whichever kind it is: text that became token shards, or a synthetic task."""
 
 import logging
 import os
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
-
-from seqtrain.data.batches import Batches, EvaluationBatches
+from seqtrain.data.batches import Batches, EvaluationBatches, TokenStream
 from seqtrain.data.config import DataConfig
 from seqtrain.data.ingest import BIGRAMS, content_key, ingest, open_sources
-from seqtrain.data.manifest import (
+from seqtrain.data.shards import (
     MANIFEST,
     REBUILD,
     VERSION,
     CorpusManifest,
+    Shard,
     SplitEntry,
     inside,
 )
-from seqtrain.data.shards import Shard
+from seqtrain.data.sources import SOURCES
+from seqtrain.data.synthetic import TASKS, SyntheticCorpus
 from seqtrain.data.tokenizer import Tokenizer, load_tokenizer
-from seqtrain.errors import ConfigError, DataError
+from seqtrain.errors import ConfigError, DataError, unknown_name
 from seqtrain.files import Manifest, sha256_of
 
 log = logging.getLogger("seqtrain.data")
 
 VERIFIED = "verified.json"
-# Each open shard holds two file descriptors, of which a process may commonly have 1024.
-OPEN_SHARDS = 64
-
-
-class TokenStream:
-    """One split as one long row of ids, its documents in order, each closed by the tokenizer's `end`."""
-
-    def __init__(self, name: str, entry: SplitEntry, shards: list[Shard], tokenizer: Tokenizer):
-        self.name = name
-        self.documents = entry.documents
-        self.tokens = entry.tokens
-        self.bytes = entry.bytes
-        self.tokenizer = tokenizer
-        # Text bytes for each byte counted from tokens: 1 unless the tokenizer normalises its text.
-        self.byte_scale = entry.bytes / entry.token_bytes if entry.token_bytes else 1.0
-        # Bytes of everything that is predicted: all but the first token of each document.
-        self.predicted_bytes = (entry.token_bytes - entry.first_bytes) * self.byte_scale
-        self._shards = shards
-        self._ends = list(accumulate(shard.entry.tokens for shard in shards))
-        self._maps = lru_cache(maxsize=OPEN_SHARDS)(lambda number: (shards[number].ids(), shards[number].starts()))
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """int64 `[stop - start]`: the ids at `start <= position < stop`, which must lie in the stream."""
-        assert 0 <= start <= stop <= self.tokens, (start, stop, self.tokens)
-        parts = [self._maps(number)[0][low:high] for number, low, high in self._pieces(start, stop)]
-        return np.concatenate(parts, dtype=np.int64) if parts else np.empty(0, dtype=np.int64)
-
-    def starts(self, start: int, stop: int) -> np.ndarray:
-        """int64: the positions `start <= position < stop` at which a document starts, rising."""
-        found = [np.empty(0, dtype=np.int64)]
-        for number, low, high in self._pieces(start, stop):
-            starts = self._maps(number)[1]
-            first, last = np.searchsorted(starts, [low, high])
-            found.append(starts[first:last] + (self._ends[number] - self._shards[number].entry.tokens))
-        return np.concatenate(found)
-
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """`(shard, from, to)`, counted inside the shard, for every shard that `start` to `stop` touches."""
-        number = bisect_right(self._ends, start)
-        while start < stop and number < len(self._ends):
-            base = self._ends[number] - self._shards[number].entry.tokens
-            end = min(stop, self._ends[number])
-            yield number, start - base, end - base
-            start = end
-            number += 1
 
 
 @dataclass(frozen=True)
@@ -124,13 +76,25 @@ class Stamps(Manifest):
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def prepare(config: DataConfig, *, progress: bool = True) -> Corpus:
-    """The corpus `config` describes: made now, finished if a run was stopped in the middle, or opened if it is there.
+def check_source(config: DataConfig, *, sequence_length: int) -> None:
+    """Raises `ConfigError` for an unknown `data.source`, and for a task's fields that are wrong or need longer rows."""
+    if config.source in TASKS.names:
+        SyntheticCorpus.of(config).task.check(sequence_length)
+    elif config.source not in SOURCES.names:
+        raise ConfigError(unknown_name("data.source", config.source, [*SOURCES.names, *TASKS.names]))
+    elif config.task:
+        raise ConfigError(f"data.task.{next(iter(config.task))}: data.source={config.source} is text, not a task")
+
+
+def prepare(config: DataConfig, *, progress: bool = True) -> Corpus | SyntheticCorpus:
+    """The task `config` names, or its corpus: made now, finished if a run was stopped in the middle, or opened.
 
     Corpora lie in `data.cache_dir` under a key of the text's files, the tokenizer and the settings, so changed text
     makes a new one. Processes that want the same one at once wait for the first. `progress` shows a bar on stderr
     while text is read. Raises `ConfigError` or `DataError`, naming the key or the file.
     """
+    if config.source in TASKS.names:
+        return SyntheticCorpus.of(config)
     sources = open_sources(config)
     tokenizer = load_tokenizer(config)
     key = content_key(config, sources, tokenizer)
@@ -142,11 +106,16 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Corpus:
     return open_corpus(folder, config, tokenizer=tokenizer)
 
 
-def open_corpus(folder: Path | str, config: DataConfig, *, tokenizer: Tokenizer | None = None) -> Corpus:
+def open_corpus(
+    folder: Path | str, config: DataConfig, *, tokenizer: Tokenizer | None = None
+) -> Corpus | SyntheticCorpus:
     """Opens the corpus in `folder` without looking at the text it came from, as workers on other machines do.
 
     Sizes and headers of all shards are checked, checksums as `data.verify` says. Raises `DataError` naming the file.
+    A task has nothing there.
     """
+    if config.source in TASKS.names:
+        return SyntheticCorpus.of(config)
     folder = Path(folder)
     tokenizer = tokenizer or load_tokenizer(config)
     manifest = CorpusManifest.read(folder / MANIFEST)

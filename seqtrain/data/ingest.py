@@ -15,20 +15,21 @@ from pathlib import Path
 
 import numpy as np
 
-from seqtrain.data.bigram import BigramCounter, read_counts
+from seqtrain.data.bigram import SHAPE, count_pairs, read_counts
 from seqtrain.data.config import DataConfig
-from seqtrain.data.manifest import (
+from seqtrain.data.shards import (
     MANIFEST,
     PROGRESS,
     VERSION,
     CorpusManifest,
     Cursor,
     IngestProgress,
+    Shard,
+    ShardWriter,
     SourceEntry,
     SplitEntry,
     TokenizerEntry,
 )
-from seqtrain.data.shards import Shard, ShardWriter
 from seqtrain.data.sources import SOURCES, Document, Source
 from seqtrain.data.sources._base import PIECE_BYTES, Part
 from seqtrain.data.tokenizer import Tokenizer
@@ -134,10 +135,12 @@ class _Group:
         self.tokenizer = tokenizer
         self.cursor = progress.cursor
         self.empty = progress.empty_documents
-        counts = read_counts(folder / _counts_name(progress.groups)) if progress.groups else [None, None]
+        counts = (
+            read_counts(folder / _counts_name(progress.groups)) if progress.groups else np.zeros((2, *SHAPE), np.int64)
+        )
         self.splits = {
-            "train": _SplitWriter("train", self, progress.train, BigramCounter(counts[0])),
-            "held_out": _SplitWriter("held_out", self, progress.held_out, BigramCounter(counts[1])),
+            "train": _SplitWriter("train", self, progress.train, counts[0]),
+            "held_out": _SplitWriter("held_out", self, progress.held_out, counts[1]),
         }
 
     @property
@@ -158,8 +161,9 @@ class _Group:
         """Makes shards and counts durable, then says so in `progress.json`: until then nothing has happened."""
         groups = self.progress.groups + 1
         entries = {name: split.close() for name, split in self.splits.items()}
-        counts = np.stack([split.bigrams.counts for split in self.splits.values()])
-        _save_counts(self.folder / _counts_name(groups), counts)
+        counts = io.BytesIO()
+        np.save(counts, np.stack([split.bigrams for split in self.splits.values()]), allow_pickle=False)
+        replace_file(self.folder / _counts_name(groups), counts.getvalue())
         progress = IngestProgress(
             self.progress.key, groups, cursor, self.empty, units, entries["train"], entries["held_out"]
         )
@@ -175,7 +179,7 @@ class _Group:
 
 
 class _SplitWriter:
-    def __init__(self, name: str, group: _Group, entry: SplitEntry, bigrams: BigramCounter):
+    def __init__(self, name: str, group: _Group, entry: SplitEntry, bigrams: np.ndarray):
         self.file = group.folder / f"{name}-{group.progress.groups:05d}.bin"
         self.tokenizer = group.tokenizer
         self.entry = entry
@@ -192,7 +196,7 @@ class _SplitWriter:
         ids = np.concatenate(parts)
         starts = (np.cumsum(lengths) - lengths)[first]
         self.writer.append(ids, starts)
-        self.bigrams.add([(piece.data, piece.previous, piece.last) for piece, _ in pieces])
+        self.bigrams += count_pairs([(piece.data, piece.previous, piece.last) for piece, _ in pieces])
         self.entry = replace(
             self.entry,
             documents=self.entry.documents + len(starts),
@@ -282,9 +286,3 @@ def _finish(
 
 def _counts_name(groups: int) -> str:
     return f"bigrams-{groups:05d}.npy"
-
-
-def _save_counts(file: Path, counts: np.ndarray) -> None:
-    content = io.BytesIO()
-    np.save(content, counts, allow_pickle=False)
-    replace_file(file, content.getvalue())

@@ -1,4 +1,6 @@
-"""The shard: a header, token ids, and where documents start, in one file that is read through memory maps.
+"""A corpus on disk: its shards, and what its manifest says of them.
+
+A shard has a header, token ids, and where documents start, in one file that is read through memory maps.
 
     bytes 0-7   magic b"seqtrain"       8-11 version        12-15 bytes per id (2, 4)       16-23 tokens
     24-31       document starts         32-39 vocab_size    40-63 zero
@@ -8,20 +10,124 @@ A start is a position in this shard. A document may continue in the next shard: 
 """
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from seqtrain.data.manifest import ShardEntry, inside
 from seqtrain.errors import DataError
-from seqtrain.files import publish, sha256_of
+from seqtrain.files import Manifest, publish, sha256_of
 
 MAGIC = b"seqtrain"
-VERSION = 1
+SHARD_VERSION = 1
 HEADER = struct.Struct("<8sIIQQQ24x")
 # Ids looked at in one go when a shard is checked.
 CHECKED = 2**20
+# The two small files of a corpus folder: what it holds once it is whole, and what of it is finished until then.
+VERSION = 1
+MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+REBUILD = "delete the folder to rebuild the corpus"
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard: its file's name inside the folder, how many tokens and document starts it holds, its checksum."""
+
+    file: str
+    tokens: int
+    starts: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitEntry:
+    """One side of the corpus.
+
+    `bytes`: of its text. `token_bytes`: the same counted from its tokens, which differs where a tokenizer normalises.
+    `first_bytes`: those of the first token of every document, which nothing predicts.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    token_bytes: int = 0
+    first_bytes: int = 0
+    shards: list[ShardEntry] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """Which source the text came from, and from how many files."""
+
+    name: str
+    files: int
+
+
+@dataclass(frozen=True)
+class TokenizerEntry:
+    """Which tokenizer made the ids."""
+
+    name: str
+    identity: str
+    vocab_size: int
+    end: int
+
+
+@dataclass(frozen=True)
+class CorpusManifest(Manifest):
+    """What a whole corpus says of itself. `bigrams_sha256`: checksum of the byte-bigram counts next to it."""
+
+    remedy = REBUILD
+
+    version: int
+    key: str
+    source: SourceEntry
+    tokenizer: TokenizerEntry
+    empty_documents: int
+    train: SplitEntry
+    held_out: SplitEntry
+    bigrams_sha256: str
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where ingesting resumes: `offset` bytes into `document` of `part` (0 `data.path`, 1 `data.held_out_path`).
+
+    `previous`: the byte before, or -1 at a document's start.
+    """
+
+    part: int = 0
+    document: int = 0
+    offset: int = 0
+    previous: int = -1
+
+
+@dataclass(frozen=True)
+class IngestProgress(Manifest):
+    """What is finished of a corpus that is not whole yet: `groups` of shards, and everything counted so far."""
+
+    remedy = REBUILD
+
+    key: str
+    groups: int = 0
+    cursor: Cursor = Cursor()
+    empty_documents: int = 0
+    # Units of the sources that are done, for the progress bar.
+    units: float = 0.0
+    train: SplitEntry = SplitEntry()
+    held_out: SplitEntry = SplitEntry()
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` of `folder`. Raises `DataError` for a name that leads anywhere else, also by way of a link."""
+    file = folder / name
+    plain = Path(name).name == name and name not in ("", ".", "..")
+    if not plain or file.is_symlink():
+        raise DataError(
+            f"{folder / MANIFEST}: names the file {name!r}; shards must be plain files of that folder itself"
+        )
+    return file
 
 
 def id_type(vocab_size: int) -> np.dtype:
@@ -61,7 +167,7 @@ class ShardWriter:
         self._opened.write(bytes(offset - self._opened.tell()))
         self._opened.write(starts.tobytes())
         self._opened.seek(0)
-        fields = (MAGIC, VERSION, self._dtype.itemsize, self.tokens, len(starts), self.vocab_size)
+        fields = (MAGIC, SHARD_VERSION, self._dtype.itemsize, self.tokens, len(starts), self.vocab_size)
         self._opened.write(HEADER.pack(*fields))
         self._opened.close()
         publish(self._unfinished, self.file)
@@ -131,8 +237,8 @@ class Shard:
         magic, version, came_itemsize, tokens, starts, vocab_size = HEADER.unpack(header)
         if magic != MAGIC:
             raise self._error(f"not a token shard: it starts with {magic!r}")
-        if version != VERSION:
-            raise self._error(f"shard version {version}, this seqtrain reads {VERSION}")
+        if version != SHARD_VERSION:
+            raise self._error(f"shard version {version}, this seqtrain reads {SHARD_VERSION}")
         if vocab_size != self.vocab_size:
             raise self._error(f"made for {vocab_size} token ids, but the tokenizer has {self.vocab_size}")
         came = (came_itemsize, tokens, starts)

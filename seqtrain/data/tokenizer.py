@@ -90,7 +90,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(config: DataConfig) -> Tokenizer:
-    """The tokenizer `data.tokenizer` names. Raises `ConfigError` if there is none such on disk."""
+    """The tokenizer `data.tokenizer` names. Raises `ConfigError` if there is none such on disk, and for a task."""
+    from seqtrain.data.synthetic import TASKS
+
+    if config.source in TASKS.names:
+        raise ConfigError(f"data.source={config.source}: tokens of a synthetic task stand for no text")
     if config.tokenizer == "bytes":
         return ByteTokenizer()
     return HuggingFaceTokenizer(config.tokenizer, config.end_token)

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from seqtrain.data.manifest import ShardEntry
-from seqtrain.data.shards import HEADER, Shard, ShardWriter
+from seqtrain.data.shards import HEADER, Shard, ShardEntry, ShardWriter
 from seqtrain.errors import DataError
 
 
