@@ -7,14 +7,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from seqtrain.parallel.cost import costs_of
 from seqtrain.parallel.scan import Algorithm, flush_scans
 from seqtrain.parallel.scan_engine import engine_of
 from seqtrain.parallel.schedules import candidates
-from seqtrain.parallel.sequence import SequenceContext
-from seqtrain.parallel.sharded import ShardedSequence
 
 
 @dataclass(frozen=True)
@@ -32,14 +29,6 @@ class Mesh:
     group: dist.ProcessGroup | None
     # Schedule of the scans.
     algorithm: Algorithm
-
-    def sequence(self, offsets: tuple[int, ...], cu_seqlens: Tensor | None, *, backend: str) -> SequenceContext:
-        """What the layers are told of a packed row whose parts start at `offsets`, with boundaries at `cu_seqlens`."""
-        if self.group is None:
-            return SequenceContext(cu_seqlens=cu_seqlens, backend=backend)
-        return ShardedSequence(
-            group=self.group, offsets=offsets, cu_seqlens=cu_seqlens, backend=backend, algorithm=self.algorithm
-        )
 
 
 @contextmanager

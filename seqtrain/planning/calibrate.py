@@ -23,6 +23,7 @@ from seqtrain.parallel.cost import costs_of
 from seqtrain.parallel.mesh import form_mesh
 from seqtrain.parallel.scan_engine import engine_of
 from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.parallel.sharded import ShardedSequence
 from seqtrain.planning.counts import ModelCounts, count_model
 from seqtrain.planning.layout import Holes, Machine, compute_seconds, memory_bytes
 from seqtrain.planning.layout_runs import measure_layout
@@ -114,9 +115,9 @@ def _sharded(group: dist.ProcessGroup, mixers: Sequence[str]) -> dict[str, float
     """By mixer, a layer's seconds on its shard of a sequence on two ranks, over those on as many tokens of its own."""
     found = {}
     with form_mesh(group, sequence=2, algorithm="auto", device=CPU, timeout_seconds=600) as mesh:
-        sharded = mesh.sequence(
-            (0, SHARD_TOKENS, 2 * SHARD_TOKENS), torch.tensor([0, 2 * SHARD_TOKENS]), backend="auto"
-        )
+        assert mesh.group is not None
+        ends = torch.tensor([0, 2 * SHARD_TOKENS])
+        sharded = ShardedSequence(group=mesh.group, offsets=(0, SHARD_TOKENS, 2 * SHARD_TOKENS), cu_seqlens=ends)
         for name in mixers:
             config, settings = _layers(name)
             mixer = LanguageModel(config, settings, BYTES_VOCAB).blocks[0].mixer

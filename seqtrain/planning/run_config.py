@@ -10,8 +10,7 @@ from seqtrain.data import load_tokenizer
 from seqtrain.planning.counts import ModelCounts, count_model
 from seqtrain.planning.layout import Layout
 from seqtrain.runtime import PretrainConfig
-from seqtrain.runtime.compose import typed_pretrain_config
-from seqtrain.runtime.settings import micro_batch
+from seqtrain.runtime.settings import micro_batch, typed_pretrain_config
 
 
 def last_of_each(*words: str) -> list[str]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from seqtrain.parallel.scan_engine import Event, observed_by
 from seqtrain.profiling.parts import Clock, Part, Timeline
-from seqtrain.runtime.engine_view import kept_collectives
+from seqtrain.runtime.engine import kept_collectives
 
 COMMUNICATION = "communication"
 # States of scans, tokens of neighbors, and what all ranks reduce or gather (gradients, weights, sums).

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from seqtrain.memory import peak_resident_bytes
 from seqtrain.profiling.parts import OTHER, Clock, Part, Timeline
-from seqtrain.runtime.engine import Engine
-from seqtrain.runtime.engine_view import held_tensors
+from seqtrain.runtime.engine import Engine, held_tensors
 
 LOSS, ACTIVATIONS, PROGRAM, WORKING = "loss", "activations", "program", "working memory"
 # Bytes from which a tensor may be a buffer that is mostly untouched, as DeepSpeed's for gradients is.

@@ -32,8 +32,8 @@ from seqtrain.profiling.parts import (
     hidden_seconds,
     seconds_by_part,
 )
-from seqtrain.runtime.callback import Callback, Phase
-from seqtrain.runtime.engine_view import step_calls
+from seqtrain.runtime.engine import step_calls
+from seqtrain.runtime.task import Callback, Phase
 
 Step = Literal["warm-up", "plain", "profiled", "memory"]
 DATA = Part("data")

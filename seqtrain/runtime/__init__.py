@@ -1,7 +1,6 @@
 """From a config to a trained model: the ranks, the steps, checkpoints, and what people see of them."""
 
-from seqtrain.runtime.compose import read_pretrain_config
 from seqtrain.runtime.run import run
-from seqtrain.runtime.settings import PretrainConfig, check
+from seqtrain.runtime.settings import PretrainConfig, check, read_pretrain_config
 
 __all__ = ["PretrainConfig", "check", "read_pretrain_config", "run"]

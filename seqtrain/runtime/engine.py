@@ -3,8 +3,8 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from seqtrain.runtime.optimizer_state import OptimizerState
 from seqtrain.runtime.optimizers import build_optimizer, set_learning_rate
 from seqtrain.runtime.ranks import Ranks
-from seqtrain.runtime.settings import PretrainConfig, micro_batch, segments
+from seqtrain.runtime.settings import PretrainConfig, micro_batch, micro_batches, segments
 
 log = logging.getLogger("seqtrain.runtime")
+
+# An object or module, and the name of its function.
+Place = tuple[Any, str]
+PARAMETERS, GRADIENTS, OPTIMIZER, BUFFERS = "parameters", "gradients", "optimizer", "buffers"
 
 
 def prepare_environment(ranks: Ranks) -> None:
@@ -60,8 +64,8 @@ def _import_muon() -> None:
 class Engine:
     """A model under training: forward, backward and step, over all ranks, with what ZeRO divides over them.
 
-    Called as the model is. `deepspeed` is DeepSpeed's engine, which nothing outside this package's engine.py,
-    engine_view.py and optimizer_state.py needs; `optimizer_state` is what a checkpoint holds besides the weights.
+    `model` is called as the model is. `deepspeed` is DeepSpeed's engine, which nothing outside engine.py and
+    optimizer_state.py needs; `optimizer_state` is what a checkpoint holds besides the weights.
     """
 
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: PretrainConfig, ranks: Ranks):
@@ -79,6 +83,7 @@ class Engine:
             config=_deepspeed_config(config, ranks.device),
             dist_init_required=False,
         )
+        self.model: nn.Module = self.deepspeed
         self.optimizer_state = OptimizerState(self.deepspeed, self.stage, config.optimizer)
         log.info(
             "engine: DeepSpeed %s, ZeRO %d, %s over %d x %d ranks (data x sequence, %s), optimizer %s of %s",
@@ -91,13 +96,6 @@ class Engine:
             config.optimizer.name,
             config.optimizer.implementation,
         )
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return self.deepspeed(*arguments, **options)
-
-    def train(self, mode: bool = True) -> None:
-        """Training mode, or evaluation mode."""
-        self.deepspeed.train(mode)
 
     def set_learning_rate(self, rate: float) -> None:
         set_learning_rate(self.deepspeed.optimizer.param_groups, rate)
@@ -140,11 +138,6 @@ class Engine:
             yield name, whole
 
 
-def micro_batches(config: PretrainConfig) -> int:
-    """How many batches go through the model one after the other in a step: steps of gradient accumulation."""
-    return config.train.batch_size // (config.parallel.data * micro_batch(config))
-
-
 def _deepspeed_config(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
     stage, pieces = config.parallel.zero_stage, segments(config)
     return {
@@ -168,3 +161,58 @@ def _deepspeed_config(config: PretrainConfig, device: torch.device) -> dict[str,
         },
         "steps_per_print": None,
     }
+
+
+def step_calls(engine: Engine) -> list[tuple[Place, Literal["optimizer", "gradients", "autograd"]]]:
+    """The functions in which a step works outside the model, and what each does; they nest."""
+    inner = engine.deepspeed
+    calls: list[tuple[Place, Literal["optimizer", "gradients", "autograd"]]] = [
+        ((inner, "step"), "optimizer"),
+        ((inner, "backward"), "gradients"),
+        ((torch.autograd, "backward"), "autograd"),
+    ]
+    # Called by the hooks of ZeRO 1 and 2 in the middle of the backward pass.
+    if "reduce_ready_partitions_and_remove_grads" in dir(inner.optimizer):
+        calls.append(((inner.optimizer, "reduce_ready_partitions_and_remove_grads"), "gradients"))
+    return calls
+
+
+def kept_collectives() -> list[Place]:
+    """Those of torch's collectives that DeepSpeed's backend keeps under names of its own."""
+    from deepspeed.comm import comm
+
+    return [(comm.cdb, "all_gather_function"), (comm.cdb, "reduce_scatter_function")]
+
+
+def held_tensors(engine: Engine) -> dict[str, list[Tensor]]:
+    """The tensors of model and optimizer by kind: PARAMETERS to BUFFERS; some share storage, or occur twice.
+
+    ZeRO's flat copies of the weights in float32 are the optimizer's; what else it keeps is a gradient where it is
+    called one, else a buffer.
+    """
+    model, zero = engine.module, engine.deepspeed.optimizer
+    inner = zero if isinstance(zero, torch.optim.Optimizer) else zero.optimizer
+    weights = list(model.parameters())
+    own = vars(zero) if inner is not zero else {}
+    return {
+        # In stage 3 a weight's values lie in its partition.
+        PARAMETERS: [*weights, *(vars(weight)["ds_tensor"] for weight in weights if "ds_tensor" in vars(weight))],
+        GRADIENTS: [
+            *(weight.grad for weight in weights if weight.grad is not None),
+            *_tensors_in([value for name, value in own.items() if "grad" in name]),
+        ],
+        OPTIMIZER: [
+            *_tensors_in([dict(state) for state in inner.state.values()]),
+            *_tensors_in([group["params"] for group in inner.param_groups]),
+        ],
+        BUFFERS: [*model.buffers(), *_tensors_in(list(own.values()))],
+    }
+
+
+def _tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    """Tensors in `value` and in the lists, tuples and dicts inside it, `depth` deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(item, depth - 1)

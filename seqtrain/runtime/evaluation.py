@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from seqtrain.data import SyntheticBatches
 from seqtrain.data.batches import IGNORED
 from seqtrain.models.spiking import spike_statistics
-from seqtrain.runtime.engine import Engine
 from seqtrain.runtime.segmented import Segment, States, alone, cut
 from seqtrain.runtime.step import TrainState
 
@@ -32,7 +31,7 @@ def evaluate(state: TrainState) -> Scores | None:
         return {"held_out_bits_per_byte": None}
     answers = isinstance(batches, SyntheticBatches)
     scores: Scores
-    state.engine.train(False)
+    state.engine.model.train(False)
     sums = [0.0, 0.0, 0.0, 0.0]
     try:
         for index in range(len(batches)):
@@ -40,13 +39,13 @@ def evaluate(state: TrainState) -> Scores | None:
             segments = [Segment(batch.tokens, batch.labels, state.sequence(batch))]
             if state.segments > 1:
                 segments = cut(batch, state.segments, backend=state.config.kernels.backend)
-            scored = _score(state.engine, segments, answers=answers)
-            *found, stopping = ranks.sum(*scored, batches.text_bytes(batch), state.stop.requested())
+            scored = _score(state.engine.model, segments, answers=answers)
+            *found, stopping = ranks.sum(*scored, batches.text_bytes(batch), state.stop_requested())
             sums = [total + part for total, part in zip(sums, found, strict=True)]
             if stopping:
                 return None
     finally:
-        state.engine.train()
+        state.engine.model.train()
     nats, right, asked, text = sums
     if answers:
         scores = {"held_out_accuracy": right / asked, "held_out_loss": nats / asked}
@@ -58,7 +57,7 @@ def evaluate(state: TrainState) -> Scores | None:
     return scores
 
 
-def _score(engine: Engine, segments: list[Segment], *, answers: bool) -> list[float]:
+def _score(model: nn.Module, segments: list[Segment], *, answers: bool) -> list[float]:
     """Nats of a row, right answers and answers asked for; the two are 0 where the labels are no answers."""
     carried: States | None = None
     sums = [0.0, 0.0, 0.0]
@@ -66,10 +65,10 @@ def _score(engine: Engine, segments: list[Segment], *, answers: bool) -> list[fl
         options: dict[str, Any] = {"state": carried if segment.continues else None, "sequence": segment.sequence}
         keep = segment is not segments[-1]
         if answers:
-            logits, carried = engine(segment.tokens, **options, all_logits=True)
+            logits, carried = model(segment.tokens, **options, all_logits=True)
             found = _score_answers(logits, segment.labels)
         else:
-            came = engine(segment.tokens, segment.labels, **options, keep_state=keep)
+            came = model(segment.tokens, segment.labels, **options, keep_state=keep)
             loss, carried = came if keep else (came, None)
             found = [loss.item(), 0, 0]
         carried = alone(carried) if keep and carried else None

@@ -10,13 +10,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
 from seqtrain.config import launch
-from seqtrain.errors import ConfigError
-from seqtrain.runtime.sample import Continuation, continue_text, open_run
+from seqtrain.data import Tokenizer, load_tokenizer
+from seqtrain.errors import CheckpointError, ConfigError
+from seqtrain.models import LanguageModel, generate
+from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.runtime import checkpoint as checkpoints
+from seqtrain.runtime.run_folder import RunFolder
+from seqtrain.runtime.settings import PretrainConfig, typed_pretrain_config
 from seqtrain.validation import FilePath, validate
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How a prompt is continued."""
+
+    # Text the model continues.
+    prompt: str
+    # Most tokens to generate; the text ends earlier where the model ends its document.
+    tokens: Annotated[int, Field(ge=0)]
+    # The same seed draws the same text.
+    seed: Annotated[int, Field(ge=0)]
+    # Logits are divided by it; 0 takes the likeliest token each time.
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    # Only so many of the likeliest tokens may be drawn; 0: all.
+    top_k: Annotated[int, Field(ge=0)] = 0
+    # Only the likeliest tokens whose probabilities together reach it may be drawn; 1: all.
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,3 +75,42 @@ def write(config: GenerateConfig) -> int:
     _, model, tokenizer = open_run(Path(config.run))
     print(continue_text(model, tokenizer, config, backend=config.backend))
     return 0
+
+
+def open_run(path: Path) -> tuple[PretrainConfig, LanguageModel, Tokenizer]:
+    """The config, the model with the newest checkpoint's weights, and the tokenizer of the run in folder `path`.
+
+    Raises `ConfigError` where there is no run, `CheckpointError` where it has no whole checkpoint.
+    """
+    folder = RunFolder(path)
+    if not folder.config.is_file():
+        raise ConfigError(f"run={path}: holds no config.yaml; name the output_dir of a run")
+    config = typed_pretrain_config(yaml.safe_load(folder.config.read_text()))
+    newest = checkpoints.find(folder.checkpoints)
+    if newest is None:
+        raise CheckpointError(f"{folder.checkpoints}: holds no whole checkpoint")
+    tokenizer = load_tokenizer(config.data)
+    model = LanguageModel(config.model, config.mixer, tokenizer.vocab_size)
+    newest.load_weights(model)
+    return config, model.eval(), tokenizer
+
+
+def continue_text(model: LanguageModel, tokenizer: Tokenizer, wish: Continuation, *, backend: str) -> str:
+    """The prompt and what `model` continues it with; the same for the same weights and seed."""
+    if wish.tokens == 0:
+        return wish.prompt
+    # Without a prompt, what follows on the end of a document: the start of another.
+    prompt = tokenizer.encode(wish.prompt) or [tokenizer.end]
+    new = generate(
+        model,
+        torch.tensor([prompt]),
+        max_new_tokens=wish.tokens,
+        temperature=wish.temperature,
+        top_k=wish.top_k,
+        top_p=wish.top_p,
+        generator=torch.Generator().manual_seed(wish.seed),
+        stop=tokenizer.end,
+        sequence=SequenceContext(backend=backend),
+    )
+    ids = [token for token in new[0].tolist() if token != tokenizer.end]
+    return wish.prompt + tokenizer.decode(ids)

@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from seqtrain.config import launch
-from seqtrain.runtime.compose import read_pretrain_config
 from seqtrain.runtime.run import run
-from seqtrain.runtime.settings import PretrainConfig
+from seqtrain.runtime.settings import PretrainConfig, read_pretrain_config
 
 
 def main(arguments: Sequence[str]) -> int:

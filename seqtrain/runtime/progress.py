@@ -1,11 +1,9 @@
 """The progress display: a bar on a terminal, a line now and then anywhere else."""
 
 import time
-from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from seqtrain.runtime.metrics import Record, Within
 
@@ -13,42 +11,26 @@ from seqtrain.runtime.metrics import Record, Within
 QUIET_SECONDS = 10.0
 
 
-class ProgressDisplay:
+class ProgressDisplay(Progress):
     """Shows the records of a run of `steps` steps on stderr; a context manager."""
 
     def __init__(self, *, steps: int, console: Console | None = None):
+        console = console or Console(stderr=True)
+        figures = TextColumn("{task.fields[figures]}")
+        columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), figures, TimeRemainingColumn()
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
         self.steps = steps
-        self.console = console or Console(stderr=True)
-        self._live = self.console.is_terminal
-        self._bar = Bar(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self._live,
-        )
-        self._task = self._bar.add_task("", total=steps, figures="starting")
-        self._last_line = 0.0
         self._figures = "starting"
+        self._task = self.add_task("", total=steps, figures=self._figures)
+        self._last_line = 0.0
         # Steps done, the running one's parts counted.
         self._shown = 0.0
-
-    def __enter__(self) -> "ProgressDisplay":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def show(self, record: Record) -> None:
         """Moves the bar to the record's step."""
         step, self._figures = record["step"], _figures(record)
         self._shown = float(step)
-        self._bar.update(self._task, completed=step, figures=self._figures)
+        self.update(self._task, completed=step, figures=self._figures)
         left = (self.steps - step) * record["step_seconds"]
         self._say(f"step {step}/{self.steps}  {self._figures}  {left:.0f} s left", last=step == self.steps)
 
@@ -59,13 +41,13 @@ class ProgressDisplay:
             return
         self._shown = place
         part = f"part {within.done}/{within.of} of step {within.step + 1}"
-        self._bar.update(self._task, completed=place, figures=f"{self._figures}  {part}")
+        self.update(self._task, completed=place, figures=f"{self._figures}  {part}")
         self._say(f"{part}  {self._figures}")
 
     def _say(self, line: str, *, last: bool = False) -> None:
         """A line where there is no bar, unless there was one just now."""
         now = time.monotonic()
-        if not self._live and (last or now - self._last_line >= QUIET_SECONDS):
+        if self.disable and (last or now - self._last_line >= QUIET_SECONDS):
             self._last_line = now
             self.console.print(line, highlight=False)
 

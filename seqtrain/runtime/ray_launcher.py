@@ -12,9 +12,8 @@ import torch
 
 from seqtrain import errors
 from seqtrain.errors import ConfigError, SeqtrainError
-from seqtrain.runtime.log import log_to
 from seqtrain.runtime.ranks import Ranks, is_lost_peer, pick_device, this_process
-from seqtrain.runtime.run_folder import RunFolder
+from seqtrain.runtime.run_folder import RunFolder, log_to
 from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.runtime.worker import Session, train
 
@@ -62,15 +61,11 @@ def _start_ray(config: PretrainConfig) -> None:
     else:
         cpus = max(os.cpu_count() or 1, config.parallel.ranks * config.runtime.cpus_per_worker)
         options |= {"num_cpus": cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-        options["runtime_env"] = {"env_vars": {"GLOO_SOCKET_IFNAME": _loopback()}}
+        options["runtime_env"] = {"env_vars": {"GLOO_SOCKET_IFNAME": "lo" if os.uname().sysname == "Linux" else "lo0"}}
     ray.init(**options)
     for name in ("ray", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     log.info("runtime: Ray %s on %s", ray.__version__, config.runtime.address or "this machine (127.0.0.1 only)")
-
-
-def _loopback() -> str:
-    return "lo" if os.uname().sysname == "Linux" else "lo0"
 
 
 def _trainer(session: Session) -> "TorchTrainer":

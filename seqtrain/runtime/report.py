@@ -9,9 +9,9 @@ from typing import Any
 
 from seqtrain.data import Corpus, SyntheticCorpus, bigram_bits_per_byte
 from seqtrain.report import new_figure, save_figure, write_json
+from seqtrain.runtime.generate import Continuation, continue_text, open_run
 from seqtrain.runtime.metrics import Record, count_restarts, read_lines
 from seqtrain.runtime.run_folder import RunFolder
-from seqtrain.runtime.sample import Continuation, continue_text, open_run
 from seqtrain.runtime.settings import PretrainConfig
 
 log = logging.getLogger("seqtrain.runtime")
@@ -39,7 +39,7 @@ def write_report(
         "final_loss": records[-1]["loss"] if records else None,
         "bigram_bits_per_byte": bigram if math.isfinite(bigram) else None,
         "restarts": count_restarts(folder),
-        "checkpoint": str(newest_folder(folder)),
+        "checkpoint": str(max(folder.checkpoints.glob("step-*"))),
         "sample": _sample(config, folder) if sampled else "",
     }
     write_json(folder.summary, summary, allow_nan=False)
@@ -47,11 +47,6 @@ def write_report(
     if records:
         draw_loss(records, folder.loss_curve)
     return summary
-
-
-def newest_folder(folder: RunFolder) -> Path:
-    """The folder of the newest checkpoint; there must be one."""
-    return max(folder.checkpoints.glob("step-*"))
 
 
 def _mean_speed(records: list[Record]) -> float | None:

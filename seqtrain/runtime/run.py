@@ -14,17 +14,15 @@ import torch
 from seqtrain.data import prepare
 from seqtrain.kernels.dispatch import reset_backend_choice
 from seqtrain.runtime import ray_launcher
-from seqtrain.runtime.callback import Callback
-from seqtrain.runtime.log import log_to, warn_on_stderr
 from seqtrain.runtime.metrics import MetricsReader, read_within
 from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ranks import form_group, pick_device
 from seqtrain.runtime.report import write_report
-from seqtrain.runtime.run_folder import RunFolder, claim, refuse_foreign
+from seqtrain.runtime.run_folder import RunFolder, claim, log_to, refuse_foreign, warn_on_stderr
 from seqtrain.runtime.settings import PretrainConfig, check, resolve
 from seqtrain.runtime.signals import listening
-from seqtrain.runtime.task import Pretraining, Task
-from seqtrain.runtime.tracking import Tracker, tracking_id
+from seqtrain.runtime.task import Callback, Pretraining, Task
+from seqtrain.runtime.tracking import tracked, tracking_id
 from seqtrain.runtime.worker import Session, train
 
 log = logging.getLogger("seqtrain.runtime")
@@ -92,19 +90,22 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
     with (
         listening(folder.stop) as received,
         ProgressDisplay(steps=config.train.steps) as display,
-        Tracker(config, folder, run_id=session.tracking_id) as tracker,
+        tracked(config, folder, run_id=session.tracking_id) as tracker,
     ):
 
         def poll() -> None:
             for record in reader.new():
                 display.show(record)
-                tracker.show(record)
+                if tracker:
+                    # `step` is one of its fields: an offline run that is resumed counts its own steps from 0.
+                    tracker.log(record)
             if within := read_within(folder):
                 display.show_within(within)
 
         launch(session, poll)
         summary = write_report(config, folder, corpus, stopped_by_signal=received.number)
-        tracker.summarize(summary)
+        if tracker:
+            tracker.summary.update(summary)
     folder.stop.unlink(missing_ok=True)
     folder.within.unlink(missing_ok=True)
     shutil.rmtree(folder.ray, ignore_errors=True)

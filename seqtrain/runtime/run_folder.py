@@ -1,7 +1,9 @@
-"""The folder of a run: what lies where, and whose it is."""
+"""The folder of a run: what lies where, whose it is, and what is logged there."""
 
 import json
+import logging
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import yaml
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.runtime.settings import PretrainConfig, segments
 
+LOGGER = logging.getLogger("seqtrain")
 # Keys of `train` that say in which pieces the same numbers are computed.
 SEGMENTATION = ("micro_batch_size", "segment_tokens", "segment_gradients")
 
@@ -134,3 +137,25 @@ def check_fits(checkpoint_folder: Path, stored: dict[str, Any], now: dict[str, A
         raise CheckpointError(
             f"{checkpoint_folder}: was made with {difference}; use the same value, or another output_dir"
         )
+
+
+def log_to(file: Path) -> None:
+    """Appends everything the logger `seqtrain` and its children say to `file`; replaces an earlier file."""
+    for handler in [h for h in LOGGER.handlers if isinstance(h, logging.FileHandler)]:
+        LOGGER.removeHandler(handler)
+        handler.close()
+    handler = logging.FileHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+
+
+def warn_on_stderr() -> None:
+    """Shows warnings of `seqtrain` on stderr, one line each, unless someone has set up a handler for it already."""
+    if any(isinstance(h, logging.StreamHandler) and not isinstance(h, logging.FileHandler) for h in LOGGER.handlers):
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    LOGGER.addHandler(handler)
+    LOGGER.propagate = False

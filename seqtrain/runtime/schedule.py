@@ -24,16 +24,12 @@ class ScheduleConfig:
     final_lr_ratio: Share = 0.1
 
 
-def _cosine(left: float) -> float:
-    return 0.5 - 0.5 * math.cos(math.pi * left)
-
-
-def _linear(left: float) -> float:
-    return left
-
-
 # How the rate falls from 1 to 0 as the share of the decay that is left falls from 1 to 0.
-FALLS: dict[str, Callable[[float], float]] = {"cosine": _cosine, "linear": _linear, "wsd": _linear}
+FALLS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda left: 0.5 - 0.5 * math.cos(math.pi * left),
+    "linear": lambda left: left,
+    "wsd": lambda left: left,
+}
 
 
 def learning_rate(schedule: ScheduleConfig, *, peak: float, steps: int, step: int) -> float:

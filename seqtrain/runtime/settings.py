@@ -6,19 +6,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 
 from seqtrain.data import DataConfig, check_source
 from seqtrain.errors import ConfigError
+from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.parallel import Algorithm
 from seqtrain.runtime.optimizers import OptimizerConfig
 from seqtrain.runtime.schedule import ScheduleConfig
 from seqtrain.runtime.segmented import Gradients
-from seqtrain.validation import FilePath
+from seqtrain.validation import FilePath, validate
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # What a key holds whose value follows from what is there; `resolve` puts the number in its place.
 AUTO: Any = "auto"
@@ -178,6 +182,41 @@ class PretrainConfig:
     presets: Mapping[str, str] = field(default_factory=dict)
 
 
+def read_pretrain_config(config: "DictConfig") -> PretrainConfig:
+    """The typed config of a run, with the rules between its keys checked. Raises `ConfigError` with one line."""
+    from omegaconf import OmegaConf
+
+    typed = typed_pretrain_config(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    check(typed)
+    return typed
+
+
+def typed_pretrain_config(values: Mapping[str, Any]) -> PretrainConfig:
+    """Plain values, composed or read from a run's config.yaml, as a `PretrainConfig`. Raises `ConfigError`.
+
+    Every mixer's section is checked, those that `model.layers` uses are kept; each `auto` becomes a number.
+    """
+    typed = validate(PretrainConfig, {**values, "mixer": {}})
+    mixers: dict[str, Any] = {
+        name: validate(MIXERS.get(name).Config, section, prefix=f"mixer.{name}.")
+        for name, section in values.get("mixer", {}).items()
+    }
+    used = {name: mixers[name] if name in mixers else _default_mixer(name) for name in typed.model.layers}
+    return resolve(replace(typed, mixer=used))
+
+
+def _default_mixer(name: str) -> Any:
+    """The config of a mixer whose section is left out."""
+    try:
+        mixer = MIXERS.get(name)
+    except ConfigError as error:
+        raise ConfigError(f"model.layers: {error}") from error
+    try:
+        return mixer.Config()
+    except TypeError as error:
+        raise ConfigError(f"mixer.{name}: has no defaults ({error}); write conf/mixer/{name}.yaml") from error
+
+
 def resolve(config: PretrainConfig) -> PretrainConfig:
     """`config` with a number in place of each `auto`. Raises `ConfigError` where nothing says which.
 
@@ -285,6 +324,11 @@ def _check_segments(config: PretrainConfig) -> None:
 def micro_batch(config: PretrainConfig) -> int:
     """Sequences a group of ranks runs through the model at once: as asked for, or all it has where that is fewer."""
     return min(config.train.micro_batch_size, config.train.batch_size // config.parallel.data)
+
+
+def micro_batches(config: PretrainConfig) -> int:
+    """How many batches go through the model one after the other in a step: steps of gradient accumulation."""
+    return config.train.batch_size // (config.parallel.data * micro_batch(config))
 
 
 def segments(config: PretrainConfig) -> int:

@@ -15,19 +15,12 @@ REPEAT_SECONDS = 0.5
 ASKED = threading.Event()
 
 
-class StopRequest:
-    """What a rank looks at before every step.
+def stop_requested(file: Path | None = None) -> bool:
+    """Whether this process knows of a request, by a signal or by `file`: the driver's, which reaches other machines.
 
-    `file`: appears in the run's folder when the driver was asked to stop, so the request reaches other machines too.
+    Ranks look before every step, and must agree by an exchange before they act on it.
     """
-
-    def __init__(self, file: Path, *, watch_file: bool):
-        self.file = file
-        self.watch_file = watch_file
-
-    def requested(self) -> bool:
-        """Whether this rank knows of a request. Ranks must agree by an exchange before they act on it."""
-        return ASKED.is_set() or (self.watch_file and self.file.exists())
+    return ASKED.is_set() or (file is not None and file.exists())
 
 
 def ask(signum: int = 0, frame: FrameType | None = None) -> None:

@@ -11,17 +11,17 @@ from torch import Tensor
 from seqtrain.data import Batch, BatchSlice
 from seqtrain.parallel.mesh import Mesh
 from seqtrain.parallel.sequence import SequenceContext
-from seqtrain.runtime.callback import Callback
+from seqtrain.parallel.sharded import ShardedSequence
 from seqtrain.runtime.checkpoint import Progress
-from seqtrain.runtime.engine import Engine, micro_batches
+from seqtrain.runtime.engine import Engine
 from seqtrain.runtime.metrics import MetricsFile, Record, Within, write_within
 from seqtrain.runtime.ranks import Ranks
 from seqtrain.runtime.run_folder import RunFolder
 from seqtrain.runtime.schedule import learning_rate
 from seqtrain.runtime.segmented import cut, passes, segment_losses
-from seqtrain.runtime.settings import PretrainConfig, segments
-from seqtrain.runtime.signals import StopRequest
-from seqtrain.runtime.task import Trainable
+from seqtrain.runtime.settings import PretrainConfig, micro_batches, segments
+from seqtrain.runtime.signals import stop_requested
+from seqtrain.runtime.task import Callback, Trainable
 
 
 @dataclass
@@ -35,7 +35,6 @@ class TrainState:
     engine: Engine
     trainable: Trainable
     callback: Callback
-    stop: StopRequest
     progress: Progress
     # Rank 0's; None on the others.
     metrics: MetricsFile | None
@@ -51,6 +50,15 @@ class TrainState:
         """Pieces in which a row runs through the model, one after the other."""
         return segments(self.config)
 
+    @cached_property
+    def micro_batches(self) -> int:
+        """How many batches a rank runs through the model one after the other in a step."""
+        return micro_batches(self.config)
+
+    def stop_requested(self) -> bool:
+        """Whether this rank knows of a request to stop."""
+        return stop_requested(self.folder.stop if self.ranks.first else None)
+
     def slice(self, number: int = 0, of: int = 1) -> BatchSlice:
         """What this rank reads of a batch: micro-batch `number` of `of`."""
         mesh = self.mesh
@@ -58,7 +66,16 @@ class TrainState:
 
     def sequence(self, batch: Batch) -> SequenceContext:
         """What the layers are told of a row that runs through the model in one piece."""
-        return self.mesh.sequence(batch.offsets, batch.cu_seqlens, backend=self.config.kernels.backend)
+        mesh, backend = self.mesh, self.config.kernels.backend
+        if mesh.group is None:
+            return SequenceContext(batch.cu_seqlens, backend)
+        return ShardedSequence(
+            cu_seqlens=batch.cu_seqlens,
+            backend=backend,
+            group=mesh.group,
+            offsets=batch.offsets,
+            algorithm=mesh.algorithm,
+        )
 
 
 def train_step(state: TrainState) -> Record | None:
@@ -66,8 +83,11 @@ def train_step(state: TrainState) -> Record | None:
     config, ranks, engine, index = state.config, state.ranks, state.engine, state.progress.step
     started = time.perf_counter()
     with state.callback.phase("data"):
-        batches = _micro_batches(state, index)
-    labels, stopping = ranks.sum(sum(batch.label_count for batch in batches), state.stop.requested())
+        batches = [
+            state.trainable.batches.at(index, state.slice(number, state.micro_batches)).to(ranks.device)
+            for number in range(state.micro_batches)
+        ]
+    labels, stopping = ranks.sum(sum(batch.label_count for batch in batches), state.stop_requested())
     if stopping:
         return None
     # No layer draws anything today. Here a resumed run would draw the same; a run on another mesh would need draws that
@@ -82,7 +102,7 @@ def train_step(state: TrainState) -> Record | None:
         if state.segments > 1:
             loss_sum += _train_segments(state, batch, weight, number, len(batches))
             continue
-        loss = engine(batch.tokens, batch.labels, sequence=state.sequence(batch))
+        loss = engine.model(batch.tokens, batch.labels, sequence=state.sequence(batch))
         engine.backward(loss, weight=weight)
         engine.step()
         loss_sum += loss.detach()
@@ -107,21 +127,12 @@ def train_step(state: TrainState) -> Record | None:
     }
 
 
-def _micro_batches(state: TrainState, index: int) -> list[Batch]:
-    """What this rank reads of the global batch of step `index`: packed rows that are run one after the other.
-
-    Sequence-parallel ranks read their own tokens of a row from the corpus; nothing is sent between them.
-    """
-    at, count = state.trainable.batches.at, micro_batches(state.config)
-    return [at(index, state.slice(number, count)).to(state.ranks.device) for number in range(count)]
-
-
 def _train_segments(state: TrainState, batch: Batch, weight: float, number: int, rows: int) -> Tensor:
     """Forward and backward over row `number` of `rows`, segment by segment; its loss, summed over tokens."""
     gradients, losses = state.config.train.segment_gradients, []
     pieces = cut(batch, state.segments, backend=state.config.kernels.backend)
     of = passes(len(pieces), gradients)
-    for done, loss in enumerate(segment_losses(state.engine, pieces, gradients), 1):
+    for done, loss in enumerate(segment_losses(state.engine.model, pieces, gradients), 1):
         if loss is not None:
             state.engine.backward(loss, weight=weight)
             state.engine.step()

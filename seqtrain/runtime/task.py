@@ -1,8 +1,9 @@
-"""What a run trains, apart from how: the training loop is given a task and knows nothing of its purpose."""
+"""What a run trains and who watches, apart from how: the training loop knows nothing of their purpose."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import nn
 
@@ -78,3 +79,21 @@ class Pretraining:
                 max_tokens=config.evaluation.max_tokens,
             ),
         )
+
+
+# A whole step; within one, the reading of its batches; what comes between steps.
+Phase = Literal["step", "data", "evaluation", "checkpoint"]
+
+
+class Callback:
+    """A callback that does nothing; base of the others. One is made before the ranks start and pickled to each."""
+
+    def begin(self, state: Any) -> None:
+        """Called with the rank's `TrainState` before its first step, on all ranks."""
+
+    def phase(self, name: Phase) -> AbstractContextManager[Any]:
+        """Entered before each of a rank's phases and left after it."""
+        return nullcontext()
+
+    def end(self) -> None:
+        """Called after the last step of a run that wasn't stopped, when its checkpoint is written; on all ranks."""

@@ -16,7 +16,6 @@ from seqtrain.files import replace_file
 from seqtrain.memory import peak_resident_bytes
 from seqtrain.parallel.mesh import Mesh, form_mesh
 from seqtrain.runtime import checkpoint as checkpoints
-from seqtrain.runtime.callback import Callback
 from seqtrain.runtime.checkpoint import Checkpoint, Progress
 from seqtrain.runtime.engine import Engine
 from seqtrain.runtime.evaluation import Scores, evaluate
@@ -24,9 +23,8 @@ from seqtrain.runtime.metrics import MetricsFile
 from seqtrain.runtime.ranks import Ranks
 from seqtrain.runtime.run_folder import RunFolder, check_fits, fingerprint
 from seqtrain.runtime.settings import PretrainConfig
-from seqtrain.runtime.signals import StopRequest
 from seqtrain.runtime.step import TrainState, train_step
-from seqtrain.runtime.task import Pretraining, Task
+from seqtrain.runtime.task import Callback, Pretraining, Task
 
 log = logging.getLogger("seqtrain.runtime")
 
@@ -148,7 +146,6 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, poll: Callable[[], None
         engine=engine,
         trainable=trainable,
         callback=session.callback,
-        stop=StopRequest(folder.stop, watch_file=ranks.first),
         progress=progress,
         metrics=_open_metrics(session, ranks, progress) if ranks.first else None,
         poll=poll,
@@ -201,7 +198,11 @@ def _save(session: Session, state: TrainState) -> None:
 
 def _write_outcome(state: TrainState, *, stopped: bool, scores: Scores | None) -> None:
     """Writes .outcome.json for the driver: what only the ranks know."""
-    peak = state.ranks.largest(_peak_memory_bytes(state.ranks.device))
+    device = state.ranks.device
+    # Most memory a process held: on the GPU, or resident on the CPU.
+    peak = state.ranks.largest(
+        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
+    )
     if not state.metrics:
         return
     state.metrics.close()
@@ -215,10 +216,3 @@ def _write_outcome(state: TrainState, *, stopped: bool, scores: Scores | None) -
         "held_out_bits_per_byte": None,
     } | (scores or {})
     replace_file(state.folder.outcome, json.dumps(outcome).encode())
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this process held: on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return peak_resident_bytes()

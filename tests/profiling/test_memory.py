@@ -19,7 +19,7 @@ from seqtrain.profiling.memory import (
 )
 from seqtrain.profiling.modules import watched_model
 from seqtrain.profiling.parts import OTHER, Part, Timeline
-from seqtrain.runtime.engine_view import BUFFERS, GRADIENTS, OPTIMIZER, PARAMETERS
+from seqtrain.runtime.engine import BUFFERS, GRADIENTS, OPTIMIZER, PARAMETERS
 from tests.profiling.profiling_cases import CountingClock, small_model
 
 FLOAT = 4

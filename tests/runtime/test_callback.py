@@ -9,9 +9,8 @@ import torch
 from seqtrain.errors import CheckpointError
 from seqtrain.profiling import ProfileConfig, Profiler, read_profiles
 from seqtrain.runtime import run
-from seqtrain.runtime.callback import Callback
 from seqtrain.runtime.optimizers import parameter_groups, set_learning_rate
-from seqtrain.runtime.task import Pretraining
+from seqtrain.runtime.task import Callback, Pretraining
 from tests.runtime.runtime_cases import change, losses, on_ranks, score, session_for, small_config, train_on
 
 

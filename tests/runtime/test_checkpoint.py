@@ -15,8 +15,8 @@ from seqtrain.errors import CheckpointError
 from seqtrain.models import LanguageModel
 from seqtrain.runtime import checkpoint
 from seqtrain.runtime.checkpoint import Progress, find, read
-from seqtrain.runtime.compose import typed_pretrain_config
 from seqtrain.runtime.ranks import is_lost_peer
+from seqtrain.runtime.settings import typed_pretrain_config
 from tests.runtime.runtime_cases import as_it_was_at, change, folder_of, losses, small_config, train_on
 
 MADE_EARLIER = Path(__file__).with_name("made_by_0aa027e.tar.xz")  # the folder of a run

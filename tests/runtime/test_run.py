@@ -130,7 +130,7 @@ def test_a_signal_saves_then_stops_and_the_next_call_resumes(tmp_path):
 def test_a_second_sigint_aborts_at_once(tmp_path):
     with signals.listening(tmp_path / "stop") as received:
         os.kill(os.getpid(), signal.SIGINT)
-        assert signals.StopRequest(tmp_path / "stop", watch_file=False).requested()
+        assert signals.stop_requested()
         assert (tmp_path / "stop").exists()
         assert received.number == signal.SIGINT
         # The same key press, passed on by a parent.
@@ -138,8 +138,8 @@ def test_a_second_sigint_aborts_at_once(tmp_path):
         received.seconds -= 1
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert not signals.StopRequest(tmp_path / "stop", watch_file=False).requested()
-    assert signals.StopRequest(tmp_path / "stop", watch_file=True).requested()
+    assert not signals.stop_requested()
+    assert signals.stop_requested(tmp_path / "stop")
 
 
 @pytest.mark.all
