@@ -1,10 +1,14 @@
-"""The network: embedding, blocks of the pattern `layers`, a norm, and a head that never holds all logits."""
+"""The network: embedding, blocks of the pattern `layers`, a norm, and a head that never holds all logits.
 
-from collections.abc import Callable, Iterable, Mapping
+A block is a mixer over time, then an MLP over channels, each normalised before and added after.
+"""
+
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -13,7 +17,7 @@ from seqtrain.errors import ConfigError
 from seqtrain.kernels import linear_cross_entropy
 from seqtrain.layers import RMSNorm, ShortConvolution
 from seqtrain.mixers import MIXERS, WHOLE, LayerShape, Mixer, State
-from seqtrain.models.block import Block, SwiGLU
+from seqtrain.models.spiking import Spikes
 from seqtrain.parallel.checkpointing import checkpoint_contexts
 from seqtrain.parallel.sequence import SequenceContext
 
@@ -53,6 +57,70 @@ class ModelConfig:
         return max(8, round(self.mlp_ratio * self.width / 8) * 8)
 
 
+class SwiGLU(nn.Module):
+    """`W3 (silu(W1 x) * W2 x)` (Shazeer 2020, arXiv 2002.05202); W1 and W2 are one matrix.
+
+    `spike_rate`: where it is not 0, what enters both matrices is turned into spike counts first (see `Spikes`).
+    """
+
+    def __init__(self, width: int, hidden: int, *, spike_rate: float = 0.0):
+        super().__init__()
+        self.enter = Spikes(spike_rate) if spike_rate else nn.Identity()
+        self.up = nn.Linear(width, 2 * hidden, bias=False)
+        self.leave = Spikes(spike_rate) if spike_rate else nn.Identity()
+        self.out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(self.enter(x)).chunk(2, -1)
+        return self.out(self.leave(F.silu(gate) * value))
+
+
+class Block(nn.Module):
+    """`x + mixer(norm(x))`, then `x + mlp(norm(x))`.
+
+    With a `group` the mixer runs on groups of so many tokens, counted from the document's start, which know nothing of
+    each other (the linear group RNN of LION, arXiv 2407.18232); 0: on the whole sequence.
+    """
+
+    def __init__(self, mixer: Mixer, hidden: int, norm_eps: float, *, group: int = 0, spike_rate: float = 0.0):
+        super().__init__()
+        width = mixer.shape.width
+        self.width, self.hidden, self.group = width, hidden, group
+        self.mixer_norm = RMSNorm(width, norm_eps)
+        self.mixer = mixer
+        self.mlp_norm = RMSNorm(width, norm_eps)
+        self.mlp = SwiGLU(width, hidden, spike_rate=spike_rate)
+
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
+        """`x: [B,T,D]`, or `[B,D]` for one token per row, and the layer's state -> the same after the block."""
+        mixed, state = self._mix(self.mixer_norm(x), state, sequence)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), state
+
+    def _mix(self, x: Tensor, state: State | None, sequence: SequenceContext) -> tuple[Tensor, State]:
+        mix = self.mixer if x.dim() == 3 else self.mixer.step
+        if not self.group:
+            return mix(x, state, sequence=sequence)
+        # The mixer's state is that of the unfinished group; the tokens seen, int64 `[B]`, say how far it is.
+        past = dict(state or {})
+        seen = past.pop("seen", None)
+        _, after = sequence.count(seen, x.shape[0], x.shape[1] if x.dim() == 3 else 1, x.device)
+        mixed, state = mix(x, past or None, sequence=sequence.grouped(self.group, seen))
+        return mixed, state | {"seen": after}
+
+    def flops(self, tokens: int) -> int:
+        """Forward pass over one sequence: the mixer's, and `6 T D hidden` of the MLP."""
+        whole, rest = divmod(tokens, self.group) if self.group else (0, tokens)
+        mixers = whole * self.mixer.flops(self.group) + self.mixer.flops(rest)
+        return mixers + 6 * tokens * self.width * self.hidden
+
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes of one row's state after `tokens` tokens; in groups, of the longest unfinished group."""
+        return self.mixer.state_bytes(self.group - 1) + 8 if self.group else self.mixer.state_bytes(tokens)
+
+
 class Head(nn.Module):
     """The matrix `[vocab, D]` that scores next tokens. Tied, it holds the embedding's own parameter.
 
@@ -68,7 +136,7 @@ class Head(nn.Module):
         """`[...,D]` -> float32 logits `[...,vocab]`, or the loss summed over labels that are not -100."""
         if labels is not None:
             return linear_cross_entropy(hidden.flatten(0, -2), self.weight, labels.flatten(), chunk=self.chunk)
-        return nn.functional.linear(hidden, self.weight).to(torch.promote_types(hidden.dtype, torch.float32))
+        return F.linear(hidden, self.weight).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 class LanguageModel(nn.Module):
@@ -92,7 +160,7 @@ class LanguageModel(nn.Module):
         if config.width % config.heads:
             raise ConfigError(f"model.width={config.width}: must be divisible by model.heads={config.heads}")
         self.embedding = nn.Embedding(vocab_size, config.width)
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             Block(
                 _build_mixer(config, mixers, index),
                 config.hidden,
@@ -180,31 +248,20 @@ class LanguageModel(nn.Module):
             return block(x, state, sequence=sequence)
         contexts: dict[str, Any] = {"context_fn": checkpoint_contexts} if sequence.sends else {}
         # Nothing in a block draws random numbers, so their state needs no saving.
-        return checkpoint(
-            block,
-            x,
-            state,
-            sequence=sequence,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            **contexts,
-        )
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, **contexts}
+        return checkpoint(block, x, state, sequence=sequence, **options)
 
     def parameter_count(self) -> int:
-        """Blocks, embedding, the last norm, and the head where it is not tied."""
-        matrices = 1 if self.config.tie_embeddings else 2
-        return self._sum(Block.parameter_count) + self.config.width * (matrices * self.vocab_size + 1)
+        """Numbers that are learned, those that two modules share counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def flops(self, tokens: int) -> int:
         """Forward pass with loss over one sequence: every block's, and `2 T D vocab` of the head."""
-        return self._sum(lambda block: block.flops(tokens)) + 2 * tokens * self.config.width * self.vocab_size
+        return sum(block.flops(tokens) for block in self.blocks) + 2 * tokens * self.config.width * self.vocab_size
 
     def state_bytes(self, tokens: int) -> int:
         """Bytes of one row's state after `tokens` tokens, in float32: the same for any number where mixers recur."""
-        return self._sum(lambda block: block.state_bytes(tokens))
-
-    def _sum(self, count: Callable[[Any], int]) -> int:
-        return sum(count(block) for block in self.blocks)
+        return sum(block.state_bytes(tokens) for block in self.blocks)
 
 
 def _build_mixer(config: ModelConfig, mixers: Mapping[str, Any], index: int) -> Mixer:

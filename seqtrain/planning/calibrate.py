@@ -18,7 +18,7 @@ from seqtrain.benchmarks.scan_methods import CPU
 from seqtrain.kernels import linear_attention
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
-from seqtrain.models.block import Block
+from seqtrain.models.language_model import Block
 from seqtrain.parallel.cost import costs_of
 from seqtrain.parallel.mesh import form_mesh
 from seqtrain.parallel.scan_engine import engine_of

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from seqtrain.models import LanguageModel, ModelConfig
-from seqtrain.models.block import Block
+from seqtrain.models.language_model import Block
 from seqtrain.planning.parts import SMALL, MicroBatch, Traced, trace_layer, trace_outside
 
 

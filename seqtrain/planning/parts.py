@@ -16,7 +16,7 @@ from seqtrain.kernels.operator import Operator
 from seqtrain.kernels.segments import AffineScan, PastInputs, Relayed
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
-from seqtrain.models.block import Block
+from seqtrain.models.language_model import Block
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.planning.trace import Calls, Recorded, Tracer
 
