@@ -1,0 +1,234 @@
+"""Public parts of layers: norms, gates, short convolution, projections, rotary embedding, feature maps."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqtrain.kernels import gated_norm, short_convolution
+from seqtrain.parallel.sequence import SequenceContext
+
+NORM_EPS = 1e-6
+
+
+def upcast(x: Tensor) -> Tensor:
+    """`x` in float32 at least: what decays, gates' logarithms and norms are computed in, under autocast too."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in float32, returned in x's dtype.
+
+    With `groups`, the mean is taken over each of so many equal parts of the last dimension. A gate is applied before
+    the norm: `x * silu(gate)` is what is normalised (Mamba-2).
+    """
+
+    def __init__(self, width: int, eps: float = NORM_EPS, *, groups: int = 1):
+        super().__init__()
+        self.part = width // groups
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        parts = (-1, self.part)
+        gate = None if gate is None else gate.unflatten(-1, parts)
+        weight = self.weight if self.part == self.weight.numel() else self.weight.unflatten(0, parts)
+        out = gated_norm(x.unflatten(-1, parts), weight, gate, eps=self.eps, gate_first=True)
+        return out.flatten(-2)
+
+
+class HeadNorm(nn.Module):
+    """Normalises each head by its root mean square and multiplies by an activated gate, where there is one."""
+
+    def __init__(self, width: int, activation: Literal["silu", "sigmoid"] = "silu"):
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.activation: Literal["silu", "sigmoid"] = activation
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """`x: [B,T,H,V]`, `gate: [B,T,H*V]` or None -> `[B,T,H*V]` in x's dtype."""
+        gate = None if gate is None else gate.unflatten(2, x.shape[2:])
+        return gated_norm(x, self.norm.weight, gate, eps=self.norm.eps, activation=self.activation).flatten(2)
+
+
+class HeadLayerNorm(nn.Module):
+    """Normalises each head by its mean and variance: GroupNorm with one group per head, and a weight per channel."""
+
+    def __init__(self, width: int, *, bias: bool = False, eps: float = NORM_EPS):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x: [B,T,H,V]` -> `[B,T,H*V]`, in float32 at least."""
+        out = F.layer_norm(upcast(x), x.shape[-1:], eps=self.eps).flatten(2) * self.weight
+        return out if self.bias is None else out + self.bias
+
+
+def l2norm(x: Tensor, eps: float = NORM_EPS) -> Tensor:
+    """`x` divided by its length along the last dimension: `x / sqrt(sum(x^2) + eps)`."""
+    wide = upcast(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def reset_step_bias(bias: Tensor, generator: torch.Generator | None, low: float = 1e-3, high: float = 1e-1) -> None:
+    """Fills `bias` so that `softplus(bias)`, the step size of a zero input, is log-uniform in `[low, high]` (Mamba)."""
+    with torch.no_grad():
+        nn.init.uniform_(bias, math.log(low), math.log(high), generator=generator)
+        # The inverse of softplus: log(exp(dt) - 1) = dt + log(1 - exp(-dt)).
+        step = bias.exp()
+        bias.copy_(step + (-torch.expm1(-step)).log())
+
+
+def reset_decay_rate(rate_log: Tensor, generator: torch.Generator | None, low: float = 1.0, high: float = 16.0) -> None:
+    """Fills `rate_log` with the logarithm of numbers uniform in `[low, high]`: the `A_log` of Mamba-2."""
+    with torch.no_grad():
+        nn.init.uniform_(rate_log, low, high, generator=generator)
+        rate_log.log_()
+
+
+def step_sizes(raw: Tensor, bias: Tensor) -> Tensor:
+    """`softplus(raw + bias)`, in float32 at least."""
+    return F.softplus(upcast(raw) + bias)
+
+
+def log_forget(raw: Tensor, temperature: float = 1.0) -> Tensor:
+    """`log(sigmoid(raw) ** (1 / temperature))`, in float32 at least: what a forget gate keeps, more if it is larger."""
+    return F.logsigmoid(upcast(raw)) / temperature
+
+
+def complement(log_decay: Tensor) -> Tensor:
+    """`1 - exp(log_decay)`, what a gate that keeps `exp(log_decay)` takes in, without cancellation."""
+    return -torch.expm1(log_decay)
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise causal convolution over `width` tokens, `dilation` apart; its state is the last inputs it needs."""
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        *,
+        bias: bool = False,
+        activation: Literal["silu", "none"] = "silu",
+        dilation: int = 1,
+    ):
+        super().__init__()
+        self.activation: Literal["silu", "none"] = activation
+        self.dilation = dilation
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Uniform in `+- width ** -0.5`, as PyTorch's own convolutions with one channel per group."""
+        for parameter in self.parameters():
+            bound = self.weight.shape[1] ** -0.5
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+    def forward(self, x: Tensor, past: Tensor | None, sequence: SequenceContext) -> tuple[Tensor, Tensor]:
+        """`x: [B,T,channels]`, `past: [B,(width-1)*dilation,channels]` -> the same pair after these tokens."""
+        options = {"activation": self.activation, "dilation": self.dilation}
+        return sequence.run(short_convolution, x, self.weight, self.bias, initial_state=past, **options)
+
+
+def token_shift(x: Tensor, past: Tensor | None, sequence: SequenceContext) -> tuple[Tensor, Tensor]:
+    """The token before each of `x: [B,T,D]`, zero before the first; and the last token `[B,1,D]`, its state."""
+    taps = torch.tensor([1.0, 0.0], dtype=x.dtype, device=x.device).expand(x.shape[2], 2)
+    return sequence.run(short_convolution, x, taps, initial_state=past)
+
+
+class HeadProjections(nn.Module):
+    """One matrix, then (where `conv_width > 0`) one short convolution with SiLU, split into tensors of heads."""
+
+    def __init__(self, width: int, heads: int, widths: tuple[int, ...], *, conv_width: int = 0):
+        super().__init__()
+        self.heads = heads
+        self.channels = [heads * part for part in widths]
+        self.linear = nn.Linear(width, sum(self.channels), bias=False)
+        self.conv = ShortConvolution(sum(self.channels), conv_width) if conv_width else None
+
+    def forward(
+        self, x: Tensor, past: Tensor | None, sequence: SequenceContext
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """`x: [B,T,D]` -> a tensor `[B,T,H,width]` for each of `widths`, and `{"conv": state}` where there is one."""
+        x = self.linear(x)
+        state: dict[str, Tensor] = {}
+        if self.conv is not None:
+            x, state["conv"] = self.conv(x, past, sequence)
+        return tuple(part.unflatten(2, (self.heads, -1)) for part in x.split(self.channels, 2)), state
+
+
+class LowRank(nn.Sequential):
+    """`x -> up(activation(down(x)))`: a matrix of rank `rank` with an optional bias, linear without an activation."""
+
+    def __init__(self, width: int, rank: int, out: int, *, bias: bool = False, activation: nn.Module | None = None):
+        between = [] if activation is None else [activation]
+        super().__init__(nn.Linear(width, rank, bias=False), *between, nn.Linear(rank, out, bias=bias))
+
+    @property
+    def offset(self) -> Tensor:
+        """The bias, of one that has it."""
+        last = self[-1]
+        assert isinstance(last, nn.Linear)
+        return last.bias
+
+
+def positions(x: Tensor, past: Tensor | None, sequence: SequenceContext) -> tuple[Tensor, Tensor]:
+    """The place of each token of `x: [B,T,...]` in its row or document: int64 `[B,T]`, or `[1,T]` where all rows agree.
+
+    `past`: int64 `[B]` (`[N]` with documents), tokens seen before; None for none. Returns it after these tokens, too.
+    """
+    batch, tokens = x.shape[:2]
+    before, after = sequence.count(past, batch, tokens, x.device)
+    return sequence.positions(tokens, x.device)[None] + before, after
+
+
+def rotate(x: Tensor, place: Tensor, base: float, *, stretch: tuple[float, ...] = (), amplitude: float = 1.0) -> Tensor:
+    """Turns channel pair i of `x: [B,T,H,K]` by the angle `place * base ** (-2i/K)`. `place`: int64 `[B or 1, T]`.
+
+    Channel i pairs with channel `i + K/2`. Scores of rotated queries and keys depend on the distance of positions only.
+    `stretch`: K/2 factors on the pairs' wavelengths, none for 1, and `amplitude`, a factor on the result: what models
+    are given to read further than they were first trained (YaRN, arXiv 2309.00071; Llama 3.1).
+    """
+    half = x.shape[-1] // 2
+    # float64 costs little on [T, K/2] and keeps far positions exact: 1e6 radians in float32 are 0.06 off.
+    rate = base ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
+    if stretch:
+        rate = rate / torch.tensor(stretch, dtype=torch.float64, device=x.device)
+    angle = place[..., None, None] * rate  # B T 1 K/2
+    wide = upcast(x)
+    cos, sin = (amplitude * angle.cos()).to(wide.dtype), (amplitude * angle.sin()).to(wide.dtype)
+    first, second = wide.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+def taylor2(x: Tensor) -> Tensor:
+    """`phi(q) . phi(k) = 1 + s + s^2 / 2` with `s = q . k / sqrt(K)` (Based, arXiv 2402.18668, section 3.1).
+
+    `[..., K]` -> `[..., 1 + K + K(K+1)/2]`: the square's symmetric products are merged, with weight sqrt(2).
+    """
+    width = x.shape[-1]
+    x = x * width**-0.25
+    row, column = torch.triu_indices(width, width, device=x.device)
+    weight = torch.where(row == column, x.new_tensor(math.sqrt(0.5)), x.new_ones(()))
+    return torch.cat([torch.ones_like(x[..., :1]), x, x[..., row] * x[..., column] * weight], -1)
+
+
+def elu(x: Tensor) -> Tensor:
+    """`elu(x) + 1`: positive, and `x + 1` for x > 0."""
+    return F.elu(x) + 1
+
+
+# Name -> (map, whether phi(q) . phi(k) >= 0, which a sum as normalizer needs).
+FEATURE_MAPS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "identity": (lambda x: x, False),
+    "elu": (elu, True),
+    "relu": (F.relu, True),
+    "taylor2": (taylor2, True),
+}
