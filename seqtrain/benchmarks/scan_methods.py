@@ -98,7 +98,7 @@ def _schedules(setting: Setting) -> dict[str, Contender]:
     wanted += [(name, name, None) for name in SCHEDULES if name != "pipeline"]
     found = {}
     for name, algorithm, blocks in wanted:
-        plan = plan_scan(engine, shape, dtype, CPU, algorithm, blocks)
+        plan = plan_scan(engine, shape, dtype, CPU, name)
         payload = max(plan.payload_bytes(shape, ranks, dtype.itemsize))
         chained = setting.compute * (ranks if plan.blocking else 0)
         expected = max(plan.seconds(costs, shape, ranks, dtype.itemsize) + chained, setting.compute)

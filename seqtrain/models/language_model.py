@@ -18,7 +18,7 @@ from seqtrain.kernels import linear_cross_entropy
 from seqtrain.layers import RMSNorm, ShortConvolution
 from seqtrain.mixers import MIXERS, WHOLE, LayerShape, Mixer, State
 from seqtrain.models.spiking import Spikes
-from seqtrain.parallel.checkpointing import checkpoint_contexts
+from seqtrain.parallel.scan import checkpoint_contexts
 from seqtrain.parallel.sequence import SequenceContext
 
 

@@ -2,13 +2,14 @@
 
 # The first two say how their operators are split.
 from seqtrain.parallel import attention, relay
-from seqtrain.parallel.checkpointing import checkpoint_contexts, save_scans
 from seqtrain.parallel.scan import (
     Algorithm,
     Scan,
     all_scan,
+    checkpoint_contexts,
     flush_scans,
     open_all_scan,
+    save_scans,
     scans_opened,
     start_all_scan,
 )

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from seqtrain.kernels.documents import state_dtype
 from seqtrain.kernels.softmax_attention.blocks import attend, attend_gradients, merge
-from seqtrain.parallel.exchange import messages
 from seqtrain.parallel.halo import HaloPlan, RowRange
+from seqtrain.parallel.scan import COMMUNICATE
 from seqtrain.parallel.scan_engine import Wire, engine_of
 
 
@@ -124,8 +124,8 @@ def _block_attention(
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
     """`out` and its log-sum-exp."""
-    plan, rank = HaloPlan(tuple(starts), tuple(offsets), given), engine_of(group_name).rank
-    mine = given if rank == 0 else 0
+    plan, engine = HaloPlan(tuple(starts), tuple(offsets), given), engine_of(group_name)
+    mine = given if engine.rank == 0 else 0
     out = q.new_zeros(*q.shape[:3], v.shape[3], dtype=state_dtype(q.dtype))
     lse = out.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf)
 
@@ -135,14 +135,14 @@ def _block_attention(
         out, lse = merge(out, lse, *attend(q, keys, values, scale=scale, causal=False, fused=fused))
 
     kv = torch.cat([k, v], -1)
-    with messages(group_name, _agreed("block_attention", plan, k, v), q.device) as wire:
+    with engine.messages(_agreed("block_attention", plan, k, v), q.device) as wire:
         if q.shape[1]:
             own = slice(mine, mine + q.shape[1])
             narrow, lse = attend(q, k[:, own], v[:, own], scale=scale, causal=True, fused=fused)
             out = narrow.to(out.dtype)
             if mine:
                 use(kv[:, :mine])
-        _Rounds(wire, plan, rank, kv).run(use)
+        _Rounds(wire, plan, engine.rank, kv).run(use)
     return out.to(q.dtype).contiguous(), lse.contiguous()
 
 
@@ -162,8 +162,8 @@ def _block_attention_backward(
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    plan, rank = HaloPlan(tuple(starts), tuple(offsets), given), engine_of(group_name).rank
-    mine, widths = given if rank == 0 else 0, [k.shape[3], v.shape[3]]
+    plan, engine = HaloPlan(tuple(starts), tuple(offsets), given), engine_of(group_name)
+    mine, widths = given if engine.rank == 0 else 0, [k.shape[3], v.shape[3]]
     kv = torch.cat([k, v], -1)
     dq = torch.zeros_like(q, dtype=state_dtype(q.dtype), memory_format=torch.contiguous_format)
     d_kv = torch.zeros_like(kv, dtype=dq.dtype)
@@ -176,13 +176,13 @@ def _block_attention_backward(
         dq.add_(mine)
         return torch.cat([d_keys, d_values], -1)
 
-    with messages(group_name, _agreed("block_attention backward", plan, k, v), q.device) as wire:
+    with engine.messages(_agreed("block_attention backward", plan, k, v), q.device) as wire:
         if q.shape[1]:
             own = slice(mine, mine + q.shape[1])
             d_kv[:, own] += use(kv[:, own], True)
             if mine:
                 d_kv[:, :mine] += use(kv[:, :mine], False)
-        _Rounds(wire, plan, rank, kv).run(lambda block: use(block, False), d_kv)
+        _Rounds(wire, plan, engine.rank, kv).run(lambda block: use(block, False), d_kv)
     # Results of an operator must not share memory: copies, also where a part is contiguous as it is.
     dk, dv = (part.to(k.dtype).clone(memory_format=torch.contiguous_format) for part in d_kv.split(widths, -1))
     return dq.to(q.dtype), dk, dv
@@ -211,5 +211,4 @@ def _gradients(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, .
 
 _block_attention.register_autograd(_gradients, setup_context=_remember)
 
-# What activation checkpointing must save.
-COMMUNICATE = (torch.ops.seqtrain.block_attention.default,)
+COMMUNICATE.add(torch.ops.seqtrain.block_attention.default)

@@ -4,15 +4,15 @@ Halos and all-to-alls are made of it. It is its own gradient with the sizes swap
 it which gradients to send back.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqtrain.parallel.scan_engine import Wire, engine_of
+from seqtrain.parallel.scan import COMMUNICATE
+from seqtrain.parallel.scan_engine import engine_of
 
 # How many exchanges a rank may be ahead of those it sends to; a layer has a few, and each holds a copy meanwhile.
 EXCHANGES_IN_FLIGHT = 16
@@ -46,34 +46,16 @@ def exchange(
     return torch.ops.seqtrain.exchange(pieces, to, come, agreed, group.group_name, run_ahead)
 
 
-@contextmanager
-def messages(group_name: str, agreed: str, device: torch.device, *, in_flight: int = 0) -> Iterator[Wire]:
-    """A wire to the group's ranks. When it closes, no more than `in_flight` wires' messages may be on their way.
-
-    Raises `RuntimeError` where a message fails; the group is dead then.
-    """
-    engine = engine_of(group_name)
-    wire = engine.messages(agreed, device)
-    try:
-        yield wire
-        engine.keep(wire.close(), in_flight)
-    except RuntimeError as failure:
-        engine.fail(failure)
-        raise RuntimeError(
-            f"messages failed on rank {engine.rank} of {engine.size} ({agreed[:100]}): a rank has left, or ranks "
-            f"disagree about what is sent: {failure}"
-        ) from failure
-
-
 @torch.library.custom_op("seqtrain::exchange", mutates_args=())
 def _exchange(
     pieces: Tensor, to: Sequence[int], come: Sequence[int], agreed: str, group_name: str, run_ahead: bool
 ) -> Tensor:
-    rank = engine_of(group_name).rank
+    engine = engine_of(group_name)
+    rank = engine.rank
     pieces = pieces.clone() if run_ahead else pieces.contiguous()
     arrived = pieces.new_empty(sum(come))
     leaving, arriving = pieces.split(list(to)), arrived.split(list(come))
-    with messages(group_name, agreed, pieces.device, in_flight=EXCHANGES_IN_FLIGHT if run_ahead else 0) as wire:
+    with engine.messages(agreed, pieces.device, in_flight=EXCHANGES_IN_FLIGHT if run_ahead else 0) as wire:
         # Receives first: a message that finds none waiting costs one more latency.
         senders = [peer for peer, numbers in enumerate(come) if numbers and peer != rank]
         for peer in senders:
@@ -105,5 +87,4 @@ def _exchange_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]
 
 _exchange.register_autograd(_exchange_gradients, setup_context=_remember)
 
-# What activation checkpointing must save.
-COMMUNICATE = (torch.ops.seqtrain.exchange.default,)
+COMMUNICATE.add(torch.ops.seqtrain.exchange.default)

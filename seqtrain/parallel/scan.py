@@ -10,13 +10,15 @@ float64 number, because autograd only joins operators through floating tensors. 
 is the ticket of its backward scan. Groups go by name, since operators take no process groups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from seqtrain.errors import unknown_name
 from seqtrain.kernels.affine import AffineMap, AffineShape, transition_gradient, transpose
@@ -108,7 +110,7 @@ def open_all_scan(
             f"all_scan: blocks={blocks} with algorithm={algorithm!r}; give 1 or more, with 'pipeline' only"
         )
     _check_shape(transition_shape, update_shape, dtype)
-    where = (group.group_name, algorithm, blocks)
+    where = (group.group_name, algorithm if blocks is None else f"{algorithm} {blocks}")
     ticket = torch.ops.seqtrain.scan_open(transition_shape, update_shape, dtype, device, *where)
     return Scan(ticket, transition_shape, update_shape, where)
 
@@ -120,8 +122,8 @@ class Scan:
     ticket: Tensor
     transition_shape: Sequence[int] | None
     update_shape: Sequence[int]
-    # The group's name, the algorithm and the number of blocks.
-    where: tuple[str, Algorithm, int | None]
+    # The group's name, and the algorithm with the number of blocks where it was given, as in "pipeline 4".
+    where: tuple[str, str]
     inputs: tuple[Tensor | None, Tensor] | None = None
 
     def start(self, transition: Tensor | None, update: Tensor, *, initial_state: Tensor | None = None) -> "Scan":
@@ -151,12 +153,10 @@ def scans_opened(group: dist.ProcessGroup) -> int:
     return engine_of(group.group_name).scans
 
 
-def plan_scan(
-    engine: Engine, shape: AffineShape, dtype: torch.dtype, device: torch.device, algorithm: str, blocks: int | None
-) -> Schedule:
+def plan_scan(engine: Engine, shape: AffineShape, dtype: torch.dtype, device: torch.device, algorithm: str) -> Schedule:
     """The plan for a scan of this shape; measures the group the first time a choice has to be made."""
-    if blocks is not None or engine.size == 1:
-        return Pipeline(blocks or 1)
+    if engine.size == 1:
+        return Pipeline()
     plans = candidates(algorithm)
     if len(plans) == 1:
         return plans[0]
@@ -213,10 +213,9 @@ def _scan_open(
     device: torch.device,
     group_name: str,
     algorithm: str,
-    blocks: int | None,
 ) -> Tensor:
     shape = AffineShape.of(update_shape, transition_shape)
-    return _ticket(_open(engine_of(group_name), shape, dtype, device, algorithm, blocks))
+    return _ticket(_open(engine_of(group_name), shape, dtype, device, algorithm))
 
 
 @torch.library.custom_op("seqtrain::scan_start", mutates_args=())
@@ -227,7 +226,6 @@ def _scan_start(
     initial_state: Tensor | None,
     group_name: str,
     algorithm: str,
-    blocks: int | None,
 ) -> Tensor:
     job = check_out(int(opened.item()))
     own = AffineMap(job.shape.transition(transition), job.shape.state(update))
@@ -238,7 +236,7 @@ def _scan_start(
 
 @torch.library.custom_op("seqtrain::scan_wait", mutates_args=())
 def _scan_wait(
-    ticket: Tensor, transition: Tensor | None, update: Tensor, group_name: str, algorithm: str, blocks: int | None
+    ticket: Tensor, transition: Tensor | None, update: Tensor, group_name: str, algorithm: str
 ) -> tuple[Tensor, Tensor]:
     state_in, final_state = check_out(int(ticket.item())).result()
     return state_in.view(update.shape), final_state.view(update.shape)
@@ -252,14 +250,13 @@ def _scan_start_backward(
     final_gradient: Tensor | None,
     group_name: str,
     algorithm: str,
-    blocks: int | None,
 ) -> Tensor:
     """Starts the scan of gradients. With `D` and `F` the gradients of `state_in` and `final_state` from inside this
     rank, the gradient `G` that comes from the next rank continues as `transition^T(G + F) + D`: an affine map again.
     """
     engine = engine_of(group_name)
     shape = AffineShape.of(state_gradient.shape, None if transition is None else transition.shape)
-    job = _open(engine, shape, state_gradient.dtype, state_gradient.device, algorithm, blocks, reverse=True)
+    job = _open(engine, shape, state_gradient.dtype, state_gradient.device, algorithm, reverse=True)
     own = AffineMap(transpose(shape.transition(transition)), shape.state(state_gradient))
     if final_gradient is not None:
         own = AffineMap(own.transition, own.apply(shape.state(final_gradient)))
@@ -298,11 +295,10 @@ def _open(
     dtype: torch.dtype,
     device: torch.device,
     algorithm: str,
-    blocks: int | None,
     *,
     reverse: bool = False,
 ) -> Job:
-    plan = plan_scan(engine, shape, dtype, device, algorithm, blocks)
+    plan = plan_scan(engine, shape, dtype, device, algorithm)
     engine.scans += 1
     return engine.open(plan, shape, dtype, device, reverse=reverse)
 
@@ -320,7 +316,7 @@ for operator in (_scan_open, _scan_start, _scan_start_backward):
 
 
 @_scan_wait.register_fake
-def _(ticket, transition, update, group_name, algorithm, blocks):
+def _(ticket, transition, update, group_name, algorithm):
     return update.new_empty(update.shape), update.new_empty(update.shape)
 
 
@@ -331,7 +327,7 @@ def _(ticket, transition_shape, update_shape, dtype, device, group_name):
 
 
 def _remember_start(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, transition, update, initial_state, ctx.group_name, _, _ = inputs
+    _, transition, update, initial_state, ctx.group_name, _ = inputs
     ctx.transition_shape = None if transition is None else transition.shape
     ctx.update_shape, ctx.dtype, ctx.device = update.shape, update.dtype, update.device
     ctx.has_initial_state = initial_state is not None
@@ -342,7 +338,7 @@ def _start_gradients(ctx: Any, ticket: Tensor) -> tuple[Tensor | None, ...]:
         ticket, ctx.transition_shape, ctx.update_shape, ctx.dtype, ctx.device, ctx.group_name
     )
     d_transition = None if ctx.transition_shape is None else d_transition
-    return None, d_transition, d_update, d_initial if ctx.has_initial_state else None, None, None, None
+    return None, d_transition, d_update, d_initial if ctx.has_initial_state else None, None, None
 
 
 def _remember_wait(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -358,15 +354,24 @@ def _wait_gradients(
     if state_gradient is None:
         state_gradient = torch.zeros_like(state_in)
     ticket = torch.ops.seqtrain.scan_start_backward(transition, state_in, state_gradient, final_gradient, *ctx.where)
-    return ticket, None, None, None, None, None
+    return ticket, None, None, None, None
 
 
 _scan_start.register_autograd(_start_gradients, setup_context=_remember_start)
 _scan_wait.register_autograd(_wait_gradients, setup_context=_remember_wait)
 
-# What must run once per scan: activation checkpointing keeps their results.
-COMMUNICATE = (
+# What must run once: activation checkpointing keeps the results. Other modules add operators of theirs.
+COMMUNICATE = {
     torch.ops.seqtrain.scan_open.default,
     torch.ops.seqtrain.scan_start.default,
     torch.ops.seqtrain.scan_wait.default,
-)
+}
+
+
+def save_scans(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Policy for selective activation checkpointing: everything is computed again, but nothing is sent again."""
+    return CheckpointPolicy.MUST_SAVE if operator in COMMUNICATE else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# Pass as `torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=checkpoint_contexts)`.
+checkpoint_contexts: Callable = partial(create_selective_checkpoint_contexts, save_scans)

@@ -259,33 +259,35 @@ class Engine:
             self._settle(self._sent, 0)
             self._settle(self._lent, 0)
 
-    def messages(self, agreed: str, device: torch.device) -> Wire:
+    @contextmanager
+    def messages(self, agreed: str, device: torch.device, *, in_flight: int = 0) -> Iterator[Wire]:
         """A wire outside the scans, for a caller that waits for its messages itself; places are ranks.
 
         `agreed`: all that peers must agree on, the same text on every rank. Calls with the same text come in the same
-        order on every rank; on NCCL all calls and scans do.
+        order on every rank; on NCCL all calls and scans do. When it closes, no more than `in_flight` wires' messages
+        may be on their way. Raises `RuntimeError` where a message fails; the group is dead then.
         """
         self._check_alive()
         with self._lock:
             self.exchanges += 1
-            if device.type == "cuda":
-                return NcclWire(self.group)
             signature = _signature(agreed)
             number = self._numbers[signature]
             self._numbers[signature] += 1
-        return GlooWire(self.group, EXCHANGE_TAG | signature << 12 | number & 0xFFF)
-
-    def keep(self, sent: Sent, in_flight: int) -> None:
-        """Holds what messages are still read from, and waits until no more than `in_flight` calls' are."""
-        # Not among the scans' own: the progress thread must never wait for a message that this thread sent ahead of it.
-        with self._lock:
-            self._lent.append(sent)
-        with _observed("exchange"):
-            self._settle(self._lent, in_flight)
-
-    def fail(self, failure: Exception) -> None:
-        """Says that messages have failed: the group can't be used any more."""
-        self._failure = failure
+        tag = EXCHANGE_TAG | signature << 12 | number & 0xFFF
+        wire = NcclWire(self.group) if device.type == "cuda" else GlooWire(self.group, tag)
+        try:
+            yield wire
+            # Not among the scans' own: the progress thread must never wait for a message that this thread sent ahead.
+            with self._lock:
+                self._lent.append(wire.close())
+            with _observed("exchange"):
+                self._settle(self._lent, in_flight)
+        except RuntimeError as failure:
+            self._failure = failure
+            raise RuntimeError(
+                f"messages failed on rank {self.rank} of {self.size} ({agreed[:100]}): a rank has left, or ranks "
+                f"disagree about what is sent: {failure}"
+            ) from failure
 
     def stop(self) -> None:
         """Ends the progress thread once it has run what was started."""

@@ -44,7 +44,9 @@ def run_ranks(
     included; results are pickled. A rank that raises, dies or outlasts the limit ends the others, and the first failure
     is raised as `RankError`. Nothing in this process may have started a process group.
     """
-    outcomes = _launch(ranks, function, arguments, limit, group_timeout, until_first_failure=True)
+    outcomes = rank_outcomes(
+        ranks, function, *arguments, limit=limit, group_timeout=group_timeout, until_first_failure=True
+    )
     for outcome in outcomes:
         if isinstance(outcome, RankError):
             raise outcome
@@ -52,21 +54,14 @@ def run_ranks(
 
 
 def rank_outcomes(
-    ranks: int, function: Callable[..., Any], *arguments: Any, limit: float = 60.0, group_timeout: float = 30.0
-) -> list[Any]:
-    """`run_ranks` that lets every rank come to its own end: what each returned, or its `RankError`."""
-    return _launch(ranks, function, arguments, limit, group_timeout, until_first_failure=False)
-
-
-def _launch(
     ranks: int,
     function: Callable[..., Any],
-    arguments: tuple,
-    limit: float,
-    group_timeout: float,
-    *,
-    until_first_failure: bool,
+    *arguments: Any,
+    limit: float = 60.0,
+    group_timeout: float = 30.0,
+    until_first_failure: bool = False,
 ) -> list[Any]:
+    """`run_ranks` that lets every rank come to its own end: what each returned, or its `RankError`."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes: list[Connection] = []

@@ -80,7 +80,7 @@ def measured_alike(rank):
     state_in, _ = all_scan(None, torch.ones(1, 2, 3, 4), group=dist.group.WORLD)
     assert state_in.unique().tolist() == [float(rank)]
     plans = [
-        plan_scan(engine, AffineShape.of((1, 1, width, width), None), torch.float32, torch.device("cpu"), "auto", None)
+        plan_scan(engine, AffineShape.of((1, 1, width, width), None), torch.float32, torch.device("cpu"), "auto")
         for width in (2, 64, 512)
     ]
     return costs, plans

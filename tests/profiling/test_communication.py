@@ -74,12 +74,11 @@ def scanned():
 
 def send_to_each_other(engine, rank):
     """A message outside the scans, from either rank to the other."""
-    wire = engine.messages("a test", torch.device("cpu"))
     arrived = torch.zeros(1)
-    wire.post(arrived, 1 - rank)
-    wire.send(torch.ones(1), 1 - rank)
-    wire.receive_exchange()
-    engine.keep(wire.close(), 0)
+    with engine.messages("a test", torch.device("cpu")) as wire:
+        wire.post(arrived, 1 - rank)
+        wire.send(torch.ones(1), 1 - rank)
+        wire.receive_exchange()
     assert arrived.item() == 1
 
 

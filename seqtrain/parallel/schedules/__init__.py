@@ -24,7 +24,10 @@ AS_GOOD = 1.04
 
 @cache
 def candidates(algorithm: str) -> tuple[Schedule, ...]:
-    """The plans that `algorithm`, one of `ALGORITHMS`, leaves to choose from."""
+    """The plans that `algorithm`, one of `ALGORITHMS` or as in "pipeline 4", leaves to choose from."""
+    name, _, blocks = algorithm.partition(" ")
+    if blocks:
+        return (SCHEDULES[name](int(blocks)),)
     if algorithm == "auto":
         return tuple(plan for each in SCHEDULES.values() if each.automatic for plan in each.candidates())
     return SCHEDULES[algorithm].candidates()
