@@ -11,7 +11,6 @@
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +20,10 @@ from seqtrain.kernels import softmax_attention
 from seqtrain.kernels.segments import PastKeys, PastKeysAndSinks
 from seqtrain.parallel.block_attention import block_attention
 from seqtrain.parallel.exchange import exchange
-from seqtrain.parallel.halo import HaloPlan, ShardedRow, left_halo
+from seqtrain.parallel.halo import HaloPlan, left_halo
 from seqtrain.parallel.scan import keep_in_graph
 from seqtrain.parallel.sequence import Call, ContinuedSequence, Groups, SplitInTime, State, splits
+from seqtrain.parallel.sharded import ShardedSequence
 
 # Documents that begin at most a quarter of the longest part before their rank are cheaper by blocks: little travels,
 # and the work remains about even.
@@ -34,7 +34,7 @@ NEAR = 4
 class Keys(SplitInTime):
     """The state is keys and values: B rows `[B,S,...]`, of which the last `length` count, or documents end to end."""
 
-    def sharded(self, sequence: Any, call: Call) -> tuple[Tensor, State]:
+    def sharded(self, sequence: ShardedSequence, call: Call) -> tuple[Tensor, State]:
         """Initial states are of the same shape and lengths on every rank; full attention wants all rows to count.
 
         The state with a window is the one after this rank's last token. Without one it holds this rank's own keys and
@@ -48,13 +48,13 @@ class Keys(SplitInTime):
         numbers, are sent back. All travel in the dtype of the inputs.
         Raises `ValueError` for a form that can't be, and for a state with unequal lengths.
         """
-        (q, k, v), state, row = call.tensors, call.initial_state, sequence.row
+        (q, k, v), state = call.tensors, call.initial_state
         if state is not None:
             # Ranks that don't read the state give it a zero gradient.
             v = keep_in_graph(v, state["k"], state["v"])
         if call.options.get("window") is not None:
             return _windowed(sequence, replace(call, tensors=(q, k, v)))
-        ranks, form = len(row.offsets) - 1, call.options.get("form", "auto")
+        ranks, form = len(sequence.offsets) - 1, call.options.get("form", "auto")
         divides = q.shape[2] % ranks == 0 and k.shape[2] % ranks == 0
         if form == "heads" and not divides:
             heads = f"H={q.shape[2]} and G={k.shape[2]} heads"
@@ -62,14 +62,14 @@ class Keys(SplitInTime):
         if state is not None and state["length"].tolist() != [state["k"].shape[1]] * k.shape[0]:
             lengths = f"{state['length'].tolist()[:8]}, on several ranks it must be S={state['k'].shape[1]} per row"
             raise ValueError(f"softmax_attention: initial_state[length] is {lengths}")
-        start, end = row.own_boundaries[-2:]
+        start, end = sequence.own_boundaries[-2:]
         length = torch.full((k.shape[0],), end - start, dtype=torch.int64, device=k.device)
         own_keys = {"k": k[:, start:], "v": v[:, start:], "length": length}
-        given, k, v = _joined(k, v, row, state)
-        plan, scale = _whole_documents(row, given), call.options.get("scale")
+        given, k, v = _joined(k, v, sequence, state)
+        plan, scale = _whole_documents(sequence, given), call.options.get("scale")
         if form == "heads" or (form == "auto" and divides and _reaches_far(plan)):
-            return _by_heads(q, k, v, row, given, scale, sequence.backend), own_keys
-        return _by_blocks(q, k, v, row, plan, scale, sequence.backend), own_keys
+            return _by_heads(q, k, v, sequence, given, scale), own_keys
+        return _by_blocks(q, k, v, sequence, plan, scale), own_keys
 
     def continued(self, sequence: ContinuedSequence, state: State) -> State:
         # Rows of keys and values are counted by `length`: those of a first document are all there are.
@@ -109,7 +109,7 @@ class Keys(SplitInTime):
 class KeysAndSinks(SplitInTime):
     """The state is the last keys and values and a document's first ones, padded: `[B or N, ...]`."""
 
-    def sharded(self, sequence: Any, call: Call) -> tuple[Tensor, State]:
+    def sharded(self, sequence: ShardedSequence, call: Call) -> tuple[Tensor, State]:
         """Initial states have the same lengths on every rank.
 
         Numbers received per rank, B times: at most `(window - 1 + sinks) G (K+V)`, twice the sinks with an initial
@@ -117,8 +117,8 @@ class KeysAndSinks(SplitInTime):
         """
         _, k, v = call.tensors[:3]
         window, sinks = call.options["window"], call.options.get("sinks", 0)
-        past, came = _before(k, v, sequence.row, window, sinks, call.initial_state)
-        local, past = sequence.row.own_documents(past)
+        past, came = _before(k, v, sequence, window, sinks, call.initial_state)
+        local, past = sequence.own_documents(past)
         out, state = call.run(sequence, past, local)
         # Ranks that don't read the initial state give it a zero gradient.
         owed = [part for part in (call.initial_state or {}).values() if part.is_floating_point()]
@@ -134,32 +134,32 @@ def _reaches_far(plan: HaloPlan) -> bool:
     return NEAR * max(plan.before(rank) for rank in ranks) > longest
 
 
-def _windowed(sequence: Any, call: Call) -> tuple[Tensor, State]:
-    (_, k, v), initial_state, row = call.tensors, call.initial_state, sequence.row
-    given, keys, values = _joined(k, v, row, initial_state)
-    plan = row.before(call.options["window"] - 1, given=given)
-    past_k, past_v = left_halo(keys, plan, group=row.group), left_halo(values, plan, group=row.group)
-    before = plan.before(row.rank)
+def _windowed(sequence: ShardedSequence, call: Call) -> tuple[Tensor, State]:
+    (_, k, v), initial_state = call.tensors, call.initial_state
+    given, keys, values = _joined(k, v, sequence, initial_state)
+    plan = sequence.before(call.options["window"] - 1, given=given)
+    past_k, past_v = left_halo(keys, plan, group=sequence.group), left_halo(values, plan, group=sequence.group)
+    before = plan.before(sequence.rank)
     length = torch.full((k.shape[0],), before, dtype=torch.int64, device=k.device)
-    if initial_state is not None and plan.starts[row.rank] < 0:
+    if initial_state is not None and plan.starts[sequence.rank] < 0:
         # Of the given rows only the last `length` count.
-        length = (initial_state["length"] + row.offsets[row.rank]).clamp(max=before)
+        length = (initial_state["length"] + sequence.offsets[sequence.rank]).clamp(max=before)
     local = None
-    if row.cu_seqlens is not None:
-        local = torch.tensor(row.own_boundaries, dtype=torch.int32, device=k.device)
+    if sequence.cu_seqlens is not None:
+        local = torch.tensor(sequence.own_boundaries, dtype=torch.int32, device=k.device)
         # Packed pasts have no rows that don't count, and documents that start here have none at all.
         counted = int(length)
         past_k, past_v = past_k[:, before - counted :], past_v[:, before - counted :]
-        length = F.pad(length, (0, len(row.own_boundaries) - 2))
+        length = F.pad(length, (0, len(sequence.own_boundaries) - 2))
     out, state = call.run(sequence, {"k": past_k, "v": past_v, "length": length}, local)
     return keep_in_graph(out, past_k, past_v), state if local is None else Keys().last(state)
 
 
-def _joined(k: Tensor, v: Tensor, row: ShardedRow, state: State | None) -> tuple[int, Tensor, Tensor]:
+def _joined(k: Tensor, v: Tensor, sequence: ShardedSequence, state: State | None) -> tuple[int, Tensor, Tensor]:
     """How many rows of a state there are, and keys and values, on the first rank after the state's."""
     if state is None:
         return 0, k, v
-    if row.rank == 0:
+    if sequence.rank == 0:
         k, v = torch.cat([state["k"].to(k.dtype), k], 1), torch.cat([state["v"].to(v.dtype), v], 1)
     return state["k"].shape[1], k, v
 
@@ -168,21 +168,21 @@ def _joined(k: Tensor, v: Tensor, row: ShardedRow, state: State | None) -> tuple
 class _ByHeads:
     """Who holds how many tokens and heads: `tokens` of q on each rank, `given` rows of a state before rank 0's keys."""
 
-    row: ShardedRow
+    sequence: ShardedSequence
     batch: int
     given: int
 
     @property
     def ranks(self) -> int:
-        return len(self.row.offsets) - 1
+        return len(self.sequence.offsets) - 1
 
     @property
     def tokens(self) -> list[int]:
-        return [end - start for start, end in pairwise(self.row.offsets)]
+        return [end - start for start, end in pairwise(self.sequence.offsets)]
 
     @property
     def agreed(self) -> str:
-        return f"softmax_attention by heads {self.row.offsets} {self.given} {self.batch}"
+        return f"softmax_attention by heads {self.sequence.offsets} {self.given} {self.batch}"
 
     def whole_rows(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         """`[B,T,H/P,K]`, `[B,S+T,G/P,K]`, `[B,S+T,G/P,V]`: this rank's heads of all ranks' tokens."""
@@ -200,7 +200,7 @@ class _ByHeads:
             leaving.flatten(),
             [leaving.shape[1]] * self.ranks,
             [sum(sizes[first : first + 3]) for first in range(0, len(sizes), 3)],
-            group=self.row.group,
+            group=self.sequence.group,
             agreed=f"{self.agreed} {shapes}",
         )
         parts = [part.view(piece) for part, piece in zip(came.split(sizes), pieces, strict=True)]
@@ -208,30 +208,28 @@ class _ByHeads:
 
     def own_rows(self, out: Tensor) -> Tensor:
         """`[B,T,H/P,V]` of all ranks' tokens -> `[B,T_r,H,V]`, all heads of this rank's."""
-        own = (self.batch, self.tokens[self.row.rank], *out.shape[2:])
+        own = (self.batch, self.tokens[self.sequence.rank], *out.shape[2:])
         came = exchange(
             torch.cat([piece.reshape(-1) for piece in out.split(self.tokens, 1)]),
             [self.batch * count * out.shape[2:].numel() for count in self.tokens],
             [torch.Size(own).numel()] * self.ranks,
-            group=self.row.group,
+            group=self.sequence.group,
             agreed=f"{self.agreed} {tuple(out.shape)} out",
         )
         return came.view(self.ranks, *own).movedim(0, 2).flatten(2, 3)
 
 
-def _by_heads(
-    q: Tensor, k: Tensor, v: Tensor, row: ShardedRow, given: int, scale: float | None, backend: str
-) -> Tensor:
+def _by_heads(q: Tensor, k: Tensor, v: Tensor, sequence: ShardedSequence, given: int, scale: float | None) -> Tensor:
     """Everything to everyone, by heads; the whole row for this rank's heads; and back."""
-    heads = _ByHeads(row, q.shape[0], given)
+    heads = _ByHeads(sequence, q.shape[0], given)
     whole_q, whole_k, whole_v = heads.whole_rows(q, k.to(q.dtype), v.to(q.dtype))
     state, boundaries = None, None
-    if row.cu_seqlens is not None:
-        boundaries = torch.tensor(row.boundaries, dtype=torch.int32, device=q.device)
+    if sequence.cu_seqlens is not None:
+        boundaries = torch.tensor(sequence.boundaries, dtype=torch.int32, device=q.device)
     if given:
         length = torch.full((q.shape[0],), given, dtype=torch.int64, device=q.device)
         # The state is the first document's.
-        length = length if boundaries is None else F.pad(length, (0, len(row.boundaries) - 2))
+        length = length if boundaries is None else F.pad(length, (0, len(sequence.boundaries) - 2))
         state = {"k": whole_k[:, :given], "v": whole_v[:, :given], "length": length}
     out, _ = softmax_attention(
         whole_q,
@@ -240,16 +238,16 @@ def _by_heads(
         scale=scale,
         initial_state=state,
         cu_seqlens=boundaries,
-        backend=backend,
+        backend=sequence.backend,
     )
     return heads.own_rows(out).to(v.dtype)
 
 
 def _by_blocks(
-    q: Tensor, k: Tensor, v: Tensor, row: ShardedRow, plan: HaloPlan, scale: float | None, backend: str
+    q: Tensor, k: Tensor, v: Tensor, sequence: ShardedSequence, plan: HaloPlan, scale: float | None
 ) -> Tensor:
     """The first document by blocks from the left, where it began on an earlier rank; the others by the operator."""
-    head = row.own_boundaries[1] if plan.before(row.rank) else 0
+    head = sequence.own_boundaries[1] if plan.before(sequence.rank) else 0
     outs = []
     if plan.any:
         head_out = block_attention(
@@ -257,48 +255,50 @@ def _by_blocks(
             k.to(q.dtype),
             v.to(q.dtype),
             scale=q.shape[3] ** -0.5 if scale is None else scale,
-            fused=backend != "reference",
+            fused=sequence.backend != "reference",
             plan=plan,
-            group=row.group,
+            group=sequence.group,
         )
         outs.append(head_out.to(v.dtype))
     if head < q.shape[1] or not outs:
-        first = head + (plan.given if row.rank == 0 else 0)
+        first = head + (plan.given if sequence.rank == 0 else 0)
         local = None
-        if row.cu_seqlens is not None:
-            inner = row.own_boundaries[1:] if head else row.own_boundaries
+        if sequence.cu_seqlens is not None:
+            inner = sequence.own_boundaries[1:] if head else sequence.own_boundaries
             local = torch.tensor([boundary - head for boundary in inner], dtype=torch.int32, device=q.device)
         out, _ = softmax_attention(
-            q[:, head:], k[:, first:], v[:, first:], scale=scale, cu_seqlens=local, backend=backend
+            q[:, head:], k[:, first:], v[:, first:], scale=scale, cu_seqlens=local, backend=sequence.backend
         )
         outs.append(out)
     return keep_in_graph(torch.cat(outs, 1), q)
 
 
-def _whole_documents(row: ShardedRow, given: int) -> HaloPlan:
+def _whole_documents(sequence: ShardedSequence, given: int) -> HaloPlan:
     """Each rank wants all of its first document that lies before it; a rank without tokens wants nothing."""
-    starts = row.before(row.offsets[-1] + given, given=given).starts
-    wanted = (end if end == after else start for start, (end, after) in zip(starts, pairwise(row.offsets), strict=True))
-    return HaloPlan(tuple(wanted), row.offsets, given)
+    starts = sequence.before(sequence.offsets[-1] + given, given=given).starts
+    wanted = (
+        end if end == after else start for start, (end, after) in zip(starts, pairwise(sequence.offsets), strict=True)
+    )
+    return HaloPlan(tuple(wanted), sequence.offsets, given)
 
 
 def _before(
-    k: Tensor, v: Tensor, row: ShardedRow, window: int, sinks: int, initial: State | None
+    k: Tensor, v: Tensor, sequence: ShardedSequence, window: int, sinks: int, initial: State | None
 ) -> tuple[State, list[Tensor]]:
     """The state of this rank's first document before its first token, and what came of it from other ranks."""
-    start, document = row.offsets[row.rank], row.document_start
+    start, document = sequence.offsets[sequence.rank], sequence.document_start
     length = torch.full((k.shape[0],), start - document, dtype=torch.int64, device=k.device)
     seen = torch.zeros_like(length)
     if initial is not None and document == 0:
         seen = initial["length"]
-    halo = row.before(window - 1, given=0 if initial is None else window - 1)
-    first = row.first_of_document(sinks, given=0 if initial is None else sinks)
+    halo = sequence.before(window - 1, given=0 if initial is None else window - 1)
+    first = sequence.first_of_document(sinks, given=0 if initial is None else sinks)
     past, came = {"length": length + seen}, []
     for key, x in {"k": k, "v": v}.items():
         near, sunk = x, x
-        if initial is not None and row.rank == 0:
+        if initial is not None and sequence.rank == 0:
             near, sunk = (torch.cat([initial[name].to(x.dtype), x], 1) for name in (key, f"sink_{key}"))
-        near, sunk = left_halo(near, halo, group=row.group), left_halo(sunk, first, group=row.group)
+        near, sunk = left_halo(near, halo, group=sequence.group), left_halo(sunk, first, group=sequence.group)
         came += [near, sunk]
         missing = window - 1 - near.shape[1]
         past[key] = torch.cat([near.new_zeros(near.shape[0], missing, *near.shape[2:]), near], 1)

@@ -10,18 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from seqtrain.kernels.segments import PastInputs
 from seqtrain.parallel.exchange import exchange
 from seqtrain.parallel.scan import keep_in_graph
 from seqtrain.parallel.sequence import Call, SplitInTime, splits
+
+if TYPE_CHECKING:
+    from seqtrain.parallel.sharded import ShardedSequence
 
 
 @dataclass(frozen=True)
@@ -89,97 +90,28 @@ def _traffic(plan: HaloPlan, rank: int) -> tuple[tuple[RowRange, ...], tuple[Row
 
 
 @lru_cache(maxsize=64)
-def _tokens_before(offsets: tuple[int, ...], boundaries: tuple[int, ...], count: int, given: int) -> HaloPlan:
+def tokens_before(offsets: tuple[int, ...], boundaries: tuple[int, ...], count: int, given: int) -> HaloPlan:
+    """See `ShardedSequence.before`."""
     starts = [
         max(document or -given, start - count)
-        for start, document in zip(offsets, _first_documents(offsets, boundaries), strict=False)
+        for start, document in zip(offsets, first_documents(offsets, boundaries), strict=False)
     ]
     return HaloPlan(tuple(starts), offsets, given)
 
 
 @lru_cache(maxsize=64)
-def _first_tokens(offsets: tuple[int, ...], boundaries: tuple[int, ...], count: int, given: int) -> HaloPlan:
-    documents = _first_documents(offsets, boundaries)
+def first_tokens(offsets: tuple[int, ...], boundaries: tuple[int, ...], count: int, given: int) -> HaloPlan:
+    """See `ShardedSequence.first_of_document`."""
+    documents = first_documents(offsets, boundaries)
     starts = tuple(document or -given for document in documents)
     ends = tuple(min(document + count, start) for start, document in zip(offsets, documents, strict=False))
     return HaloPlan(starts, offsets, given, ends)
 
 
-def _first_documents(offsets: tuple[int, ...], boundaries: tuple[int, ...]) -> list[int]:
+def first_documents(offsets: tuple[int, ...], boundaries: tuple[int, ...]) -> list[int]:
     """Where the document of each rank's first token starts; of a rank without tokens, of the token before it."""
     firsts = [start if end > start else start - 1 for start, end in pairwise(offsets)]
     return [boundaries[bisect_right(boundaries, first) - 1] if first > 0 else 0 for first in firsts]
-
-
-@dataclass(frozen=True)
-class ShardedRow:
-    """A row of tokens of which rank r of `group` holds `offsets[r] ... offsets[r+1]`.
-
-    `offsets`: `P + 1` rising numbers from 0 to the row's length. `cu_seqlens`: int `[N+1]`, boundaries of the whole
-    row's documents, or None for one document (or B rows of one each).
-    """
-
-    group: dist.ProcessGroup
-    offsets: tuple[int, ...]
-    cu_seqlens: Tensor | None = None
-    # Boundaries of the documents that have tokens, on the host: from 0 to the row's length.
-    boundaries: tuple[int, ...] = field(init=False)
-    # Boundaries of the parts of documents that this rank holds, counted from its first token: at least two.
-    own_boundaries: tuple[int, ...] = field(init=False)
-    # Where in the row this rank's first document starts; for a rank without tokens, see `before`.
-    document_start: int = field(init=False)
-
-    @property
-    def rank(self) -> int:
-        return self.group.rank()
-
-    def __post_init__(self) -> None:
-        ranks, offsets = self.group.size(), self.offsets
-        if len(offsets) != ranks + 1 or offsets[0] != 0 or any(a > b for a, b in pairwise(offsets)):
-            raise ValueError(
-                f"offsets={offsets}: expected {ranks + 1} rising numbers from 0, the boundaries of {ranks} ranks"
-            )
-        if self.cu_seqlens is not None and int(self.cu_seqlens[-1]) != offsets[-1]:
-            raise ValueError(f"offsets={offsets}: expected to end at {int(self.cu_seqlens[-1])}, where cu_seqlens does")
-        # Found once and not when asked for: `torch.compile` can't trace a cached property.
-        tokens, start, end = self.offsets[-1], self.offsets[self.rank], self.offsets[self.rank + 1]
-        inner = set() if self.cu_seqlens is None else set(self.cu_seqlens.tolist())
-        boundaries = (0, *sorted(inner - {0, tokens}), tokens)
-        object.__setattr__(self, "boundaries", boundaries)
-        own = (0, *(boundary - start for boundary in boundaries if start < boundary < end), end - start)
-        object.__setattr__(self, "own_boundaries", own)
-        object.__setattr__(self, "document_start", _first_documents(self.offsets, boundaries)[self.rank])
-
-    def own_documents(self, past: Any) -> tuple[Tensor | None, Any]:
-        """`cu_seqlens` of this rank's parts of documents, None for whole rows, and `past` as the state of all of them.
-
-        `past`: tensors `[1,...]` of the first one; documents that start here have no past, zeros.
-        """
-        if self.cu_seqlens is None:
-            return None, past
-        documents = len(self.own_boundaries) - 1
-
-        def padded(part: Tensor) -> Tensor:
-            return F.pad(part, (*(0, 0) * (part.dim() - 1), 0, documents - 1))
-
-        local = torch.tensor(self.own_boundaries, dtype=torch.int32, device=tree_leaves(past)[0].device)
-        return local, tree_map(padded, past)
-
-    def before(self, count: int, *, given: int = 0) -> HaloPlan:
-        """Each rank wants the last `count` positions before its tokens, as far as its first document reaches back.
-
-        The `given` rows belong to the row's first document. A rank without tokens continues the document of the
-        token before it, so that the state after its last token is that of the rank before.
-        """
-        return _tokens_before(self.offsets, self.boundaries, count, given)
-
-    def first_of_document(self, count: int, *, given: int = 0) -> HaloPlan:
-        """Each rank wants the first `count` positions of its first document, those before its own tokens.
-
-        The `given` rows belong to the row's first document and come before its tokens. For a rank without tokens, see
-        `before`.
-        """
-        return _first_tokens(self.offsets, self.boundaries, count, given)
 
 
 def left_halo(x: Tensor, plan: HaloPlan, *, group: dist.ProcessGroup) -> Tensor:
@@ -221,17 +153,17 @@ def _sizes(messages: Sequence[RowRange], row: int, ranks: int) -> list[int]:
     return sizes
 
 
-def past_inputs(x: Tensor, count: int, *, row: ShardedRow, initial_state: Tensor | None = None) -> Tensor:
+def past_inputs(x: Tensor, count: int, sequence: "ShardedSequence", initial_state: Tensor | None = None) -> Tensor:
     """`[B, count, ...]`: the last inputs before this rank's first token, zeros where its document has fewer.
 
     `x`: `[B,T_r,...]`, this rank's tokens. `initial_state`: `[B,count,...]`, the inputs before the whole row, oldest
     first; given on every rank or on none, read on the group's first.
     Bytes: at most `count` tokens received a rank, and as many gradients sent back.
     """
-    plan = row.before(count, given=0 if initial_state is None else count)
-    if initial_state is not None and row.rank == 0:
+    plan = sequence.before(count, given=0 if initial_state is None else count)
+    if initial_state is not None and sequence.rank == 0:
         x = torch.cat([initial_state.to(x.dtype), x], 1)
-    halo = left_halo(x, plan, group=row.group)
+    halo = left_halo(x, plan, group=sequence.group)
     missing = count - halo.shape[1]
     return torch.cat([halo.new_zeros(halo.shape[0], missing, *halo.shape[2:]), halo], 1) if missing else halo
 
@@ -240,10 +172,10 @@ def past_inputs(x: Tensor, count: int, *, row: ShardedRow, initial_state: Tensor
 class PastInputsHalo(SplitInTime):
     """The state is the last rows of the operator's first tensor: they come from the left, the operator continues."""
 
-    def sharded(self, sequence: Any, call: Call) -> tuple[Tensor, Tensor]:
+    def sharded(self, sequence: "ShardedSequence", call: Call) -> tuple[Tensor, Tensor]:
         initial, count = call.initial_state, call.operator.time.count(call.tensors, call.options)
-        past = past_inputs(call.tensors[0], count, row=sequence.row, initial_state=initial)
-        local, state = sequence.row.own_documents(past)
+        past = past_inputs(call.tensors[0], count, sequence, initial)
+        local, state = sequence.own_documents(past)
         out, states = call.run(sequence, state, local)
         # Ranks that don't read the initial state give it a zero gradient.
         out = keep_in_graph(out, past) if initial is None else keep_in_graph(out, past, initial)

@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from seqtrain.kernels.segments import AffineScan
-from seqtrain.parallel.halo import ShardedRow
+from seqtrain.parallel.halo import HaloPlan, first_documents, first_tokens, tokens_before
 from seqtrain.parallel.scan import Algorithm, keep_in_graph, open_all_scan
 from seqtrain.parallel.sequence import SPLITS, Call, SequenceContext, SplitInTime, splits
 
@@ -40,11 +42,33 @@ class ShardedSequence(SequenceContext):
     group: dist.ProcessGroup
     offsets: tuple[int, ...]
     algorithm: Algorithm = "auto"
-    # The same, as halos are planned on it; made here, since `torch.compile` can't trace a cached property.
-    row: ShardedRow = field(init=False, repr=False, compare=False)
+    # Boundaries of the documents that have tokens, on the host: from 0 to the row's length.
+    boundaries: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    # Boundaries of the parts of documents that this rank holds, counted from its first token: at least two.
+    own_boundaries: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    # Where in the row this rank's first document starts; for a rank without tokens, see `before`.
+    document_start: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "row", ShardedRow(self.group, self.offsets, self.cu_seqlens))
+        ranks, offsets = self.group.size(), self.offsets
+        if len(offsets) != ranks + 1 or offsets[0] != 0 or any(a > b for a, b in pairwise(offsets)):
+            raise ValueError(
+                f"offsets={offsets}: expected {ranks + 1} rising numbers from 0, the boundaries of {ranks} ranks"
+            )
+        if self.cu_seqlens is not None and int(self.cu_seqlens[-1]) != offsets[-1]:
+            raise ValueError(f"offsets={offsets}: expected to end at {int(self.cu_seqlens[-1])}, where cu_seqlens does")
+        # Found once and not when asked for: `torch.compile` can't trace a cached property.
+        tokens, start, end = self.offsets[-1], self.start, self.end
+        inner = set() if self.cu_seqlens is None else set(self.cu_seqlens.tolist())
+        boundaries = (0, *sorted(inner - {0, tokens}), tokens)
+        object.__setattr__(self, "boundaries", boundaries)
+        own = (0, *(boundary - start for boundary in boundaries if start < boundary < end), end - start)
+        object.__setattr__(self, "own_boundaries", own)
+        object.__setattr__(self, "document_start", first_documents(self.offsets, boundaries)[self.rank])
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank()
 
     @property
     def start(self) -> int:
@@ -55,6 +79,37 @@ class ShardedSequence(SequenceContext):
     def end(self) -> int:
         """The place in the row after this rank's last token."""
         return self.offsets[self.group.rank() + 1]
+
+    def own_documents(self, past: Any) -> tuple[Tensor | None, Any]:
+        """`cu_seqlens` of this rank's parts of documents, None for whole rows, and `past` as the state of all of them.
+
+        `past`: tensors `[1,...]` of the first one; documents that start here have no past, zeros.
+        """
+        if self.cu_seqlens is None:
+            return None, past
+        documents = len(self.own_boundaries) - 1
+
+        def padded(part: Tensor) -> Tensor:
+            return F.pad(part, (*(0, 0) * (part.dim() - 1), 0, documents - 1))
+
+        local = torch.tensor(self.own_boundaries, dtype=torch.int32, device=tree_leaves(past)[0].device)
+        return local, tree_map(padded, past)
+
+    def before(self, count: int, *, given: int = 0) -> HaloPlan:
+        """Each rank wants the last `count` positions before its tokens, as far as its first document reaches back.
+
+        The `given` rows belong to the row's first document. A rank without tokens continues the document of the
+        token before it, so that the state after its last token is that of the rank before.
+        """
+        return tokens_before(self.offsets, self.boundaries, count, given)
+
+    def first_of_document(self, count: int, *, given: int = 0) -> HaloPlan:
+        """Each rank wants the first `count` positions of its first document, those before its own tokens.
+
+        The `given` rows belong to the row's first document and come before its tokens. For a rank without tokens, see
+        `before`.
+        """
+        return first_tokens(self.offsets, self.boundaries, count, given)
 
     def run(self, operator: Any, *tensors: Any, initial_state: Any = None, **options: Any) -> tuple[Tensor, Any]:
         """`operator(*tensors, ...)` as on the whole row: `(out, final_state)`, out for this rank's tokens.
@@ -115,7 +170,7 @@ class LocalCall:
             head = 0 if start == 0 and not continues else end - start
         else:
             first = start if start or not continues else 1
-            inner = [boundary for boundary in sequence.row.boundaries if first <= boundary < end]
+            inner = [boundary for boundary in sequence.boundaries if first <= boundary < end]
             head = inner[0] - start if inner else end - start
             tail = torch.tensor([*inner, end], dtype=torch.int64) - inner[0] if inner else None
         return cls(sequence, call, end - start, head, tail)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from seqtrain.kernels import short_convolution
 from seqtrain.parallel import ShardedSequence, all_scan, flush_scans, start_all_scan
 from seqtrain.parallel.exchange import EXCHANGES_IN_FLIGHT, exchange
-from seqtrain.parallel.halo import HaloPlan, ShardedRow, left_halo, past_inputs
+from seqtrain.parallel.halo import HaloPlan, left_halo, past_inputs
 from seqtrain.parallel.scan_engine import engine_of
 from seqtrain.parallel.testing import run_ranks
 from seqtrain.testing import boundaries
@@ -33,12 +33,16 @@ def expected_positions(offsets, documents, rank, count):
     return [p for p in range(max(start - count, 0), start) if document_of[p] == own]
 
 
+def sharded(offsets, cu_seqlens=None):
+    return ShardedSequence(group=dist.group.WORLD, offsets=offsets, cu_seqlens=cu_seqlens)
+
+
 def rows_and_gradients(rank, ranks):
     group = dist.group.WORLD
     x = torch.randn(1, TOKENS, 2, 3, dtype=torch.float64)
     dist.broadcast(x, 0)
     for offsets, documents, count in product(OFFSETS[ranks], DOCUMENTS.values(), (0, 1, 3, 8, 30)):
-        row = ShardedRow(group, offsets, None if documents is None else boundaries(documents))
+        row = sharded(offsets, None if documents is None else boundaries(documents))
         own = x[:, offsets[rank] : offsets[rank + 1]].clone().requires_grad_()
         halo = left_halo(own, row.before(count), group=group)
         wanted = [expected_positions(offsets, documents, r, count) for r in range(ranks)]
@@ -62,7 +66,7 @@ def test_states_after_each_rank(rank):
     group, offsets = dist.group.WORLD, (0, 4, 4, 9)
     own = torch.arange(9.0)[None, offsets[rank] : offsets[rank + 1], None]
     sequence = ShardedSequence(group=group, offsets=offsets, cu_seqlens=boundaries([2, 5, 2]))
-    assert past_inputs(own, 3, row=sequence.row)[0, :, 0].tolist() == [[0, 0, 0], [0, 2, 3], [0, 2, 3]][rank]
+    assert past_inputs(own, 3, sequence)[0, :, 0].tolist() == [[0, 0, 0], [0, 2, 3], [0, 2, 3]][rank]
     _, state = sequence.run(short_convolution, own, torch.ones(1, 4))
     assert state[0, :, 0].tolist() == [[0, 2, 3], [0, 2, 3], [0, 7, 8]][rank]
 
@@ -81,7 +85,7 @@ def test_groups_that_are_not_the_world(rank):
 @on_ranks(3, limit=30)
 def test_scans_and_halos_share_a_group(rank):
     """Scans on the same group, running on their own thread, take no message of a halo for theirs."""
-    group, row = dist.group.WORLD, ShardedRow(dist.group.WORLD, (0, 4, 8, 12))
+    group, row = dist.group.WORLD, sharded((0, 4, 8, 12))
     x = torch.full((1, 4, 6), float(rank), requires_grad=True)
     loss = 0
     for turn in range(12):
@@ -153,7 +157,7 @@ def test_a_group_is_dead_after_a_message_failed(rank):
 @on_ranks(2)
 def test_nothing_travels_where_documents_start_at_the_cuts(rank):
     group = dist.group.WORLD
-    row = ShardedRow(group, (0, 4, 8), boundaries([4, 4]))
+    row = sharded((0, 4, 8), boundaries([4, 4]))
     x = torch.ones(1, 4, 2)
     assert left_halo(x, row.before(3), group=group).shape == (1, 0, 2)
     assert not past_inputs(x, 3, row=row).any()
