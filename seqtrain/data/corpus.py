@@ -159,7 +159,8 @@ def _verify(folder: Path, manifest: CorpusManifest, shards: list[Shard], when: s
     if when == "never":
         return
     stamps = Stamps.read(folder / VERIFIED).files if (folder / VERIFIED).exists() else {}
-    now = {shard.path.name: _stamp(shard.path) for shard in shards}
+    stats = {shard.path.name: shard.path.stat() for shard in shards}
+    now = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
     for shard in shards:
         if when == "always" or stamps.get(shard.path.name) != now[shard.path.name]:
             shard.verify()
@@ -168,11 +169,6 @@ def _verify(folder: Path, manifest: CorpusManifest, shards: list[Shard], when: s
         raise DataError(f"{counts}: missing or damaged; delete {folder} to rebuild the corpus")
     if now != stamps and os.access(folder, os.W_OK):
         Stamps(now).write(folder / VERIFIED)
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns
 
 
 @contextmanager

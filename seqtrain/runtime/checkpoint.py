@@ -121,9 +121,9 @@ class Checkpoint:
 
     def restore_optimizer(self, engine: Engine) -> None:
         """Gives the optimizer of `engine` the moments and the step count. All ranks call it."""
+        state = engine.optimizer_state
         if self.progress.taken:
-            moments = self._moments(engine.optimizer_state.moments)
-            engine.optimizer_state.restore(moments, steps_taken=self.progress.taken)
+            state.restore(self._moments(state.moments), steps_taken=self.progress.taken)
 
     def _moments(self, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for file in self.manifest.files:
@@ -157,12 +157,19 @@ def save(
     folder = root / f"step-{progress.step:08d}"
     partial = root / f".{folder.name}.partial"
     if ranks.first:
-        _remove_leftovers(root)
+        # What a rank that was killed while it saved has left.
+        for path in root.glob(".*.partial"):
+            shutil.rmtree(path)
         partial.mkdir(parents=True)
     ranks.gather(None)
-    entries = _agreed(ranks, _write_own(engine, partial, progress, ranks), partial)
+    everyone = ranks.gather(_write_own(engine, partial, progress, ranks))
+    for failed in (each for each in everyone if isinstance(each, str)):
+        raise CheckpointError(f"{partial}: can't be written: {failed}; older checkpoints are untouched")
     if ranks.first:
-        _manifest(progress, entries, fingerprint, tracking_id).write(partial / MANIFEST)
+        entries = {name: entry for each in everyone for name, entry in each.items()}
+        digest = _digest(fingerprint)
+        manifest = CheckpointManifest(FORMAT, progress, tracking_id, digest, fingerprint, entries, sha256="")
+        replace(manifest, sha256=manifest.signature()).write(partial / MANIFEST)
         if folder.exists():
             # Only a damaged one can be here: a run resumes from the newest that is whole.
             shutil.rmtree(folder)
@@ -193,8 +200,14 @@ def _write_own(engine: Engine, partial: Path, progress: Progress, ranks: Ranks) 
         state = engine.module.state_dict()
         weights |= {name: _kept(state[name]) for name in _untied(engine.module) if name not in weights}
     try:
-        own = {WEIGHTS: weights, f"optimizer-{ranks.rank:05d}.safetensors": moments}
-        return {name: _write(partial / name, tensors) for name, tensors in own.items() if tensors}
+        written = {}
+        for name, tensors in {WEIGHTS: weights, f"optimizer-{ranks.rank:05d}.safetensors": moments}.items():
+            if tensors:
+                path = partial / name
+                save_file(tensors, path)
+                sync(path)
+                written[name] = FileEntry(path.stat().st_size, sha256_of(path))
+        return written
     except (OSError, SafetensorError) as error:
         return f"rank {ranks.rank}: {error}"
 
@@ -208,29 +221,6 @@ def _untied(model: nn.Module) -> list[str]:
     parameters = {name for name, _ in model.named_parameters()}
     every_parameter = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return [name for name in model.state_dict() if name in parameters or name not in every_parameter]
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> FileEntry:
-    save_file(tensors, path)
-    sync(path)
-    return FileEntry(path.stat().st_size, sha256_of(path))
-
-
-def _agreed(ranks: Ranks, mine: dict[str, FileEntry] | str, partial: Path) -> dict[str, FileEntry]:
-    """The manifest entries of all ranks, once all have written. Raises `CheckpointError` where one failed."""
-    everyone = ranks.gather(mine)
-    failed = [each for each in everyone if isinstance(each, str)]
-    if failed:
-        raise CheckpointError(f"{partial}: can't be written: {failed[0]}; older checkpoints are untouched")
-    return {name: entry for each in everyone for name, entry in each.items()}
-
-
-def _manifest(
-    progress: Progress, files: dict[str, FileEntry], fingerprint: dict[str, Any], tracking_id: str
-) -> CheckpointManifest:
-    digest = _digest(fingerprint)
-    manifest = CheckpointManifest(FORMAT, progress, tracking_id, digest, fingerprint, files, sha256="")
-    return replace(manifest, sha256=manifest.signature())
 
 
 def find(root: Path) -> Checkpoint | None:
@@ -270,12 +260,6 @@ def read_manifest(folder: Path) -> CheckpointManifest:
 def _folders(root: Path) -> list[Path]:
     """Checkpoint folders below `root`, newest first."""
     return sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True)
-
-
-def _remove_leftovers(root: Path) -> None:
-    """Removes what a rank that was killed while it saved has left."""
-    for path in root.glob(".*.partial"):
-        shutil.rmtree(path)
 
 
 def _digest(values: dict[str, Any]) -> str:

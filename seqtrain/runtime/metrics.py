@@ -30,7 +30,8 @@ class MetricsFile:
 
     def write(self, record: Record) -> None:
         """Appends one line. A float that isn't finite, which JSON can't hold, becomes null."""
-        line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        line = json.dumps(finite, allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
 
@@ -113,7 +114,3 @@ def _bytes_up_to(path: Path, step: int) -> int:
                 break
             size += len(line)
     return size
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -56,7 +56,11 @@ class OptimizerState:
 
     def restore(self, moments: Iterable[tuple[str, Moments]], *, steps_taken: int) -> None:
         """Gives the optimizer the moments of every trained weight, by name, and its count of steps."""
-        for tensor in self._held_tensors():
+        held: Iterable[Tensor] = self._parameters.values()
+        if self._stage:
+            zero = self._zero
+            held = zero.single_partition_of_fp32_groups if self._stage < 3 else zero.fp32_partitioned_groups_flat
+        for tensor in held:
             zeros = {key: torch.zeros_like(tensor) for key in self.moments}
             # torch counts in a tensor, which it changes in place; DeepSpeed's fused kernel in an int.
             count = torch.tensor(float(steps_taken)) if self._by_torch else steps_taken
@@ -65,14 +69,6 @@ class OptimizerState:
         for name, values in moments:
             for key in self.moments:
                 self._set(self._parameters[name], key, values[key])
-
-    def _held_tensors(self) -> list[Tensor]:
-        """The tensors whose state the inner optimizer keeps on this rank."""
-        if self._stage == 0:
-            return list(self._parameters.values())
-        return (
-            self._zero.single_partition_of_fp32_groups if self._stage < 3 else self._zero.fp32_partitioned_groups_flat
-        )
 
     def _set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         if self._stage == 0:

@@ -32,37 +32,27 @@ def write_report(
     records = read_lines(folder.metrics)
     # The tokens of a synthetic task are no text: nothing to compare bytes with, and nothing to read.
     bigram = math.nan if isinstance(corpus, SyntheticCorpus) else bigram_bits_per_byte(corpus)
-    sampled = not (outcome["stopped"] or isinstance(corpus, SyntheticCorpus))
+    sample = ""
+    if config.sample.tokens and not (outcome["stopped"] or isinstance(corpus, SyntheticCorpus)):
+        _, model, tokenizer = open_run(folder.path)
+        wish = Continuation(config.sample.prompt, config.sample.tokens, config.seed)
+        sample = continue_text(model, tokenizer, wish, backend=config.kernels.backend)
+    counted = records[WARM_UP_STEPS:] or records
+    tokens, seconds = (sum(record[key] for record in counted) for key in ("tokens", "step_seconds"))
     summary = outcome | {
         "stopped_by_signal": (stopped_by_signal or signal.SIGTERM) if outcome["stopped"] else 0,
-        "tokens_per_second": _mean_speed(records),
+        "tokens_per_second": tokens / seconds if seconds else None,
         "final_loss": records[-1]["loss"] if records else None,
         "bigram_bits_per_byte": bigram if math.isfinite(bigram) else None,
         "restarts": count_restarts(folder),
         "checkpoint": str(max(folder.checkpoints.glob("step-*"))),
-        "sample": _sample(config, folder) if sampled else "",
+        "sample": sample,
     }
     write_json(folder.summary, summary, allow_nan=False)
     folder.outcome.unlink()
     if records:
         draw_loss(records, folder.loss_curve)
     return summary
-
-
-def _mean_speed(records: list[Record]) -> float | None:
-    """Tokens a second over all steps but the first."""
-    counted = records[WARM_UP_STEPS:] or records
-    seconds = sum(record["step_seconds"] for record in counted)
-    return sum(record["tokens"] for record in counted) / seconds if seconds else None
-
-
-def _sample(config: PretrainConfig, folder: RunFolder) -> str:
-    """The text the trained model continues `sample.prompt` with; empty where none is wanted."""
-    if config.sample.tokens == 0:
-        return ""
-    _, model, tokenizer = open_run(folder.path)
-    wish = Continuation(config.sample.prompt, config.sample.tokens, config.seed)
-    return continue_text(model, tokenizer, wish, backend=config.kernels.backend)
 
 
 def draw_loss(records: list[Record], path: Path) -> None:

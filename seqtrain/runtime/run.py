@@ -75,9 +75,11 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
     warn_on_stderr()
     reset_backend_choice()
     log.info("data: %s", corpus.about)
-    if finished := _finished_summary(folder, config):
-        log.warning("output_dir=%s: this run has finished already; here is its summary", folder.path)
-        return finished
+    if folder.summary.exists():
+        finished: dict[str, Any] = json.loads(folder.summary.read_text())
+        if finished["steps"] == config.train.steps and not finished["stopped"]:
+            log.warning("output_dir=%s: this run has finished already; here is its summary", folder.path)
+            return finished
     session = Session(
         config,
         corpus.folder.resolve(),
@@ -110,10 +112,3 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
     folder.within.unlink(missing_ok=True)
     shutil.rmtree(folder.ray, ignore_errors=True)
     return summary
-
-
-def _finished_summary(folder: RunFolder, config: PretrainConfig) -> dict[str, Any] | None:
-    if not folder.summary.exists():
-        return None
-    summary = json.loads(folder.summary.read_text())
-    return summary if summary["steps"] == config.train.steps and not summary["stopped"] else None

@@ -67,10 +67,9 @@ def segment_losses(
     The caller runs the backward pass of a loss, scaled by the same factor each time, before it asks for the next; then
     the weights have the gradients of the row's loss, the sum of all. `model`: a `LanguageModel`, or what calls one.
     """
-    return _truncated(model, segments) if gradients == "truncated" else _exact(model, segments)
-
-
-def _truncated(model: Callable[..., Any], segments: Sequence[Segment]) -> Iterator[Tensor]:
+    if gradients == "exact":
+        yield from _exact(model, segments)
+        return
     state: States | None = None
     for segment in segments:
         past = state if segment.continues else None
@@ -92,29 +91,19 @@ def _exact(model: Callable[..., Any], segments: Sequence[Segment]) -> Iterator[T
     arriving = None
     for segment in reversed(segments):
         past = before.pop()
-        leaves = None if past is None else tree_map(_leaf, past)
+        leaves = None
+        if past is not None:
+            leaves = tree_map(lambda part: part.requires_grad_(part.is_floating_point() or part.is_complex()), past)
         # The model is given dicts of its own: ZeRO-3 puts tensors that are no leaves into those that modules are given.
         given = None if leaves is None else [dict(layer) for layer in leaves]
         loss, after = model(segment.tokens, segment.labels, given, sequence=segment.sequence, keep_state=True)
         yield loss if arriving is None else _with_gradients(loss, after, arriving)
-        arriving = None if leaves is None else tree_map(_gradient, leaves)
+        arriving = None if leaves is None else tree_map(lambda leaf: leaf.grad, leaves)
 
 
 def alone(states: States) -> States:
     """The states without their graph, and without the larger tensors they may be views of."""
-    return tree_map(_kept, states)
-
-
-def _kept(part: Tensor) -> Tensor:
-    return part.detach().clone()
-
-
-def _leaf(part: Tensor) -> Tensor:
-    return part.requires_grad_(part.is_floating_point() or part.is_complex())
-
-
-def _gradient(leaf: Tensor) -> Tensor | None:
-    return leaf.grad
+    return tree_map(lambda part: part.detach().clone(), states)
 
 
 class _Arriving(torch.autograd.Function):

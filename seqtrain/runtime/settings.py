@@ -201,20 +201,14 @@ def typed_pretrain_config(values: Mapping[str, Any]) -> PretrainConfig:
         name: validate(MIXERS.get(name).Config, section, prefix=f"mixer.{name}.")
         for name, section in values.get("mixer", {}).items()
     }
-    used = {name: mixers[name] if name in mixers else _default_mixer(name) for name in typed.model.layers}
-    return resolve(replace(typed, mixer=used))
-
-
-def _default_mixer(name: str) -> Any:
-    """The config of a mixer whose section is left out."""
-    try:
-        mixer = MIXERS.get(name)
-    except ConfigError as error:
-        raise ConfigError(f"model.layers: {error}") from error
-    try:
-        return mixer.Config()
-    except TypeError as error:
-        raise ConfigError(f"mixer.{name}: has no defaults ({error}); write conf/mixer/{name}.yaml") from error
+    for name in typed.model.layers:
+        try:
+            mixers[name] = mixers[name] if name in mixers else MIXERS.get(name).Config()
+        except ConfigError as error:
+            raise ConfigError(f"model.layers: {error}") from error
+        except TypeError as error:
+            raise ConfigError(f"mixer.{name}: has no defaults ({error}); write conf/mixer/{name}.yaml") from error
+    return resolve(replace(typed, mixer={name: mixers[name] for name in typed.model.layers}))
 
 
 def resolve(config: PretrainConfig) -> PretrainConfig:
@@ -301,11 +295,8 @@ def _check_batch(config: PretrainConfig) -> None:
             f"train.batch_size={batch}: must be a multiple of parallel.data x train.micro_batch_size = "
             f"{ranks} x {micro}; use {-(-batch // (ranks * micro)) * ranks * micro}, or other sizes"
         )
-    if segments(config) > 1:
-        _check_segments(config)
-
-
-def _check_segments(config: PretrainConfig) -> None:
+    if segments(config) == 1:
+        return
     parallel, key = config.parallel, f"train.segment_tokens={config.train.segment_tokens}"
     if parallel.sequence > 1:
         raise ConfigError(

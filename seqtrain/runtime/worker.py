@@ -74,6 +74,9 @@ def train(session: Session, ranks: Ranks, *, poll: Callable[[], None] = lambda: 
 
 
 def _train_on(session: Session, state: TrainState) -> None:
+    def due(every: int) -> bool:
+        return bool(every and step % every == 0)
+
     config, callback, scores, stopped = state.config, state.callback, None, False
     callback.begin(state)
     while state.progress.step < config.train.steps:
@@ -83,14 +86,14 @@ def _train_on(session: Session, state: TrainState) -> None:
             stopped = True
             break
         step = state.progress.step
-        if step == config.train.steps or _due(config.evaluation.every, step):
+        if step == config.train.steps or due(config.evaluation.every):
             scores = _evaluate(state)
             record |= scores or {}
         if state.metrics:
             state.metrics.write(record)
         state.poll()
         _stop_after_nonfinite_steps(state)
-        if _due(config.checkpoint.every, step):
+        if due(config.checkpoint.every):
             _save(session, state)
     if scores is None and not stopped:
         # The run was stopped after its last step and before it was scored.
@@ -100,10 +103,6 @@ def _train_on(session: Session, state: TrainState) -> None:
     _write_outcome(state, stopped=stopped, scores=scores)
     if not stopped:
         callback.end()
-
-
-def _due(every: int, step: int) -> bool:
-    return bool(every and step % every == 0)
 
 
 def _evaluate(state: TrainState) -> Scores | None:
@@ -134,10 +133,14 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, poll: Callable[[], None
     if found:
         found.restore_optimizer(engine)
     progress = found.progress if found else Progress()
+    metrics = None
     if ranks.first:
-        log.info(
-            "training: from step %d of %d, %s", progress.step, config.train.steps, found.folder if found else "new"
-        )
+        where = found.folder if found else "new"
+        log.info("training: from step %d of %d, %s", progress.step, config.train.steps, where)
+        metrics = MetricsFile(folder.metrics, step=progress.step)
+        start = {"session": session.name, "step": progress.step, "ranks": ranks.count, "time": time.time()}
+        with folder.starts.open("a") as file:
+            file.write(json.dumps(start) + "\n")
     return TrainState(
         config=config,
         folder=folder,
@@ -147,7 +150,7 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, poll: Callable[[], None
         trainable=trainable,
         callback=session.callback,
         progress=progress,
-        metrics=_open_metrics(session, ranks, progress) if ranks.first else None,
+        metrics=metrics,
         poll=poll,
         parameters=parameters,
         saved_step=progress.step if found and found.folder.parent == folder.checkpoints else -1,
@@ -168,14 +171,6 @@ def _newest(session: Session) -> Checkpoint | None:
     for part in ("model", "mixer"):
         check_fits(other.folder, {part: before[part]}, {part: now[part]})
     return other
-
-
-def _open_metrics(session: Session, ranks: Ranks, progress: Progress) -> MetricsFile:
-    metrics = MetricsFile(session.folder.metrics, step=progress.step)
-    start = {"session": session.name, "step": progress.step, "ranks": ranks.count, "time": time.time()}
-    with session.folder.starts.open("a") as file:
-        file.write(json.dumps(start) + "\n")
-    return metrics
 
 
 def _save(session: Session, state: TrainState) -> None:
