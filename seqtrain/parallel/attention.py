@@ -67,7 +67,9 @@ class Keys(SplitInTime):
         own_keys = {"k": k[:, start:], "v": v[:, start:], "length": length}
         given, k, v = _joined(k, v, sequence, state)
         plan, scale = _whole_documents(sequence, given), call.options.get("scale")
-        if form == "heads" or (form == "auto" and divides and _reaches_far(plan)):
+        longest = max(end - start for start, end in pairwise(plan.offsets))
+        far = NEAR * max(plan.before(rank) for rank in range(ranks)) > longest
+        if form == "heads" or (form == "auto" and divides and far):
             return _by_heads(q, k, v, sequence, given, scale), own_keys
         return _by_blocks(q, k, v, sequence, plan, scale), own_keys
 
@@ -125,13 +127,6 @@ class KeysAndSinks(SplitInTime):
         # An output without tokens depends on nothing.
         owed += [part for part in call.tensors if part is not None and out.shape[1] == 0]
         return keep_in_graph(out, *came, *owed), state if local is None else self.last(state)
-
-
-def _reaches_far(plan: HaloPlan) -> bool:
-    """Whether some rank wants more than a small part of what the longest part has."""
-    ranks = range(len(plan.starts))
-    longest = max(end - start for start, end in pairwise(plan.offsets))
-    return NEAR * max(plan.before(rank) for rank in ranks) > longest
 
 
 def _windowed(sequence: ShardedSequence, call: Call) -> tuple[Tensor, State]:

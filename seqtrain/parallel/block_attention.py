@@ -8,7 +8,7 @@ activation checkpointing saves the output, not the blocks.
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -38,10 +38,8 @@ def block_attention(
 
     Bytes: the wanted keys and values are received once forward and once backward, and their gradients sent back.
     """
-    out, _ = torch.ops.seqtrain.block_attention(
-        q, k, v, scale, fused, plan.starts, plan.offsets, plan.given, group.group_name
-    )
-    return out
+    numbers = (plan.given, *plan.starts, *plan.offsets)
+    return torch.ops.seqtrain.block_attention(q, k, v, scale, fused, numbers, group.group_name)[0]
 
 
 @dataclass
@@ -96,7 +94,7 @@ class _Rounds:
         """What this rank sends over `distance`, with the rank that gets it."""
         to = self.rank + distance
         rows = self.plan.wanted(to, self.rank) if to < len(self.plan.starts) else None
-        return None if rows is None else RowRange(to, rows.first, rows.last)
+        return None if rows is None else replace(rows, rank=to)
 
 
 @lru_cache(maxsize=64)
@@ -107,25 +105,23 @@ def _reach(plan: HaloPlan) -> int:
     return max(rank - holder if plan.before(rank) else 0 for rank, holder in enumerate(holders))
 
 
+def _plan(numbers: Sequence[int]) -> HaloPlan:
+    """The plan whose given rows, starts and offsets an operator was handed."""
+    ranks = len(numbers) // 2 - 1
+    return HaloPlan(tuple(numbers[1 : 1 + ranks]), tuple(numbers[1 + ranks :]), numbers[0])
+
+
 def _agreed(what: str, plan: HaloPlan, k: Tensor, v: Tensor) -> str:
     return f"{what} {plan.text} {tuple(k.shape[2:])} {tuple(v.shape[2:])} {k.dtype}"
 
 
 @torch.library.custom_op("seqtrain::block_attention", mutates_args=())
 def _block_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    fused: bool,
-    starts: Sequence[int],
-    offsets: Sequence[int],
-    given: int,
-    group_name: str,
+    q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool, numbers: Sequence[int], group_name: str
 ) -> tuple[Tensor, Tensor]:
     """`out` and its log-sum-exp."""
-    plan, engine = HaloPlan(tuple(starts), tuple(offsets), given), engine_of(group_name)
-    mine = given if engine.rank == 0 else 0
+    plan, engine = _plan(numbers), engine_of(group_name)
+    mine = plan.given if engine.rank == 0 else 0
     out = q.new_zeros(*q.shape[:3], v.shape[3], dtype=state_dtype(q.dtype))
     lse = out.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf)
 
@@ -156,14 +152,12 @@ def _block_attention_backward(
     lse: Tensor,
     scale: float,
     fused: bool,
-    starts: Sequence[int],
-    offsets: Sequence[int],
-    given: int,
+    numbers: Sequence[int],
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    plan, engine = HaloPlan(tuple(starts), tuple(offsets), given), engine_of(group_name)
-    mine, widths = given if engine.rank == 0 else 0, [k.shape[3], v.shape[3]]
+    plan, engine = _plan(numbers), engine_of(group_name)
+    mine, widths = plan.given if engine.rank == 0 else 0, [k.shape[3], v.shape[3]]
     kv = torch.cat([k, v], -1)
     dq = torch.zeros_like(q, dtype=state_dtype(q.dtype), memory_format=torch.contiguous_format)
     d_kv = torch.zeros_like(kv, dtype=dq.dtype)
@@ -189,13 +183,13 @@ def _block_attention_backward(
 
 
 @_block_attention.register_fake
-def _(q, k, v, scale, fused, starts, offsets, given, group_name):
+def _(q, k, v, scale, fused, numbers, group_name):
     out = q.new_empty(*q.shape[:3], v.shape[3])
     return out, out.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=state_dtype(q.dtype))
 
 
 @_block_attention_backward.register_fake
-def _(d_out, q, k, v, out, lse, scale, fused, starts, offsets, given, group_name):
+def _(d_out, q, k, v, out, lse, scale, fused, numbers, group_name):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

@@ -6,8 +6,7 @@ other rank wants, and nothing but the tokens travels.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -83,10 +82,8 @@ def _traffic(plan: HaloPlan, rank: int) -> tuple[tuple[RowRange, ...], tuple[Row
     others = range(rank, len(plan.starts))
     sends = ((other, plan.wanted(other, rank)) for other in others)
     receives = (plan.wanted(rank, other) for other in range(rank + 1))
-    return (
-        tuple(RowRange(other, rows.first, rows.last) for other, rows in sends if rows is not None),
-        tuple(rows for rows in receives if rows is not None),
-    )
+    leaving = tuple(replace(rows, rank=other) for other, rows in sends if rows is not None)
+    return leaving, tuple(rows for rows in receives if rows is not None)
 
 
 @lru_cache(maxsize=64)
@@ -131,26 +128,17 @@ def left_halo(x: Tensor, plan: HaloPlan, *, group: dist.ProcessGroup) -> Tensor:
     tail = x[:, earliest:]
     pieces = [tail[:, rows.first - earliest : rows.last - earliest].reshape(-1) for rows in sends]
     row = x.shape[0] * x.shape[2:].numel()
-    came = exchange(
-        torch.cat(pieces) if pieces else tail.reshape(-1),
-        _sizes(sends, row, ranks),
-        _sizes(receives, row, ranks),
-        group=group,
-        agreed=f"halo {plan.text} {row}",
-        run_ahead=True,
-    )
+    sizes = [[0] * ranks, [0] * ranks]
+    for size, messages in zip(sizes, (sends, receives), strict=True):
+        for rows in messages:
+            size[rows.rank] = rows.count * row
+    leaving = torch.cat(pieces) if pieces else tail.reshape(-1)
+    came = exchange(leaving, *sizes, group=group, agreed=f"halo {plan.text} {row}", run_ahead=True)
     blocks = [
         piece.view(x.shape[0], rows.count, *x.shape[2:])
         for piece, rows in zip(came.split([rows.count * row for rows in receives] or [0]), receives, strict=False)
     ]
     return torch.cat(blocks, 1) if blocks else came.view(x.shape[0], 0, *x.shape[2:])
-
-
-def _sizes(messages: Sequence[RowRange], row: int, ranks: int) -> list[int]:
-    sizes = [0] * ranks
-    for rows in messages:
-        sizes[rows.rank] = rows.count * row
-    return sizes
 
 
 def past_inputs(x: Tensor, count: int, sequence: "ShardedSequence", initial_state: Tensor | None = None) -> Tensor:

@@ -42,7 +42,13 @@ def form_mesh(
     """
     rank, ranks = world.rank(), world.size()
     assert ranks % sequence == 0, (ranks, sequence)
-    group = _sequence_group(rank, ranks, sequence, timeout_seconds) if sequence > 1 else None
+    group = None
+    if sequence > 1:
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        # Every rank takes part in forming every group of neighbors.
+        for first in range(0, ranks, sequence):
+            formed = dist.new_group(list(range(first, first + sequence)), timeout=timeout)
+            group = formed if first <= rank < first + sequence else group
     if group is not None and len(candidates(algorithm)) > 1:
         # Now, when all ranks are here with nothing else to do; in the first layer others would compute meanwhile.
         costs_of(engine_of(group.group_name), device)
@@ -52,12 +58,3 @@ def form_mesh(
         # A neighbor may still be reading what this rank has sent.
         dist.barrier(world)
         dist.destroy_process_group(group)
-
-
-def _sequence_group(rank: int, ranks: int, sequence: int, timeout_seconds: int) -> dist.ProcessGroup:
-    """This rank's group of `sequence` neighbors. Every rank takes part in forming every group."""
-    timeout = datetime.timedelta(seconds=timeout_seconds)
-    groups = [
-        dist.new_group(list(range(first, first + sequence)), timeout=timeout) for first in range(0, ranks, sequence)
-    ]
-    return groups[rank // sequence]

@@ -47,13 +47,12 @@ class RelayedState(SplitInTime):
             outs.append(out)
         owed = tree_flatten(state)[0] if rank else []
         if rank + 1 < group.size():
-            owed += [_send(part, name, rank + 1, anchor, group) for name, part in enumerate(tree_flatten(after)[0])]
+            # Gradients return where the loss depends on what comes of sending: no numbers.
+            owed += [
+                _pass_on(part.flatten(), 0, part, f"to {rank + 1}: part {name}", rank + 1, anchor, group)
+                for name, part in enumerate(tree_flatten(after)[0])
+            ]
         return keep_in_graph(torch.cat(outs, 1), *owed), after
-
-
-def _send(part: Tensor, name: int, rank: int, anchor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sends a part of the state to `rank`. Gradients return where the loss depends on the result, of no numbers."""
-    return _pass_on(part.flatten(), 0, part, f"to {rank}: part {name}", rank, anchor, group)
 
 
 def _receive(like: Any, rank: int, anchor: Tensor, group: dist.ProcessGroup) -> Any:

@@ -71,11 +71,11 @@ class Wire(ABC):
 
     def post(self, buffer: Tensor, place: int) -> None:
         """Announces that a message from `place` is to fill `buffer`; messages arrive in the order of posting."""
-        self.receives.append(self._begin("recv", buffer, self.rank(place)))
+        self.receives.append(self._message("recv", buffer, self.rank(place)))
 
     def send(self, buffer: Tensor, place: int) -> None:
         """Sends `buffer`, which must stay untouched until the works that `close` returns are done."""
-        self.sends.append(self._begin("send", buffer, self.rank(place)))
+        self.sends.append(self._message("send", buffer, self.rank(place)))
 
     @abstractmethod
     def receive(self, count: int = 1) -> None:
@@ -89,11 +89,6 @@ class Wire(ABC):
     @abstractmethod
     def close(self) -> Sent:
         """The sends that may still be under way, with the buffers they read."""
-
-    def _begin(self, what: str, buffer: Tensor, rank: int) -> Any:
-        # gloo rejects a non-contiguous tensor on one rank, and the others then die by time-out.
-        assert buffer.is_contiguous(), f"a message must be contiguous, has strides {buffer.stride()} for {buffer.shape}"
-        return self._message(what, buffer, rank)
 
     @abstractmethod
     def _message(self, what: str, buffer: Tensor, rank: int) -> Any:
@@ -120,6 +115,8 @@ class GlooWire(Wire):
         return sends
 
     def _message(self, what: str, buffer: Tensor, rank: int) -> tuple[dist.Work, Tensor]:
+        # gloo rejects a non-contiguous tensor on one rank, and the others then die by time-out.
+        assert buffer.is_contiguous(), f"a message must be contiguous, has strides {buffer.stride()} for {buffer.shape}"
         return getattr(self.group, what)([buffer], rank, self.tag), buffer
 
 
