@@ -10,15 +10,7 @@ from pathlib import Path
 from seqtrain.data.batches import Batches, EvaluationBatches, TokenStream
 from seqtrain.data.config import DataConfig
 from seqtrain.data.ingest import BIGRAMS, content_key, ingest, open_sources
-from seqtrain.data.shards import (
-    MANIFEST,
-    REBUILD,
-    VERSION,
-    CorpusManifest,
-    Shard,
-    SplitEntry,
-    inside,
-)
+from seqtrain.data.shards import MANIFEST, REBUILD, VERSION, CorpusManifest, Shard, SplitEntry, inside
 from seqtrain.data.sources import SOURCES
 from seqtrain.data.synthetic import TASKS, SyntheticCorpus
 from seqtrain.data.tokenizer import Tokenizer, load_tokenizer
