@@ -11,7 +11,6 @@ from seqtrain.parallel.scan import (
     open_all_scan,
     save_scans,
     scans_opened,
-    start_all_scan,
 )
 from seqtrain.parallel.schedules import ALGORITHMS
 from seqtrain.parallel.sequence import ContinuedSequence, SequenceContext
@@ -32,5 +31,4 @@ __all__ = [
     "relay",
     "save_scans",
     "scans_opened",
-    "start_all_scan",
 ]

@@ -65,28 +65,13 @@ def all_scan(
     backward is a scan too. When a program ends, end with a collective or `flush_scans`: messages may be under way.
     Raises `ValueError` for shapes or dtypes that don't fit, `RuntimeError` when another rank has failed.
     """
-    return start_all_scan(
-        transition, update, group=group, initial_state=initial_state, algorithm=algorithm, blocks=blocks
-    ).wait()
-
-
-def start_all_scan(
-    transition: Tensor | None,
-    update: Tensor,
-    *,
-    group: dist.ProcessGroup,
-    initial_state: Tensor | None = None,
-    algorithm: Algorithm = "auto",
-    blocks: int | None = None,
-) -> "Scan":
-    """`all_scan` that returns at once; `wait()` on the result gives `(state_in, final_state)`."""
     # Before the scan is opened: another rank may wait for what was announced.
     _check(transition, update, initial_state)
     form = None if transition is None else transition.shape
     scan = open_all_scan(
         form, update.shape, dtype=update.dtype, device=update.device, group=group, algorithm=algorithm, blocks=blocks
     )
-    return scan.start(transition, update, initial_state=initial_state)
+    return scan.start(transition, update, initial_state=initial_state).wait()
 
 
 def open_all_scan(

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seqtrain.parallel import open_all_scan
+
 UPDATE = (2, 3, 4, 5)  # B H K V
 FORMS = {
     "none": (None, UPDATE),
@@ -110,3 +112,10 @@ def check(case: Case, rank: int, states, gradients: dict[str, Tensor], tolerance
     for name, (came, true) in named.items():
         error = (came.detach().to(true.dtype) - true).norm() / true.norm().clamp(min=1e-6)
         assert error < tolerance, f"{what}, rank {rank}: {name} is off by {error:.2e}"
+
+
+def start_all_scan(transition, update, *, initial_state=None, **options):
+    """`all_scan` that returns before it is waited for."""
+    form = None if transition is None else transition.shape
+    scan = open_all_scan(form, update.shape, dtype=update.dtype, device=update.device, **options)
+    return scan.start(transition, update, initial_state=initial_state)

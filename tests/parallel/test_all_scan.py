@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from seqtrain.parallel import ALGORITHMS, all_scan, open_all_scan, start_all_scan
+from seqtrain.parallel import ALGORITHMS, all_scan, open_all_scan
 from seqtrain.parallel.schedules import SCHEDULES, candidates
 from seqtrain.parallel.schedules.tree import Tree
 from seqtrain.parallel.testing import run_ranks
 from tests.parallel.ranks import on_ranks
-from tests.parallel.scan_cases import FORMS, check, gradients_of, loss, own_leaves, random_case, truth
+from tests.parallel.scan_cases import FORMS, check, gradients_of, loss, own_leaves, random_case, start_all_scan, truth
 
 # One number of ranks in the quick loop.
 RANKS = [pytest.param(ranks, marks=() if ranks == 3 else pytest.mark.all) for ranks in (1, 2, 3, 4)]

@@ -7,13 +7,14 @@ import torch
 import torch.distributed as dist
 
 from seqtrain.kernels import short_convolution
-from seqtrain.parallel import ShardedSequence, all_scan, flush_scans, start_all_scan
+from seqtrain.parallel import ShardedSequence, all_scan, flush_scans
 from seqtrain.parallel.exchange import EXCHANGES_IN_FLIGHT, exchange
 from seqtrain.parallel.halo import HaloPlan, left_halo, past_inputs
 from seqtrain.parallel.scan_engine import engine_of
 from seqtrain.parallel.testing import run_ranks
 from seqtrain.testing import boundaries
 from tests.parallel.ranks import on_ranks
+from tests.parallel.scan_cases import start_all_scan
 
 TOKENS = 19
 OFFSETS = {

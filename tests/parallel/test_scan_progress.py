@@ -14,12 +14,11 @@ from seqtrain.parallel import (
     flush_scans,
     open_all_scan,
     scans_opened,
-    start_all_scan,
 )
 from seqtrain.parallel.halo import HaloPlan, left_halo
 from seqtrain.parallel.testing import RankError, rank_outcomes, run_ranks
 from tests.parallel.ranks import on_ranks
-from tests.parallel.scan_cases import check, gradients_of, loss, own_leaves, random_case
+from tests.parallel.scan_cases import check, gradients_of, loss, own_leaves, random_case, start_all_scan
 
 BIG = (1, 1, 2048, 2048)  # 16 MiB, more than sockets hold
 
