@@ -16,7 +16,7 @@ from seqtrain.kernels.segments import Relayed
 from seqtrain.parallel.exchange import exchange
 from seqtrain.parallel.scan import keep_in_graph
 from seqtrain.parallel.sequence import Call, SplitInTime, splits
-from seqtrain.parallel.sharded import LocalCall, ShardedSequence
+from seqtrain.parallel.sharded import ShardedSequence
 
 log = logging.getLogger("seqtrain.parallel")
 
@@ -31,16 +31,17 @@ class RelayedState(SplitInTime):
 
     def sharded(self, sequence: ShardedSequence, call: Call) -> tuple[Tensor, Any]:
         _warn(call.operator.name)
-        local = LocalCall.of(sequence, call)
+        tokens = sequence.end - sequence.start
+        head, documents = sequence.head_and_tail(call.initial_state is not None)
         # Whatever is sent or received hangs on an input, so that gradients come this way on every rank or on none.
         group, anchor = sequence.group, call.tensors[0]
         rank, batch = group.rank(), anchor.shape[0]
-        tail = local.on_tail() if local.head < local.tokens else None
+        tail = call.rows(slice(head, tokens)).run(sequence, None, documents) if head < tokens else None
         like = call.rows(slice(0, 0)).run(sequence, None, None)[1] if rank else None
         state = _receive(like, rank, anchor, group) if rank else call.initial_state
         outs = []
-        if tail is None or local.head:
-            out, after = local.on_head(state)
+        if tail is None or head:
+            out, after = call.rows(slice(0, head)).run(sequence, state, None)
             outs.append(out)
         if tail is not None:
             out, after = tail[0], tree_map(lambda states: states[-batch:], tail[1])

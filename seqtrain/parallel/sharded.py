@@ -80,6 +80,21 @@ class ShardedSequence(SequenceContext):
         """The place in the row after this rank's last token."""
         return self.offsets[self.group.rank() + 1]
 
+    def head_and_tail(self, continues: bool) -> tuple[int, Tensor | None]:
+        """How many of this rank's tokens continue what came before, and the documents that start after them.
+
+        `continues`: whether the row's first document does. The second: int64 `[N+1]`, boundaries of those N documents,
+        from 0; None where none starts here, and where B rows of one document each do.
+        """
+        start, end = self.start, self.end
+        if self.cu_seqlens is None:
+            return 0 if start == 0 and not continues else end - start, None
+        first = start if start or not continues else 1
+        inner = [boundary for boundary in self.boundaries if first <= boundary < end]
+        if not inner:
+            return end - start, None
+        return inner[0] - start, torch.tensor([*inner, end], dtype=torch.int64) - inner[0]
+
     def own_documents(self, past: Any) -> tuple[Tensor | None, Any]:
         """`cu_seqlens` of this rank's parts of documents, None for whole rows, and `past` as the state of all of them.
 
@@ -148,42 +163,6 @@ class ShardedSequence(SequenceContext):
         return before * past[:, None], after + past * (start == 0)
 
 
-@dataclass(frozen=True)
-class LocalCall:
-    """A call on this rank's `tokens`: the first `head` continue what came before, the others start documents.
-
-    `tail`: int64 `[N+1]`, boundaries of the N documents that start here, from 0, counted from the head's end; None
-    where none does, and where B rows of one document each start here.
-    """
-
-    sequence: ShardedSequence
-    call: Call
-    tokens: int
-    head: int
-    tail: Tensor | None
-
-    @classmethod
-    def of(cls, sequence: ShardedSequence, call: Call) -> "LocalCall":
-        start, end, tail = sequence.start, sequence.end, None
-        continues = call.initial_state is not None
-        if sequence.cu_seqlens is None:
-            head = 0 if start == 0 and not continues else end - start
-        else:
-            first = start if start or not continues else 1
-            inner = [boundary for boundary in sequence.boundaries if first <= boundary < end]
-            head = inner[0] - start if inner else end - start
-            tail = torch.tensor([*inner, end], dtype=torch.int64) - inner[0] if inner else None
-        return cls(sequence, call, end - start, head, tail)
-
-    def on_head(self, state: Any) -> tuple[Tensor, Any]:
-        """The operator on the tokens that continue what came before."""
-        return self.call.rows(slice(0, self.head)).run(self.sequence, state, None)
-
-    def on_tail(self) -> tuple[Tensor, Any]:
-        """The operator on the documents that start here."""
-        return self.call.rows(slice(self.head, self.tokens)).run(self.sequence, None, self.tail)
-
-
 @splits(AffineScan)
 class ScannedSegments(SplitInTime):
     """A rank's tokens are an affine map of the incoming state: one All-Scan forward, one backward.
@@ -194,7 +173,8 @@ class ScannedSegments(SplitInTime):
     """
 
     def sharded(self, sequence: ShardedSequence, call: Call) -> tuple[Tensor, Tensor]:
-        local, initial = LocalCall.of(sequence, call), call.initial_state
+        initial, tokens = call.initial_state, sequence.end - sequence.start
+        head, tail = sequence.head_and_tail(initial is not None)
         segment = call.operator.segment(call.tensors, call.options, sequence.backend)
         batch, device = call.tensors[0].shape[0], call.tensors[0].device
         shape, dtype = call.operator.state_shape(call.tensors, call.options, batch)
@@ -206,7 +186,7 @@ class ScannedSegments(SplitInTime):
         )
         if initial is not None:
             initial = initial.to(dtype)
-        if local.head == local.tokens:
+        if head == tokens:
             transition, update = segment.transition()
             if transition is None and form is not None:
                 transition = update.new_ones(form)
@@ -214,12 +194,12 @@ class ScannedSegments(SplitInTime):
             segment.local_output()
             state, final = scan.wait()
             # An output without tokens may depend on nothing.
-            owed = [tensor for tensor in call.tensors if tensor is not None] if local.tokens == 0 else []
+            owed = [tensor for tensor in call.tensors if tensor is not None] if tokens == 0 else []
             return keep_in_graph(segment.add_incoming(state), state, *owed), final
-        out, states = local.on_tail()
+        out, states = call.rows(slice(head, tokens)).run(sequence, None, tail)
         forgets = None if form is None else torch.zeros(form, dtype=dtype, device=device)
         state, final = scan.start(forgets, states[-batch:], initial_state=initial).wait()
-        if local.head == 0:
+        if head == 0:
             return keep_in_graph(out, state), final
-        before, _ = local.on_head(state)
+        before, _ = call.rows(slice(0, head)).run(sequence, state, None)
         return torch.cat([before, out], 1), final
