@@ -6,7 +6,7 @@ other rank wants, and nothing but the tokens travels.
 """
 
 from bisect import bisect_right
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -82,7 +82,7 @@ def _traffic(plan: HaloPlan, rank: int) -> tuple[tuple[RowRange, ...], tuple[Row
     others = range(rank, len(plan.starts))
     sends = ((other, plan.wanted(other, rank)) for other in others)
     receives = (plan.wanted(rank, other) for other in range(rank + 1))
-    leaving = tuple(replace(rows, rank=other) for other, rows in sends if rows is not None)
+    leaving = tuple(RowRange(other, rows.first, rows.last) for other, rows in sends if rows is not None)
     return leaving, tuple(rows for rows in receives if rows is not None)
 
 

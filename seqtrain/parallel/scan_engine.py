@@ -274,9 +274,10 @@ class Engine:
         wire = NcclWire(self.group) if device.type == "cuda" else GlooWire(self.group, tag)
         try:
             yield wire
+            sent = wire.close()
             # Not among the scans' own: the progress thread must never wait for a message that this thread sent ahead.
             with self._lock:
-                self._lent.append(wire.close())
+                self._lent.append(sent)
             with _observed("exchange"):
                 self._settle(self._lent, in_flight)
         except RuntimeError as failure:
