@@ -68,6 +68,7 @@ COMMANDS = {
     ),
     "convert": Command("seqtrain.convert.command", "turn a pretrained Transformer into a recurrent model", "convert"),
     "generate": Command("seqtrain.runtime.generate", "continue a prompt with a trained model", "generate"),
+    "export": Command("seqtrain.runtime.export", "write a run's newest checkpoint for transformers"),
     "profile": Command(
         "seqtrain.profiling.throughput", "tell where time and memory of a step go", "profile_throughput"
     ),

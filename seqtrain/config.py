@@ -43,7 +43,7 @@ def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
 def _value_types(name: str) -> dict[str, str]:
     """What each key and group of the primary config `name` takes, as `Definition.value_types` says."""
     groups = [path.name for path in conf_dir().iterdir() if path.is_dir()]
-    return dict.fromkeys([*groups, *NAMED_GROUPS, "run"], "text") | _key_types(name)
+    return dict.fromkeys([*groups, *NAMED_GROUPS], "choice") | {"run": "text"} | _key_types(name)
 
 
 @cache
@@ -87,7 +87,13 @@ def _composed(name: str, overrides: tuple[str, ...], folder: Path) -> DictConfig
             config = compose(name, overrides=list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain_composition(error, name, overrides)) from error
-    choices = config.hydra.runtime.choices
+    # Hydra does not tell those of a group of which several were chosen.
+    several = [word.partition("=")[::2] for word in overrides if re.match(r"\w+=\[", word)]
+    kinds = _value_types(name)
+    choices = {
+        **config.hydra.runtime.choices,
+        **{group: value for group, value in several if kinds.get(group) == "choice"},
+    }
     with open_dict(config):
         del config["hydra"]
     _note_presets(config, choices)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 # What the core is installed without, by the extra that brings it: names of modules.
 EXTRAS = {
     "train": (
-        "datasets", "deepspeed", "hydra", "matplotlib", "omegaconf", "pyarrow", "ray", "rich", "tokenizers",
-        "transformers", "wandb", "yaml",
+        "datasets", "deepspeed", "hydra", "matplotlib", "omegaconf", "pyarrow", "ray", "rich",
+        "tensorboardX", "tokenizers", "transformers", "wandb", "yaml",
     ),
     "convert": ("gguf", "peft"),
     "eval": ("lm_eval",),

@@ -36,12 +36,18 @@ EXAMPLE = r"^ *((?:python|seqtrain|torchrun) .*)$"
 
 
 def program(name: str) -> str:
-    """How the command `name` was started, so that what is printed can be typed: `python launch/pretrain.py`."""
-    started = Path(sys.argv[0])
-    if started.suffix != ".py" or started.name == "__main__.py":
+    """How the command `name` is started where this process was, so that what is printed can be typed.
+
+    `python launch/generate.py` for a script of a checkout, else `seqtrain generate`.
+    """
+    started = Path(sys.argv[0]).absolute()
+    folders = ("launch", "tools")
+    found = [started.parent.parent / folder for folder in folders] if started.parent.name in folders else []
+    scripts = (script for folder in found for script in folder.glob("*.py"))
+    script = next((each for each in scripts if f'run("{name}"' in each.read_text()), None)
+    if script is None:
         return f"seqtrain {name}"
-    path = started.absolute()
-    return f"python {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}"
+    return f"python {script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script}"
 
 
 def command_line(name: str, *words: str) -> str:

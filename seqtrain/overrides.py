@@ -15,8 +15,9 @@ from seqtrain.errors import ConfigError
 def quote_text(words: Sequence[str], types: Mapping[str, str], *, sweep: bool = False) -> list[str]:
     """`words` with quotes around every value that is text, and around any other that Hydra can't parse.
 
-    `types`: what kind of value each key takes: `text`, which may be anything, `list`, or another. `sweep`: whether
-    `key=a,b` asks for two runs. Raises `ConfigError` with the word to type instead where it isn't clear what is meant.
+    `types`: what each key takes: `text`, which may be anything, a `list`, a `choice` or several, or another value.
+    `sweep`: whether `key=a,b` asks for two runs. Raises `ConfigError` with the word to type instead where it isn't
+    clear what is meant.
     """
     return [_quoted(word, types, sweep) for word in words]
 
@@ -39,6 +40,8 @@ def _quoted(word: str, types: Mapping[str, str], sweep: bool) -> str:
     if not (key if sign else word.startswith("~")):
         raise ConfigError(f"{word!r} is not key=value; --help lists the keys")
     kind, parsed = types.get(key.lstrip("+"), ""), _parse(word)
+    if kind == "choice" and not value.startswith("["):
+        kind = "text"
     if parsed and (not sign or _is_quoted(value) or (sweep and parsed.is_sweep_override())):
         return word
     if kind == "text" and sweep and "," in value:

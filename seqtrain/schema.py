@@ -33,6 +33,7 @@ NAMED_GROUPS = ("optimizer", "schedule", "runtime")
 class Key:
     """One field of a dataclass."""
 
+    # As it is typed: `as` for the field `as_`.
     name: str
     # The annotation as it is written.
     type: str
@@ -150,7 +151,7 @@ class Definition:
         annotation = ast.unparse(node.annotation)
         nested = self.module.find(annotation) if annotation.isidentifier() else None
         nested = nested if nested and nested.is_dataclass else None
-        return Key(name, annotation, self._default(node, nested), " ".join(self._comment(node)), nested)
+        return Key(name.rstrip("_"), annotation, self._default(node, nested), " ".join(self._comment(node)), nested)
 
     def _default(self, node: ast.AnnAssign, nested: "Definition | None") -> Any:
         if nested:

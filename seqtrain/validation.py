@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import keyword
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -27,8 +28,10 @@ FilePath = Annotated[str, AfterValidator(expand)]
 def validate(cls: type[T], values: Mapping[str, Any], *, prefix: str = "") -> T:
     """`values` as an instance of the dataclass `cls`, strictly: no unknown key, no coerced type.
 
+    A key that is a word of Python, such as `as`, is that of the field `as_`.
     `prefix` is put before the keys that errors name. Raises `ConfigError` for the first key that is wrong.
     """
+    values = {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in values.items()}
     for key, allowed in _unknown_keys(cls, values, prefix):
         raise ConfigError(unknown_name("config key", key, allowed))
     try:
@@ -48,7 +51,7 @@ def _unknown_keys(cls: type, values: Mapping[str, Any], prefix: str) -> Iterator
 
 def _explain_value(error: ValidationError, prefix: str) -> str:
     first = error.errors(include_url=False)[0]
-    key = prefix + ".".join(str(part) for part in first["loc"])
+    key = prefix + ".".join(str(part).rstrip("_") for part in first["loc"])
     if first["type"] == "missing":
         return f"{key}: is required"
     rule = first["msg"].replace("Input should be", "must be").replace("Value error, ", "")

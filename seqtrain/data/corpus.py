@@ -54,6 +54,11 @@ class Corpus:
         return self.tokenizer.vocab_size
 
     @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text that a token of the training side stands for, on average."""
+        return self.manifest.train.bytes / max(self.manifest.train.tokens, 1)
+
+    @property
     def about(self) -> str:
         """What a log says of it."""
         return f"{self.folder}, {self.train.tokens} tokens to train on, {self.held_out.tokens} held out"

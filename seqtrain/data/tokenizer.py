@@ -37,6 +37,10 @@ class Tokenizer:
         """The ids of `text`, without any mark added."""
         return self.encode_pieces([text.encode("utf-8")])[0].tolist()
 
+    def as_huggingface(self) -> Any:
+        """The same mapping as a fast tokenizer of transformers, whose `eos_token` is `end`."""
+        raise NotImplementedError
+
     def byte_count(self, ids: Any) -> int:
         """How many bytes of text `ids` (array, tensor or list) stand for. Exact where encoding loses nothing."""
         return int(self.token_bytes[np.asarray(ids, dtype=np.int64)].sum())
@@ -57,6 +61,19 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(int(i) for i in ids if int(i) < 256).decode("utf-8", errors="replace")
+
+    def as_huggingface(self) -> Any:
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders, models, pre_tokenizers
+
+        # Byte-level tokenizers write each byte as one printable character: itself where it is one, else from U+0100 on.
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(256) if byte not in printable]
+        letters = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+        backend = Backend(models.BPE(vocab=letters | {"<|end|>": self.end}, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        return _fast(backend, "<|end|>")
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -87,6 +104,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def as_huggingface(self) -> Any:
+        return _fast(self._backend, self._backend.id_to_token(self.end))
+
+
+def _fast(backend: Any, end: str) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=end)
 
 
 def load_tokenizer(config: DataConfig) -> Tokenizer:

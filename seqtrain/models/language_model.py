@@ -4,7 +4,7 @@ A block is a mixer over time, then an MLP over channels, each normalised before 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import torch
@@ -20,6 +20,7 @@ from seqtrain.mixers import MIXERS, WHOLE, LayerShape, Mixer, State
 from seqtrain.models.spiking import Spikes
 from seqtrain.parallel.scan import checkpoint_contexts
 from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.validation import validate
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,13 @@ class LanguageModel(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ):
-        """`mixers`: the `Config` of each mixer in `config.layers`, by name. `generator`: on the parameters' device.
+        """`mixers`: the `Config` of mixers in `config.layers`, by name; those left out have their defaults.
 
-        The initial weights follow from `torch.manual_seed`, or from `generator`. Raises `ConfigError`.
+        The initial weights follow from `torch.manual_seed`, or from `generator`, which is on the parameters' device.
+        Raises `ConfigError`.
         """
         super().__init__()
+        validate(ModelConfig, asdict(config), prefix="model.")
         self.config = config
         self.vocab_size = vocab_size
         if config.width % config.heads:
@@ -206,12 +209,14 @@ class LanguageModel(nn.Module):
         all_logits: bool = False,
         keep_state: bool = False,
     ) -> Any:
-        """`tokens: int64 [B,T]`, or `[B]` for one token per row.
+        """The loss summed over `labels`, which are the *next* tokens already; without them, the last position's logits.
 
-        With `labels: int64 [B,T]` (-100 does not count): the loss, a float32 scalar summed over tokens; with
-        `keep_state` also the state after the last token. Without labels: logits of the last position, float32
-        `[B,vocab]` (of all, `[B,T,vocab]`, with `all_logits`), and that state, one dict per layer. `state`: the same
-        before the first token; None for an empty past.
+        tokens: int64 `[B,T]`, or `[B]` for one token per row.
+        labels: int64 `[B,T]`, `tokens` one place further on; -100 does not count. The loss is a float32 scalar, a sum
+            over tokens and not their mean; with `keep_state` the state after the last token comes with it.
+        Without labels: float32 logits `[B,vocab]` (of all positions, `[B,T,vocab]`, with `all_logits`), and that
+            state, one dict per layer.
+        state: the same before the first token; None for an empty past.
         """
         x, after = self.hidden(tokens, state, sequence=sequence, keep_state=keep_state or labels is None)
         if labels is not None:
@@ -264,14 +269,22 @@ class LanguageModel(nn.Module):
         return sum(block.state_bytes(tokens) for block in self.blocks)
 
 
+def default_config(mixer: str) -> Any:
+    """The `Config` of the mixer of that name, all fields as they are by default. Raises `ConfigError`."""
+    cls = MIXERS.get(mixer)
+    try:
+        return cls.Config()
+    except TypeError as error:
+        raise ConfigError(f"mixer.{mixer}: has no defaults ({error}); write conf/mixer/{mixer}.yaml") from error
+
+
 def _build_mixer(config: ModelConfig, mixers: Mapping[str, Any], index: int) -> Mixer:
     name = config.layers[index % len(config.layers)]
     cls = MIXERS.get(name)
-    if name not in mixers:
-        raise ConfigError(
-            f"mixer.{name}: is required by model.layers={','.join(config.layers)}; add conf/mixer/{name}.yaml"
-        )
-    mixer = cls(mixers[name], LayerShape(config.width, config.heads, index, config.depth))
+    mixer = cls(
+        mixers[name] if name in mixers else default_config(name),
+        LayerShape(config.width, config.heads, index, config.depth),
+    )
     if not mixer.causal:
         raise ConfigError(f"model.layers={name}: sees tokens to come, which a language model must not, as configured")
     return mixer

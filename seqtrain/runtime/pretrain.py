@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from seqtrain.config import launch
+from seqtrain.help import command_line
 from seqtrain.runtime.run import run
 from seqtrain.runtime.settings import PretrainConfig, read_pretrain_config
 
@@ -47,9 +48,10 @@ def announce(config: PretrainConfig) -> str:
 
 
 def describe(summary: dict[str, Any], output_dir: str) -> str:
-    """The outcome in a few lines."""
+    """The outcome in a few lines, and what to type to go on from it."""
+    resume = command_line("pretrain", f"run={output_dir}")
     if summary["stopped"]:
-        return f"stopped after step {summary['steps']}; rerun with output_dir={output_dir} to resume"
+        return f"stopped after step {summary['steps']}; to resume: {resume}"
     lines = [
         f"{summary['steps']} steps, {summary['parameters']:,} parameters",
         f"{summary['tokens_per_second']:,.0f} tokens/s, at most {summary['peak_memory_bytes'] / 2**30:.2f} GiB a rank",
@@ -58,5 +60,9 @@ def describe(summary: dict[str, Any], output_dir: str) -> str:
         lines.append(f"held-out text: {summary['held_out_bits_per_byte']:.3f} bits per byte")
         lines[-1] += f"; a byte bigram of the training text: {summary['bigram_bits_per_byte']:.3f}"
     if summary["sample"]:
-        lines += ["a sample:", *(f"    {line}" for line in summary["sample"].splitlines())]
+        lines += ["", "a sample:", summary["sample"], ""]
+        lines.append(f"more of it: {command_line('generate', f'run={output_dir}')}")
+    more = f"train.steps={2 * summary['steps']}"
+    start = [f"run={output_dir}", "output_dir=NEW", f"checkpoint.resume={summary['checkpoint']}", more]
+    lines.append(f"a new run from its weights: {command_line('pretrain', *start)}")
     return "\n".join([*lines, f"everything else: {output_dir}"])

@@ -1,6 +1,8 @@
 """The progress display: a bar on a terminal, a line now and then anywhere else."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -32,7 +34,7 @@ class ProgressDisplay(Progress):
         self._shown = float(step)
         self.update(self._task, completed=step, figures=self._figures)
         left = (self.steps - step) * record["step_seconds"]
-        self._say(f"step {step}/{self.steps}  {self._figures}  {left:.0f} s left", last=step == self.steps)
+        self._say_now_and_then(f"step {step}/{self.steps}  {self._figures}  {left:.0f} s left", last=step == self.steps)
 
     def show_within(self, within: Within) -> None:
         """Moves the bar to a place between two steps, where it isn't there already."""
@@ -42,14 +44,26 @@ class ProgressDisplay(Progress):
         self._shown = place
         part = f"part {within.done}/{within.of} of step {within.step + 1}"
         self.update(self._task, completed=place, figures=f"{self._figures}  {part}")
-        self._say(f"{part}  {self._figures}")
+        self._say_now_and_then(f"{part}  {self._figures}")
 
-    def _say(self, line: str, *, last: bool = False) -> None:
+    @contextmanager
+    def announced(self, what: str) -> Iterator[None]:
+        """Says `what` is done while the block runs, and at its end how long it took."""
+        began = time.monotonic()
+        self.say(f"{what} ...")
+        yield
+        self.say(f"{what}: {time.monotonic() - began:.0f} s")
+
+    def say(self, line: str) -> None:
+        """A line for the user, above the bar where there is one."""
+        self.console.print(line, highlight=False, markup=False)
+
+    def _say_now_and_then(self, line: str, *, last: bool = False) -> None:
         """A line where there is no bar, unless there was one just now."""
         now = time.monotonic()
         if self.disable and (last or now - self._last_line >= QUIET_SECONDS):
             self._last_line = now
-            self.console.print(line, highlight=False)
+            self.say(line)
 
 
 def _figures(record: Record) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from seqtrain import errors
 from seqtrain.errors import ConfigError, SeqtrainError
+from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ranks import Ranks, is_lost_peer, pick_device, this_process
 from seqtrain.runtime.run_folder import RunFolder, log_to
 from seqtrain.runtime.settings import PretrainConfig
@@ -30,15 +31,18 @@ class WorkerError(RuntimeError):
     """A rank failed with an error that a restart would not cure; the message is the rank's own."""
 
 
-def launch(session: Session, *, poll: Callable[[], None]) -> None:
+def launch(session: Session, poll: Callable[[], None], display: ProgressDisplay) -> None:
     """Trains on `parallel.data x parallel.sequence` Ray workers; returns when they have finished or stopped.
 
-    `poll` is called a few times a second meanwhile. Raises a rank's own `SeqtrainError`, or `WorkerError` for any other
-    error of its own, at once; faults (a killed or unreachable worker) only after `runtime.max_restarts` restarts.
+    `poll` is called a few times a second meanwhile; `display` is told what takes long before the first step. Raises a
+    rank's own `SeqtrainError`, or `WorkerError` for any other error of its own, at once; faults (a killed or
+    unreachable worker) only after `runtime.max_restarts` restarts.
     """
-    _start_ray(session.config)
+    with display.announced("starting Ray"):
+        _start_ray(session.config)
     import ray
 
+    display.say(f"starting {session.config.parallel.ranks} workers ...")
     try:
         _follow(session, _trainer(session), poll)
     finally:

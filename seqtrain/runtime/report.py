@@ -51,21 +51,32 @@ def write_report(
     write_json(folder.summary, summary, allow_nan=False)
     folder.outcome.unlink()
     if records:
-        draw_loss(records, folder.loss_curve)
+        draw_loss(records, folder.loss_curve, bytes_per_token=corpus.bytes_per_token)
     return summary
 
 
-def draw_loss(records: list[Record], path: Path) -> None:
-    """Draws loss against step, and what was measured on held-out data, into `path`."""
+def draw_loss(records: list[Record], path: Path, *, bytes_per_token: float | None) -> None:
+    """Draws loss and held-out figures against the steps into `path`.
+
+    In bits per byte where `bytes_per_token` of the training text is known, else in nats per token.
+    """
+    unit, factor = "nats per token", 1.0
+    if bytes_per_token:
+        unit, factor = "bits per byte", 1 / (math.log(2) * bytes_per_token)
     figure = new_figure(7, 4)
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+    axes = figure.add_subplot(title=f"{path.parent.name}: loss", xlabel="step", ylabel=f"loss ({unit})")
     finite = [record for record in records if record["loss"] is not None]
-    axes.plot([r["step"] for r in finite], [r["loss"] for r in finite], linewidth=1, label="training loss")
-    for key in ("held_out_bits_per_byte", "held_out_accuracy"):
-        scored = [record for record in records if record.get(key) is not None]
-        if scored:
-            right = axes.twinx()
-            right.set_ylabel(key.replace("held_out", "held-out").replace("_", " "))
-            right.plot([r["step"] for r in scored], [r[key] for r in scored], "o-", color="tab:orange")
+    axes.plot([r["step"] for r in finite], [factor * r["loss"] for r in finite], linewidth=1, label="training")
+    scored = [record for record in records if record.get("held_out_bits_per_byte") is not None]
+    if scored and bytes_per_token:
+        axes.plot([r["step"] for r in scored], [r["held_out_bits_per_byte"] for r in scored], "o-", label="held out")
+    lines = axes.get_lines()
+    if scored := [record for record in records if record.get("held_out_accuracy") is not None]:
+        right = axes.twinx()
+        right.set_ylabel("accuracy on held-out rows")
+        right.plot([r["step"] for r in scored], [r["held_out_accuracy"] for r in scored], "o-", color="tab:orange")
+        right.get_lines()[0].set_label("held-out accuracy")
+        lines = [*lines, *right.get_lines()]
+    axes.legend(handles=lines)
     axes.grid(alpha=0.3)
     save_figure(figure, path)

@@ -13,6 +13,8 @@ import torch
 
 from seqtrain.data import prepare
 from seqtrain.kernels.dispatch import reset_backend_choice
+from seqtrain.kernels.native import build as native
+from seqtrain.models import LanguageModel
 from seqtrain.runtime import ray_launcher
 from seqtrain.runtime.metrics import MetricsReader, read_within
 from seqtrain.runtime.progress import ProgressDisplay
@@ -27,7 +29,7 @@ from seqtrain.runtime.worker import Session, train
 
 log = logging.getLogger("seqtrain.runtime")
 
-Launch = Callable[[Session, Callable[[], None]], None]
+Launch = Callable[[Session, Callable[[], None], ProgressDisplay], None]
 
 
 def run(config: PretrainConfig, task: Task | None = None, *, callback: Callback | None = None) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def run(config: PretrainConfig, task: Task | None = None, *, callback: Callback 
     told = (task or Pretraining(), callback or Callback())
     if config.runtime.name == "inline":
         return _run_inline(config, *told)
-    return _drive(config, *told, lambda session, poll: ray_launcher.launch(session, poll=poll))
+    return _drive(config, *told, ray_launcher.launch)
 
 
 def _run_inline(config: PretrainConfig, task: Task, callback: Callback) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def _run_inline(config: PretrainConfig, task: Task, callback: Callback) -> dict[
     ranks = form_group(pick_device(config.runtime.device), timeout_seconds=config.runtime.collective_timeout_seconds)
     if ranks.first:
 
-        def launch(session: Session, poll: Callable[[], None]) -> None:
+        def launch(session: Session, poll: Callable[[], None], _: ProgressDisplay) -> None:
             train(ranks.from_first(session), ranks, poll=poll)
 
         return _drive(config, task, callback, launch)
@@ -78,7 +80,11 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
     if folder.summary.exists():
         finished: dict[str, Any] = json.loads(folder.summary.read_text())
         if finished["steps"] == config.train.steps and not finished["stopped"]:
-            log.warning("output_dir=%s: this run has finished already; here is its summary", folder.path)
+            log.warning(
+                "output_dir=%s: this run has finished already; here is its summary. train.steps=N makes it longer where"
+                " the learning rates of the steps done stay the same",
+                folder.path,
+            )
             return finished
     session = Session(
         config,
@@ -92,23 +98,34 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
     with (
         listening(folder.stop) as received,
         ProgressDisplay(steps=config.train.steps) as display,
-        tracked(config, folder, run_id=session.tracking_id) as tracker,
+        tracked(config, folder, run_id=session.tracking_id) as trackers,
     ):
 
         def poll() -> None:
             for record in reader.new():
                 display.show(record)
-                if tracker:
+                for tracker in trackers:
                     # `step` is one of its fields: an offline run that is resumed counts its own steps from 0.
                     tracker.log(record)
             if within := read_within(folder):
                 display.show_within(within)
 
-        launch(session, poll)
+        if isinstance(task, Pretraining):
+            display.say(_describe_model(config, corpus.vocab_size))
+        if not config.runtime.address and pick_device(config.runtime.device).type == "cpu" and native.must_build():
+            with display.announced("building kernels (once)"):
+                native.unavailable()
+        launch(session, poll, display)
         summary = write_report(config, folder, corpus, stopped_by_signal=received.number)
-        if tracker:
+        for tracker in trackers:
             tracker.summary.update(summary)
     folder.stop.unlink(missing_ok=True)
     folder.within.unlink(missing_ok=True)
     shutil.rmtree(folder.ray, ignore_errors=True)
     return summary
+
+
+def _describe_model(config: PretrainConfig, vocab_size: int) -> str:
+    with torch.device("meta"):
+        parameters = LanguageModel(config.model, config.mixer, vocab_size).parameter_count()
+    return f"model: {parameters:,} parameters, with a vocabulary of {vocab_size:,}"

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import yaml
 
 from seqtrain.errors import CheckpointError, ConfigError
+from seqtrain.runtime.schedule import ScheduleConfig, learning_rate
 from seqtrain.runtime.settings import PretrainConfig, segments
+from seqtrain.validation import validate
 
 LOGGER = logging.getLogger("seqtrain")
 # Keys of `train` that say in which pieces the same numbers are computed.
@@ -70,23 +73,42 @@ def fingerprint(config: PretrainConfig) -> dict[str, Any]:
     return _without_unused(values)
 
 
-def _without_unused(values: dict[str, Any]) -> dict[str, Any]:
+def _without_unused(values: Mapping[str, Any]) -> dict[str, Any]:
     """A fingerprint without `schedule.decay_fraction` where it has no effect: its default was another one once."""
     schedule = dict(values.get("schedule", {}))
     if schedule.get("name") != "wsd":
         schedule.pop("decay_fraction", None)
-    return values | ({"schedule": schedule} if schedule else {})
+    return {**values, **({"schedule": schedule} if schedule else {})}
 
 
-def first_difference(before: Any, now: Any, key: str = "") -> str | None:
-    """`key=BEFORE, now AFTER` for the first value that differs between two nested dicts, or None."""
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return None if before == now else f"{key}={json.dumps(before)}, now {json.dumps(now)}"
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, steps_done: int = 0) -> list[str]:
+    """`key=BEFORE, now AFTER` for every value in which two fingerprints differ.
+
+    A schedule that gave the `steps_done` first steps the same learning rates is no difference: so a run is made longer.
+    """
+    if steps_done and _learning_rates(before, steps_done) == _learning_rates(now, steps_done):
+        before = {
+            **before,
+            "schedule": now["schedule"],
+            "train": before["train"] | {"steps": now["train"]["steps"]},
+            "optimizer": before["optimizer"] | {"lr": now["optimizer"]["lr"]},
+        }
+    return list(_differences(before, now, ""))
+
+
+def _learning_rates(fingerprint: Mapping[str, Any], count: int) -> list[float]:
+    schedule, steps = validate(ScheduleConfig, fingerprint["schedule"]), fingerprint["train"]["steps"]
+    peak = fingerprint["optimizer"]["lr"]
+    return [learning_rate(schedule, peak=peak, steps=steps, step=step) for step in range(min(count, steps))]
+
+
+def _differences(before: Any, now: Any, key: str) -> Iterator[str]:
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        if before != now:
+            yield f"{key}={json.dumps(before)}, now {json.dumps(now)}"
+        return
     for name in [*before, *(name for name in now if name not in before)]:
-        found = first_difference(before.get(name), now.get(name), f"{key}.{name}" if key else name)
-        if found:
-            return found
-    return None
+        yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
 
 
 def refuse_foreign(folder: RunFolder, config: PretrainConfig) -> None:
@@ -103,10 +125,12 @@ def refuse_foreign(folder: RunFolder, config: PretrainConfig) -> None:
     if resume not in ("auto", "never"):
         now["checkpoint"] = {"resume": resume}
     before = _same_keys(yaml.safe_load(folder.config.read_text()), now)
-    if difference := first_difference(before, now):
+    newest = max(folder.checkpoints.glob("step-*"), default=None)
+    steps_done = int(newest.name.removeprefix("step-")) if newest else 0
+    if found := differences(before, now, steps_done=steps_done):
         raise ConfigError(
-            f"output_dir={folder.path}: holds a run with {difference}; use another output_dir "
-            f"(checkpoint.resume={folder.checkpoints}/STEP starts from its weights)"
+            f"output_dir={folder.path}: holds a run with {'; '.join(found)}; resume it with these values as they were"
+            + (f", or start a new run from its weights: output_dir=NEW checkpoint.resume={newest}" if newest else "")
         )
     if resume == "never":
         raise ConfigError(
@@ -131,12 +155,10 @@ def _same_keys(values: Any, like: Any) -> Any:
     return {key: _same_keys(values[key], like[key]) for key in values if key in like}
 
 
-def check_fits(checkpoint_folder: Path, stored: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises `CheckpointError` naming the first key in which a checkpoint's `fingerprint` differs from this run's."""
-    if difference := first_difference(_without_unused(stored), now):
-        raise CheckpointError(
-            f"{checkpoint_folder}: was made with {difference}; use the same value, or another output_dir"
-        )
+def check_fits(folder: Path, stored: Mapping[str, Any], now: Mapping[str, Any], *, steps_done: int = 0) -> None:
+    """Raises `CheckpointError` naming all in which the fingerprint of the checkpoint in `folder` isn't this run's."""
+    if found := differences(_without_unused(stored), now, steps_done=steps_done):
+        raise CheckpointError(f"{folder}: was made with {'; '.join(found)}; use the same values, or another output_dir")
 
 
 def log_to(file: Path) -> None:

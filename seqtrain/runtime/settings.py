@@ -15,6 +15,7 @@ from seqtrain.data import DataConfig, check_source
 from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
+from seqtrain.models.language_model import default_config
 from seqtrain.parallel import Algorithm
 from seqtrain.runtime.optimizers import OptimizerConfig
 from seqtrain.runtime.schedule import ScheduleConfig
@@ -126,14 +127,16 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Weights & Biases."""
+    """Where figures go besides metrics.jsonl."""
 
-    # `offline` writes below output_dir (upload later with `wandb sync`); `online` needs an API key; or `disabled`.
-    mode: Literal["offline", "online", "disabled"] = "offline"
-    # Project the run is filed under.
+    # Weights & Biases: `offline` writes below output_dir (upload later with `wandb sync`), `online` needs an API key.
+    mode: Literal["offline", "online", "disabled"] = "disabled"
+    # Project the run is filed under at Weights & Biases.
     project: str = "seqtrain"
-    # Name of the run; empty takes the name of output_dir.
+    # Name of the run there; empty takes the name of output_dir.
     name: str = ""
+    # True: files for TensorBoard in output_dir/tensorboard.
+    tensorboard: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,11 +206,9 @@ def typed_pretrain_config(values: Mapping[str, Any]) -> PretrainConfig:
     }
     for name in typed.model.layers:
         try:
-            mixers[name] = mixers[name] if name in mixers else MIXERS.get(name).Config()
+            mixers[name] = mixers[name] if name in mixers else default_config(name)
         except ConfigError as error:
             raise ConfigError(f"model.layers: {error}") from error
-        except TypeError as error:
-            raise ConfigError(f"mixer.{name}: has no defaults ({error}); write conf/mixer/{name}.yaml") from error
     return resolve(replace(typed, mixer={name: mixers[name] for name in typed.model.layers}))
 
 

@@ -161,7 +161,7 @@ def _newest(session: Session) -> Checkpoint | None:
     """The checkpoint to resume from: the run's own newest one, else the one `checkpoint.resume` names."""
     resume, now = session.config.checkpoint.resume, session.fingerprint
     if own := checkpoints.find(session.folder.checkpoints):
-        check_fits(own.folder, own.manifest.trajectory, now)
+        check_fits(own.folder, own.manifest.trajectory, now, steps_done=own.progress.step)
         return own
     if resume in ("auto", "never"):
         return None

@@ -50,6 +50,7 @@ SHORT = {
     "generate": ["tokens=4"],
     "profile": [*TRAINING, "profile.steps=1", "profile.warmup=1", "profile.peak=0.05"],
     "plan": [*MODEL, "train.sequence_length=256"],
+    "export": [],
     "convert": [
         *("layer.window=16", "verify.tokens=64", "verify.sequences=1", "verify.generate=8", "verify.gap_closed=0"),
         *(f"recipe.stages.{stage}.{short}" for stage in ("transfer", "kl") for short in STAGE),
@@ -162,7 +163,8 @@ def test_every_command_runs(page, teacher, corpora, runs, monkeypatch):
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/howto/python.md", "docs/conversion.md"])
-def test_python_runs(page, teacher):
+def test_python_runs(page, teacher, runs):
+    run_command("export", "run=runs/mine", "output_dir=exported")
     names = {}
     for block in python_blocks(page):
         exec(block, names)

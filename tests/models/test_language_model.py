@@ -139,6 +139,15 @@ def test_counts(tie_embeddings):
     assert model.state_bytes(40) == sum(value.nbytes for layer in state for value in layer.values())
 
 
+def test_mixers_that_are_left_out_have_their_defaults():
+    config = ModelConfig(layers=("gla",), depth=2, width=64, heads=2)
+    models = []
+    for mixers in ({}, {"gla": MIXERS.get("gla").Config()}):
+        torch.manual_seed(0)
+        models.append(LanguageModel(config, mixers, 256).state_dict())
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_large_preset_builds_on_meta(name):
     config = validate(ModelConfig, OmegaConf.to_container(compose_config(f"model/{name}").model))
@@ -153,6 +162,7 @@ def test_every_large_preset_builds_on_meta(name):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"depth": -2}, "model.depth=-2: must be greater than 0"),
         ({"width": 100, "heads": 8}, "model.width=100: must be divisible by model.heads=8"),
         ({"layers": ("retnett",)}, "mixer 'retnett' is unknown; did you mean 'retnet'? Known: "),
         ({"layers": ("attention",), "width": 30}, "mixer.attention.rope_base=10000.0: a head has 15 channels"),
@@ -161,8 +171,3 @@ def test_every_large_preset_builds_on_meta(name):
 def test_a_shape_that_does_not_fit_is_one_line(fields, message):
     with refused(message):
         build(**fields)
-
-
-def test_a_mixer_without_settings_is_named():
-    with refused("mixer.gla: is required by model.layers=gla"):
-        LanguageModel(ModelConfig(layers=("gla",), depth=1, width=32, heads=2), {}, VOCAB)

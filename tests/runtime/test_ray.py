@@ -13,6 +13,7 @@ from seqtrain.errors import DataError
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.testing import rank_outcomes
 from seqtrain.runtime import ray_launcher, run, task
+from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ranks import is_lost_peer
 from seqtrain.runtime.worker import Session
 from tests.runtime.runtime_cases import (
@@ -119,7 +120,7 @@ def test_an_error_that_a_restart_would_meet_again_stops_at_once(tmp_path):
     session = session_for(config)
     broken = Session(config, tmp_path / "no-corpus", session.name, session.tracking_id)
     with pytest.raises(DataError, match=r"no-corpus/manifest\.json") as error:
-        ray_launcher.launch(broken, poll=lambda: None)
+        ray_launcher.launch(broken, lambda: None, ProgressDisplay(steps=1))
     assert "\n" not in str(error.value)
     assert not folder_of(config).starts.exists()
     assert workers() == []

@@ -4,16 +4,25 @@ import json
 import os
 import re
 import signal
+import struct
 import threading
 import time
+from contextlib import closing
 
 import pytest
+import torch
 import yaml
+from tensorboardX.proto.event_pb2 import Event
 
+import seqtrain
 from seqtrain.errors import CheckpointError, ConfigError
+from seqtrain.models import LanguageModel
+from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime import run, signals
-from seqtrain.runtime.tracking import tracking_id
-from tests.command_cases import refused
+from seqtrain.runtime.run_folder import differences
+from seqtrain.runtime.tracking import TensorBoard, tracking_id
+from seqtrain.testing import relative_error
+from tests.command_cases import refused, run_command
 from tests.runtime.runtime_cases import change, folder_of, losses, on_ranks, records, small_config
 
 
@@ -78,9 +87,10 @@ def test_a_finished_run_is_not_done_again(finished):
 
 
 REFUSED = [
-    ({"optimizer": {"lr": 0.5}}, "holds a run with optimizer.lr=0.01, now 0.5; use another output_dir"),
+    ({"optimizer": {"lr": 0.5}}, "holds a run with optimizer.lr=0.01, now 0.5; resume it with these values as they"),
     ({"train": {"steps": 9}}, "holds a run with train.steps=6, now 9"),
-    ({"seed": 3}, "holds a run with seed=1, now 3"),
+    ({"seed": 3}, "output_dir=NEW checkpoint.resume="),
+    ({"seed": 3, "train": {"batch_size": 4}}, "holds a run with train.batch_size=8, now 4; seed=1, now 3"),
     ({"checkpoint": {"resume": "never"}}, "holds a run already; use checkpoint.resume=auto"),
     ({"checkpoint": {"resume": "/none"}, "output_dir": "fresh"}, "checkpoint.resume=/none: no such folder"),
 ]
@@ -99,6 +109,80 @@ def test_a_folder_of_another_run_is_left_alone(finished, monkeypatch, tmp_path):
     on_ranks(1, refuse_all)
     assert content(folder_of(config).path) == before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loaded_run_is_its_newest_checkpoint(finished):
+    config, _ = finished
+    loaded = seqtrain.load(config.output_dir)
+    assert loaded.config.model == config.model
+    weights = {name: value for name, value in loaded.model.state_dict().items() if name != "head.weight"}
+    checkpoint = checkpoints.find(folder_of(config).checkpoints)
+    again = LanguageModel(config.model, config.mixer, loaded.tokenizer.vocab_size)
+    checkpoint.load_weights(again)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in weights.items())
+    with refused(f"{config.data.path}: is neither a run"):
+        seqtrain.load(config.data.path)
+
+
+def test_an_exported_run_is_the_same_model_to_transformers(finished, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config, _ = finished
+    words = (f"run={config.output_dir}", f"output_dir={tmp_path / 'exported'}")
+    assert run_command("export", *words).status == 0
+    assert "exists already" in run_command("export", *words).err
+    assert "as=llama: must be 'seqtrain'" in run_command("export", *words, "as=llama").err
+    ours, again = seqtrain.load(config.output_dir), seqtrain.load(tmp_path / "exported")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    text = "state \t decay\n\n\u00fc"
+    tokens = tokenizer(text, return_tensors="pt").input_ids
+    assert tokens[0].tolist() == ours.tokenizer.encode(text) == again.tokenizer.encode(text)
+    assert tokenizer.decode(tokens[0]) == text
+    with torch.no_grad():
+        expected = ours.model(tokens, all_logits=True)[0]
+        assert relative_error(model(tokens).logits, expected) < 1e-5
+        assert relative_error(again.model(tokens, all_logits=True)[0], expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "allowed"),
+    [
+        # Both rise over ten steps, and fall after the 50th.
+        ("wsd", {"steps": 200, "warmup_fraction": 0.05, "decay_fraction": 0.1}, True),
+        ("wsd", {"steps": 200}, False),
+        ("cosine", {"steps": 200, "warmup_fraction": 0.05}, False),
+        ("cosine", {}, True),
+    ],
+)
+def test_a_run_is_made_longer_where_its_learning_rates_stay(name, changes, allowed):
+    def values(steps=100, warmup_fraction=0.1, decay_fraction=0.5):
+        schedule = {"name": name, "warmup_fraction": warmup_fraction, "final_lr_ratio": 0.1}
+        schedule |= {"decay_fraction": decay_fraction} if name == "wsd" else {}
+        return {"schedule": schedule, "train": {"steps": steps, "batch_size": 2}, "optimizer": {"lr": 1.0}}
+
+    assert (differences(values(), values(**changes), steps_done=50) == []) == allowed
+    # Of what forms the numbers otherwise, everything counts.
+    other = values(**changes) | {"optimizer": {"lr": 1.0, "eps": 1.0}}
+    assert "optimizer.eps=null, now 1.0" in differences(values(), other, steps_done=50)
+
+
+def test_tensorboard_gets_every_number_of_a_record(tmp_path):
+    with closing(TensorBoard(tmp_path)) as board:
+        board.log({"step": 3, "loss": 1.5, "lr": None})
+        board.log({"step": 4, "loss": 1.25})
+    [file] = tmp_path.iterdir()
+    found = [(event.step, value.tag, value.simple_value) for event in events(file) for value in event.summary.value]
+    assert found == [(3, "loss", 1.5), (4, "loss", 1.25)]
+
+
+def events(file):
+    """The events of a file for TensorBoard: a length, its checksum, the event, its checksum."""
+    content, place = file.read_bytes(), 0
+    while place < len(content):
+        [length] = struct.unpack_from("<Q", content, place)
+        yield Event.FromString(content[place + 12 : place + 12 + length])
+        place += 16 + length
 
 
 @pytest.mark.all

@@ -36,6 +36,16 @@ def unavailable() -> str | None:
     return None
 
 
+def must_build() -> bool:
+    """Whether the first call would compile the kernels, which takes half a minute."""
+    if any((PREBUILT / f"{level}.so").exists() for level in _levels()):
+        return False
+    try:
+        return not _cached(cxx.find_compiler()).exists()
+    except NativeError:
+        return False
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The loaded library. Raises `NativeError`."""
@@ -75,9 +85,8 @@ def _built() -> Path:
     """The library in the cache, built if it is not there."""
     compiler = cxx.find_compiler()
     try:
-        folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{_key(compiler)}.so"
+        path = _cached(compiler)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             _build_once(compiler, path)
     except OSError as error:
@@ -97,6 +106,10 @@ def cache_folder() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("seqtrain")) / "native"
+
+
+def _cached(compiler: str) -> Path:
+    return cache_folder() / f"{_key(compiler)}.so"
 
 
 def _key(compiler: str) -> str:
