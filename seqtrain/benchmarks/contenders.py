@@ -194,8 +194,8 @@ def gemm_limit(operator: str, shape: Shape) -> Contender:
     """
     key, value, dtype = shape.key_width, shape.value_width, getattr(torch, shape.dtype)
     chunk = chunk_length(key, value)
-    sizes = ((chunk, chunk, key), (chunk, value, key), (chunk, value, chunk), (key, value, chunk))
-    sizes += ((chunk, chunk, value), (chunk, key, chunk), (chunk, key, value))
+    sizes = [(chunk, chunk, key), (chunk, value, key), (chunk, value, chunk), (key, value, chunk)]
+    sizes += [(chunk, chunk, value), (chunk, key, chunk), (chunk, key, value)]
     repeats = -(-shape.tokens * shape.batch // chunk) * shape.heads
     products = [
         [size for size, count in zip(sizes, counts, strict=True) for _ in range(count)] for counts in PRODUCTS[operator]

@@ -169,7 +169,8 @@ def _compare_at(
     for own in found.values():
         contenders |= own
     columns = ("ours_ms", "ours_spread_ms", "theirs_ms", "theirs_spread_ms")
-    rows, idle = [], {}
+    rows: list[dict[str, Any]] = []
+    idle: dict[str, list[float]] = {}
     for loaded in (False, True) if settings.busy else (False,):
         with busy(shape.threads) if loaded else nullcontext():
             seconds = time_in_turns(contenders, settings, backward=backward)
