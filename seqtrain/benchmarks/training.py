@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
             speeds[variant] += found
             print(f"round {turn}  {median(found):10.0f} tokens/s  {variant}", flush=True)
     base = median(speeds[settings.variants[-1]])
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"variant": name, "tokens_per_second": median(own), "ratio": median(own) / base, "steps": len(own)}
         for name, own in speeds.items()
     ]

@@ -160,8 +160,8 @@ class Layout:
 
     def overrides(self) -> list[str]:
         """The launcher's words for it."""
-        keys = ("parallel.data", "parallel.sequence", "parallel.zero_stage", "model.activation_checkpointing")
-        keys += ("train.micro_batch_size", "train.batch_size")
+        keys = ["parallel.data", "parallel.sequence", "parallel.zero_stage", "model.activation_checkpointing"]
+        keys += ["train.micro_batch_size", "train.batch_size"]
         values = astuple(self)
         return [f"{key}={str(value).lower()}" for key, value in zip(keys, values, strict=True)]
 
