@@ -66,7 +66,7 @@ COMMANDS = {
     "pretrain": Command(
         "seqtrain.runtime.pretrain", "train a language model; with no override, the quickstart", "pretrain"
     ),
-    "convert": Command("seqtrain.convert.command", "turn a pretrained Transformer into a recurrent model", "convert"),
+    "convert": Command("seqtrain.convert.run", "turn a pretrained Transformer into a recurrent model", "convert"),
     "generate": Command("seqtrain.runtime.generate", "continue a prompt with a trained model", "generate"),
     "profile": Command(
         "seqtrain.profiling.throughput", "tell where time and memory of a step go", "profile_throughput"
