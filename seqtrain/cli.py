@@ -66,7 +66,7 @@ COMMANDS = {
     "pretrain": Command(
         "seqtrain.runtime.pretrain", "train a language model; with no override, the quickstart", "pretrain"
     ),
-    "convert": Command("seqtrain.convert.command", "turn a pretrained Transformer into a recurrent model", "convert"),
+    "convert": Command("seqtrain.convert.run", "turn a pretrained Transformer into a recurrent model", "convert"),
     "generate": Command("seqtrain.runtime.generate", "continue a prompt with a trained model", "generate"),
     "export": Command("seqtrain.runtime.export", "write a run's newest checkpoint for transformers"),
     "profile": Command(
@@ -90,8 +90,9 @@ COMMANDS = {
 }
 
 
-def run(name: str, arguments: Sequence[str]) -> int:
-    """Runs the command `name`; gives its exit status, 2 with one line for a mistake of the user.
+def run(name: str, arguments: Sequence[str] | None = None) -> int:
+    """Runs the command `name`, by default on what stands on the command line; gives its exit status, 2 with one line
+    for a mistake of the user.
 
     A name with a dot is that of a module outside the package, such as `experiments.fidelity.run`.
     """
@@ -99,7 +100,8 @@ def run(name: str, arguments: Sequence[str]) -> int:
     def work() -> int:
         if "." not in name and name not in COMMANDS:
             raise ConfigError(unknown_name("command", name, COMMANDS))
-        return (COMMANDS.get(name) or Command(name, ""))(name, arguments)
+        words = sys.argv[1:] if arguments is None else arguments
+        return (COMMANDS.get(name) or Command(name, ""))(name, words)
 
     return exit_status(work)
 

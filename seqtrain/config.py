@@ -107,7 +107,7 @@ def _composed(name: str, overrides: tuple[str, ...], folder: Path) -> DictConfig
 # Hydra's store holds those of one folder: for another, or the same after another, they are stored again.
 @lru_cache(maxsize=1)
 def _offer_defaults(folder: Path) -> None:
-    """Gives Hydra what the dataclasses say: defaults, `mixer=all`, options that are names, a stage of a recipe.
+    """Gives Hydra what the source says: defaults, `mixer=all`, options that are names, a stage, how long tasks train.
 
     `folder`: the configuration, whose files say more of some.
     """
@@ -119,7 +119,12 @@ def _offer_defaults(folder: Path) -> None:
         for option in options:
             if not (folder / group / f"{option}.yaml").exists():
                 store.store(group=group, name=option, node={"name": option})
-    store.store(group="recipe", name="_stage", node=definition("seqtrain.convert.recipe:StageConfig").defaults())
+    # A file in conf/fit serves all tasks, and another documents of every format.
+    tasks = [path.stem for path in (Path(__file__).parent / "data" / "synthetic").glob("[!_]*.py")]
+    for fit, names in {"_task": tasks, "text": ["huggingface", "jsonl", "parquet"]}.items():
+        for name in names:
+            store.store(group="fit", name=name, package="_global_", node={"defaults": [fit]})
+    store.store(group="recipe", name="_stage", node=definition("seqtrain.convert.settings:StageConfig").defaults())
     files = sorted(path.stem for path in (folder / "mixer").glob("*.yaml"))
     mixers: dict[str, Any] = {name: mixer_definition(name).defaults() for name in mixer_names()}
     store.store(

@@ -55,7 +55,7 @@ def _programs() -> Iterator[str]:
                 yield f"`{section}`: as in pretraining.\n"
             else:
                 yield from _table(f"`{section}`", nested, f"{section}.")
-    stage = definition("seqtrain.convert.recipe:StageConfig")
+    stage = definition("seqtrain.convert.settings:StageConfig")
     yield from _table("`recipe.stages.NAME`", stage, "")
 
 

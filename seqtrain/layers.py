@@ -101,11 +101,6 @@ def log_forget(raw: Tensor, temperature: float = 1.0) -> Tensor:
     return F.logsigmoid(upcast(raw)) / temperature
 
 
-def complement(log_decay: Tensor) -> Tensor:
-    """`1 - exp(log_decay)`, what a gate that keeps `exp(log_decay)` takes in, without cancellation."""
-    return -torch.expm1(log_decay)
-
-
 class ShortConvolution(nn.Module):
     """Depthwise causal convolution over `width` tokens, `dilation` apart; its state is the last inputs it needs."""
 

@@ -1,8 +1,11 @@
 """Reports of commands: tables on the terminal, one HTML page, JSON, figures, and the machine the numbers come from."""
 
 import base64
+import dataclasses
 import json
 import platform
+import re
+import statistics
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -16,8 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Columns of text where the output is not a terminal, which would say its own: rows of a log are not folded.
-WIDTH = 300
 STYLE = """body { font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; font-variant-numeric: tabular-nums }
 th, td { padding: 0.2rem 0.8rem; border-bottom: 1px solid #ddd; text-align: right }
@@ -28,19 +29,35 @@ pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; font-size: 13px }"
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints `rows` below `columns`; texts to the left, numbers to the right."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    forms = []
+    for index, cells in enumerate(zip(columns, *rows, strict=True)):
+        words = index == 0 or any(cell[:1].isalpha() for cell in cells[1:])
+        forms.append(f"{'<' if words else '>'}{max(map(len, cells))}")
+    for row in (columns, *rows):
+        print("  ".join(format(cell, form) for cell, form in zip(row, forms, strict=True)).rstrip())
 
-    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for index, column in enumerate(columns):
-        words = index == 0 or any(row[index][:1].isalpha() for row in rows)
-        shown.add_column(column, justify="left" if words else "right", overflow="fold")
-    for row in rows:
-        # A Text, since brackets in a plain string are markup.
-        shown.add_row(*(Text(cell) for cell in row))
-    console = Console()
-    (console if console.is_terminal else Console(width=WIDTH)).print(shown)
+
+class LiveTable:
+    """A table whose rows are printed as they are measured, under one header.
+
+    `columns`: the title of each and the format of its cells, such as "6d", "9.2f" or "18".
+    """
+
+    def __init__(self, columns: Mapping[str, str]) -> None:
+        self._formats = tuple(columns.values())
+        # The format of a text as wide as a cell, on the side on which the cell stands.
+        pattern = re.compile(r"([<>]?)(\d*).*?([defg%]?)")
+        found = [pattern.fullmatch(form) for form in self._formats]
+        self._texts = [(each[1] or "<>"[bool(each[3])]) + each[2] for each in found if each]
+        self.header = " ".join(format(title, text) for title, text in zip(columns, self._texts, strict=True)).rstrip()
+
+    def row(self, *cells: Any) -> str:
+        """One line; None leaves its cell empty."""
+        shown = (
+            format("", text) if cell is None else format(cell, form)
+            for cell, form, text in zip(cells, self._formats, self._texts, strict=True)
+        )
+        return " ".join(shown).rstrip()
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -79,6 +96,11 @@ def write_page(path: Path, title: str, sections: Iterable[tuple[str, str]]) -> N
 def write_json(path: Path, content: Any, *, allow_nan: bool = True) -> None:
     """Writes `content` as indented JSON. `ValueError` for numbers that JSON has no word for, unless `allow_nan`."""
     _write(path, (json.dumps(content, indent=1, allow_nan=allow_nan) + "\n").encode())
+
+
+def write_results(path: Path, settings: Any, *, about: Mapping[str, str] | None = None, **results: Any) -> None:
+    """Writes JSON of `results` below the machine they are from (`about`, or this one) and the command's `settings`."""
+    write_json(path, {"machine": about or machine(), "settings": dataclasses.asdict(settings), **results})
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -141,6 +163,11 @@ def machine(device: str = "cpu") -> dict[str, str]:
     return {"device": name, "threads": str(torch.get_num_threads()), "commit": _commit(), **versions}
 
 
+def in_a_line(about: Mapping[str, str]) -> str:
+    """What `machine` says, for the head of a printout."""
+    return ", ".join(f"{key} {value}" for key, value in about.items())
+
+
 def version(package: str) -> str:
     """The version of an installed package, or "absent"."""
     try:
@@ -157,13 +184,21 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    def git(*arguments: str) -> str:
-        folder = Path(__file__).resolve().parent
-        try:
-            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
-        except OSError:
-            return ""
-        return done.stdout.strip() if done.returncode == 0 else ""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
-    commit = git("rev-parse", "--short", "HEAD")
-    return (commit + ("-dirty" if git("status", "--porcelain") else "")) or "unknown"
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, quartiles, least and most."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": middle, "low": low, "high": high, "least": min(values), "most": max(values)}
+
+
+def median_and_spread(values: list[float]) -> tuple[float, float]:
+    """The median, and half the distance between the quartiles."""
+    found = spread(values)
+    return found["median"], (found["high"] - found["low"]) / 2

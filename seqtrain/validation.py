@@ -7,7 +7,7 @@ import keyword
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
@@ -47,6 +47,12 @@ def _unknown_keys(cls: type, values: Mapping[str, Any], prefix: str) -> Iterator
             yield prefix + key, [prefix + name for name in fields]
         elif dataclasses.is_dataclass(fields[key]) and isinstance(value, Mapping):
             yield from _unknown_keys(fields[key], value, f"{prefix}{key}.")
+        elif isinstance(value, Mapping) and get_origin(fields[key]) is Mapping:
+            # Perhaps dataclasses by name.
+            named = get_args(fields[key])[1]
+            for name, each in value.items():
+                if dataclasses.is_dataclass(named) and isinstance(each, Mapping):
+                    yield from _unknown_keys(named, each, f"{prefix}{key}.{name}.")
 
 
 def _explain_value(error: ValidationError, prefix: str) -> str:

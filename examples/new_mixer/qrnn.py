@@ -6,22 +6,19 @@ Copied into seqtrain/mixers/, this file is a new mixer:
     python launch/pretrain.py 'model.layers=[qrnn]' mixer.qrnn.expand=2
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from seqtrain.kernels import diagonal_scan
 from seqtrain.layers import upcast
-from seqtrain.mixers import Mixer
+from seqtrain.mixers import Mixer, MixerConfig
 
 
 class QRNN(Mixer):
     """`h_t = f_t h_{t-1} + (1 - f_t) tanh(W_v x_t)`, `f = sigmoid(W_f x)`, read through `sigmoid(W_g x)`."""
 
-    @dataclass(frozen=True)
-    class Config:
+    class Config(MixerConfig):
         # Hidden channels over model.width.
         expand: int = 1
 

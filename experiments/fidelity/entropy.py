@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from experiments.fidelity.results import Axes, Bounds, Effort, Figure, Row, seed_curves
-from seqtrain.layers import elu
-from seqtrain.mixers.mala import magnitude_aware_weights
+from seqtrain.layers import elu, upcast
+from seqtrain.mixers.mala import SMALLEST
 
 TOKENS, HEADS, KEY = 256, 8, 16
 # Queries are multiplied by these.
@@ -29,6 +29,18 @@ def measure(effort: Effort) -> Iterator[Figure]:
             curves=seed_curves(what, effort.seeds, SCALES, entropies),
             bounds=bounds,
         )
+
+
+def magnitude_aware_weights(q: Tensor, k: Tensor) -> Tensor:
+    """MALA's weights, `[B,H,T,T]`, zero after the token.
+
+    `q, k`: `[B,T,H,K]` before the feature map. Rows sum to 1; entries may be negative.
+    """
+    q, k = (elu(upcast(x)).transpose(1, 2) for x in (q, k))  # B H T K
+    score = (q @ k.mT * q.shape[-1] ** -0.5).tril()
+    count = torch.arange(1, score.shape[-1] + 1, device=q.device)[:, None]
+    mean = (score.sum(-1, keepdim=True) / count).clamp(min=SMALLEST)
+    return ((score * (1 + 1 / mean) - mean) / count).tril()
 
 
 def divided_weights(q: Tensor, k: Tensor) -> Tensor:

@@ -17,11 +17,10 @@ import torch
 from pydantic import Field
 
 from experiments.interaction.operator import Interaction, interaction
-from seqtrain.benchmarks.live_table import LiveTable
 from seqtrain.config import read_settings
 from seqtrain.errors import ConfigError, SeqtrainError
 from seqtrain.mixers import MIXERS, LayerShape, Mixer
-from seqtrain.report import machine, new_figure, save_figure, write_json
+from seqtrain.report import LiveTable, machine, new_figure, save_figure, write_json
 from seqtrain.validation import validate
 
 TABLE = LiveTable(

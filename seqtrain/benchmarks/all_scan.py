@@ -14,28 +14,32 @@ the cost model's time, and leaves `all_scan.json` and `all_scan.png` in `output_
 import itertools
 import math
 import os
-import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch.distributed as dist
 from pydantic import Field
 
-from seqtrain.benchmarks.live_table import LiveTable
 from seqtrain.benchmarks.ranks import measure_in_turn, on_first_ranks, on_ranks, wire_bytes
-from seqtrain.benchmarks.scan_layers import CHAINS, step
-from seqtrain.benchmarks.scan_methods import CPU, Contender, Setting, contenders, scan
-from seqtrain.benchmarks.scan_pictures import draw_scans, draw_steps
+from seqtrain.benchmarks.scan_methods import CHAINS, Setting, contenders, group_costs, scan, step
 from seqtrain.config import read_settings
 from seqtrain.parallel import scans_opened
-from seqtrain.parallel.cost import Costs, costs_of
-from seqtrain.parallel.scan_engine import engine_of
-from seqtrain.report import machine, write_json
+from seqtrain.parallel.cost import Costs
+from seqtrain.report import LiveTable, new_figure, save_figure, write_results
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# One line of a table, as the JSON has it: times in milliseconds, `payload_bytes` those the busiest rank receives, of
+# whole steps `scans` in which a rank took part.
+Row = dict[str, Any]
 WIRE_SCANS = 20
+# Beyond this many panels of scans only the first ones are drawn.
+PANELS = 6
 SCAN_TABLE = LiveTable(
     {
         "form": ">7",
@@ -85,189 +89,192 @@ class Settings:
     output_dir: str = "outputs/bench_all_scan"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; times in milliseconds, bytes those the busiest rank receives."""
+def measure_all(
+    group: dist.ProcessGroup, settings: Settings, counts: list[int]
+) -> tuple[list[Row], dict[int, dict[str, float]]]:
+    """What was measured over the first P ranks for every P of `counts`, and the costs each choice rested on."""
+    costs: dict[int, dict[str, float]] = {}
 
-    ranks: int
-    state_kib: float
-    form: str
-    method: str
-    payload_bytes: int
-    median_ms: float
-    minimum_ms: float
-    model_ms: float | None
-    limit_ratio: float
+    def measured(part: dist.ProcessGroup) -> list[Row]:
+        found = group_costs(part)
+        costs[part.size()] = asdict(found)
+        if part.rank() == 0 and not settings.layers:
+            print(f"{part.size()} ranks, {settings.compute_ms:g} ms of local work; {found}\n{SCAN_TABLE.header}")
+        rows = []
+        for form, kib in itertools.product(settings.form, settings.state_kib):
+            compute = settings.compute_ms / 1e3
+            setting = Setting.random(part, form, kib, settings.width, tokens=settings.tokens, compute=compute)
+            rows += (
+                measure_steps(settings, setting, f"{form}, {kib:g} KiB: ")
+                if settings.layers
+                else measure_scans(settings, setting, found, form, kib)
+            )
+        return rows
 
-
-@dataclass(frozen=True)
-class Step:
-    """One line of the table of whole steps; `scans`: how many scans a rank took part in, in one step."""
-
-    ranks: int
-    method: str
-    median_ms: float
-    minimum_ms: float
-    compute_ms: float
-    ratio: float
-    scans: int
+    return on_first_ranks(group, counts, measured), costs
 
 
-def chosen(settings: Settings, found: Mapping[str, Contender]) -> dict[str, Contender]:
-    """Those the settings ask for; `auto` and what has no model always pass `within`."""
+def measure_scans(settings: Settings, setting: Setting, costs: Costs, form: str, kib: float) -> list[Row]:
+    """All methods that the settings ask for, on one size and form of state."""
+    group, limit = setting.group, physical_limit(settings, costs, setting)
+    found = contenders(setting)
     cheapest = min(c.expected for c in found.values() if c.expected is not None)
-    limit = settings.within * cheapest if settings.within else math.inf
-    return {
+    dearest = settings.within * cheapest if settings.within else math.inf
+    found = {
         name: c
         for name, c in found.items()
-        if (not settings.only or any(name.startswith(wanted) for wanted in settings.only))
-        and (c.expected is None or c.expected <= limit or name.startswith("auto"))
+        if (not settings.only or name.startswith(tuple(settings.only)))
+        # `auto` and what has no model always pass.
+        and (c.expected is None or c.expected <= dearest or name.startswith("auto"))
     }
-
-
-def settings_of(settings: Settings, group: dist.ProcessGroup) -> Iterator[tuple[str, float, Setting]]:
-    """Every form and size of state, with this rank's inputs."""
-    for form, kib in itertools.product(settings.form, settings.state_kib):
-        compute = settings.compute_ms / 1e3
-        yield form, kib, Setting.random(group, form, kib, settings.width, tokens=settings.tokens, compute=compute)
-
-
-def measure_scans(settings: Settings, group: dist.ProcessGroup) -> list[Row]:
-    """All methods, sizes and forms over one group."""
-    costs = group_costs(group)
-    if group.rank() == 0:
-        print(f"{group.size()} ranks, {settings.compute_ms:g} ms of local work; {costs}\n{SCAN_TABLE.header}")
-    return [row for point in settings_of(settings, group) for row in measure_state(settings, costs, *point)]
-
-
-def group_costs(group: dist.ProcessGroup) -> Costs:
-    """What scans cost on this group; the first time all its ranks measure."""
-    return costs_of(engine_of(group.group_name), CPU)
-
-
-def measure_state(settings: Settings, costs: Costs, form: str, kib: float, setting: Setting) -> list[Row]:
-    """All methods for one size and form of state."""
-    group = setting.group
-    limit = physical_limit(settings, costs, group.size(), setting.update.nbytes)
-    found = chosen(settings, contenders(setting))
     times = measure_in_turn(group, {name: partial(c.method, setting) for name, c in found.items()}, settings.rounds)
-    rows = []
-    for name, contender in found.items():
-        median, low = statistics.median(times[name]), min(times[name])
-        model_ms = None if contender.expected is None else 1e3 * contender.expected
-        ratio = median / max(limit, 1e-9)
-        rows.append(Row(group.size(), kib, form, name, contender.payload, 1e3 * median, 1e3 * low, model_ms, ratio))
-    traffic = wire_bytes(group, partial(scan_often, setting))
+    rows: list[Row] = [
+        {
+            "ranks": group.size(),
+            "state_kib": kib,
+            "form": form,
+            "method": name,
+            "payload_bytes": contender.payload,
+            "median_ms": 1e3 * median(times[name]),
+            "minimum_ms": 1e3 * min(times[name]),
+            "model_ms": None if contender.expected is None else 1e3 * contender.expected,
+            "limit_ratio": median(times[name]) / max(limit, 1e-9),
+        }
+        for name, contender in found.items()
+    ]
+    traffic = wire_bytes(group, lambda: [scan(setting, "pipeline")() for _ in range(WIRE_SCANS)])
     if group.rank() == 0:
-        print("\n".join(row_line(row) for row in rows))
-        print_choice(rows)
-        if traffic is not None:
-            received, sent = (figure / WIRE_SCANS / setting.update.nbytes for figure in traffic)
-            print(f"  wire, a pipelined scan: {received:.3f} states received, {sent:.3f} sent by the busiest rank")
+        print_scans(rows)
+        print_wire(traffic, ", a pipelined scan", "by the busiest rank", WIRE_SCANS * setting.update.nbytes)
     return rows
 
 
-def scan_often(setting: Setting) -> None:
-    for _ in range(WIRE_SCANS):
-        scan(setting, "pipeline", None)()
-
-
-def physical_limit(settings: Settings, costs: Costs, ranks: int, state_bytes: int) -> float:
+def physical_limit(settings: Settings, costs: Costs, setting: Setting) -> float:
     """Seconds no scan can beat: the latency of every link, and one state on one link; or the local work if longer."""
     latency = settings.latency_ms / 1e3 or costs.latency
     byte = 8e-6 / settings.rate_mbit if settings.rate_mbit else costs.byte
-    return max((ranks - 1) * latency + state_bytes * byte, settings.compute_ms / 1e3)
+    return max((setting.group.size() - 1) * latency + setting.update.nbytes * byte, settings.compute_ms / 1e3)
 
 
-def row_line(row: Row) -> str:
-    times = (row.median_ms, row.minimum_ms, row.limit_ratio, row.model_ms)
-    ratio = None if row.model_ms is None else row.median_ms / row.model_ms
-    return SCAN_TABLE.row(row.form, row.state_kib, row.method, row.payload_bytes, *times, ratio)
+def print_scans(rows: list[Row]) -> None:
+    """The lines, and how far `auto` is from the best of the fixed choices, by medians and by minima."""
+    for row in rows:
+        names = ("form", "state_kib", "method", "payload_bytes", "median_ms", "minimum_ms", "limit_ratio", "model_ms")
+        ratio = None if row["model_ms"] is None else row["median_ms"] / row["model_ms"]
+        print(SCAN_TABLE.row(*(row[name] for name in names), ratio))
+    auto = [row for row in rows if row["method"].startswith("auto")]
+    fixed = [row for row in rows if row["model_ms"] is not None and not row["method"].startswith("auto")]
+    if auto and fixed:
+        best = min(fixed, key=lambda row: row["median_ms"])
+        by_median = auto[0]["median_ms"] / best["median_ms"]
+        by_minimum = auto[0]["minimum_ms"] / min(row["minimum_ms"] for row in fixed)
+        said = f"{by_median:.3f} of the best fixed choice, {best['method']}; {by_minimum:.3f} by minima"
+        print(f"  {auto[0]['method']}: {said}")
 
 
-def print_choice(rows: list[Row]) -> None:
-    """How far `auto` is from the best of the fixed choices, by medians and by minima."""
-    auto = [row for row in rows if row.method.startswith("auto")]
-    fixed = [row for row in rows if row.model_ms is not None and not row.method.startswith("auto")]
-    if not auto or not fixed:
-        return
-    best = min(fixed, key=lambda row: row.median_ms)
-    by_median = auto[0].median_ms / best.median_ms
-    by_minimum = auto[0].minimum_ms / min(row.minimum_ms for row in fixed)
-    print(f"  {auto[0].method}: {by_median:.3f} of the best fixed choice, {best.method}; {by_minimum:.3f} by minima")
+def print_wire(traffic: tuple[float, float] | None, what: str, whose: str, size: float) -> None:
+    """Bytes received and sent, in states; `size`: of all states that had to travel."""
+    if traffic is not None:
+        received, sent = (figure / size for figure in traffic)
+        print(f"  wire{what}: {received:.3f} states received, {sent:.3f} sent {whose}")
 
 
-def measure_steps(settings: Settings, group: dist.ProcessGroup) -> list[Step]:
-    """Whole steps over one group: every chain, and the bytes `auto` puts on the wire."""
-    return [
-        row
-        for form, kib, setting in settings_of(settings, group)
-        for row in measure_chains(settings, setting, f"{form}, {kib:g} KiB: ")
-    ]
-
-
-def measure_chains(settings: Settings, setting: Setting, label: str) -> list[Step]:
-    group, layers = setting.group, settings.layers
-    alone = "compute alone"
-    names = [n for n in CHAINS if not settings.only or n == alone or any(n.startswith(o) for o in settings.only)]
-    group_costs(group)
+def measure_steps(settings: Settings, setting: Setting, label: str) -> list[Row]:
+    """Whole steps of every chain, and the bytes `auto` puts on the wire."""
+    group, layers, alone = setting.group, settings.layers, "compute alone"
+    names = [name for name in CHAINS if not settings.only or name == alone or name.startswith(tuple(settings.only))]
     runs: dict[str, Callable] = {name: partial(step, setting, layers, CHAINS[name]) for name in names}
     scans = {}
     for name, run in runs.items():
         before = scans_opened(group)
         run()()
         scans[name] = scans_opened(group) - before
-    times = measure_in_turn(group, runs, settings.rounds)
-    compute = 1e3 * statistics.median(times[alone])
-    rows = []
-    for name in names:
-        median = 1e3 * statistics.median(times[name])
-        low = 1e3 * min(times[name])
-        rows.append(Step(group.size(), label + name, median, low, compute, median / compute, scans[name]))
+    times = {name: [1e3 * each for each in own] for name, own in measure_in_turn(group, runs, settings.rounds).items()}
+    rows: list[Row] = [
+        {
+            "ranks": group.size(),
+            "method": label + name,
+            "median_ms": median(times[name]),
+            "minimum_ms": min(times[name]),
+            "compute_ms": median(times[alone]),
+            "ratio": median(times[name]) / median(times[alone]),
+            "scans": scans[name],
+        }
+        for name in names
+    ]
     traffic = wire_bytes(group, lambda: [runs["auto"]()() for _ in range(WIRE_SCANS)]) if "auto" in runs else None
     if group.rank() == 0:
         print(f"{group.size()} ranks, {layers} layers of {settings.compute_ms:g} ms forward, as many backward")
         print(STEP_TABLE.header)
         for row in rows:
-            print(STEP_TABLE.row(row.method, row.median_ms, row.minimum_ms, row.ratio, row.scans))
-        if traffic is not None:
-            # A rank in the middle receives a state forward and one backward; the first and the last half of that.
-            directions = 1 if group.size() == 2 else 2
-            whole = WIRE_SCANS * layers * directions * setting.update.nbytes
-            received, sent = (figure / whole for figure in traffic)
-            print(
-                f"  wire, auto: {received:.3f} states received, {sent:.3f} sent per layer and direction, busiest rank"
-            )
+            print(STEP_TABLE.row(*(row[key] for key in ("method", "median_ms", "minimum_ms", "ratio", "scans"))))
+        # A rank in the middle receives a state forward and one backward; the first and the last half of that.
+        size = WIRE_SCANS * layers * (1 if group.size() == 2 else 2) * setting.update.nbytes
+        print_wire(traffic, ", auto", "per layer and direction, busiest rank", size)
     return rows
+
+
+def draw(rows: list[Row], path: Path, steps: str) -> None:
+    """Median time of every method, one panel per rank count and form: bars for one size, lines over several sizes.
+
+    `steps`: what whole steps are of, where the rows are those.
+    """
+    panels: dict[tuple[int, str], list[Row]] = {}
+    for row in rows:
+        panels.setdefault((row["ranks"], row.get("form", "")), []).append(row)
+    shown = list(panels.items())[: None if steps else PANELS]
+    across = 1 if steps or len(shown) == 1 else 2
+    down = -(-len(shown) // across)
+    figure = new_figure(8 * across, (3.5 if steps else 5) * down)
+    for axes, ((ranks, form), own) in zip(figure.subplots(down, across, squeeze=False).flat, shown, strict=False):
+        first = own[0]
+        if steps:
+            axes.set_title(f"{steps}, {ranks} ranks")
+            _bars(axes, own, first["compute_ms"], "median time of a step, ms")
+            continue
+        axes.set_title(f"All-Scan, {ranks} ranks, {form} transition")
+        if len({row["state_kib"] for row in own}) == 1:
+            limit = first["median_ms"] / first["limit_ratio"]
+            _bars(axes, own, limit, f"median time of a scan of {first['state_kib']:g} KiB, ms")
+        else:
+            _lines(axes, own)
+    save_figure(figure, path)
+
+
+def _bars(axes: "Axes", rows: list[Row], limit: float, title: str) -> None:
+    medians = {row["method"]: row["median_ms"] for row in rows}
+    colors = ["tab:orange" if "their" in name else "tab:blue" for name in medians]
+    axes.bar_label(axes.barh(list(medians), list(medians.values()), color=colors), fmt="%.1f", padding=3)
+    axes.axvline(limit, color="black", label="limit")
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel(title)
+    axes.legend()
+
+
+def _lines(axes: "Axes", rows: list[Row]) -> None:
+    """One line per method over the size of the state; the limit of the links is each point over its ratio."""
+    curves: dict[str, list[Row]] = {}
+    for row in rows:
+        curves.setdefault(row["method"].split(" = ")[0], []).append(row)
+    for name, own in curves.items():
+        style = "-" if name == "auto" else "--" if name.startswith("their") else ":"
+        points = [row["state_kib"] for row in own], [row["median_ms"] for row in own]
+        axes.plot(*points, style, marker="o", linewidth=3 if name == "auto" else 1, label=name)
+    limits = {row["state_kib"]: row["median_ms"] / row["limit_ratio"] for row in rows}
+    axes.plot(list(limits), list(limits.values()), "k-", marker="_", label="limit of the links")
+    axes.set(xscale="log", yscale="log", xlabel="state, KiB", ylabel="median time of a scan, ms")
+    axes.legend(fontsize=7, ncols=2)
 
 
 def main(arguments: list[str]) -> int:
     settings = read_settings(Settings, arguments)
     counts = settings.ranks or [int(os.environ.get("WORLD_SIZE", "4"))]
     outcome = on_ranks(max(counts), measure_all, settings, counts)
-    if outcome is None:
-        return 0
-    rows, costs = outcome
-    report, picture = (Path(settings.output_dir) / f"all_scan.{kind}" for kind in ("json", "png"))
-    head = {"machine": machine(), "settings": asdict(settings), "costs": costs}
-    write_json(report, {**head, "rows": [asdict(row) for row in rows]})
-    if settings.layers:
-        draw_steps(rows, picture, f"{settings.layers} layers of {settings.compute_ms:g} ms")
-    else:
-        draw_scans(rows, picture)
-    print(f"{report}, {picture}")
+    if outcome is not None:
+        rows, costs = outcome
+        report, picture = (Path(settings.output_dir) / f"all_scan.{kind}" for kind in ("json", "png"))
+        write_results(report, settings, costs=costs, rows=rows)
+        draw(rows, picture, f"{settings.layers} layers of {settings.compute_ms:g} ms" if settings.layers else "")
+        print(f"{report}, {picture}")
     return 0
-
-
-def measure_all(
-    group: dist.ProcessGroup, settings: Settings, counts: list[int]
-) -> tuple[list[Row] | list[Step], dict[int, dict[str, float]]]:
-    """What was measured over the first P ranks for every P of `counts`, and the costs each choice rested on."""
-    costs: dict[int, dict[str, float]] = {}
-
-    def measured(part: dist.ProcessGroup) -> list:
-        rows = measure_steps(settings, part) if settings.layers else measure_scans(settings, part)
-        costs[part.size()] = asdict(group_costs(part))
-        return rows
-
-    return on_first_ranks(group, counts, measured), costs

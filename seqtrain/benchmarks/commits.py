@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from seqtrain.config import read_settings
 from seqtrain.errors import ConfigError
@@ -50,22 +50,15 @@ def run_python(tree: Path, arguments: Sequence[str]) -> float:
 
     Raises `RuntimeError` with the end of its output where it fails.
     """
+
+    def child_seconds() -> float:
+        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
     environment = {**os.environ, "PYTHONPATH": str(tree), "WANDB_MODE": "disabled"}
-    before = _child_seconds()
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=tree,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    before = child_seconds()
+    output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run([sys.executable, *arguments], cwd=tree, env=environment, text=True, **output)
     if done.returncode:
         shown = "\n".join(done.stdout.strip().splitlines()[-SHOWN:])
         raise RuntimeError(f"{' '.join(arguments)} in {tree} ended with status {done.returncode}:\n{shown}")
-    return _child_seconds() - before
-
-
-def _child_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return child_seconds() - before

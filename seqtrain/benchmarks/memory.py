@@ -11,18 +11,19 @@ parameters; with `limit_gib` the exit status is 1 where the peak is above it.
 import json
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from seqtrain.config import read_settings
 from seqtrain.memory import peak_resident_bytes
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.parallel.sequence import SequenceContext
-from seqtrain.report import machine
+from seqtrain.report import in_a_line, machine
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,13 @@ class Settings:
     tokens: Annotated[int, Field(gt=0)] = 65536
     documents: Annotated[int, Field(gt=0)] = 1
     # Mixers, repeated over the depth; each with its own defaults.
-    layers: Annotated[list[str], Field(min_length=1)] = field(
-        default_factory=lambda: [
-            "gated_delta_net",
-            "gla",
-            "hgrn2",
-            "mamba2",
-            "tensor_attention",
-            "sliding_attention",
-        ]
+    layers: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "gated_delta_net",
+        "gla",
+        "hgrn2",
+        "mamba2",
+        "tensor_attention",
+        "sliding_attention",
     )
     depth: Annotated[int, Field(gt=0)] = 12
     width: Annotated[int, Field(gt=0)] = 512
@@ -57,22 +56,25 @@ class Settings:
 def measure(settings: Settings) -> dict[str, float]:
     """Builds the model, runs forward and backward, once on a token and once on all, and says what the latter took."""
     torch.manual_seed(0)
-    config = ModelConfig(
-        layers=tuple(settings.layers),
-        depth=settings.depth,
-        width=settings.width,
-        heads=settings.heads,
-        activation_checkpointing=settings.activation_checkpointing,
-    )
+    same = ("layers", "depth", "width", "heads", "activation_checkpointing")
+    config = ModelConfig(**{name: getattr(settings, name) for name in same})
     mixers = {name: MIXERS.get(name).Config() for name in settings.layers}
     model = LanguageModel(config, mixers, settings.vocab_size)
     tokens = torch.randint(settings.vocab_size, (1, settings.tokens))
-    boundaries = torch.linspace(0, settings.tokens, settings.documents + 1).round().to(torch.int32)
+
+    def step(tokens: Tensor, documents: int) -> Tensor:
+        length = tokens.shape[1]
+        boundaries = torch.linspace(0, length, documents + 1).round().to(torch.int32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+            loss = model(tokens, labels=tokens.roll(-1, 1), sequence=SequenceContext(cu_seqlens=boundaries))
+        (loss / length).backward()
+        return loss.detach()
+
     # What PyTorch loads in a first step (with checkpointing its compiler, 140 MiB) is not memory of the sequence.
-    run_step(model, tokens[:, :1], torch.tensor([0, 1], dtype=torch.int32), settings.dtype)
+    step(tokens[:, :1], 1)
     model.zero_grad()
     before, start = peak_resident_bytes(), time.perf_counter()
-    loss = run_step(model, tokens, boundaries, settings.dtype)
+    loss = step(tokens, settings.documents)
     seconds = time.perf_counter() - start
     return {
         "peak_bytes": peak_resident_bytes(),
@@ -84,19 +86,11 @@ def measure(settings: Settings) -> dict[str, float]:
     }
 
 
-def run_step(model: LanguageModel, tokens: torch.Tensor, boundaries: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Forward and backward pass over `tokens [1,T]`, documents at `boundaries [N+1]`; the summed loss."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        loss = model(tokens, labels=tokens.roll(-1, 1), sequence=SequenceContext(cu_seqlens=boundaries))
-    (loss / tokens.shape[1]).backward()
-    return loss.detach()
-
-
 def main(arguments: list[str]) -> int:
     settings = read_settings(Settings, arguments)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    print(in_a_line(machine()))
     result = measure(settings)
     peak, before = (result[key] / 2**30 for key in ("peak_bytes", "peak_bytes_before"))
     print(

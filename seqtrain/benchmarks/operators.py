@@ -16,21 +16,18 @@ import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import BeforeValidator, Field
 
-from seqtrain.benchmarks.contenders import Contender, Shape, limit, make_inputs, ours, rivals, sdpa
-from seqtrain.benchmarks.gemm_limit import limit_source
-from seqtrain.benchmarks.live_table import LiveTable
+from seqtrain import report
+from seqtrain.benchmarks.contenders import Contender, Shape, all_contenders, limit_source
 from seqtrain.config import read_settings
-from seqtrain.profiling import spread
-from seqtrain.report import machine, new_figure, save_figure, version, write_json
 
 Operator = Literal[
     "delta_rule", "scalar_decay", "channel_decay", "kda", "diagonal_scan", "tensor_attention", "sliding_attention"
@@ -38,12 +35,12 @@ Operator = Literal[
 Dtype = Literal["float32", "bfloat16"]
 Size = Annotated[int, Field(gt=0)]
 # A list, for which its only entry may stand.
-LISTED = (Field(min_length=1), BeforeValidator(lambda values: values if isinstance(values, list) else [values]))
-Sizes = Annotated[list[Size], *LISTED]
-Counts = Annotated[list[Annotated[int, Field(ge=0)]], *LISTED]
-Dtypes = Annotated[list[Dtype], *LISTED]
+LISTED = (Field(min_length=1), BeforeValidator(lambda values: tuple(values) if isinstance(values, list) else (values,)))
+Sizes = Annotated[tuple[Size, ...], *LISTED]
+Counts = Annotated[tuple[Annotated[int, Field(ge=0)], ...], *LISTED]
+Dtypes = Annotated[tuple[Dtype, ...], *LISTED]
 DIRECTIONS = {"forward": False, "forward+backward": True}
-TABLE = LiveTable(
+TABLE = report.LiveTable(
     {
         "tokens": "6d",
         "direction": "16",
@@ -68,27 +65,27 @@ while True:
 @dataclass(frozen=True)
 class Settings:
     # Lengths of the sequence, tokens; here and below a list is swept.
-    tokens: Sizes = field(default_factory=lambda: [1024, 2048, 4096, 8192, 16384, 32768])
+    tokens: Sizes = (1024, 2048, 4096, 8192, 16384, 32768)
     # Sequences in a batch.
-    batch: Sizes = field(default_factory=lambda: [1])
+    batch: Sizes = (1,)
     # Heads, and the width of keys and values of each; the diagonal scan has heads * value_width channels.
-    heads: Sizes = field(default_factory=lambda: [8])
-    key_width: Sizes = field(default_factory=lambda: [64])
+    heads: Sizes = (8,)
+    key_width: Sizes = (64,)
     # 0: as wide as the keys.
-    value_width: Counts = field(default_factory=lambda: [64])
+    value_width: Counts = (64,)
     # Key width of tensor attention, whose features grow with its square; the mixer has 4 unless told otherwise.
     tensor_key_width: Size = 4
     # Keys that a query of the sliding attention sees.
     window: Size = 512
-    operators: list[Operator] = field(default_factory=lambda: list(get_args(Operator)))
+    operators: tuple[Operator, ...] = get_args(Operator)
     # Our backend: auto, chunked, reference, ...
     backend: str = "auto"
     # Our other backends to time as well, such as [chunked].
-    beside: list[Literal["chunked", "native", "triton"]] = field(default_factory=list)
-    dtype: Dtypes = field(default_factory=lambda: ["float32"])
+    beside: tuple[Literal["chunked", "native", "triton"], ...] = ()
+    dtype: Dtypes = ("float32",)
     device: str = "cpu"
     # CPU threads; 0 leaves PyTorch's own number.
-    threads: Counts = field(default_factory=lambda: [0])
+    threads: Counts = (0,)
     # True: times the matrix products alone, too (on a CPU).
     limit: bool = True
     # True: every contender is also timed while a second process uses as many threads.
@@ -101,43 +98,33 @@ class Settings:
 
 def shapes(settings: Settings) -> Iterator[Shape]:
     """Every point of the sweep."""
-    swept = (settings.batch, settings.heads, settings.key_width, settings.value_width, settings.dtype, settings.threads)
-    for (batch, heads, key, value, dtype, threads), tokens in itertools.product(
-        itertools.product(*swept), settings.tokens
-    ):
-        yield Shape(
-            tokens=tokens,
-            batch=batch,
-            heads=heads,
-            key_width=key,
-            value_width=value or key,
-            tensor_key_width=settings.tensor_key_width,
-            window=settings.window,
-            dtype=dtype,
-            device=settings.device,
-            threads=threads or torch.get_num_threads(),
-        )
+    names = ("batch", "heads", "key_width", "value_width", "dtype", "threads", "tokens")
+    fixed = {name: getattr(settings, name) for name in ("tensor_key_width", "window", "device")}
+    for values in itertools.product(*(getattr(settings, name) for name in names)):
+        point = fixed | dict(zip(names, values, strict=True))
+        point["value_width"] = point["value_width"] or point["key_width"]
+        point["threads"] = point["threads"] or torch.get_num_threads()
+        yield Shape(**point)
 
 
-def time_in_turns(contenders: Sequence[Contender], settings: Settings, *, backward: bool) -> dict[str, list[float]]:
+def time_in_turns(contenders: Mapping[str, Contender], settings: Settings, *, backward: bool) -> dict[str, list[float]]:
     """Seconds of each contender's runs: one untimed round, then rounds in which each runs once."""
-    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+
+    def now() -> float:
+        if torch.device(settings.device).type == "cuda":
+            torch.cuda.synchronize(settings.device)
+        return time.perf_counter()
+
+    times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(settings.rounds + 1):
-        for contender in contenders:
-            spent = times[contender.name]
-            if sum(spent) > settings.seconds:
+        for name, run in contenders.items():
+            if sum(times[name]) > settings.seconds:
                 continue
-            start = _now(settings.device)
-            (contender.both if backward else contender.forward)()
+            start = now()
+            run(backward)
             if turn:
-                spent.append(_now(settings.device) - start)
+                times[name].append(now() - start)
     return times
-
-
-def _now(device: str) -> float:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 @contextmanager
@@ -164,66 +151,38 @@ def compare(settings: Settings, show: Callable[[str], None]) -> tuple[list[dict]
         if (where := describe(asdict(shape))) != previous:
             previous = where
             show(f"\n{where}\n{TABLE.header}")
-        found, missing = _compare_at(shape, settings)
-        for row in found:
-            rows.append(row)
-            show(_line(row))
+        backends = (settings.backend, *settings.beside)
+        found, missing = all_contenders(shape, settings.operators, backends=backends, limit=settings.limit)
+        for direction, backward in DIRECTIONS.items():
+            for row in _compare_at(shape, found, settings, direction, backward):
+                rows.append(row)
+                show(_line(row))
         torch.set_num_threads(own_threads)
     return rows, missing
 
 
-def _compare_at(shape: Shape, settings: Settings) -> tuple[list[dict], dict[str, str]]:
-    inputs = make_inputs(shape)
-    theirs, missing = rivals(shape, inputs, settings.operators)
-    attention = sdpa(inputs)
-    own = {name: ours(shape, inputs, name, settings.backend) for name in settings.operators}
-    against = {
-        name: [
-            *(limit(shape, name) if settings.limit else []),
-            *theirs[name],
-            *(ours(shape, inputs, name, backend, f" {backend}") for backend in settings.beside),
-            attention,
-        ]
-        for name in own
-    }
-    contenders = {each.name: each for each in (*own.values(), *itertools.chain.from_iterable(against.values()))}
-    rows = []
-    for direction, backward in DIRECTIONS.items():
-        idle: dict[str, tuple[float, float]] = {}
-        for loaded in (False, True) if settings.busy else (False,):
-            with busy(shape.threads) if loaded else nullcontext():
-                times = time_in_turns(list(contenders.values()), settings, backward=backward)
-            found = {name: _milliseconds(seconds) for name, seconds in times.items()}
-            found |= {f"{name} idle": idle[name] for name in own if loaded}
-            for name in own:
-                compared = [each.name for each in against[name]] + ([f"{name} idle"] if loaded else [])
-                rows += [_row(shape, direction, loaded, name, rival, found) for rival in compared]
-            idle = found
-    return rows, missing
-
-
-def _milliseconds(seconds: list[float]) -> tuple[float, float]:
-    """Median and half the distance between the quartiles."""
-    found = spread(seconds)
-    return 1e3 * found["median"], 1e3 * (found["high"] - found["low"]) / 2
-
-
-def _row(
-    shape: Shape, direction: str, loaded: bool, name: str, rival: str, times: dict[str, tuple[float, float]]
-) -> dict[str, Any]:
-    (own, own_spread), (theirs, their_spread) = times[name], times[rival]
-    return {
-        **asdict(shape),
-        "operator": name,
-        "against": rival,
-        "direction": direction,
-        "busy": loaded,
-        "ours_ms": own,
-        "ours_spread_ms": own_spread,
-        "theirs_ms": theirs,
-        "theirs_spread_ms": their_spread,
-        "ratio": theirs / own,
-    }
+def _compare_at(
+    shape: Shape, found: dict[str, dict[str, Contender]], settings: Settings, direction: str, backward: bool
+) -> list[dict[str, Any]]:
+    """The rows of one point and direction."""
+    contenders = {operator: found[operator][operator] for operator in found}
+    for own in found.values():
+        contenders |= own
+    columns = ("ours_ms", "ours_spread_ms", "theirs_ms", "theirs_spread_ms")
+    rows: list[dict[str, Any]] = []
+    idle: dict[str, list[float]] = {}
+    for loaded in (False, True) if settings.busy else (False,):
+        with busy(shape.threads) if loaded else nullcontext():
+            seconds = time_in_turns(contenders, settings, backward=backward)
+        times = {name: [1e3 * each for each in report.median_and_spread(own)] for name, own in seconds.items()}
+        times |= {f"{name} idle": idle[name] for name in found if loaded}
+        for name, own in found.items():
+            for rival in [*own, f"{name} idle"][1 : None if loaded else -1]:
+                row = asdict(shape) | {"operator": name, "against": rival, "direction": direction, "busy": loaded}
+                row |= dict(zip(columns, (*times[name], *times[rival]), strict=True))
+                rows.append(row | {"ratio": row["theirs_ms"] / row["ours_ms"]})
+        idle = times
+    return rows
 
 
 def describe(point: dict[str, Any]) -> str:
@@ -240,7 +199,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def draw(rows: list[dict], title: str, path: Path) -> None:
     """Time against length, both on logarithmic scales, one panel per direction."""
-    figure = new_figure(13, 5.5)
+    figure = report.new_figure(13, 5.5)
     panels = figure.subplots(1, 2, sharey=True)
     own = {row["operator"] for row in rows}
     for panel, direction in zip(panels, DIRECTIONS, strict=True):
@@ -256,37 +215,31 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
     panels[0].set_ylabel("milliseconds, median")
     panels[1].legend(fontsize=8)
     figure.suptitle(title, fontsize=9)
-    save_figure(figure, path)
-
-
-def _pictures(rows: list[dict], title: str, folder: Path) -> list[Path]:
-    """One for each point of the sweep, numbered where there are several."""
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        if not row["busy"]:
-            groups.setdefault(describe(row), []).append(row)
-    paths = []
-    for number, (where, chosen) in enumerate(groups.items(), 1):
-        paths.append(folder / f"bench_operators{f'_{number}' if len(groups) > 1 else ''}.png")
-        draw(chosen, f"{title}; {where}", paths[-1])
-    return paths
+    report.save_figure(figure, path)
 
 
 def main(arguments: list[str]) -> int:
     settings = read_settings(Settings, arguments)
-    about = machine(settings.device)
-    about |= {package: version(package) for package in ("transformers", "flash-linear-attention", "flash-attn")}
-    title = ", ".join(f"{key} {value}" for key, value in about.items())
+    packages = ("transformers", "flash-linear-attention", "flash-attn")
+    about = report.machine(settings.device) | {package: report.version(package) for package in packages}
     sources = {dtype: limit_source(getattr(torch, dtype)) for dtype in settings.dtype} if settings.limit else {}
-    print(title)
+    print(report.in_a_line(about))
     print(f"tensor attention K={settings.tensor_key_width}, window {settings.window}; ± is half the quartile distance")
     for dtype, source in sources.items():
         print(f"gemm_limit of {dtype} by {source}")
     rows, missing = compare(settings, lambda line: print(line, flush=True))
     for name, reason in missing.items():
         print(f"skipped {name}: {reason}")
-    report = Path(settings.output_dir) / "bench_operators.json"
-    content = {"machine": about, "settings": asdict(settings), "limit": sources, "skipped": missing, "rows": rows}
-    write_json(report, content)
-    print("\n" + ", ".join(str(path) for path in (report, *_pictures(rows, title, report.parent))))
+    folder = Path(settings.output_dir)
+    paths = [folder / "bench_operators.json"]
+    report.write_results(paths[0], settings, about=about, limit=sources, skipped=missing, rows=rows)
+    # One picture for each point of the sweep, numbered where there are several.
+    points: dict[str, list[dict]] = {}
+    for row in rows:
+        if not row["busy"]:
+            points.setdefault(describe(row), []).append(row)
+    for number, (where, chosen) in enumerate(points.items(), 1):
+        paths.append(folder / f"bench_operators{f'_{number}' if len(points) > 1 else ''}.png")
+        draw(chosen, f"{report.in_a_line(about)}; {where}", paths[-1])
+    print("\n" + ", ".join(map(str, paths)))
     return 0

@@ -24,22 +24,22 @@ def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, limit: f
     processes are forked here, on the loopback interface. `limit`: seconds for all of it.
     """
     torch.set_num_threads(1)
+
+    def work(_: int) -> Any:
+        group = dist.group.WORLD
+        assert group is not None, "the process group was just made"
+        result = function(group, *arguments)
+        flush_scans(group)
+        dist.barrier(group=group)
+        return result if group.rank() == 0 else None
+
     if "RANK" not in os.environ:
-        return run_ranks(ranks, lambda rank: _call(function, arguments), limit=limit, group_timeout=limit)[0]
+        return run_ranks(ranks, work, limit=limit, group_timeout=limit)[0]
     dist.init_process_group("gloo")
     try:
-        return _call(function, arguments)
+        return work(0)
     finally:
         dist.destroy_process_group()
-
-
-def _call(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    group = dist.group.WORLD
-    assert group is not None, "the process group was just made"
-    result = function(group, *arguments)
-    flush_scans(group)
-    dist.barrier(group=group)
-    return result if group.rank() == 0 else None
 
 
 def on_first_ranks(group: dist.ProcessGroup, counts: Sequence[int], function: Callable[..., list]) -> list:
@@ -55,26 +55,19 @@ def on_first_ranks(group: dist.ProcessGroup, counts: Sequence[int], function: Ca
     return rows
 
 
-def same_clock(group: dist.ProcessGroup) -> bool:
-    """Whether all ranks run under one kernel, whose monotonic clock they share."""
-    boots: list[str | None] = [None] * group.size()
-    dist.all_gather_object(boots, Path("/proc/sys/kernel/random/boot_id").read_text(), group=group)
-    return len(set(boots)) == 1
-
-
-def makespan(group: dist.ProcessGroup, timed: Callable[[], object], shared_clock: bool) -> float:
+def makespan(group: dist.ProcessGroup, timed: Callable[[], object], *, shared_clock: bool) -> float:
     """Seconds from a start all ranks agree on to the end of the last rank, on every rank."""
-    start = torch.tensor([time.clock_gettime(time.CLOCK_MONOTONIC) + 0.05], dtype=torch.float64)
+    start = torch.tensor([time.monotonic() + 0.05], dtype=torch.float64)
     dist.broadcast(start, group=group, group_src=0)
     if shared_clock:
         # Everyone begins at one instant of the machine's clock, and not whenever a barrier lets it go.
-        time.sleep(max(0.0, start.item() - time.clock_gettime(time.CLOCK_MONOTONIC)))
+        time.sleep(max(0.0, start.item() - time.monotonic()))
         begin = start.item()
     else:
         dist.barrier(group=group)
-        begin = time.clock_gettime(time.CLOCK_MONOTONIC)
+        begin = time.monotonic()
     timed()
-    taken = torch.tensor([time.clock_gettime(time.CLOCK_MONOTONIC) - begin], dtype=torch.float64)
+    taken = torch.tensor([time.monotonic() - begin], dtype=torch.float64)
     dist.all_reduce(taken, op=dist.ReduceOp.MAX, group=group)
     return taken.item()
 
@@ -83,12 +76,14 @@ def measure_in_turn(
     group: dist.ProcessGroup, runs: Mapping[str, Callable[[], Callable[[], object]]], rounds: int
 ) -> dict[str, list[float]]:
     """Seconds of every run, `rounds` of each in turn; `runs[name]()` prepares, what it returns is timed."""
-    shared_clock = same_clock(group)
+    # Ranks under one kernel share its monotonic clock.
+    boots: list[str | None] = [None] * group.size()
+    dist.all_gather_object(boots, Path("/proc/sys/kernel/random/boot_id").read_text(), group=group)
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = random.Random(0)  # the same on every rank
     for _ in range(WARM_UP + rounds):
         for name in order.sample(list(runs), len(runs)):
-            times[name].append(makespan(group, runs[name](), shared_clock))
+            times[name].append(makespan(group, runs[name](), shared_clock=len(set(boots)) == 1))
     return {name: taken[WARM_UP:] for name, taken in times.items()}
 
 

@@ -9,44 +9,29 @@ further step adds to it. Exit status: 0, or 1 where the median of a figure's rat
 than their spread (half their interquartile range), or by more than 3% where the spread is smaller.
 """
 
-import statistics
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 from pydantic import Field
 
 from seqtrain.benchmarks.commits import ROOT, checkout, read_commit_settings, run_python
-from seqtrain.report import machine, show_table, write_json
+from seqtrain.report import machine, median_and_spread, show_table, write_results
 
 # Name -> the overrides that make a run of a few seconds out of a shipped preset, on one rank.
-PRESETS: dict[str, tuple[str, ...]] = {
-    "quickstart": ("train.sequence_length=512", "train.batch_size=4", "train.micro_batch_size=4"),
-    "long_sequence": (
-        "experiment=long_sequence",
-        "parallel.sequence=1",
-        "train.sequence_length=4096",
-        "train.batch_size=1",
-        "train.micro_batch_size=1",
-    ),
-    "gated_delta_net_attention_tiny": (
-        "model=gated_delta_net_attention_tiny",
-        "train.sequence_length=512",
-        "train.batch_size=4",
-        "train.micro_batch_size=4",
-    ),
+SMALL = "train.sequence_length=512 train.batch_size=4 train.micro_batch_size=4"
+LONG = "parallel.sequence=1 train.sequence_length=4096 train.batch_size=1 train.micro_batch_size=1"
+PRESETS = {
+    "quickstart": SMALL,
+    "long_sequence": f"experiment=long_sequence {LONG}",
+    "gated_delta_net_attention_tiny": f"model=gated_delta_net_attention_tiny {SMALL}",
 }
-COMMON = (
-    "runtime=inline",
-    "parallel.data=1",
-    "evaluation.every=0",
-    "evaluation.max_tokens=1024",
-    "checkpoint.every=1000",
-    "checkpoint.resume=never",
-    "sample.tokens=1",
-    "optimizer.lr=1e-3",
-)
+COMMON = """
+runtime=inline parallel.data=1 evaluation.every=0 evaluation.max_tokens=1024 checkpoint.every=1000
+checkpoint.resume=never sample.tokens=1 optimizer.lr=1e-3
+"""
 TOLERANCE = 0.03
 
 
@@ -73,26 +58,10 @@ class Figure:
     old: list[float]
     new: list[float]
 
-    @property
-    def ratios(self) -> list[float]:
-        return [new / old for new, old in zip(self.new, self.old, strict=True)]
-
-    @property
-    def ratio(self) -> float:
-        """Median of new over old."""
-        return statistics.median(self.ratios)
-
-    @property
-    def spread(self) -> float:
-        """Half the interquartile range of the ratios."""
-        if len(self.ratios) < 2:
-            return 0.0
-        quarters = statistics.quantiles(self.ratios, n=4, method="inclusive")
-        return (quarters[2] - quarters[0]) / 2
-
-    @property
-    def slower(self) -> bool:
-        return self.ratio > 1 + max(self.spread, TOLERANCE)
+    def outcome(self) -> dict[str, float | bool]:
+        """Median of new over old, half the interquartile range of these ratios, and whether that is slower."""
+        ratio, spread = median_and_spread([new / old for new, old in zip(self.new, self.old, strict=True)])
+        return {"ratio": ratio, "spread": spread, "slower": ratio > 1 + max(spread, TOLERANCE)}
 
 
 def measure(tree: Path, preset: str, steps: int) -> dict[str, float]:
@@ -100,8 +69,8 @@ def measure(tree: Path, preset: str, steps: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
 
         def run(count: int) -> float:
-            own = [f"train.steps={count}", f"output_dir={folder}/{count}"]
-            return run_python(tree, ["launch/pretrain.py", *PRESETS[preset], *COMMON, *own])
+            words = f"{PRESETS[preset]} {COMMON} train.steps={count}".split()
+            return run_python(tree, ["launch/pretrain.py", *words, f"output_dir={folder}/{count}"])
 
         start = run(1)
         return {"start-up": start, "step": (run(1 + steps) - start) / steps}
@@ -123,29 +92,20 @@ def compare(settings: Settings, old: Path, new: Path) -> list[Figure]:
     return [Figure(preset, what, **sides) for (preset, what), sides in found.items()]
 
 
-def row(figure: Figure) -> tuple[str, ...]:
-    old, new = (statistics.median(side) for side in (figure.old, figure.new))
-    verdict = "SLOWER" if figure.slower else "ok"
-    return (
-        figure.preset,
-        figure.what,
-        f"{old:.3f}",
-        f"{new:.3f}",
-        f"{figure.ratio:.3f}",
-        f"{figure.spread:.3f}",
-        verdict,
-    )
-
-
 def main(arguments: list[str]) -> int:
     settings = read_commit_settings(Settings, arguments)
     about = machine()
     with checkout(settings.commit) as old:
         figures = compare(settings, old, ROOT)
     print(f"{about}, against {settings.commit}; CPU seconds, medians of {settings.rounds} rounds in turns")
-    show_table(["preset", "what", "old", "new", "new/old", "spread", ""], [row(figure) for figure in figures])
-    rows = [{**asdict(one), "ratio": one.ratio, "spread": one.spread, "slower": one.slower} for one in figures]
+    records = [asdict(figure) | figure.outcome() for figure in figures]
+    rows = []
+    for record in records:
+        numbers = (median(record["old"]), median(record["new"]), record["ratio"], record["spread"])
+        verdict = "SLOWER" if record["slower"] else "ok"
+        rows.append((record["preset"], record["what"], *(f"{number:.3f}" for number in numbers), verdict))
+    show_table(["preset", "what", "old", "new", "new/old", "spread", ""], rows)
     path = Path(settings.output_dir) / "bench_regression.json"
-    write_json(path, {"machine": about, "settings": asdict(settings), "figures": rows})
+    write_results(path, settings, figures=records, about=about)
     print(path)
-    return 1 if any(figure.slower for figure in figures) else 0
+    return int(any(record["slower"] for record in records))

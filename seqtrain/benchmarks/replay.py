@@ -20,72 +20,39 @@ from pathlib import Path
 from typing import Any
 
 from seqtrain.benchmarks.commits import ROOT, checkout, read_commit_settings, resolve, run_python
-from seqtrain.profiling.compare_runs import difference, flat, read_run, verdict
+from seqtrain.profiling.compare_runs import changes, difference, read_run, verdict
 
 # One process, a model of one layer of each mixer named, 256 tokens a sequence.
-ONE = (
-    "runtime=inline",
-    "parallel.data=1",
-    "parallel.zero_stage=1",
-    "data=stdlib",
-    "data.held_out=0.01",
-    "model=hybrid_tiny",
-    "model.width=64",
-    "train.steps=5",
-    "train.sequence_length=256",
-    "train.batch_size=4",
-    "train.micro_batch_size=2",
-    "train.dtype=float32",
-    "optimizer.lr=3e-3",
-    "schedule.warmup_fraction=0.1",
-    "evaluation.every=0",
-    "evaluation.max_tokens=1024",
-    "checkpoint.every=3",
-    "checkpoint.resume=never",
-    "sample.tokens=1",
-    "tracking.mode=disabled",
-    "seed=1",
-)
-TWO = ("runtime=ray", "runtime.cpus_per_worker=1")
-MIXED = ("gla", "gated_delta_net", "s5", "tensor_attention", "sliding_attention", "attention")
-
-
-def _layers(*names: str) -> tuple[str, ...]:
-    return f"model.layers=[{','.join(names)}]", f"model.depth={len(names)}"
-
-
-# Name -> overrides of launch/pretrain.py behind `ONE`.
-RUNS: dict[str, tuple[str, ...]] = {
-    "linear_attention": _layers("linear_attention", "trans_normer", "mala", "nalaformer", "dydila", "based"),
-    "decay": _layers("retnet", "gla", "mamba2", "hgrn2", "rwkv6", "mlstm", "gsa"),
-    "delta_rule": _layers("delta_net", "gated_delta_net", "kda", "delta_product", "rwkv7"),
-    "gated_rnn": _layers("hgrn", "rg_lru", "min_gru"),
-    "state_space": _layers("s4d", "s4_ptd", "s5", "s5_ptd"),
-    "third_order": _layers("ttt_linear", "tensor_attention"),
-    "softmax": _layers("attention", "sliding_attention", "streaming_attention", "tcnca"),
-    "combined": _layers("intra_hybrid", "linearized_attention", "liger_gla", "liger_gsa", "liger_hgrn2"),
-    "sequence": (*_layers(*MIXED), *TWO, "parallel.sequence=2"),
-    "segments": (*_layers(*MIXED), "train.segment_tokens=128"),
-    "bfloat16": (*_layers(*MIXED), "train.dtype=bfloat16"),
-    "zero0": (*_layers(*MIXED), *TWO, "parallel.data=2", "parallel.zero_stage=0"),
-    "zero2": (*_layers(*MIXED), *TWO, "parallel.data=2", "parallel.zero_stage=2"),
-    "zero3": (*_layers(*MIXED), *TWO, "parallel.data=2", "parallel.zero_stage=3"),
+ONE = """
+runtime=inline parallel.data=1 parallel.zero_stage=1 data=stdlib data.held_out=0.01 model=hybrid_tiny model.width=64
+train.steps=5 train.sequence_length=256 train.batch_size=4 train.micro_batch_size=2 train.dtype=float32
+optimizer.lr=3e-3 schedule.warmup_fraction=0.1 evaluation.every=0 evaluation.max_tokens=1024 checkpoint.every=3
+checkpoint.resume=never sample.tokens=1 tracking.mode=disabled seed=1
+"""
+TWO = "runtime=ray runtime.cpus_per_worker=1"
+MIXED = "gla,gated_delta_net,s5,tensor_attention,sliding_attention,attention"
+# Name -> the layers, and overrides of launch/pretrain.py behind `ONE`.
+RUNS = {
+    "linear_attention": ("linear_attention,trans_normer,mala,nalaformer,dydila,based", ""),
+    "decay": ("retnet,gla,mamba2,hgrn2,rwkv6,mlstm,gsa", ""),
+    "delta_rule": ("delta_net,gated_delta_net,kda,delta_product,rwkv7", ""),
+    "gated_rnn": ("hgrn,rg_lru,min_gru", ""),
+    "state_space": ("s4d,s4_ptd,s5,s5_ptd", ""),
+    "third_order": ("ttt_linear,tensor_attention", ""),
+    "softmax": ("attention,sliding_attention,streaming_attention,tcnca", ""),
+    "combined": ("intra_hybrid,linearized_attention,liger_gla,liger_gsa,liger_hgrn2", ""),
+    "sequence": (MIXED, f"{TWO} parallel.sequence=2"),
+    "segments": (MIXED, "train.segment_tokens=128"),
+    "bfloat16": (MIXED, "train.dtype=bfloat16"),
+    "zero0": (MIXED, f"{TWO} parallel.data=2 parallel.zero_stage=0"),
+    "zero2": (MIXED, f"{TWO} parallel.data=2 parallel.zero_stage=2"),
+    "zero3": (MIXED, f"{TWO} parallel.data=2 parallel.zero_stage=3"),
 }
-CONVERSION = (
-    "target=gla",
-    "recipe=transfer_then_kl",
-    "recipe.stages.transfer.steps=5",
-    "recipe.stages.kl.steps=5",
-    "recipe.stages.transfer.sequence_length=128",
-    "recipe.stages.kl.sequence_length=128",
-    "data.tokenizer=bytes",
-    "layer.window=16",
-    "verify.tokens=64",
-    "verify.sequences=1",
-    "verify.generate=4",
-    "runtime=inline",
-    "seed=1",
-)
+CONVERSION = """
+target=gla recipe=transfer_then_kl recipe.stages.transfer.steps=5 recipe.stages.kl.steps=5
+recipe.stages.transfer.sequence_length=128 recipe.stages.kl.sequence_length=128 data.tokenizer=bytes layer.window=16
+verify.tokens=64 verify.sequences=1 verify.generate=4 runtime=inline seed=1
+"""
 # Writes a small Llama with random weights and a tokenizer of bytes, in Hugging Face's form.
 TEACHER = """
 import sys, torch, transformers
@@ -136,37 +103,33 @@ def record(tree: Path, folder: Path, names: tuple[str, ...]) -> None:
     """Makes the runs of `names` in `folder` that are not there yet, with the code in `tree`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        out = folder / name
-        if (folder / f"{name}.done").exists():
+        out, done = folder / name, folder / f"{name}.done"
+        if done.exists():
             continue
         # What an interrupted call has left.
         shutil.rmtree(out, ignore_errors=True)
         print(f"{folder.name}: {name}", file=sys.stderr)
         if name == "conversion":
-            run_python(tree, ["-c", TEACHER, str(folder / "teacher")])
-            run_python(tree, ["launch/convert.py", f"source={folder / 'teacher'}", f"output_dir={out}", *CONVERSION])
+            teacher = str(folder / "teacher")
+            run_python(tree, ["-c", TEACHER, teacher])
+            words = ["launch/convert.py", f"source={teacher}", *CONVERSION.split()]
         else:
-            run_python(tree, ["launch/pretrain.py", *ONE, *RUNS[name], f"output_dir={out}"])
-        (folder / f"{name}.done").touch()
+            layers, more = RUNS[name]
+            model = f"model.layers=[{layers}] model.depth={layers.count(',') + 1}"
+            words = ["launch/pretrain.py", *f"{ONE} {model} {more}".split()]
+        run_python(tree, [*words, f"output_dir={out}"])
+        done.touch()
     configs = folder / "configs.json"
     if not configs.exists():
         run_python(tree, ["-c", CONFIGS, str(configs)])
-
-
-def trained(folder: Path) -> list[str]:
-    """The folders with metrics at or below `folder`, relative to it: one for a run, one per stage for a conversion."""
-    return sorted(str(file.parent.relative_to(folder)) for file in folder.rglob("metrics.jsonl"))
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[str]]:
     """`key: old -> new` of the composed values that differ, with the choices under which they do."""
     found: dict[str, list[str]] = {}
     for choice in old.keys() | new.keys():
-        before, after = flat(old.get(choice, {"choice": "absent"})), flat(new.get(choice, {"choice": "absent"}))
-        for key in before.keys() | after.keys():
-            pair = [json.dumps(values[key]) if key in values else "-" for values in (before, after)]
-            if pair[0] != pair[1]:
-                found.setdefault(f"{key}: {pair[0]} -> {pair[1]}", []).append(choice)
+        for key, pair in changes([config.get(choice, {"choice": "absent"}) for config in (old, new)]).items():
+            found.setdefault(f"{key}: {' -> '.join(pair)}", []).append(choice)
     return found
 
 
@@ -182,7 +145,8 @@ def main(arguments: list[str]) -> int:
     record(ROOT, new, names)
     same = True
     for name in names:
-        for stage in trained(old / name):
+        # One folder for a run, one per stage for a conversion.
+        for stage in sorted(str(file.parent.relative_to(old / name)) for file in (old / name).rglob("metrics.jsonl")):
             found = difference(read_run(str(old / name / stage)), read_run(str(new / name / stage)), 0.0)
             same &= found.same
             said = verdict(found, 0.0).partition(": ")[2]

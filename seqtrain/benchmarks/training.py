@@ -9,33 +9,30 @@ steps of all rounds, the first few of each run left out; the ratio is to the las
 `bench_training.json` are left in `output_dir`, and the runs' own folders.
 """
 
-import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from statistics import median
+from typing import Annotated, Any
 
 from pydantic import Field
 
+from seqtrain.benchmarks.commits import ROOT
 from seqtrain.config import read_settings
 from seqtrain.errors import ConfigError, SeqtrainError
-from seqtrain.report import machine, show_table, write_json
+from seqtrain.report import in_a_line, machine, show_table, write_results
 from seqtrain.runtime.metrics import read_lines
 from seqtrain.runtime.report import WARM_UP_STEPS
 from seqtrain.runtime.run_folder import RunFolder
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Settings:
     # Overrides that make a variant, separated by blanks; the last is what the others are measured against.
-    variants: Annotated[list[str], Field(min_length=1)] = field(
-        default_factory=lambda: ["kernels.backend=auto", "kernels.backend=chunked"]
-    )
+    variants: Annotated[tuple[str, ...], Field(min_length=1)] = ("kernels.backend=auto", "kernels.backend=chunked")
     # Overrides of all variants.
-    common: list[str] = field(default_factory=lambda: ["train.steps=25"])
+    common: tuple[str, ...] = ("train.steps=25",)
     # Times each variant is run.
     rounds: Annotated[int, Field(gt=0)] = 3
     # What is run, a path in the checkout.
@@ -59,25 +56,21 @@ def run_once(settings: Settings, variant: str, folder: Path) -> list[float]:
 def main(arguments: list[str]) -> int:
     settings = read_settings(Settings, arguments)
     about = machine()
-    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    print(in_a_line(about), flush=True)
     folder = Path(settings.output_dir).absolute()
     speeds: dict[str, list[float]] = {variant: [] for variant in settings.variants}
     for turn in range(settings.rounds):
         for number, variant in enumerate(settings.variants):
             found = run_once(settings, variant, folder / f"round_{turn}" / f"variant_{number}")
             speeds[variant] += found
-            print(f"round {turn}  {statistics.median(found):10.0f} tokens/s  {variant}", flush=True)
-    medians = {variant: statistics.median(found) for variant, found in speeds.items()}
-    base = medians[settings.variants[-1]]
-    rows = [
-        {"variant": variant, "tokens_per_second": median, "ratio": median / base, "steps": len(speeds[variant])}
-        for variant, median in medians.items()
+            print(f"round {turn}  {median(found):10.0f} tokens/s  {variant}", flush=True)
+    base = median(speeds[settings.variants[-1]])
+    rows: list[dict[str, Any]] = [
+        {"variant": name, "tokens_per_second": median(own), "ratio": median(own) / base, "steps": len(own)}
+        for name, own in speeds.items()
     ]
     print()
-    show_table(
-        ("variant", "tokens/s", "ratio"),
-        [(variant, f"{median:.0f}", f"{median / base:.2f}") for variant, median in medians.items()],
-    )
-    content = {"machine": about, "settings": asdict(settings), "rows": rows, "speeds": speeds}
-    write_json(folder / "bench_training.json", content)
+    cells = [(row["variant"], f"{row['tokens_per_second']:.0f}", f"{row['ratio']:.2f}") for row in rows]
+    show_table(("variant", "tokens/s", "ratio"), cells)
+    write_results(folder / "bench_training.json", settings, about=about, rows=rows, speeds=speeds)
     return 0

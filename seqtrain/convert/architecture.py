@@ -1,23 +1,26 @@
-"""The networks of a conversion: the teacher as a `LanguageModel` with softmax mixers, and its student."""
+"""The networks of a conversion: the teacher as a `LanguageModel` with softmax mixers, its student, and what stays."""
 
-import dataclasses
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import cycle
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
+from torch import Tensor
 
-from seqtrain.convert.settings import ConvertConfig, is_liger
+from seqtrain.convert.settings import POLICY, ConvertConfig, is_liger
 from seqtrain.convert.sources import Source
 from seqtrain.errors import ConfigError
-from seqtrain.mixers import MIXERS
+from seqtrain.files import Manifest
+from seqtrain.mixers import MIXERS, WHOLE
+from seqtrain.mixers.linearized_attention import MemoryConfig
 from seqtrain.models import LanguageModel, ModelConfig
+from seqtrain.parallel.sequence import SequenceContext
 
 FULL, WINDOWED = "attention", "sliding_attention"
 LINEARIZED, STREAMING = "linearized_attention", "streaming_attention"
-# Options of linearized attention that a conversion takes over.
-MEMORY = ("sinks", "combine", "memory_weight", "gate_rank", "tied_gate", "slots")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def architecture_of(source: Source) -> Architecture:
         "rope_amplitude": amplitude,
         "qk_norm": family.qk_norm,
         "norm_eps": config.rms_norm_eps,
-        "head_width": head_width(config),
+        # Some families' configs have no such key; in others it may be null.
+        "head_width": getattr(config, "head_dim", None) or config.hidden_size // heads,
         "qkv_bias": family.qkv_bias,
     }
     layers = _layers(config, depth)
@@ -69,13 +73,6 @@ def architecture_of(source: Source) -> Architecture:
     if model.hidden != config.intermediate_size:
         raise ConfigError(f"source={source.path}: intermediate_size={config.intermediate_size} must be a multiple of 8")
     return Architecture(model, mixers, config.vocab_size)
-
-
-def head_width(config: Any) -> int:
-    """Channels of a head, which need not be hidden_size / num_attention_heads."""
-    # Some families' configs have no such key; in others it may be null.
-    written = getattr(config, "head_dim", None)
-    return written or config.hidden_size // config.num_attention_heads
 
 
 def _layers(config: Any, depth: int) -> tuple[str, ...]:
@@ -106,6 +103,60 @@ def rotation(source: Source) -> tuple[float, tuple[float, ...], float]:
     return base, tuple((plain / rates.double()).tolist()), float(amplitude)
 
 
+@dataclass(frozen=True)
+class LayerChoice(Manifest):
+    """`layers.json`: the layers that keep softmax attention, all mixers' names, and the scores of the choice."""
+
+    error = ConfigError
+    remedy = "keep takes the layers.json of a conversion, or an object with keep, a list of layers from 0"
+
+    keep: tuple[Annotated[int, Field(ge=0, strict=True)], ...]
+    layers: list[str] | None = None
+    importance: list[float] | None = None
+
+
+def kept_layers(
+    keep: str | tuple[int, ...], depth: int, importance: Callable[[], list[float]]
+) -> tuple[tuple[int, ...], list[float] | None]:
+    """The numbers of the layers that stay, rising, and each layer's importance where it was measured.
+
+    `keep`: as `ConvertConfig.keep`. `importance`: measures each layer, called for a budget only. Raises `ConfigError`.
+    """
+    scores = None
+    if not isinstance(keep, str):
+        kept = keep
+    elif keep.endswith(".json"):
+        choice = LayerChoice.read(Path(keep).expanduser())
+        if choice.layers and len(choice.layers) != depth:
+            raise ConfigError(f"keep={keep}: is of a model with {len(choice.layers)} layers, not {depth}")
+        kept, scores = choice.keep, choice.importance
+    elif keep == "none":
+        return (), None
+    else:
+        matched = POLICY.fullmatch(keep)
+        assert matched is not None, keep
+        number = int(matched[2])
+        kept = tuple(range(number - 1, depth, number) if matched[1] == "every" else range(number))
+    if beyond := [index for index in kept if index >= depth]:
+        raise ConfigError(f"keep={sorted(kept)}: the model has layers 0 to {depth - 1}, not {beyond[0]}")
+    if len(set(kept)) == depth:
+        raise ConfigError(f"keep={sorted(kept)}: leaves no layer to convert; keep fewer than {depth}")
+    if isinstance(keep, str) and keep.startswith("budget:"):
+        scores = measured = importance()
+        kept = tuple(sorted(range(depth), key=lambda index: (-measured[index], index))[: len(kept)])
+    return tuple(sorted(set(kept))), scores
+
+
+def layers_that_stay(layers: Sequence[str]) -> tuple[int, ...]:
+    """The numbers of the layers that are still softmax attention, of the mixers' names."""
+    return tuple(index for index, name in enumerate(layers) if name in (FULL, WINDOWED))
+
+
+def write_layers(file: Path, layers: Sequence[str], importance: list[float] | None) -> None:
+    """Writes what was chosen, for people and for `keep=FILE.json`."""
+    LayerChoice(layers_that_stay(layers), list(layers), importance).write(file)
+
+
 def student_of(teacher: Architecture, config: ConvertConfig, kept: Collection[int]) -> Architecture:
     """`teacher` with the target's layers everywhere but in `kept`. Raises `ConfigError`."""
     layer, softmax = config.layer, next(iter(teacher.mixers.values()))
@@ -114,7 +165,7 @@ def student_of(teacher: Architecture, config: ConvertConfig, kept: Collection[in
     if WINDOWED in teacher.mixers:
         window = min(window, teacher.mixers[WINDOWED].window)
     options: dict[str, dict[str, Any]]
-    memory = {"memory": config.target} | {key: getattr(layer, key) for key in MEMORY}
+    memory = {"memory": config.target} | {field.name: getattr(layer, field.name) for field in fields(MemoryConfig)}
     if is_liger(config.target):
         options = {config.target: {"window": window}}
     elif layer.arrangement == "alternate":
@@ -125,11 +176,30 @@ def student_of(teacher: Architecture, config: ConvertConfig, kept: Collection[in
     layers = tuple(old if index in kept else next(names) for index, old in enumerate(teacher.model.layers))
     mixers = {**teacher.mixers, **{name: _taking_over(softmax, name, own) for name, own in options.items()}}
     used = {each: mixers[each] for each in sorted(set(layers))}
-    return Architecture(dataclasses.replace(teacher.model, layers=layers), used, teacher.vocab_size)
+    return Architecture(replace(teacher.model, layers=layers), used, teacher.vocab_size)
+
+
+@torch.no_grad()
+def layers_alone(
+    teacher: LanguageModel, x: Tensor, layers: range, sequence: SequenceContext = WHOLE
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For each of `layers` its number, what its mixer is given, and what that puts out, both `[B,T,D]`.
+
+    `x`: int64 `[B,T]`, tokens, or what enters the first of `layers`, float `[B,T,D]`.
+    """
+    x = x if x.is_floating_point() else teacher.embedding(x)
+    for index in layers:
+        block: Any = teacher.blocks[index]
+        given = block.mixer_norm(x)
+        out, _ = block.mixer(given, sequence=sequence)
+        yield index, given, out
+        if index != layers[-1]:
+            x = x + out
+            x = x + block.mlp(block.mlp_norm(x))
 
 
 def _taking_over(softmax: Any, name: str, options: dict[str, Any]) -> Any:
     """The config of mixer `name` with the projections of `softmax`, a config too, and `options` of its own."""
     cls = MIXERS.get(name).Config
-    shared = {field.name for field in dataclasses.fields(cls)} & {field.name for field in dataclasses.fields(softmax)}
+    shared = {field.name for field in fields(cls)} & {field.name for field in fields(softmax)}
     return cls(**{field: getattr(softmax, field) for field in shared - set(options)}, **options)

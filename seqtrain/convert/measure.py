@@ -4,15 +4,21 @@ All logits of a text never exist at one time.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from seqtrain.convert.texts import Text
-from seqtrain.mixers.common.liger import Liger, LigerConfig
+from seqtrain.convert.architecture import layers_alone
+from seqtrain.convert.settings import VerifyConfig
+from seqtrain.convert.sources import Source
+from seqtrain.errors import ConfigError
+from seqtrain.mixers.common.liger import Liger
 from seqtrain.mixers.linearized_attention import LinearizedAttention
 from seqtrain.mixers.streaming_attention import StreamingAttention
 from seqtrain.models import LanguageModel, generate
@@ -32,23 +38,24 @@ PASSAGE, PASSAGES = 16, 2
 Converted = Liger | LinearizedAttention | StreamingAttention
 
 
-class Reach(NamedTuple):
-    """What the softmax of a layer attends to: the last `window` tokens and a document's first `sinks`."""
-
-    window: int
-    sinks: int
-
-
 def converted_mixers(model: LanguageModel) -> list[Converted]:
     """The mixers that replaced attention."""
     return [block.mixer for block in model.blocks if isinstance(block.mixer, Converted)]
 
 
-def softmax_reach(model: LanguageModel) -> Reach:
-    """The widest reach of the converted layers' softmax."""
-    configs = [mixer.config for mixer in converted_mixers(model)]
-    sinks = [config.sinks for config in configs if not isinstance(config, LigerConfig)]
-    return Reach(max((config.window for config in configs), default=0), max(sinks, default=0))
+def softmax_reach(model: LanguageModel) -> tuple[int, int]:
+    """The widest reach of the converted layers' softmax: so many last tokens, and so many first ones of a document."""
+    mixers = converted_mixers(model)
+    sinks = [mixer.config.sinks for mixer in mixers if not isinstance(mixer, Liger)]
+    return max((mixer.config.window for mixer in mixers), default=0), max(sinks, default=0)
+
+
+def without_parts(student: LanguageModel) -> Iterator[str]:
+    """What the student without its memory, and without its window, is called, while it is without, if it has both."""
+    for part in PARTS:
+        with switched_off(student, part) as found:
+            if found:
+                yield f"student, {part} off"
 
 
 @contextmanager
@@ -143,6 +150,59 @@ def recall(model: LanguageModel, tokens: Tensor, answers: int) -> dict[str, floa
     return {"surprise": float(surprise(model, hidden, tokens)[:, -answers:].mean()), "accuracy": float(right)}
 
 
+@dataclass(frozen=True)
+class Text:
+    """`name`: what the report calls it. `origin`: where it is from, without a path. `tokens`: int64 `[B,T]`."""
+
+    name: str
+    origin: str
+    tokens: Tensor
+
+
+# What comes with Python: a module of its library, which `data=stdlib` holds out of what it trains on; its help pages.
+BUILT_IN: Mapping[str, Callable[[], str]] = {
+    "python-code": lambda: Path(str(import_module("multiprocessing.connection").__file__)).read_text(encoding="utf-8"),
+    "python-prose": lambda: "\n".join(import_module("pydoc_data.topics").topics.values()),
+}
+
+
+def read_texts(config: VerifyConfig, source: Source, *, seed: int) -> list[Text]:
+    """Those of `config.texts` as the source's tokenizer reads them; random tokens where it has none.
+
+    Rows follow one another from the beginning of a text, as many as it has up to `config.sequences`. Raises
+    `ConfigError`.
+    """
+    tokenizer = source.tokenizer()
+    wanted = {name: origin for name, origin in config.texts.items() if origin}
+    if tokenizer is not None and wanted:
+        return [_tokenized(name, origin, config, tokenizer) for name, origin in wanted.items()]
+    if files := [f"verify.texts.{name}={origin}" for name, origin in wanted.items() if origin not in BUILT_IN]:
+        raise ConfigError(f"{files[0]}: source={source.path} has no tokenizer to read it with")
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(source.config.vocab_size, (config.sequences, config.tokens), generator=generator)
+    return [Text("random", "random tokens", tokens)]
+
+
+def _tokenized(name: str, origin: str, config: VerifyConfig, tokenizer: Any) -> Text:
+    key = f"verify.texts.{name}={origin}"
+    if origin in BUILT_IN:
+        content = BUILT_IN[origin]()
+    else:
+        try:
+            content = Path(origin).expanduser().read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ConfigError(f"{key}: no such file; give one, or {' or '.join(BUILT_IN)}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{key}: can't be read as UTF-8 text: {error}") from None
+    # Twelve characters are more than a token has on average: a long text need not be read to its end.
+    content = content[: 12 * config.tokens * config.sequences]
+    ids = torch.tensor(tokenizer(content, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+    rows = min(len(ids) // config.tokens, config.sequences)
+    if rows == 0:
+        raise ConfigError(f"{key}: has {len(ids)} tokens, verify.tokens={config.tokens}; use fewer, or a longer text")
+    return Text(name, Path(origin).name, ids[: rows * config.tokens].view(rows, config.tokens))
+
+
 class Evaluator:
     """Measures students against a teacher, whose own results are computed once."""
 
@@ -172,10 +232,8 @@ class Evaluator:
         came = hidden_states(student, tokens)
         divergence, same = agreement(self.teacher, expected, student, came)
         by_model = {"teacher": self._surprise[text.name], "student": surprise(student, came, tokens)}
-        for part in PARTS:
-            with switched_off(student, part) as found:
-                if found:
-                    by_model[f"student, {part} off"] = surprise(student, hidden_states(student, tokens), tokens)
+        for name in without_parts(student):
+            by_model[name] = surprise(student, hidden_states(student, tokens), tokens)
         return {
             "tokens": tokens.numel(),
             "perplexity": {name: perplexity(each) for name, each in by_model.items()},
@@ -186,20 +244,16 @@ class Evaluator:
 
     def _recall(self, student: LanguageModel) -> dict[str, Any] | None:
         """How well a passage of random tokens is predicted when it is repeated beyond every layer's window."""
-        reach = softmax_reach(student)
+        window, sinks = softmax_reach(student)
         rows = self.texts[0].tokens[:PASSAGES]
-        tokens = repeated_passages(rows, PASSAGE, first=reach.sinks, least_between=reach.window + PASSAGE)
+        tokens = repeated_passages(rows, PASSAGE, first=sinks, least_between=window + PASSAGE)
         if tokens is None:
             return None
         # Nothing predicts the first token of a passage.
         answers = PASSAGE - 1
-        found: dict[str, Any] = {"tokens_between": tokens.shape[1] - PASSAGE - reach.sinks}
+        found: dict[str, Any] = {"tokens_between": tokens.shape[1] - PASSAGE - sinks}
         found |= {"teacher": recall(self.teacher, tokens, answers), "student": recall(student, tokens, answers)}
-        for part in PARTS:
-            with switched_off(student, part) as has_both:
-                if has_both:
-                    found[f"student, {part} off"] = recall(student, tokens, answers)
-        return found
+        return found | {name: recall(student, tokens, answers) for name in without_parts(student)}
 
     def _continued(self, model: LanguageModel) -> list[int]:
         if not self.prompt:
@@ -224,12 +278,28 @@ def layer_errors(teacher: LanguageModel, student: LanguageModel, tokens: Tensor)
 
     `|student - teacher| / |teacher|` in Frobenius norms over all tokens; 0 for a layer that is its teacher's.
     """
-    x, errors = teacher.embedding(tokens), []
-    layers: Any = zip(teacher.blocks, student.blocks, strict=True)
-    for theirs, mine in layers:
-        expected, _ = theirs.mixer(theirs.mixer_norm(x))
-        came, _ = mine.mixer(mine.mixer_norm(x))
-        errors.append(relative_error(came, expected))
-        x = x + expected
-        x = x + theirs.mlp(theirs.mlp_norm(x))
-    return errors
+    mixers: Any = [block.mixer for block in student.blocks]
+    layers = layers_alone(teacher, tokens, range(len(mixers)))
+    return [relative_error(mixers[index](given)[0], expected) for index, given, expected in layers]
+
+
+@torch.no_grad()
+def restore_one_layer(
+    student: LanguageModel, teacher: LanguageModel, tokens: Tensor, progress: Callable[[str], None]
+) -> list[float]:
+    """By how much each layer's own attention lowers `KL(teacher | student)` of the fully converted student.
+
+    `tokens: int64 [B,T]`. Mean nats per token, layer by layer.
+    """
+    expected = hidden_states(teacher, tokens)
+
+    def divergence() -> float:
+        return agreement(teacher, expected, student, hidden_states(student, tokens))[0]
+
+    without, scores = divergence(), []
+    for index, (mine, theirs) in enumerate(zip(student.blocks, teacher.blocks, strict=True)):
+        progress(f"layer {index}")
+        replaced, mine.mixer = mine.mixer, theirs.mixer
+        scores.append(without - divergence())
+        mine.mixer = replaced
+    return scores

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import seqtrain
-from seqtrain.convert.policy import write_layers
+from seqtrain.convert.architecture import write_layers
 from seqtrain.convert.settings import ConvertConfig
 from seqtrain.convert.sources import Source
 from seqtrain.errors import ConfigError
@@ -88,6 +88,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     config, source, parameters = report["config"], report["source"], report["parameters"]
     counts = ", ".join(f"{count} x {name}" for name, count in sorted(Counter(report["layers"]).items()))
     errors = report["layer_errors"]
+    generated = _table_of(report["generation"], "tokens", "bytes") if report["generation"] else ""
     rows = [
         [str(index), name, *(f"{each[index]:.4f}" for each in errors.values())]
         for index, name in enumerate(report["layers"])
@@ -113,7 +114,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         "## Bytes of cache for one sequence",
         "By length, in float32:",
         _table_of(report["cache_bytes_float32"], "tokens", "teacher", "student"),
-        *_generated(report["generation"]),
+        *(["While the exported model generated, in its own number format:", generated] if generated else []),
         "## Checks",
         "\n".join(checks),
     ]
@@ -189,12 +190,6 @@ def _answered(answer: dict[str, Any] | None) -> Iterator[str]:
     if answer is not None:
         yield f"## Continuations of {answer['prompt']!r}"
         yield _table(["model", "answer"], [[name, repr(answer[name])] for name in ("teacher", "student")])
-
-
-def _generated(rows: list[dict[str, int]]) -> Iterator[str]:
-    if rows:
-        yield "While the exported model generated, in its own number format:"
-        yield _table_of(rows, "tokens", "bytes")
 
 
 def _table_of(rows: list[dict[str, int]], *columns: str) -> str:

@@ -1,57 +1,73 @@
-"""A conversion from beginning to end: load, convert, verify, export, report."""
+"""Turns a pretrained Transformer into a recurrent model, trained towards its teacher.
 
+    python launch/convert.py source=path/to/SmolLM2-135M target=gla recipe=transfer_then_kl output_dir=converted
+    python launch/convert.py source=path/to/model.gguf target=gated_delta_net keep=every:4 recipe=lolcats
+    python launch/convert.py source=path/to/Qwen3-0.6B target=liger_gla recipe=liger layer.window=128
+
+Reads Llama, Mistral, Qwen2, Qwen3 or SmolLM2 checkpoints (safetensors or GGUF). Softmax attention becomes a window and
+a recurrent state in all layers but those that `keep` names; a model that keeps none generates in constant memory.
+`output_dir` gets the model in Hugging Face's form, report.md and report.json; the same command resumes what stopped.
+"""
+
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from seqtrain.convert.architecture import Architecture, architecture_of, student_of
-from seqtrain.convert.export import check_reloaded, export, long_generation, refuse_existing
-from seqtrain.convert.manifest import ConversionManifest
-from seqtrain.convert.measure import Evaluator, layer_errors
-from seqtrain.convert.policy import kept_layers, restore_one_layer
+from seqtrain.config import launch
+from seqtrain.convert import verify
+from seqtrain.convert.architecture import Architecture, architecture_of, kept_layers, student_of
+from seqtrain.convert.measure import Evaluator, layer_errors, read_texts, restore_one_layer
 from seqtrain.convert.report import heading, read_others, write
-from seqtrain.convert.settings import ConvertConfig
-from seqtrain.convert.sources import Source, open_source
-from seqtrain.convert.stages import START, Progress, Training, fingerprint, remove_weights
+from seqtrain.convert.settings import ConvertConfig, read_convert_config
+from seqtrain.convert.sources import open_source
+from seqtrain.convert.stages import START, ConversionManifest, Progress, Stopped, Training, fingerprint
 from seqtrain.convert.tasks import Pair
-from seqtrain.convert.texts import Text, read_texts
-from seqtrain.convert.verify import cache_bytes, check_generation, end_checks, gap_closed, goals, start_checks
-from seqtrain.convert.weights import load_student, teacher_sharing
+from seqtrain.convert.weights import export, load_student, refuse_existing, teacher_sharing
 from seqtrain.memory import AnonymousPeak
 from seqtrain.models import LanguageModel
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is converted to what, and what it is compared on. `folder`: where to."""
+def main(arguments: Sequence[str]) -> int:
+    """Converts as `arguments` say; gives the exit status.
 
-    config: ConvertConfig
-    progress: Progress
-    source: Source
-    teacher: Architecture
-    texts: list[Text]
-    tokenizer: Any
-    folder: Path
+    0, 1 where a check of the new model failed, 2 for a mistake, 128 + the signal's number where one stopped the
+    training, which the same command with that output_dir resumes.
+    """
+    return launch("convert", arguments, read_convert_config, start)
 
-    @property
-    def tokens(self) -> Tensor:
-        """One row for checks, `[1,T]`."""
-        return self.texts[0].tokens[:1]
 
-    def load(self, architecture: Architecture, dtype: torch.dtype) -> LanguageModel:
-        told = partial(self.progress, "load")
-        return load_student(architecture, self.source, dtype=dtype, seed=self.config.seed, progress=told)
+def start(config: ConvertConfig) -> int:
+    """Converts, and prints the outcome."""
+    with Console(stderr=True).status("") as status:
 
-    def importance(self) -> list[float]:
-        """Of every layer."""
-        student = self.load(student_of(self.teacher, self.config, ()), torch.float32)
-        told = partial(self.progress, "choose layers")
-        return restore_one_layer(student, teacher_sharing(student, self.teacher), self.tokens, told)
+        def told(stage: str, what: str) -> None:
+            if stage == "train":
+                # The runtime shows how far it is.
+                status.stop()
+                print(f"training: {what}", file=sys.stderr)
+            else:
+                status.start()
+                status.update(f"{stage}: {what}")
+
+        try:
+            report = convert(config, told)
+        except Stopped as stopped:
+            print(f"stopped; rerun with output_dir={config.output_dir} to resume", file=sys.stderr)
+            return 128 + stopped.number
+    for text, found in report["end"]["texts"].items():
+        print(f"perplexity on {text}:", ", ".join(f"{name} {value:.2f}" for name, value in found["perplexity"].items()))
+    for check in report["checks"]:
+        if not check["passed"]:
+            print(f"FAILED: {check['name']}: {check['error']:.1e}, at most {check['limit']:.0e}")
+    print(f"model: {config.output_dir}/model, report: {config.output_dir}/report.md")
+    return 0 if report["passed"] else 1
 
 
 def convert(config: ConvertConfig, progress: Progress = lambda stage, what: None) -> dict[str, Any]:
@@ -62,117 +78,127 @@ def convert(config: ConvertConfig, progress: Progress = lambda stage, what: None
     `progress(stage, what)` is told what is being done. The report is the same byte for byte for the same source, config
     and machine. Raises `ConfigError` or `CheckpointError` before anything is written, `Stopped` after a signal.
     """
-    folder, began = Path(config.output_dir).expanduser(), time.monotonic()
-    refuse_existing(folder / "model")
-    plan = _plan(config, progress, folder)
-    manifest = ConversionManifest.open(folder / "training", fingerprint(config, plan.source.sha256()))
-    # As an unfinished training has chosen them.
-    kept, scores = (manifest.chosen["kept"], manifest.chosen["importance"]) if manifest.chosen else _choose(plan)
-    architecture = student_of(plan.teacher, config, kept)
-    pair = Pair(plan.teacher, architecture, (manifest.weights(START),))
-    training = Training(config, pair, manifest, plan.tokenizer, progress)
-    training.check()
-    report = heading(config, plan.source)
-    chosen = {"kept": list(kept), "layer_importance": scores}
-    student, peaks = _measured_and_trained(plan, training, chosen, report)
+    began = time.monotonic()
+    conversion = _Conversion(config, progress)
+    student, peaks = conversion.measured_and_trained()
     with torch.no_grad():
-        expected = student(plan.tokens, all_logits=True)[0]
-    peaks |= _export(plan, student, architecture)
+        expected = student(conversion.tokens, all_logits=True)[0]
+    peaks |= conversion.export(student)
     # One copy of the weights at a time.
     del student
-    _check_exported(plan, report, expected)
+    conversion.check_exported(expected)
     run = {"source": config.source, "output_dir": config.output_dir, "seconds": round(time.monotonic() - began, 1)}
-    write(folder, report, run | {"peak_anonymous_bytes": peaks})
-    remove_weights(folder / "training")
-    return report
+    write(conversion.folder, conversion.report, run | {"peak_anonymous_bytes": peaks})
+    conversion.training.manifest.remove_weights()
+    return conversion.report
 
 
-def _plan(config: ConvertConfig, progress: Progress, folder: Path) -> _Plan:
-    """Everything that is known before weights are read. Raises `ConfigError` or `CheckpointError`."""
-    progress("source", config.source)
-    source = open_source(config.source, config.source_sha256)
-    teacher = architecture_of(source)
-    student_of(teacher, config, ()).build()
-    texts = read_texts(config.verify, source, seed=config.seed)
-    return _Plan(config, progress, source, teacher, texts, source.tokenizer(), folder)
+class _Conversion:
+    """What is converted to what, and what it is compared on; the steps of doing it complete `report`."""
 
+    def __init__(self, config: ConvertConfig, progress: Progress):
+        """Finds out all that is to be known before anything is written. Raises `ConfigError` or `CheckpointError`."""
+        self.config, self.progress, self.folder = config, progress, Path(config.output_dir).expanduser()
+        refuse_existing(self.folder / "model")
+        progress("source", config.source)
+        self.source = open_source(config.source, config.source_sha256)
+        self.teacher = architecture_of(self.source)
+        student_of(self.teacher, config, ()).build()
+        self.texts = read_texts(config.verify, self.source, seed=config.seed)
+        # One row for checks, `[1,T]`.
+        self.tokens = self.texts[0].tokens[:1]
+        self.tokenizer = self.source.tokenizer()
+        manifest = ConversionManifest.open(self.folder / "training", fingerprint(config, self.source.sha256()))
+        if manifest.chosen:
+            # By an unfinished training.
+            self.kept, self.importance = manifest.chosen["kept"], manifest.chosen["importance"]
+        else:
+            self.kept, self.importance = kept_layers(config.keep, self.teacher.model.depth, self._measured_importance)
+        self.student = student_of(self.teacher, config, self.kept)
+        pair = Pair(self.teacher, self.student, (manifest.weights(START),))
+        self.training = Training(config, pair, manifest, self.tokenizer, progress)
+        self.training.check()
+        self.report = heading(config, self.source)
 
-def _choose(plan: _Plan) -> tuple[tuple[int, ...], list[float] | None]:
-    return kept_layers(plan.config.keep, plan.teacher.model.depth, plan.importance)
+    def _load(self, architecture: Architecture, dtype: torch.dtype) -> LanguageModel:
+        told = partial(self.progress, "load")
+        return load_student(architecture, self.source, dtype=dtype, seed=self.config.seed, progress=told)
 
+    def _measured_importance(self) -> list[float]:
+        """Of every layer."""
+        student = self._load(student_of(self.teacher, self.config, ()), torch.float32)
+        told = partial(self.progress, "choose layers")
+        return restore_one_layer(student, teacher_sharing(student, self.teacher), self.tokens, told)
 
-def _measured_and_trained(
-    plan: _Plan, training: Training, chosen: dict[str, Any], report: dict[str, Any]
-) -> tuple[LanguageModel, dict[str, int]]:
-    """The student, trained where the recipe has stages, and the peak memory of loading it; completes `report`."""
-    config, stages, dtype = plan.config, plan.config.recipe.stages, getattr(torch, plan.config.dtype)
-    with AnonymousPeak() as loading:
-        # Trained in float32, and only then rounded.
-        student = plan.load(training.pair.student, torch.float32 if stages else dtype)
-    teacher = teacher_sharing(student, plan.teacher)
-    plan.progress("verify", "against the teacher")
-    evaluator = Evaluator(teacher, plan.texts, tokenizer=plan.tokenizer, prompt=config.verify.prompt)
-    report |= {
-        "layers": list(training.pair.student.model.layers),
-        "parameters": {"teacher": teacher.parameter_count(), "student": student.parameter_count()},
-        "texts": {text.name: text.origin for text in plan.texts},
-        "cache_bytes_float32": cache_bytes(teacher, student),
-        **chosen,
-        "training": [],
-    }
-    report["beside"] = read_others(config.beside, report)
-    start = end = evaluator.measure(student)
-    report["layer_errors"] = {"start": (reached := start["layer_errors"])}
-    report["checks"] = start_checks(teacher, student, plan.tokens)
-    del teacher
-    if stages:
-        training.begin(student, **chosen)
-        del student
-        student, end, reached = _trained(plan, training, evaluator, report)
-    report |= {"start": start, "end": end, "gap_closed": gap_closed(start, end)}
-    report["checks"] += goals(start, end | {"layer_errors": reached}, config.verify)
-    student = student.to(dtype)
-    report["checks"] += end_checks(student, plan.tokens)
-    return student, {"load": loading.bytes}
+    def measured_and_trained(self) -> tuple[LanguageModel, dict[str, int]]:
+        """The student, trained where the recipe has stages, and the peak memory of loading it."""
+        config, report = self.config, self.report
+        stages, dtype = config.recipe.stages, getattr(torch, config.dtype)
+        with AnonymousPeak() as loading:
+            # Trained in float32, and only then rounded.
+            student = self._load(self.student, torch.float32 if stages else dtype)
+        teacher = teacher_sharing(student, self.teacher)
+        self.progress("verify", "against the teacher")
+        evaluator = Evaluator(teacher, self.texts, tokenizer=self.tokenizer, prompt=config.verify.prompt)
+        report |= {
+            "layers": list(self.student.model.layers),
+            "parameters": {"teacher": teacher.parameter_count(), "student": student.parameter_count()},
+            "texts": {text.name: text.origin for text in self.texts},
+            "cache_bytes_float32": verify.cache_bytes(teacher, student),
+            "kept": list(self.kept),
+            "layer_importance": self.importance,
+            "training": [],
+        }
+        report["beside"] = read_others(config.beside, report)
+        start = end = evaluator.measure(student)
+        report["layer_errors"] = {"start": (reached := start["layer_errors"])}
+        report["checks"] = verify.start_checks(teacher, student, self.tokens)
+        del teacher
+        if stages:
+            self.training.begin(student, list(self.kept), self.importance)
+            del student
+            student, end, reached = self._trained(evaluator)
+        report |= {"start": start, "end": end, "gap_closed": verify.gap_closed(start, end)}
+        report["checks"] += verify.goals(start, end | {"layer_errors": reached}, config.verify)
+        student = student.to(dtype)
+        report["checks"] += verify.end_checks(student, self.tokens)
+        return student, {"load": loading.bytes}
 
+    def _trained(self, evaluator: Evaluator) -> tuple[LanguageModel, dict[str, Any], list[float]]:
+        """The student after training, what is measured of it, and the errors of its layers after their transfer."""
+        errors = self.report["layer_errors"]
+        # From here on the weights of both are those in a file.
+        evaluator.teacher = theirs = self.training.pair.load_teacher()
 
-def _trained(
-    plan: _Plan, training: Training, evaluator: Evaluator, report: dict[str, Any]
-) -> tuple[LanguageModel, dict[str, Any], list[float]]:
-    """The student after `training`, what is measured of it, and the errors of its layers after their transfer."""
-    errors = report["layer_errors"]
-    # From here on the weights of both are those in a file.
-    evaluator.teacher = theirs = training.pair.load_teacher()
+        def transferred(name: str, after: LanguageModel) -> None:
+            errors[name] = layer_errors(theirs, after, self.tokens)
 
-    def transferred(name: str, after: LanguageModel) -> None:
-        errors[name] = layer_errors(theirs, after, plan.tokens)
+        student, self.report["training"] = self.training.run(transferred)
+        self.progress("verify", "against the teacher")
+        end = evaluator.measure(student)
+        # What a transfer reached is its own error: a later stage gives some of it up for the model as a whole.
+        reached = [*errors.values()][-1] if len(errors) > 1 else end["layer_errors"]
+        errors["end"] = end["layer_errors"]
+        return student, end, reached
 
-    student, report["training"] = training.run(transferred)
-    plan.progress("verify", "against the teacher")
-    end = evaluator.measure(student)
-    # What a transfer reached is its own error: a later stage gives some of it up for the model as a whole.
-    reached = [*errors.values()][-1] if len(errors) > 1 else end["layer_errors"]
-    errors["end"] = end["layer_errors"]
-    return student, end, reached
+    def export(self, student: LanguageModel) -> dict[str, int]:
+        """Writes the student; the bytes that it and its writing took."""
+        self.progress("export", str(self.folder / "model"))
+        with AnonymousPeak() as saving:
+            export(student, self.student, self.source, self.folder / "model")
+        return {"save": saving.bytes, "student": sum(parameter.nbytes for parameter in student.parameters())}
 
+    def check_exported(self, expected: Tensor) -> None:
+        """Loads what was written again, and generates with it."""
+        from transformers import AutoModelForCausalLM
 
-def _export(plan: _Plan, student: LanguageModel, architecture: Architecture) -> dict[str, int]:
-    """Writes the student; the bytes that it and its writing took."""
-    plan.progress("export", str(plan.folder / "model"))
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    with AnonymousPeak() as saving:
-        export(student, architecture, plan.source, plan.folder / "model")
-    return {"save": saving.bytes, "student": sum(parameter.nbytes for parameter in student.parameters())}
-
-
-def _check_exported(plan: _Plan, report: dict[str, Any], expected: Tensor) -> None:
-    """Loads what was written again, generates with it, and completes `report`."""
-    folder, new = plan.folder / "model", plan.config.verify.generate
-    plan.progress("verify", "the exported folder")
-    report["checks"] += check_reloaded(folder, plan.tokens, expected)
-    report["generation"] = []
-    if new:
-        plan.progress("verify", f"generating {new} tokens")
-        report["generation"] = long_generation(folder, plan.tokens[:, :16], new)
-        report["checks"] += check_generation(report["generation"], constant=not report["kept"])
-    report["passed"] = all(check["passed"] for check in report["checks"])
+        new, report = self.config.verify.generate, self.report
+        self.progress("verify", "the exported folder")
+        model = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype="auto").eval()
+        report["checks"] += verify.check_reloaded(model, self.tokens, expected)
+        report["generation"] = []
+        if new:
+            self.progress("verify", f"generating {new} tokens")
+            report["generation"] = verify.long_generation(model, self.tokens[:, :16], new)
+            report["checks"] += verify.check_generation(report["generation"], constant=not report["kept"])
+        report["passed"] = all(check["passed"] for check in report["checks"])

@@ -1,4 +1,4 @@
-"""The config of a conversion: one frozen dataclass per section."""
+"""The config of a conversion: one frozen dataclass per section, and one per stage of a recipe."""
 
 import re
 from collections.abc import Mapping
@@ -8,42 +8,100 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
-from seqtrain.convert.recipe import RecipeConfig, read_recipe
 from seqtrain.data import DataConfig
 from seqtrain.errors import ConfigError, unknown_name
 from seqtrain.mixers import MIXERS
 from seqtrain.mixers.common.liger import Liger
-from seqtrain.mixers.linearized_attention import recurrence_of
+from seqtrain.mixers.linearized_attention import MemoryConfig, recurrence_of
 from seqtrain.runtime.settings import AUTO, CheckpointConfig, ParallelConfig, RuntimeConfig, TrackingConfig
 from seqtrain.validation import FilePath, validate
 
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 POLICY = re.compile(r"none|(every|budget):([1-9]\d*)")
 
 
 @dataclass(frozen=True)
-class LayerConfig:
+class LayerConfig(MemoryConfig):
     """The layer that takes attention's place; Liger's three are fixed but for the window."""
 
-    # Tokens under the softmax, the query's own included; 0: none, a purely recurrent layer.
-    window: Annotated[int, Field(ge=0)] = 64
-    # First tokens of a document that stay under the softmax.
-    sinks: Annotated[int, Field(ge=0)] = 4
     # A window without sinks costs more than all else (perplexity 191 instead of 63): it must be asked for with true.
     without_sinks: bool = False
-    # How window and memory are joined; auto: under one denominator where the memory has a normalizer, else as a sum;
-    # norms: each normalized by itself, then added (SpikingBrain).
-    combine: Literal["auto", "denominator", "sum", "norms"] = "auto"
-    # Weight of the memory before training: a factor on its normalizer, or its fraction of the sum.
-    memory_weight: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    # Rank of the matrix that makes gla's forget gate.
-    gate_rank: Annotated[int, Field(gt=0)] = 16
-    # True: gla's forget gate is 1 - key, without a matrix (SpikingBrain's tied gate).
-    tied_gate: bool = False
-    # Slots of gsa per head.
-    slots: Annotated[int, Field(gt=0)] = 64
     # together: every converted layer has window and memory; alternate: one has the memory alone, the next the window
     # with its sinks alone (SpikingBrain's alternation between layers).
     arrangement: Literal["together", "alternate"] = "together"
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage: what is trained, towards what, and for how long."""
+
+    # transfer: each converted layer alone, given what its teacher's layer is given, towards what that layer puts out.
+    # train: the whole model, towards its teacher's distribution, the text, or both.
+    kind: Literal["transfer", "train"] = "train"
+    # What changes: the converted layers' mixers; LoRA adapters (and what conversion added); or every weight.
+    trainable: Literal["mixers", "lora", "all"] = "mixers"
+    # Highest learning rate of the parameters that conversion added: gates, feature maps, the memory's weight.
+    # 0 leaves them.
+    lr_new: Rate = 1e-3
+    # Highest learning rate of all else that is trained. 0 leaves it.
+    lr: Rate = 0.0
+    # Optimizer steps.
+    steps: Positive = 100
+    # Tokens in a sequence.
+    sequence_length: Positive = 512
+    # Sequences in a step, all ranks together.
+    batch_size: Positive = 1
+    # Most sequences per rank in one pass.
+    micro_batch_size: Positive = 1
+    # Sequence-parallel ranks; must divide the number of ranks, parallel.data x parallel.sequence. 0: all of them.
+    sequence_ranks: Count = 1
+    # transfer: what is minimized, the error relative to the teacher's output token by token, or its mean square.
+    error: Literal["relative", "mean_square"] = "relative"
+    # transfer: the layers, by number; empty: all that were converted.
+    layers: tuple[Count, ...] = ()
+    # transfer: layers trained at one time; 0: all. With fewer, what enters the next ones is kept on disk.
+    layers_at_once: Count = 0
+    # train: weight of the divergence KL(teacher | student) of the next token's distribution.
+    kl: Rate = 0.0
+    # train: weight of the cross-entropy of the text.
+    ce: Rate = 0.0
+    # train: weight of the relative square error of the last hidden states.
+    hidden: Rate = 0.0
+    # train: logits are divided by it in the KL.
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    # lora: rank of an adapter.
+    lora_rank: Positive = 8
+    # lora: an adapter's product is multiplied with alpha / rank.
+    lora_alpha: Positive = 16
+    # lora: the matrices that have an adapter.
+    lora_targets: tuple[Literal["q", "k", "v", "out", "gate", "up", "down"], ...] = ("q", "k", "v")
+    # Fraction of the steps over which rates rise; then they fall in half a cosine.
+    warmup_fraction: Fraction = 0.1
+    # Rates of the last step as a fraction of the highest.
+    final_lr_ratio: Fraction = 0.1
+    # Decay rates of Adam's means, per step.
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    # Fraction of a matrix subtracted per step, times its learning rate.
+    weight_decay: Rate = 0.0
+    # Largest norm of a step's gradient; 0: no clipping. A transfer's layers are independent: 0.
+    gradient_clipping: Rate = 0.0
+    # True: activations are computed again in the backward pass instead of kept.
+    activation_checkpointing: bool = False
+    # Number format of matrix products; weights and the optimizer's state are float32 in both.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """How the model is trained back towards its teacher: stages by name, one after the other."""
+
+    # The recipe's name, for the report.
+    name: str = "none"
+    # The stages by name, run one after the other.
+    stages: Mapping[str, StageConfig] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,14 +114,14 @@ class VerifyConfig:
     # Tokens of a text in one sequence.
     tokens: Annotated[int, Field(gt=1)] = 512
     # Sequences of a text at most.
-    sequences: Annotated[int, Field(gt=0)] = 4
+    sequences: Positive = 4
     # What teacher and student are to continue; empty: nothing.
     prompt: str = "The capital of France is"
     # Tokens the exported model generates while its cache is watched; 0: none.
-    generate: Annotated[int, Field(ge=0)] = 64
+    generate: Count = 64
     # Least part of the gap between the start (window and sinks) and the teacher that training must close on every text,
     # with each layer's error fallen and the memory of use; 0: no such checks.
-    gap_closed: Annotated[float, Field(ge=0, le=1)] = 0.0
+    gap_closed: Fraction = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +137,7 @@ class ConvertConfig:
     layer: LayerConfig = LayerConfig()
     # Layers that keep softmax attention: none, every:K (the last of each K), budget:N (the N that matter most,
     # measured), a list of numbers from 0, or FILE.json, the layers.json of another conversion.
-    keep: str | tuple[Annotated[int, Field(ge=0)], ...] = "none"
+    keep: str | tuple[Count, ...] = "none"
     # Number format of the weights.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     recipe: RecipeConfig
@@ -96,7 +154,7 @@ class ConvertConfig:
     # Folders of other conversions of the same source, whose figures are to stand in this one's tables.
     beside: tuple[str, ...] = ()
     # Of the new parameters, and of the order of the data.
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Count = 0
 
 
 def targets() -> tuple[str, ...]:
@@ -112,8 +170,7 @@ def is_liger(target: str) -> bool:
 def read_convert_config(config: DictConfig) -> ConvertConfig:
     """The typed config of a conversion, with the rules between its keys checked. Raises `ConfigError`."""
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    recipe = read_recipe(values.pop("recipe", {}))
-    typed = replace(validate(ConvertConfig, values | {"recipe": {"name": recipe.name}}), recipe=recipe)
+    typed = validate(ConvertConfig, values)
     if typed.parallel.data == AUTO:
         # A stage has one sequence per step by default.
         typed = replace(typed, parallel=replace(typed.parallel, data=1))
@@ -125,6 +182,8 @@ def read_convert_config(config: DictConfig) -> ConvertConfig:
         rule = "must be none, every:K, budget:N, a list of layers, as in [3,7,11], or a layers.json"
         raise ConfigError(f"keep={typed.keep}: {rule}")
     _check_layer(typed)
+    for name, stage in typed.recipe.stages.items():
+        _check_stage(f"recipe.stages.{name}", stage)
     _check_ranks(typed)
     return typed
 
@@ -167,3 +226,23 @@ def _check_ranks(config: ConvertConfig) -> None:
                 f"recipe.stages.{name}.sequence_ranks={stage.sequence_ranks}: must divide the number of ranks, "
                 f"parallel.data x parallel.sequence = {parallel.ranks}"
             )
+
+
+def _check_stage(key: str, stage: StageConfig) -> None:
+    """Raises `ConfigError` for the first rule between a stage's keys that is broken."""
+    losses = {"kl": stage.kl, "ce": stage.ce, "hidden": stage.hidden}
+    given = [name for name, weight in losses.items() if weight]
+    if not (stage.lr_new or stage.lr):
+        raise ConfigError(f"{key}.lr={stage.lr}: lr_new and lr are both 0, which trains nothing; raise one")
+    if stage.kind == "train" and not given:
+        raise ConfigError(f"{key}.kl={stage.kl}: kl, ce and hidden are all 0, which leaves no loss; raise one")
+    if stage.kind == "transfer" and given:
+        raise ConfigError(f"{key}.{given[0]}={losses[given[0]]}: kind=transfer has no such loss; use 0, or kind=train")
+    if stage.kind == "transfer" and stage.trainable != "mixers":
+        raise ConfigError(f"{key}.trainable={stage.trainable}: kind=transfer trains mixers; use mixers, or kind=train")
+    if stage.kind == "transfer" and stage.gradient_clipping:
+        raise ConfigError(f"{key}.gradient_clipping={stage.gradient_clipping}: would tie a transfer's layers; use 0")
+    if stage.kind == "train" and (stage.layers or stage.layers_at_once):
+        raise ConfigError(f"{key}.layers: kind=train trains the model as a whole; leave layers and layers_at_once out")
+    if stage.trainable == "lora" and not (stage.lora_targets and stage.lr):
+        raise ConfigError(f"{key}.lora_targets={list(stage.lora_targets)}: needs matrices, and lr above 0")

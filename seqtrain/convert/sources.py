@@ -1,9 +1,13 @@
-"""Pretrained weights on disk, one tensor at a time: a folder of safetensors files, or a GGUF file."""
+"""Pretrained weights on disk, one tensor at a time: a folder of safetensors files, or a GGUF file.
+
+Where each weight belongs is said by one table for teachers and students: a model whose attention has been replaced has
+all parameters of the table, too.
+"""
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,17 +15,89 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqtrain.convert.families import GGUF_NAMES, Family, family_of, in_layers
-from seqtrain.errors import CheckpointError, ConfigError
+from seqtrain.errors import CheckpointError, ConfigError, unknown_name
 from seqtrain.files import sha256_of
 
 INDEX = "model.safetensors.index.json"
 DEQUANTIZED_ROWS = 1024
+# A module of a Hugging Face checkpoint, that of `LanguageModel`, the part of it where it is fused, and GGUF's name;
+# `{i}` stands for a layer.
+Row = tuple[str, str, str, str]
+MODULES: tuple[Row, ...] = (
+    ("model.embed_tokens", "embedding", "", "token_embd"),
+    ("model.layers.{i}.input_layernorm", "blocks.{i}.mixer_norm", "", "blk.{i}.attn_norm"),
+    ("model.layers.{i}.self_attn.q_proj", "blocks.{i}.mixer.qkv", "q", "blk.{i}.attn_q"),
+    ("model.layers.{i}.self_attn.k_proj", "blocks.{i}.mixer.qkv", "k", "blk.{i}.attn_k"),
+    ("model.layers.{i}.self_attn.v_proj", "blocks.{i}.mixer.qkv", "v", "blk.{i}.attn_v"),
+    ("model.layers.{i}.self_attn.o_proj", "blocks.{i}.mixer.out", "", "blk.{i}.attn_output"),
+    ("model.layers.{i}.post_attention_layernorm", "blocks.{i}.mlp_norm", "", "blk.{i}.ffn_norm"),
+    ("model.layers.{i}.mlp.gate_proj", "blocks.{i}.mlp.up", "gate", "blk.{i}.ffn_gate"),
+    ("model.layers.{i}.mlp.up_proj", "blocks.{i}.mlp.up", "value", "blk.{i}.ffn_up"),
+    ("model.layers.{i}.mlp.down_proj", "blocks.{i}.mlp.out", "", "blk.{i}.ffn_down"),
+    ("model.norm", "norm", "", "output_norm"),
+    ("lm_head", "head", "", "output"),
+)
+QK_NORM: tuple[Row, ...] = (
+    ("model.layers.{i}.self_attn.q_norm", "blocks.{i}.mixer.q_norm", "", "blk.{i}.attn_q_norm"),
+    ("model.layers.{i}.self_attn.k_norm", "blocks.{i}.mixer.k_norm", "", "blk.{i}.attn_k_norm"),
+)
+# Old files hold the rotation's rates, which follow from the config.
+IGNORED = ".self_attn.rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What has to be known of an architecture besides its config.
+
+    `qkv_bias`, `qk_norm`: what its attention has. `must_be`: config keys with the only value that can be converted.
+    `gguf_interleaved`: GGUF files hold the rows of q and k so that neighbors are rotated together.
+    """
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    must_be: Mapping[str, Any] = field(default_factory=dict)
+    gguf_interleaved: bool = False
+
+    def weights(self, depth: int) -> dict[str, tuple[str, str]]:
+        """Name in the file -> parameter of a `LanguageModel` of `depth` layers, and its part, empty for all of it."""
+        found = {}
+        for theirs, ours, part, _ in _in_layers((*MODULES, *(QK_NORM if self.qk_norm else ())), depth):
+            for kind in ("weight", "bias") if self.qkv_bias and part in ("q", "k", "v") else ("weight",):
+                found[f"{theirs}.{kind}"] = (f"{ours}.{kind}", part)
+        return found
+
+
+# By `model_type`, which for GGUF files is their architecture. SmolLM2 is a llama with tied embeddings.
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(must_be={"attention_bias": False, "mlp_bias": False}, gguf_interleaved=True),
+    "mistral": Family(gguf_interleaved=True),
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(qk_norm=True, must_be={"attention_bias": False}),
+}
+
+
+def family_of(model_type: str, where: object) -> Family:
+    """The family of `model_type`, which stands in `where`. Raises `ConfigError` listing those there are."""
+    if model_type not in FAMILIES:
+        raise ConfigError(f"source={where}: " + unknown_name("architecture", model_type, FAMILIES))
+    return FAMILIES[model_type]
+
+
+def gguf_names(depth: int) -> dict[str, str]:
+    """GGUF's names of the tensors of `depth` layers -> those of a Hugging Face checkpoint."""
+    rows = _in_layers((*MODULES, *QK_NORM), depth)
+    return {f"{gguf}.{kind}": f"{theirs}.{kind}" for theirs, *_, gguf in rows for kind in ("weight", "bias")}
+
+
+def _in_layers(rows: Iterable[Row], depth: int) -> Iterator[list[str]]:
+    for row in rows:
+        for i in range(depth if "{i}" in row[0] else 1):
+            yield [name.replace("{i}", str(i)) for name in row]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A pretrained model: its config and its weights, not yet read.
+    """A pretrained model: its config and its weights, not yet read. As it stands: a folder of safetensors files.
 
     `path`: folder or GGUF file. `config`: transformers' config of it. `files`: those that hold weights. `shapes`: of
     every tensor, by the name it has in a Hugging Face checkpoint. `rope_stretch`: factors on the rotation's
@@ -56,7 +132,10 @@ class Source:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its name, in the files' order; only one is held. Raises `CheckpointError`."""
-        raise NotImplementedError
+        for file in self.files:
+            with _opened(file) as shard:
+                for name in shard.keys():  # noqa: SIM118 (not a dict)
+                    yield name, shard.get_tensor(name)
 
     def sha256(self) -> str:
         """Of the weights: a file's own hash, or that of the lines `hash  name` of several (as sha256sum writes)."""
@@ -64,22 +143,12 @@ class Source:
         return hashes[0].split()[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-class SafetensorsSource(Source):
-    """A Hugging Face checkpoint: `config.json` and one or more safetensors files."""
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for file in self.files:
-            with _opened(file) as shard:
-                for name in shard.keys():  # noqa: SIM118 (not a dict)
-                    yield name, shard.get_tensor(name)
-
-
 class GGUFSource(Source):
     """A GGUF file (llama.cpp): its tensors are dequantized to float32, and have their Hugging Face names and rows."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         config = self.config
-        names = in_layers(GGUF_NAMES, config.num_hidden_layers)
+        names = gguf_names(config.num_hidden_layers)
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         for tensor in _gguf_reader(self.path).tensors:
             if tensor.name == "rope_freqs.weight":
@@ -134,7 +203,7 @@ def _open_folder(folder: Path) -> Source:
                 if name in shapes:
                     raise CheckpointError(f"{shard}: holds {name}, which another file holds too")
                 shapes[name] = tuple(opened.get_slice(name).get_shape())
-    return SafetensorsSource(folder, family, _read_config(folder), files, shapes)
+    return Source(folder, family, _read_config(folder), files, shapes)
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
@@ -165,7 +234,7 @@ def _open_gguf(file: Path) -> Source:
     # transformers leaves it at the family's usual width.
     if width := reader.get_field(f"{architecture}.attention.key_length"):
         config.head_dim = int(width.contents())
-    names = in_layers(GGUF_NAMES, config.num_hidden_layers)
+    names = gguf_names(config.num_hidden_layers)
     shapes: dict[str, tuple[int, ...]] = {}
     stretch: tuple[float, ...] = ()
     for tensor in reader.tensors:

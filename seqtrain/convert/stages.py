@@ -3,23 +3,21 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AliasChoices, Field
 from torch import Tensor
 
-from seqtrain.convert.adapters import merged_weights
-from seqtrain.convert.manifest import ConversionManifest
-from seqtrain.convert.recipe import StageConfig
-from seqtrain.convert.settings import ConvertConfig
+from seqtrain.convert.settings import ConvertConfig, StageConfig
 from seqtrain.convert.tasks import Distillation, Pair, Transfer
-from seqtrain.convert.teacher_inputs import advance
-from seqtrain.convert.weights import mapped, model_from, write_tensors
+from seqtrain.convert.weights import mapped, merged_weights, model_from, write_tensors
 from seqtrain.data import prepare
-from seqtrain.errors import ConfigError
+from seqtrain.errors import CheckpointError, ConfigError
+from seqtrain.files import Manifest, sha256_of
 from seqtrain.models import LanguageModel
 from seqtrain.runtime import PretrainConfig, check, checkpoint, run
 from seqtrain.runtime.optimizers import OptimizerConfig
@@ -42,6 +40,76 @@ class Stopped(Exception):
     def __init__(self, number: int):
         super().__init__(f"stopped by signal {number}")
         self.number = number
+
+
+@dataclass
+class ConversionManifest(Manifest):
+    """`manifest.json` in the folder of the training: what it is of, and which of its runs are done.
+
+    `fingerprint`: what decides all that follows (hashes of source and recipe; the seed that random numbers and the
+    order of the data follow from). `chosen`: the layers that stay and the scores they were chosen by. `runs`: by name,
+    in their order, the hash of the weights each left, and what it reports.
+    """
+
+    error = CheckpointError
+    remedy = "delete the folder to start the training again"
+
+    # Older files call it `identity`.
+    fingerprint: Annotated[dict[str, Any], Field(validation_alias=AliasChoices("fingerprint", "identity"))]
+    chosen: dict[str, Any] = field(default_factory=dict)
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    format: int = 1
+    folder: Path = field(default=Path(), kw_only=True)
+
+    @classmethod
+    def open(cls, folder: Path, fingerprint: dict[str, Any]) -> "ConversionManifest":
+        """The manifest in `folder`, or a new one. Raises `ConfigError` where it is of something else."""
+        file = folder / "manifest.json"
+        found = cls.read(file) if file.is_file() else cls(fingerprint)
+        found.folder = folder
+        if differing := sorted(key for key in fingerprint if found.fingerprint.get(key) != fingerprint[key]):
+            was, now = found.fingerprint.get(differing[0]), fingerprint[differing[0]]
+            raise ConfigError(
+                f"output_dir={folder.parent}: holds an unfinished conversion of another {differing[0]} "
+                f"({was}, now {now}); use another output_dir"
+            )
+        return found
+
+    def values(self) -> dict[str, Any]:
+        return {key: value for key, value in super().values().items() if key != "folder"}
+
+    def choose(self, kept: Sequence[int], importance: list[float] | None) -> None:
+        """Notes which layers stay."""
+        self.chosen = {"kept": list(kept), "importance": importance}
+        self._write()
+
+    def done(self, name: str) -> bool:
+        """Whether run `name` is finished. Raises `CheckpointError` if its weights are not what they were."""
+        if name not in self.runs:
+            return False
+        file = self.weights(name)
+        if not file.is_file() or sha256_of(file) != self.runs[name]["sha256"]:
+            raise CheckpointError(f"{file}: is not what the manifest next to it says; remove {self.folder}")
+        return True
+
+    def finish(self, name: str, about: dict[str, Any]) -> None:
+        """Notes that run `name` is finished and its weights are written."""
+        self.runs[name] = about | {"sha256": sha256_of(self.weights(name))}
+        self._write()
+
+    def weights(self, name: str) -> Path:
+        """The weights that run `name` leaves."""
+        return self.folder / f"{name}.safetensors"
+
+    def remove_weights(self) -> None:
+        """Removes all of a finished training but the manifest, metrics and curves."""
+        for file in self.folder.glob("*.safetensors"):
+            file.unlink()
+        shutil.rmtree(self.folder / "tokenizer", ignore_errors=True)
+
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.write(self.folder / "manifest.json")
 
 
 @dataclass(frozen=True)
@@ -108,8 +176,7 @@ class Training:
             if not self.manifest.done(part):
                 if len(groups) > 1:
                     task = self._with_inputs(task, config)
-                self._train(config, task)
-                weights = self._trained_weights(config)
+                weights = self._train(config, task)
                 found = {
                     f"blocks.{key.removeprefix('mixers.').replace('.', '.mixer.', 1)}": weights[key] for key in weights
                 }
@@ -127,16 +194,7 @@ class Training:
         if file not in held:
             folder.mkdir(parents=True, exist_ok=True)
             origin = task.given(held[-1]) if held else task
-            advance(
-                task.pair.load_teacher(),
-                origin.data(config, corpus),
-                file,
-                first=origin.first,
-                last=first,
-                steps=config.train.steps,
-                backend=config.kernels.backend,
-                progress=lambda step: self.progress("teacher", f"what enters layer {first}, step {step}"),
-            )
+            origin.write_inputs(config, corpus, file, first, self.progress)
         for other in set(held) - {file}:
             other.unlink()
         return task.given(file)
@@ -144,9 +202,9 @@ class Training:
     def _distillation(self, name: str, stage: StageConfig, pair: Pair) -> Iterator[str]:
         task, config = Distillation(pair, stage), self._settings(stage, name)
         if not self.manifest.done(name):
-            self._train(config, task)
+            trained = self._train(config, task)
             student, _ = task.student(config)
-            weights = {key.removeprefix("student."): value for key, value in self._trained_weights(config).items()}
+            weights = {key.removeprefix("student."): value for key, value in trained.items()}
             unknown = student.load_state_dict(weights, strict=False).unexpected_keys
             assert not unknown, unknown
             found, about = self._merged(student, task)
@@ -195,12 +253,11 @@ class Training:
             output_dir=str(self.manifest.folder / name),
         )
 
-    def _train(self, config: PretrainConfig, task: Transfer | Distillation) -> None:
+    def _train(self, config: PretrainConfig, task: Transfer | Distillation) -> dict[str, Tensor]:
+        """The weights under training, after it."""
         summary = run(config, task)
         if summary["stopped"]:
             raise Stopped(summary["stopped_by_signal"])
-
-    def _trained_weights(self, config: PretrainConfig) -> dict[str, Tensor]:
         found = checkpoint.find(Path(config.output_dir) / "checkpoints")
         assert found is not None, config.output_dir
         assert found.progress.step == config.train.steps, found
@@ -226,10 +283,3 @@ def fingerprint(config: ConvertConfig, source_sha256: str) -> dict[str, Any]:
     }
     keep = config.keep if isinstance(config.keep, str) else list(config.keep)
     return {"source": source_sha256, "target": config.target, "keep": keep, "seed": config.seed} | hashed
-
-
-def remove_weights(folder: Path) -> None:
-    """Removes all of a finished training but manifest, metrics and curves."""
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
-    shutil.rmtree(folder / "tokenizer", ignore_errors=True)

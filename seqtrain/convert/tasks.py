@@ -1,21 +1,24 @@
-"""What the stages of a recipe train, as the runtime takes it: layers towards their teacher's, a model towards all."""
+"""What the stages of a recipe train, as the runtime takes it: layers towards their teacher's, a model towards all.
 
-from collections.abc import Mapping
+Layers trained a few at a time read their inputs from disk, float32 `[sequences, T, D]` in the run's order. Advancing
+them to a later layer needs only the blocks between, so the teacher is streamed once.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from seqtrain.convert.adapters import add_adapters
-from seqtrain.convert.architecture import Architecture
+from seqtrain.convert.architecture import Architecture, layers_alone
 from seqtrain.convert.losses import distillation_sum, mean_square_sum, relative_error_sum, with_gradients
-from seqtrain.convert.recipe import StageConfig
-from seqtrain.convert.teacher_inputs import CachedInputs
-from seqtrain.convert.weights import model_from
-from seqtrain.data import open_corpus
-from seqtrain.files import sha256_of
+from seqtrain.convert.settings import StageConfig
+from seqtrain.convert.weights import add_adapters, model_from
+from seqtrain.data import WHOLE_BATCH, Batch, BatchSlice, open_corpus
+from seqtrain.files import replacing, sha256_of
 from seqtrain.mixers import WHOLE
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.sequence import SequenceContext
@@ -89,10 +92,23 @@ class Transfer:
     def data(self, config: PretrainConfig, corpus: Path) -> TrainingData:
         """What the layers are given."""
         batches = training_data(config, corpus)
-        if not self.inputs:
-            return batches
-        sizes = {"batch_size": config.train.batch_size, "sequence_length": config.train.sequence_length}
-        return CachedInputs(batches, Path(self.inputs), **sizes, width=self.pair.teacher.model.width)
+        return CachedInputs(batches, self.inputs, config, self.pair.teacher.model.width) if self.inputs else batches
+
+    @torch.no_grad()
+    def write_inputs(
+        self, config: PretrainConfig, corpus: Path, file: Path, layer: int, progress: Callable[[str, str], None]
+    ) -> None:
+        """Writes what enters `layer` for every sequence of the run to `file`, atomically, from what this is given."""
+        teacher, batches = self.pair.load_teacher(), self.data(config, corpus)
+        with replacing(file) as unfinished, unfinished.open("wb") as opened:
+            for step in range(config.train.steps):
+                batch = batches.at(step)
+                x = batch.tokens if batch.tokens.is_floating_point() else teacher.embedding(batch.tokens)
+                sequence = SequenceContext(cu_seqlens=batch.cu_seqlens, backend=config.kernels.backend)
+                for block in teacher.blocks[self.first : layer]:
+                    x, _ = block(x, None, sequence=sequence)
+                opened.write(x.float().numpy().tobytes())
+                progress("teacher", f"what enters layer {layer}, step {step + 1}")
 
 
 @dataclass(frozen=True)
@@ -142,24 +158,14 @@ class TransferModel(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor, *, sequence: SequenceContext = WHOLE) -> Tensor:
         """`tokens`: int64 `[B,T]`, or what enters layer `first`, float `[B,T,D]`. The sum of the layers' errors."""
         [teacher] = self.frozen
-        with torch.no_grad():
-            x = tokens if tokens.is_floating_point() else teacher.embedding(tokens)
-        total = torch.zeros((), device=x.device)
-        last = max(int(name) for name in self.mixers)
-        for index in range(self.first, last + 1):
-            block: Any = teacher.blocks[index]
-            with torch.no_grad():
-                given = block.mixer_norm(x)
-                expected, _ = block.mixer(given, sequence=sequence)
+        total = torch.zeros((), device=tokens.device)
+        layers = range(self.first, max(map(int, self.mixers)) + 1)
+        for index, given, expected in layers_alone(teacher, tokens, layers, sequence):
             if str(index) in self.mixers:
                 mixer = self.mixers[str(index)]
                 came, _ = mixer(given, sequence=sequence)
                 weights = [parameter for parameter in mixer.parameters() if parameter.requires_grad]
                 total = total + with_gradients(self.error(came, expected, labels), weights)
-            if index < last:
-                with torch.no_grad():
-                    x = x + expected
-                    x = x + block.mlp(block.mlp_norm(x))
         return total
 
 
@@ -222,3 +228,19 @@ def training_data(config: PretrainConfig, corpus: Path) -> TrainingData:
     opened = open_corpus(corpus, config.data)
     length, batch = config.train.sequence_length, config.train.batch_size
     return opened.training_batches(seed=config.seed, sequence_length=length, batch_size=batch)
+
+
+class CachedInputs:
+    """Training batches that hold, in place of tokens, the inputs `[1,n,D]` that a file has for them."""
+
+    def __init__(self, batches: TrainingData, file: str, config: PretrainConfig, width: int):
+        self.batches = batches
+        self.batch_size = config.train.batch_size
+        self.rows = np.memmap(file, np.float32, "r").reshape(-1, config.train.sequence_length, width)
+
+    def at(self, index: int, part: BatchSlice = WHOLE_BATCH) -> Batch:
+        """As `seqtrain.data.Batches.at`, but for the tokens."""
+        batch, rows = self.batches.at(index, part), part.rows(self.batch_size)
+        first = index * self.batch_size
+        held = self.rows[first + rows.start : first + rows.stop].reshape(1, -1, self.rows.shape[2])
+        return replace(batch, tokens=torch.from_numpy(held[:, part.tokens(batch.offsets)].copy()))

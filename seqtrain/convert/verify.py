@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqtrain.convert.measure import Converted, converted_mixers
+from seqtrain.convert.measure import converted_mixers
 from seqtrain.convert.settings import VerifyConfig
 from seqtrain.mixers.common.liger import Liger
 from seqtrain.mixers.linearized_attention import LinearizedAttention
@@ -15,6 +15,8 @@ from seqtrain.testing import relative_error
 
 # Largest relative error between two ways to compute the same numbers, by the dtype of weights.
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Between a model and what was exported of it.
+RELOADED = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 # And between a teacher and a student that attends to all its teacher does.
 IDENTITY = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 CACHE_LENGTHS = (1024, 8192, 65536)
@@ -83,8 +85,56 @@ def goals(start: dict[str, Any], end: dict[str, Any], config: VerifyConfig) -> l
     return found
 
 
+@torch.no_grad()
+def check_reloaded(model: Any, tokens: Tensor, expected: Tensor) -> list[dict[str, Any]]:
+    """Checks an exported `model` loaded again: logits on `tokens: [B,T]`, and generation with and without cache.
+
+    `expected: [B,T,vocab]`: the student's logits before it was exported.
+    """
+    error = relative_error(model(tokens).logits, expected)
+    reloaded = check("exported and loaded again", error, RELOADED[next(model.parameters()).dtype])
+    prompt = tokens[:1, : min(tokens.shape[1], 100)]
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    new = [model.generate(prompt, use_cache=cached, **options)[0] for cached in (True, False)]
+    differing = float(sum(a != b for a, b in zip(*(row.tolist() for row in new), strict=False)))
+    return [reloaded, check("tokens that differ when generated with and without the cache", differing, 0.0)]
+
+
+@torch.no_grad()
+def long_generation(model: Any, prompt: Tensor, new_tokens: int) -> list[dict[str, int]]:
+    """Bytes of the cache while Hugging Face's `generate` continues `prompt: int64 [1,T]` greedily for `new_tokens`.
+
+    A row `{"tokens": ..., "bytes": ...}` for the prompt, one whenever the tokens seen have doubled, one at the end.
+    """
+    from transformers import StoppingCriteriaList
+
+    from seqtrain.models.huggingface_cache import StateCache
+
+    cache = StateCache(model.config.num_hidden_layers)
+    rows: list[dict[str, int]] = []
+
+    def watch(tokens: Tensor, scores: Tensor, **unused: Any) -> Tensor:
+        # The token that was just chosen has not entered the cache yet.
+        seen = cache.get_seq_length()
+        if not rows or seen >= 2 * rows[-1]["tokens"] or seen == prompt.shape[1] + new_tokens - 1:
+            rows.append({"tokens": seen, "bytes": cache.nbytes})
+        return torch.zeros(len(tokens), dtype=torch.bool)
+
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        past_key_values=cache,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([watch]),
+    )
+    return rows
+
+
 def check_generation(rows: Sequence[dict[str, int]], *, constant: bool) -> list[dict[str, Any]]:
-    """Whether the cache of `export.long_generation` kept its size; no check where it is not `constant`."""
+    """Whether the cache of `long_generation` kept its size; no check where it is not `constant`."""
     if not constant:
         return []
     grown = float(max(row["bytes"] for row in rows) - rows[0]["bytes"])
@@ -93,12 +143,12 @@ def check_generation(rows: Sequence[dict[str, int]], *, constant: bool) -> list[
 
 def _identical_for(student: LanguageModel) -> int:
     """Tokens for which every layer computes what its teacher's does; 0 where one never does."""
-    return min((0 if _never_softmax(mixer) else mixer.config.window for mixer in converted_mixers(student)), default=0)
-
-
-def _never_softmax(mixer: Converted) -> bool:
-    """Whether it differs from softmax attention even where its window holds everything."""
-    return isinstance(mixer, Liger) or (isinstance(mixer, LinearizedAttention) and mixer.config.combine == "norms")
+    mixers = converted_mixers(student)
+    normed = [mixer for mixer in mixers if isinstance(mixer, LinearizedAttention) and mixer.config.combine == "norms"]
+    # They differ from softmax attention even where a window holds everything.
+    if normed or any(isinstance(mixer, Liger) for mixer in mixers):
+        return 0
+    return min((mixer.config.window for mixer in mixers), default=0)
 
 
 def _recurrence(student: LanguageModel, tokens: Tensor) -> float:

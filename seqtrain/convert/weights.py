@@ -1,23 +1,36 @@
-"""Models with weights: of a source, tensor by tensor, nothing left out on either side; or mapped from files."""
+"""Models with weights: of a source, tensor by tensor, nothing left out; mapped from files; exported to a folder.
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+LoRA adapters (arXiv 2106.09685) are peft's, on the parts of fused matrices too; they are merged in float32.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from seqtrain.convert.architecture import Architecture
-from seqtrain.convert.families import IGNORED, in_layers
-from seqtrain.convert.sources import Source
-from seqtrain.errors import CheckpointError
+from seqtrain.convert.sources import IGNORED, Source
+from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.files import replacing
 from seqtrain.mixers.common.attention import SoftmaxAttention
 from seqtrain.models import LanguageModel
 
-PLACE = re.compile(r"(.+?)(?:\[(\w+)\])?")
+# Files of the tokenizer and of generation, copied as they are.
+CARRIED = ("tokenizer*.*", "*_tokens*.json", "vocab.json", "merges.txt", "chat_template.*", "generation_config.json")
+
+# By the name a recipe calls it: the module of a block, or the part of a fused one.
+TARGETS: Mapping[str, str] = {
+    **{name: f"mixer.qkv.{name}" for name in ("q", "k", "v")},
+    "out": "mixer.out",
+    "gate": "mlp.up.gate",
+    "up": "mlp.up.value",
+    "down": "mlp.out",
+}
 
 
 def load_student(
@@ -59,7 +72,12 @@ def load_weights(
     """
     places = _places(model, source)
     _check_names(model, source, places)
-    give_memory(model, dtype)
+    # From the meta device to memory, NaN everywhere; what was tied stays tied.
+    model.to(dtype).to_empty(device="cpu")
+    if model.config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    for each in model.parameters():
+        nn.init.constant_(each, torch.nan)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied_head = None
     for name, tensor in source.tensors():
@@ -73,53 +91,34 @@ def load_weights(
         raise CheckpointError(f"source={source.path}: lm_head.weight differs from the embedding the config ties it to")
 
 
-def give_memory(model: LanguageModel, dtype: torch.dtype) -> None:
-    """Moves a model from the meta device to the CPU, its parameters NaN; what was tied stays tied."""
-    model.to(dtype).to_empty(device="cpu")
-    if model.config.tie_embeddings:
-        model.head.weight = model.embedding.weight
-    for parameter in model.parameters():
-        nn.init.constant_(parameter, torch.nan)
-
-
 def _places(model: LanguageModel, source: Source) -> dict[str, tuple[str, slice]]:
     """Where each named tensor of the source belongs: a parameter and its rows."""
     layout = fused_rows(model)
-    places = {}
-    for name, place in in_layers(source.family.weights, model.config.depth).items():
-        matched = PLACE.fullmatch(place)
-        assert matched is not None, place
-        parameter, part = matched.groups()
-        places[name] = (parameter, slice(None) if part is None else layout[parameter.rpartition(".")[0]][part])
-    return places
+    return {
+        name: (parameter, layout[parameter.rpartition(".")[0]][part] if part else slice(None))
+        for name, (parameter, part) in source.family.weights(model.config.depth).items()
+    }
 
 
 def fused_rows(model: LanguageModel) -> dict[str, dict[str, slice]]:
     """For each fused matrix, the rows of its parts by name."""
     rows: dict[str, dict[str, slice]] = {}
+    hidden = model.config.hidden
     for index, block in enumerate(model.blocks):
         mixer: nn.Module = block.mixer  # type: ignore[assignment]
         assert isinstance(mixer, SoftmaxAttention), f"layer {index} has no projections to take over: {mixer}"
-        rows[f"blocks.{index}.mixer.qkv"] = _cut(("q", "k", "v"), mixer.channels)
-        rows[f"blocks.{index}.mlp.up"] = _cut(("gate", "value"), [model.config.hidden] * 2)
+        parts = zip(("q", "k", "v"), pairwise(accumulate(mixer.channels, initial=0)), strict=True)
+        rows[f"blocks.{index}.mixer.qkv"] = {name: slice(*part) for name, part in parts}
+        rows[f"blocks.{index}.mlp.up"] = {"gate": slice(0, hidden), "value": slice(hidden, 2 * hidden)}
     return rows
-
-
-def _cut(names: Iterable[str], sizes: Iterable[int]) -> dict[str, slice]:
-    parts, start = {}, 0
-    for name, size in zip(names, sizes, strict=True):
-        parts[name] = slice(start, start + size)
-        start += size
-    return parts
 
 
 def _check_names(model: LanguageModel, source: Source, places: Mapping[str, tuple[str, slice]]) -> None:
     """Raises `CheckpointError` unless the source's tensors are those of the table, in the model's shapes."""
     optional = {"lm_head.weight"} if model.config.tie_embeddings else set()
-    ignored = in_layers(dict.fromkeys(IGNORED, ""), model.config.depth)
     if missing := sorted(set(places) - set(source.shapes) - optional):
         raise CheckpointError(f"source={source.path}: lacks {_some(missing)}")
-    if unknown := sorted(set(source.shapes) - set(places) - set(ignored)):
+    if unknown := sorted(name for name in set(source.shapes) - set(places) if not name.endswith(IGNORED)):
         raise CheckpointError(f"source={source.path}: holds {_some(unknown)}, which its architecture does not have")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, (parameter, rows) in places.items():
@@ -151,18 +150,111 @@ def model_from(architecture: Architecture, files: Iterable[Path], *, own: Iterab
 
 def mapped(files: Iterable[Path]) -> dict[str, Tensor]:
     """Every tensor of `files` by name, of the last file that has it, mapped into memory."""
-    places: dict[str, Path] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            places |= dict.fromkeys(opened.keys(), file)
-    found: dict[str, Tensor] = {}
-    for file in set(places.values()):
-        with safe_open(file, framework="pt") as opened:
-            found |= {name: opened.get_tensor(name) for name, place in places.items() if place == file}
-    return found
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes `tensors` as safetensors, whole or not at all."""
     with replacing(file) as unfinished:
         save_file({name: tensor.detach().contiguous() for name, tensor in sorted(tensors.items())}, unfinished)
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raises `ConfigError` where `folder` exists: no model is overwritten."""
+    if folder.exists():
+        raise ConfigError(f"output_dir={folder.parent}: holds a model already ({folder.name}); use another output_dir")
+
+
+def export(student: LanguageModel, architecture: Architecture, source: Source, folder: Path) -> None:
+    """Writes weights (safetensors), config, tokenizer, chat template and generation config; whole or not at all."""
+    refuse_existing(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as unfinished:
+        unfinished.mkdir()
+        _as_huggingface(student, architecture, source).save_pretrained(unfinished)
+        if source.path.is_dir():
+            for file in {found for pattern in CARRIED for found in source.path.glob(pattern)}:
+                shutil.copyfile(file, unfinished / file.name)
+        elif (tokenizer := source.tokenizer()) is not None:
+            tokenizer.save_pretrained(unfinished)
+
+
+def _as_huggingface(student: LanguageModel, architecture: Architecture, source: Source) -> Any:
+    from seqtrain.models.huggingface import SeqtrainForCausalLM
+    from seqtrain.models.huggingface_config import SeqtrainConfig
+
+    theirs = source.config
+    config = SeqtrainConfig.of(
+        architecture.model,
+        architecture.mixers,
+        architecture.vocab_size,
+        max_position_embeddings=theirs.max_position_embeddings,
+        pad_token_id=theirs.pad_token_id,
+        bos_token_id=theirs.bos_token_id,
+        eos_token_id=theirs.eos_token_id,
+        dtype=student.embedding.weight.dtype,
+    )
+    with torch.device("meta"):
+        model = SeqtrainForCausalLM(config)
+    model.model = student
+    return model
+
+
+class Parts(nn.Module):
+    """A fused matrix as one `nn.Linear` for each of its parts, which share its memory: peft adapts whole modules."""
+
+    def __init__(self, fused: nn.Linear, rows: Mapping[str, slice]):
+        super().__init__()
+        self.names = tuple(rows)
+        for name, part in rows.items():
+            with torch.device("meta"):
+                linear = nn.Linear(fused.in_features, part.stop - part.start, bias=fused.bias is not None)
+            linear.weight = nn.Parameter(fused.weight.detach()[part], requires_grad=False)
+            if fused.bias is not None:
+                linear.bias = nn.Parameter(fused.bias.detach()[part], requires_grad=False)
+            self.add_module(name, linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.get_submodule(name)(x) for name in self.names], -1)
+
+
+def add_adapters(model: LanguageModel, *, rank: int, alpha: int, targets: Sequence[str]) -> None:
+    """Puts an adapter on each of `targets` in every block; afterwards they alone require gradients.
+
+    `A` is drawn from torch's own generator, `B` is zero: the model computes what it did. Raises `ConfigError`.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ConfigError("recipe: trainable=lora needs peft: pip install 'seqtrain[convert]'") from None
+    names = [f"blocks.{index}.{TARGETS[target]}" for index in range(len(model.blocks)) for target in targets]
+    for name, rows in fused_rows(model).items():
+        if any(target.startswith(f"{name}.") for target in names):
+            parent, _, child = name.rpartition(".")
+            fused: Any = model.get_submodule(name)
+            setattr(model.get_submodule(parent), child, Parts(fused, rows))
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), model)
+
+
+@torch.no_grad()
+def merged_weights(model: LanguageModel) -> dict[str, Tensor]:
+    """The model's weights under the names it had before `add_adapters`, each adapter added to its matrix in float32."""
+    from peft.tuners.lora import Linear as LoraLinear
+
+    found: dict[str, Tensor] = {}
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    for name, parameter in model.named_parameters():
+        owner = next((path for path in adapted if name.startswith(f"{path}.")), None)
+        if owner is None:
+            found[name] = parameter
+        elif name == f"{owner}.base_layer.weight":
+            found[f"{owner}.weight"] = parameter.float() + adapted[owner].get_delta_weight("default").float()
+        elif name == f"{owner}.base_layer.bias":
+            found[f"{owner}.bias"] = parameter
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Parts):
+            for kind in ("weight", "bias"):
+                parts = [found.pop(f"{name}.{part}.{kind}", None) for part in module.names]
+                if held := [part for part in parts if part is not None]:
+                    found[f"{name}.{kind}"] = torch.cat(held)
+    return found

@@ -1,7 +1,5 @@
 """Based ("Simple linear attention language models balance the recall-throughput tradeoff", 2024, arXiv 2402.18668)."""
 
-from dataclasses import dataclass
-
 import torch
 from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
@@ -10,7 +8,7 @@ from seqtrain.kernels import softmax_attention
 from seqtrain.layers import taylor2
 from seqtrain.mixers import LayerShape, Past, SequenceContext, State
 from seqtrain.mixers.common.attention import attend
-from seqtrain.mixers.common.linear import LinearConfig, LinearMixer, sums
+from seqtrain.mixers.common.linear import LinearMixer, sums
 
 
 class Based(LinearMixer):
@@ -21,14 +19,11 @@ class Based(LinearMixer):
     has layers of one kind and of the other: `window: 0` here, with `model.layers=[based, sliding_attention]`.
     """
 
-    @dataclass(frozen=True)
-    class Config(LinearConfig):
+    class Config(LinearMixer.Config):
         # Key channels over model.width, all heads together; K per head make about K^2/2 features: keep it small.
         expand_key: PositiveFloat = 0.25
         # Tokens under the softmax, a token's own included; 0: none, the Taylor polynomial alone.
         window: NonNegativeInt = 64
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)

@@ -1,10 +1,9 @@
 """Gated DeltaProduct (2025, arXiv 2502.10297): several delta-rule steps per token, so richer turns of the state."""
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 from torch import Tensor
 
 from seqtrain.kernels import delta_rule
@@ -25,18 +24,11 @@ class DeltaProduct(GatedDeltaNet):
     # Several steps per token come from projections that an attention layer does not have.
     recurrence = None
 
-    @dataclass(frozen=True)
     class Config(GatedDeltaNet.Config):
-        # Key channels over model.width, all heads together, of each step; as in Gated DeltaNet.
-        expand_key: PositiveFloat = 0.75
-        # Value channels over model.width, all heads together, of each step; as in Gated DeltaNet.
-        expand_value: PositiveFloat = 1.5
         # Steps, so keys and values, per token; 1 is Gated DeltaNet.
         steps: Annotated[int, Field(gt=0, le=8)] = 2
         # True: beta in [0, 2], so that a state can change its sign (arXiv 2411.12537); False: in [0, 1].
         allow_negative_eigenvalues: bool = True
-
-    config: Config
 
     @property
     def steps(self) -> int:

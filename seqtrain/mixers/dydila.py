@@ -7,13 +7,11 @@ Three corrections against weights that are too smooth. Each token chooses, by th
 * how much of what is redundant is taken away from the query and from the key (token differential):
   `o_t = sum_j ((q_t - a_t q'_t) . (k_j - b_j k'_j)) v_j`.
 
-A choice passes gradients to its router as if it had been a softmax's mean. Routers read the layer's input, where the
-paper's read the projected tokens, and stay out of autocast: a choice must not depend on how a product was rounded.
-Differences make weights of either sign, which no sum can divide: heads are normalised by their root mean square. A
-short convolution stands for the paper's depthwise convolution of the values.
+A choice passes gradients to its router as a softmax's mean would. Routers read the layer's input, where the paper's
+read the projected tokens, and stay out of autocast: a choice must not depend on how a product was rounded. Differences
+make weights of either sign, which no sum can divide: heads are normalised by their root mean square.
 """
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -25,7 +23,7 @@ from seqtrain.kernels import linear_attention
 from seqtrain.kernels.dispatch import full_precision
 from seqtrain.layers import HeadNorm, upcast
 from seqtrain.mixers import LayerShape, Past, SequenceContext, State
-from seqtrain.mixers.common.linear import LinearConfig, LinearMixer
+from seqtrain.mixers.common.linear import LinearMixer
 
 # What tokens choose: projections of q' and k', powers of q, q', k and k', and the shares of q' and k' taken away.
 PROJECTIONS, POWERS, SHARES = 2, 4, 2
@@ -54,16 +52,13 @@ def _length(z: Tensor) -> Tensor:
 class DyDiLA(LinearMixer):
     """Linear attention between differences of tokens and of what is redundant in them, as each token chooses."""
 
-    @dataclass(frozen=True)
-    class Config(LinearConfig):
+    class Config(LinearMixer.Config):
         # Projections among which a token chooses one for q' and one for k'; all are computed.
         projections: Annotated[int, Field(gt=0, le=16)] = 3
         # Learned powers, and learned shares, among which a token chooses.
         factors: Annotated[int, Field(gt=0, le=64)] = 9
         # The powers' initial value.
         power: Annotated[float, Field(ge=1, le=8)] = 3.0
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
@@ -75,7 +70,6 @@ class DyDiLA(LinearMixer):
         self.norm = HeadNorm(self.value)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Powers of `power`, and shares of a hundredth, as in the paper; powers are learned as what exceeds 1."""
         nn.init.constant_(self.powers, self.config.power - 1)
@@ -86,8 +80,10 @@ class DyDiLA(LinearMixer):
         with full_precision(x.device):
             scores = self.router(x.to(self.router.weight.dtype))
         routes = [choice(part) for part in upcast(scores).split(self.routes, 2)]
-        chosen = self.redundant(x).chunk(2, 2)
-        other_q, other_k = (self._projected(z, route) for z, route in zip(chosen, routes[:2], strict=True))
+        candidates = self.redundant(x).unflatten(2, (2, self.config.projections, self.shape.heads, self.key)).unbind(2)
+        other_q, other_k = (
+            (parts * route[..., None, None]).sum(2) for parts, route in zip(candidates, routes[:2], strict=True)
+        )
         powers = (1 + F.relu(power) for power in self._factors(routes[2:6], self.powers))
         q, other_q, k, other_k = (
             sharpened(z, power) for z, power in zip((q, other_q, k, other_k), powers, strict=True)
@@ -96,11 +92,6 @@ class DyDiLA(LinearMixer):
         q, k = q - share_q * other_q, k - share_k * other_k
         out, after["memory"] = sequence.run(linear_attention, q, k, v, initial_state=past.get("memory"))
         return self.out(self.norm(out).to(x.dtype)), after
-
-    def _projected(self, candidates: Tensor, route: Tensor) -> Tensor:
-        """`candidates: [B,T,n*H*K]`, `route: [B,T,n]` -> the chosen `[B,T,H,K]`."""
-        parts = candidates.unflatten(2, (self.config.projections, self.shape.heads, self.key))
-        return (parts * route[..., None, None]).sum(2)
 
     @staticmethod
     def _factors(routes: list[Tensor], learned: Tensor) -> list[Tensor]:

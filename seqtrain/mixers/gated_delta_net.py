@@ -1,6 +1,5 @@
 """Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464, section 3): the delta rule with Mamba-2's decay."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from seqtrain.layers import reset_decay_rate, reset_step_bias, step_sizes
 from seqtrain.mixers import LayerShape
-from seqtrain.mixers.common.delta import DeltaConfig, DeltaMixer, DeltaRecurrence
+from seqtrain.mixers.common.delta import DeltaMixer, DeltaRecurrence
 from seqtrain.mixers.common.recurrence import Heads, Recurrence, RecurrenceOptions, StepDecay
 
 
@@ -34,9 +33,8 @@ class GatedDeltaNet(DeltaMixer):
 
     recurrence: ClassVar[type[Recurrence] | None] = GatedDeltaRecurrence
 
-    @dataclass(frozen=True)
-    class Config(DeltaConfig):
-        # The paper's sizes: with them a layer has as many parameters as attention and its gate.
+    # Of the paper's sizes, with which a layer has as many parameters as attention and its gate.
+    class Config(DeltaMixer.Config):
         expand_key: PositiveFloat = 0.75
         expand_value: PositiveFloat = 1.5
 
@@ -55,6 +53,3 @@ class GatedDeltaNet(DeltaMixer):
 
     def log_decay(self, x: Tensor) -> Tensor:
         return -self.rate_log.exp() * step_sizes(self.decay(x), self.step_bias)
-
-    def output_gate(self, x: Tensor) -> Tensor:
-        return self.gate(x)

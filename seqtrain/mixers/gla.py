@@ -1,6 +1,5 @@
 """Gated linear attention (Yang et al. 2023, arXiv 2312.06635, section 4)."""
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from seqtrain.kernels import linear_attention
 from seqtrain.layers import HeadNorm, LowRank, log_forget
 from seqtrain.mixers import LayerShape, Past, SequenceContext, State
-from seqtrain.mixers.common.linear import LinearConfig, ProjectedMixer
+from seqtrain.mixers.common.linear import ProjectedMixer
 from seqtrain.mixers.common.recurrence import Heads, LinearRecurrence, RecurrenceOptions
 
 
@@ -47,18 +46,13 @@ class GLA(ProjectedMixer):
 
     recurrence = GLARecurrence
 
-    @dataclass(frozen=True)
-    class Config(LinearConfig):
-        # Key channels over model.width, all heads together.
+    class Config(ProjectedMixer.Config):
         expand_key: PositiveFloat = 0.5
-        # Tokens under the short convolution of q, k and v; 0: none.
         conv_width: Annotated[int, Field(ge=0, le=16)] = 0
         # Rank of the matrix that makes the forget gate.
         gate_rank: PositiveInt = 16
         # The forget gate is a sigmoid to the power 1 / temperature: larger forgets more slowly.
         gate_temperature: PositiveFloat = 16.0
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)

@@ -1,16 +1,13 @@
 """Gated slot attention (Zhang et al. 2024, arXiv 2409.07146, section 3): a softmax over slots that forget."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from seqtrain.layers import HeadProjections, RMSNorm, log_forget
-from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
-from seqtrain.mixers.common.recurrence import Heads, Recurrence, RecurrenceOptions, slot_attention
+from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
+from seqtrain.mixers.common.recurrence import Heads, Reading, Recurrence, RecurrenceOptions, slot_attention
 
 
 class SlotRecurrence(Recurrence):
@@ -31,9 +28,7 @@ class SlotRecurrence(Recurrence):
         decay = log_forget(self.forget(x), self.options.temperature)
         return {"k": k, "v": v, "log_decay": decay.unflatten(2, (self.heads.groups, -1))}
 
-    def read(
-        self, q: Tensor, written: Mapping[str, Tensor], past: Past, sequence: SequenceContext
-    ) -> tuple[Tensor, Tensor | None, State]:
+    def read(self, q: Tensor, written: Past, past: Past, sequence: SequenceContext) -> Reading:
         out, after = slot_attention(q, written, past, sequence, scale=self.heads.key**-0.5)
         return out, None, after
 
@@ -43,8 +38,7 @@ class GSA(Mixer):
 
     recurrence = SlotRecurrence
 
-    @dataclass(frozen=True)
-    class Config:
+    class Config(MixerConfig):
         # Key channels over model.width, all heads together.
         expand_key: PositiveFloat = 1.0
         # Value channels over model.width, all heads together.
@@ -53,8 +47,6 @@ class GSA(Mixer):
         slots: PositiveInt = 64
         # The forget gate is a sigmoid to the power 1 / temperature: larger forgets more slowly.
         gate_temperature: PositiveFloat = 8.0
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)

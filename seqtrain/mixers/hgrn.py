@@ -1,7 +1,6 @@
 """HGRN (Qin et al. 2023, arXiv 2311.04823): a gated RNN with complex states and forget gates that rise with depth."""
 
 import math
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from seqtrain.kernels import diagonal_scan
 from seqtrain.layers import NORM_EPS, upcast
-from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 # Where in its share of [0, 1] a layer's bound starts: low, since the paper's first layer has none.
 START = 0.1
@@ -21,19 +20,15 @@ class HGRN(Mixer):
     """`h_t = f_t e^{i theta} h_{t-1} + (1 - f_t) c_t`, `f = low + (1 - low) sigmoid(W_f x)`, read through a gated norm.
 
     `c = silu(W_r x) + i silu(W_i x)`, `y = norm(sigmoid(W_g x) * [Re h, Im h])`; theta is learned, the same for all
-    tokens. The lower bounds are learned per channel, and rise from layer to layer: layer l of L has its bounds in
-    `[l/L, (l+1)/L]`. The paper gets rising bounds from a running sum of a softmax over all layers, whose steps may
-    differ in height; kept to equal steps a layer needs to know of no other, and has as many parameters.
+    tokens. Lower bounds are learned per channel: layer l of L has them in `[l/L, (l+1)/L]`, where the paper's rise in
+    learned steps, by a running sum of a softmax over all layers; a layer here needs to know of no other.
     """
 
-    @dataclass(frozen=True)
-    class Config:
+    class Config(MixerConfig):
         # Complex hidden channels over model.width, rounded down.
         expand: PositiveFloat = 1.0
         # Base of the initial rotations: channel i of n starts with theta = base ** (-i / n) radians per token.
         theta_base: Annotated[float, Field(gt=1)] = 10000.0
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)

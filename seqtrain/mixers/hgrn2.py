@@ -1,15 +1,13 @@
 """HGRN2 (Qin et al. 2024, arXiv 2404.07904, eq. 6): a gated RNN whose state is expanded by an outer product."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
-from seqtrain.layers import HeadProjections, RMSNorm, complement, log_forget, upcast
-from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.layers import HeadProjections, RMSNorm, log_forget, upcast
+from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.recurrence import Heads, LinearRecurrence, RecurrenceOptions
 
 
@@ -31,24 +29,20 @@ class HGRN2Recurrence(LinearRecurrence):
 
     def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         decay = log_forget(upcast(k) + self.bias.view(self.heads.groups, -1), self.options.temperature)
-        return {"k": complement(decay).to(v.dtype), "v": v, "log_decay": decay}
+        return {"k": -torch.expm1(decay).to(v.dtype), "v": v, "log_decay": decay}
 
 
 class HGRN2(Mixer):
     """`S_t = diag(f_t) S_{t-1} + (1 - f_t)^T v_t`, `f = low + (1 - low) sigmoid(W x)`: what is forgotten makes room.
 
-    `low` rises with depth, `index / depth`, so that upper layers remember longer. The paper learns the bounds from
-    there, as one running sum over all layers; here, where a layer knows no other, they stay.
+    `low` rises with depth, `index / depth`, so that upper layers remember longer; the paper learns it from there.
     """
 
     recurrence = HGRN2Recurrence
 
-    @dataclass(frozen=True)
-    class Config:
+    class Config(MixerConfig):
         # Key channels over model.width, all heads together: the state has as many times the width of a value head.
         expand_key: PositiveFloat = 1.0
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
@@ -61,14 +55,9 @@ class HGRN2(Mixer):
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, forget, v), _ = self.qfv(x, None, sequence)
-        k, log_decay = self._forget(upcast(forget))
+        # Neither `1 - f` nor `log f` cancels, however large the gate's input is.
+        k = (1 - self.low) * torch.sigmoid(-upcast(forget))
+        log_decay = torch.log1p(-k) if self.low else F.logsigmoid(upcast(forget))
         tensors = F.silu(q), k.to(v.dtype), v, log_decay
         out, memory = sequence.run(linear_attention, *tensors, initial_state=past.get("memory"))
         return self.out(self.norm(out.flatten(2))), {"memory": memory}
-
-    def _forget(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """`1 - f` and `log f`, both without cancellation however large `|raw|` is."""
-        k = (1 - self.low) * torch.sigmoid(-raw)
-        if self.low == 0:
-            return k, F.logsigmoid(raw)
-        return k, torch.log1p(-k)

@@ -5,15 +5,15 @@ branch's heads are normalised before the sum, as in Hymba (arXiv 2411.13676): th
 sequence grows.
 """
 
-from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention, softmax_attention
-from seqtrain.layers import HeadNorm, HeadProjections, LowRank, complement, log_forget, positions, rotate
-from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.layers import HeadNorm, HeadProjections, LowRank, log_forget, positions, rotate
+from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.attention import attend
 
 
@@ -24,8 +24,7 @@ class IntraHybrid(Mixer):
     softmax branches rotate q and k by them.
     """
 
-    @dataclass(frozen=True)
-    class Config:
+    class Config(MixerConfig):
         # Tokens a query sees in the windowed branch, its own included.
         window: PositiveInt = 512
         # True: a third branch sees all tokens before; its state, all keys and values, grows.
@@ -39,8 +38,6 @@ class IntraHybrid(Mixer):
         # Base of the rotation's wavelengths, in tokens.
         rope_base: Annotated[float, Field(gt=1)] = 10000.0
 
-    config: Config
-
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
         self.head = self.even_part_of_width()
@@ -53,7 +50,9 @@ class IntraHybrid(Mixer):
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         after: State = {}
         (q, k, v), _ = self.qkv(x, None, sequence)
-        written, log_decay = self._gated(x, k)
+        raw = -k if self.forget is None else self.forget(x).unflatten(2, (self.shape.heads, self.head))
+        log_decay = log_forget(raw, self.config.gate_temperature)
+        written = k if self.forget is not None else -torch.expm1(log_decay).to(k.dtype)
         out, after["memory"] = sequence.run(
             linear_attention, q, written, v, log_decay, initial_state=past.get("memory")
         )
@@ -65,9 +64,3 @@ class IntraHybrid(Mixer):
             after |= kept
             mixed = mixed + norm(out)
         return self.out(mixed), after
-
-    def _gated(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """The key as the linear branch writes it, and the logarithm of what it keeps, both `[B,T,H,K]`."""
-        raw = -k if self.forget is None else self.forget(x).unflatten(2, (self.shape.heads, self.head))
-        log_decay = log_forget(raw, self.config.gate_temperature)
-        return (k if self.forget is not None else complement(log_decay).to(k.dtype)), log_decay

@@ -1,14 +1,12 @@
 """Kimi Delta Attention (Kimi Linear, 2025, arXiv 2510.26692, section 3): the delta rule with a per-channel decay."""
 
-from dataclasses import dataclass
-
 import torch
 from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
 from seqtrain.layers import LowRank, reset_decay_rate, reset_step_bias, step_sizes
 from seqtrain.mixers import LayerShape
-from seqtrain.mixers.common.delta import DeltaConfig, DeltaMixer
+from seqtrain.mixers.common.delta import DeltaMixer
 from seqtrain.mixers.gated_delta_net import GatedDeltaRecurrence
 
 
@@ -30,8 +28,7 @@ class KDA(DeltaMixer):
     recurrence = KDARecurrence
     gate_activation = "sigmoid"
 
-    @dataclass(frozen=True)
-    class Config(DeltaConfig):
+    class Config(DeltaMixer.Config):
         # Rank of the two matrices that make the decay and the output gate; 0: the width of a value head.
         gate_rank: NonNegativeInt = 0
 
@@ -51,6 +48,3 @@ class KDA(DeltaMixer):
     def log_decay(self, x: Tensor) -> Tensor:
         step = step_sizes(self.decay(x), self.step_bias).unflatten(2, (self.shape.heads, self.key))
         return -self.rate_log.exp()[:, None] * step  # B T H K
-
-    def output_gate(self, x: Tensor) -> Tensor:
-        return self.gate(x)

@@ -1,8 +1,9 @@
 """Liger with HGRN2's recurrence (arXiv 2503.01496): what is forgotten makes room."""
 
+import torch
 from torch import Tensor
 
-from seqtrain.layers import complement, log_forget
+from seqtrain.layers import log_forget
 from seqtrain.mixers.common.liger import Liger
 
 
@@ -11,4 +12,4 @@ class LigerHGRN2(Liger):
 
     def gated(self, k: Tensor) -> tuple[Tensor, Tensor]:
         decay = log_forget(k)
-        return complement(decay), decay
+        return -torch.expm1(decay), decay

@@ -4,7 +4,6 @@
 2210.10340).
 """
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from seqtrain.kernels import linear_attention
 from seqtrain.layers import FEATURE_MAPS, HeadNorm, upcast
 from seqtrain.mixers import LayerShape, Past, SequenceContext, State
-from seqtrain.mixers.common.linear import LinearConfig, ProjectedMixer
+from seqtrain.mixers.common.linear import ProjectedMixer
 from seqtrain.mixers.common.recurrence import LinearRecurrence
 
 
@@ -23,17 +22,13 @@ class LinearAttention(ProjectedMixer):
 
     recurrence = LinearRecurrence
 
-    @dataclass(frozen=True)
-    class Config(LinearConfig):
+    class Config(ProjectedMixer.Config):
         # What queries and keys pass through: identity, elu (elu + 1), relu, or taylor2 (second-order Taylor of exp).
         # taylor2 has K^2/2 features per head: keep expand_key small.
         feature_map: Literal["identity", "elu", "relu", "taylor2"] = "elu"
         # What the output is divided by: sum (of the weights), rms (of each head's output), none.
         normalizer: Literal["sum", "rms", "none"] = "sum"
-        # Tokens under the short convolution of q, k and v; 0: none.
         conv_width: Annotated[int, Field(ge=0, le=16)] = 0
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)

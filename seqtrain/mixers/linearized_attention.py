@@ -5,7 +5,6 @@ between are written to a memory when the window has passed them. The projections
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -17,7 +16,7 @@ from seqtrain.errors import ConfigError
 from seqtrain.kernels import delay, sink_attention
 from seqtrain.layers import RMSNorm, positions, upcast
 from seqtrain.mixers import MIXERS, LayerShape, Past, SequenceContext, State
-from seqtrain.mixers.common.attention import AttentionConfig, SoftmaxAttention, attend
+from seqtrain.mixers.common.attention import SoftmaxAttention, attend
 from seqtrain.mixers.common.recurrence import Heads, Recurrence, RecurrenceOptions
 
 
@@ -34,38 +33,40 @@ def recurrence_of(name: str) -> type[Recurrence]:
     return found
 
 
+@dataclass(frozen=True)
+class MemoryConfig:
+    """The fields of a memory next to a window, which a conversion takes over."""
+
+    # Tokens under the softmax, the query's own included; 0: none, the memory holds every token.
+    window: NonNegativeInt = 64
+    # First tokens of a document that stay under the softmax for ever.
+    sinks: NonNegativeInt = 4
+    # How window and memory are joined; auto: under one denominator where the memory has a normalizer, else as a sum;
+    # norms: each normalised by itself, then added (SpikingBrain).
+    combine: Literal["auto", "denominator", "sum", "norms"] = "auto"
+    # What the memory counts before training: a factor on its normalizer, or its share of the sum.
+    memory_weight: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    # Rank of the matrix that makes gla's forget gate.
+    gate_rank: PositiveInt = 16
+    # True: gla's forget gate is 1 - key, without a matrix (SpikingBrain's tied gate).
+    tied_gate: bool = False
+    # Slots of gsa per head.
+    slots: PositiveInt = 64
+
+
 class LinearizedAttention(SoftmaxAttention):
     """Softmax over window and sinks with the memory of older tokens as one more entry, or next to it as a gated sum.
 
-    `combine=denominator`: the memory's normalizer, times a learned weight per head, is a term of the softmax's sum; it
-    needs a memory that has one. `combine=sum`: `(1 - g) softmax part + g memory`, g learned per head, 0 while the
-    memory is empty. The weight's logarithm, or what g is the sigmoid of, is a number plus a linear function of the
-    query. `combine=norms`: both parts, each head divided by its root mean square, are added with a weight per channel,
-    as in the larger SpikingBrain (arXiv 2509.05276). With `window=0` the memory holds all tokens, the query's own
-    included, and is all there is.
+    `combine=denominator`: the memory's normalizer, times a learned weight per head, is a term of the softmax's sum.
+    `combine=sum`: `(1 - g) softmax part + g memory`, g learned per head, 0 while the memory is empty. The weight's
+    logarithm, or what g is the sigmoid of, is a number plus a linear function of the query. `combine=norms`: both
+    parts, each head divided by its root mean square, are added with a weight per channel, as in the larger SpikingBrain
+    (arXiv 2509.05276). With `window=0` the memory holds all tokens, the query's own included, and is all there is.
     """
 
-    @dataclass(frozen=True)
-    class Config(AttentionConfig):
+    class Config(MemoryConfig, SoftmaxAttention.Config):
         # Whose recurrence the memory has: the name of a mixer that offers one.
         memory: str = "gated_delta_net"
-        # Tokens under the softmax, the query's own included; 0: none, the memory holds every token.
-        window: NonNegativeInt = 64
-        # First tokens of a document that stay under the softmax for ever.
-        sinks: NonNegativeInt = 4
-        # How window and memory are joined; auto: under one denominator where the memory has a normalizer, else as a
-        # sum; norms: each normalised by itself, then added.
-        combine: Literal["auto", "denominator", "sum", "norms"] = "auto"
-        # What the memory counts before training: a factor on its normalizer, or its share of the sum.
-        memory_weight: Annotated[float, Field(ge=0, lt=1)] = 0.1
-        # Rank of the matrix that makes gla's forget gate.
-        gate_rank: PositiveInt = 16
-        # True: gla's forget gate is 1 - key, without a matrix.
-        tied_gate: bool = False
-        # Slots of gsa per head.
-        slots: PositiveInt = 64
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
@@ -84,8 +85,6 @@ class LinearizedAttention(SoftmaxAttention):
         self.opening_slope = nn.Parameter(torch.empty(shape.heads * self.key)) if self.opening is not None else None
         self.memory_norm = RMSNorm(self.key, config.norm_eps) if normed else nn.Identity()
         self.window_norm = RMSNorm(self.key, config.norm_eps) if normed and config.window else nn.Identity()
-        # What an ablation leaves out: a part's name, or nothing.
-        self.without: Literal["", "memory", "window"] = ""
         self.reset_parameters()
 
     def _recurrence(self) -> type[Recurrence]:
@@ -99,14 +98,15 @@ class LinearizedAttention(SoftmaxAttention):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         self.memory.reset_parameters(generator)
-        if self.opening is not None:
-            nn.init.constant_(self.opening, initial_gate(self.config.memory_weight, logarithm=self.shared))
-        if self.opening_slope is not None:
+        weight = self.config.memory_weight
+        if self.opening is not None and self.opening_slope is not None:
+            # The logarithm of a factor on the normalizer, or what a share of the sum is the sigmoid of.
+            odds = weight if self.shared else weight / (1 - weight)
+            nn.init.constant_(self.opening, math.log(odds) if odds else -math.inf)
             nn.init.zeros_(self.opening_slope)
-        if isinstance(self.memory_norm, RMSNorm):
-            nn.init.constant_(self.memory_norm.weight, self.config.memory_weight if self.config.window else 1.0)
-        if isinstance(self.window_norm, RMSNorm):
-            nn.init.ones_(self.window_norm.weight)
+        for norm, value in ((self.memory_norm, weight if self.config.window else 1.0), (self.window_norm, 1.0)):
+            if isinstance(norm, RMSNorm):
+                nn.init.constant_(norm.weight, value)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         q, k, v = self.project(x)
@@ -138,9 +138,7 @@ class LinearizedAttention(SoftmaxAttention):
         slope = upcast(self.opening_slope).unflatten(0, (-1, self.key))  # H K
         return upcast(self.opening) + torch.einsum("bthk,hk->bth", upcast(q), slope)
 
-    def _delayed(
-        self, written: Mapping[str, Tensor], older: Tensor, past: Past, sequence: SequenceContext
-    ) -> tuple[dict[str, Tensor], State]:
+    def _delayed(self, written: Past, older: Tensor, past: Past, sequence: SequenceContext) -> tuple[State, State]:
         """What the token just past the window writes (nothing where there is none or it is a sink), and the state."""
         passed, after = {}, {}
         for name, tensor in written.items():
@@ -160,10 +158,3 @@ class LinearizedAttention(SoftmaxAttention):
             return out + value
         gate = (torch.sigmoid(weight) * older[..., None])[..., None].to(out.dtype)  # B T H 1
         return out + gate * (value - out)
-
-
-def initial_gate(weight: float, *, logarithm: bool) -> float:
-    """What makes a memory count `weight` at the start: its logarithm as a factor, else the input of a sigmoid."""
-    if weight == 0:
-        return -math.inf
-    return math.log(weight) if logarithm else math.log(weight / (1 - weight))

@@ -1,6 +1,5 @@
 """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, section 7): a state-space layer with one decay per head."""
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
 from seqtrain.layers import RMSNorm, ShortConvolution, reset_decay_rate, reset_step_bias, step_sizes
-from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.recurrence import Heads, LinearRecurrence, RecurrenceOptions, StepDecay
 
 
@@ -31,8 +30,7 @@ class Mamba2(Mixer):
 
     recurrence = Mamba2Recurrence
 
-    @dataclass(frozen=True)
-    class Config:
+    class Config(MixerConfig):
         # Inner channels over model.width, all heads together.
         expand: PositiveFloat = 2.0
         # Channels of B and C per group: the key width N of the state.
@@ -41,8 +39,6 @@ class Mamba2(Mixer):
         groups: PositiveInt = 1
         # Tokens under the short convolution of x, B and C.
         conv_width: Annotated[int, Field(ge=2, le=16)] = 4
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)

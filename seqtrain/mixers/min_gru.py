@@ -1,6 +1,5 @@
 """minGRU (Feng et al. 2024, arXiv 2410.01201): a gated RNN whose gates see the token alone, so that it is a scan."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from seqtrain.kernels import diagonal_scan
 from seqtrain.layers import upcast
-from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 
 def positive(x: Tensor) -> Tensor:
@@ -21,14 +20,11 @@ def positive(x: Tensor) -> Tensor:
 class MinGRU(Mixer):
     """`h_t = (1 - z_t) h_{t-1} + z_t c_t` with `z = sigmoid(W_z x)` and a candidate `c` from `W_h x`."""
 
-    @dataclass(frozen=True)
-    class Config:
+    class Config(MixerConfig):
         # Hidden channels over model.width, rounded down.
         expand: PositiveFloat = 1.0
         # The candidate: linear (the plain form) or positive (the form the paper computes in logarithms).
         candidate: Literal["linear", "positive"] = "positive"
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)

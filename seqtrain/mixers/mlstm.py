@@ -2,15 +2,12 @@
 
     C_t = f_t C_{t-1} + i_t k_t^T v_t      n_t = f_t n_{t-1} + i_t k_t      h_t = q_t C_t / max(|q_t . n_t|, 1)
 
-with an exponential input gate `i = exp(.)`. The papers carry `m_t = max(log f_t + m_{t-1}, log i_t)` and divide C, n
-and the 1 by exp(m_t): h does not depend on m, which only keeps exp from overflowing. Here nothing can overflow, so
-there is no m. Both gates' inputs are capped softly, `c tanh(x / c)`, as in xLSTM-7B; with c = 15 an input gate is
-within 3e-7 and 3e6, and float32, in which states are kept, holds sums of those to 1e38. Decays are at most 1 and every
-term of a sum carries its own factor, so sizes that far apart cost no more precision than equal ones. The forget gate is
-a sigmoid; an exponential one, which may exceed 1, is left out, as in the authors' later models.
+with an exponential input gate `i = exp(.)`. The papers' running maximum m, on which h does not depend, keeps exp from
+overflowing. Here nothing can: both gates' inputs are capped softly, `c tanh(x / c)`, as in xLSTM-7B, and with c = 15 an
+input gate is within 3e-7 and 3e6, whose sums the float32 states hold to 1e38. Decays are at most 1 and every term
+carries its own factor, so sizes that far apart cost no precision. The forget gate is a sigmoid, as in later models.
 """
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -20,22 +17,18 @@ from torch import Tensor, nn
 
 from seqtrain.layers import HeadLayerNorm, upcast
 from seqtrain.mixers import LayerShape, Past, SequenceContext, State
-from seqtrain.mixers.common.linear import LinearConfig, LinearMixer, sums
+from seqtrain.mixers.common.linear import LinearMixer, sums
 
 
 class MLSTM(LinearMixer):
     """A decayed sum of `i_t k_t^T v_t`, read relative to the sum of keys; heads are normalised, gated by a sigmoid."""
 
-    @dataclass(frozen=True)
-    class Config(LinearConfig):
-        # Key channels over model.width, all heads together.
+    class Config(LinearMixer.Config):
         expand_key: PositiveFloat = 0.5
         # What the inputs of both gates stay below in size, softly; an input gate is at most its exponential.
         gate_cap: Annotated[float, Field(gt=0, le=30)] = 15.0
         # Initial bias of input gates, before the exponential; xLSTM-7B takes -10, nearly shut, against spikes.
         input_bias: Annotated[float, Field(ge=-15, le=15)] = 0.0
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)

@@ -1,12 +1,10 @@
 """NaLaFormer, norm-aware linear attention (2025, arXiv 2506.21137; "Norm x Direction", ICML 2026).
 
-Queries and keys are taken apart into length and direction. The direction of a query is raised, channel by channel, to a
-power that grows with its length, so that a long query is spiky and a short one flat, as under softmax; keys to a fixed
-one. Channels of opposite sign meet under the cosine of a right angle, so they add nothing, and no weight is negative:
-each channel becomes two, its positive and its negative part.
+The direction of a query is raised, channel by channel, to a power that grows with its length, so that a long query is
+spiky and a short one flat, as under softmax; keys to a fixed one. Each channel becomes two, its positive and its
+negative part: channels of opposite sign add nothing, and no weight is negative.
 """
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 from seqtrain.layers import HeadNorm, l2norm, upcast
 from seqtrain.mixers import LayerShape, Past, SequenceContext, State
-from seqtrain.mixers.common.linear import LinearConfig, LinearMixer, sums
+from seqtrain.mixers.common.linear import LinearMixer, sums
 
 
 def query_features(q: Tensor, power: float) -> Tensor:
@@ -38,16 +36,12 @@ def _signed_parts(x: Tensor) -> Tensor:
 class NaLaFormer(LinearMixer):
     """`out_t = sum_j s_tj v_j / sum_j s_tj`, `s_tj = phi_q(q_t) . phi_k(k_j)`; each head normalised, gated by SiLU.
 
-    Causal, where the paper's layer sees all tokens of an image. A short convolution stands for its local positional
-    encoding, and there is no rotation.
+    Causal, where the paper's layer sees all tokens of an image; a short convolution stands for its positional encoding.
     """
 
-    @dataclass(frozen=True)
-    class Config(LinearConfig):
+    class Config(LinearMixer.Config):
         # Power of keys; that of queries goes from a half of it (no length) to one and a half of it (great length).
         power: Annotated[float, Field(ge=2, le=8)] = 3.0
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)

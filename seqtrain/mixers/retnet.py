@@ -1,6 +1,5 @@
 """RetNet's multi-scale retention (Sun et al. 2023, arXiv 2307.08621, eq. 5 to 8)."""
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
 from seqtrain.layers import HeadNorm, HeadProjections, positions, rotate
-from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.recurrence import LinearRecurrence
 
 
@@ -35,16 +34,13 @@ class RetNet(Mixer):
 
     recurrence = RetNetRecurrence
 
-    @dataclass(frozen=True)
-    class Config:
+    class Config(MixerConfig):
         # Value channels over model.width, all heads together; key channels are as many as model.width.
         expand_value: PositiveFloat = 2.0
         # Base of the rotation's wavelengths, in tokens.
         rope_base: Annotated[float, Field(gt=1)] = 10000.0
         # The slowest head's number in the decay: head h of H forgets by 2 ** -(first + h) per token.
         first_decay: PositiveFloat = 5.0
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)

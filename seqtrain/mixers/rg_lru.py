@@ -1,6 +1,5 @@
 """RG-LRU (Griffin, De et al. 2024, arXiv 2402.19427, section 2.4): a gated linear recurrence in a gated block."""
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from seqtrain.kernels import diagonal_scan
 from seqtrain.layers import ShortConvolution, upcast
-from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 # The paper's c: log a = -c softplus(L) r.
 POWER = 8.0
@@ -42,14 +41,11 @@ class RGLRU(Mixer):
     r and i are sigmoids of block-diagonal maps of v, which is a convolved projection of the layer's input.
     """
 
-    @dataclass(frozen=True)
-    class Config:
+    class Config(MixerConfig):
         # Recurrent channels over model.width, all heads together; Griffin has 4/3, RecurrentGemma 1.
         expand: PositiveFloat = 1.0
         # Tokens under the short convolution before the recurrence.
         conv_width: Annotated[int, Field(ge=2, le=16)] = 4
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)

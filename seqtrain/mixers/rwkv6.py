@@ -1,7 +1,5 @@
 """RWKV-6 ("Eagle and Finch: RWKV with Matrix-Valued States", 2024, arXiv 2404.05892, section 4)."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveInt
@@ -9,7 +7,7 @@ from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
 from seqtrain.layers import LowRank, token_shift, upcast
-from seqtrain.mixers import LayerShape, Past, SequenceContext, State
+from seqtrain.mixers import LayerShape, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.rwkv import RWKVMixer, blends, depth_ratios, ramp
 
 
@@ -21,14 +19,11 @@ class RWKV6(RWKVMixer):
     values and decays go into the operator one token late.
     """
 
-    @dataclass(frozen=True)
-    class Config:
+    class Config(MixerConfig):
         # Rank of the matrices that make each of the five blends.
         mix_rank: PositiveInt = 32
         # Rank of the matrices that make the decay.
         decay_rank: PositiveInt = 64
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)

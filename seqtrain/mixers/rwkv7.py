@@ -1,7 +1,6 @@
 """RWKV-7 ("Goose" with Expressive Dynamic State Evolution, 2025, arXiv 2503.14456, section 4)."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from pydantic import PositiveInt
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from seqtrain.kernels import delta_rule
 from seqtrain.layers import LowRank, l2norm, token_shift, upcast
-from seqtrain.mixers import LayerShape, Past, SequenceContext, State
+from seqtrain.mixers import LayerShape, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.rwkv import RWKVMixer, blends, depth_ratios, ramp
 
 # The decay of a channel is exp(-STRONGEST * sigmoid(...)): at least 0.545 per token.
@@ -24,16 +23,13 @@ class RWKV7(RWKVMixer):
     and the gate. The paper mixes each layer's values with the first layer's; here a layer knows no other.
     """
 
-    @dataclass(frozen=True)
-    class Config:
+    class Config(MixerConfig):
         # Rank of the matrices that make the decay.
         decay_rank: PositiveInt = 64
         # Rank of the matrices that make the rate, how much of what is found under c is erased.
         rate_rank: PositiveInt = 64
         # Rank of the matrices that make the output gate.
         gate_rank: PositiveInt = 128
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)

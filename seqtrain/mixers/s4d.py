@@ -1,31 +1,25 @@
 """S4D (Gu et al. 2022, arXiv 2206.11893): a diagonal state-space system for every channel."""
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from seqtrain.mixers.common.hippo import hippo_legs, normal_legs
-from seqtrain.mixers.common.ssm import ChannelwiseConfig, ChannelwiseMixer, channel_readouts
+from seqtrain.mixers.common.ssm import ChannelwiseMixer
 
 
 class S4D(ChannelwiseMixer):
     """`L_n = -1/2 + i pi n` (lin), `-1/2 + i N/pi (N/(2n+1) - 1)` (inv), or HiPPO-LegS's normal part (legs)."""
 
-    @dataclass(frozen=True)
-    class Config(ChannelwiseConfig):
+    class Config(ChannelwiseMixer.Config):
         # What the eigenvalues start from: lin, inv (the paper's section 4) or legs (the matrix that inv approximates).
         initialization: Literal["lin", "inv", "legs"] = "lin"
 
-    config: Config
-
     def initial_system(self, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        states = self.config.state
         if self.config.initialization == "legs":
-            spectrum = normal_legs(states)
-            return spectrum.values, channel_readouts(spectrum, hippo_legs(states)[1] / 2, count, generator)
+            return super().initial_system(count, generator)
+        states = self.config.state
         n = torch.arange(states // 2, dtype=torch.float64, device="cpu")
         lin = self.config.initialization == "lin"
         frequency = math.pi * n if lin else states / math.pi * (states / (2 * n + 1) - 1)

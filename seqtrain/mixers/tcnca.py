@@ -4,7 +4,6 @@ MEGA (arXiv 2209.10655) with its moving average replaced by the convolution. Her
 the residual stream has it already.
 """
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from seqtrain.kernels import softmax_attention
 from seqtrain.layers import ShortConvolution, positions, rotate
-from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.attention import attend
 
 
@@ -27,8 +26,7 @@ class TCNCA(Mixer):
     itself, chunks being counted from the document's start, with positions rotated.
     """
 
-    @dataclass(frozen=True)
-    class Config:
+    class Config(MixerConfig):
         # Tokens in a chunk.
         chunk: Annotated[int, Field(gt=1)] = 128
         # Tokens under the filters of a layer of the convolution.
@@ -43,8 +41,6 @@ class TCNCA(Mixer):
         expand_value: PositiveFloat = 2.0
         # Base of the rotation's wavelengths, in tokens.
         rope_base: Annotated[float, Field(gt=1)] = 10000.0
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)

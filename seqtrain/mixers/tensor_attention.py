@@ -1,6 +1,5 @@
 """Tensor (Kronecker) attention: outputs weigh pairs of past tokens at a cost linear in T (docs/math.md, 1.4)."""
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from seqtrain.kernels import tensor_attention
 from seqtrain.layers import HeadNorm, HeadProjections, l2norm, upcast
-from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 
 class TensorAttention(Mixer):
@@ -19,8 +18,7 @@ class TensorAttention(Mixer):
     which keeps the polynomial close to exp (the bounded-entries regime). A short convolution tells neighbours apart.
     """
 
-    @dataclass(frozen=True)
-    class Config:
+    class Config(MixerConfig):
         # Key channels per head, K: there are (K+1)(K+2)/2 features at degree 2, so it is small.
         key: Annotated[int, Field(gt=0, le=32)] = 4
         # Degree of the polynomial that stands for exp.
@@ -29,8 +27,6 @@ class TensorAttention(Mixer):
         largest_temperature: Annotated[float, Field(gt=0, le=16)] = 2.0
         # Tokens under the short convolution of q, k1, k2, v1 and v2; 0: none.
         conv_width: Annotated[int, Field(ge=0, le=16)] = 4
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)

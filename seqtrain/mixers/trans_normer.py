@@ -1,6 +1,5 @@
 """TransNormer ("The Devil in Linear Transformer", 2022, arXiv 2210.10340): DiagAttention below, NormAttention above."""
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
@@ -8,21 +7,19 @@ from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention, softmax_attention
 from seqtrain.layers import FEATURE_MAPS, HeadNorm, HeadProjections, positions, rotate
-from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.attention import attend
 
 
 class TransNormer(Mixer):
     """Linear attention whose outputs are normalised, not its weights; softmax within blocks of tokens in lower layers.
 
-    NormAttention: `out_t = norm(sum_{j<=t} (phi(q_t) . phi(k_j)) v_j)`. Weights divided by their sum have gradients
-    that grow without bound as the sum goes to 0; a norm's are bounded by its epsilon. DiagAttention: softmax over the
-    tokens of t's block up to t, since a linear attention spreads its weights too thin to see what is near. Queries and
-    keys of both are rotated by position (the paper's relative encoding for linear attention turns them as well).
+    NormAttention: `out_t = norm(sum_{j<=t} (phi(q_t) . phi(k_j)) v_j)`; a norm's gradients are bounded by its epsilon,
+    those of weights divided by their sum are not. DiagAttention: softmax over the tokens of t's block up to t, since a
+    linear attention spreads its weights too thin to see what is near. Queries and keys of both are rotated by position.
     """
 
-    @dataclass(frozen=True)
-    class Config:
+    class Config(MixerConfig):
         # Share of the model's layers, counted from the first, that are DiagAttention.
         diag_share: Annotated[float, Field(ge=0, le=1)] = 0.5
         # Tokens of a block of DiagAttention; blocks are counted from a document's start.
@@ -31,8 +28,6 @@ class TransNormer(Mixer):
         feature_map: Literal["elu", "relu"] = "elu"
         # Base of the rotation's wavelengths, in tokens.
         rope_base: Annotated[float, Field(gt=1)] = 10000.0
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)

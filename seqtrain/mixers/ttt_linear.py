@@ -1,6 +1,5 @@
 """TTT-Linear ("Learning to (Learn at Test Time): RNNs with Expressive Hidden States", 2024, arXiv 2407.04620)."""
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -9,28 +8,24 @@ from torch import Tensor, nn
 
 from seqtrain.kernels import ttt_linear
 from seqtrain.layers import HeadNorm, HeadProjections, l2norm, upcast
-from seqtrain.mixers import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 
 class TTTLinear(Mixer):
     """The state is a linear model with a LayerNorm, `f(x) = x + LN(x W + b)`, that learns `f(k_t) = v_t` as it reads.
 
     One step of gradient descent a mini-batch of tokens, at rates the tokens choose; each token is answered by `f(q_t)`
-    as learned from its mini-batch so far. The LayerNorm makes the state's update no affine map. Queries and keys are
-    normalised to a root mean square of 1, where the paper rotates them by their place in the mini-batch; each head's
-    answer is normalised by its root mean square and gated by SiLU.
+    as learned from its mini-batch so far. The LayerNorm makes the state's update no affine map. Queries and keys have a
+    root mean square of 1, where the paper rotates them by their place in the mini-batch.
     """
 
-    @dataclass(frozen=True)
-    class Config:
+    class Config(MixerConfig):
         # Tokens of a mini-batch, whose gradients are all taken at the same state.
         mini_batch: Annotated[int, Field(gt=0, le=128)] = 16
         # Largest learning rate of the inner model: the rate for a gate of 1.
         base_rate: PositiveFloat = 1.0
         # Tokens under the short convolution of q, k and v; 0: none.
         conv_width: Annotated[int, Field(ge=0, le=16)] = 4
-
-    config: Config
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)

@@ -14,14 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqtrain.benchmarks.ranks import on_ranks
-from seqtrain.benchmarks.scan_methods import CPU
+from seqtrain.benchmarks.scan_methods import CPU, group_costs
 from seqtrain.kernels import linear_attention
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
-from seqtrain.models.language_model import Block
-from seqtrain.parallel.cost import costs_of
 from seqtrain.parallel.mesh import form_mesh
-from seqtrain.parallel.scan_engine import engine_of
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.sharded import ShardedSequence
 from seqtrain.planning.counts import ModelCounts, count_model
@@ -50,7 +47,7 @@ PLAIN = "parallel.zero_stage=0"
 def calibrate(mixers: Sequence[str], *, tell: Callable[[str], None]) -> tuple[Machine, dict[str, float]]:
     """This machine, and the costs of its links. `mixers`: whose efficiency is measured; `tell` hears of progress."""
     tell("links")
-    costs = on_ranks(2, lambda group: asdict(costs_of(engine_of(group.group_name), CPU)))
+    costs = on_ranks(2, lambda group: asdict(group_costs(group)))
     tell("products, memory, attention, recurrences, optimizer")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = len(os.sched_getaffinity(0))
@@ -119,8 +116,7 @@ def _sharded(group: dist.ProcessGroup, mixers: Sequence[str]) -> dict[str, float
         ends = torch.tensor([0, 2 * SHARD_TOKENS])
         sharded = ShardedSequence(group=mesh.group, offsets=(0, SHARD_TOKENS, 2 * SHARD_TOKENS), cu_seqlens=ends)
         for name in mixers:
-            config, settings = _layers(name)
-            mixer = LanguageModel(config, settings, BYTES_VOCAB).blocks[0].mixer
+            mixer = _small_model(name).blocks[0].mixer
             x = torch.randn(1, SHARD_TOKENS, WIDTH, requires_grad=True)
 
             def run(sequence: SequenceContext, mixer: Any = mixer, x: Tensor = x) -> None:
@@ -131,16 +127,13 @@ def _sharded(group: dist.ProcessGroup, mixers: Sequence[str]) -> dict[str, float
                 median_seconds(partial(run, tokens), 3, clock=time.process_time)
                 for tokens in (SequenceContext(), sharded)
             )
-            ratio = torch.tensor(together / alone)
-            dist.all_reduce(ratio, op=dist.ReduceOp.MAX, group=group)
-            found[name] = max(1.0, ratio.item())
+            found[name] = _largest(torch.tensor(together / alone), group)
     return found
 
 
 def _crowded(group: dist.ProcessGroup) -> float:
     """Seconds of a model's pass while the other rank makes one as well, over those while it waits."""
-    config, settings = _layers("gated_delta_net")
-    model = LanguageModel(config, settings, BYTES_VOCAB)
+    model = _small_model("gated_delta_net")
     tokens = torch.randint(BYTES_VOCAB, (1, SHARD_TOKENS))
 
     def run() -> None:
@@ -151,24 +144,27 @@ def _crowded(group: dist.ProcessGroup) -> float:
         if group.rank() == turn:
             alone += median_seconds(run)
         dist.barrier(group=group)
-    ratio = median_seconds(run) / alone
+    return _largest(median_seconds(run) / alone, group)
+
+
+def _largest(ratio: Tensor, group: dist.ProcessGroup) -> float:
+    """Of all ranks; at least 1."""
     dist.all_reduce(ratio, op=dist.ReduceOp.MAX, group=group)
     return max(1.0, ratio.item())
 
 
-def _layers(name: str) -> tuple[ModelConfig, dict[str, Any]]:
+def _small_model(name: str) -> LanguageModel:
+    """Two layers of this mixer."""
     config = ModelConfig(layers=(name,), depth=2, width=WIDTH, heads=HEADS, mlp_ratio=2.0)
-    return config, {name: MIXERS.get(name).Config()}
+    return LanguageModel(config, {name: MIXERS.get(name).Config()}, BYTES_VOCAB)
 
 
 def _efficiency(name: str, found: Machine) -> dict[str, float]:
     """Measured over computed seconds of one layer of this mixer, its MLP and the loss taken alike."""
-    config, mixers = _layers(name)
-    model = LanguageModel(config, mixers, BYTES_VOCAB)
+    model, mixers = _small_model(name), {name: MIXERS.get(name).Config()}
     tokens = torch.randint(BYTES_VOCAB, (1, TOKENS))
-    counts = count_model(config, mixers, BYTES_VOCAB, tokens=TOKENS)
-    block = model.blocks[0]
-    assert isinstance(block, Block), block
+    counts = count_model(model.config, mixers, BYTES_VOCAB, tokens=TOKENS)
+    block: Any = model.blocks[0]
     x = torch.randn(1, TOKENS, WIDTH, requires_grad=True)
 
     def whole() -> None:
@@ -178,54 +174,44 @@ def _efficiency(name: str, found: Machine) -> dict[str, float]:
         (x + block.mixer(block.mixer_norm(x))[0]).sum().backward()
 
     measured, own = median_seconds(whole, 3), median_seconds(alone, 3)
-    one = replace(counts, parts=(counts.parts[1],))
-    rest = replace(counts, parts=tuple(part for part in counts.parts if part.part != "mixer"))
-    others = max(measured - config.depth * own, 0.1 * measured) / sum(
-        compute_seconds(rest, found, checkpointing=False).values()
+    mixing, others = (
+        sum(compute_seconds(replace(counts, parts=parts), found, checkpointing=False).values())
+        for parts in (counts.parts[1:2], tuple(part for part in counts.parts if part.part != "mixer"))
     )
-    mixing = own / sum(compute_seconds(one, found, checkpointing=False).values())
-    return {name: mixing, "mlp": others, "loss": others}
+    rest = max(measured - model.config.depth * own, 0.1 * measured) / others
+    return {name: own / mixing, "mlp": rest, "loss": rest}
 
 
 def _with_memory(found: Machine, mixers: Sequence[str], tell: Callable[[str], None]) -> Machine:
-    """`found` with the base, and what small layouts show beyond it and what is counted: the allocator's holes, and what
-    a sharded sequence keeps.
-    """
+    """`found` with the base and, from small layouts, the allocator's holes and what a sharded sequence keeps."""
     tell("memory of a program")
-    tiny = (_layers_of(SHARDED_MIXER), "model.depth=1", "model.width=32", "train.sequence_length=64", PLAIN)
+    sharded_mixer = f"model.layers=[{SHARDED_MIXER}]"
+    tiny = (sharded_mixer, "model.depth=1", "model.width=32", "train.sequence_length=64", PLAIN)
     found = replace(found, base=measure_layout(last_of_each(*SMALL_LAYOUT, *tiny), steps=2).peak_bytes)
-    holes = {}
+    all_holes = {}
     for name in dict.fromkeys((SHARDED_MIXER, *mixers)):
         tell(f"memory of {name}")
-        holes[name] = _holes(found, name)
-    found = replace(found, holes=holes)
+        # Of small layouts of this mixer alone.
+        layers = f"model.layers=[{name}]"
+        holes = Holes(*_shares(found, layers))
+        own = replace(found, holes={name: holes})
+        _, passing, more = _beyond(own, (layers,), "parallel.zero_stage=3", f"{AGAIN}=true")
+        all_holes[name] = replace(holes, sharded=max(0.0, more / passing))
+    found = replace(found, holes=all_holes)
     tell("memory of a sharded sequence")
-    kept, passing = _shares(found, _layers_of(SHARDED_MIXER), *SHARDED)
+    kept, passing = _shares(found, sharded_mixer, *SHARDED)
     return replace(found, cut_kept=kept, cut_passing=passing)
 
 
-def _holes(found: Machine, mixer: str) -> Holes:
-    """Of small layouts of this mixer alone."""
-    layers = _layers_of(mixer)
-    holes = Holes(*_shares(found, layers))
-    found = replace(found, holes={mixer: holes})
-    _, passing, more = _beyond(found, (layers,), "parallel.zero_stage=3", f"{AGAIN}=true")
-    return replace(holes, sharded=max(0.0, more / passing))
-
-
 def _shares(found: Machine, *words: str) -> tuple[float, float]:
-    """What small layouts, with activations kept and recomputed, take beyond what is expected: for each byte kept, and
-    for each passing one; of small blocks.
-    """
+    """What small layouts take beyond what is expected, for each byte kept and for each passing one of small blocks."""
     (a, b, x), (c, d, y) = (_beyond(found, words, PLAIN, f"{AGAIN}={again}") for again in ("false", "true"))
     determinant = a * d - b * c
     return max(0.0, (x * d - b * y) / determinant), max(0.0, (a * y - x * c) / determinant)
 
 
 def _beyond(found: Machine, words: tuple[str, ...], *how: str) -> tuple[float, float, float]:
-    """Of the small layout with these words, run so: bytes kept and passing, in small blocks; measured bytes beyond
-    expected.
-    """
+    """Of the small layout with these words, run so: bytes kept, passing, in small blocks; measured beyond expected."""
     chosen = last_of_each(*SMALL_LAYOUT, *words, *how)
     config = read_run(["experiment=quickstart", *chosen])
     counts, measured = _counts(*words), measure_layout(chosen, steps=3)
@@ -237,7 +223,3 @@ def _beyond(found: Machine, words: tuple[str, ...], *how: str) -> tuple[float, f
 def _counts(*words: str) -> ModelCounts:
     """Of the small layout with these words; ZeRO and recomputation change nothing in it."""
     return count_run(read_run(["experiment=quickstart", *last_of_each(*SMALL_LAYOUT, *words)]))
-
-
-def _layers_of(mixer: str) -> str:
-    return f"model.layers=[{mixer}]"

@@ -6,25 +6,20 @@ from seqtrain.planning.layout import Layout
 from seqtrain.planning.run_config import last_of_each
 
 _SMALL = (
-    "model=hybrid_tiny",
-    "data=stdlib",
-    "model.width=128",
-    "model.depth=4",
-    "train.batch_size=1",
-    "train.micro_batch_size=1",
-    "parallel.data=1",
-    "parallel.zero_stage=0",
+    "model=hybrid_tiny data=stdlib model.width=128 model.depth=4 train.batch_size=1 train.micro_batch_size=1 "
+    "parallel.data=1 parallel.zero_stage=0"
 )
 
 
 def layout_words(mixers: str, length: int, words: tuple[str, ...], shorter: int = 1) -> list[str]:
     """The launcher's overrides of a small model of these mixers on sequences of `length / shorter` tokens."""
     length //= shorter
-    return last_of_each(*_SMALL, f"model.layers=[{mixers}]", *words, f"train.sequence_length={length}")
+    return last_of_each(*_SMALL.split(), f"model.layers=[{mixers}]", *words, f"train.sequence_length={length}")
 
 
 _AGAIN, _KEPT = "model.activation_checkpointing=true", "model.activation_checkpointing=false"
 _ZERO = tuple(f"parallel.zero_stage={stage}" for stage in range(4))
+_FOUR = ("train.batch_size=4", "train.micro_batch_size=2")
 _PAIR = ("parallel.data=2", "train.batch_size=2")
 # Mixers, lengths from 2k to 64k, 1 to 4 ranks, ZeRO 0 to 3, activations kept and recomputed. The machine's constants
 # come from other layouts: two layers of each mixer on 2,048 tokens, and memories of four on 12,288 per rank.
@@ -40,11 +35,7 @@ LAYOUTS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("retnet", 32768, (_AGAIN, _ZERO[3])),
     ("hgrn", 16384, (_KEPT, "parallel.sequence=2")),
     ("gated_delta_net", 65536, (_AGAIN,)),
-    (
-        "gla,sliding_attention",
-        4096,
-        (_KEPT, _ZERO[1], *_PAIR, "parallel.sequence=2", "train.batch_size=4", "train.micro_batch_size=2"),
-    ),
+    ("gla,sliding_attention", 4096, (_KEPT, _ZERO[1], *_PAIR, "parallel.sequence=2", *_FOUR)),
     ("linear_attention", 16384, (_KEPT, _ZERO[1], "model.width=256")),
     ("mamba2,gated_delta_net", 32768, (_AGAIN, _ZERO[3], "parallel.sequence=2")),
 )

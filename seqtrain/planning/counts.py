@@ -1,12 +1,11 @@
 """What a model costs, part by part, without allocating it: parameters, FLOPs, bytes of state, bytes kept for backward.
 
-Parameters, model FLOPs and state bytes are what mixers and blocks say of themselves. What depends on the code that runs
-(FLOPs of chunk forms, bytes moved, activations kept, temporaries) is found by tracing each kind of layer once on
-tensors without values. Everything is for `rows` sequences of `tokens` tokens on one rank.
+Parameters, model FLOPs and state bytes are what mixers and blocks say of themselves; the rest depends on the code that
+runs, and is found by tracing. Everything is for `rows` sequences of `tokens` tokens on one rank.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,28 +20,25 @@ from seqtrain.planning.parts import SMALL, MicroBatch, Traced, trace_layer, trac
 
 @dataclass(frozen=True, kw_only=True)
 class PartCounts(Traced):
-    """One part of the model: the embedding, a layer's mixer or MLP (each with its norm and the sum with the residual
-    stream), or the loss (with the last norm and the head).
+    """One part of the model, its norm and the sum with the residual stream included.
 
-    `layer`: from 0; -1 outside of the layers. `part`: "embedding", "mixer", "mlp" or "loss". `kind`: the mixer's name,
-    or "". `parameters`: numbers the part alone holds. `forward_flops`, `backward_flops`: the
-    model's own (a multiply-add is two), each operator's recurrence counted as it is defined. `state_bytes`: of one row
-    after the tokens, as generation carries it.
+    `layer`: from 0; -1 outside of the layers. `part`: "embedding", "mixer", "mlp" or "loss" (with the last norm and the
+    head). `kind`: the mixer's name, or "". `parameters`: numbers the part alone holds. `forward_flops`,
+    `backward_flops`: the model's own (a multiply-add is two), each operator's recurrence counted as it is defined.
+    `state_bytes`: of one row after the tokens, as generation carries it.
     """
 
     layer: int
     part: str
-    kind: str
+    kind: str = ""
     parameters: int
     forward_flops: float
     backward_flops: float
-    state_bytes: int
+    state_bytes: int = 0
 
     @property
     def saved_bytes(self) -> float:
-        """Bytes kept from the forward to the backward pass; the part's output, which the next one reads, is counted
-        here.
-        """
+        """Bytes kept from the forward to the backward pass; the part's output is counted here."""
         return float(self.forward.kept[0])
 
     def of_rows(self, rows: int) -> "PartCounts":
@@ -50,12 +46,10 @@ class PartCounts(Traced):
         backward = self.backward.times(rows)
         # The gradients of weights do not grow with the rows.
         backward.kept -= (rows - 1) * self.gradient_bytes
+        numbers = ("forward_flops", "backward_flops", "executed_forward", "executed_backward")
         return dataclasses.replace(
             self,
-            forward_flops=self.forward_flops * rows,
-            backward_flops=self.backward_flops * rows,
-            executed_forward=self.executed_forward * rows,
-            executed_backward=self.executed_backward * rows,
+            **{name: getattr(self, name) * rows for name in numbers},
             forward=self.forward.times(rows),
             backward=backward,
             exchanges=tuple(each.of_rows(rows) for each in self.exchanges),
@@ -99,9 +93,7 @@ class ModelCounts:
         return float(self.saved(checkpointing=checkpointing)[0])
 
     def peak_bytes(self, *, checkpointing: bool) -> float:
-        """Most bytes of activations, temporaries and gradients made so far at any moment of a forward and backward
-        pass (without parameters, and without gradients of an earlier pass).
-        """
+        """Most bytes of activations, temporaries and gradients made so far at any moment of the two passes."""
         return float(self.peak(checkpointing=checkpointing)[0])
 
     @property
@@ -113,8 +105,7 @@ class ModelCounts:
     def small_bytes(self, *, checkpointing: bool) -> tuple[float, float]:
         """Bytes in blocks that an allocator keeps: kept from the forward to the backward pass, and passing.
 
-        Blocks on the edge go where smaller ones have left room: as many of them count as there are small ones among
-        both.
+        Of blocks on the edge, which go where smaller ones have left room, as many count as there are small ones.
         """
         _, kept, edge_kept = self.saved(checkpointing=checkpointing).tolist()
         _, peak, edge_peak = self.peak(checkpointing=checkpointing).tolist()
@@ -177,58 +168,31 @@ def count_model(
     with torch.device("meta"):
         whole = LanguageModel(model, mixers, vocab_size)
     batch = MicroBatch(tokens, rows, dtype, backend)
+    parts: list[PartCounts] = []
+
+    def add(layer: int, part: str, modules: list[nn.Module], flops: float, traced: Traced, **more: Any) -> None:
+        # Each product of the forward pass has two in the backward pass, one for each factor.
+        numbers: dict[str, Any] = {"forward_flops": flops, "backward_flops": 2 * flops}
+        numbers["parameters"] = sum(weight.numel() for module in modules for weight in module.parameters())
+        parts.append(PartCounts(**vars(traced), layer=layer, part=part, **numbers, **more))
+
+    embedding, loss = trace_outside(model, vocab_size, batch)
+    if model.tie_embeddings:
+        # The head has made that gradient; the embedding adds to it.
+        embedding = dataclasses.replace(embedding, gradient_bytes=0)
+    add(-1, "embedding", [whole.embedding], 0.0, embedding)
     kinds: dict[tuple[str, int], tuple[Traced, Traced]] = {}
-    parts = []
     for index, block in enumerate(whole.blocks):
         assert isinstance(block, Block), block
         name = model.layers[index % len(model.layers)]
         kind = (name, block.group)
         if kind not in kinds:
             kinds[kind] = trace_layer(model, mixers, index, batch)
-        parts += _layer_counts(index, name, block, batch, kinds[kind])
-    embedding, loss = _outside_counts(model, whole, batch)
-    stream = rows * tokens * model.width * 4
-    return ModelCounts((embedding, *parts, loss), tokens, rows, dtype, stream)
-
-
-def _layer_counts(
-    index: int, name: str, block: Block, batch: MicroBatch, traced: tuple[Traced, Traced]
-) -> list[PartCounts]:
-    mlp_flops = 6.0 * batch.rows * batch.tokens * block.width * block.hidden
-    mixer_flops = batch.rows * block.flops(batch.tokens) - mlp_flops
-    states = block.state_bytes(batch.tokens)
-    return [
-        _part(index, "mixer", name, [block.mixer, block.mixer_norm], mixer_flops, states, traced[0]),
-        _part(index, "mlp", "", [block.mlp, block.mlp_norm], mlp_flops, 0, traced[1]),
-    ]
-
-
-def _outside_counts(model: ModelConfig, whole: LanguageModel, batch: MicroBatch) -> tuple[PartCounts, PartCounts]:
-    embedding, loss = trace_outside(model, whole.vocab_size, batch)
-    flops = 2.0 * batch.rows * batch.tokens * model.width * whole.vocab_size
-    ends: list[nn.Module] = [whole.norm]
-    if model.tie_embeddings:
-        # The head has made that gradient; the embedding adds to it.
-        embedding = dataclasses.replace(embedding, gradient_bytes=0)
-    else:
-        ends.append(whole.head)
-    return (
-        _part(-1, "embedding", "", [whole.embedding], 0.0, 0, embedding),
-        _part(-1, "loss", "", ends, flops, 0, loss),
-    )
-
-
-def _part(
-    layer: int, part: str, kind: str, modules: Sequence[nn.Module], flops: float, state_bytes: int, traced: Traced
-) -> PartCounts:
-    return PartCounts(
-        **vars(traced),
-        layer=layer,
-        part=part,
-        kind=kind,
-        parameters=sum(weight.numel() for module in modules for weight in module.parameters()),
-        forward_flops=flops,
-        # Each product of the forward pass has two in the backward pass, one for each factor.
-        backward_flops=2 * flops,
-        state_bytes=state_bytes,
-    )
+        mixer, mlp = kinds[kind]
+        mlp_flops = 6.0 * rows * tokens * block.width * block.hidden
+        states, mixer_flops = block.state_bytes(tokens), rows * block.flops(tokens) - mlp_flops
+        add(index, "mixer", [block.mixer, block.mixer_norm], mixer_flops, mixer, kind=name, state_bytes=states)
+        add(index, "mlp", [block.mlp, block.mlp_norm], mlp_flops, mlp)
+    head = [] if model.tie_embeddings else [whole.head]
+    add(-1, "loss", [whole.norm, *head], 2.0 * rows * tokens * model.width * vocab_size, loss)
+    return ModelCounts(tuple(parts), tokens, rows, dtype, rows * tokens * model.width * 4)

@@ -17,20 +17,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from seqtrain import report
 from seqtrain.config import split_settings
 from seqtrain.planning.counts import ModelCounts
 from seqtrain.planning.run_config import count_run, read_run
-from seqtrain.report import (
-    new_figure,
-    picture,
-    save_figure,
-    show_table,
-    stacked_bars,
-    table,
-    text,
-    write_json,
-    write_page,
-)
 from seqtrain.runtime.settings import micro_batch
 
 MIB = 2**20
@@ -75,17 +65,12 @@ def rows_of(counts: ModelCounts) -> list[dict[str, Any]]:
 
 def totals(counts: ModelCounts) -> dict[str, float]:
     """The whole model, with and without activation checkpointing."""
-    return {
-        "parameters": counts.parameters,
-        "tokens": counts.tokens * counts.rows,
-        "forward_flops": counts.forward_flops,
-        "step_flops": counts.step_flops,
-        "state_bytes": counts.state_bytes,
-    } | {
-        f"{name}{suffix}": getattr(counts, name)(checkpointing=bool(suffix))
-        for name in ("executed_flops", "saved_bytes", "peak_bytes")
-        for suffix in ("", "_checkpointed")
-    }
+    found = {name: getattr(counts, name) for name in ("parameters", "forward_flops", "step_flops", "state_bytes")}
+    found["tokens"] = counts.tokens * counts.rows
+    for name in ("executed_flops", "saved_bytes", "peak_bytes"):
+        for suffix in ("", "_checkpointed"):
+            found[name + suffix] = getattr(counts, name)(checkpointing=bool(suffix))
+    return found
 
 
 def sentences(whole: dict[str, float]) -> list[str]:
@@ -107,7 +92,7 @@ def sentences(whole: dict[str, float]) -> list[str]:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Four pictures of bars, one bar per part in the order they run."""
-    figure = new_figure(11, 7)
+    figure = report.new_figure(11, 7)
     panels = (
         ("parameters", 1e-6, "parameters, millions"),
         ("flops_a_token", 1e-6, "forward MFLOP per token"),
@@ -115,10 +100,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         ("saved_bytes", 1 / MIB, "kept for backward, MiB"),
     )
     for axes, (key, scale, label) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        stacked_bars(axes, range(len(rows)), [{row["part"]: row[key]} for row in rows], scale=scale, upright=True)
+        values = [{row["part"]: row[key]} for row in rows]
+        report.stacked_bars(axes, range(len(rows)), values, scale=scale, upright=True)
         axes.set(ylabel=label, xlabel="part, in the order they run")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=9)
-    save_figure(figure, path)
+    report.save_figure(figure, path)
 
 
 def main(arguments: list[str]) -> int:
@@ -126,17 +112,15 @@ def main(arguments: list[str]) -> int:
     config = read_run(overrides)
     counts = count_run(config, vocab_size=settings.vocab_size, rows=micro_batch(config))
     rows, whole = rows_of(counts), totals(counts)
-    table_rows = [[form(row) for form in COLUMNS.values()] for row in rows]
-    show_table(tuple(COLUMNS), table_rows)
+    table = tuple(COLUMNS), [[form(row) for form in COLUMNS.values()] for row in rows]
+    report.show_table(*table)
     print(*sentences(whole), sep="\n")
     folder = Path(settings.output_dir)
-    report = {"model": asdict(config.model), "dtype": config.train.dtype, "parts": rows, "totals": whole}
-    write_json(folder / "inspect_model.json", report)
+    content = {"model": asdict(config.model), "dtype": config.train.dtype, "parts": rows, "totals": whole}
+    report.write_json(folder / "inspect_model.json", content)
     draw(rows, folder / "inspect_model.png")
-    sections = [
-        ("Whole model", text(sentences(whole))),
-        ("By part", picture(folder / "inspect_model.png", "counts by part") + table(tuple(COLUMNS), table_rows)),
-    ]
-    write_page(folder / "inspect_model.html", " ".join(overrides) or "the default model", sections)
+    by_part = report.picture(folder / "inspect_model.png", "counts by part") + report.table(*table)
+    sections = [("Whole model", report.text(sentences(whole))), ("By part", by_part)]
+    report.write_page(folder / "inspect_model.html", " ".join(overrides) or "the default model", sections)
     print(f"{folder / 'inspect_model.html'}, inspect_model.json, inspect_model.png")
     return 0

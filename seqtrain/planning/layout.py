@@ -5,20 +5,23 @@ operators, each as slow as its products or as the bytes it moves; communication 
 model of the scans. Memory is that of the runtime's engine: float32 weights and AdamW's moments, divided as ZeRO says.
 """
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Annotated
 
+import yaml
 from pydantic import Field
 
+from seqtrain.errors import ConfigError, SeqtrainError
 from seqtrain.kernels.affine import AffineShape
-from seqtrain.parallel.schedules.links import Cluster
+from seqtrain.parallel.schedules.links import Cluster, Costs
 from seqtrain.planning.counts import ModelCounts
-from seqtrain.planning.parts import Exchange
 from seqtrain.planning.scaling import Scheme, Work, simulate
 from seqtrain.planning.trace import Recorded
+from seqtrain.validation import validate
 
+CLUSTERS = Path(__file__).parent / "clusters"
 Rate = Annotated[float, Field(gt=0)]
 Scale = Annotated[float, Field(ge=0)]
 # Numbers DeepSpeed gathers in a bucket before it reduces them (reduce_bucket_size).
@@ -86,6 +89,54 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class ClusterFile:
+    """What a cluster file says; seconds, and ranks per node. 0 between nodes: as inside."""
+
+    latency: Scale
+    overhead: Scale
+    byte: Scale
+    product: Scale
+    source: str
+    node: Annotated[int, Field(ge=0)] = 0
+    between_latency: Scale = 0.0
+    between_overhead: Scale = 0.0
+    between_byte: Scale = 0.0
+    # Of a layer, one way, for the simulation of steps.
+    forward: Scale = 0.0
+    backward: Scale = 0.0
+    # What a scan takes of the computing thread's own time.
+    caller: Scale = 0.0
+    # One rank's processor, for the planner.
+    machine: Machine | None = None
+
+    def links(self, *, node: int = 0, latency_add: float = 0.0, byte_factor: float = 1.0) -> Cluster:
+        """The links, their latency changed by `latency_add` seconds, with `byte_factor` times the seconds per byte.
+
+        `node`: ranks per node in place of the file's.
+        """
+
+        def costs(latency: float, overhead: float, byte: float) -> Costs:
+            return Costs(max(0.0, latency + latency_add), overhead, byte * byte_factor, self.product)
+
+        between = self.between_latency or self.latency, self.between_overhead or self.overhead
+        return Cluster(
+            costs(self.latency, self.overhead, self.byte),
+            costs(*between, self.between_byte or self.byte),
+            node or self.node,
+        )
+
+
+def read_cluster(cluster: str) -> ClusterFile:
+    """A cluster file, or the shipped one of this name; `ConfigError` says what is wrong with it."""
+    shipped = CLUSTERS / f"{cluster}.yaml"
+    try:
+        values = yaml.safe_load((shipped if shipped.exists() else Path(cluster)).read_text())
+        return validate(ClusterFile, values)
+    except (OSError, yaml.YAMLError, SeqtrainError) as error:
+        raise ConfigError(f"cluster={cluster}: {error}") from error
+
+
+@dataclass(frozen=True)
 class Layout:
     """How a step is divided: groups of ranks `data`, ranks per sequence `sequence`, ZeRO's `stage`, whether layers are
     recomputed (`checkpointing`), rows at once (`micro_batch`), rows of the whole step (`batch`).
@@ -109,14 +160,10 @@ class Layout:
 
     def overrides(self) -> list[str]:
         """The launcher's words for it."""
-        return [
-            f"parallel.data={self.data}",
-            f"parallel.sequence={self.sequence}",
-            f"parallel.zero_stage={self.stage}",
-            f"model.activation_checkpointing={str(self.checkpointing).lower()}",
-            f"train.micro_batch_size={self.micro_batch}",
-            f"train.batch_size={self.batch}",
-        ]
+        keys = ["parallel.data", "parallel.sequence", "parallel.zero_stage", "model.activation_checkpointing"]
+        keys += ["train.micro_batch_size", "train.batch_size"]
+        values = astuple(self)
+        return [f"{key}={str(value).lower()}" for key, value in zip(keys, values, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -216,45 +263,35 @@ def communication_seconds(
 ) -> dict[str, float]:
     """Seconds that exchanges add to `compute` seconds of a rank."""
     exchanges = [exchange for part in counts.parts for exchange in part.exchanges]
-    scans = [exchange for exchange in exchanges if exchange.shape is not None]
-    numbers = 4.0 * counts.parameters
-    layers = max(1, len(counts.layers)) * layout.rounds
-    largest = max(scans, key=_scan_bytes, default=Exchange(AffineShape(1, 1, 1, identity=True)))
-    assert largest.shape is not None, "of the scans alone"
-    gathered = numbers / max(1, len(counts.layers)) if layout.stage == 3 and layout.ranks > 1 else 0.0
+    depth, numbers = max(1, len(counts.layers)), 4.0 * counts.parameters
+    layers = depth * layout.rounds
+    scans = [(exchange.shape, exchange.item) for exchange in exchanges if exchange.shape is not None]
+    shape, item = max(
+        scans,
+        key=lambda scan: (scan[0].state_numbers + scan[0].transition_numbers) * scan[1],
+        default=(AffineShape(1, 1, 1, identity=True), 4),
+    )
     ranks = layout.sequence if scans else 1
-    bare = Work(layers, compute / layers / 3, compute / layers * 2 / 3, largest.shape, item=largest.item)
-    gathering = dataclasses.replace(bare, parameter_bytes=gathered)
-    reducing = dataclasses.replace(gathering, gradient_bytes=numbers if layout.ranks > 1 else 0.0)
+    bare = Work(layers, compute / layers / 3, compute / layers * 2 / 3, shape, item=item)
+    gathering = replace(bare, parameter_bytes=numbers / depth if layout.stage == 3 and layout.ranks > 1 else 0.0)
+    reducing = replace(gathering, gradient_bytes=numbers if layout.ranks > 1 else 0.0)
     passes, with_weights, whole = (
         float(simulate(cluster, each, scheme, ranks=ranks, replicas=layout.ranks // ranks)[0])
         for each in (bare, gathering, reducing)
     )
+    # Halo and KV exchanges, which are not overlapped: forward, and their gradients backward.
+    costs = cluster.between if 0 < cluster.node < layout.sequence else cluster.inside
+    others, far = 0.0, layout.sequence - 1
+    for exchange in exchanges if far else ():
+        if exchange.near:
+            others += costs.latency + exchange.near * costs.byte
+        if exchange.spread:
+            others += 2 * costs.latency * far + exchange.spread * far / layout.sequence * costs.byte
     return {
-        "sequence exchange": max(0.0, passes - compute) + _other_seconds(exchanges, layout, cluster),
+        "sequence exchange": max(0.0, passes - compute) + 2 * layout.rounds * others,
         "weights gathered": with_weights - passes,
         "gradient exchange": whole - with_weights,
     }
-
-
-def _scan_bytes(exchange: Exchange) -> float:
-    shape = exchange.shape
-    return 0.0 if shape is None else (shape.state_numbers + shape.transition_numbers) * exchange.item
-
-
-def _other_seconds(exchanges: list[Exchange], layout: Layout, cluster: Cluster) -> float:
-    """Of halo and KV exchanges, which are not overlapped, forward, and of their gradients backward."""
-    ranks = layout.sequence
-    if ranks == 1:
-        return 0.0
-    costs = cluster.between if 0 < cluster.node < ranks else cluster.inside
-    each = 0.0
-    for exchange in exchanges:
-        if exchange.near:
-            each += costs.latency + exchange.near * costs.byte
-        if exchange.spread:
-            each += 2 * costs.latency * (ranks - 1) + exchange.spread * (ranks - 1) / ranks * costs.byte
-    return 2 * layout.rounds * each
 
 
 def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[str, float]:
@@ -263,7 +300,10 @@ def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[
     size = 4.0 * counts.parameters
     whole, kept = counts.peak_bytes(checkpointing=again), counts.saved_bytes(checkpointing=again)
     small_kept, passing = counts.small_bytes(checkpointing=again)
-    holes = _holes(counts, machine)
+    # The mean of the mixers' own holes, or the machine's.
+    general = Holes(machine.kept_factor - 1, machine.passing_factor - 1)
+    own_holes = [astuple(machine.holes.get(part.kind, general)) for part in counts.parts if part.part == "mixer"]
+    holes = Holes(*map(fmean, zip(*own_holes, strict=True)))
     sharded = holes.sharded * passing if layout.stage == 3 else 0.0
     maps = machine.cut_kept * small_kept + machine.cut_passing * passing
     bucket = min(size, 4.0 * BUCKET) if layout.ranks > 1 or layout.stage else 0.0
@@ -284,10 +324,3 @@ def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[
         "allocator's holes": holes.kept * small_kept + holes.passing * passing + sharded,
         "maps of pieces": maps if layout.sequence > 1 else 0.0,
     }
-
-
-def _holes(counts: ModelCounts, machine: Machine) -> Holes:
-    """The mean of the mixers' own, or the machine's."""
-    general = Holes(machine.kept_factor - 1, machine.passing_factor - 1)
-    found = [machine.holes.get(part.kind, general) for part in counts.parts if part.part == "mixer"]
-    return Holes(*(fmean(each) for each in zip(*map(dataclasses.astuple, found), strict=True)))

@@ -29,14 +29,8 @@ FRESH.set_forkserver_preload(
 
 # Keys of runs that measure and keep nothing; sequences of one document, as the counts take them.
 QUIET = (
-    "experiment=quickstart",
-    "runtime=inline",
-    "runtime.cpus_per_worker=1",
-    "tracking.mode=disabled",
-    "checkpoint.every=0",
-    "evaluation.every=0",
-    "sample.tokens=0",
-    "data.reset_at_documents=false",
+    *("experiment=quickstart", "runtime=inline", "runtime.cpus_per_worker=1", "tracking.mode=disabled"),
+    *("checkpoint.every=0", "evaluation.every=0", "sample.tokens=0", "data.reset_at_documents=false"),
 )
 
 
@@ -81,20 +75,20 @@ def measure_layout(overrides: list[str], *, steps: int, limit: float = 600.0) ->
 
 
 def _run(session: Session, steps: int, limit: float) -> list[tuple[int, int, int]]:
-    ranks = session.config.parallel.ranks
-    return run_ranks(ranks, lambda rank: _rank(session, steps), limit=limit, group_timeout=limit)
+    """By rank, the most bytes held before the first step, after it, and after the last."""
 
+    def rank(_: int) -> tuple[int, int, int]:
+        torch.set_num_threads(1)
+        seen: list[int] = []
 
-def _rank(session: Session, steps: int) -> tuple[int, int, int]:
-    torch.set_num_threads(1)
-    seen: list[int] = []
+        def poll() -> None:
+            seen.append(peak_resident_bytes())
+            if len(seen) == steps:
+                raise _Done
 
-    def poll() -> None:
-        seen.append(peak_resident_bytes())
-        if len(seen) == steps:
-            raise _Done
+        before = peak_resident_bytes()
+        with contextlib.suppress(_Done):
+            train(session, this_process(torch.device("cpu")), poll=poll)
+        return before, seen[0], seen[-1]
 
-    before = peak_resident_bytes()
-    with contextlib.suppress(_Done):
-        train(session, this_process(torch.device("cpu")), poll=poll)
-    return before, seen[0], seen[-1]
+    return run_ranks(session.config.parallel.ranks, rank, limit=limit, group_timeout=limit)

@@ -4,10 +4,11 @@ import dataclasses
 import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -204,31 +205,18 @@ def _at(batch: MicroBatch, trace: Callable[[MicroBatch, float], Traced], lengths
         return trace(batch, SMALL)
     # Blocks that are small in the batch itself, not in the shorter one.
     low, high = (trace(dataclasses.replace(batch, tokens=length), SMALL * length / batch.tokens) for length in lengths)
-    share = (batch.tokens - lengths[0]) / (lengths[1] - lengths[0])
+    return _extended(low, high, (batch.tokens - lengths[0]) / (lengths[1] - lengths[0]))
 
-    def line(first: Any, second: Any) -> Any:
-        return first + share * (second - first)
 
-    def count(first: float, second: float) -> float:
-        return max(0.0, line(first, second))
-
-    def recorded(first: Recorded, second: Recorded) -> Recorded:
-        calls = {
-            name: Calls(*map(count, *(astuple(each.calls.get(name, Calls())) for each in (first, second))))
-            for name in dict.fromkeys([*first.calls, *second.calls])
-        }
-        # What is kept may be less than nothing: the backward pass frees more than it makes.
-        sizes = (line(getattr(first, name), getattr(second, name)) for name in ("peak", "kept", "mapped"))
-        return Recorded(calls, *sizes)
-
-    return Traced(
-        recorded(low.forward, high.forward),
-        recorded(low.backward, high.backward),
-        count(low.executed_forward, high.executed_forward),
-        count(low.executed_backward, high.executed_backward),
-        high.gradient_bytes,
-        tuple(
-            dataclasses.replace(b, near=count(a.near, b.near), spread=count(a.spread, b.spread))
-            for a, b in zip(low.exchanges, high.exchanges, strict=True)
-        ),
-    )
+def _extended(a: Any, b: Any, share: float) -> Any:
+    """`a + share (b - a)` of all numbers inside that differ."""
+    if isinstance(b, np.ndarray):
+        # What is kept may be less than nothing: the backward pass frees more than it makes. Nothing else is.
+        return a + share * (b - a)
+    if isinstance(b, dict):
+        return {name: _extended(a.get(name, Calls()), b.get(name, Calls()), share) for name in dict.fromkeys([*a, *b])}
+    if isinstance(b, tuple):
+        return tuple(_extended(first, second, share) for first, second in zip(a, b, strict=True))
+    if isinstance(b, Traced | Recorded | Calls | Exchange):
+        return type(b)(**{name: _extended(first, vars(b)[name], share) for name, first in vars(a).items()})
+    return b if a == b else max(0.0, a + share * (b - a))

@@ -23,28 +23,17 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
+from seqtrain import report
 from seqtrain.config import split_settings
 from seqtrain.data import load_tokenizer
 from seqtrain.errors import ConfigError
 from seqtrain.parallel.schedules.links import Cluster
 from seqtrain.planning.calibrate import calibrate
 from seqtrain.planning.cases import CASES, LAYOUTS, Case, layout_words
-from seqtrain.planning.cluster import read_cluster
-from seqtrain.planning.layout import Layout, Machine, Prediction, predict
+from seqtrain.planning.layout import Layout, Machine, Prediction, predict, read_cluster
 from seqtrain.planning.layout_runs import QUIET, measure_layout
-from seqtrain.planning.run_config import count_run, layout_of, read_run
+from seqtrain.planning.run_config import count_run, last_of_each, layout_of, read_run
 from seqtrain.planning.scaling import Scheme
-from seqtrain.report import (
-    new_figure,
-    picture,
-    save_figure,
-    show_table,
-    stacked_bars,
-    table,
-    text,
-    write_json,
-    write_page,
-)
 from seqtrain.runtime import PretrainConfig
 from seqtrain.runtime.settings import micro_batch
 
@@ -86,20 +75,18 @@ def read_machine(cluster: str) -> tuple[Machine, Cluster]:
 
 def layouts_of(config: PretrainConfig, ranks: int) -> Iterator[Layout]:
     """Every way to divide the run's batch over so many ranks; sequences are sharded by powers of two."""
+
+    def powers_of_two(limit: int) -> list[int]:
+        return [1 << exponent for exponent in range(limit.bit_length())]
+
     batch = config.train.batch_size
     for sequence in powers_of_two(min(ranks, config.train.sequence_length)):
         data = ranks // sequence
         if ranks % sequence or batch % data:
             continue
-        for micro in powers_of_two(batch // data):
+        for micro, stage, checkpointing in product(powers_of_two(batch // data), range(4), (False, True)):
             if batch % (data * micro) == 0:
-                for stage, checkpointing in product(range(4), (False, True)):
-                    yield Layout(data, sequence, stage, checkpointing, micro, batch)
-
-
-def powers_of_two(limit: int) -> list[int]:
-    """1, 2, 4, ... up to `limit`."""
-    return [1 << exponent for exponent in range(limit.bit_length())]
+                yield Layout(data, sequence, stage, checkpointing, micro, batch)
 
 
 def search(config: PretrainConfig, vocab_size: int, ranks: int, machine: Machine, cluster: Cluster) -> list[Prediction]:
@@ -129,9 +116,7 @@ def cells(one: Prediction, machine: Machine, tokens: int) -> tuple[str, ...]:
     low, high = 1 - machine.time_error, 1 + machine.time_error
     less, more = 1 - machine.memory_error, 1 + machine.memory_error
     return (
-        str(layout.data),
-        str(layout.sequence),
-        str(layout.stage),
+        *(str(number) for number in (layout.data, layout.sequence, layout.stage)),
         "yes" if layout.checkpointing else "no",
         str(layout.micro_batch),
         f"{seconds:.3g}",
@@ -146,21 +131,19 @@ def cells(one: Prediction, machine: Machine, tokens: int) -> tuple[str, ...]:
 
 def describe(one: Prediction, overrides: list[str], tokens: int, whole: float) -> list[str]:
     """The chosen layout in words, with its command."""
-    chosen = one.layout.overrides()
-    keys = {word.split("=")[0] for word in chosen}
-    fixed = [word for word in overrides if word.split("=")[0] not in keys]
+
+    def largest(values: Mapping[str, float], form: Callable[[float], str]) -> str:
+        # Those that are more than half a percent of all.
+        ordered = sorted(values.items(), key=lambda item: -item[1])
+        return ", ".join(f"{name} {form(value)}" for name, value in ordered if value > 0.005 * sum(values.values()))
+
+    command = last_of_each(*overrides, *one.layout.overrides())
     return [
         f"time: {largest(one.seconds, lambda seconds: f'{seconds / one.step_seconds:.0%}')}",
         f"memory, GiB: {largest(one.bytes, lambda size: f'{size / GIB:.2f}')}; room for {one.room / GIB:.1f}",
         f"{whole:.3g} tokens take {whole / tokens * one.step_seconds / 3600:,.1f} h",
-        f"python launch/pretrain.py {shlex.join([*fixed, *chosen])}",
+        f"python launch/pretrain.py {shlex.join(command)}",
     ]
-
-
-def largest(values: Mapping[str, float], form: Callable[[float], str]) -> str:
-    """The values that are more than half a percent of all, the largest first."""
-    ordered = sorted(values.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {form(value)}" for name, value in ordered if value > 0.005 * sum(values.values()))
 
 
 def plan(settings: Settings, overrides: list[str]) -> int:
@@ -170,41 +153,42 @@ def plan(settings: Settings, overrides: list[str]) -> int:
     vocab = settings.vocab_size or load_tokenizer(config.data).vocab_size
     ranks = settings.nodes * (settings.ranks or machine.processors)
     found = search(config, vocab, ranks, machine, cluster)
-    tokens = config.train.batch_size * config.train.sequence_length
-    rows = [cells(one, machine, tokens) for one in found[: settings.shown]]
-    show_table(COLUMNS, rows)
+    tokens, shown = config.train.batch_size * config.train.sequence_length, found[: settings.shown]
+    rows = [cells(one, machine, tokens) for one in shown]
+    report.show_table(COLUMNS, rows)
     words = describe(found[0], overrides, tokens, settings.tokens or tokens * config.train.steps)
-    print(*words, sep="\n")
-    print(f"machine: {machine.name}")
+    print(*words, f"machine: {machine.name}", sep="\n")
     folder = Path(settings.output_dir)
-    report = {"machine": asdict(machine), "ranks": ranks, "layouts": [as_record(one) for one in found]}
-    write_json(folder / "plan.json", report)
-    draw(found[: settings.shown], folder / "plan.png")
+    content = {"machine": asdict(machine), "ranks": ranks, "layouts": [as_record(one) for one in found]}
+    report.write_json(folder / "plan.json", content)
+    draw(shown, folder / "plan.png")
     sections = [
-        ("Layouts", table(COLUMNS, rows) + text(words)),
-        ("What they are made of", picture(folder / "plan.png", "time and memory by layout")),
-        ("Machine", text([machine.name])),
+        ("Layouts", report.table(COLUMNS, rows) + report.text(words)),
+        ("What they are made of", report.picture(folder / "plan.png", "time and memory by layout")),
+        ("Machine", report.text([machine.name])),
     ]
-    write_page(folder / "plan.html", f"{ranks} ranks: {' '.join(overrides)}", sections)
+    report.write_page(folder / "plan.html", f"{ranks} ranks: {' '.join(overrides)}", sections)
     return 0 if found[0].fits else 1
 
 
 def draw(found: Sequence[Prediction], path: Path) -> None:
     """Bars of seconds and of GiB, one per layout, the first layout on top."""
-    figure = new_figure(12, 1.8 + 0.42 * len(found))
+    figure = report.new_figure(12, 1.8 + 0.42 * len(found))
     left, right = figure.subplots(1, 2, sharey=True)
     labels = [
         f"{one.data} x {one.sequence}, ZeRO {one.stage}, {one.micro_batch} row(s){', recomputed' * one.checkpointing}"
         for one in (each.layout for each in found)
     ]
-    stacked_bars(left, labels, [one.seconds for one in found])
-    stacked_bars(right, labels, [one.bytes for one in found], scale=1 / GIB)
-    right.axvline(found[0].room / GIB, color="black", linestyle="--", linewidth=1)
-    left.invert_yaxis()
-    for axes, label in ((left, "seconds per step"), (right, "GiB per rank")):
+    for axes, values, scale, label in (
+        (left, [one.seconds for one in found], 1.0, "seconds per step"),
+        (right, [one.bytes for one in found], 1 / GIB, "GiB per rank"),
+    ):
+        report.stacked_bars(axes, labels, values, scale=scale)
         axes.set(xlabel=label)
         axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)
-    save_figure(figure, path)
+    right.axvline(found[0].room / GIB, color="black", linestyle="--", linewidth=1)
+    left.invert_yaxis()
+    report.save_figure(figure, path)
 
 
 def as_record(one: Prediction) -> dict[str, Any]:
@@ -235,41 +219,36 @@ def check(settings: Settings) -> int:
     for words, config in zip(chosen, configs, strict=True):
         one = predict(count_run(config, rows=micro_batch(config)), layout_of(config), machine, cluster)
         measured = measure_layout(words, steps=settings.steps)
-        label = " ".join(word.rpartition(".")[2] for word in words)
-        pairs = [(one.step_seconds, measured.seconds), (one.peak_bytes, measured.peak_bytes)]
-        pairs.append((one.peak_bytes - machine.base, measured.peak_bytes - machine.base))
-        time, memory, net = (predicted / real - 1 for predicted, real in pairs)
+        time = one.step_seconds / measured.seconds - 1
+        # Of all memory, and of what the run adds to the program.
+        memory, net = ((one.peak_bytes - b) / (measured.peak_bytes - b) - 1 for b in (0, machine.base))
         sizes = [f"{size / 2**20:.0f}" for size in (measured.peak_bytes, one.peak_bytes)]
         seconds = f"{measured.seconds:.2f}", f"{one.step_seconds:.2f}"
+        label = " ".join(word.rpartition(".")[2] for word in words)
         rows.append((label, *seconds, f"{time:+.0%}", *sizes, f"{memory:+.0%}", f"{net:+.0%}"))
         print("  ".join(rows[-1]), flush=True)
         records.append(as_record(one) | {"measured": asdict(measured), "time_error": time, "memory_error": memory})
     print()
-    show_table(CHECK_COLUMNS, rows)
+    report.show_table(CHECK_COLUMNS, rows)
     near = {"memory_error": 0.15, "time_error": 0.3}
     memory, time = (sum(abs(record[key]) <= limit for record in records) for key, limit in near.items())
     print(f"of {len(rows)} layouts: peak memory within 15% for {memory}, step time within 30% for {time}")
-    write_json(Path(settings.output_dir) / "check.json", {"machine": asdict(machine), "layouts": records})
+    report.write_json(Path(settings.output_dir) / "check.json", {"machine": asdict(machine), "layouts": records})
     return 0 if memory == len(rows) and time >= len(rows) * 10 / 12 else 1
-
-
-PUBLISHED_COLUMNS = ("setting", "published", "predicted", "ratio")
 
 
 def published(settings: Settings) -> int:
     """Prints predictions next to published figures, and why they differ."""
-    rows, records = [], []
-    for case in CASES[: settings.layouts or len(CASES)]:
-        machine, cluster = read_machine(case.cluster)
-        value = predicted_figure(case, machine, cluster)
-        rows.append(
-            (case.name, f"{case.published:,.4g} {case.figure}", f"{value:,.4g}", f"{value / case.published:.2f}")
-        )
-        records.append(asdict(case) | {"predicted": value})
-    show_table(PUBLISHED_COLUMNS, rows)
+    cases = CASES[: settings.layouts or len(CASES)]
+    records = [asdict(case) | {"predicted": predicted_figure(case, *read_machine(case.cluster))} for case in cases]
+    rows = []
+    for record in records:
+        real, value = record["published"], record["predicted"]
+        rows.append((record["name"], f"{real:,.4g} {record['figure']}", f"{value:,.4g}", f"{value / real:.2f}"))
+    report.show_table(("setting", "published", "predicted", "ratio"), rows)
     for case in CASES:
         print(f"\n{case.name}: {case.source}\n{case.discussion}")
-    write_json(Path(settings.output_dir) / "published.json", records)
+    report.write_json(Path(settings.output_dir) / "published.json", records)
     return 0
 
 

@@ -1,12 +1,9 @@
 """What a training step over many ranks would take: a discrete-event model of scans that run as waves over layers.
 
-Times are float64 seconds in arrays `[samples, places]`; a place is a rank's position along the scan (from the first
-rank forward, from the last one backward).
-With simultaneous starts a pipeline of equal blocks and an all-gather take exactly what `Schedule.seconds` says, from
-the same measured costs; a tree takes that or less. Each rank has one link, which sends and receives at once; in one
-direction of a step, scans wait for the bytes of the scans before. No message leaves before its receiver has entered the
-layer and said so, one latency earlier: without this rule a step over 8 ranks of gloo with blocking rings came out as
-523 ms, and 730 were measured.
+Times are float64 seconds in arrays `[samples, places]`; a place is a rank's position along the scan, from the first
+rank forward, from the last one backward. Each rank has one link, which sends and receives at once; in one direction of
+a step, scans wait for the bytes of the scans before. No message leaves before its receiver has entered the layer and
+said so, one latency earlier: without this, blocking rings over 8 ranks of gloo took 523 ms, and 730 were measured.
 """
 
 import math
@@ -73,6 +70,9 @@ class Noise:
     costs: float = 0.0
 
 
+STILL = Noise()
+
+
 def scan_seconds(cluster: Cluster, work: Work, scheme: Scheme, *, ranks: int) -> float:
     """One scan that all ranks start at once."""
     if ranks == 1:
@@ -88,7 +88,7 @@ def simulate(
     cluster: Cluster,
     work: Work,
     scheme: Scheme,
-    noise: Noise | None = None,
+    noise: Noise = STILL,
     *,
     ranks: int,
     replicas: int = 1,
@@ -96,41 +96,49 @@ def simulate(
     seed: int = 0,
 ) -> Array:
     """Seconds of a step, `[samples]`: `replicas` (data parallel) times `ranks` (sequence parallel) ranks in all."""
-    noise = Noise() if noise is None else noise
     generator = np.random.default_rng(seed)
-    rows = samples * replicas
-    factors = np.repeat(_lognormal(generator, noise.costs, (samples, 3)), replicas, axis=0)
+    rows, everyone = samples * replicas, ranks * replicas
+
+    def factors(deviation: float, *size: int) -> Array:
+        """Of mean 1 and about this relative deviation."""
+        if deviation == 0:
+            return np.ones(size)
+        return np.exp(deviation * generator.standard_normal(size) - deviation**2 / 2)
+
+    def all_gather(links: Links, size: float) -> Array:
+        """Seconds `[samples, 1]` in which all ranks of all replicas gather `size` bytes in equal parts on them."""
+        slow, share = np.array([0 < cluster.node < everyone]), (everyone - 1) / everyone
+        return math.ceil(math.log2(everyone)) * links.latency(slow) + share * size * links.byte(slow)
+
+    cost_factors = np.repeat(factors(noise.costs, samples, 3), replicas, axis=0)
     slow = np.where(generator.random((rows, ranks)) < noise.slow_share, noise.slow_factor, 1.0)
     now = np.zeros((rows, ranks))
     for seconds, reverse in ((work.forward, False), (work.backward, True)):
-        links = Links(cluster, ranks, factors, reverse)
+        links = Links(cluster, ranks, cost_factors, reverse)
         busy = Busy(*(np.zeros((rows, ranks)) for _ in Busy._fields))
         if reverse:
             now, slow = now[:, ::-1], slow[:, ::-1]
         for _ in range(work.layers):
-            compute = seconds * slow * _lognormal(generator, noise.compute, (rows, ranks))
+            compute = seconds * slow * factors(noise.compute, rows, ranks)
             if work.parameter_bytes:
-                now = _together(now) + np.maximum(0.0, _all_gather(links, work.parameter_bytes, replicas) - seconds)
+                now = _together(now) + np.maximum(0.0, all_gather(links, work.parameter_bytes) - seconds)
             now, busy = _layer(now, busy, compute, links, work, scheme)
     ends = now.max(axis=1).reshape(samples, replicas).max(axis=1)
-    if work.gradient_bytes:
-        # A reduce-scatter, then an all-gather.
-        ends = ends + 2 * _all_gather(links, work.gradient_bytes, replicas)[::replicas, 0]
-    return ends
+    # A reduce-scatter, then an all-gather.
+    return ends + 2 * all_gather(links, work.gradient_bytes)[::replicas, 0] if work.gradient_bytes else ends
 
 
 def _layer(now: Array, busy: Busy, compute: Array, links: Links, work: Work, scheme: Scheme) -> tuple[Array, Busy]:
     """One layer in one direction: when each place is through with it, and its link's occupation."""
-    known, rest = now + work.ready * compute, (1 - work.ready) * compute + (work.caller if links.ranks > 1 else 0.0)
-    if links.ranks > 1:
-        plan = scheme.plan(links.cluster, work, links.ranks)
-        load = Load.of(work.shape, work.item, links.cluster.inside.product)
-        arrived, busy = plan.simulate(known, busy._replace(posted=now), links, load)
-        overlapped = scheme.overlapped and not plan.blocking
-        now = np.maximum(known + rest, arrived) if overlapped else arrived + rest
-    else:
-        now = known + rest
-    if scheme.barrier and links.ranks > 1:
+    known, rest = now + work.ready * compute, (1 - work.ready) * compute
+    if links.ranks == 1:
+        return known + rest, busy
+    rest = rest + work.caller
+    plan = scheme.plan(links.cluster, work, links.ranks)
+    load = Load.of(work.shape, work.item, links.cluster.inside.product)
+    arrived, busy = plan.simulate(known, busy._replace(posted=now), links, load)
+    now = np.maximum(known + rest, arrived) if scheme.overlapped and not plan.blocking else arrived + rest
+    if scheme.barrier:
         slow = np.array([links.cluster.node > 0])
         # Its rounds wait for posted receives too.
         now = _together(now) + 2 * (links.ranks - 1).bit_length() * links.latency(slow)
@@ -139,18 +147,3 @@ def _layer(now: Array, busy: Busy, compute: Array, links: Links, work: Work, sch
 
 def _together(now: Array) -> Array:
     return np.broadcast_to(now.max(axis=1, keepdims=True), now.shape)
-
-
-def _all_gather(links: Links, size: float, replicas: int) -> Array:
-    """Seconds `[samples, 1]` in which all ranks of all replicas gather `size` bytes that lie in equal parts on them."""
-    everyone = links.ranks * replicas
-    slow = np.array([0 < links.cluster.node < everyone])
-    share = (everyone - 1) / everyone
-    return math.ceil(math.log2(everyone)) * links.latency(slow) + share * size * links.byte(slow)
-
-
-def _lognormal(generator: np.random.Generator, deviation: float, size: tuple[int, ...]) -> Array:
-    """Factors of mean 1 and about this relative deviation."""
-    if deviation == 0:
-        return np.ones(size)
-    return np.exp(deviation * generator.standard_normal(size) - deviation**2 / 2)

@@ -5,41 +5,30 @@ profiled step runs and put back after it: a step that isn't profiled runs the co
 """
 
 import functools
+import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from seqtrain.parallel.scan_engine import Event, observed_by
-from seqtrain.profiling.parts import Clock, Part, Timeline
+from seqtrain.profiling.parts import HostClock, Part, Timeline
 from seqtrain.runtime.engine import kept_collectives
 
 COMMUNICATION = "communication"
 # States of scans, tokens of neighbors, and what all ranks reduce or gather (gradients, weights, sums).
 SCAN, EXCHANGE, COLLECTIVE = (Part(COMMUNICATION, what) for what in ("scan", "exchange", "collective"))
-COLLECTIVES = (
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_gather_object",
-    "all_reduce",
-    "all_reduce_coalesced",
-    "all_to_all",
-    "all_to_all_single",
-    "barrier",
-    "broadcast",
-    "broadcast_object_list",
-    "reduce",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
-)
+COLLECTIVES = [name for name in distributed_c10d.__all__ if re.match("all_|barrier|broadcast|reduce(_scatter|$)", name)]
 
 
 class InFlight:
     """When messages were under way, from any thread."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: HostClock) -> None:
         self.clock = clock
         self._marks: list[tuple[Any, Any]] = []
 
@@ -69,18 +58,9 @@ class _Pending:
         return getattr(self._work, name)
 
 
-@contextmanager
-def replaced(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+def replaced(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> AbstractContextManager[Any]:
     """While open, `owner.name` (of a module, a class or one object) is `wrap` of what it was."""
-    own = vars(owner).get(name)
-    setattr(owner, name, wrap(getattr(owner, name)))
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
+    return mock.patch.object(owner, name, wrap(getattr(owner, name)))
 
 
 def timed(timeline: Timeline, part: Part) -> Callable[[Callable], Callable]:
@@ -103,35 +83,21 @@ def timed(timeline: Timeline, part: Part) -> Callable[[Callable], Callable]:
 @contextmanager
 def watched_communication(timeline: Timeline, in_flight: InFlight) -> Iterator[None]:
     """While open, `timeline` is told when this thread waits for others, `in_flight` of what travels meanwhile."""
-    collective = _collective(timeline, in_flight)
-    with ExitStack() as stack:
-        stack.enter_context(observed_by(_Waits(timeline, in_flight)))
-        for owner, name in (*((dist, name) for name in COLLECTIVES), *kept_collectives()):
-            stack.enter_context(replaced(owner, name, collective))
-        yield
-
-
-class _Waits:
-    """What the scan engine tells: waits of the thread that trains, and scans in flight on any thread."""
-
-    def __init__(self, timeline: Timeline, in_flight: InFlight) -> None:
-        self._timeline, self._in_flight = timeline, in_flight
-        self._thread = threading.get_ident()
+    training = threading.get_ident()
 
     @contextmanager
-    def __call__(self, event: Event) -> Iterator[None]:
-        begun = self._in_flight.clock.mark_here()
-        own = threading.get_ident() == self._thread
+    def scanning(event: Event) -> Iterator[None]:
+        """Of what the scan engine tells: waits of the thread that trains, and scans in flight on any thread."""
+        begun = in_flight.clock.mark_here()
+        own = threading.get_ident() == training
         try:
-            with self._timeline.during(EXCHANGE if event == "exchange" else SCAN) if own else nullcontext():
+            with timeline.during(EXCHANGE if event == "exchange" else SCAN) if own else nullcontext():
                 yield
         finally:
             if event == "run":
-                self._in_flight.add(begun)
+                in_flight.add(begun)
 
-
-def _collective(timeline: Timeline, in_flight: InFlight) -> Callable[[Callable], Callable]:
-    def wrap(function: Callable) -> Callable:
+    def collective(function: Callable) -> Callable:
         waited_for = timed(timeline, COLLECTIVE)(function)
 
         @functools.wraps(function)
@@ -141,4 +107,8 @@ def _collective(timeline: Timeline, in_flight: InFlight) -> Callable[[Callable],
 
         return call
 
-    return wrap
+    with ExitStack() as stack:
+        stack.enter_context(observed_by(scanning))
+        for owner, name in (*((dist, name) for name in COLLECTIVES), *kept_collectives()):
+            stack.enter_context(replaced(owner, name, collective))
+        yield

@@ -53,10 +53,9 @@ class Run:
     summary: dict[str, Any]
     profile: dict[str, Any]
 
-    @property
-    def losses(self) -> dict[int, float]:
-        """By step; NaN where it was not finite."""
-        return {r["step"]: _number(r["loss"]) for r in self.records}
+    def by_step(self, key: str) -> dict[int, float]:
+        """A value of metrics.jsonl; NaN for null, which stands there for one that was not finite."""
+        return {record["step"]: math.nan if record[key] is None else record[key] for record in self.records}
 
     @property
     def tokens_per_second(self) -> float:
@@ -67,11 +66,10 @@ class Run:
         return statistics.median(record["tokens_per_second"] for record in counted)
 
     @property
-    def peak_bytes(self) -> int:
-        """Of the fullest rank; 0 where the run has not finished."""
-        if self.profile:
-            return max(rank["peak_bytes"] for rank in self.profile["memory"])
-        return self.summary.get("peak_memory_bytes", 0)
+    def peak_mib(self) -> float | None:
+        """Of the fullest rank; None where the run has not finished."""
+        own = [rank["peak_bytes"] for rank in self.profile.get("memory", [])]
+        return max(own or [self.summary.get("peak_memory_bytes", 0)]) / MIB or None
 
 
 @dataclass(frozen=True)
@@ -107,35 +105,28 @@ def read_run(path: str) -> Run:
     return Run(path, config, records, summary, profile)
 
 
+def distances(first: Run, other: Run, key: str) -> dict[int, float]:
+    """`|a - b|` by common step; nothing between two values that aren't finite, infinity where one is."""
+    ours, theirs = first.by_step(key), other.by_step(key)
+    apart = {step: abs(ours[step] - theirs[step]) for step in sorted(ours.keys() & theirs.keys())}
+    lost = {step: math.isnan(ours[step]) == math.isnan(theirs[step]) for step in apart}
+    return {step: (0.0 if lost[step] else math.inf) if math.isnan(size) else size for step, size in apart.items()}
+
+
 def difference(first: Run, other: Run, tolerance: float) -> Difference:
     """How the losses of `other` differ from those of `first`. Two that aren't finite are the same."""
-    ours, theirs = first.losses, other.losses
-    common = sorted(ours.keys() & theirs.keys())
-    apart = {step: distance(ours[step], theirs[step]) for step in common}
-    our_norms, their_norms = ({r["step"]: _number(r["grad_norm"]) for r in run.records} for run in (first, other))
+    apart, norms = (distances(first, other, key) for key in ("loss", "grad_norm"))
     differing = [step for step, size in apart.items() if size > tolerance]
-    alone = len(ours.keys() ^ theirs.keys())
+    alone = len(first.by_step("loss").keys() ^ other.by_step("loss").keys())
     return Difference(
         name=other.name,
-        same=bool(common) and not differing and not alone,
-        common_steps=len(common),
+        same=bool(apart) and not differing and not alone,
+        common_steps=len(apart),
         other_steps=alone,
         loss=max(apart.values(), default=0.0),
-        grad_norm=max((distance(our_norms[step], their_norms[step]) for step in common), default=0.0),
+        grad_norm=max(norms.values(), default=0.0),
         first_step=differing[0] if differing else 0,
     )
-
-
-def _number(value: float | None) -> float:
-    """A value of metrics.jsonl, where null stands for one that was not finite."""
-    return math.nan if value is None else value
-
-
-def distance(a: float, b: float) -> float:
-    """`|a - b|`; nothing between two NaN, infinity between a NaN and a number."""
-    if math.isnan(a) or math.isnan(b):
-        return 0.0 if math.isnan(a) and math.isnan(b) else math.inf
-    return abs(a - b)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -147,31 +138,26 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Settings that are not the same in all runs: each run's value as JSON, "-" where it has none."""
-    configs = [flat(run.config) for run in runs]
-    names = [name for name in dict.fromkeys(name for config in configs for name in config) if name not in PLACES]
-    values = {name: [json.dumps(config[name]) if name in config else "-" for config in configs] for name in names}
+def changes(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Settings that are not the same in all configs: each one's value as JSON, "-" where it has none."""
+    found = [flat(config) for config in configs]
+    names = dict.fromkeys(name for config in found for name in config)
+    values = {name: [json.dumps(config[name]) if name in config else "-" for config in found] for name in names}
     return {name: own for name, own in values.items() if len(set(own)) > 1}
 
 
 def figures(runs: Sequence[Run]) -> dict[str, list[float | None]]:
-    """The results of each run: rows of a table, one column per run."""
+    """The results of each run, and of profiles milliseconds of each part: rows of a table, one column per run."""
+    speeds = [run.tokens_per_second for run in runs]
+    parts = [{row["part"]: 1e3 * row["seconds"] for row in by_kind(run.profile.get("parts", []))} for run in runs]
     return {
         "steps": [len(run.records) for run in runs],
         "last loss": [run.records[-1]["loss"] for run in runs],
         "held-out bits per byte": [run.summary.get("held_out_bits_per_byte") for run in runs],
-        "tokens/s": [run.tokens_per_second for run in runs],
-        "tokens/s over the first's": [run.tokens_per_second / runs[0].tokens_per_second for run in runs],
-        "peak MiB of a rank": [run.peak_bytes / MIB if run.peak_bytes else None for run in runs],
-    }
-
-
-def part_times(runs: Sequence[Run]) -> dict[str, list[float | None]]:
-    """Milliseconds of each part, of the runs that are profiles."""
-    tables = [{row["part"]: 1e3 * row["seconds"] for row in by_kind(run.profile.get("parts", []))} for run in runs]
-    names = dict.fromkeys(name for table in tables for name in table)
-    return {f"ms of {name}": [table.get(name) for table in tables] for name in names}
+        "tokens/s": [*speeds],
+        "tokens/s over the first's": [speed / speeds[0] for speed in speeds],
+        "peak MiB of a rank": [run.peak_mib for run in runs],
+    } | {f"ms of {name}": [own.get(name) for own in parts] for name in dict.fromkeys(n for own in parts for n in own)}
 
 
 def cell(value: float | None) -> str:
@@ -188,38 +174,32 @@ def verdict(found: Difference, tolerance: float) -> str:
         return f"{found.name}: the same losses at {where}, {how}"
     if not found.common_steps:
         return f"{found.name}: no step in common"
-    said = [f"at most {found.loss:.3g} apart over {_steps(found.common_steps)}"]
+    common, others = (f"{n} step{'s' * (n != 1)}" for n in (found.common_steps, found.other_steps))
+    said = [f"at most {found.loss:.3g} apart over {common}"]
     if found.first_step:
         said.append(f"differing first at step {found.first_step}")
     if found.other_steps:
-        said.append(f"{_steps(found.other_steps)} {'exist' if found.other_steps > 1 else 'exists'} in only one run")
+        said.append(f"{others} exist{'s' * (found.other_steps == 1)} in only one run")
     return f"{found.name}: LOSSES DIFFER: {', '.join(said)} (gradient norms at most {found.grad_norm:.3g} apart)"
-
-
-def _steps(count: int) -> str:
-    return f"{count} step{'s' if count != 1 else ''}"
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Losses, their distance from the first run's, and throughput, step by step."""
     figure = new_figure(14, 4.2)
-    losses, apart, speed = figure.subplots(1, 3)
+    panels = figure.subplots(1, 3)
+    losses, apart, speed = panels
     for number, run in enumerate(runs):
         style = {"color": f"C{number}", "linewidth": 1 + 0.8 * (len(runs) - number), "alpha": 0.8, "label": run.name}
-        losses.plot(list(run.losses), list(run.losses.values()), **style)
-        speed.plot(list(run.losses), [record["tokens_per_second"] for record in run.records], **style)
-        if number:
-            common = sorted(runs[0].losses.keys() & run.losses.keys())
-            sizes = [distance(runs[0].losses[step], run.losses[step]) for step in common]
-            apart.plot(common, sizes, "o-", markersize=3, color=f"C{number}", label=run.name)
+        for axes, key in ((losses, "loss"), (speed, "tokens_per_second")):
+            axes.plot(*zip(*run.by_step(key).items(), strict=True), **style)
+        if number and (sizes := distances(runs[0], run, "loss")):
+            apart.plot(*zip(*sizes.items(), strict=True), "o-", markersize=3, color=f"C{number}", label=run.name)
     # A logarithm near 0 that still shows 0.
     apart.set_yscale("symlog", linthresh=1e-9)
     apart.set_ylim(bottom=0)
-    losses.set_ylabel("loss (nats per token)")
-    apart.set_ylabel("distance from the first run's loss")
-    speed.set_ylabel("tokens per second")
-    for axes in (losses, apart, speed):
-        axes.set_xlabel("step")
+    labels = ("loss (nats per token)", "distance from the first run's loss", "tokens per second")
+    for axes, label in zip(panels, labels, strict=True):
+        axes.set(xlabel="step", ylabel=label)
         axes.grid(alpha=0.3)
         axes.locator_params(axis="x", integer=True)
     figure.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
@@ -230,28 +210,21 @@ def main(arguments: list[str]) -> int:
     settings = read_settings(Settings, arguments)
     runs = [read_run(path) for path in settings.runs]
     found = [difference(runs[0], other, settings.tolerance) for other in runs[1:]]
-    results, differing = figures(runs) | part_times(runs), differing_settings(runs)
-    names = ["", *(run.name for run in runs)]
+    results = figures(runs)
+    differing = {name: own for name, own in changes([run.config for run in runs]).items() if name not in PLACES}
+    names = ["", *settings.runs]
     show_table(names, [(key, *map(cell, values)) for key, values in results.items()])
     if differing:
         show_table(["settings that differ", *names[1:]], [(key, *own) for key, own in differing.items()])
     print("\n".join(verdict(one, settings.tolerance) for one in found))
     same = all(one.same for one in found)
     report, picture = (Path(settings.output_dir) / f"compare_runs.{kind}" for kind in ("json", "png"))
-    content = {
-        "runs": settings.runs,
-        "tolerance": settings.tolerance,
-        "same": same,
-        "losses": [asdict(one) | {"loss": finite(one.loss), "grad_norm": finite(one.grad_norm)} for one in found],
-        "figures": results,
-        "settings": differing,
-    }
-    write_json(report, content, allow_nan=False)
+    losses = [asdict(one) for one in found]
+    for one in losses:
+        # JSON has no infinity.
+        one |= {key: one[key] if math.isfinite(one[key]) else None for key in ("loss", "grad_norm")}
+    head = {"runs": settings.runs, "tolerance": settings.tolerance, "same": same}
+    write_json(report, head | {"losses": losses, "figures": results, "settings": differing}, allow_nan=False)
     draw(runs, picture)
     print(f"{report}, {picture}")
     return 0 if same else 1
-
-
-def finite(value: float) -> float | None:
-    """JSON has no infinity."""
-    return value if math.isfinite(value) else None

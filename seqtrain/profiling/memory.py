@@ -8,13 +8,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from seqtrain.memory import peak_resident_bytes
-from seqtrain.profiling.parts import OTHER, Clock, Part, Timeline
+from seqtrain.profiling.parts import OTHER, HostClock, Part, Timeline
 from seqtrain.runtime.engine import Engine, held_tensors
 
 LOSS, ACTIVATIONS, PROGRAM, WORKING = "loss", "activations", "program", "working memory"
@@ -22,38 +22,28 @@ LOSS, ACTIVATIONS, PROGRAM, WORKING = "loss", "activations", "program", "working
 LARGE = 2**24
 
 
-class Meter(Protocol):
-    """Bytes that a device or this process holds."""
-
-    def now(self) -> int:
-        """Bytes held at this moment."""
-
-    def peak(self) -> int:
-        """Most bytes held at one time since `reset`."""
-
-    def reset(self) -> None:
-        """Starts a new peak, at what is held now."""
-
-
 class ResidentMeter:
     """Resident memory of this process. Where the system can't reset the peak, it is that of the whole program."""
 
     def now(self) -> int:
+        """Bytes held at this moment."""
         statm = Path("/proc/self/statm")
-        if not statm.exists():
-            return peak_resident_bytes()
-        return int(statm.read_text().split()[1]) * mmap.PAGESIZE
+        return int(statm.read_text().split()[1]) * mmap.PAGESIZE if statm.exists() else peak_resident_bytes()
 
     def peak(self) -> int:
+        """Most bytes held at one time since `reset`."""
         return peak_resident_bytes()
 
     def reset(self) -> None:
-        return_free_memory()
+        """Starts a new peak, at what is held now."""
+        # What the C library keeps of freed memory isn't held. Only glibc has this; another may keep nothing.
+        with suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
 
-class CudaMeter:
+class CudaMeter(ResidentMeter):
     """What PyTorch has allocated on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
@@ -69,13 +59,6 @@ class CudaMeter:
         torch.cuda.reset_peak_memory_stats(self._device)
 
 
-def return_free_memory() -> None:
-    """Makes the C library give what it keeps of freed memory back to the system, so that it isn't counted as held."""
-    # Only glibc has it; another C library may keep nothing.
-    with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def resident_bytes_of(address: int, size: int) -> int:
     """How much of `size` bytes at `address` is in memory: what was allocated and never written to isn't.
 
@@ -83,10 +66,9 @@ def resident_bytes_of(address: int, size: int) -> int:
     """
     page = mmap.PAGESIZE
     first = address // page * page
-    pages = -(-(address + size - first) // page)
-    states = (ctypes.c_ubyte * pages)()
+    states = (ctypes.c_ubyte * -(-(address + size - first) // page))()
     with suppress(AttributeError):
-        if ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(pages * page), states) == 0:
+        if ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(len(states) * page), states) == 0:
             return min(size, page * sum(state & 1 for state in states))
     return size
 
@@ -107,12 +89,12 @@ class SavedTensors:
 
     def watching(self) -> AbstractContextManager[Any]:
         """While open, what is saved is counted; it is let go when autograd drops it, in the context or after it."""
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved.tensor)
 
-    def _pack(self, tensor: Tensor) -> Any:
+    def _pack(self, tensor: Tensor) -> "_Saved":
         pointer = pointer_of(tensor)
         if isinstance(tensor, nn.Parameter) or pointer in self._weights or tensor.numel() == 0:
-            return tensor
+            return _Saved(tensor, lambda: None)
         now = self._timeline.now
         count, size, part = self._held.get(pointer, (0, storage_bytes(tensor), Part(now.kind, "", now.layer)))
         if count == 0:
@@ -140,10 +122,6 @@ class _Saved:
         self._drop()
 
 
-def _unpack(saved: Any) -> Tensor:
-    return saved.tensor if isinstance(saved, _Saved) else saved
-
-
 def pointer_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
@@ -151,9 +129,8 @@ def pointer_of(tensor: Tensor) -> int:
 def storage_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor's storage; on the CPU, of a large one, those that are in memory."""
     size = tensor.untyped_storage().nbytes()
-    if size < LARGE or tensor.device.type != "cpu":
-        return size
-    return resident_bytes_of(pointer_of(tensor), size)
+    large = size >= LARGE and tensor.device.type == "cpu"
+    return resident_bytes_of(pointer_of(tensor), size) if large else size
 
 
 def held_by_engine(engine: Engine) -> dict[str, int]:
@@ -169,11 +146,13 @@ def held_by_engine(engine: Engine) -> dict[str, int]:
 
 @dataclass
 class MemorySample:
-    """The most that was held while the step was in one part."""
+    """The most that was held while the step was in one part.
+
+    `saved_bytes`: what autograd kept for the backward pass when the part began or ended, whichever is more.
+    """
 
     part: Part
     peak_bytes: int
-    # What autograd kept for the backward pass when the part began or ended, whichever is more.
     saved_bytes: int
 
 
@@ -183,16 +162,16 @@ class MemoryReading:
 
     # Bytes held between steps, when nothing is under way.
     resting_bytes: int
-    peak_bytes: int
     # Most that was held in the steps before, with what the allocator keeps of freed memory.
     run_peak_bytes: int
+    peak_bytes: int = 0
     # Where the step was when it held most.
-    peak_part: Part
+    peak_part: Part = OTHER
     # Bytes at that moment: those of `held_tensors`, LOSS, ACTIVATIONS, PROGRAM, WORKING. Together the peak.
-    kinds: dict[str, int]
+    kinds: dict[str, int] = field(default_factory=dict)
     # Kept for the backward pass by layer and kind of module: at that moment, and the most of each at any.
-    layers: dict[Part, int]
-    layers_most: dict[Part, int]
+    layers: Counter[Part] = field(default_factory=Counter)
+    layers_most: Counter[Part] = field(default_factory=Counter)
     # In the order of the step. When is not said: looking at memory takes longer than much that is looked at.
     samples: list[MemorySample] = field(default_factory=list)
 
@@ -200,56 +179,42 @@ class MemoryReading:
 class MemoryTimeline(Timeline):
     """A time line that looks at the memory at every change of part."""
 
-    def __init__(self, clock: Clock, meter: Meter, engine: Engine) -> None:
+    def __init__(self, clock: HostClock, meter: ResidentMeter, engine: Engine) -> None:
         super().__init__(clock)
         self.saved = SavedTensors(self, engine.module)
         self._meter, self._engine = meter, engine
-        self._samples: list[MemorySample] = []
         self._before: Counter[Part] = Counter()
-        self._peak = 0
-        self._part = self._at_peak = OTHER
-        self._kinds: dict[str, int] = {}
-        self._layers: Counter[Part] = Counter()
-        self._most: Counter[Part] = Counter()
+        self._part = OTHER
 
     def start(self) -> None:
-        self._run_peak = self._meter.peak()
+        run_peak = self._meter.peak()
         gc.collect()
         self._meter.reset()
-        self._resting = self._meter.now()
+        self._reading = MemoryReading(self._meter.now(), run_peak)
         self._resting_kinds = held_by_engine(self._engine)
         super().start()
 
     def read(self) -> MemoryReading:
         """Ends the step and gives what was seen."""
         self.stop()
-        return MemoryReading(
-            resting_bytes=self._resting,
-            peak_bytes=self._peak,
-            run_peak_bytes=self._run_peak,
-            peak_part=self._at_peak,
-            kinds=self._by_kind(),
-            layers=dict(self._layers),
-            layers_most=dict(self._most),
-            samples=self._samples,
-        )
+        reading = self._reading
+        loss = sum(size for part, size in reading.layers.items() if part.kind == LOSS)
+        reading.kinds |= {LOSS: loss, ACTIVATIONS: reading.layers.total() - loss}
+        program = max(0, reading.resting_bytes - sum(self._resting_kinds.values()))
+        working = reading.peak_bytes - program - sum(reading.kinds.values())
+        reading.kinds |= {PROGRAM: program, WORKING: working}
+        return reading
 
     def _changed(self) -> None:
         super()._changed()
-        peak, after = self._meter.peak(), Counter(self.saved.bytes)
+        reading, peak, after = self._reading, self._meter.peak(), Counter(self.saved.bytes)
         # The first change is the step's beginning.
         if len(self._parts) > 1:
             saved = max(self._before, after, key=lambda sizes: sizes.total())
-            self._samples.append(MemorySample(self._part, peak, saved.total()))
-            self._most |= saved
-            if peak > self._peak:
-                self._peak, self._at_peak, self._layers = peak, self._part, saved
-                self._kinds = held_by_engine(self._engine)
+            reading.samples.append(MemorySample(self._part, peak, saved.total()))
+            reading.layers_most |= saved
+            if peak > reading.peak_bytes:
+                reading.peak_bytes, reading.peak_part, reading.layers = peak, self._part, saved
+                reading.kinds = held_by_engine(self._engine)
         self._before, self._part = after, self._parts[-1]
         self._meter.reset()
-
-    def _by_kind(self) -> dict[str, int]:
-        loss = sum(size for part, size in self._layers.items() if part.kind == LOSS)
-        kinds = self._kinds | {LOSS: loss, ACTIVATIONS: self._layers.total() - loss}
-        program = max(0, self._resting - sum(self._resting_kinds.values()))
-        return kinds | {PROGRAM: program, WORKING: self._peak - program - sum(kinds.values())}

@@ -54,10 +54,11 @@ def watched_model(model: nn.Module, timeline: Timeline) -> Iterator[None]:
     """
     handles = []
     for module, kind, layer in watched_modules(model):
+        enter, leave = _hooks(timeline, *(Part(kind, phase, layer) for phase in (FORWARD, RECOMPUTATION, BACKWARD)))
         # First of all hooks: what others do before a module, such as gathering its weights, is part of it.
-        handles.append(module.register_forward_pre_hook(_entering(timeline, kind, layer), prepend=True))
+        handles.append(module.register_forward_pre_hook(enter, prepend=True))
         # Always: the end of a recomputation is an exception.
-        handles.append(module.register_forward_hook(_leaving(timeline, kind, layer), always_call=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield
     finally:
@@ -65,30 +66,21 @@ def watched_model(model: nn.Module, timeline: Timeline) -> Iterator[None]:
             handle.remove()
 
 
-def _entering(timeline: Timeline, kind: str, layer: int) -> Callable[..., None]:
-    forward, again = Part(kind, FORWARD, layer), Part(kind, RECOMPUTATION, layer)
+def _hooks(timeline: Timeline, forward: Part, again: Part, backward: Part) -> tuple[Callable, Callable]:
+    """What is called before a module and after it."""
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         # A pass that keeps nothing for a backward pass is one that will be made again.
         timeline.enter(again if in_backward() or not torch.is_grad_enabled() else forward)
-
-    return enter
-
-
-def _leaving(timeline: Timeline, kind: str, layer: int) -> Callable[..., None]:
-    backward = Part(kind, BACKWARD, layer)
-
-    def begin_backward(gradient: Tensor) -> None:
-        timeline.switch(backward)
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         timeline.leave()
         first = output[0] if isinstance(output, tuple) else output
         # The graph of a recomputation is never run backward; its values take the places of those that were dropped.
         if isinstance(first, Tensor) and first.requires_grad and not in_backward():
-            first.register_hook(begin_backward)
+            first.register_hook(lambda gradient: timeline.switch(backward))
 
-    return leave
+    return enter, leave
 
 
 def in_backward() -> bool:

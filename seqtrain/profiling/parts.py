@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -39,66 +39,51 @@ class Span:
         return self.start + self.seconds
 
 
-class Clock(Protocol):
-    """Readings that are turned into seconds afterwards, all at once."""
+class HostClock:
+    """The processor's clock. Readings are turned into seconds afterwards, all at once."""
+
+    def __init__(self) -> None:
+        self._zero: Any = self.mark()
 
     def mark(self) -> Any:
         """The moment the thread that trains has come to."""
+        return time.perf_counter()
 
     def mark_here(self) -> Any:
         """The moment the caller has come to, on a thread or stream of its own."""
+        return time.perf_counter()
 
     def seconds(self, marks: Sequence[Any]) -> list[float]:
         """Each mark in seconds since the clock was made."""
-
-
-class HostClock:
-    """The processor's clock."""
-
-    def __init__(self) -> None:
-        self._zero = time.perf_counter()
-
-    def mark(self) -> float:
-        return time.perf_counter()
-
-    def mark_here(self) -> float:
-        return time.perf_counter()
-
-    def seconds(self, marks: Sequence[float]) -> list[float]:
         return [mark - self._zero for mark in marks]
 
 
-class CudaClock:
+class CudaClock(HostClock):
     """Events on the stream that trains: kernels run long after they were called, and the host's clock sees only calls.
 
     Time in which the device waits for the host counts for the part whose calls come late.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.current_stream(device)
-        self._zero = self.mark()
+        self._device, self._stream = device, torch.cuda.current_stream(device)
+        super().__init__()
 
-    def mark(self) -> torch.cuda.Event:
-        return self._event(self._stream)
+    def mark(self) -> Any:
+        return self._stream.record_event(torch.cuda.Event(enable_timing=True))
 
-    def mark_here(self) -> torch.cuda.Event:
-        return self._event(torch.cuda.current_stream(self._device))
+    def mark_here(self) -> Any:
+        stream = torch.cuda.current_stream(self._device)
+        return stream.record_event(torch.cuda.Event(enable_timing=True))
 
-    def seconds(self, marks: Sequence[torch.cuda.Event]) -> list[float]:
+    def seconds(self, marks: Sequence[Any]) -> list[float]:
         torch.cuda.synchronize(self._device)
         return [self._zero.elapsed_time(mark) / 1e3 for mark in marks]
-
-    def _event(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(stream)
-        return event
 
 
 class Timeline:
     """The parts of one step, as one thread goes through them. Parts nest; time counts for the innermost."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: HostClock) -> None:
         self.clock = clock
         self._stack: list[Part] = []
         self._marks: list[Any] = []
@@ -144,10 +129,7 @@ class Timeline:
         """Ends the step: its spans, each beginning where the one before ends."""
         self._changed()
         times = self.clock.seconds(self._marks)
-        return [
-            Span(part, start, end - start)
-            for part, start, end in zip(self._parts[:-1], times[:-1], times[1:], strict=True)
-        ]
+        return [Span(part, a, b - a) for part, a, b in zip(self._parts[:-1], times[:-1], times[1:], strict=True)]
 
     def _changed(self) -> None:
         self._marks.append(self.clock.mark())
@@ -163,17 +145,17 @@ def seconds_by_part(spans: Iterable[Span]) -> dict[Part, float]:
 
 
 def hidden_seconds(in_flight: Iterable[tuple[float, float]], waits: Iterable[tuple[float, float]]) -> float:
-    """Seconds in which something was in flight and nobody waited: of the union of one, what the other leaves over."""
-    busy, waiting = _union(in_flight), _union(waits)
-    overlap = sum(max(0.0, min(b, d) - max(a, c)) for a, b in busy for c, d in waiting)
-    return sum(b - a for a, b in busy) - overlap
-
-
-def _union(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    joined: list[tuple[float, float]] = []
-    for start, end in sorted(intervals):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(end, joined[-1][1])
-        else:
-            joined.append((start, end))
-    return joined
+    """Seconds in which something was in flight and nobody waited."""
+    ends = sorted(
+        (moment, kind, change)
+        for kind, intervals in enumerate((in_flight, waits))
+        for interval in intervals
+        for moment, change in zip(interval, (1, -1), strict=True)
+    )
+    hidden, before, under_way = 0.0, 0.0, [0, 0]
+    for moment, kind, change in ends:
+        if under_way[0] and not under_way[1]:
+            hidden += moment - before
+        under_way[kind] += change
+        before = moment
+    return hidden

@@ -1,8 +1,8 @@
 """The callback of a profiled run: which steps are measured and how, and what every rank has measured."""
 
 import json
-import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -13,17 +13,10 @@ import torch
 from pydantic import Field
 
 from seqtrain.profiling.communication import COMMUNICATION, InFlight, replaced, timed, watched_communication
-from seqtrain.profiling.memory import (
-    CudaMeter,
-    MemoryReading,
-    MemoryTimeline,
-    Meter,
-    ResidentMeter,
-)
+from seqtrain.profiling.memory import CudaMeter, MemoryReading, MemoryTimeline, ResidentMeter
 from seqtrain.profiling.modules import watched_model
 from seqtrain.profiling.parts import (
     BACKWARD,
-    Clock,
     CudaClock,
     HostClock,
     Part,
@@ -111,7 +104,9 @@ class Profiler(Callback):
     def begin(self, state: Any) -> None:
         self._state = state
         device = state.ranks.device
-        self._clock, self._meter = instruments(device)
+        cuda = device.type == "cuda"
+        self._clock = CudaClock(device) if cuda else HostClock()
+        self._meter = CudaMeter(device) if cuda else ResidentMeter()
         self._profile = RankProfile(state.ranks.rank, state.engine.module.vocab_size)
         self._plan = iter(self.config.plan())
         # Of the step that is under way, where that is looked into.
@@ -154,15 +149,12 @@ class Profiler(Callback):
 
     @contextmanager
     def _profiled(self) -> Iterator[None]:
-        timeline, in_flight = Timeline(self._clock), InFlight(self._clock)
-        with self._watching(timeline), watched_communication(timeline, in_flight):
+        timeline, messages = Timeline(self._clock), InFlight(self._clock)
+        with self._watching(timeline), watched_communication(timeline, messages):
             timeline.start()
             yield
             spans = timeline.stop()
-        self._keep(spans, in_flight.intervals())
-
-    def _keep(self, spans: list[Span], in_flight: list[tuple[float, float]]) -> None:
-        profile = self._profile
+        profile, in_flight = self._profile, messages.intervals()
         before = len(profile.hidden)
         for part, taken in seconds_by_part(spans).items():
             profile.parts.setdefault(part, [0.0] * before).append(taken)
@@ -195,47 +187,29 @@ class Profiler(Callback):
             self._timeline = None
 
 
-def instruments(device: torch.device) -> tuple[Clock, Meter]:
-    """What time and memory of `device` are read from."""
-    if device.type == "cuda":
-        return CudaClock(device), CudaMeter(device)
-    return HostClock(), ResidentMeter()
-
-
 def plain_profile(profile: RankProfile) -> dict[str, Any]:
-    """A rank's measurements as values that JSON holds."""
+    """A rank's measurements as values that JSON holds, which has no objects for keys such as parts."""
     memory = profile.memory
-    # Parts are keys, which JSON has no objects for.
     values = asdict(replace(profile, parts={}, memory=None))
     values["parts"] = [asdict(part) | {"seconds": seconds} for part, seconds in profile.parts.items()]
     if memory:
-        layers = [
-            asdict(part) | {"bytes": memory.layers.get(part, 0), "most_bytes": most}
-            for part, most in memory.layers_most.items()
-        ]
-        values["memory"] = asdict(replace(memory, layers={}, layers_most={})) | {"layers": layers}
+        most = memory.layers_most.items()
+        layers = [asdict(part) | {"bytes": memory.layers[part], "most_bytes": size} for part, size in most]
+        values["memory"] = asdict(replace(memory, layers=Counter(), layers_most=Counter())) | {"layers": layers}
         del values["memory"]["layers_most"]
     return values
 
 
-def matrix_flops(
-    device: torch.device, dtype: torch.dtype, *, seconds: float, clock: Callable[[], float] = time.perf_counter
-) -> float:
+def matrix_flops(device: torch.device, dtype: torch.dtype, *, seconds: float) -> float:
     """Operations per second of the fastest of many products of square matrices, measured for `seconds`."""
     side = PEAK_SIDES[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     times: list[float] = []
-    began = clock()
-    while len(times) < 3 or clock() - began < seconds:
-        start = clock()
+    began = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - began < seconds:
+        start = time.perf_counter()
         torch.mm(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(clock() - start)
+        times.append(time.perf_counter() - start)
     return 2 * side**3 / min(times)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, quartiles, least and most."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": middle, "low": low, "high": high, "least": min(values), "most": max(values)}

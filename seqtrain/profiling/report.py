@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from seqtrain.profiling.communication import COMMUNICATION
-from seqtrain.profiling.parts import OTHER, RECOMPUTATION
-from seqtrain.profiling.profiler import spread
+from seqtrain.profiling.parts import OTHER, RECOMPUTATION, Part
+from seqtrain.report import spread
 
 Values = dict[str, Any]
 
@@ -41,20 +41,22 @@ def summarize(
     `step_seconds`: of the profiled steps, as the run itself timed them.
     Speeds are those of the steps without the profiler, parts those of the steps with it. Times are means over ranks.
     """
-    plain, profiled = (_mean_over_ranks(rank["steps"][kind] for rank in ranks) for kind in ("plain", "profiled"))
+    # Of wall time, and of CPU time, which other load on the machine disturbs less.
+    plain, profiled, own, own_profiled = (
+        _mean_over_ranks(rank[clock][kind] for rank in ranks)
+        for clock in ("steps", "processor")
+        for kind in ("plain", "profiled")
+    )
     parts = _rows(ranks, ("kind", "phase"), profiled)
-    speeds = [work.tokens / seconds for seconds in plain]
-    peak = sum(rank["peak_flops"] for rank in ranks)
-    step = statistics.median(plain)
+    peak, step = sum(rank["peak_flops"] for rank in ranks), statistics.median(plain)
     saves = [seconds for rank in ranks for seconds in rank["phases"].get("checkpoint", [])]
     save = statistics.mean(saves) if saves else 0.0
     return {
         "ranks": len(ranks),
         "tokens_per_step": work.tokens,
-        "tokens_per_second": spread(speeds),
+        "tokens_per_second": spread([work.tokens / seconds for seconds in plain]),
         "step_seconds": {"without_profiler": spread(plain), "with_profiler": spread(profiled)},
-        # In wall time, and in CPU time, which other load on the machine disturbs less.
-        "profiler_overhead": {"time": _overhead(ranks, "steps"), "processor": _overhead(ranks, "processor")},
+        "profiler_overhead": {"time": _overhead(plain, profiled), "processor": _overhead(own, own_profiled)},
         "warm_up_seconds": _mean_over_ranks(rank["steps"].get("warm-up", []) for rank in ranks),
         "parts": parts,
         "layers": _rows(ranks, ("layer", "kind", "phase"), profiled),
@@ -76,7 +78,10 @@ def summarize(
             "every": checkpoint_every,
             "seconds_per_step": save / checkpoint_every if checkpoint_every else 0.0,
         },
-        "memory": [{"rank": rank["rank"]} | _without(rank["memory"], "samples") for rank in ranks],
+        "memory": [
+            {"rank": rank["rank"]} | {name: value for name, value in rank["memory"].items() if name != "samples"}
+            for rank in ranks
+        ],
     }
 
 
@@ -85,9 +90,8 @@ def _mean_over_ranks(values: Iterable[list[float]]) -> list[float]:
     return [statistics.mean(step) for step in zip(*values, strict=True)]
 
 
-def _overhead(ranks: Sequence[Values], clock: str) -> Values:
+def _overhead(plain: list[float], profiled: list[float]) -> Values:
     """How much longer each step with the profiler took than its neighbor without, as a share of the latter."""
-    plain, profiled = (_mean_over_ranks(rank[clock][kind] for rank in ranks) for kind in ("plain", "profiled"))
     return spread([b / a - 1 for a, b in zip(plain, profiled, strict=True)])
 
 
@@ -96,24 +100,15 @@ def _rows(ranks: Sequence[Values], keys: tuple[str, ...], steps: list[float]) ->
     found: dict[tuple, list[list[float]]] = {}
     for number, rank in enumerate(ranks):
         for part in rank["parts"]:
-            key = tuple(part[name] for name in keys)
-            sums = found.setdefault(key, [[0.0] * len(steps) for _ in ranks])
+            sums = found.setdefault(tuple(part[name] for name in keys), [[0.0] * len(steps) for _ in ranks])
             sums[number] = [a + b for a, b in zip(sums[number], part["seconds"], strict=True)]
     rows = []
     for key, by_rank in found.items():
         by_step, means = _mean_over_ranks(by_rank), [statistics.mean(seconds) for seconds in by_rank]
-        own = spread(by_step)
-        mean = statistics.mean(by_step)
-        rows.append(
-            dict(zip(keys, key, strict=True))
-            | {"seconds": mean, "share": mean / statistics.mean(steps), "low": own["low"], "high": own["high"]}
-            | {"least_rank": min(means), "most_rank": max(means)}
-        )
+        own, mean = spread(by_step), statistics.mean(by_step)
+        figures = {"seconds": mean, "share": mean / statistics.mean(steps), "low": own["low"], "high": own["high"]}
+        rows.append(dict(zip(keys, key, strict=True)) | figures | {"least_rank": min(means), "most_rank": max(means)})
     return rows
-
-
-def _without(values: Values, *names: str) -> Values:
-    return {name: value for name, value in values.items() if name not in names}
 
 
 def by_kind(parts: Sequence[Values]) -> list[Values]:
@@ -138,20 +133,16 @@ def trace_events(ranks: Sequence[Values]) -> Values:
     """The last profiled step in Chrome's trace format, which ui.perfetto.dev opens: each rank is a process."""
     events: list[Values] = []
     for rank in ranks:
-        process = rank["rank"]
-        names = {0: "training", 1: "messages in flight"}
-        events.append({"ph": "M", "pid": process, "name": "process_name", "args": {"name": f"rank {process}"}})
-        events += [
-            {"ph": "M", "pid": process, "tid": thread, "name": "thread_name", "args": {"name": name}}
-            for thread, name in names.items()
-        ]
-        events += [_event(process, 0, span["part"], span["start"], span["seconds"]) for span in rank["spans"]]
-        scan = {"kind": "in flight", "phase": "", "layer": -1}
-        events += [_event(process, 1, scan, start, end - start) for start, end in rank["in_flight"]]
+        process = {"pid": rank["rank"]}
+        events.append({"ph": "M", **process, "name": "process_name", "args": {"name": f"rank {rank['rank']}"}})
+        for thread, name in enumerate(("training", "messages in flight")):
+            events.append({"ph": "M", **process, "tid": thread, "name": "thread_name", "args": {"name": name}})
+        in_flight = Part("in flight")
+        spans = [(0, span["part"], span["start"], span["seconds"]) for span in rank["spans"]]
+        spans += [(1, vars(in_flight), start, end - start) for start, end in rank["in_flight"]]
+        for thread, part, start, seconds in spans:
+            name = " ".join(word for word in (part["kind"], part["phase"]) if word)
+            layer = {"args": {"layer": part["layer"]}} if part["layer"] >= 0 else {}
+            times = {"ts": start * 1e6, "dur": seconds * 1e6}
+            events.append({"ph": "X", **process, "tid": thread, "name": name} | times | layer)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-def _event(process: int, thread: int, part: Values, start: float, seconds: float) -> Values:
-    name = " ".join(word for word in (part["kind"], part["phase"]) if word)
-    event = {"ph": "X", "pid": process, "tid": thread, "name": name, "ts": start * 1e6, "dur": seconds * 1e6}
-    return event | ({"args": {"layer": part["layer"]}} if part["layer"] >= 0 else {})

@@ -12,10 +12,11 @@ elsewhere), ranks.json (what each rank measured), trace.json where asked for, an
 checkpoint.
 """
 
-import dataclasses
 import json
+import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,9 @@ from omegaconf import DictConfig, OmegaConf
 from seqtrain.config import launch
 from seqtrain.errors import ConfigError
 from seqtrain.planning.run_config import count_run
-from seqtrain.profiling import (
-    ProfileConfig,
-    Profiler,
-    StepWork,
-    by_kind,
-    read_profiles,
-    summarize,
-    trace_events,
-)
+from seqtrain.profiling import ProfileConfig, Profiler, StepWork, by_kind, read_profiles, summarize, trace_events
 from seqtrain.profiling.pictures import draw_layers, draw_memory, draw_parts, draw_sweep, words
-from seqtrain.report import listing, machine, picture, show_table, table, text, write_json, write_page
+from seqtrain.report import in_a_line, listing, machine, picture, show_table, table, text, write_json, write_page
 from seqtrain.runtime import PretrainConfig, read_pretrain_config, run
 from seqtrain.runtime.metrics import read_lines
 from seqtrain.runtime.run_folder import RunFolder, plain
@@ -57,21 +50,6 @@ class Profile:
     def folder(self) -> Path:
         return Path(self.asked.output_dir)
 
-    @property
-    def config(self) -> PretrainConfig:
-        """The run that is really made: as many steps as are looked at, and nothing written on the way."""
-        asked = self.asked
-        return dataclasses.replace(
-            asked,
-            train=dataclasses.replace(asked.train, steps=self.settings.total_steps),
-            # A run scores its model at the end; one sequence is the least.
-            evaluation=dataclasses.replace(asked.evaluation, every=0, max_tokens=asked.train.sequence_length),
-            checkpoint=dataclasses.replace(asked.checkpoint, every=0, resume="never"),
-            tracking=dataclasses.replace(asked.tracking, mode="disabled"),
-            sample=dataclasses.replace(asked.sample, tokens=0),
-            output_dir=str(self.folder / "run"),
-        )
-
 
 def read_profile(config: DictConfig) -> Profile:
     """The checked settings of a composed config. Raises `ConfigError`."""
@@ -85,33 +63,39 @@ def read_profile(config: DictConfig) -> Profile:
 
 def measure(profile: Profile) -> dict[str, Any] | None:
     """Trains with a profiler on every rank; gives the report; None where another process does, or it was stopped."""
-    config, folder = profile.config, profile.folder.absolute()
+    asked, settings, folder = profile.asked, profile.settings, profile.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    raw = folder / "ranks.json"
-    summary = run(config, callback=Profiler(profile.settings, raw))
+    raw, run_folder = folder / "ranks.json", RunFolder(folder / "run")
+    # As many steps as are looked at, and nothing written on the way.
+    config = replace(
+        asked,
+        train=replace(asked.train, steps=settings.total_steps),
+        # A run scores its model at the end; one sequence is the least.
+        evaluation=replace(asked.evaluation, every=0, max_tokens=asked.train.sequence_length),
+        checkpoint=replace(asked.checkpoint, every=0, resume="never"),
+        tracking=replace(asked.tracking, mode="disabled"),
+        sample=replace(asked.sample, tokens=0),
+        output_dir=str(profile.folder / "run"),
+    )
+    summary = run(config, callback=Profiler(settings, raw))
     if not summary or summary["stopped"]:
         return None
-    ranks, run_folder = read_profiles(raw), RunFolder(folder / "run")
-    profiled = [kind == "profiled" for kind in profile.settings.plan()]
-    records = [r for r, own in zip(read_lines(run_folder.metrics), profiled, strict=True) if own]
+    ranks = read_profiles(raw)
+    records = zip(read_lines(run_folder.metrics), settings.plan(), strict=True)
     report = summarize(
         ranks,
         count_step(config, vocab_size=ranks[0]["vocab_size"]),
-        checkpoint_every=profile.asked.checkpoint.every,
-        step_seconds=[record["step_seconds"] for record in records],
+        checkpoint_every=asked.checkpoint.every,
+        step_seconds=[record["step_seconds"] for record, kind in records if kind == "profiled"],
     )
-    checkpoints = list(run_folder.checkpoints.rglob("*"))
-    report["checkpoint"]["bytes"] = sum(path.stat().st_size for path in checkpoints if path.is_file())
+    files = [path for path in run_folder.checkpoints.rglob("*") if path.is_file()]
+    report["checkpoint"]["bytes"] = sum(path.stat().st_size for path in files)
     shutil.rmtree(run_folder.checkpoints)
-    report |= {
-        "machine": machine(),
-        "parameters": summary["parameters"],
-        "profile": asdict(profile.settings),
-        "config": plain(profile.asked),
-    }
+    report |= {"machine": machine(), "parameters": summary["parameters"]}
+    report |= {"profile": asdict(settings), "config": plain(asked)}
     write_json(folder / "profile.json", report)
     write_pictures(report, ranks, folder)
-    if profile.settings.trace:
+    if settings.trace:
         (folder / "trace.json").write_text(json.dumps(trace_events(ranks)))
     return report
 
@@ -142,15 +126,19 @@ def describe(config: dict[str, Any]) -> str:
 def headlines(report: dict[str, Any]) -> list[str]:
     """The figures of a profile as sentences."""
     speed, step = report["tokens_per_second"], report["step_seconds"]["without_profiler"]
-    warm_up, cost = report["warm_up_seconds"], report["profiler_overhead"]
+    cost, flops = report["profiler_overhead"], report["flops"]
     exchange, save = report["communication"], report["checkpoint"]
+    work = f"{flops['model'] / 1e9:.2f} GFLOP of the model per step, {flops['executed'] / 1e9:.2f} executed"
+    if flops["peak_per_second"]:
+        work += f"; MFU {flops['mfu']:.1%}, HFU {flops['hfu']:.1%} of a peak of {flops['peak_per_second'] / 1e9:.1f} "
+        work += "GFLOP/s (matrix products on all ranks at once, in this run)"
     per_step = f"{1e3 * save['seconds_per_step']:.1f} ms per step, one every {save['every']}"
     return [
         f"{speed['median']:,.0f} tokens/s (quartiles {speed['low']:,.0f} to {speed['high']:,.0f}), "
         f"{1e3 * step['median']:.1f} ms per step (quartiles {1e3 * step['low']:.1f} to {1e3 * step['high']:.1f}), "
         f"{report['parameters']:,} parameters",
-        work_line(report["flops"]),
-        f"warm-up steps, discarded: {', '.join(f'{1e3 * s:.0f} ms' for s in warm_up) or 'none'}",
+        work,
+        f"warm-up steps, discarded: {', '.join(f'{1e3 * s:.0f} ms' for s in report['warm_up_seconds']) or 'none'}",
         f"with the profiler, steps take {cost['time']['median']:+.1%} (quartiles {cost['time']['low']:+.1%} to "
         f"{cost['time']['high']:+.1%}), {cost['processor']['median']:+.1%} of CPU time; "
         f"its parts sum to {report['sum_of_parts']:.1%} of the steps as the run itself timed them",
@@ -161,17 +149,6 @@ def headlines(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def work_line(flops: dict[str, Any]) -> str:
-    """What a step computes, and what share of the machine's peak that is."""
-    work = f"{flops['model'] / 1e9:.2f} GFLOP of the model per step, {flops['executed'] / 1e9:.2f} executed"
-    if not flops["peak_per_second"]:
-        return work
-    return (
-        f"{work}; MFU {flops['mfu']:.1%}, HFU {flops['hfu']:.1%} of a peak of {flops['peak_per_second'] / 1e9:.1f} "
-        "GFLOP/s (matrix products on all ranks at once, in this run)"
-    )
-
-
 TIME_COLUMNS = ("part", "forward ms", "backward ms", "ms", "share")
 MEMORY_COLUMNS = ("at the peak, MiB", "first rank", "fullest rank")
 
@@ -179,15 +156,10 @@ MEMORY_COLUMNS = ("at the peak, MiB", "first rank", "fullest rank")
 def time_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """Cells of the table of parts, the longest first, and their sum."""
     rows = sorted(by_kind(report["parts"]), key=lambda row: -row["seconds"])
-    cells = [
-        (
-            row["part"],
-            *(f"{1e3 * row[column]:.2f}" if row[column] else "" for column in ("forward", "backward")),
-            f"{1e3 * row['seconds']:.2f}",
-            f"{row['share']:.1%}",
-        )
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        passes = [f"{1e3 * row[each]:.2f}" if row[each] else "" for each in ("forward", "backward")]
+        cells.append((row["part"], *passes, f"{1e3 * row['seconds']:.2f}", f"{row['share']:.1%}"))
     total = sum(row["seconds"] for row in rows)
     return [*cells, ("sum", "", "", f"{1e3 * total:.2f}", f"{report['sum_of_parts']:.1%}")]
 
@@ -215,62 +187,47 @@ def write_pictures(report: dict[str, Any], ranks: list[dict[str, Any]], folder: 
             ("Time", table(TIME_COLUMNS, time_rows(report)) + picture(folder / "parts.png", "time by part")),
             ("Layers", picture(folder / "layers.png", "time and activations by layer")),
             ("Memory", table(MEMORY_COLUMNS, memory_rows(report)) + picture(folder / "memory.png", "memory")),
-            ("Machine", text([", ".join(f"{key} {value}" for key, value in report["machine"].items())])),
+            ("Machine", text([in_a_line(report["machine"])])),
             ("Configuration", listing(yaml.safe_dump(report["config"], sort_keys=False))),
         ],
     )
 
 
-SWEEP_COLUMNS = ("point", "tokens/s", "quartiles", "ms per step", "MFU", "exposed ms", "overlapped ms", "peak MiB")
-
-
-def sweep_rows(points: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, ...]]:
-    """Cells of the table over a sweep's points."""
-    rows = []
-    for label, report in points:
-        speed, mfu, exchange = report["tokens_per_second"], report["flops"]["mfu"], report["communication"]
-        rows.append(
-            (
-                label,
-                f"{speed['median']:,.0f}",
-                f"{speed['low']:,.0f} to {speed['high']:,.0f}",
-                f"{1e3 * report['step_seconds']['without_profiler']['median']:.1f}",
-                f"{mfu:.1%}" if mfu is not None else "",
-                *(f"{1e3 * exchange[key]:.1f}" for key in ("exposed_seconds", "hidden_seconds")),
-                f"{max(rank['peak_bytes'] for rank in report['memory']) / MIB:.0f}",
-            )
-        )
-    return rows
-
-
-def short(override: str) -> str:
-    """`section.key=value` without the section."""
-    key, _, value = override.partition("=")
-    return f"{key.rpartition('.')[2]}={value}"
+# What the table over a sweep's points shows of each report.
+SWEEP: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tokens/s": lambda report: f"{report['tokens_per_second']['median']:,.0f}",
+    "quartiles": lambda report: "{low:,.0f} to {high:,.0f}".format(**report["tokens_per_second"]),
+    "ms per step": lambda report: f"{1e3 * report['step_seconds']['without_profiler']['median']:.1f}",
+    "MFU": lambda report: "" if report["flops"]["mfu"] is None else f"{report['flops']['mfu']:.1%}",
+    "exposed ms": lambda report: f"{1e3 * report['communication']['exposed_seconds']:.1f}",
+    "overlapped ms": lambda report: f"{1e3 * report['communication']['hidden_seconds']:.1f}",
+    "peak MiB": lambda report: f"{max(rank['peak_bytes'] for rank in report['memory']) / MIB:.0f}",
+}
 
 
 def collect(folder: Path, points: list[tuple[tuple[str, ...], dict[str, Any]]]) -> None:
     """Writes the points of a sweep as one table, picture, JSON and page; each is named by the overrides that differ."""
     common = set.intersection(*(set(overrides) for overrides, _ in points))
-    named = [
-        (" ".join(short(word) for word in overrides if word not in common) or "all alike", report)
-        for overrides, report in points
+    reports = [report for _, report in points]
+    # `section.key=value` without the section.
+    labels = [
+        " ".join(re.sub(r"^[^=]*\.", "", word) for word in overrides if word not in common) or "all alike"
+        for overrides, _ in points
     ]
-    rows = sweep_rows(named)
-    show_table(SWEEP_COLUMNS, rows)
-    content = [
-        {"point": label, "overrides": list(given)} | r for (label, r), (given, _) in zip(named, points, strict=True)
-    ]
-    write_json(folder / "sweep.json", content)
-    draw_sweep([label for label, _ in named], [report for _, report in named], folder / "sweep.png")
-    about = [describe(report["config"]) for _, report in named]
+    columns = ("point", *SWEEP)
+    rows = [(label, *(form(each) for form in SWEEP.values())) for label, each in zip(labels, reports, strict=True)]
+    show_table(columns, rows)
+    named = zip(labels, points, strict=True)
+    write_json(folder / "sweep.json", [{"point": label, "overrides": own} | each for label, (own, each) in named])
+    draw_sweep(labels, reports, folder / "sweep.png")
+    about = [f"{label}: {describe(report['config'])}" for label, report in zip(labels, reports, strict=True)]
     write_page(
         folder / "sweep.html",
         "Training steps compared",
         [
-            ("Points", table(SWEEP_COLUMNS, rows) + picture(folder / "sweep.png", "throughput, time, memory")),
-            ("Runs", text(f"{label}: {line}" for (label, _), line in zip(named, about, strict=True))),
-            ("Machine", text([", ".join(f"{key} {value}" for key, value in named[0][1]["machine"].items())])),
+            ("Points", table(columns, rows) + picture(folder / "sweep.png", "throughput, time, memory")),
+            ("Runs", text(about)),
+            ("Machine", text([in_a_line(reports[0]["machine"])])),
         ],
     )
     print(f"{folder / 'sweep.html'}, sweep.png, sweep.json")

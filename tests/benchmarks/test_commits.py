@@ -31,7 +31,7 @@ def test_a_commit_has_its_files_for_as_long_as_it_is_used():
     [([1.0] * 5, False), ([1.02] * 5, False), ([1.05] * 5, True), ([0.8, 0.9, 1.05, 1.2, 1.3], False)],
 )
 def test_slower_is_beyond_three_percent_and_the_spread(new, slower):
-    assert Figure("preset", "step", old=[1.0] * 5, new=new).slower is slower
+    assert Figure("preset", "step", old=[1.0] * 5, new=new).outcome()["slower"] is slower
 
 
 @needs_git

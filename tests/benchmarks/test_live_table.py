@@ -1,6 +1,6 @@
 """Tables that are printed row by row: cells stand below their titles."""
 
-from seqtrain.benchmarks.live_table import LiveTable
+from seqtrain.report import LiveTable
 
 
 def test_cells_stand_below_their_titles():

@@ -90,7 +90,7 @@ def write_gguf(model, file, *, quantization="F32", more=None):
     """`model`, a transformers one, as llama.cpp writes it: its names, llamas' q and k with neighbors rotated."""
     from gguf import GGMLQuantizationType, GGUFWriter, quants
 
-    from seqtrain.convert.families import FAMILIES, GGUF_NAMES, in_layers
+    from seqtrain.convert.sources import FAMILIES, gguf_names
 
     config = model.config
     kind = config.model_type
@@ -107,7 +107,7 @@ def write_gguf(model, file, *, quantization="F32", more=None):
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-    names = {theirs: ours for ours, theirs in in_layers(GGUF_NAMES, config.num_hidden_layers).items()}
+    names = {theirs: ours for ours, theirs in gguf_names(config.num_hidden_layers).items()}
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seqtrain.convert.adapters import TARGETS, add_adapters, merged_weights
 from seqtrain.convert.losses import distillation_sum, mean_square_sum, relative_error_sum, with_gradients
+from seqtrain.convert.weights import TARGETS, add_adapters, merged_weights
 from seqtrain.testing import relative_error
 from tests.convert.convert_cases import read_teacher, some_tokens
 

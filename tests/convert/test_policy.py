@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from seqtrain.convert.policy import kept_layers, layers_that_stay, restore_one_layer, write_layers
+from seqtrain.convert.architecture import kept_layers, layers_that_stay, write_layers
+from seqtrain.convert.measure import restore_one_layer
 from seqtrain.convert.report import read_others
 from tests.command_cases import refused
 from tests.convert.convert_cases import some_tokens

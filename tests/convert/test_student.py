@@ -6,13 +6,11 @@ import pytest
 import torch
 
 from seqtrain.config import compose_config
-from seqtrain.convert.architecture import architecture_of, student_of
-from seqtrain.convert.export import export
-from seqtrain.convert.policy import kept_layers
+from seqtrain.convert.architecture import architecture_of, kept_layers, student_of
 from seqtrain.convert.settings import is_liger, read_convert_config, targets
 from seqtrain.convert.sources import open_source
 from seqtrain.convert.verify import end_checks, start_checks
-from seqtrain.convert.weights import load_student, teacher_sharing
+from seqtrain.convert.weights import export, load_student, teacher_sharing
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.testing import boundaries, relative_error
 from tests.command_cases import refused

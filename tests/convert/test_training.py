@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 from seqtrain.config import compose_config, conf_dir
 from seqtrain.convert import convert, read_convert_config
 from seqtrain.convert.architecture import architecture_of, student_of
-from seqtrain.convert.manifest import ConversionManifest
 from seqtrain.convert.sources import open_source
-from seqtrain.convert.stages import START, Training
+from seqtrain.convert.stages import START, ConversionManifest, Training
 from seqtrain.convert.tasks import Distillation, Pair, Transfer
 from seqtrain.convert.weights import load_student
 from seqtrain.data import prepare

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from seqtrain.convert import measure
+from seqtrain.convert.measure import Text
 from seqtrain.convert.settings import VerifyConfig
-from seqtrain.convert.texts import Text
 from seqtrain.convert.verify import check_generation, gap_closed, goals
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig

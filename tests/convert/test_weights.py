@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from seqtrain.config import compose_config
 from seqtrain.convert.architecture import architecture_of, student_of
-from seqtrain.convert.export import export
 from seqtrain.convert.settings import read_convert_config
 from seqtrain.convert.sources import open_source
-from seqtrain.convert.weights import load_student, load_weights
+from seqtrain.convert.weights import export, load_student, load_weights
 from seqtrain.errors import CheckpointError, SeqtrainError
 from seqtrain.memory import AnonymousPeak
 from tests.command_cases import refused

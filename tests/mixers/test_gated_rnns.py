@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from experiments.fidelity.entropy import magnitude_aware_weights
 from seqtrain.mixers.dydila import choice
-from seqtrain.mixers.mala import magnitude_aware_weights
 from seqtrain.testing import relative_error
 from tests.mixers.definition_cases import HEADS, TOKENS, WIDTH, build, heads, l2norm, merged, rms, rotated, x
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from seqtrain.planning.cluster import CLUSTERS
+from seqtrain.planning.layout import CLUSTERS
 from seqtrain.planning.simulate_scaling import main
 
 SHIPPED = sorted(CLUSTERS.glob("*.yaml"))

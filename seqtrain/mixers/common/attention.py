@@ -1,15 +1,14 @@
 """Softmax attention with grouped heads and rotary positions: what the full and the windowed mixer share."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from seqtrain.kernels import softmax_attention
 from seqtrain.layers import RMSNorm, positions, rotate
-from seqtrain.mixers.common.base import LayerShape, Mixer, Past, SequenceContext, State
+from seqtrain.mixers.common.base import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 
 def attend(
@@ -22,37 +21,33 @@ def attend(
     return out, {prefix + name: tensor for name, tensor in kept.items()}
 
 
-@dataclass(frozen=True)
-class AttentionConfig:
-    """The fields both mixers have."""
-
-    # Query heads that share one key and value head (grouped-query attention); must divide model.heads. 1: none share.
-    query_group: PositiveInt = 1
-    # Base of the rotation's wavelengths, in tokens.
-    rope_base: Annotated[float, Field(gt=1)] = 10000.0
-    # Factors on the wavelengths, one per pair of channels; empty for 1 everywhere.
-    rope_stretch: tuple[float, ...] = ()
-    # Factor on rotated queries and keys alike.
-    rope_amplitude: PositiveFloat = 1.0
-    # True: queries and keys are normalised by their root mean square per head, before the rotation.
-    qk_norm: bool = False
-    # Added to the mean square in that norm.
-    norm_eps: PositiveFloat = 1e-6
-    # Channels of a head; 0: model.width / model.heads.
-    head_width: NonNegativeInt = 0
-    # True: queries, keys and values have a bias.
-    qkv_bias: bool = False
-
-
 class SoftmaxAttention(Mixer):
     """`out_t = sum_s softmax(q_t k_s / sqrt(K)) v_s` over past tokens, rotated by position (RoPE)."""
 
-    Config: ClassVar[type] = AttentionConfig
-    config: AttentionConfig
+    class Config(MixerConfig):
+        # Query heads that share one key and value head (grouped-query attention); must divide model.heads. 1: none.
+        query_group: PositiveInt = 1
+        # Base of the rotation's wavelengths, in tokens.
+        rope_base: Annotated[float, Field(gt=1)] = 10000.0
+        # Factors on the wavelengths, one per pair of channels; empty for 1 everywhere.
+        rope_stretch: tuple[float, ...] = ()
+        # Factor on rotated queries and keys alike.
+        rope_amplitude: PositiveFloat = 1.0
+        # True: queries and keys are normalised by their root mean square per head, before the rotation.
+        qk_norm: bool = False
+        # Added to the mean square in that norm.
+        norm_eps: PositiveFloat = 1e-6
+        # Channels of a head; 0: model.width / model.heads.
+        head_width: NonNegativeInt = 0
+        # True: queries, keys and values have a bias.
+        qkv_bias: bool = False
+
     # Keys a query sees, its own included; None for all.
     window: int | None = None
+    # What an ablation leaves out of a converted layer: a part's name, or nothing.
+    without: Literal["", "memory", "window"] = ""
 
-    def __init__(self, config: AttentionConfig, shape: LayerShape):
+    def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
         self.key = config.head_width or self.part_of_width()
         if self.key % 2:
@@ -73,12 +68,14 @@ class SoftmaxAttention(Mixer):
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         q, k, v = self.project(x)
         place, position = positions(x, past.get("position"), sequence)
-        q, k = self.rotated(q, place), self.rotated(k, place)
-        out, after = self.attention(q, k, v, past, sequence)
+        out, after = self.attention(q, k, v, place, past, sequence)
         return self.out(out.flatten(2)), after | {"position": position}
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
-        """What queries read, `[B,T,H,K]`, and the state of keys and values."""
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, place: Tensor, past: Past, sequence: SequenceContext
+    ) -> tuple[Tensor, State]:
+        """What queries read, `[B,T,H,K]`, and the state but for positions; q and k are not yet rotated by `place`."""
+        q, k = self.rotated(q, place), self.rotated(k, place)
         return attend(sequence, softmax_attention, q, k, v, past=past, window=self.window)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

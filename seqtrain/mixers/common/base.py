@@ -1,19 +1,16 @@
 """What every mixer is: a map of `[B, T, D]` to itself with a state that carries all it knows of the past."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, dataclass_transform
 
 import torch
 from torch import Tensor, nn
 
 from seqtrain.errors import ConfigError
 from seqtrain.mixers.common.counting import Counts, Kind, count
-from seqtrain.mixers.common.recurrence import Recurrence
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.mixers.common.recurrence import Past, Recurrence
+from seqtrain.parallel.sequence import SequenceContext, State
 
-State = dict[str, Tensor]
-Past = Mapping[str, Tensor]
 WHOLE = SequenceContext()
 
 
@@ -27,8 +24,16 @@ class LayerShape:
     depth: int = 1
 
 
+@dataclass_transform(frozen_default=True)
+class MixerConfig:
+    """Base of every mixer's `Config`: a class with it is a frozen dataclass."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True)(cls)
+
+
 class Mixer(nn.Module):
-    """Base of the token mixers. A subclass lives in a file named after it, with a frozen dataclass `Config` inside.
+    """Base of the token mixers. A subclass lives in a file named after it, with a `Config` inside.
 
     State in, state out: a whole sequence, a piece of one and a single token are the same call. A subclass defines
     `mix`, and calls operators through `sequence.run` only: parameters, FLOPs and states are counted from that. The

@@ -7,13 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqtrain.parallel.sequence import SequenceContext
-
-aten = torch.ops.aten
-# What every matrix product ends in; the factors are the last two arguments.
-PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
 
 
 @dataclass(frozen=True)
@@ -38,29 +33,20 @@ class Kind:
 @lru_cache(maxsize=4096)
 def count(kind: Kind, batch: int, tokens: int) -> Counts:
     """What a mixer needs for `batch` sequences of `tokens` each, and the state it leaves."""
-    mixer, sequence, products = _on_meta(kind), CountingContext(), MatrixProducts()
+    # It imports Triton.
+    from torch.utils.flop_counter import FlopCounterMode
+
+    mixer, sequence, products = _on_meta(kind), CountingContext(), FlopCounterMode(display=False)
     x = torch.empty(batch, tokens, kind.shape.width, device="meta")
     with torch.no_grad(), torch.autocast("cpu", enabled=False), products:
         _, state = mixer(x, sequence=sequence)
-    return Counts(products.flops + sum(sequence.flops), state)
+    return Counts(products.get_total_flops() + sum(sequence.flops), state)
 
 
 @lru_cache(maxsize=256)
 def _on_meta(kind: Kind) -> nn.Module:
     with torch.device("meta"):
         return kind.cls(kind.config, kind.shape)
-
-
-class MatrixProducts(TorchDispatchMode):
-    """Counts the FLOPs of matrix products."""
-
-    flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in PRODUCTS:
-            self.flops += 2 * out.numel() * args[-1].shape[-2]
-        return out
 
 
 @dataclass(frozen=True)

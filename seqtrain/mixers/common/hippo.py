@@ -8,6 +8,7 @@ HiPPO at every frequency, which the normal part is not.
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -22,12 +23,13 @@ class Spectrum:
     """A real matrix of even size P with complex eigenvalues only, by one of each conjugate pair of eigenvalues.
 
     `values`: complex128 `[P/2]`. `vectors`: `[P, P/2]`, of unit length. `inverse`: `[P/2, P]`, the rows of the inverse
-    of all P eigenvectors that belong to these: a vector x has coordinates `inverse @ x`.
+    of all P eigenvectors that belong to these: a vector x has coordinates `inverse @ x`. `input`: those of B, `[P/2]`.
     """
 
     values: Tensor
     vectors: Tensor
     inverse: Tensor
+    input: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,15 @@ def rank_one(size: int) -> Tensor:
 
 def normal_legs(size: int) -> Spectrum:
     """The normal part of HiPPO-LegS; `size` is even. Eigenvalues have real part -1/2, eigenvectors are unitary."""
-    matrix = hippo_legs(size)[0] + rank_one(size)
+    legs, b = hippo_legs(size)
+    matrix = legs + rank_one(size)
     # Normal with real part -1/2: minus i times what is skew in it is Hermitian.
     skew = (matrix - matrix.T) / 2
     frequency, vectors = torch.linalg.eigh(skew * -1j)
     values = torch.complex(torch.full_like(frequency, -0.5), frequency)[size // 2 :]
     vectors = vectors[:, size // 2 :]
-    return Spectrum(values, vectors, vectors.mH.resolve_conj())
+    inverse = vectors.mH.resolve_conj()
+    return Spectrum(values, vectors, inverse, inverse @ (b / 2).to(inverse.dtype))
 
 
 @lru_cache(maxsize=32)
@@ -72,24 +76,18 @@ def perturbed_legs(size: int, tradeoff: float) -> Perturbed:
 
         (s - A - E)^-1 p = (s - A)^-1 p / (1 - share * h(s)),    h(s) = p^T (s - A)^-1 p
 
-    with h at most 1 in absolute value on the imaginary axis. Descent over all
-    matrices E found eigenvectors twice as well conditioned at a smaller |E|, and moved the transfer function 100 times
-    as far. The sum is stable and has no real eigenvalue. The same for every call; cached.
+    with h at most 1 in absolute value on the imaginary axis. Descent over all matrices E found eigenvectors twice as
+    well conditioned at a smaller |E|, and moved the transfer function 100 times as far. The sum is stable and has no
+    real eigenvalue.
     """
-    legs, added = hippo_legs(size)[0], rank_one(size)
-    best: tuple[float, Perturbed] | None = None
-    shares = [0.5**halvings for halvings in range(2 * int(math.log2(size)) + 3)]
-    for refined in (False, True):
-        if refined:
-            assert best is not None, size  # share 1 has no real eigenvalue
-            shares = [best[1].share * 2 ** (quarter / 4) for quarter in (-3, -2, -1, 1, 2, 3)]
-        for share in shares:
-            found = _perturb(legs, added, share)
-            loss = math.inf if found is None else found.condition + tradeoff * found.size
-            if found is not None and (best is None or loss < best[0]):
-                best = (loss, found)
-    assert best is not None
-    return best[1]
+
+    def best(shares: Iterable[float]) -> Perturbed:
+        found = filter(None, (_perturb(size, share) for share in shares))
+        return min(found, key=lambda each: each.condition + tradeoff * each.size)
+
+    # Share 1 has no real eigenvalue.
+    coarse = best(0.5**halvings for halvings in range(2 * int(math.log2(size)) + 3))
+    return best(coarse.share * 2 ** (quarter / 4) for quarter in (0, -3, -2, -1, 1, 2, 3))
 
 
 @cache
@@ -102,16 +100,16 @@ def report_perturbation(size: int, tradeoff: float) -> None:
     )
 
 
-def _perturb(legs: Tensor, added: Tensor, share: float) -> Perturbed | None:
-    """`legs + share * added` diagonalised; None where an eigenvalue is real or grows."""
+def _perturb(size: int, share: float) -> Perturbed | None:
+    """HiPPO-LegS plus `share * p p^T` diagonalised; None where an eigenvalue is real or grows."""
+    (legs, b), added = hippo_legs(size), rank_one(size)
     values, vectors = torch.linalg.eig(legs + share * added)
     half = values.imag > 0
     if 2 * int(half.sum()) != len(values) or not (values.real < 0).all():
         return None
+    inverse = torch.linalg.inv(vectors)[half]
     return Perturbed(
-        values[half],
-        vectors[:, half],
-        torch.linalg.inv(vectors)[half],
+        *(values[half], vectors[:, half], inverse, inverse @ b.to(inverse.dtype)),
         share=share,
         size=share * added.diagonal().sum().item(),
         condition=torch.linalg.cond(vectors).item(),

@@ -1,7 +1,6 @@
 """What linear attentions share that correct plain ones; each adds its feature map, normalizer or gates."""
 
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
 from seqtrain.layers import HeadProjections, upcast
-from seqtrain.mixers.common.base import LayerShape, Mixer, SequenceContext
+from seqtrain.mixers.common.base import LayerShape, Mixer, MixerConfig, SequenceContext
 
 
 def sums(
@@ -32,25 +31,18 @@ def sums(
     return out[..., :-1], out[..., -1:], state
 
 
-@dataclass(frozen=True)
-class LinearConfig:
-    """The fields every mixer of this family has."""
-
-    # Key channels over model.width, all heads together.
-    expand_key: PositiveFloat = 1.0
-    # Value channels over model.width, all heads together.
-    expand_value: PositiveFloat = 1.0
-    # Tokens under the short convolution of q, k and v; 0: none.
-    conv_width: Annotated[int, Field(ge=0, le=16)] = 4
-
-
 class ProjectedMixer(Mixer):
     """The widths of heads and the projections of (convolved) q, k and v."""
 
-    Config: ClassVar[type] = LinearConfig
-    config: LinearConfig
+    class Config(MixerConfig):
+        # Key channels over model.width, all heads together.
+        expand_key: PositiveFloat = 1.0
+        # Value channels over model.width, all heads together.
+        expand_value: PositiveFloat = 1.0
+        # Tokens under the short convolution of q, k and v; 0: none.
+        conv_width: Annotated[int, Field(ge=0, le=16)] = 4
 
-    def __init__(self, config: LinearConfig, shape: LayerShape):
+    def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
         self.key = self.part_of_width(config.expand_key, "expand_key")
         self.value = self.part_of_width(config.expand_value, "expand_value")
@@ -65,6 +57,6 @@ class ProjectedMixer(Mixer):
 class LinearMixer(ProjectedMixer):
     """Linear attention on convolved q, k and v."""
 
-    def __init__(self, config: LinearConfig, shape: LayerShape):
+    def __init__(self, config: ProjectedMixer.Config, shape: LayerShape):
         super().__init__(config, shape)
         self.out = nn.Linear(self.inner, shape.width, bias=False)

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention, slot_scores
 from seqtrain.layers import reset_decay_rate, reset_step_bias, step_sizes, upcast
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.parallel.sequence import SequenceContext, State
+
+# What a layer knows of the tokens before, by name.
+Past = Mapping[str, Tensor]
+# What queries read, `[B,T,H,K]`, the logarithm of its normalizer, `[B,T,H]`, where there is one, and the state.
+Reading = tuple[Tensor, Tensor | None, State]
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,8 @@ class Recurrence(nn.Module):
         """What each token writes, from the layer's input `[B,T,D]`, keys and values `[B,T,G,K]` (not rotated)."""
         raise NotImplementedError
 
-    def read(
-        self, q: Tensor, written: Mapping[str, Tensor], past: Mapping[str, Tensor], sequence: SequenceContext
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """`(value [B,T,H,K], logarithm of the normalizer [B,T,H] or None, state)`."""
+    def read(self, q: Tensor, written: Past, past: Past, sequence: SequenceContext) -> Reading:
+        """What `q: [B,T,H,K]` reads of what was `written`, its own tokens' included."""
         raise NotImplementedError
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -98,14 +101,10 @@ class LinearRecurrence(Recurrence):
         super().__init__(heads, options)
         self.query_map = nn.Parameter(torch.empty(heads.heads, heads.key, heads.key))
         self.key_map = nn.Parameter(torch.empty(heads.groups, heads.key, heads.key)) if self.maps_keys else None
-        self._reset_maps()
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        super().reset_parameters(generator)
-        self._reset_maps()
 
     @torch.no_grad()
-    def _reset_maps(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        super().reset_parameters(generator)
         for each in (self.query_map, self.key_map):
             if each is not None:
                 each.copy_(torch.eye(self.heads.key))
@@ -122,9 +121,7 @@ class LinearRecurrence(Recurrence):
     def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         return {"k": self.mapped(k, self.key_map).to(v.dtype), "v": v}
 
-    def read(
-        self, q: Tensor, written: Mapping[str, Tensor], past: Mapping[str, Tensor], sequence: SequenceContext
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    def read(self, q: Tensor, written: Past, past: Past, sequence: SequenceContext) -> Reading:
         # The same recurrence sums the keys: a column of ones next to the values (docs/math.md, section 1.1).
         k, v = written["k"], F.pad(written["v"], (0, 1), value=1.0)
         q = self.mapped(q, self.query_map).to(v.dtype)
@@ -175,8 +172,8 @@ def run_grouped(
 
 
 def slot_attention(
-    q: Tensor, written: Mapping[str, Tensor], past: Mapping[str, Tensor], sequence: SequenceContext, *, scale: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+    q: Tensor, written: Past, past: Past, sequence: SequenceContext, *, scale: float
+) -> tuple[Tensor, State]:
     """GSA's two passes. `q: [B,T,H,K]`; k `[B,T,G,K]`, v `[B,T,G,V]`, log_decay `[B,T,G,M]` -> `[B,T,H,V]`, state.
 
     Slot m holds `K_t[m] = a_t[m] K_{t-1}[m] + (1 - a_t[m]) k_t`, `V_t[m]` likewise; `o_t = softmax(scale q_t K_t) V_t`.

@@ -1,12 +1,10 @@
 """Linear time-invariant state-space layers: one system per channel (S4D) or one for all channels (S5).
 
-A subclass says which system it starts from; everything else, the discretisation, both directions, the gated output, is
-here.
+A subclass says which system it starts from, HiPPO-LegS's normal part unless it does.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +13,8 @@ from torch import Tensor, nn
 
 from seqtrain.kernels import diagonal_scan, diagonal_system
 from seqtrain.layers import upcast
-from seqtrain.mixers.common.base import LayerShape, Mixer, Past, SequenceContext, State
-from seqtrain.mixers.common.hippo import Perturbed, Spectrum, perturbed_legs, report_perturbation
-
-
-@dataclass(frozen=True)
-class StateSpaceConfig:
-    """The fields every state-space layer has."""
-
-    # How x' = L x + B u becomes steps: zoh (exact for inputs held between tokens) or bilinear (the trapezoidal rule).
-    discretization: Literal["zoh", "bilinear"] = "zoh"
-    # True: every token sees those after it too, through a second readout; not for language models, carries no state.
-    bidirectional: bool = False
-    # Steps dt are drawn log-uniformly from [step_low, step_high]; 1 / dt is about the memory in tokens.
-    step_low: PositiveFloat = 1e-3
-    step_high: PositiveFloat = 1e-1
+from seqtrain.mixers.common.base import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
+from seqtrain.mixers.common.hippo import Spectrum, normal_legs, perturbed_legs, report_perturbation
 
 
 def discretize(rate: Tensor, step: Tensor, rule: str) -> tuple[Tensor, Tensor]:
@@ -51,9 +36,16 @@ class StateSpaceMixer(Mixer):
     `L = -exp(decay_log) + i frequency` and `dt = exp(step_log)`, so that systems stay stable.
     """
 
-    config: StateSpaceConfig
+    class Config(MixerConfig):
+        # How x' = L x + B u becomes steps: zoh (exact for inputs held between tokens) or bilinear (trapezoidal rule).
+        discretization: Literal["zoh", "bilinear"] = "zoh"
+        # True: every token sees those after it too, by a second readout; not for language models, carries no state.
+        bidirectional: bool = False
+        # Steps dt are drawn log-uniformly from [step_low, step_high]; 1 / dt is about the memory in tokens.
+        step_low: PositiveFloat = 1e-3
+        step_high: PositiveFloat = 1e-1
 
-    def __init__(self, config: StateSpaceConfig, shape: LayerShape, states: int, steps: int):
+    def __init__(self, config: Config, shape: LayerShape, states: int, steps: int):
         """`states`: complex states, one of each pair, of the layer. `steps`: numbers dt."""
         super().__init__(config, shape)
         if config.step_low > config.step_high:
@@ -85,6 +77,10 @@ class StateSpaceMixer(Mixer):
         """`2 Re(C x)` and the state for the input `x: [B,T,D]`; `direction`: 0 for the past's C, 1 for the future's."""
         raise NotImplementedError
 
+    def spectrum(self, size: int) -> Spectrum:
+        """The diagonalised matrix of `size` states that the layer starts from."""
+        return normal_legs(size)
+
     def discrete(self) -> tuple[Tensor, Tensor]:
         """`(log a, gain)` of every state, complex `[states]`."""
         rate = torch.complex(-self.decay_log.exp(), self.frequency)
@@ -102,23 +98,16 @@ class StateSpaceMixer(Mixer):
         nn.init.normal_(self.skip, generator=generator)
 
 
-@dataclass(frozen=True)
-class ChannelwiseConfig(StateSpaceConfig):
-    """The fields of layers with one system per channel."""
-
-    # States per channel, before conjugate pairs are halved; even.
-    state: Annotated[int, Field(gt=1, multiple_of=2)] = 64
-    # How the same outputs are found: scan (a chunk after the other) or fft (one long convolution; never for documents).
-    form: Literal["scan", "fft"] = "scan"
-
-
 class ChannelwiseMixer(StateSpaceMixer):
     """A system with one input and one output for every channel. B is 1: only its products with C count."""
 
-    Config: ClassVar[type] = ChannelwiseConfig
-    config: ChannelwiseConfig
+    class Config(StateSpaceMixer.Config):
+        # States per channel, before conjugate pairs are halved; even.
+        state: Annotated[int, Field(gt=1, multiple_of=2)] = 64
+        # How the same outputs are found: scan (a chunk after the other) or fft (one convolution; never for documents).
+        form: Literal["scan", "fft"] = "scan"
 
-    def __init__(self, config: ChannelwiseConfig, shape: LayerShape):
+    def __init__(self, config: Config, shape: LayerShape):
         self.pairs = config.state // 2
         super().__init__(config, shape, shape.width * self.pairs, shape.width)
         # Real and imaginary parts of C, interleaved, one direction after the other: one-dimensional, so not decayed.
@@ -132,8 +121,10 @@ class ChannelwiseMixer(StateSpaceMixer):
             self.readout.copy_(torch.view_as_real(readout).flatten())
 
     def initial_system(self, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Eigenvalues, complex `[N/2]`, and `count` readouts `C * B`, complex `[count, N/2]`."""
-        raise NotImplementedError
+        """Eigenvalues, complex `[N/2]`, and `count` readouts `C * B`, complex `[count, N/2]`; C is normal numbers."""
+        spectrum = self.spectrum(self.config.state)
+        c = torch.randn(count, self.config.state, dtype=torch.float64, device="cpu", generator=generator)
+        return spectrum.values, (c.to(spectrum.vectors.dtype) @ spectrum.vectors) * spectrum.input
 
     def respond(
         self, x: Tensor, memory: Tensor | None, sequence: SequenceContext, direction: int
@@ -144,50 +135,30 @@ class ChannelwiseMixer(StateSpaceMixer):
         return sequence.run(diagonal_system, *tensors, form=self.config.form, initial_state=memory)
 
 
-def channel_readouts(spectrum: Spectrum, b: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """`count` rows C of normal numbers times B, both in coordinates of the eigenvectors: complex `[count, N/2]`."""
-    c = torch.randn(count, len(b), dtype=torch.float64, device="cpu", generator=generator)
-    return (c.to(spectrum.vectors.dtype) @ spectrum.vectors) * (spectrum.inverse @ b.to(spectrum.inverse.dtype))
-
-
-@dataclass(frozen=True)
-class PerturbationConfig(StateSpaceConfig):
-    """The fields of layers that start from a perturbed HiPPO-LegS."""
-
-    # E minimises the eigenvectors' condition number + tradeoff * |E|: larger is nearer to HiPPO, worse conditioned.
-    tradeoff: PositiveFloat = 10.0
-
-
 class PerturbedStart(StateSpaceMixer):
     """Starts from `HiPPO-LegS + E` (Yu et al. 2023, arXiv 2310.01698)."""
 
-    config: PerturbationConfig
+    class Config(StateSpaceMixer.Config):
+        # E minimises the eigenvectors' condition number + tradeoff * |E|: larger is nearer to HiPPO, worse conditioned.
+        tradeoff: PositiveFloat = 10.0
 
-    def spectrum(self, size: int) -> Perturbed:
-        """The diagonalised matrix of `size` states, with the size of E and the eigenvectors' condition number."""
+    def spectrum(self, size: int) -> Spectrum:
         # A model on no device is a check: what a run starts from is reported when it is built.
         if self.decay_log.device.type != "meta":
             report_perturbation(size, self.config.tradeoff)
         return perturbed_legs(size, self.config.tradeoff)
 
 
-@dataclass(frozen=True)
-class SharedConfig(StateSpaceConfig):
-    """The fields of layers with one system for all channels."""
-
-    # States before conjugate pairs are halved, over model.width.
-    expand_state: PositiveFloat = 1.0
-    # HiPPO matrices the state starts from, each of states / blocks.
-    blocks: PositiveInt = 4
-
-
 class SharedMixer(StateSpaceMixer):
     """One system with many inputs and outputs: B and C are real matrices on interleaved real and imaginary parts."""
 
-    Config: ClassVar[type] = SharedConfig
-    config: SharedConfig
+    class Config(StateSpaceMixer.Config):
+        # States before conjugate pairs are halved, over model.width.
+        expand_state: PositiveFloat = 1.0
+        # HiPPO matrices the state starts from, each of states / blocks.
+        blocks: PositiveInt = 4
 
-    def __init__(self, config: SharedConfig, shape: LayerShape):
+    def __init__(self, config: Config, shape: LayerShape):
         states = shape.width * config.expand_state
         if states != int(states) or int(states) % (2 * config.blocks):
             rule = f"times model.width={shape.width} must be divisible by 2 * blocks={2 * config.blocks}"
@@ -198,10 +169,6 @@ class SharedMixer(StateSpaceMixer):
         self.read = nn.Linear(2 * self.pairs, shape.width, bias=False)
         self.read_back = nn.Linear(2 * self.pairs, shape.width, bias=False) if config.bidirectional else None
         self.reset_parameters()
-
-    def spectrum(self, size: int) -> Spectrum:
-        """The diagonalised matrix of `size` states that each block starts from."""
-        raise NotImplementedError
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Eigenvalues of HiPPO; B and C are normal matrices seen in its eigenvectors (S5's appendix B.1)."""
