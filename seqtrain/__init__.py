@@ -1,21 +1,19 @@
 """seqtrain: training of language models on very long sequences."""
 
+import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from seqtrain.hub import register_with_transformers
-
-if TYPE_CHECKING:
-    from seqtrain.runtime.loading import Loaded
 
 __version__ = "0.1.0"
 
 register_with_transformers()
 
 
-def load(folder: str | Path) -> "Loaded":
-    """The `.model`, `.tokenizer` and `.config` of a run's folder or an exported model's, as `runtime.loading.load`."""
-    # Imported here, so that `import seqtrain` stays light.
-    from seqtrain.runtime.loading import load
+def load(folder: str | Path) -> Any:
+    """The `.model`, `.tokenizer` and `.config` of a run's folder or an exported model's.
 
-    return load(folder)
+    Described at `seqtrain.runtime.loading.load`, which is imported only here, so that `import seqtrain` stays light.
+    """
+    return importlib.import_module("seqtrain.runtime.loading").load(folder)

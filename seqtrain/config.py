@@ -205,29 +205,44 @@ def split_settings(cls: type[T], name: str, arguments: Sequence[str]) -> tuple[T
     return read_settings(cls, own), [word for word in arguments if not word.startswith(prefix)]
 
 
-def launch(name: str, arguments: Sequence[str], read: Callable[[DictConfig], T], run: Callable[[T], int]) -> int:
+def launch(
+    name: str,
+    arguments: Sequence[str],
+    read: Callable[[DictConfig], T],
+    run: Callable[[T], int],
+    outcome: Callable[[Path], str] = lambda folder: "",
+) -> int:
     """Reads `arguments` as Hydra does and runs what they ask for; gives the exit status.
 
     `name`: the primary config in conf/. `read` gives the typed config and raises `ConfigError`; it is called for every
     point of a sweep before the first one starts. `run` does the work. Each point of a sweep has its own `output_dir`,
-    below the one given. A `SeqtrainError` is raised; one in a run of a sweep is printed, status 2.
+    below the one given; at the sweep's end a table says what `outcome` says of that folder. A `SeqtrainError` is
+    raised; one in a run of a sweep is printed, status 2.
     """
     parsed = _parse(name, arguments)
     if not parsed.multirun:
         return run(read(compose_config(name, parsed.overrides)))
-    statuses = [0]
-
-    def job(config: DictConfig) -> None:
-        config.output_dir = HydraConfig.get().runtime.output_dir
-        _note_presets(config, HydraConfig.get().runtime.choices)
-        statuses.append(exit_status(lambda: run(read(config))))
-
     if take(parsed.overrides, "run")[0] is not None:
         raise ConfigError("run: resumes one run; leave out --multirun")
-    for overrides in points(parsed.overrides):
+    every = points(parsed.overrides)
+    for overrides in every:
         read(compose_config(name, overrides))
+    # What the points differ in, as it was typed.
+    same = set.intersection(*map(set, every))
+    rows: list[tuple[int, str, str]] = []
+
+    def job(config: DictConfig) -> None:
+        point = " ".join(word for word in every[len(rows)] if word not in same)
+        config.output_dir = HydraConfig.get().runtime.output_dir
+        _note_presets(config, HydraConfig.get().runtime.choices)
+        print(f"point {len(rows) + 1} of {len(every)}: {point}", flush=True)
+        status = exit_status(lambda: run(read(config)))
+        rows.append((status, point, f"{outcome(Path(config.output_dir))}  {config.output_dir}"))
+
     _run_hydra(parsed, get_args_parser(), job, str(conf_dir()), name)
-    return max(statuses)
+    width = max(len(point) for _, point, _ in rows)
+    print("\n".join(["", *(f"{point:<{width}}  {found if not status else 'failed'}" for status, point, found in rows)]))
+    return max(status for status, _, _ in rows)
 
 
 def _parse(name: str, arguments: Sequence[str]) -> argparse.Namespace:

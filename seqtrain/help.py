@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
-import yaml
 
 from seqtrain.files import replace_file
 from seqtrain.schema import (
@@ -144,10 +143,17 @@ def _key(arguments: Sequence[str]) -> str:
     return hashlib.sha256(repr((list(arguments), stamps)).encode()).hexdigest()
 
 
+def _read(config: str) -> dict[str, Any]:
+    import yaml
+
+    values: dict[str, Any] = yaml.safe_load((conf_dir() / f"{config}.yaml").read_text())
+    return values
+
+
 def groups(config: str) -> dict[str, str]:
     """The groups that a choice is taken from in the primary config `config`, and the choice without an override."""
     found: dict[str, str] = {}
-    for entry in yaml.safe_load((conf_dir() / f"{config}.yaml").read_text())["defaults"]:
+    for entry in _read(config)["defaults"]:
         if isinstance(entry, str) and "/" not in entry and (conf_dir() / f"{entry}.yaml").exists():
             found |= groups(entry)
         elif isinstance(entry, dict):
@@ -167,8 +173,7 @@ def _choices(config: str) -> Iterator[str]:
 
 def _values(config: str) -> dict[str, Any]:
     """What the primary config `config` itself says of its keys, by their dotted names."""
-    values = yaml.safe_load((conf_dir() / f"{config}.yaml").read_text())
-    return dict(_dotted({key: value for key, value in values.items() if key not in ("defaults", "hydra")}))
+    return dict(_dotted({key: value for key, value in _read(config).items() if key not in ("defaults", "hydra")}))
 
 
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -221,6 +226,8 @@ def _table(rows: list[tuple[str, str, str]]) -> Iterator[str]:
 
 
 def _yaml(value: Any) -> str:
+    import yaml
+
     if isinstance(value, tuple):
         value = list(value)
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6)

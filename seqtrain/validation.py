@@ -49,9 +49,9 @@ def _unknown_keys(cls: type, values: Mapping[str, Any], prefix: str) -> Iterator
             yield from _unknown_keys(fields[key], value, f"{prefix}{key}.")
         elif isinstance(value, Mapping) and get_origin(fields[key]) is Mapping:
             # Perhaps dataclasses by name.
-            named = get_args(fields[key])[1]
+            named: Any = get_args(fields[key])[1]
             for name, each in value.items():
-                if dataclasses.is_dataclass(named) and isinstance(each, Mapping):
+                if isinstance(named, type) and dataclasses.is_dataclass(named) and isinstance(each, Mapping):
                     yield from _unknown_keys(named, each, f"{prefix}{key}.{name}.")
 
 

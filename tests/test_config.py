@@ -234,7 +234,10 @@ def start(conf):
         validate(Train, OmegaConf.to_container(config.train), prefix="train.")
         return config
 
-    return lambda *arguments: exit_status(lambda: launch("main", arguments, read, run))
+    def outcome(folder):
+        return f"did {(conf.parent / folder / 'done').read_text()}"
+
+    return lambda *arguments: exit_status(lambda: launch("main", arguments, read, run, outcome))
 
 
 def written(conf) -> dict[str, str]:
@@ -246,9 +249,15 @@ def test_a_program_runs_in_its_output_folder(conf, start):
     assert written(conf) == {"here/done": "5"}
 
 
-def test_a_sweep_runs_every_point_and_returns_the_worst_status(conf, start):
-    assert start("--multirun", "train.steps=20,30") == 3
+def test_a_sweep_runs_every_point_and_returns_the_worst_status(conf, start, capsys):
+    assert start("--multirun", "train.steps=20,30", "train.dtype=float32") == 3
     assert written(conf) == {"out/0/done": "20", "out/1/done": "30"}
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("point ")] == [
+        "point 1 of 2: train.steps=20",
+        "point 2 of 2: train.steps=30",
+    ]
+    assert lines[-2:] == [f"train.steps=20  did 20  {conf.parent / 'out/0'}", "train.steps=30  failed"]
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def kept_layers(
 
     `keep`: as `ConvertConfig.keep`. `importance`: measures each layer, called for a budget only. Raises `ConfigError`.
     """
-    scores = None
+    scores, shown = None, keep if isinstance(keep, str) else sorted(keep)
     if not isinstance(keep, str):
         kept = keep
     elif keep.endswith(".json"):
@@ -138,9 +138,11 @@ def kept_layers(
         number = int(matched[2])
         kept = tuple(range(number - 1, depth, number) if matched[1] == "every" else range(number))
     if beyond := [index for index in kept if index >= depth]:
-        raise ConfigError(f"keep={sorted(kept)}: the model has layers 0 to {depth - 1}, not {beyond[0]}")
+        many = isinstance(keep, str) and keep.startswith("budget:")
+        what = f"the model has {depth} layers" if many else f"the model has layers 0 to {depth - 1}, not {beyond[0]}"
+        raise ConfigError(f"keep={shown}: {what}")
     if len(set(kept)) == depth:
-        raise ConfigError(f"keep={sorted(kept)}: leaves no layer to convert; keep fewer than {depth}")
+        raise ConfigError(f"keep={shown}: leaves no layer to convert; keep fewer than {depth}")
     if isinstance(keep, str) and keep.startswith("budget:"):
         scores = measured = importance()
         kept = tuple(sorted(range(depth), key=lambda index: (-measured[index], index))[: len(kept)])

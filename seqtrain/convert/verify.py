@@ -45,7 +45,7 @@ def end_checks(student: LanguageModel, tokens: Tensor) -> list[dict[str, Any]]:
     """Whether a student, trained or not, computes the same in every form, in constant memory. `tokens: int64 [B,T]`."""
     error, dtype = _recurrence(student, tokens), student.embedding.weight.dtype
     found = [check("a prompt in pieces, then token by token, equals the whole", error, AGREEMENT[dtype])]
-    if all(block.mixer.constant_state for block in student.blocks):  # type: ignore[union-attr]
+    if all(block.mixer.constant_state for block in student.blocks):
         grown = student.state_bytes(CACHE_LENGTHS[-1]) - student.state_bytes(CACHE_LENGTHS[0])
         found.append(check("bytes the state grows between 1k and 64k tokens", float(grown), 0.0))
     return found

@@ -46,7 +46,7 @@ def load_student(
     load_weights(student, source, dtype=dtype, progress=progress)
     generator = torch.Generator().manual_seed(seed)
     for block in student.blocks:
-        block.mixer.reset_parameters(generator)  # type: ignore[operator, union-attr]
+        block.mixer.reset_parameters(generator)
     empty = [name for name, parameter in student.named_parameters() if parameter.isnan().any()]
     assert not empty, f"no reset_parameters filled {empty}"
     return student.eval()
@@ -105,7 +105,7 @@ def fused_rows(model: LanguageModel) -> dict[str, dict[str, slice]]:
     rows: dict[str, dict[str, slice]] = {}
     hidden = model.config.hidden
     for index, block in enumerate(model.blocks):
-        mixer: nn.Module = block.mixer  # type: ignore[assignment]
+        mixer: nn.Module = block.mixer
         assert isinstance(mixer, SoftmaxAttention), f"layer {index} has no projections to take over: {mixer}"
         parts = zip(("q", "k", "v"), pairwise(accumulate(mixer.channels, initial=0)), strict=True)
         rows[f"blocks.{index}.mixer.qkv"] = {name: slice(*part) for name, part in parts}
@@ -169,35 +169,18 @@ def export(student: LanguageModel, architecture: Architecture, source: Source, f
     """Writes weights (safetensors), config, tokenizer, chat template and generation config; whole or not at all."""
     refuse_existing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    from seqtrain.models.export import as_huggingface
+
+    names = ("max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
+    tokens = {name: getattr(source.config, name) for name in names}
     with replacing(folder) as unfinished:
         unfinished.mkdir()
-        _as_huggingface(student, architecture, source).save_pretrained(unfinished)
+        as_huggingface(student, architecture.mixers, **tokens).save_pretrained(unfinished)
         if source.path.is_dir():
             for file in {found for pattern in CARRIED for found in source.path.glob(pattern)}:
                 shutil.copyfile(file, unfinished / file.name)
         elif (tokenizer := source.tokenizer()) is not None:
             tokenizer.save_pretrained(unfinished)
-
-
-def _as_huggingface(student: LanguageModel, architecture: Architecture, source: Source) -> Any:
-    from seqtrain.models.huggingface import SeqtrainForCausalLM
-    from seqtrain.models.huggingface_config import SeqtrainConfig
-
-    theirs = source.config
-    config = SeqtrainConfig.of(
-        architecture.model,
-        architecture.mixers,
-        architecture.vocab_size,
-        max_position_embeddings=theirs.max_position_embeddings,
-        pad_token_id=theirs.pad_token_id,
-        bos_token_id=theirs.bos_token_id,
-        eos_token_id=theirs.eos_token_id,
-        dtype=student.embedding.weight.dtype,
-    )
-    with torch.device("meta"):
-        model = SeqtrainForCausalLM(config)
-    model.model = student
-    return model
 
 
 class Parts(nn.Module):

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from seqtrain.data.batches import Batches, EvaluationBatches, TokenStream
 from seqtrain.data.config import DataConfig
-from seqtrain.data.ingest import BIGRAMS, content_key, ingest, open_sources
+from seqtrain.data.ingest import BIGRAMS, check_first_documents, content_key, ingest, open_sources
 from seqtrain.data.shards import MANIFEST, REBUILD, VERSION, CorpusManifest, Shard, SplitEntry, inside
-from seqtrain.data.sources import SOURCES
+from seqtrain.data.sources import SOURCES, Source
 from seqtrain.data.synthetic import TASKS, SyntheticCorpus
 from seqtrain.data.tokenizer import Tokenizer, load_tokenizer
-from seqtrain.errors import ConfigError, DataError, unknown_name
+from seqtrain.errors import ConfigError, DataError, SeqtrainError, unknown_name
 from seqtrain.files import Manifest, sha256_of
 
 log = logging.getLogger("seqtrain.data")
@@ -92,8 +93,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Corpus | SyntheticC
     """
     if config.source in TASKS.names:
         return SyntheticCorpus.of(config)
-    sources = open_sources(config)
-    tokenizer = load_tokenizer(config)
+    sources, tokenizer = _opened(config)
     key = content_key(config, sources, tokenizer)
     folder = cache_folder(config) / f"{config.source}-{key[:16]}"
     if not (folder / MANIFEST).exists():
@@ -101,6 +101,24 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Corpus | SyntheticC
             if not (folder / MANIFEST).exists():
                 ingest(config, sources, tokenizer, folder, key, report)
     return open_corpus(folder, config, tokenizer=tokenizer)
+
+
+def _opened(config: DataConfig) -> tuple[list[Source], Tokenizer]:
+    """Text and tokenizer. Raises one error with all that can be known to be wrong before the text is read whole."""
+    wrong: list[SeqtrainError] = []
+    found: list[Any] = []
+    for part in (open_sources, load_tokenizer):
+        try:
+            found.append(part(config))
+            if part is open_sources:
+                check_first_documents(config, found[0])
+        except SeqtrainError as error:
+            wrong.append(error)
+    if len(wrong) == 1:
+        raise wrong[0]
+    if wrong:
+        raise ConfigError("; ".join(map(str, wrong)))
+    return found[0], found[1]
 
 
 def open_corpus(

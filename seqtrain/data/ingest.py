@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,9 @@ BATCH_BYTES = 2**21
 # A batch of many short rows ends here: each takes memory besides its text.
 BATCH_PIECES = 4096
 
+# Documents looked at before any is tokenized.
+FIRST_DOCUMENTS = 1000
+
 Report = Callable[[float], None]
 
 
@@ -72,6 +76,24 @@ def open_sources(config: DataConfig) -> list[Source]:
         return [kind(config, Part("data.path", config.path, config.held_out))]
     train, held_out = Part("data.path", config.path, 0.0), Part("data.held_out_path", config.held_out_path, 1.0)
     return [kind(config, train), kind(config, held_out)]
+
+
+def check_first_documents(config: DataConfig, sources: list[Source]) -> None:
+    """Raises `DataError` where the first documents can't be read, or are all there are and none is held out."""
+    count = 0
+    for document in islice(sources[0].documents(), FIRST_DOCUMENTS):
+        count += document.size > 0
+        if document.held_out:
+            return
+    if 0 < count < FIRST_DOCUMENTS and config.held_out and not config.held_out_path:
+        raise _nothing_held_out(config, count)
+
+
+def _nothing_held_out(config: DataConfig, documents: int) -> DataError:
+    return DataError(
+        f"data.held_out={config.held_out}: no document of the {documents} in {config.path or config.source} was held "
+        "out; raise it, name a file as data.held_out_path, or set data.held_out=0"
+    )
 
 
 def content_key(config: DataConfig, sources: list[Source], tokenizer: Tokenizer) -> str:
@@ -261,10 +283,7 @@ def _finish(
     if not progress.train.documents:
         raise DataError(f"data.path: no text to train on in {where} ({progress.empty_documents} empty documents)")
     if not progress.held_out.documents and (config.held_out or config.held_out_path):
-        raise DataError(
-            f"data.held_out={config.held_out}: no document of the {progress.train.documents} in {where} was held out; "
-            "raise it, name a file as data.held_out_path, or set data.held_out=0"
-        )
+        raise _nothing_held_out(config, progress.train.documents)
     if content_key(config, sources, tokenizer) != progress.key:
         raise DataError(f"data.path: {where} changed while it was read; run again")
     # A copy, for a run stopped here must find the counts again.

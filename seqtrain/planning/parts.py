@@ -147,8 +147,7 @@ def _trace_mixer(build: Callable[[], nn.Module], width: int, batch: MicroBatch, 
     sequence = RecordingContext(backend=batch.backend)
 
     def run(block: Any, x: Tensor) -> Tensor:
-        mix = block._mix_groups if block.group else block._mix
-        return x + mix(block.mixer_norm(x), None, sequence)[0]
+        return x + block._mix(block.mixer_norm(x), None, sequence)[0]
 
     traced = _trace(build, run, width, batch, small)
     return dataclasses.replace(traced, exchanges=tuple(sequence.exchanges), windows=tuple(sequence.windows))

@@ -11,19 +11,33 @@ a checkpoint, then stop. The values of the quickstart give way to those that fit
 to those of `experiment=`, and all of them to what you type.
 """
 
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from seqtrain.config import launch
 from seqtrain.help import command_line
 from seqtrain.runtime.run import run
+from seqtrain.runtime.run_folder import RunFolder
 from seqtrain.runtime.settings import PretrainConfig, read_pretrain_config
 
 
 def main(arguments: Sequence[str]) -> int:
     """Trains as `arguments` say; gives the exit status: 0, or 128 + the number of the signal that stopped it."""
-    return launch("pretrain", arguments, read_pretrain_config, start)
+    return launch("pretrain", arguments, read_pretrain_config, start, outcome)
+
+
+def outcome(folder: Path) -> str:
+    """What a sweep's table says of the run in `folder`: its score and its speed."""
+    file = RunFolder(folder).summary
+    if not file.exists():
+        return ""
+    summary = json.loads(file.read_text())
+    score, speed = summary["held_out_bits_per_byte"], summary["tokens_per_second"]
+    shown = f"held-out {score:.3f} bits per byte" if score is not None else f"loss {summary['final_loss']:.4f}"
+    return f"{shown}  {speed:,.0f} tokens/s"
 
 
 def start(config: PretrainConfig) -> int:

@@ -42,7 +42,7 @@ class ProgressDisplay(Progress):
         if place <= self._shown:
             return
         self._shown = place
-        part = f"part {within.done}/{within.of} of step {within.step + 1}"
+        part = f"segment {within.done}/{within.of} of step {within.step + 1}"
         self.update(self._task, completed=place, figures=f"{self._figures}  {part}")
         self._say_now_and_then(f"{part}  {self._figures}")
 

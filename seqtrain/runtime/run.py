@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from seqtrain.data import prepare
+from seqtrain.data import Corpus, prepare
 from seqtrain.kernels.dispatch import reset_backend_choice
 from seqtrain.kernels.native import build as native
 from seqtrain.models import LanguageModel
@@ -28,6 +28,9 @@ from seqtrain.runtime.tracking import tracked, tracking_id
 from seqtrain.runtime.worker import Session, train
 
 log = logging.getLogger("seqtrain.runtime")
+
+# Held-out tokens below which a score says little.
+FEW_TOKENS = 4096
 
 Launch = Callable[[Session, Callable[[], None], ProgressDisplay], None]
 
@@ -77,6 +80,13 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
     warn_on_stderr()
     reset_backend_choice()
     log.info("data: %s", corpus.about)
+    if isinstance(corpus, Corpus) and 0 < corpus.held_out.tokens < FEW_TOKENS:
+        log.warning(
+            "data.held_out=%s: only %d tokens are held out, too few for a score that means much; raise it, or name "
+            "other text as data.held_out_path",
+            config.data.held_out,
+            corpus.held_out.tokens,
+        )
     if folder.summary.exists():
         finished: dict[str, Any] = json.loads(folder.summary.read_text())
         if finished["steps"] == config.train.steps and not finished["stopped"]:

@@ -9,6 +9,7 @@ import pytest
 from seqtrain.data import DataConfig, open_corpus, prepare
 from seqtrain.data import corpus as corpus_module
 from seqtrain.errors import DataError
+from tests.command_cases import refused
 
 
 def test_streams_read_across_shards_and_know_where_documents_start(corpus, text_folder):
@@ -147,3 +148,14 @@ def test_the_cache_folder_of_the_user_is_the_default(monkeypatch):
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: f"/caches/{name}")
     assert str(corpus_module.cache_folder(DataConfig())) == "/caches/seqtrain"
     assert str(corpus_module.cache_folder(DataConfig(cache_dir="/x"))) == "/x"
+
+
+def test_all_that_is_wrong_with_text_and_tokenizer_comes_at_once(tmp_path, bpe_folder):
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"body": "text {n}"}}\n' for n in range(30)))
+    config = DataConfig(source="jsonl", path=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"))
+    nowhere = replace(config, tokenizer=str(tmp_path / "nowhere"))
+    with refused("no field 'text', the line holds fields ['body']; set data.text_field; data.tokenizer: "):
+        prepare(nowhere, progress=False)
+    with refused("data.held_out=0.0001: no document of the 30 in", DataError):
+        prepare(replace(config, text_field="body", held_out=0.0001), progress=False)
+    assert not (tmp_path / "cache").exists()

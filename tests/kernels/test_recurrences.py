@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import sys
+import warnings
 
 import pytest
 import torch
@@ -240,3 +242,15 @@ def test_no_state_of_a_token_is_kept_for_the_backward_pass():
         diagonal_system(u, log_a, torch.ones_like(log_a), torch.ones_like(log_a))
     assert max(kept) <= 4 * u.numel()
     assert sum(kept) <= 20 * u.numel()
+
+
+def test_keys_that_let_the_state_grow_are_told_of_once(monkeypatch):
+    q, k, v = (torch.ones(1, 3, 1, 4) for _ in range(3))
+    monkeypatch.setattr(sys.modules["seqtrain.kernels.delta_rule"], "_looked", False)
+    with pytest.warns(UserWarning, match="delta_rule: keys have a norm of up to 2;"):
+        delta_rule(q, k, v, torch.ones(1, 3, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        delta_rule(q, k, v, torch.ones(1, 3, 1))
+        monkeypatch.setattr(sys.modules["seqtrain.kernels.delta_rule"], "_looked", False)
+        delta_rule(q, k / 2, v, torch.ones(1, 3, 1))

@@ -161,5 +161,5 @@ def test_nothing_travels_where_documents_start_at_the_cuts(rank):
     row = sharded((0, 4, 8), boundaries([4, 4]))
     x = torch.ones(1, 4, 2)
     assert left_halo(x, row.before(3), group=group).shape == (1, 0, 2)
-    assert not past_inputs(x, 3, row=row).any()
+    assert not past_inputs(x, 3, row).any()
     assert engine_of(group.group_name).exchanges == 0

@@ -100,15 +100,15 @@ def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path, mon
     train_on(whole)
     kept = sorted(path.name for path in folder_of(whole).checkpoints.iterdir())
     assert kept == ["step-00000004", "step-00000005", "step-00000006"], "only the newest"
-    write = checkpoint._write
+    write = checkpoint.save_file
 
-    def killed_in_the_second(path, tensors):
+    def killed_in_the_second(tensors, path):
         if os.environ["RANK"] == "1" and "step-00000006" in str(path):
             os.kill(os.getpid(), signal.SIGKILL)
-        return write(path, tensors)
+        return write(tensors, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write", killed_in_the_second)
+        patch.setattr(checkpoint, "save_file", killed_in_the_second)
         with pytest.raises(RuntimeError) as caught:
             train_on(config)
     assert is_lost_peer(caught.value), "this is what Ray is to restart the ranks after"
@@ -123,14 +123,14 @@ def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path, mon
 @pytest.mark.all
 def test_a_rank_that_cannot_write_stops_all_and_keeps_what_is_there(tmp_path, monkeypatch):
     config = small_config(tmp_path, parallel={"data": 2})
-    write = checkpoint._write
+    write = checkpoint.save_file
 
-    def full(path, tensors):
+    def full(tensors, path):
         if os.environ["RANK"] == "1" and "step-00000006" in str(path):
             raise OSError(28, "No space left on device")
-        return write(path, tensors)
+        return write(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(CheckpointError, match=r"can't be written: rank 1: .*No space left on device; older check"):
         train_on(config)
     assert find(folder_of(config).checkpoints).progress.step == 3

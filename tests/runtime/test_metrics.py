@@ -98,8 +98,8 @@ def test_a_step_says_how_much_of_it_is_done_each_time_there_is_more(shown):
     display.show_within(Within(0, 4, 4))
     display.show_within(Within(1, 1, 4))
     assert lines() == [
-        "part 1/4 of step 1  starting",
-        "part 2/4 of step 1  starting",
+        "segment 1/4 of step 1  starting",
+        "segment 2/4 of step 1  starting",
         "step 1/3  loss 2.0000  1,000 tokens/s  14 s left",
-        "part 1/4 of step 2  loss 2.0000  1,000 tokens/s",
+        "segment 1/4 of step 2  loss 2.0000  1,000 tokens/s",
     ]

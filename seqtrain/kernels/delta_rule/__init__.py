@@ -1,5 +1,6 @@
 """The delta rule with decay: the recurrence of DeltaNet, Gated DeltaNet and Kimi Delta Attention."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ from seqtrain.kernels.dispatch import full_precision
 from seqtrain.kernels.documents import by_token
 from seqtrain.kernels.operator import Inputs, operator
 from seqtrain.kernels.segments import AffineScan, AffineSegment, Options
+
+# Whether the norms of keys were looked at.
+_looked = False
 
 
 class DeltaRuleSegment(AffineSegment):
@@ -101,10 +105,28 @@ def delta_rule(
         raise ValueError(f"delta_rule: backend={backend} has no read and erase; use chunked or auto")
     if read is not None and backend == "auto":
         backend = "chunked"
+    if read is None and not torch.compiler.is_compiling():
+        _warn_of_long_keys(k)
     tensors = (q, k, v, beta, log_decay, read, erase)
     call = delta_rule.prepare(tensors, backend, initial_state, cu_seqlens, scale=scale)
     with full_precision(q.device):
         return call.run(tensors, call.state, cu_seqlens, call.scale)
+
+
+def _warn_of_long_keys(k: Tensor) -> None:
+    """Says once, of the first call in a process, that its keys make the state grow; looking costs a pass over them."""
+    global _looked
+    if _looked or k.is_meta:
+        return
+    _looked = True
+    longest = float(k.detach().float().norm(dim=-1).max()) if k.numel() else 0.0
+    # Keys that were normalised in bfloat16 have a norm of 1 up to its rounding.
+    if longest > 1.05:
+        warnings.warn(
+            f"delta_rule: keys have a norm of up to {longest:.3g}; above 1 the state can grow without bound. Normalise "
+            "them, as in torch.nn.functional.normalize(k, dim=-1)",
+            stacklevel=3,
+        )
 
 
 @delta_rule.backend(like=lambda inputs, state: inputs[2])
