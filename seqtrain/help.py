@@ -115,7 +115,9 @@ def meanings(config: str) -> dict[str, str]:
 
 
 def composed_before(config: str, arguments: Sequence[str]) -> str:
-    """What `keep_composed` kept of the same arguments and sources; empty if nothing."""
+    """What `keep_composed` kept of the same arguments and sources; empty if nothing, or if a run's config counts."""
+    if any(word.startswith("run=") for word in arguments):
+        return ""
     if not any(word in ("--cfg", "-c") or word.startswith("--cfg=") for word in arguments):
         return ""
     file = _composed_file(config)
@@ -136,9 +138,8 @@ def _composed_file(config: str) -> Path:
 
 
 def _key(arguments: Sequence[str]) -> str:
-    """A hash of `arguments` and of all that the composed config is made of: sources, conf/, and folders named there."""
-    named = [Path(word.partition("=")[2]).expanduser() / "config.yaml" for word in arguments if word.startswith("run=")]
-    files = sorted([*(ROOT / "seqtrain").rglob("*.py"), *conf_dir().rglob("*.yaml"), *filter(Path.is_file, named)])
+    """A hash of `arguments` and of all that the composed config is made of: sources and conf/."""
+    files = sorted([*(ROOT / "seqtrain").rglob("*.py"), *conf_dir().rglob("*.yaml")])
     stamps = [(str(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
     return hashlib.sha256(repr((list(arguments), stamps)).encode()).hexdigest()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from seqtrain.data import Corpus, prepare
+from seqtrain.data import Corpus, SyntheticCorpus, prepare
 from seqtrain.kernels.dispatch import reset_backend_choice
 from seqtrain.kernels.native import build as native
 from seqtrain.models import LanguageModel
@@ -80,22 +80,9 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
     warn_on_stderr()
     reset_backend_choice()
     log.info("data: %s", corpus.about)
-    if isinstance(corpus, Corpus) and 0 < corpus.held_out.tokens < FEW_TOKENS:
-        log.warning(
-            "data.held_out=%s: only %d tokens are held out, too few for a score that means much; raise it, or name "
-            "other text as data.held_out_path",
-            config.data.held_out,
-            corpus.held_out.tokens,
-        )
-    if folder.summary.exists():
-        finished: dict[str, Any] = json.loads(folder.summary.read_text())
-        if finished["steps"] == config.train.steps and not finished["stopped"]:
-            log.warning(
-                "output_dir=%s: this run has finished already; here is its summary. train.steps=N makes it longer where"
-                " the learning rates of the steps done stay the same",
-                folder.path,
-            )
-            return finished
+    _warn_of_few_tokens(config, corpus)
+    if finished := _finished_summary(config, folder):
+        return finished
     session = Session(
         config,
         corpus.folder.resolve(),
@@ -132,6 +119,31 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
     folder.stop.unlink(missing_ok=True)
     folder.within.unlink(missing_ok=True)
     shutil.rmtree(folder.ray, ignore_errors=True)
+    return summary
+
+
+def _warn_of_few_tokens(config: PretrainConfig, corpus: Corpus | SyntheticCorpus) -> None:
+    if isinstance(corpus, Corpus) and 0 < corpus.held_out.tokens < FEW_TOKENS:
+        log.warning(
+            "data.held_out=%s: only %d tokens are held out, too few for a score that means much; raise it, or name "
+            "other text as data.held_out_path",
+            config.data.held_out,
+            corpus.held_out.tokens,
+        )
+
+
+def _finished_summary(config: PretrainConfig, folder: RunFolder) -> dict[str, Any] | None:
+    """The summary of the run in `folder` where it has done all its steps."""
+    if not folder.summary.exists():
+        return None
+    summary: dict[str, Any] = json.loads(folder.summary.read_text())
+    if summary["steps"] != config.train.steps or summary["stopped"]:
+        return None
+    log.warning(
+        "output_dir=%s: this run has finished already; here is its summary. train.steps=N makes it longer where"
+        " the learning rates of the steps done stay the same",
+        folder.path,
+    )
     return summary
 
 

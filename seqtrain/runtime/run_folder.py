@@ -125,7 +125,8 @@ def refuse_foreign(folder: RunFolder, config: PretrainConfig) -> None:
     if resume not in ("auto", "never"):
         now["checkpoint"] = {"resume": resume}
     before = _same_keys(yaml.safe_load(folder.config.read_text()), now)
-    newest = max(folder.checkpoints.glob("step-*"), default=None)
+    # Not copies with names of their own, such as step-best.
+    newest = max(folder.checkpoints.glob("step-" + 8 * "[0-9]"), default=None)
     steps_done = int(newest.name.removeprefix("step-")) if newest else 0
     if found := differences(before, now, steps_done=steps_done):
         raise ConfigError(

@@ -99,6 +99,8 @@ REFUSED = [
 def test_a_folder_of_another_run_is_left_alone(finished, monkeypatch, tmp_path):
     config, _ = finished
     monkeypatch.chdir(tmp_path)
+    kept_by_hand = folder_of(config).checkpoints / "step-best"
+    kept_by_hand.mkdir()
     before = content(folder_of(config).path)
 
     def refuse_all(ranks) -> None:
@@ -109,6 +111,7 @@ def test_a_folder_of_another_run_is_left_alone(finished, monkeypatch, tmp_path):
     on_ranks(1, refuse_all)
     assert content(folder_of(config).path) == before
     assert list(tmp_path.iterdir()) == []
+    kept_by_hand.rmdir()
 
 
 def test_a_loaded_run_is_its_newest_checkpoint(finished):
