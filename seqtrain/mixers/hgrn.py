@@ -16,6 +16,14 @@ from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContex
 START = 0.1
 
 
+class WideLayerNorm(nn.LayerNorm):
+    """LayerNorm of float32 numbers, whatever the dtype of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = upcast(self.weight), upcast(self.bias)
+        return F.layer_norm(x, self.normalized_shape, *weights, self.eps)
+
+
 class HGRN(Mixer):
     """`h_t = f_t e^{i theta} h_{t-1} + (1 - f_t) c_t`, `f = low + (1 - low) sigmoid(W_f x)`, read through a gated norm.
 
@@ -37,7 +45,7 @@ class HGRN(Mixer):
         self.parts = nn.Linear(shape.width, 5 * self.hidden, bias=True)
         self.bound = nn.Parameter(torch.empty(self.hidden))
         self.theta = nn.Parameter(torch.empty(self.hidden))
-        self.norm = nn.LayerNorm(2 * self.hidden, eps=NORM_EPS)
+        self.norm = WideLayerNorm(2 * self.hidden, eps=NORM_EPS)
         self.out = nn.Linear(2 * self.hidden, shape.width, bias=False)
         self.reset_parameters()
 

@@ -30,6 +30,9 @@ def generate(
     """
     if prompt.dim() != 2 or prompt.shape[1] == 0:
         raise ValueError(f"generate: prompt has shape {tuple(prompt.shape)}, expected [B, T] with T >= 1")
+    if not bool(((prompt >= 0) & (prompt < model.vocab_size)).all()):
+        came = f"prompt holds ids from {int(prompt.min())} to {int(prompt.max())}"
+        raise ValueError(f"generate: {came}, expected 0 to {model.vocab_size - 1}, as the model has embeddings")
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         came = f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
         raise ValueError(f"generate: {came}; expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1")

@@ -13,8 +13,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from seqtrain.errors import CheckpointError
 from seqtrain.mixers import State
-from seqtrain.models.huggingface_cache import StateCache, as_documents, as_rows
+from seqtrain.models.huggingface_cache import StateCache
 from seqtrain.models.huggingface_config import SeqtrainConfig
+from seqtrain.models.huggingface_packing import Packing, packing_of
 from seqtrain.parallel.sequence import SequenceContext
 
 
@@ -26,6 +27,10 @@ class SeqtrainForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = False
+    # The Trainer gives `num_items_in_batch` then, and does not divide the loss by accumulation steps itself.
+    accepts_loss_kwargs = True
+    # A state can't be taken back: assisted decoding is refused.
+    _is_stateful = True
     _supports_sdpa = True
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012 (transformers' own form)
 
@@ -60,62 +65,129 @@ class SeqtrainForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.model.head.weight = new_embeddings.weight
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As transformers does it; the config then is that of the new size."""
+        old = self.config.vocab_size
+        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if not mean_resizing:
+            # Where rows are new they are as those of a new model, and not as `nn.Embedding` makes them.
+            for weight in {self.model.embedding.weight, self.model.head.weight}:
+                nn.init.normal_(weight.data[old:], std=self.model.config.initializer_range)
+        self.model.vocab_size = self.config.vocab_size
+        self.config.architecture_sha256 = self.config.fingerprint()
+        return embedding
+
+    def _get_resized_lm_head(self, old_lm_head: Any, *args: Any, **kwargs: Any) -> nn.Linear:
+        # transformers resizes an nn.Linear alone.
+        linear = nn.Linear(*reversed(old_lm_head.weight.shape), bias=False, device="meta")
+        linear.weight = old_lm_head.weight
+        return super()._get_resized_lm_head(linear, *args, **kwargs)
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        # `forward` makes its own cache.
         return False
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any) -> None:
+        if generation_config.is_assistant:
+            raise ValueError("assistant_model: a recurrent state can't be taken back, which an assistant's must")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        # A prompt in chunks needs one before the first of them.
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = StateCache(self.config.num_hidden_layers)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Weights are set where `LanguageModel` is built."""
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: StateCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
-        **ignored: Any,
+        *,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """`input_ids: int64 [B,T]`, the tokens after those of `past_key_values` -> logits, float32 `[B,T,vocab]`.
 
-        `attention_mask: [B,T]` or `[B,past + T]`: 0 for padding, on any side; its logits are zero. `labels: [B,T]`: as
-        `input_ids`; the loss is the mean over tokens that are not -100 and not padding. `logits_to_keep`: only so many
-        last positions; 0: all. Positions follow from the tokens seen, so `position_ids` is ignored.
+        `inputs_embeds: [B,T,D]` in their place. `attention_mask: [B,T]` or `[B,past + T]`: 0 for padding, on any side;
+        its logits are zero. Samples packed into a row begin with an empty past where `seq_idx: [B,T]` changes,
+        `position_ids: [B,T]` do not rise, or at `cu_seq_lens_q: [N+1]`, counted over all B rows; `max_length_q` and
+        `max_length_k` follow from these.
+        `labels: [B,T]`: as `input_ids`; the loss is the sum over tokens that are not -100, not padding and no sample's
+        first, over `num_items_in_batch`, their number where None. `logits_to_keep`: so many last positions, or these;
+        0: all. `output_hidden_states`: what enters each block, and what the head is given. Raises `ValueError`.
         """
-        tokens = input_ids.shape[1]
-        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        real = None if attention_mask is None else attention_mask[:, -tokens:].bool()
-        real = None if real is None or bool(real.all()) else real
-        states = None if past_key_values is None else past_key_values.states
-        hidden, states = self._hidden(input_ids, real, states)
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError("output_attentions: these layers hold no attention weights; leave it out")
+        if past_key_values is not None and not isinstance(past_key_values, StateCache):
+            raise ValueError(f"past_key_values is a {type(past_key_values).__name__}, expected a StateCache, or none")
+        if cu_seq_lens_k is not None and (cu_seq_lens_q is None or not torch.equal(cu_seq_lens_k, cu_seq_lens_q)):
+            raise ValueError("cu_seq_lens_k: keys are of the very tokens; give the same as cu_seq_lens_q")
+        x = _one_of(input_ids, inputs_embeds)
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        packing = packing_of(
+            x,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cu_seq_lens=cu_seq_lens_q,
+            seq_idx=seq_idx,
+            seen=seen,
+        )
+        watched = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden, states, entered = self._hidden(x, packing, past_key_values, watched)
         cache = None
-        if use_cache:
+        if self.config.use_cache and not self.training if use_cache is None else use_cache:
             cache = StateCache(len(states)) if past_key_values is None else past_key_values
-            cache.replace(states, tokens)
-        logits = self.model.head(hidden[:, -logits_to_keep:])
-        loss = None if labels is None else self._loss(hidden, labels, real)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
-        return output.to_tuple() if return_dict is False else output
+            cache.replace(states, x.shape[1])
+        kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        output = CausalLMOutputWithPast(
+            loss=None if labels is None else self._loss(hidden, labels, packing, num_items_in_batch),
+            logits=self.model.head(hidden[:, kept]),
+            past_key_values=cache,
+            hidden_states=(*entered, hidden) if watched else None,
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def _hidden(self, input_ids: Tensor, real: Tensor | None, states: list[State] | None) -> tuple[Tensor, list[State]]:
-        """What the head is given, `[B,T,D]`, zeros for padding (`real: bool [B,T]` is False), and the states."""
-        if real is None:
-            return self.model.hidden(input_ids, states)
-        boundaries = nn.functional.pad(real.sum(1).cumsum(0), (1, 0))
-        past = None if states is None else [as_documents(state) for state in states]
-        packed, after = self.model.hidden(input_ids[real][None], past, sequence=SequenceContext(boundaries))
-        hidden = packed.new_zeros(*input_ids.shape, packed.shape[-1])
-        hidden[real] = packed[0]
-        return hidden, [as_rows(state) for state in after]
+    def _hidden(
+        self, x: Tensor, packing: Packing | None, cache: StateCache | None, watched: bool
+    ) -> tuple[Tensor, list[State], list[Tensor]]:
+        """What the head is given, `[B,T,D]`, zeros for padding, the states, and where `watched` what enters blocks."""
+        entered: list[Tensor] = []
+        states = None if cache is None else cache.states
+        watch = entered.append if watched else lambda x: None
+        if packing is None:
+            return *self.model.hidden(x, states, watch=watch), entered
+        past = None if states is None else [packing.past(state) for state in states]
+        sequence = SequenceContext(packing.boundaries)
+        packed, after = self.model.hidden(packing.pack(x), past, sequence=sequence, watch=watch)
+        rows = [packing.unpack(each) for each in entered]
+        return packing.unpack(packed), [packing.after(state) for state in after], rows
 
-    def _loss(self, hidden: Tensor, labels: Tensor, real: Tensor | None) -> Tensor:
-        """Mean cross-entropy of each token given those before it."""
-        wanted = labels if real is None else labels.masked_fill(~real, -100)
-        if real is not None:
-            # What follows padding was not predicted by it.
-            wanted = torch.cat([wanted[:, :1], wanted[:, 1:].masked_fill(~real[:, :-1], -100)], 1)
-        wanted = wanted[:, 1:]
-        return self.model.head(hidden[:, :-1], wanted) / (wanted != -100).sum().clamp(min=1)
+    def _loss(self, hidden: Tensor, labels: Tensor, packing: Packing | None, items: Tensor | int | None) -> Tensor:
+        """Cross-entropy of each token given those before it: a sum over `items`, or the mean."""
+        wanted = (labels if packing is None else labels.masked_fill(~packing.predicted(), -100))[:, 1:]
+        if items is None:
+            items = (wanted != -100).sum().clamp(min=1)
+        return self.model.head(hidden[:, :-1], wanted) / items
+
+
+def _one_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    if inputs_embeds is None and input_ids is not None:
+        return input_ids
+    if input_ids is None and inputs_embeds is not None:
+        return inputs_embeds
+    raise ValueError("input_ids, inputs_embeds: give exactly one of them")

@@ -1,8 +1,7 @@
-"""The state of a model as a Hugging Face cache, and between rows of a batch and packed documents."""
+"""The state of a model as a Hugging Face cache."""
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -59,7 +58,7 @@ class StateLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
-            raise NotImplementedError("a recurrent state can't be taken back; assisted decoding needs that")
+            raise NotImplementedError("a recurrent state can't be taken back, which assisted decoding needs")
 
     def _each(self, change: Any) -> None:
         if self.state is not None:
@@ -88,35 +87,3 @@ class StateCache(Cache):
     def nbytes(self) -> int:
         """Bytes all states take."""
         return sum(tensor.nbytes for state in self.states or [] for tensor in state.values())
-
-
-def as_rows(state: State) -> State:
-    """The states of N documents as those of N rows: keys and values of softmax attention lie in rows of equal length.
-
-    See `softmax_attention`: with documents they are concatenated without padding. All other states are the same
-    in both.
-    """
-    if not _holds_softmax(state):
-        return state
-    lengths = state["length"].tolist()
-    longest = max(lengths)
-    rows = {}
-    for key in ("k", "v"):
-        parts = state[key][0].split(lengths)
-        padded = [torch.cat([part.new_zeros(longest - len(part), *part.shape[1:]), part]) for part in parts]
-        rows[key] = torch.stack(padded)
-    return state | rows
-
-
-def as_documents(state: State) -> State:
-    """What `as_rows` undoes."""
-    if not _holds_softmax(state):
-        return state
-    held = state["k"].shape[1]
-    real = torch.arange(held, device=state["k"].device) >= held - state["length"][:, None]
-    return state | {key: state[key][real][None] for key in ("k", "v")}
-
-
-def _holds_softmax(state: State) -> bool:
-    """Whether `softmax_attention` made the state; that of windows with sinks has rows in both forms."""
-    return {"k", "v", "length"} <= set(state) and "sink_k" not in state

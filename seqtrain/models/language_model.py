@@ -3,7 +3,7 @@
 A block is a mixer over time, then an MLP over channels, each normalised before and added after.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -231,11 +231,16 @@ class LanguageModel(nn.Module):
         *,
         sequence: SequenceContext = WHOLE,
         keep_state: bool = True,
+        watch: Callable[[Tensor], None] = lambda x: None,
     ) -> tuple[Tensor, list[State]]:
-        """What the head is given for `tokens: int64 [B,T]` or `[B]`: `[B,T,D]` or `[B,D]`, and the state after them."""
+        """What the head is given for `tokens: int64 [B,T]` or `[B]`: `[B,T,D]` or `[B,D]`, and the state after them.
+
+        `tokens` may be their embeddings, too: floating, `[B,T,D]`. `watch` is shown what enters every block.
+        """
         past: Iterable[State | None] = [None] * len(self.blocks) if state is None else state
-        x, after = self.embedding(tokens), []  # B T D
+        x, after = tokens if tokens.is_floating_point() else self.embedding(tokens), []  # B T D
         for block, before in zip(self.blocks, past, strict=True):
+            watch(x)
             x, new = self._run(block, x, before, sequence)
             # Training drops states at once: those of full attention are as long as the sequence.
             if keep_state:

@@ -78,6 +78,7 @@ def test_choosing_follows_temperature_top_k_and_top_p():
     [
         (prompt()[0], {}, r"prompt has shape \(6,\), expected \[B, T\]"),
         (prompt()[:, :0], {}, r"prompt has shape \(3, 0\)"),
+        (prompt() + 3, {}, "prompt holds ids from 4 to 40, expected 0 to 39"),
         (prompt(), {"temperature": -1.0}, "temperature=-1.0"),
         (prompt(), {"top_p": 0.0}, "top_p=0.0"),
     ],

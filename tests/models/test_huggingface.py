@@ -91,6 +91,24 @@ def test_importing_seqtrain_after_transformers_is_enough_too(folder):
     assert result.stdout.strip() == "SeqtrainForCausalLM", result.stderr
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("size", [70, 50])
+@torch.no_grad()
+def test_resized_embeddings_are_saved_and_loaded(tmp_path, tied, size):
+    """New rows are as those of a new model, and those that stay as they were."""
+    model, tokens = build(tied=tied), some_tokens(2, 20) % 50
+    kept, before = min(size, VOCAB), model(tokens).logits
+    model.resize_token_embeddings(size, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (model.model.vocab_size, again.config.vocab_size) == (size, size)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    assert relative_error(model(tokens).logits[..., :kept], before[..., :kept]) < 1e-6
+    for weight in (model.model.embedding.weight, model.model.head.weight):
+        assert weight.shape == (size, 32)
+        assert size < VOCAB or 0.07 < weight[VOCAB:].std() < 0.13
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_half_precision_loads_and_generates(model, folder, dtype):

@@ -68,7 +68,7 @@ class StateSpaceMixer(Mixer):
             backwards, _ = self.respond(sequence.reverse(x), None, sequence, 1)
             y = y + sequence.reverse(backwards)
         after = {"memory": memory} if self.causal else {}
-        y = F.gelu(y + self.skip * x)
+        y = F.gelu(y + self.skip * x).to(x.dtype)
         return self.out(y) * torch.sigmoid(self.gate(y)), after
 
     def respond(
@@ -83,8 +83,8 @@ class StateSpaceMixer(Mixer):
 
     def discrete(self) -> tuple[Tensor, Tensor]:
         """`(log a, gain)` of every state, complex `[states]`."""
-        rate = torch.complex(-self.decay_log.exp(), self.frequency)
-        step = self.step_log.exp().repeat_interleave(self.states // self.step_log.numel())
+        rate = torch.complex(-upcast(self.decay_log).exp(), upcast(self.frequency))
+        step = upcast(self.step_log).exp().repeat_interleave(self.states // self.step_log.numel())
         return discretize(rate, step, self.config.discretization)
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ class ChannelwiseMixer(StateSpaceMixer):
     ) -> tuple[Tensor, Tensor]:
         log_a, gain = (part.unflatten(0, (-1, self.pairs)) for part in self.discrete())  # D N/2
         readout = self.readout.unflatten(0, (self.directions, self.shape.width, self.pairs, 2))[direction]
-        tensors = upcast(x), log_a, gain, 2 * torch.view_as_complex(readout)
+        tensors = upcast(x), log_a, gain, 2 * torch.view_as_complex(upcast(readout))
         return sequence.run(diagonal_system, *tensors, form=self.config.form, initial_state=memory)
 
 
@@ -197,4 +197,4 @@ class SharedMixer(StateSpaceMixer):
         inputs = torch.view_as_complex(upcast(self.write(x)).unflatten(2, (-1, 2)))  # B T P/2
         hidden, memory = sequence.run(diagonal_scan, inputs * gain, log_a, initial_state=memory)
         read = self.read if direction == 0 or self.read_back is None else self.read_back
-        return read(torch.view_as_real(hidden).flatten(2)), memory
+        return read(torch.view_as_real(hidden).flatten(2).to(x.dtype)), memory
