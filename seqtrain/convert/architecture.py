@@ -98,6 +98,8 @@ def rotation(source: Source) -> tuple[float, tuple[float, ...], float]:
     # The other kinds change the rotation of what was seen before when a text gets longer.
     if kind not in ("linear", "llama3", "yarn"):
         raise ConfigError(f"source={source.path}: rope_type={kind} can't be converted; linear, llama3, yarn can")
+    if source.rope_stretch:
+        raise ConfigError(f"source={source.path}: has rope_freqs beside rope_type={kind}; one of both can be converted")
     rates, amplitude = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     plain = base ** (-torch.arange(len(rates), dtype=torch.float64) / len(rates))
     return base, tuple((plain / rates.double()).tolist()), float(amplitude)

@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from seqtrain.convert import gguf
+from seqtrain.data.tokenizer import check_ids
 from seqtrain.errors import CheckpointError, ConfigError, unknown_name
 from seqtrain.files import sha256_of
 
 INDEX = "model.safetensors.index.json"
-DEQUANTIZED_ROWS = 1024
+# Factors on the rotation's wavelengths that a GGUF file may hold.
+ROTATION = "rope_freqs.weight"
 # A module of a Hugging Face checkpoint, that of `LanguageModel`, the part of it where it is fused, and GGUF's name;
 # `{i}` stands for a layer.
 Row = tuple[str, str, str, str]
@@ -119,7 +121,7 @@ class Source:
         return ""
 
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer, or None where there is none."""
+        """The Hugging Face tokenizer, or None where there is none. Raises `ConfigError` for ids the model lacks."""
         from transformers import AutoTokenizer
 
         folder, options = (self.path, {}) if self.path.is_dir() else (self.path.parent, {"gguf_file": self.path.name})
@@ -128,7 +130,10 @@ class Source:
         # A missing one is reported in many ways, one of them being a tokenizer without tokens.
         except Exception:
             return None
-        return found if len(found) > len(found.all_special_tokens) else None
+        if len(found) <= len(found.all_special_tokens):
+            return None
+        check_ids(f"source={self.path}", max(found.get_vocab().values()) + 1, self.config.vocab_size)
+        return found
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its name, in the files' order; only one is held. Raises `CheckpointError`."""
@@ -150,11 +155,11 @@ class GGUFSource(Source):
         config = self.config
         names = gguf_names(config.num_hidden_layers)
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        for tensor in _gguf_reader(self.path).tensors:
-            if tensor.name == "rope_freqs.weight":
+        for tensor in gguf.open_file(self.path).tensors:
+            if tensor.name == ROTATION:
                 continue
             name = names.get(tensor.name, tensor.name)
-            value = _dequantized(tensor)
+            value = gguf.dequantized(tensor)
             kind = name.split(".")[-2]
             if self.interleaved and kind in heads:
                 # Rows 2i, 2i+1 of a head are the pair that i, i + K/2 are in a Hugging Face checkpoint.
@@ -163,7 +168,9 @@ class GGUFSource(Source):
 
     @property
     def quantized(self) -> str:
-        kinds = Counter(tensor.tensor_type.name for tensor in _gguf_reader(self.path).tensors if len(tensor.shape) > 1)
+        kinds = Counter(
+            tensor.tensor_type.name for tensor in gguf.open_file(self.path).tensors if len(tensor.shape) > 1
+        )
         return f"GGUF {kinds.most_common(1)[0][0]}" if kinds and set(kinds) - {"F32", "F16", "BF16"} else ""
 
 
@@ -224,59 +231,47 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _open_gguf(file: Path) -> Source:
-    reader = _gguf_reader(file)
-    field_of_architecture = reader.get_field("general.architecture")
-    architecture = str(field_of_architecture.contents()) if field_of_architecture else "missing"
-    interleaved = family_of(architecture, file).gguf_interleaved
-    config = _read_config(file.parent, gguf_file=file.name)
-    # llama.cpp calls a mistral a llama; transformers goes by the model's name too.
-    family = family_of(config.model_type, file)
-    # transformers leaves it at the family's usual width.
-    if width := reader.get_field(f"{architecture}.attention.key_length"):
-        config.head_dim = int(width.contents())
-    names = gguf_names(config.num_hidden_layers)
-    shapes: dict[str, tuple[int, ...]] = {}
-    stretch: tuple[float, ...] = ()
-    for tensor in reader.tensors:
-        if tensor.name == "rope_freqs.weight":
-            stretch = tuple(float(factor) for factor in tensor.data)
-        else:
-            # GGUF writes the last dimension first.
-            shapes[names.get(tensor.name, tensor.name)] = tuple(int(size) for size in reversed(tensor.shape))
+    reader = gguf.open_file(file)
+    architecture = gguf.architecture_in(reader)
+    family = family_of(architecture, file)
+    # GGUF writes the last dimension first.
+    shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
+    rows = shapes.get("token_embd.weight")
+    if rows is None:
+        raise CheckpointError(f"source={file}: lacks token_embd.weight")
+    values = gguf.config_in(reader, file, architecture, rows[0])
     # A tied head is not in the file, and nothing else says that it is tied.
-    config.tie_word_embeddings = "lm_head.weight" not in shapes
-    return GGUFSource(file, family, config, (file,), shapes, rope_stretch=stretch, interleaved=interleaved)
+    values["tie_word_embeddings"] = "output.weight" not in shapes
+    config = _config(file, architecture, values)
+    stretch = [factor for tensor in reader.tensors if tensor.name == ROTATION for factor in tensor.data.tolist()]
+    names = gguf_names(config.num_hidden_layers)
+    return GGUFSource(
+        file,
+        family,
+        config,
+        (file,),
+        {names.get(name, name): shape for name, shape in shapes.items() if name != ROTATION},
+        rope_stretch=tuple(stretch),
+        interleaved=family.gguf_interleaved,
+    )
 
 
-def _dequantized(tensor: Any) -> Tensor:
-    """A GGUF reader's tensor in float32, some rows at a time: dequantizing takes several times their size."""
-    from gguf import dequantize
-
-    value = torch.empty([int(size) for size in reversed(tensor.shape)])
-    for start in range(0, value.shape[0], DEQUANTIZED_ROWS):
-        rows = slice(start, start + DEQUANTIZED_ROWS)
-        value[rows] = torch.tensor(dequantize(tensor.data[rows], tensor.tensor_type))
-    return value
-
-
-def _gguf_reader(file: Path) -> Any:
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise ConfigError(f"source={file}: reading GGUF files needs gguf: pip install 'seqtrain[convert]'") from None
-    try:
-        return GGUFReader(file)
-    # What numpy raises for missing bytes.
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise CheckpointError(f"{file}: incomplete or corrupt GGUF file ({_first_line(error)})") from None
-
-
-def _read_config(folder: Path, **options: str) -> Any:
+def _config(where: Path, model_type: str, values: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        return AutoConfig.for_model(model_type, **values)
     # What a config class thinks of its values comes as one of many types.
+    except Exception as error:
+        raise ConfigError(f"source={where}: its config can't be read: {_first_line(error)}") from None
+
+
+def _read_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # As above.
     except Exception as error:
         raise ConfigError(f"source={folder}: its config can't be read: {_first_line(error)}") from None
 

@@ -21,7 +21,10 @@ from seqtrain.mixers.common.attention import SoftmaxAttention
 from seqtrain.models import LanguageModel
 
 # Files of the tokenizer and of generation, copied as they are.
-CARRIED = ("tokenizer*.*", "*_tokens*.json", "vocab.json", "merges.txt", "chat_template.*", "generation_config.json")
+CARRIED = (
+    "tokenizer*.*", "*_tokens*.json", "vocab.*", "merges.txt", "*.model", "chat_template.*",
+    "additional_chat_templates/*", "generation_config.json",
+)  # fmt: skip
 
 # By the name a recipe calls it: the module of a block, or the part of a fused one.
 TARGETS: Mapping[str, str] = {
@@ -177,8 +180,10 @@ def export(student: LanguageModel, architecture: Architecture, source: Source, f
         unfinished.mkdir()
         as_huggingface(student, architecture.mixers, **tokens).save_pretrained(unfinished)
         if source.path.is_dir():
-            for file in {found for pattern in CARRIED for found in source.path.glob(pattern)}:
-                shutil.copyfile(file, unfinished / file.name)
+            for file in {found for pattern in CARRIED for found in source.path.glob(pattern) if found.is_file()}:
+                copy = unfinished / file.relative_to(source.path)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
         elif (tokenizer := source.tokenizer()) is not None:
             tokenizer.save_pretrained(unfinished)
 

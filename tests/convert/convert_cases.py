@@ -86,14 +86,18 @@ def save_tokenizer(folder, *, chat_template=None):
     tokenizer.save_pretrained(folder)
 
 
-def write_gguf(model, file, *, quantization="F32", more=None):
-    """`model`, a transformers one, as llama.cpp writes it: its names, llamas' q and k with neighbors rotated."""
+def write_gguf(model, file, *, quantization="F32", more=None, keys=None, leave_out=()):
+    """`model`, a transformers one, as llama.cpp writes it: its names, llamas' q and k with neighbors rotated.
+
+    `more`: further tensors; `keys`: further keys behind the architecture's name; `leave_out`: keys that are not there.
+    """
     from gguf import GGMLQuantizationType, GGUFWriter, quants
 
     from seqtrain.convert.sources import FAMILIES, gguf_names
 
     config = model.config
-    kind = config.model_type
+    # llama.cpp calls a mistral a llama.
+    kind = {"mistral": "llama"}.get(config.model_type, config.model_type)
     writer = GGUFWriter(file, kind)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -107,6 +111,15 @@ def write_gguf(model, file, *, quantization="F32", more=None):
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    for key, value in (keys or {}).items():
+        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        writer.kv_data[0].pop(f"{kind}.{key}", None)
+        kinds[type(value)](f"{kind}.{key}", value)
+    for key in leave_out:
+        del writer.kv_data[0][f"{kind}.{key}"]
     names = {theirs: ours for ours, theirs in gguf_names(config.num_hidden_layers).items()}
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():

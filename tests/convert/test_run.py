@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from seqtrain.config import compose_config
 from seqtrain.convert import convert, read_convert_config
@@ -27,7 +28,7 @@ def source(transformers_on_disk, tmp_path_factory):
     """A tiny model with a tokenizer of letters, a chat template, and a generation config."""
     folder = tmp_path_factory.mktemp("source") / "qwen2"
     shutil.copytree(transformers_on_disk("qwen2")[1], folder)
-    save_tokenizer(folder, chat_template=TEMPLATE)
+    save_tokenizer(folder, chat_template={"default": TEMPLATE, "tools": "TOOLS"})
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "temperature": 0.7}))
     return folder
 
@@ -69,12 +70,13 @@ def test_the_report_says_what_was_made(converted):
 
 def test_tokenizer_template_and_generation_config_come_along(converted, source):
     """And the tied head is in the file once."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     place, _ = converted
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
     chat = [{"role": "user", "content": "hi"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "<user>hi"
+    assert tokenizer.apply_chat_template(chat, tokenize=False, chat_template="tools") == "TOOLS"
     model = AutoModelForCausalLM.from_pretrained(place / "model")
     assert model.generation_config.eos_token_id == [2, 5]
     assert (model.config.eos_token_id, model.config.bos_token_id) == (2, 1)
@@ -158,9 +160,18 @@ def rename_the_architecture(folder):
     file.write_text(file.read_text().replace('"qwen2"', '"qwen7"'))
 
 
+def add_tokens(folder):
+    """As many as leave one without an embedding."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<{number}>" for number in range(COMMON["vocab_size"] + 1 - len(tokenizer))])
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("damage", "overrides", "message"),
     [
+        (add_tokens, [], "its tokenizer has ids up to 61, its embedding 61 rows; enlarge that with"),
+        (add_tokens, ["recipe=transfer_then_kl"], "its tokenizer has ids up to 61, its embedding 61 rows"),
         (drop_a_tensor, [], "lacks model.norm.weight"),
         (cut_the_weights, [], "incomplete or corrupt safetensors file"),
         (rename_the_architecture, [], "architecture 'qwen7' is unknown; did you mean"),

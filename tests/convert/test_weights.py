@@ -39,8 +39,6 @@ def test_a_teacher_has_the_logits_of_its_source(transformers_on_disk, kind):
 @torch.no_grad()
 def test_a_gguf_file_holds_the_same_model(transformers_on_disk, tmp_path, kind):
     theirs, _ = transformers_on_disk(kind)
-    if TINY[kind][0] == "Mistral":
-        pytest.skip("llama.cpp writes a mistral as a llama, which is tested")
     write_gguf(theirs, tmp_path / "model.gguf")
     tokens = some_tokens(1, 40)
     came = logits_of(read_teacher(tmp_path / "model.gguf"), tokens)
@@ -63,6 +61,56 @@ def test_rotation_factors_in_gguf_files_are_used(transformers_on_disk, tmp_path)
     write_gguf(theirs, tmp_path / "model.gguf", more={"rope_freqs.weight": np.array([1, 2, 4, 8], dtype=np.float32)})
     model = architecture_of(open_source(str(tmp_path / "model.gguf")))
     assert model.mixers["attention"].rope_stretch == (1, 2, 4, 8)
+
+
+SCALED = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("llama-linear", {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0, "rope.scaling.finetuned": True}),
+        ("llama-linear", {"rope.scale_linear": 2.0}),
+        ("qwen2-yarn", SCALED),
+        ("llama", SCALED | {"rope.scaling.type": "none"}),
+        ("mistral-window", {"attention.sliding_window": 7}),
+        ("llama", {"attention.sliding_window": 0, "expert_count": 0}),
+    ],
+)
+@torch.no_grad()
+def test_a_gguf_files_own_keys_decide(transformers_on_disk, tmp_path, kind, keys):
+    """Rotation and windows are those the file names, and no others, whatever the model is called."""
+    theirs, _ = transformers_on_disk(kind)
+    write_gguf(theirs, tmp_path / "Mistral-7B.gguf", keys=keys)
+    tokens = some_tokens(1, 80)
+    came = logits_of(read_teacher(tmp_path / "Mistral-7B.gguf"), tokens)
+    torch.testing.assert_close(came, theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"keys": {"rope.scaling.type": "longrope"}}, "llama.rope.scaling.type=longrope can't be converted"),
+        ({"keys": {"rope.dimension_count": 4}}, "llama.rope.dimension_count=4 can't be converted; it must be 8"),
+        ({"keys": {"attention.value_length": 4}}, "llama.attention.value_length=4 can't be converted; it must be 8"),
+        ({"keys": {"rope.scaling.attn_factor": 1.5}}, "llama.rope.scaling.attn_factor=1.5 can't be converted"),
+        (
+            {"keys": {"attention.sliding_window_pattern": 2}},
+            "sliding_window_pattern=2 can't be converted; the key is not",
+        ),
+        ({"keys": {"expert_count": 8}}, "llama.expert_count=8 can't be converted; it must be 0"),
+        ({"leave_out": ["attention.head_count"]}, "lacks the key llama.attention.head_count"),
+        (
+            {"more": {"rope_freqs.weight": np.ones(4, np.float32)}, "keys": SCALED},
+            "has rope_freqs beside rope_type=yarn",
+        ),
+    ],
+)
+def test_a_gguf_key_that_is_not_understood_is_refused(transformers_on_disk, tmp_path, changed, message):
+    theirs, _ = transformers_on_disk("llama")
+    write_gguf(theirs, tmp_path / "model.gguf", **changed)
+    with refused(message):
+        read_teacher(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
