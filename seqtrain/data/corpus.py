@@ -4,13 +4,13 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from seqtrain.data.batches import Batches, EvaluationBatches, TokenStream
 from seqtrain.data.config import DataConfig
-from seqtrain.data.ingest import BIGRAMS, check_first_documents, content_key, ingest, open_sources
+from seqtrain.data.ingest import BIGRAMS, check_first_documents, content_key, ingest, left_out, open_sources
 from seqtrain.data.shards import MANIFEST, REBUILD, VERSION, CorpusManifest, Shard, SplitEntry, inside
 from seqtrain.data.sources import SOURCES, Source
 from seqtrain.data.synthetic import TASKS, SyntheticCorpus
@@ -34,6 +34,8 @@ class Corpus:
     held_out: TokenStream
     # Whether a document's start clears the state of every layer.
     reset_at_documents: bool
+    # What of `data.path` was not read, and why, for a log; known where the text is.
+    left_out: str = ""
 
     def training_batches(self, *, seed: int, sequence_length: int, batch_size: int) -> Batches:
         """The batches of a run; `batch_size`: sequences in a step, all ranks together."""
@@ -62,7 +64,8 @@ class Corpus:
     @property
     def about(self) -> str:
         """What a log says of it."""
-        return f"{self.folder}, {self.train.tokens} tokens to train on, {self.held_out.tokens} held out"
+        held_out = f"{self.held_out.tokens} held out, {self.manifest.empty_documents} empty documents"
+        return f"{self.folder}, {self.train.tokens} tokens to train on, {held_out}{self.left_out}"
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Corpus | SyntheticC
         with _locked(folder), _bar(sources[0].unit, sum(s.total for s in sources), show=progress) as report:
             if not (folder / MANIFEST).exists():
                 ingest(config, sources, tokenizer, folder, key, report)
-    return open_corpus(folder, config, tokenizer=tokenizer)
+    corpus = open_corpus(folder, config, tokenizer=tokenizer)
+    return replace(corpus, left_out=left_out(sources))
 
 
 def _opened(config: DataConfig) -> tuple[list[Source], Tokenizer]:

@@ -32,8 +32,8 @@ from seqtrain.data.shards import (
     TokenizerEntry,
 )
 from seqtrain.data.sources import SOURCES, Document, Source
-from seqtrain.data.sources._base import PIECE_BYTES, Part
-from seqtrain.data.tokenizer import Tokenizer
+from seqtrain.data.sources._base import AROUND, PIECE_BYTES, Part
+from seqtrain.data.tokenizer import ByteTokenizer, Tokenizer
 from seqtrain.errors import DataError
 from seqtrain.files import replace_file, sha256_of, sync
 
@@ -49,15 +49,25 @@ BATCH_PIECES = 4096
 # Documents looked at before any is tokenized.
 FIRST_DOCUMENTS = 1000
 
+# What compressed files begin with.
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+    b"\xfd7zXZ": "xz",
+    b"BZh": "bzip2",
+}
+
 Report = Callable[[float], None]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of one document. `after`: where ingesting resumes after it."""
+    """A stretch of one document. `before`: some of the text in front of it; `after`: where ingesting resumes."""
 
     document: Document
     data: bytes
+    before: bytes
     previous: int
     last: bool
     after: Cursor
@@ -76,6 +86,11 @@ def open_sources(config: DataConfig) -> list[Source]:
         return [kind(config, Part("data.path", config.path, config.held_out))]
     train, held_out = Part("data.path", config.path, 0.0), Part("data.held_out_path", config.held_out_path, 1.0)
     return [kind(config, train), kind(config, held_out)]
+
+
+def left_out(sources: list[Source]) -> str:
+    """What is not read of the text, and why, to be added to a sentence; empty where all of it is."""
+    return "".join(source.passed_over for source in sources)
 
 
 def check_first_documents(config: DataConfig, sources: list[Source]) -> None:
@@ -99,7 +114,9 @@ def _nothing_held_out(config: DataConfig, documents: int) -> DataError:
 def content_key(config: DataConfig, sources: list[Source], tokenizer: Tokenizer) -> str:
     """A hash of all that decides the shards: the text's files (name, size, time), the tokenizer, the settings."""
     settings = [config.source, config.held_out, config.text_field, config.invalid_utf8, config.shard_tokens]
-    parts = [VERSION, PIECE_BYTES, BATCH_BYTES, BATCH_PIECES, tokenizer.identity, settings]
+    # Bytes are their own tokens wherever text is cut; other corpora were cut without looking around once.
+    cut = [] if isinstance(tokenizer, ByteTokenizer) else [AROUND]
+    parts = [VERSION, PIECE_BYTES, BATCH_BYTES, BATCH_PIECES, tokenizer.identity, settings, *cut]
     content = json.dumps([parts, [source.fingerprint() for source in sources]])
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -116,7 +133,7 @@ def ingest(
     group = _Group(folder, progress, tokenizer)
     done = progress.units
     try:
-        for batch in _batches(config, sources, progress.cursor):
+        for batch in _batches(config, sources, progress.cursor, tokenizer):
             group.add(batch)
             done += sum(piece.units for piece in batch)
             report(done)
@@ -172,7 +189,7 @@ class _Group:
     def add(self, batch: list[Piece]) -> None:
         filled = [piece for piece in batch if piece.document.size]
         self.empty += len(batch) - len(filled)
-        ids = self.tokenizer.encode_pieces([piece.data for piece in filled])
+        ids = self.tokenizer.encode_pieces([piece.data for piece in filled], [piece.before for piece in filled])
         for split, held_out in (("train", False), ("held_out", True)):
             chosen = [(p, i) for p, i in zip(filled, ids, strict=True) if p.document.held_out is held_out]
             if chosen:
@@ -234,10 +251,10 @@ class _SplitWriter:
         return replace(self.entry, shards=[*self.entry.shards, self.writer.close()])
 
 
-def _batches(config: DataConfig, sources: list[Source], cursor: Cursor) -> Iterator[list[Piece]]:
+def _batches(config: DataConfig, sources: list[Source], cursor: Cursor, tokenizer: Tokenizer) -> Iterator[list[Piece]]:
     batch: list[Piece] = []
     room = BATCH_BYTES
-    for piece in _pieces(config, sources, cursor):
+    for piece in _pieces(config, sources, cursor, tokenizer):
         batch.append(piece)
         room -= len(piece.data)
         if room <= 0 or len(batch) >= BATCH_PIECES:
@@ -247,18 +264,21 @@ def _batches(config: DataConfig, sources: list[Source], cursor: Cursor) -> Itera
         yield batch
 
 
-def _pieces(config: DataConfig, sources: list[Source], cursor: Cursor) -> Iterator[Piece]:
+def _pieces(config: DataConfig, sources: list[Source], cursor: Cursor, tokenizer: Tokenizer) -> Iterator[Piece]:
     """Every piece from `cursor` on; an empty document is one piece without text."""
     for part in range(cursor.part, len(sources)):
         for number, document in enumerate(sources[part].documents(cursor.document), start=cursor.document):
             after = Cursor(part, number + 1)
             if document.size == 0:
-                yield Piece(document, b"", -1, True, after)
+                yield Piece(document, b"", b"", -1, True, after)
             previous = cursor.previous
-            for raw, offset in document.pieces(cursor.offset):
-                data = _checked(config, document, raw, offset - len(raw))
+            for raw, offset in document.pieces(cursor.offset, ends=tokenizer.ends_token):
+                start = offset - len(raw)
+                data = _checked(config, document, raw, start)
+                before = document.read(max(0, start - AROUND), min(start, AROUND)) if start else b""
                 last = offset >= document.size
-                yield Piece(document, data, previous, last, after if last else Cursor(part, number, offset, data[-1]))
+                resumed = after if last else Cursor(part, number, offset, data[-1])
+                yield Piece(document, data, before, previous, last, resumed)
                 previous = data[-1]
             cursor = after
         cursor = Cursor(part + 1)
@@ -270,6 +290,8 @@ def _checked(config: DataConfig, document: Document, raw: bytes, offset: int) ->
     except UnicodeDecodeError as error:
         if config.invalid_utf8 == "replace":
             return raw.decode("utf-8", errors="replace").encode("utf-8")
+        if kind := next((kind for magic, kind in COMPRESSED.items() if not offset and raw.startswith(magic)), ""):
+            raise DataError(f"{document.name}: is {kind}-compressed; unpack it, or move it away") from None
         place = f"byte {offset + error.start} is 0x{raw[error.start]:02x}"
         way_out = "data.invalid_utf8=replace puts U+FFFD in its place"
         raise DataError(f"{document.name}: not UTF-8: {place}; {way_out}") from None
@@ -299,6 +321,16 @@ def _finish(
         bigrams_sha256=sha256_of(folder / BIGRAMS),
     )
     manifest.write(folder / MANIFEST)
+    documents = progress.train.documents + progress.held_out.documents
+    told = left_out(sources)
+    log.log(
+        logging.WARNING if told else logging.INFO,
+        "data: read %d documents of %d files, and %d empty ones%s",
+        documents,
+        manifest.source.files,
+        progress.empty_documents,
+        told,
+    )
     (folder / _counts_name(progress.groups)).unlink()
     (folder / PROGRESS).unlink()
 

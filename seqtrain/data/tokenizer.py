@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,16 @@ class Tokenizer:
     identity: str
     token_bytes: np.ndarray
 
-    def encode_pieces(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
-        """The ids of several pieces of UTF-8 text, without any mark added."""
+    def encode_pieces(self, pieces: Sequence[bytes], before: Sequence[bytes] = ()) -> list[np.ndarray]:
+        """The ids of several pieces of UTF-8 text, without any mark added.
+
+        `before`: for each piece, some of the text it continues, which ends where `ends_token` is true; nothing for one
+        that starts a document. Pieces then have together the ids of the document as a whole.
+        """
+        raise NotImplementedError
+
+    def ends_token(self, before: bytes, after: bytes) -> bool:
+        """Whether a token ends between two stretches of text, whatever stands further away."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -56,8 +65,11 @@ class ByteTokenizer(Tokenizer):
         self.token_bytes = np.ones(257, dtype=np.int64)
         self.token_bytes[self.end] = 0
 
-    def encode_pieces(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
+    def encode_pieces(self, pieces: Sequence[bytes], before: Sequence[bytes] = ()) -> list[np.ndarray]:
         return [np.frombuffer(piece, dtype=np.uint8) for piece in pieces]
+
+    def ends_token(self, before: bytes, after: bytes) -> bool:
+        return True
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(int(i) for i in ids if int(i) < 256).decode("utf-8", errors="replace")
@@ -83,7 +95,8 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     def __init__(self, path: str, end_token: str = ""):
-        backend, end = _read(Path(path).expanduser())
+        self._path = Path(path).expanduser()
+        backend, end = _read(self._path)
         # A tokenizer saved for fine-tuning may cut or pad; and "<|endoftext|>" inside a document is text, not a mark.
         backend.no_truncation()
         backend.no_padding()
@@ -97,8 +110,24 @@ class HuggingFaceTokenizer(Tokenizer):
         self.token_bytes = _token_bytes(backend, vocabulary)
         self.token_bytes[self.end] = 0
 
-    def encode_pieces(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
+    def encode_pieces(self, pieces: Sequence[bytes], before: Sequence[bytes] = ()) -> list[np.ndarray]:
         texts = [piece.decode("utf-8") for piece in pieces]
+        if not any(before):
+            return self._ids(texts)
+        # What a tokenizer does at the start of a text (a space in front, as often as not) it does to `before`.
+        heads = [_text(head) for head in before]
+        counts = [len(ids) for ids in self._ids(heads)]
+        ids = self._ids([head + text for head, text in zip(heads, texts, strict=True)])
+        return [each[count:] for each, count in zip(ids, counts, strict=True)]
+
+    def ends_token(self, before: bytes, after: bytes) -> bool:
+        head, tail = _text(before), _text(after)
+        # In a run of equal letters, where the text begins decides where tokens end: it must not matter.
+        heads = [head[skipped:] for skipped in (0, 1, 3)]
+        alone, whole = self._ids(heads), self._ids([each + tail for each in heads])
+        return all(np.array_equal(a, w[: len(a)]) for a, w in zip(alone, whole, strict=True))
+
+    def _ids(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
@@ -106,13 +135,36 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def as_huggingface(self) -> Any:
-        return _fast(self._backend, self._backend.id_to_token(self.end))
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = _fast(self._backend, self._backend.id_to_token(self.end))
+        folder = self._path if self._path.is_dir() else self._path.parent
+        # Chat templates are in one of several files, or in several.
+        with suppress(OSError, ValueError):
+            tokenizer.chat_template = PreTrainedTokenizerFast.from_pretrained(folder).chat_template
+        return tokenizer
+
+
+def _text(data: bytes) -> str:
+    """A stretch of UTF-8 text that may begin or end within a character."""
+    start = next((place for place, byte in enumerate(data) if byte & 0xC0 != 0x80), 0)
+    return data[start:].decode("utf-8", errors="replace")
 
 
 def _fast(backend: Any, end: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=end)
+    names = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=end, model_input_names=names)
+
+
+def check_ids(where: str, ids: int, rows: int) -> None:
+    """Raises `ConfigError` where a tokenizer's `ids` (one more than the last) don't fit into an embedding's `rows`."""
+    if ids > rows:
+        raise ConfigError(
+            f"{where}: its tokenizer has ids up to {ids - 1}, its embedding {rows} rows; enlarge that with "
+            "resize_token_embeddings, or take out tokens that were added"
+        )
 
 
 def load_tokenizer(config: DataConfig) -> Tokenizer:

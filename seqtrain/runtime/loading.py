@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from seqtrain.data import Tokenizer
-from seqtrain.data.tokenizer import HuggingFaceTokenizer
+from seqtrain.data.tokenizer import HuggingFaceTokenizer, check_ids
 from seqtrain.errors import ConfigError
 from seqtrain.models import LanguageModel
 from seqtrain.runtime.generate import open_run
@@ -23,15 +23,17 @@ class Loaded:
 def load(folder: str | Path) -> Loaded:
     """The newest checkpoint of the run in `folder`, or the exported model there or in its folder `model`.
 
-    Raises `ConfigError` where there is neither, `CheckpointError` where a run has no whole checkpoint.
+    Raises `ConfigError` where there is neither, or more ids of a tokenizer than embeddings, `CheckpointError` where a
+    run has no whole checkpoint.
     """
     path = Path(folder).expanduser()
     for place in (path, path / "model"):
         if (place / "config.json").is_file():
             from seqtrain.models.huggingface import SeqtrainForCausalLM
 
-            exported = SeqtrainForCausalLM.from_pretrained(place)
-            return Loaded(exported.model.eval(), HuggingFaceTokenizer(str(place)), exported.config)
+            exported, tokenizer = SeqtrainForCausalLM.from_pretrained(place), HuggingFaceTokenizer(str(place))
+            check_ids(str(place), tokenizer.vocab_size, exported.config.vocab_size)
+            return Loaded(exported.model.eval(), tokenizer, exported.config)
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"{path}: is neither a run (config.yaml) nor an exported model (config.json)")
     config, model, tokenizer = open_run(path)

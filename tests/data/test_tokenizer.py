@@ -1,10 +1,12 @@
+import functools
 import json
+import random
 
 import numpy as np
 import pytest
 import torch
 
-from seqtrain.data import DataConfig, load_tokenizer
+from seqtrain.data import DataConfig, load_tokenizer, prepare
 from seqtrain.errors import ConfigError
 
 TEXT = "naïve 東京 state\n\n  of the <|end|> unseen Ω word"
@@ -34,6 +36,18 @@ def test_a_folder_and_its_file_are_the_same_tokenizer_and_another_end_another(bp
     assert (of_folder.vocab_size, of_folder.end) == (318, 0)
     assert other.end != of_folder.end
     assert other.identity != of_folder.identity
+
+
+def test_chat_templates_come_along_and_no_token_types(bpe_folder, tmp_path):
+    """What is written for transformers has all templates, and gives models what they take."""
+    folder = tmp_path / "templates"
+    tokenizer = load_tokenizer(DataConfig(tokenizer=str(bpe_folder))).as_huggingface()
+    assert tokenizer.chat_template is None
+    assert set(tokenizer("alpha")) == {"input_ids", "attention_mask"}
+    tokenizer.chat_template = {"default": "PLAIN", "tools": "TOOLS"}
+    tokenizer.save_pretrained(folder)
+    again = load_tokenizer(DataConfig(tokenizer=str(folder))).as_huggingface()
+    assert again.chat_template == tokenizer.chat_template
 
 
 def test_cutting_and_padding_of_a_saved_tokenizer_are_switched_off(bpe_folder, tmp_path):
@@ -89,3 +103,61 @@ def test_errors_name_the_key_and_the_way_out(bpe_folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer\.json is not a Hugging Face tokenizer"):
         load_tokenizer(DataConfig(tokenizer=str(tmp_path)))
+
+
+@functools.cache
+def made(kind):
+    """A tokenizer of each kind that changes what it is given, trained on a little text."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=kind.startswith("sentencepiece")))
+    if kind == "sentencepiece, normalized":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif kind == "sentencepiece":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "bytes, space in front")
+    backend.decoder = decoders.ByteLevel() if kind.startswith("bytes") else decoders.Metaspace()
+    marks = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if kind.startswith("bytes") else []
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=marks, initial_alphabet=alphabet, max_token_length=12)
+    backend.train_from_iterator([long_text(2000, seed=seed) for seed in range(20)], trainer)
+    return backend
+
+
+def long_text(length, *, seed=0, ends=("\n", "\n\n", "\n\n\n", "\r\n", " ", "  ")):
+    draw = random.Random(seed)
+    words = ["alpha", "naïve", "東京", "state", "x", "=", "(", ")", "    return", "aaaaaaaa"]
+    return "".join(draw.choice(words) + draw.choice(ends) for _ in range(length // 5))[:length]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bytes, space in front", "sentencepiece", "sentencepiece, normalized"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        long_text(6000),
+        long_text(6000, ends=(" ",)),
+        long_text(3000, ends=("",)),
+        "a" * 2500 + long_text(2000),
+        "東" * 2000,
+    ],
+    ids=["lines", "one line", "no spaces", "a run", "wide"],
+)
+def test_a_documents_tokens_do_not_depend_on_where_it_is_cut(tmp_path, monkeypatch, kind, text):
+    backend = made(kind)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    for module in ("sources._base", "ingest"):
+        monkeypatch.setattr(f"seqtrain.data.{module}.PIECE_BYTES", 500)
+        monkeypatch.setattr(f"seqtrain.data.{module}.AROUND", 120)
+    (tmp_path / "document.txt").write_text(text, encoding="utf-8", newline="")
+    config = DataConfig(
+        source="text",
+        path=str(tmp_path / "document.txt"),
+        held_out=0.0,
+        tokenizer=str(tmp_path / "tokenizer.json"),
+        end_token="</s>",
+        shard_tokens=700,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    corpus = prepare(config, progress=False)
+    assert corpus.train.read(0, corpus.train.tokens - 1).tolist() == backend.encode(text, add_special_tokens=False).ids

@@ -1,18 +1,29 @@
 """What every source of text is: an ordered list of documents that can be entered anywhere and read piece by piece."""
 
-import glob
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
 from seqtrain.data.config import DataConfig
+from seqtrain.data.sources._files import Found, ending_in, matching, readable, some, walk
 from seqtrain.errors import ConfigError, DataError
 
 # Text is read and tokenized in pieces of at most this many bytes, so that no document decides the memory used.
 PIECE_BYTES = 2**18
+# Where no place fits, a piece is made longer, at most so many times as long.
+LONGEST_PIECE = 16
+# Line ends, spaces and characters that are tried as the end of a piece, from the last one on.
+TRIED = {"lines": 16, "spaces": 32, "characters": 64}
+
+
+# Bytes on either side of a place that are looked at to tell whether text may be cut there.
+AROUND = 1024
+
+Ends = Callable[[bytes, bytes], bool]
 
 
 @dataclass(frozen=True)
@@ -37,18 +48,33 @@ class Document:
         """At most `count` bytes of the text from `offset`."""
         raise NotImplementedError
 
-    def pieces(self, offset: int = 0) -> Iterator[tuple[bytes, int]]:
-        """`(bytes, offset after them)` from `offset` on: cut at line ends where possible, never in a character."""
+    def pieces(self, offset: int = 0, *, ends: Ends = lambda before, after: True) -> Iterator[tuple[bytes, int]]:
+        """`(bytes, offset after them)` from `offset` on: cut at line ends where possible, never in a character.
+
+        `ends(before, after)`: whether text may be cut between two stretches of it. Where nothing within `LONGEST_PIECE`
+        pieces may be cut, as within a token repeated over megabytes, it is cut all the same.
+        """
         while offset < self.size:
-            piece = self.read(offset, min(PIECE_BYTES, self.size - offset))
+            piece = self._piece(offset, ends)
             if not piece:
                 raise DataError(
                     f"{self.name}: ends at byte {offset} of {self.size}; it changed while it was read; rerun"
                 )
-            if offset + len(piece) < self.size:
-                piece = piece[: _cut(piece)]
             offset += len(piece)
             yield piece, offset
+
+    def _piece(self, offset: int, ends: Ends) -> bytes:
+        left = self.size - offset
+        size = PIECE_BYTES
+        while size < min(left, LONGEST_PIECE * PIECE_BYTES):
+            data = self.read(offset, size + AROUND)
+            piece = data[:size]
+            for place in _places(piece):
+                if ends(piece[max(0, place - AROUND) : place], data[place : place + AROUND]):
+                    return piece[:place]
+            size *= 2
+        piece = self.read(offset, min(left, size))
+        return piece if len(piece) == left else piece[: next(_places(piece))]
 
 
 @dataclass(frozen=True)
@@ -72,36 +98,48 @@ class Source:
     def __init__(self, config: DataConfig, part: Part):
         self.config = config
         self.part = part
-        self.root, self.files = self.find()
+        self.root, found = self.find()
+        self.files, self.left_out = found.files, found.left_out
         if not self.files:
             wanted = f"data.source={config.source} looks for *{self.suffix}"
-            raise DataError(f"{part.key}: nothing to read in {self.root}; {wanted}")
+            raise DataError(f"{part.key}: nothing to read in {self.root}{self.passed_over}; {wanted}")
+        if closed := [file for file in self.files if not os.access(file, os.R_OK)]:
+            where = readable(str(closed[0].parent))
+            raise DataError(f"{part.key}: no permission to read {len(closed)} files: {some(closed)} in {where}")
 
     @property
     def total(self) -> int:
         """Size of everything in `unit`s."""
         return sum(file.stat().st_size for file in self.files)
 
+    @property
+    def passed_over(self) -> str:
+        """What is not read of `data.path`, and why, to be added to a sentence; empty where all is read."""
+        told = [f"{len(paths)} {reason} ({some(paths)})" for reason, paths in sorted(self.left_out.items())]
+        return f", left out: {'; '.join(told)}" if told else ""
+
     def documents(self, skip: int = 0) -> Iterator[Document]:
         """All documents but the first `skip`, in order."""
         raise NotImplementedError
 
-    def find(self) -> tuple[Path, list[Path]]:
-        """The folder everything lies in, and the files under it in reading order."""
+    def find(self) -> tuple[Path, Found]:
+        """The folder everything lies in, and what is found in it."""
         key, path = self.part.key, self.part.path
         if not path:
             raise ConfigError(f"{key}: a file, a folder or a pattern is required for data.source={self.config.source}")
         whole = Path(path).expanduser()
         if whole.is_dir():
-            return whole, walk(whole, self.suffix)
-        if whole.exists():
-            return whole.parent, [whole]
-        found = sorted(Path(name) for name in glob.glob(str(whole), recursive=True) if os.path.isfile(name))
-        if not found:
+            return whole, walk(whole, ending_in(self.suffix))
+        if os.path.isfile(whole):
+            return whole.parent, Found([whole])
+        if os.path.exists(whole):
+            raise DataError(f"{key}: {whole} is neither a file nor a folder")
+        found = matching(str(whole))
+        if not found.files:
             raise DataError(
                 f"{key}: {whole} does not exist; give a file, a folder or a pattern such as 'corpus/**/*.txt'"
             )
-        return Path(os.path.commonpath([file.parent for file in found])), found
+        return Path(os.path.commonpath([file.parent for file in found.files])), found
 
     def name(self, file: Path) -> str:
         """The file's name inside `root`, with forward slashes: it is the same on every machine."""
@@ -125,21 +163,17 @@ class Source:
         return RowDocument(name, share < self.part.held_out, len(data), units, data)
 
 
-def walk(root: Path, suffix: str, skip: frozenset[str] = frozenset()) -> list[Path]:
-    """Files under `root` that end in `suffix`, sorted by name; hidden ones and folders named in `skip` are left out."""
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in skip]
-        found += [Path(folder, name) for name in names if name.endswith(suffix) and not name.startswith(".")]
-    return sorted((file for file in found if file.is_file()), key=lambda file: file.relative_to(root).as_posix())
-
-
-def _cut(piece: bytes) -> int:
-    """Where to cut a piece that is not the last: after the last line end, else before the last character."""
-    line = piece.rfind(b"\n") + 1
-    if line:
-        return line
-    last = len(piece) - 1
-    while last > 0 and piece[last] & 0xC0 == 0x80:
-        last -= 1
-    return last or len(piece)
+def _places(piece: bytes) -> Iterator[int]:
+    """Where to cut a piece, likely places first: around line ends, at spaces, between characters, the last ones."""
+    for kind, marks in (("lines", b"\n"), ("spaces", b" ")):
+        place = len(piece)
+        for _ in range(TRIED[kind]):
+            place = piece.rfind(marks, 0, place)
+            if place < 0:
+                break
+            if marks == b"\n":
+                yield place + 1
+            if place:
+                yield place
+    characters = (place for place in range(len(piece) - 1, 0, -1) if piece[place] & 0xC0 != 0x80)
+    yield from list(islice(characters, TRIED["characters"])) or [len(piece)]

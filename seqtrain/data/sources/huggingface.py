@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from seqtrain.data.sources._base import Document, Source
+from seqtrain.data.sources._files import Found
 from seqtrain.errors import DataError
 
 # Rows decoded at a time.
@@ -21,14 +22,15 @@ class HuggingFaceDataset(Source):
     unit = "rows"
     suffix = ".arrow"
 
-    def find(self) -> tuple[Path, list[Path]]:
-        root, files = super().find()
+    def find(self) -> tuple[Path, Found]:
+        root, found = super().find()
         if (root / "dataset_dict.json").is_file():
             splits = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
             raise DataError(
                 f"{self.part.key}: {root} holds the splits {splits}; give one of them, such as {root / splits[0]}"
             )
-        return root, files
+        # The rest is the dataset's own.
+        return root, Found(found.files)
 
     @property
     def total(self) -> int:

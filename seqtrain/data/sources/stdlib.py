@@ -3,7 +3,7 @@
 import sysconfig
 from pathlib import Path
 
-from seqtrain.data.sources._base import walk
+from seqtrain.data.sources._files import Found, ending_in, walk
 from seqtrain.data.sources.text import TextFiles
 from seqtrain.errors import ConfigError
 
@@ -22,9 +22,10 @@ class StandardLibrary(TextFiles):
 
     suffix = ".py"
 
-    def find(self) -> tuple[Path, list[Path]]:
+    def find(self) -> tuple[Path, Found]:
         if self.part.path:
             raise ConfigError(f"{self.part.key}={self.part.path}: data.source=stdlib reads no path; use data=text")
         root = Path(sysconfig.get_path("stdlib"))
         # Written when Python was built: it holds paths and flags of one machine.
-        return root, [file for file in walk(root, ".py", SKIPPED) if not file.name.startswith("_sysconfigdata")]
+        files = walk(root, ending_in(".py"), SKIPPED).files
+        return root, Found([file for file in files if not file.name.startswith("_sysconfigdata")])

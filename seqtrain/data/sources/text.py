@@ -8,6 +8,7 @@ from pathlib import Path
 
 from seqtrain.data.config import DataConfig
 from seqtrain.data.sources._base import PIECE_BYTES, Document, Part, Source
+from seqtrain.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,12 @@ class FileDocument(Document):
     start: int = 0
 
     def read(self, offset: int, count: int) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(self.start + offset)
-            return file.read(count)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.start + offset)
+                return file.read(count)
+        except OSError as error:
+            raise DataError(f"{self.name}: can't be read at byte {self.start + offset} ({error.strerror})") from None
 
 
 class TextFiles(Source):
