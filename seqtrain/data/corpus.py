@@ -104,6 +104,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Corpus | SyntheticC
             if not (folder / MANIFEST).exists():
                 ingest(config, sources, tokenizer, folder, key, report)
     corpus = open_corpus(folder, config, tokenizer=tokenizer)
+    assert isinstance(corpus, Corpus)
     return replace(corpus, left_out=left_out(sources))
 
 
@@ -152,7 +153,8 @@ def open_corpus(
     opened = {name: _open_shards(folder, name, split, tokenizer) for name, split in splits.items()}
     _verify(folder, manifest, [shard for shards in opened.values() for shard in shards], config.verify)
     streams = {name: TokenStream(name, split, opened[name], tokenizer) for name, split in splits.items()}
-    return Corpus(folder, manifest, tokenizer, **streams, reset_at_documents=config.reset_at_documents)
+    train, held_out = streams["train"], streams["held_out"]
+    return Corpus(folder, manifest, tokenizer, train, held_out, config.reset_at_documents)
 
 
 def cache_folder(config: DataConfig) -> Path:

@@ -73,7 +73,7 @@ class SeqtrainForCausalLM(PreTrainedModel, GenerationMixin):
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         if not mean_resizing:
             # Where rows are new they are as those of a new model, and not as `nn.Embedding` makes them.
-            for weight in {self.model.embedding.weight, self.model.head.weight}:
+            for weight in dict.fromkeys((self.model.embedding.weight, self.model.head.weight)):
                 nn.init.normal_(weight.data[old:], std=self.model.config.initializer_range)
         self.model.vocab_size = self.config.vocab_size
         self.config.architecture_sha256 = self.config.fingerprint()
@@ -81,7 +81,8 @@ class SeqtrainForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _get_resized_lm_head(self, old_lm_head: Any, *args: Any, **kwargs: Any) -> nn.Linear:
         # transformers resizes an nn.Linear alone.
-        linear = nn.Linear(*reversed(old_lm_head.weight.shape), bias=False, device="meta")
+        rows, width = old_lm_head.weight.shape
+        linear = nn.Linear(width, rows, bias=False, device="meta")
         linear.weight = old_lm_head.weight
         return super()._get_resized_lm_head(linear, *args, **kwargs)
 
@@ -89,10 +90,10 @@ class SeqtrainForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any) -> None:
+    def _prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: Any, *args: Any) -> None:  # type: ignore[override]
         if generation_config.is_assistant:
             raise ValueError("assistant_model: a recurrent state can't be taken back, which an assistant's must")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
         # A prompt in chunks needs one before the first of them.
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = StateCache(self.config.num_hidden_layers)
@@ -147,7 +148,7 @@ class SeqtrainForCausalLM(PreTrainedModel, GenerationMixin):
             seq_idx=seq_idx,
             seen=seen,
         )
-        watched = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        watched = bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
         hidden, states, entered = self._hidden(x, packing, past_key_values, watched)
         cache = None
         if self.config.use_cache and not self.training if use_cache is None else use_cache:

@@ -31,9 +31,9 @@ def load(folder: str | Path) -> Loaded:
         if (place / "config.json").is_file():
             from seqtrain.models.huggingface import SeqtrainForCausalLM
 
-            exported, tokenizer = SeqtrainForCausalLM.from_pretrained(place), HuggingFaceTokenizer(str(place))
-            check_ids(str(place), tokenizer.vocab_size, exported.config.vocab_size)
-            return Loaded(exported.model.eval(), tokenizer, exported.config)
+            exported, theirs = SeqtrainForCausalLM.from_pretrained(place), HuggingFaceTokenizer(str(place))
+            check_ids(str(place), theirs.vocab_size, exported.config.vocab_size)
+            return Loaded(exported.model.eval(), theirs, exported.config)
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"{path}: is neither a run (config.yaml) nor an exported model (config.json)")
     config, model, tokenizer = open_run(path)
