@@ -7,19 +7,18 @@ import pytest
 from tests.command_cases import run_command
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench")
+@pytest.mark.all
+def test_every_operator_is_compared_in_both_directions_and_rivals_for_gpus_are_named(tmp_path):
     sizes = ("tokens=[64,128]", "heads=2", "key_width=8", "value_width=8", "window=16")
-    how = ("rounds=3", "threads=1", "beside=[chunked]", "busy=true", f"output_dir={folder}")
+    how = ("rounds=2", "threads=1", "beside=[chunked]", "busy=true", f"output_dir={tmp_path}")
     done = run_command("bench-operators", *sizes, *how)
     assert done.status == 0, done.err
-    return done.out, json.loads((folder / "bench_operators.json").read_text()), folder
-
-
-@pytest.mark.all
-def test_every_operator_is_compared_in_both_directions(tiny):
-    _, report, _ = tiny
+    report = json.loads((tmp_path / "bench_operators.json").read_text())
+    for words in ("device ", "threads 1", "commit ", "torch ", "B=1 H=2 K=8 V=8 float32", "tokens direction", "ratio"):
+        assert words in done.out
+    assert "gemm_limit of float32 by" in done.out
+    assert (tmp_path / "bench_operators.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path / "bench_operators.png") in done.out
     operators = report["settings"]["operators"]
     rivals = {("delta_rule", "hf_qwen3_next"), ("scalar_decay", "hf_mamba2")}
     rivals |= {(name, f"{name} gemm_limit") for name in ("delta_rule", "scalar_decay", "channel_decay")}
@@ -41,11 +40,6 @@ def test_every_operator_is_compared_in_both_directions(tiny):
         assert min(row["ours_ms"], row["theirs_ms"]) > 0
         assert min(row["ours_spread_ms"], row["theirs_spread_ms"]) >= 0
         assert row["ratio"] == pytest.approx(row["theirs_ms"] / row["ours_ms"])
-
-
-@pytest.mark.all
-def test_on_a_cpu_the_rivals_that_need_a_gpu_are_named(tiny):
-    _, report, _ = tiny
     gpu = {"fla_gated_delta_rule", "fla_simple_gla", "fla_gla", "fla_kda", "fla_hgrn", "flash_attn"}
     assert {name for name, reason in report["skipped"].items() if reason == "is for cuda"} == gpu
 
@@ -60,16 +54,6 @@ def test_lists_are_swept_each_with_each(tmp_path):
     assert len(list(tmp_path.glob("bench_operators_*.png"))) == 4
 
 
-@pytest.mark.all
-def test_what_is_printed_names_machine_shapes_and_columns(tiny):
-    printed, _, folder = tiny
-    machine = ("device ", "threads 1", "commit ", "torch ")
-    for words in (*machine, "B=1 H=2 K=8 V=8 float32", "gemm_limit of float32 by", "tokens direction", "ratio"):
-        assert words in printed
-    assert (folder / "bench_operators.png").read_bytes().startswith(b"\x89PNG")
-    assert str(folder / "bench_operators.png") in printed
-
-
 def bench(folder, *settings):
     done = run_command("bench-all-scan", *settings, "width=16", "rounds=1", f"output_dir={folder}")
     assert done.status == 0, done.err
@@ -77,15 +61,9 @@ def bench(folder, *settings):
     return done.out, json.loads((folder / "all_scan.json").read_text())["rows"]
 
 
-@pytest.fixture(scope="module")
-def scans(tmp_path_factory):
-    small = ("ranks=[2,3]", "state_kib=[6]", "tokens=8", "form=[dense,channel]")
-    return bench(tmp_path_factory.mktemp("scans"), *small)
-
-
 @pytest.mark.all
-def test_every_method_is_measured_over_every_rank_count_and_form(scans):
-    printed, rows = scans
+def test_every_method_is_measured_over_every_rank_count_and_form(tmp_path):
+    printed, rows = bench(tmp_path, "ranks=[2,3]", "state_kib=[6]", "tokens=8", "form=[dense,channel]")
     found = {}
     for row in rows:
         found.setdefault((row["ranks"], row["form"]), {})[row["method"].split(" = ")[0]] = row
@@ -96,12 +74,9 @@ def test_every_method_is_measured_over_every_rank_count_and_form(scans):
     for methods in found.values():
         assert set(methods) == ours | theirs  # 6 heads divide by 2 and by 3
     assert printed.count("of the best fixed choice") == 4
-
-
-@pytest.mark.all
-def test_payloads_are_those_of_the_methods(scans):
+    # Payloads are those of the methods.
     state, transition = 4 * 6 * 16 * 16, 4 * 6 * 16 * 16
-    sizes = {row["method"]: row["payload_bytes"] for row in scans[1] if (row["ranks"], row["form"]) == (3, "dense")}
+    sizes = {row["method"]: row["payload_bytes"] for row in rows if (row["ranks"], row["form"]) == (3, "dense")}
     assert sizes["pipeline 4"] == sizes["their ring"] == sizes["ring"] == state
     assert sizes["all_gather"] == 2 * state + transition
     assert sizes["their all-gather"] == 2 * (state + transition)

@@ -41,9 +41,10 @@ def make_pair(folder, target="gated_delta_net", *, kept=(), dtype="float32", **l
 
 
 def paired(rows, columns):
-    """All pairs; the quick tier has each of `columns` with one of `rows`."""
+    """All pairs in the tier `full`; in `all` every other, and in the quick one each of `columns` with one of `rows`."""
+    tiers = (pytest.mark.all, pytest.mark.full)
     return [
-        pytest.param(row, column, marks=() if number % len(rows) == index else pytest.mark.all)
+        pytest.param(row, column, marks=() if number % len(rows) == index else tiers[(number - index) % 2])
         for index, row in enumerate(rows)
         for number, column in enumerate(columns)
     ]

@@ -32,18 +32,9 @@ ELSEWHERE = {
 }
 NEEDS_NODES = "FIRST_NODE"
 MODEL = ["model.depth=2", "model.width=32", "model.heads=2"]
-TRAINING = [
-    *MODEL,
-    *("train.steps=2", "train.sequence_length=64", "train.batch_size=2", "evaluation.max_tokens=512"),
-    *(
-        "data.held_out=0.2",
-        "runtime=inline",
-        "parallel.data=1",
-        "parallel.sequence=1",
-        "checkpoint.every=0",
-        "sample.tokens=4",
-    ),
-]
+TRAINING = [*MODEL, "train.steps=2", "train.sequence_length=64", "train.batch_size=2", "evaluation.max_tokens=512"]
+TRAINING += ["data.held_out=0.2", "runtime=inline", "parallel.data=1", "parallel.sequence=1"]
+TRAINING += ["checkpoint.every=0", "sample.tokens=4"]
 STAGE = ["steps=2", "batch_size=2", "sequence_length=32"]
 # What makes each command short, where it does any work.
 SHORT = {
@@ -72,6 +63,7 @@ def python_blocks(page):
 
 
 COMMANDS = {page: lines for page in PAGES if (lines := shell_lines(page))}
+WITH_PYTHON = ("README.md", "docs/howto/python.md", "docs/conversion.md")
 
 
 @pytest.fixture
@@ -122,14 +114,6 @@ def make_runs():
     assert run_command("export", "run=runs/mine", "output_dir=exported").status == 0
 
 
-def in_child(work, *arguments):
-    """Runs `work` in a process of its own: a run leaves a process group, which no later test is to find."""
-    process = get_context("fork").Process(target=work, args=arguments)
-    process.start()
-    process.join()
-    assert process.exitcode == 0, "see above"
-
-
 def shortened(line):
     """The command and the arguments of a line, with what makes it short."""
     words = shlex.split(line, comments=True)
@@ -153,17 +137,12 @@ def runs_here(line):
     return NEEDS_NODES not in line and not line.startswith(tuple(ELSEWHERE))
 
 
-def make_ready(page):
-    """What the page's lines are run on."""
-    text = (ROOT / page).read_text()
-    for make, words in ((make_teacher, "SmolLM2|convert|path/to/tok"), (make_corpora, "parquet"), (make_runs, "runs")):
-        if re.search(words, text):
-            make()
-
-
-def run_lines(page):
-    make_ready(page)
-    for line in filter(runs_here, COMMANDS[page]):
+def run_lines(page, done):
+    """The lines of a page but for those in `done`, which an earlier page has."""
+    for line in filter(runs_here, COMMANDS.get(page, ())):
+        if (words := tuple(shlex.split(line, comments=True))) in done:
+            continue
+        done.add(words)
         name, arguments = shortened(line)
         for word in arguments:
             if word.startswith("output_dir="):
@@ -173,22 +152,27 @@ def run_lines(page):
             runpy.run_path(name, run_name="__main__")
             continue
         expected = 2 if "train.stepz" in line else 0
-        done = run_command(name, *arguments)
-        assert done.status == expected, f"{line}\n{done.out}\n{done.err}"
+        came = run_command(name, *arguments)
+        assert came.status == expected, f"{page}: {line}\n{came.out}\n{came.err}"
 
 
-def run_blocks(page):
-    make_ready(page)
-    names = {}
-    for block in python_blocks(page):
-        exec(block, names)
+def run_pages():
+    """All pages one after the other, on one teacher, one pair of runs: to make them takes longest."""
+    for make in (make_teacher, make_corpora, make_runs):
+        make()
+    done = set()
+    for page in PAGES:
+        run_lines(page, done)
+    for page in WITH_PYTHON:
+        names = {}
+        for block in python_blocks(page):
+            exec(compile(block, page, "exec"), names)
 
 
-@pytest.mark.parametrize("page", [page for page, lines in COMMANDS.items() if any(map(runs_here, lines))])
-def test_every_command_runs(page, folder):
-    in_child(run_lines, page)
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/howto/python.md", "docs/conversion.md"])
-def test_python_runs(page, folder):
-    in_child(run_blocks, page)
+@pytest.mark.timeout(600)
+def test_what_the_pages_say_runs(folder):
+    """In a process of its own: a run leaves a process group, which no later test is to find."""
+    process = get_context("fork").Process(target=run_pages)
+    process.start()
+    process.join()
+    assert process.exitcode == 0, "see above"

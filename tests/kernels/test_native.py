@@ -49,7 +49,7 @@ def errors(name, tensors, **options):
     return compare_with_oracle(OPERATORS[name], tensors, backend="native", **options)
 
 
-@pytest.mark.parametrize("tokens", [pytest.param(1024, marks=pytest.mark.all), 1100])
+@pytest.mark.parametrize("tokens", [pytest.param(1024, marks=pytest.mark.full), 1100])
 @pytest.mark.parametrize("decay_shape", ["none", "BTH", "BTHK"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_row_cut_in_time_matches_the_definition(name, decay_shape, tokens, monkeypatch):

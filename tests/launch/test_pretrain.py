@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.command_cases import run_command
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "launch" / "pretrain.py"
 # The smallest run of the real thing: this process, one layer, a corpus of a few files.
@@ -67,8 +69,8 @@ def test_a_run_leaves_everything_the_readme_promises(tmp_path, text):
     assert (written["parallel"]["data"], written["train"]["micro_batch_size"]) == (1, 2)
     # Its newest checkpoint writes text: the same with the same seed, and no file.
     before = sorted(tmp_path.rglob("*"))
-    wish = [str(ROOT / "launch" / "generate.py"), "run=run", "prompt='the '", "tokens=20"]
-    texts = [start([*wish, f"seed={seed}"], tmp_path).stdout for seed in (1, 1, 2)]
+    wish = [f"run={folder}", "prompt='the '", "tokens=20"]
+    texts = [run_command("generate", *wish, f"seed={seed}").out for seed in (1, 1, 2)]
     assert texts[0].startswith("the ")
     assert len(texts[0]) > len("the \n")
     assert texts[0] == texts[1] != texts[2]

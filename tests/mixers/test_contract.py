@@ -58,6 +58,12 @@ CASES = [pytest.param(name, TINY.get(name, {}), id=name) for name in MIXERS.name
     for name, fields in VARIANTS
 ]
 every_mixer = pytest.mark.parametrize(("name", "fields"), CASES)
+
+
+def in_all(*values):
+    return [pytest.param(value, marks=pytest.mark.all) for value in values]
+
+
 # The algebra in float64, through norms and gates; the operators alone are held to 1e-11.
 EXACT = 1e-9
 
@@ -115,7 +121,7 @@ def in_pieces(mixer, x, lengths, state=None):
 
 
 @every_mixer
-@pytest.mark.parametrize("tokens", [17, *(pytest.param(tokens, marks=pytest.mark.all) for tokens in (1, 63, 130))])
+@pytest.mark.parametrize("tokens", [17, pytest.param(63, marks=pytest.mark.full), *in_all(1, 130)])
 def test_chunked_equals_reference(name, fields, tokens):
     mixer = build(name, fields)
     _, state = mixer(inputs(2, 20))
@@ -158,7 +164,7 @@ def test_step_after_step_equals_forward(name, fields):
 
 @every_mixer
 @torch.no_grad()
-@pytest.mark.parametrize("cut", [40, *(pytest.param(cut, marks=pytest.mark.all) for cut in (1, 100))])
+@pytest.mark.parametrize("cut", [40, *in_all(1, 100)])
 def test_the_future_never_changes_the_past(name, fields, cut):
     mixer, x = build(name, fields, dtype=torch.float32), inputs(1, 130, torch.float32)
     before, _ = mixer(x)

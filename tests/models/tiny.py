@@ -34,14 +34,16 @@ def build(
     return LanguageModel(ModelConfig(layers=layers, **shape), mixers, VOCAB).to(dtype)
 
 
-def assert_same_gradients(came: tuple, truth: tuple, limit: float = 1e-5, *, scale: float = 1.0) -> None:
+def assert_same_gradients(
+    came: tuple, truth: tuple, limit: float = 1e-5, *, scale: float = 1.0, what: str = ""
+) -> None:
     """Both hold a loss, and gradients by name, those that came `scale` times as large."""
-    assert abs(came[0] - truth[0]) <= limit * abs(truth[0])
+    assert abs(came[0] - truth[0]) <= limit * abs(truth[0]), what
     largest = max(gradient.norm() for gradient in truth[1].values())
     for name, expected in truth[1].items():
         # A gradient that is zero but for rounding is held to the size of the others.
         error = (came[1][name] - scale * expected).norm()
-        assert error < limit * scale * max(expected.norm(), 1e-2 * largest), name
+        assert error < limit * scale * max(expected.norm(), 1e-2 * largest), f"{what} {name}"
 
 
 def batch(tokens: int = 40, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

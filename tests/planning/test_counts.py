@@ -68,7 +68,7 @@ def saved_in_reality(run, module, x):
 
 
 # What layers compute is in their own contract; here are those that keep different things for the backward pass.
-TIERS = dict.fromkeys(("attention", "tcnca", "s5", "tensor_attention", "ttt_linear", "rwkv7"), pytest.mark.all)
+TIERS = dict.fromkeys(("attention", "tcnca", "s5", "tensor_attention", "ttt_linear"), pytest.mark.all)
 TIERS |= {"gated_delta_net": ()}  # in the quick loop
 EACH = [pytest.param(name, marks=TIERS.get(name, pytest.mark.full)) for name in MIXERS.names]
 
@@ -96,8 +96,14 @@ def test_every_mixer_is_counted_as_it_is(name):
     assert loss.gradient_bytes == 4 * config.width * (VOCAB + 1)
 
 
+# Chunks and softmax in one layer, and pairs.
+REST = ("gated_delta_net", "mamba2", "attention")
+
+
 @pytest.mark.all
-@pytest.mark.parametrize("name", ["gated_delta_net", "tcnca", "mamba2", "tensor_attention", "attention"])
+@pytest.mark.parametrize(
+    "name", ["tcnca", "tensor_attention", *(pytest.param(name, marks=pytest.mark.full) for name in REST)]
+)
 def test_executed_flops_are_those_of_the_chunk_forms(name):
     config, mixers = config_of(name), mixers_of(name)
     counts = count_model(config, mixers, VOCAB, tokens=TOKENS)
@@ -121,9 +127,17 @@ def test_executed_flops_are_those_of_the_chunk_forms(name):
     assert counts.executed_flops(checkpointing=True) > counts.executed_flops(checkpointing=False)
 
 
-@pytest.mark.all
-@pytest.mark.parametrize("fields", [{}, {"tie_embeddings": False}, {"groups": (0, 24)}], ids=str)
-@pytest.mark.parametrize("checkpointing", [False, True])
+WHOLE = {(True, "groups"), (False, "tie_embeddings")}
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "fields"),
+    [
+        pytest.param(again, fields, marks=pytest.mark.all if (again, *fields) in WHOLE else pytest.mark.full)
+        for again in (False, True)
+        for fields in ({}, {"tie_embeddings": False}, {"groups": (0, 24)})
+    ],
+)
 def test_the_parts_make_the_whole(checkpointing, fields):
     names = ("gla", "sliding_attention", "s5")
     config = config_of(*names, depth=5, activation_checkpointing=checkpointing, **fields)
@@ -143,7 +157,10 @@ def test_the_parts_make_the_whole(checkpointing, fields):
 
 @pytest.mark.all
 # A window of 512: seven blocks, the first unlike the others, and 100 tokens.
-@pytest.mark.parametrize(("name", "tokens"), [("gla", 1536), ("hgrn", 1536), ("sliding_attention", 3684)])
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [("sliding_attention", 3684), *(pytest.param(name, 1536, marks=pytest.mark.full) for name in ("gla", "hgrn"))],
+)
 def test_long_sequences_follow_from_short_ones(name, tokens, monkeypatch):
     config, mixers, batch = config_of(name), mixers_of(name), MicroBatch(tokens, 1, torch.float32, "auto")
     traced = trace_layer(config, mixers, 0, batch)

@@ -83,7 +83,7 @@ def test_a_sharded_layer_is_timed_against_a_whole_one_and_two_ranks_against_one(
     assert 1 <= on_ranks(2, calibrate._crowded) < 100
 
 
-@pytest.mark.all
+@pytest.mark.full
 def test_memory_made_of_known_holes_gives_them_back(monkeypatch):
     # Memory measured is what a machine of known constants would need.
     bare = Machine(name="by hand", memory=1e9)

@@ -13,19 +13,13 @@ from seqtrain import cli
 from seqtrain.kernels.inspect import examples as kernel_examples
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kernel_report")
+@pytest.mark.all
+def test_every_target_and_direction_has_a_row_and_bytes_stand_next_to_their_floor(tmp_path):
     # As from a process that interprets: the command compiles all the same.
-    command = [sys.executable, "tools/kernel_report.py", "examples=[gated_norm V=128]", f"output_dir={folder}"]
+    command = [sys.executable, "tools/kernel_report.py", "examples=[gated_norm V=128]", f"output_dir={tmp_path}"]
     done = subprocess.run(["env", "TRITON_INTERPRET=1", *command], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr + done.stdout
-    return done.stdout, json.loads((folder / "kernel_report.json").read_text())
-
-
-@pytest.mark.all
-def test_every_target_and_direction_has_a_row(report):
-    text, rows = report
+    rows = json.loads((tmp_path / "kernel_report.json").read_text())
     found = {(row["kernel"], row["target"]) for row in rows["kernels"]}
     assert found == {
         (kernel, target) for kernel in ("forward", "backward") for target in ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -36,12 +30,7 @@ def test_every_target_and_direction_has_a_row(report):
         assert row["spilled"] == row["dots"] == 0
         assert row["instructions"] > 50
         assert row["faults"] == []
-        assert f"{row['target']:7} {row['warps']:5}" in text
-
-
-@pytest.mark.all
-def test_bytes_are_listed_next_to_their_floor(report):
-    _, rows = report
+        assert f"{row['target']:7} {row['warps']:5}" in done.stdout
     counts = {row["direction"]: row for row in rows["counts"]}
     # 8 heads of 128 bfloat16 numbers: x, gate and out; then x, gate, d_out, dx and d_gate.
     assert counts["forward"]["floor"] == 3 * 8 * 128 * 2
