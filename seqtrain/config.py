@@ -5,10 +5,14 @@ the result against the dataclasses. Their defaults are read from their source (`
 """
 
 import argparse
+import copy
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from seqtrain.errors import ConfigError, exit_status, unknown_name
+from seqtrain.files import make_new_folder
 from seqtrain.help import commented, keep_composed, meanings
 from seqtrain.overrides import points, quote_text, take
 from seqtrain.schema import NAMED_GROUPS, PROGRAMS, conf_dir, definition, mixer_definition, mixer_names, named_options
@@ -57,18 +62,30 @@ def _key_types(name: str) -> dict[str, str]:
 
 def _of_run(folder: Path, config: DictConfig, words: Sequence[str]) -> DictConfig:
     """The config of the run in `folder`, changed where `config`, composed of `words`, differs from none or is typed."""
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(f"run={folder}: holds no config.yaml; name the output_dir of a run")
+    stored = read_run_config(folder)
     typed = {word.partition("=")[0].lstrip("+") for word in words}
     plain = dict(_leaves(_composed("pretrain", (), conf_dir())))
     # The time is in the name of the folder where none is typed.
     plain["output_dir"] = config.output_dir
     changed = {key: value for key, value in _leaves(config) if key in typed or value != plain[key]}
-    merged = OmegaConf.create(yaml.safe_load(file.read_text()))
+    merged = OmegaConf.create(stored)
     for key, value in {"output_dir": str(folder), **changed}.items():
         OmegaConf.update(merged, key, value, force_add=True)
     return merged
+
+
+def read_run_config(folder: Path, *, key: str = "run") -> dict[str, Any]:
+    """The config that the run in `folder` keeps, which `key` named. Raises `ConfigError` where it can't be read."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{key}={folder}: holds no config.yaml; name the output_dir of a run")
+    try:
+        values = yaml.safe_load(file.read_bytes())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{key}={folder}: config.yaml is damaged: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{key}={folder}: config.yaml is damaged: holds no keys; put it back, or name another folder")
+    return values
 
 
 def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
@@ -220,8 +237,23 @@ def launch(
     raised; one in a run of a sweep is printed, status 2.
     """
     parsed = _parse(name, arguments)
-    if not parsed.multirun:
-        return run(read(compose_config(name, parsed.overrides)))
+    if parsed.multirun:
+        return _sweep(name, parsed, read, run, outcome)
+    config = compose_config(name, parsed.overrides)
+    with _fresh_folder(config, parsed.overrides) as folder:
+        if folder:
+            config = copy.deepcopy(config)
+            config.output_dir = folder
+        return run(read(config))
+
+
+def _sweep(
+    name: str,
+    parsed: argparse.Namespace,
+    read: Callable[[DictConfig], T],
+    run: Callable[[T], int],
+    outcome: Callable[[Path], str],
+) -> int:
     if take(parsed.overrides, "run")[0] is not None:
         raise ConfigError("run: resumes one run; leave out --multirun")
     every = points(parsed.overrides)
@@ -239,10 +271,41 @@ def launch(
         status = exit_status(lambda: run(read(config)))
         rows.append((status, point, f"{outcome(Path(config.output_dir))}  {config.output_dir}"))
 
-    _run_hydra(parsed, get_args_parser(), job, str(conf_dir()), name)
+    with _fresh_folder(compose_config(name, every[0]), parsed.overrides) as folder:
+        if folder:
+            parsed.overrides.append(f"output_dir={folder}")
+        _run_hydra(parsed, get_args_parser(), job, str(conf_dir()), name)
     width = max(len(point) for _, point, _ in rows)
     print("\n".join(["", *(f"{point:<{width}}  {found if not status else 'failed'}" for status, point, found in rows)]))
     return max(status for status, _, _ in rows)
+
+
+@contextmanager
+def _fresh_folder(config: DictConfig, overrides: Sequence[str]) -> Iterator[str]:
+    """A folder that no other start has, called as `config.output_dir` where `overrides` name none; else "".
+
+    It is made now, so that of two starts in one second each has its own, and removed again if it stays empty.
+    """
+    named = any(word.partition("=")[0] in ("output_dir", "run") for word in overrides)
+    # Of torchrun's ranks, the first tells the others.
+    if named or "output_dir" not in config or os.environ.get("RANK", "0") != "0":
+        yield ""
+        return
+    asked = Path(config.output_dir)
+    made = [path for path in asked.parents if not path.exists()]
+    names = (asked.with_name(f"{asked.name}-{number}") if number > 1 else asked for number in count(1))
+    try:
+        asked.parent.mkdir(parents=True, exist_ok=True)
+        folder = next(path for path in names if make_new_folder(path))
+    except OSError as error:
+        raise ConfigError(f"output_dir={asked}: can't be written ({error.strerror}); choose another") from None
+    try:
+        yield str(folder)
+    finally:
+        with suppress(OSError):
+            for path in (folder, *made):
+                if path.exists():
+                    path.rmdir()
 
 
 def _parse(name: str, arguments: Sequence[str]) -> argparse.Namespace:

@@ -33,6 +33,10 @@ class CheckpointError(SeqtrainError):
     """A checkpoint that is missing, damaged, or of another model; the message names the folder."""
 
 
+class FencedError(SeqtrainError):
+    """Another start has taken over the folder of this run, so nothing more may be written there."""
+
+
 def unknown_name(what: str, name: str, allowed: Iterable[str]) -> str:
     """The sentence for an unknown name: `mixer 'gal' is unknown; did you mean 'gla'? Known: ...`."""
     known = sorted(allowed)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,7 +20,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
     So a reader sees what was there before or all that was written. `durable`: also after the machine has crashed.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Processes of two machines may have the same number.
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield unfinished
         if durable:
@@ -35,6 +37,26 @@ def replace_file(file: Path, content: bytes, *, durable: bool = True) -> None:
     """Puts `content` in `file`, see `replacing`."""
     with replacing(file, durable=durable) as unfinished:
         unfinished.write_bytes(content)
+
+
+def create_new(file: Path, content: bytes) -> bool:
+    """Makes `file` unless it is there already; of all processes that try at once, one is told True."""
+    try:
+        with file.open("xb") as opened:
+            opened.write(content)
+    except FileExistsError:
+        return False
+    sync(file)
+    return True
+
+
+def make_new_folder(path: Path) -> bool:
+    """Makes the folder `path` unless something is there already; of all that try at once, one is told True."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def publish(unfinished: Path, path: Path) -> None:
@@ -82,13 +104,17 @@ class Manifest:
         except ValidationError as error:
             first = error.errors()[0]
             reason = f"damaged at {'.'.join(str(part) for part in first['loc']) or 'its start'}: {first['msg']}"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             reason = f"damaged: {error}"
         raise cls.error(f"{file}: {reason}; {cls.remedy}")
 
     def write(self, file: Path) -> None:
         """Puts it in `file`, atomically and durably."""
-        replace_file(file, (json.dumps(self.values(), indent=1) + "\n").encode("utf-8"))
+        replace_file(file, self.content())
+
+    def content(self) -> bytes:
+        """The file, as `write` writes it."""
+        return (json.dumps(self.values(), indent=1) + "\n").encode("utf-8")
 
     def values(self) -> dict[str, Any]:
         """The fields as plain values."""

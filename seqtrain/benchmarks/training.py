@@ -22,9 +22,8 @@ from seqtrain.benchmarks.commits import ROOT
 from seqtrain.config import read_settings
 from seqtrain.errors import ConfigError, SeqtrainError
 from seqtrain.report import in_a_line, machine, show_table, write_results
-from seqtrain.runtime.metrics import read_lines
 from seqtrain.runtime.report import WARM_UP_STEPS
-from seqtrain.runtime.run_folder import RunFolder
+from seqtrain.runtime.run_folder import RunFolder, read_lines
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """What `data.` describes, whichever kind it is: text that became token shards, or a synthetic task."""
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,13 @@ class Corpus:
     def bytes_per_token(self) -> float:
         """Bytes of text that a token of the training side stands for, on average."""
         return self.manifest.train.bytes / max(self.manifest.train.tokens, 1)
+
+    @property
+    def content(self) -> dict[str, str]:
+        """What a checkpoint remembers of it: hashes of the text, wherever it lay, and of the tokenizer."""
+        splits = self.manifest.train, self.manifest.held_out
+        parts = [split.content or [shard.sha256 for shard in split.shards] for split in splits]
+        return {"text": sha256(json.dumps(parts).encode()).hexdigest(), "tokenizer": self.tokenizer.identity}
 
     @property
     def about(self) -> str:

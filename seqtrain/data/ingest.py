@@ -243,12 +243,21 @@ class _SplitWriter:
             bytes=self.entry.bytes + sum(len(piece.data) for piece, _ in pieces),
             token_bytes=self.entry.token_bytes + self.tokenizer.byte_count(ids),
             first_bytes=self.entry.first_bytes + self.tokenizer.byte_count(ids[starts]),
+            content=_chained(self.entry.content, [piece for piece, _ in pieces]),
         )
 
     def close(self) -> SplitEntry:
         if self.writer is None:
             return self.entry
         return replace(self.entry, shards=[*self.entry.shards, self.writer.close()])
+
+
+def _chained(content: str, pieces: list[Piece]) -> str:
+    """The hash of text whose first part has the hash `content`, and which goes on with `pieces`."""
+    digest = hashlib.sha256(content.encode())
+    for piece in pieces:
+        digest.update(piece.data + bytes([piece.last]))
+    return digest.hexdigest()
 
 
 def _batches(config: DataConfig, sources: list[Source], cursor: Cursor, tokenizer: Tokenizer) -> Iterator[list[Piece]]:

@@ -45,7 +45,8 @@ class SplitEntry:
     """One side of the corpus.
 
     `bytes`: of its text. `token_bytes`: the same counted from its tokens, which differs where a tokenizer normalises.
-    `first_bytes`: those of the first token of every document, which nothing predicts.
+    `first_bytes`: those of the first token of every document, which nothing predicts. `content`: a hash of its text,
+    piece by piece, however it lies in shards; empty in a corpus of an earlier version.
     """
 
     documents: int = 0
@@ -53,6 +54,7 @@ class SplitEntry:
     bytes: int = 0
     token_bytes: int = 0
     first_bytes: int = 0
+    content: str = ""
     shards: list[ShardEntry] = field(default_factory=list)
 
 

@@ -15,9 +15,9 @@ from seqtrain.data import prepare
 from seqtrain.memory import peak_resident_bytes
 from seqtrain.parallel.testing import run_ranks
 from seqtrain.planning.run_config import read_run
-from seqtrain.runtime.metrics import read_lines
+from seqtrain.runtime.lease import take
 from seqtrain.runtime.ranks import this_process
-from seqtrain.runtime.run_folder import RunFolder, claim
+from seqtrain.runtime.run_folder import RunFolder, read_lines
 from seqtrain.runtime.worker import Session, train
 
 # Ranks are forked from a process that has imported what each would import for itself, and has done nothing else: blocks
@@ -64,8 +64,8 @@ def measure_layout(overrides: list[str], *, steps: int, limit: float = 600.0) ->
     corpus = prepare(config.data)
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, output_dir=folder)
-        claim(RunFolder(Path(folder)), config)
-        session = Session(config, corpus.folder.resolve(), "layout", "")
+        lease = take(RunFolder(Path(folder)).epochs, "layout", seconds=config.runtime.lease_seconds)
+        session = Session(config, corpus.folder.resolve(), "layout", lease.epoch)
         with ProcessPoolExecutor(1, mp_context=FRESH) as fresh:
             rows = fresh.submit(_run, session, steps, limit).result()
         seconds = [record["step_seconds"] for record in read_lines(RunFolder(Path(folder)).metrics)]

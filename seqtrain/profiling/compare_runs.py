@@ -24,9 +24,9 @@ from seqtrain.config import read_settings
 from seqtrain.errors import ConfigError
 from seqtrain.profiling import by_kind
 from seqtrain.report import new_figure, save_figure, show_table, write_json
-from seqtrain.runtime.metrics import Record, read_lines
+from seqtrain.runtime.metrics import Record
 from seqtrain.runtime.report import WARM_UP_STEPS
-from seqtrain.runtime.run_folder import RunFolder
+from seqtrain.runtime.run_folder import RunFolder, read_lines
 
 MIB = 2**20
 # Where a run lies says nothing of what it does.

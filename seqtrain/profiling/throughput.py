@@ -31,8 +31,7 @@ from seqtrain.profiling import ProfileConfig, Profiler, StepWork, by_kind, read_
 from seqtrain.profiling.pictures import draw_layers, draw_memory, draw_parts, draw_sweep, words
 from seqtrain.report import in_a_line, listing, machine, picture, show_table, table, text, write_json, write_page
 from seqtrain.runtime import PretrainConfig, read_pretrain_config, run
-from seqtrain.runtime.metrics import read_lines
-from seqtrain.runtime.run_folder import RunFolder, plain
+from seqtrain.runtime.run_folder import RunFolder, plain, read_lines
 from seqtrain.runtime.settings import segments
 from seqtrain.validation import validate
 

@@ -3,15 +3,22 @@
 A checkpoint is a folder `step-00000100` with `model.safetensors`, one `optimizer-*.safetensors` per rank, and
 `manifest.json`, which names every file with its size and hash. Ranks write into a hidden folder; when all have
 finished, rank 0 writes the manifest and renames the folder. Nothing in it is a pickle, and nothing in it depends on the
-number of ranks or the ZeRO stage.
+number of ranks or the ZeRO stage. A folder whose name is not that of its manifest's step is somebody's copy, and left
+alone.
 """
 
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +27,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from seqtrain.errors import CheckpointError
+from seqtrain.errors import CheckpointError, SeqtrainError
 from seqtrain.files import Manifest, publish, sha256_of, sync
 from seqtrain.runtime.engine import Engine
+from seqtrain.runtime.lease import Lease
 from seqtrain.runtime.ranks import Ranks
 
 log = logging.getLogger("seqtrain.runtime")
 
-FORMAT = 1
+FORMAT = 2
+# Fields that each format brought.
+NEW_FIELDS = {2: ("epoch", "versions")}
+# Packages whose versions decide the last bits of what is computed.
+PACKAGES = ("seqtrain", "torch", "deepspeed", "numpy")
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 
@@ -73,8 +85,9 @@ class FileEntry:
 class CheckpointManifest(Manifest):
     """What a checkpoint says of itself, signed.
 
-    `trajectory`: what `run_folder.fingerprint` says of the run; `fingerprint`: its hash. `tracking_id`: the run of
+    `trajectory`: what `resume.fingerprint` says of the run; `fingerprint`: its hash. `tracking_id`: the run of
     Weights & Biases that it logs to; empty without. `files`: those it vouches for. `sha256`: of everything else here.
+    `epoch`: of the ranks that wrote it. `versions`: of the packages they ran on.
     """
 
     error = CheckpointError
@@ -87,10 +100,13 @@ class CheckpointManifest(Manifest):
     trajectory: dict[str, Any]
     files: dict[str, FileEntry]
     sha256: str
+    epoch: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
 
     def signature(self) -> str:
         """What `sha256` must be."""
-        return _digest({key: value for key, value in self.values().items() if key != "sha256"})
+        later = [name for format, names in NEW_FIELDS.items() if format > self.format for name in names]
+        return _digest({key: value for key, value in self.values().items() if key not in ("sha256", *later)})
 
 
 @dataclass(frozen=True)
@@ -145,6 +161,7 @@ def save(
     root: Path,
     progress: Progress,
     ranks: Ranks,
+    lease: Lease,
     *,
     keep: int,
     fingerprint: dict[str, Any],
@@ -152,37 +169,88 @@ def save(
 ) -> Path:
     """Writes a checkpoint below `root` and drops all but the newest `keep`. All ranks call it; returns its folder.
 
-    Raises `CheckpointError` on every rank when one can't write.
+    Raises on every rank: `CheckpointError` when one can't write, `FencedError` when another start has taken over.
     """
-    folder = root / f"step-{progress.step:08d}"
-    partial = root / f".{folder.name}.partial"
-    if ranks.first:
-        # What a rank that was killed while it saved has left.
-        for path in root.glob(".*.partial"):
-            shutil.rmtree(path)
-        partial.mkdir(parents=True)
-    ranks.gather(None)
-    everyone = ranks.gather(_write_own(engine, partial, progress, ranks))
-    for failed in (each for each in everyone if isinstance(each, str)):
-        raise CheckpointError(f"{partial}: can't be written: {failed}; older checkpoints are untouched")
-    if ranks.first:
-        entries = {name: entry for each in everyone for name, entry in each.items()}
-        digest = _digest(fingerprint)
-        manifest = CheckpointManifest(FORMAT, progress, tracking_id, digest, fingerprint, entries, sha256="")
-        replace(manifest, sha256=manifest.signature()).write(partial / MANIFEST)
-        if folder.exists():
-            # Only a damaged one can be here: a run resumes from the newest that is whole.
-            shutil.rmtree(folder)
-        publish(partial, folder)
-        for old in _folders(root)[keep:]:
-            shutil.rmtree(old)
-        log.info("checkpoint: %s", folder)
-    ranks.gather(None)
+    folder = root / _name(progress.step)
+    partial = root / f".{folder.name}.{lease.epoch}.partial"
+
+    def everyone(work: Callable[[], Any], *, first_only: bool = False) -> list[Any]:
+        """What `work` gives on each rank. What it raises on one is raised on all."""
+        failed = result = None
+        try:
+            if ranks.first or not first_only:
+                result = work()
+        except (OSError, SafetensorError) as error:
+            failed = CheckpointError(
+                f"{partial}: can't be written: rank {ranks.rank}: {error}; older checkpoints are untouched"
+            )
+        except SeqtrainError as error:
+            failed = error
+        results, errors = zip(*ranks.gather((result, failed)), strict=True)
+        for error in filter(None, errors):
+            raise error
+        return list(results)
+
+    everyone(lambda: _clear(root, partial, lease), first_only=True)
+    entries = {
+        name: entry
+        for each in everyone(lambda: _write_own(engine, partial, progress, ranks))
+        for name, entry in each.items()
+    }
+    manifest = CheckpointManifest(
+        FORMAT,
+        progress,
+        tracking_id,
+        _digest(fingerprint),
+        fingerprint,
+        entries,
+        sha256="",
+        epoch=lease.epoch,
+        versions=versions(),
+    )
+    everyone(lambda: _commit(manifest, partial, folder, lease, keep=keep), first_only=True)
     return folder
 
 
-def _write_own(engine: Engine, partial: Path, progress: Progress, ranks: Ranks) -> dict[str, FileEntry] | str:
-    """Writes this rank's files; gives their manifest entries, or what went wrong."""
+def _clear(root: Path, partial: Path, lease: Lease) -> None:
+    """Makes the hidden folder, and removes those that ranks which were killed while they saved have left."""
+    lease.check()
+    for path in root.glob(".step-*.partial"):
+        if re.fullmatch(r"\.step-\d{8,}(\.\d+)?\.partial", path.name) and path.is_dir():
+            shutil.rmtree(path)
+    partial.mkdir(parents=True)
+
+
+def _commit(manifest: CheckpointManifest, partial: Path, folder: Path, lease: Lease, *, keep: int) -> None:
+    """Makes the checkpoint in `partial` visible as `folder`, and drops the oldest."""
+    replace(manifest, sha256=manifest.signature()).write(partial / MANIFEST)
+    lease.check()
+    if folder.exists():
+        # A damaged one, for a run resumes from the newest that is whole; or something else that has this name.
+        if any(found.folder == folder for found in listed(folder.parent)):
+            shutil.rmtree(folder)
+        else:
+            os.rename(folder, folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex[:8]}"))
+    publish(partial, folder)
+    lease.note_saved(manifest.progress.step)
+    for old in listed(folder.parent)[keep:]:
+        lease.check()
+        shutil.rmtree(old.folder)
+    log.info("checkpoint: %s", folder)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of the packages on which the last bits of a run depend."""
+    found = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _write_own(engine: Engine, partial: Path, progress: Progress, ranks: Ranks) -> dict[str, FileEntry]:
+    """Writes this rank's files; gives their manifest entries. Nothing is written before the last exchange."""
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     # Gathering is a collective, so every rank walks over all weights and keeps its own.
@@ -199,17 +267,14 @@ def _write_own(engine: Engine, partial: Path, progress: Progress, ranks: Ranks) 
     if ranks.first:
         state = engine.module.state_dict()
         weights |= {name: _kept(state[name]) for name in _untied(engine.module) if name not in weights}
-    try:
-        written = {}
-        for name, tensors in {WEIGHTS: weights, f"optimizer-{ranks.rank:05d}.safetensors": moments}.items():
-            if tensors:
-                path = partial / name
-                save_file(tensors, path)
-                sync(path)
-                written[name] = FileEntry(path.stat().st_size, sha256_of(path))
-        return written
-    except (OSError, SafetensorError) as error:
-        return f"rank {ranks.rank}: {error}"
+    written = {}
+    for name, tensors in {WEIGHTS: weights, f"optimizer-{ranks.rank:05d}.safetensors": moments}.items():
+        if tensors:
+            path = partial / name
+            save_file(tensors, path)
+            sync(path)
+            written[name] = FileEntry(path.stat().st_size, sha256_of(path))
+    return written
 
 
 def _kept(value: Tensor) -> Tensor:
@@ -225,12 +290,31 @@ def _untied(model: nn.Module) -> list[str]:
 
 def find(root: Path) -> Checkpoint | None:
     """The newest checkpoint below `root` that is whole, or None. Warns about each newer one that is damaged."""
-    for folder in _folders(root):
+    for found in listed(root, damaged=lambda error: log.warning("%s; trying the checkpoint before", error)):
         try:
-            return read(folder)
+            return read(found.folder)
         except CheckpointError as error:
             log.warning("%s; trying the checkpoint before", error)
     return None
+
+
+def listed(root: Path, *, damaged: Callable[[CheckpointError], None] = lambda error: None) -> list[Checkpoint]:
+    """The checkpoints below `root` as their manifests tell, newest first; their files are not looked at.
+
+    `damaged` is told of each whose manifest can't be read.
+    """
+    found = []
+    for folder in root.glob("step-*") if root.is_dir() else ():
+        if not (re.fullmatch(r"step-\d{8,}", folder.name) and folder.is_dir()):
+            continue
+        try:
+            manifest = read_manifest(folder)
+        except CheckpointError as error:
+            damaged(error)
+            continue
+        if folder.name == _name(manifest.progress.step):
+            found.append(Checkpoint(folder, manifest))
+    return sorted(found, key=lambda each: (each.manifest.epoch, each.progress.step), reverse=True)
 
 
 def read(folder: Path) -> Checkpoint:
@@ -250,16 +334,17 @@ def read(folder: Path) -> Checkpoint:
 def read_manifest(folder: Path) -> CheckpointManifest:
     """What the manifest in `folder` says; the files it names are not looked at. Raises `CheckpointError`."""
     manifest = CheckpointManifest.read(folder / MANIFEST)
+    if not 1 <= manifest.format <= FORMAT:
+        raise CheckpointError(f"{folder}: has format {manifest.format}, this version reads those up to {FORMAT}")
     if manifest.sha256 != manifest.signature():
         raise CheckpointError(f"{folder}: {MANIFEST} was changed after it was written")
-    if manifest.format != FORMAT:
-        raise CheckpointError(f"{folder}: has format {manifest.format}, this version reads {FORMAT}")
+    if leading := [name for name in manifest.files if Path(name).name != name]:
+        raise CheckpointError(f"{folder}: {MANIFEST} names the file {leading[0]!r}, which is not of that folder")
     return manifest
 
 
-def _folders(root: Path) -> list[Path]:
-    """Checkpoint folders below `root`, newest first."""
-    return sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True)
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _digest(values: dict[str, Any]) -> str:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
-from seqtrain.config import launch
+from seqtrain.config import launch, read_run_config
 from seqtrain.data import Tokenizer, load_tokenizer
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.models import LanguageModel, generate
@@ -83,13 +82,17 @@ def open_run(path: Path) -> tuple[PretrainConfig, LanguageModel, Tokenizer]:
     Raises `ConfigError` where there is no run, `CheckpointError` where it has no whole checkpoint.
     """
     folder = RunFolder(path)
-    if not folder.config.is_file():
-        raise ConfigError(f"run={path}: holds no config.yaml; name the output_dir of a run")
-    config = typed_pretrain_config(yaml.safe_load(folder.config.read_text()))
+    config = typed_pretrain_config(read_run_config(path))
     newest = checkpoints.find(folder.checkpoints)
     if newest is None:
         raise CheckpointError(f"{folder.checkpoints}: holds no whole checkpoint")
     tokenizer = load_tokenizer(config.data)
+    made_with = newest.manifest.trajectory.get("data", {}).get("content", {}).get("tokenizer", tokenizer.identity)
+    if made_with != tokenizer.identity:
+        raise CheckpointError(
+            f"{newest.folder}: was trained with another tokenizer than data.tokenizer={config.data.tokenizer} is now "
+            f"({made_with[:12]}, now {tokenizer.identity[:12]}); put the old one back"
+        )
     model = LanguageModel(config.model, config.mixer, tokenizer.vocab_size)
     newest.load_weights(model)
     return config, model.eval(), tokenizer

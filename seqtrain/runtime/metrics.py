@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from seqtrain.files import replace_file
-from seqtrain.runtime.run_folder import RunFolder
+from seqtrain.runtime.lease import EpochFolder, Lease
+from seqtrain.runtime.run_folder import RunFolder, is_record, read_lines
 
 log = logging.getLogger("seqtrain.runtime")
 
@@ -23,7 +24,9 @@ class MetricsFile:
     Steps that were done after the checkpoint a run resumes from are done again, and each is to have one line.
     """
 
-    def __init__(self, path: Path, *, step: int):
+    def __init__(self, path: Path, lease: Lease, *, step: int):
+        self._lease = lease
+        lease.check()
         keep = _bytes_up_to(path, step)
         self._file = path.open("ab")
         self._file.truncate(keep)
@@ -32,6 +35,7 @@ class MetricsFile:
         """Appends one line. A float that isn't finite, which JSON can't hold, becomes null."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         line = json.dumps(finite, allow_nan=False)
+        self._lease.check()
         self._file.write(line.encode() + b"\n")
         self._file.flush()
 
@@ -80,21 +84,15 @@ class Within:
     of: int
 
 
-def write_within(folder: RunFolder, within: Within) -> None:
+def write_within(lease: Lease, within: Within) -> None:
     """Writes the progress within the current step, for the progress bar; after a crash it would mean nothing."""
-    replace_file(folder.within, json.dumps(asdict(within)).encode(), durable=False)
+    lease.check()
+    replace_file(lease.own.within, json.dumps(asdict(within)).encode(), durable=False)
 
 
-def read_within(folder: RunFolder) -> Within | None:
+def read_within(folder: EpochFolder) -> Within | None:
     """What was written last; None if nothing was."""
     return Within(**json.loads(folder.within.read_text())) if folder.within.exists() else None
-
-
-def read_lines(path: Path) -> list[Record]:
-    """Every whole record in `path`, in order; none if there is no such file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def count_restarts(folder: RunFolder) -> int:
@@ -110,7 +108,7 @@ def _bytes_up_to(path: Path, step: int) -> int:
     with path.open("rb") as file:
         for line in file:
             # A line without an end was being written when the run was killed.
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            if not line.endswith(b"\n") or (is_record(line) and json.loads(line)["step"] > step):
                 break
             size += len(line)
     return size

@@ -4,19 +4,18 @@ import json
 import logging
 import os
 import threading
-import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from seqtrain import errors
-from seqtrain.errors import ConfigError, SeqtrainError
+from seqtrain.errors import ConfigError
 from seqtrain.runtime.progress import ProgressDisplay
-from seqtrain.runtime.ranks import Ranks, is_lost_peer, pick_device, this_process
-from seqtrain.runtime.run_folder import RunFolder, log_to
+from seqtrain.runtime.ranks import pick_device, this_process
+from seqtrain.runtime.run_folder import log_to
 from seqtrain.runtime.settings import PretrainConfig
-from seqtrain.runtime.worker import Session, train
+from seqtrain.runtime.worker import Session, one_line, train
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -86,7 +85,7 @@ def _trainer(session: Session) -> "TorchTrainer":
         torch_config=GroupConfig(
             backend="nccl" if on_gpu else "gloo",
             timeout_s=config.runtime.collective_timeout_seconds,
-            store_folder="" if config.runtime.address else str(session.folder.ray),
+            store_folder="" if config.runtime.address else str(session.lease.own.ray),
         ),
         scaling_config=ScalingConfig(
             num_workers=config.parallel.ranks,
@@ -96,7 +95,7 @@ def _trainer(session: Session) -> "TorchTrainer":
         run_config=RunConfig(
             # A name used before would make Ray take up that run's records.
             name=session.name,
-            storage_path=str(session.folder.ray),
+            storage_path=str(session.lease.own.ray),
             failure_config=FailureConfig(max_failures=config.runtime.max_restarts),
         ),
     )
@@ -110,36 +109,7 @@ def _run_rank(arguments: dict[str, Session]) -> None:
     ranks = this_process(pick_device(config.runtime.device))
     if ranks.first:
         log_to(session.folder.log)
-    train_or_leave_error(session, ranks)
-
-
-def train_or_leave_error(session: Session, ranks: Ranks) -> None:
-    """`train` on one rank; an error that a restart would meet again is left in the run's folder before it is raised."""
-    try:
-        train(session, ranks)
-    except Exception as error:
-        if not is_lost_peer(error):
-            _leave_error(session.folder, ranks.rank, error)
-        raise
-
-
-def _leave_error(folder: RunFolder, rank: int, error: Exception) -> None:
-    """Writes .error.json for the driver. The first rank to fail is the one that counts."""
-    kind = type(error).__name__ if isinstance(error, SeqtrainError) else ""
-    text = "".join(traceback.format_exception(error))
-    partial = folder.error.with_suffix(f".{rank}")
-    partial.write_text(json.dumps({"rank": rank, "kind": kind, "line": _one_line(error), "traceback": text}))
-    try:
-        os.link(partial, folder.error)
-    except FileExistsError:
-        pass
-    finally:
-        partial.unlink()
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, SeqtrainError) else f"{type(error).__name__}: {text}"
+    train(session, ranks)
 
 
 def _follow(session: Session, trainer: "TorchTrainer", poll: Callable[[], None]) -> None:
@@ -157,21 +127,25 @@ def _follow(session: Session, trainer: "TorchTrainer", poll: Callable[[], None])
     while thread.is_alive():
         thread.join(POLL_SECONDS)
         poll()
-        _raise_left_error(session.folder)
+        _raise_left_error(session)
     poll()
-    _raise_left_error(session.folder)
+    _raise_left_error(session)
     if failed:
         raise WorkerError(
             f"the workers failed more than runtime.max_restarts={session.config.runtime.max_restarts} times; the last "
-            f"checkpoint is kept; rerun to resume from it. Last error: {_one_line(failed[0])[:500]}"  # type: ignore[arg-type]
+            f"checkpoint is kept; rerun to resume from it. Last error: {one_line(failed[0])[:500]}"
         ) from failed[0]
 
 
-def _raise_left_error(folder: RunFolder) -> None:
-    if not folder.error.exists():
+def _raise_left_error(session: Session) -> None:
+    """Raises what a rank of the group that trains now has left; what an earlier group says ends no run."""
+    file = session.lease.current().error
+    try:
+        left = json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        # None, or one that is being written.
         return
-    left = json.loads(folder.error.read_text())
     log.error("rank %d failed:\n%s", left["rank"], left["traceback"])
     if left["kind"]:
         raise vars(errors).get(left["kind"], ConfigError)(left["line"])
-    raise WorkerError(f"rank {left['rank']}: {left['line']} (the traceback is in {folder.log})")
+    raise WorkerError(f"rank {left['rank']}: {left['line']} (the traceback is in {session.folder.log})")

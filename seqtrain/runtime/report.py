@@ -9,9 +9,11 @@ from typing import Any
 
 from seqtrain.data import Corpus, SyntheticCorpus, bigram_bits_per_byte
 from seqtrain.report import new_figure, save_figure, write_json
+from seqtrain.runtime.checkpoint import listed
 from seqtrain.runtime.generate import Continuation, continue_text, open_run
-from seqtrain.runtime.metrics import Record, count_restarts, read_lines
-from seqtrain.runtime.run_folder import RunFolder
+from seqtrain.runtime.lease import Lease
+from seqtrain.runtime.metrics import Record, count_restarts
+from seqtrain.runtime.run_folder import RunFolder, read_lines
 from seqtrain.runtime.settings import PretrainConfig
 
 log = logging.getLogger("seqtrain.runtime")
@@ -21,14 +23,19 @@ WARM_UP_STEPS = 1
 
 
 def write_report(
-    config: PretrainConfig, folder: RunFolder, corpus: Corpus | SyntheticCorpus, *, stopped_by_signal: int = 0
+    config: PretrainConfig,
+    folder: RunFolder,
+    corpus: Corpus | SyntheticCorpus,
+    lease: Lease,
+    *,
+    stopped_by_signal: int = 0,
 ) -> dict[str, Any]:
     """Writes `summary.json` and `loss.png` from what the ranks left in `folder`; gives the summary.
 
     `stopped_by_signal`: number of the signal that asked this process to stop, 0 without one. A run that was stopped has
     little time left, so its summary comes without a sample of text.
     """
-    outcome = json.loads(folder.outcome.read_text())
+    outcome = json.loads(lease.current().outcome.read_text())
     records = read_lines(folder.metrics)
     # The tokens of a synthetic task are no text: nothing to compare bytes with, and nothing to read.
     bigram = math.nan if isinstance(corpus, SyntheticCorpus) else bigram_bits_per_byte(corpus)
@@ -45,11 +52,11 @@ def write_report(
         "final_loss": records[-1]["loss"] if records else None,
         "bigram_bits_per_byte": bigram if math.isfinite(bigram) else None,
         "restarts": count_restarts(folder),
-        "checkpoint": str(max(folder.checkpoints.glob("step-*"))),
+        "checkpoint": str(listed(folder.checkpoints)[0].folder),
         "sample": sample,
     }
+    lease.check()
     write_json(folder.summary, summary, allow_nan=False)
-    folder.outcome.unlink()
     if records:
         draw_loss(records, folder.loss_curve, bytes_per_token=corpus.bytes_per_token)
     return summary

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,11 +15,13 @@ from seqtrain.kernels.dispatch import reset_backend_choice
 from seqtrain.kernels.native import build as native
 from seqtrain.models import LanguageModel
 from seqtrain.runtime import ray_launcher
+from seqtrain.runtime.lease import Lease
 from seqtrain.runtime.metrics import MetricsReader, read_within
 from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ranks import form_group, pick_device
 from seqtrain.runtime.report import write_report
-from seqtrain.runtime.run_folder import RunFolder, claim, log_to, refuse_foreign, warn_on_stderr
+from seqtrain.runtime.resume import begin, check_resumable, claimed, refuse_foreign
+from seqtrain.runtime.run_folder import RunFolder, log_to, warn_on_stderr
 from seqtrain.runtime.settings import PretrainConfig, check, resolve
 from seqtrain.runtime.signals import listening
 from seqtrain.runtime.task import Callback, Pretraining, Task
@@ -65,60 +66,68 @@ def _run_inline(config: PretrainConfig, task: Task, callback: Callback) -> dict[
             train(ranks.from_first(session), ranks, poll=poll)
 
         return _drive(config, task, callback, launch)
-    with listening(RunFolder(Path(config.output_dir)).stop):
+    with listening():
         train(ranks.from_first(None), ranks)
     return {}
 
 
 def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launch) -> dict[str, Any]:
     """Everything around the steps: the folder, the data, progress and tracking, the report."""
-    folder = RunFolder(Path(config.output_dir))
-    refuse_foreign(folder, config)
-    corpus = prepare(config.data)
-    claim(folder, config)
-    log_to(folder.log)
+    folder, name = RunFolder(Path(config.output_dir)), uuid.uuid4().hex[:8]
     warn_on_stderr()
-    reset_backend_choice()
-    log.info("data: %s", corpus.about)
-    _warn_of_few_tokens(config, corpus)
-    if finished := _finished_summary(config, folder):
-        return finished
-    session = Session(
-        config,
-        corpus.folder.resolve(),
-        name=uuid.uuid4().hex[:8],
-        tracking_id=tracking_id(config, folder),
-        task=task,
-        callback=callback,
-    )
+    refuse_foreign(folder, config)
+    with claimed(folder, name, lease_seconds=config.runtime.lease_seconds) as lease:
+        # As it is now that nobody else writes here.
+        refuse_foreign(folder, config)
+        corpus = prepare(config.data)
+        session = Session(
+            config,
+            corpus.folder.resolve(),
+            name,
+            lease.epoch,
+            tracking_id(config, folder),
+            corpus.content,
+            task=task,
+            callback=callback,
+        )
+        check_resumable(folder, config, session.fingerprint)
+        begin(folder, config)
+        log_to(folder.log)
+        reset_backend_choice()
+        log.info("data: %s", corpus.about)
+        _warn_of_few_tokens(config, corpus)
+        return _finished_summary(config, folder) or _follow(session, corpus, lease, launch)
+
+
+def _follow(session: Session, corpus: Corpus | SyntheticCorpus, lease: Lease, launch: Launch) -> dict[str, Any]:
+    """Has the ranks trained, and shows and tracks what they write; the summary."""
+    config, folder = session.config, session.folder
     reader = MetricsReader(folder)
     with (
-        listening(folder.stop) as received,
+        listening(lease.own.stop) as received,
         ProgressDisplay(steps=config.train.steps) as display,
         tracked(config, folder, run_id=session.tracking_id) as trackers,
     ):
 
         def poll() -> None:
+            epoch = lease.current()
             for record in reader.new():
                 display.show(record)
                 for tracker in trackers:
                     # `step` is one of its fields: an offline run that is resumed counts its own steps from 0.
                     tracker.log(record)
-            if within := read_within(folder):
+            if within := read_within(epoch):
                 display.show_within(within)
 
-        if isinstance(task, Pretraining):
+        if isinstance(session.task, Pretraining):
             display.say(_describe_model(config, corpus.vocab_size))
         if not config.runtime.address and pick_device(config.runtime.device).type == "cpu" and native.must_build():
             with display.announced("building kernels (once)"):
                 native.unavailable()
         launch(session, poll, display)
-        summary = write_report(config, folder, corpus, stopped_by_signal=received.number)
+        summary = write_report(config, folder, corpus, lease, stopped_by_signal=received.number)
         for tracker in trackers:
             tracker.summary.update(summary)
-    folder.stop.unlink(missing_ok=True)
-    folder.within.unlink(missing_ok=True)
-    shutil.rmtree(folder.ray, ignore_errors=True)
     return summary
 
 
@@ -136,8 +145,12 @@ def _finished_summary(config: PretrainConfig, folder: RunFolder) -> dict[str, An
     """The summary of the run in `folder` where it has done all its steps."""
     if not folder.summary.exists():
         return None
-    summary: dict[str, Any] = json.loads(folder.summary.read_text())
-    if summary["steps"] != config.train.steps or summary["stopped"]:
+    try:
+        summary: dict[str, Any] = json.loads(folder.summary.read_text())
+        if summary["steps"] != config.train.steps or summary["stopped"]:
+            return None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        log.warning("%s: is damaged; it is written anew", folder.summary)
         return None
     log.warning(
         "output_dir=%s: this run has finished already; here is its summary. train.steps=N makes it longer where"

@@ -108,6 +108,9 @@ class RuntimeConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # CPU cores and threads of a rank. auto, or 0: the machine's cores divided over the ranks (inline: torch's number).
     cpus_per_worker: Annotated[Count, OrAuto] = AUTO
+    # Seconds after which a start that has stopped writing to output_dir may be replaced by another. More than a network
+    # file system hides a change for.
+    lease_seconds: Annotated[float, Field(gt=0)] = 20.0
     # Seconds a rank waits for the others in one exchange before it takes them for lost.
     collective_timeout_seconds: Positive = 600
 

@@ -36,7 +36,7 @@ class Received:
 
 
 @contextmanager
-def listening(file: Path) -> Iterator[Received]:
+def listening(file: Path | None = None) -> Iterator[Received]:
     """While it is open, SIGINT and SIGTERM ask the run to stop, also through `file`; another SIGINT later aborts it."""
     received = Received()
 
@@ -46,7 +46,8 @@ def listening(file: Path) -> Iterator[Received]:
             raise KeyboardInterrupt
         received.number, received.seconds = signum, now
         ASKED.set()
-        file.touch()
+        if file and file.parent.is_dir():
+            file.touch()
 
     ASKED.clear()
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.sharded import ShardedSequence
 from seqtrain.runtime.checkpoint import Progress
 from seqtrain.runtime.engine import Engine
+from seqtrain.runtime.lease import Lease
 from seqtrain.runtime.metrics import MetricsFile, Record, Within, write_within
 from seqtrain.runtime.ranks import Ranks
-from seqtrain.runtime.run_folder import RunFolder
 from seqtrain.runtime.schedule import learning_rate
 from seqtrain.runtime.segmented import cut, passes, segment_losses
 from seqtrain.runtime.settings import PretrainConfig, micro_batches, segments
@@ -29,7 +30,11 @@ class TrainState:
     """Where a run stands on one rank."""
 
     config: PretrainConfig
-    folder: RunFolder
+    # Folder of the run's checkpoints.
+    checkpoints: Path
+    lease: Lease
+    # Appears when the run is to stop.
+    stop: Path
     ranks: Ranks
     mesh: Mesh
     engine: Engine
@@ -57,7 +62,7 @@ class TrainState:
 
     def stop_requested(self) -> bool:
         """Whether this rank knows of a request to stop."""
-        return stop_requested(self.folder.stop if self.ranks.first else None)
+        return stop_requested(self.stop if self.ranks.first else None)
 
     def slice(self, number: int = 0, of: int = 1) -> BatchSlice:
         """What this rank reads of a batch: micro-batch `number` of `of`."""
@@ -138,6 +143,6 @@ def _train_segments(state: TrainState, batch: Batch, weight: float, number: int,
             state.engine.step()
             losses.append(loss.detach())
         if state.metrics:
-            write_within(state.folder, Within(state.progress.step, done + number * of, rows * of))
+            write_within(state.lease, Within(state.progress.step, done + number * of, rows * of))
             state.poll()
     return torch.stack(losses).sum()

@@ -7,7 +7,6 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from seqtrain.errors import CheckpointError
 from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.metrics import Record
 from seqtrain.runtime.run_folder import RunFolder, plain
@@ -20,14 +19,8 @@ def tracking_id(config: PretrainConfig, folder: RunFolder) -> str:
     """The run's id at Weights & Biases: the newest checkpoint's, or a new one; empty when tracking is disabled."""
     if config.tracking.mode == "disabled":
         return ""
-    for path in sorted(folder.checkpoints.glob("step-*"), reverse=True):
-        try:
-            if found := checkpoints.read_manifest(path).tracking_id:
-                return found
-            break
-        except CheckpointError:
-            continue
-    return uuid.uuid4().hex[:8]
+    newest = checkpoints.listed(folder.checkpoints)[:1]
+    return (newest and newest[0].manifest.tracking_id) or uuid.uuid4().hex[:8]
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 import json
 import logging
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,16 +14,18 @@ from typing import Any
 import torch
 
 from seqtrain.errors import SeqtrainError
-from seqtrain.files import replace_file
+from seqtrain.files import create_new, replace_file
 from seqtrain.memory import peak_resident_bytes
 from seqtrain.parallel.mesh import Mesh, form_mesh
 from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.checkpoint import Checkpoint, Progress
 from seqtrain.runtime.engine import Engine
 from seqtrain.runtime.evaluation import Scores, evaluate
+from seqtrain.runtime.lease import Lease, succeed
 from seqtrain.runtime.metrics import MetricsFile
-from seqtrain.runtime.ranks import Ranks
-from seqtrain.runtime.run_folder import RunFolder, check_fits, fingerprint
+from seqtrain.runtime.ranks import Ranks, is_lost_peer
+from seqtrain.runtime.resume import check_fits, fingerprint, refuse_lost_checkpoints
+from seqtrain.runtime.run_folder import RunFolder
 from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.runtime.step import TrainState, train_step
 from seqtrain.runtime.task import Callback, Pretraining, Task
@@ -38,8 +42,12 @@ class Session:
     corpus: Path
     # Tells the restarts of one call from later calls on the same folder.
     name: str
+    # The driver's, in the run's folder.
+    epoch: int
     # Run of Weights & Biases; empty without.
-    tracking_id: str
+    tracking_id: str = ""
+    # What `Corpus.content` says.
+    content: dict[str, str] = field(default_factory=dict)
     task: Task = field(default_factory=Pretraining)
     callback: Callback = field(default_factory=Callback)
 
@@ -47,11 +55,16 @@ class Session:
     def folder(self) -> RunFolder:
         return RunFolder(Path(self.config.output_dir))
 
+    @property
+    def lease(self) -> Lease:
+        """The driver's."""
+        return Lease(self.folder.epochs, self.epoch, self.name, driver=True)
+
     # Found once: a task may read whole files for it, and every checkpoint asks.
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What decides which numbers come out; checkpoints made with other values are refused."""
-        return fingerprint(self.config) | self.task.fingerprint()
+        return fingerprint(self.config, self.content) | self.task.fingerprint()
 
 
 def train(session: Session, ranks: Ranks, *, poll: Callable[[], None] = lambda: None) -> None:
@@ -59,18 +72,44 @@ def train(session: Session, ranks: Ranks, *, poll: Callable[[], None] = lambda: 
 
     Every rank calls it with the same `session`, in a process group that is already formed. Continues from the newest
     whole checkpoint in the run's folder. `poll` is called after each line of metrics, and each segment of a step.
-    Raises `CheckpointError` for a checkpoint that doesn't fit, `SeqtrainError` when too many steps in a row aren't
-    finite.
+    Raises `CheckpointError` for a checkpoint that doesn't fit, `FencedError` when another start has taken over,
+    `SeqtrainError` when too many steps in a row aren't finite. An error that a restart would meet again is left for the
+    driver before it is raised.
     """
     parallel = session.config.parallel
-    with form_mesh(
-        ranks.group,
-        sequence=parallel.sequence,
-        algorithm=parallel.algorithm,
-        device=ranks.device,
-        timeout_seconds=session.config.runtime.collective_timeout_seconds,
-    ) as mesh:
-        _train_on(session, _restore(session, ranks, mesh, poll))
+    lease = ranks.from_first(succeed(session.lease) if ranks.first else None)
+    try:
+        with (
+            lease.renewed() if ranks.first else nullcontext(),
+            form_mesh(
+                ranks.group,
+                sequence=parallel.sequence,
+                algorithm=parallel.algorithm,
+                device=ranks.device,
+                timeout_seconds=session.config.runtime.collective_timeout_seconds,
+            ) as mesh,
+        ):
+            _train_on(session, _restore(session, ranks, mesh, lease, poll))
+    except Exception as error:
+        if not is_lost_peer(error):
+            _leave_error(lease, ranks.rank, error)
+        raise
+
+
+def _leave_error(lease: Lease, rank: int, error: Exception) -> None:
+    """Writes error.json for the driver. The first rank to fail is the one that counts."""
+    kind = type(error).__name__ if isinstance(error, SeqtrainError) else ""
+    text = "".join(traceback.format_exception(error))
+    # Where another start has taken over, nobody would read it.
+    if lease.own.path.is_dir():
+        left = {"rank": rank, "kind": kind, "line": one_line(error), "traceback": text}
+        create_new(lease.own.error, json.dumps(left).encode())
+
+
+def one_line(error: BaseException) -> str:
+    """What it says, in one line; with its kind where it is not one for users."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, SeqtrainError) else f"{type(error).__name__}: {text}"
 
 
 def _train_on(session: Session, state: TrainState) -> None:
@@ -119,7 +158,7 @@ def _stop_after_nonfinite_steps(state: TrainState) -> None:
         )
 
 
-def _restore(session: Session, ranks: Ranks, mesh: Mesh, poll: Callable[[], None]) -> TrainState:
+def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Callable[[], None]) -> TrainState:
     """Builds the model and its engine as they were at the newest checkpoint, or new, and opens the data."""
     config, folder = session.config, session.folder
     torch.manual_seed(config.seed)
@@ -137,13 +176,21 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, poll: Callable[[], None
     if ranks.first:
         where = found.folder if found else "new"
         log.info("training: from step %d of %d, %s", progress.step, config.train.steps, where)
-        metrics = MetricsFile(folder.metrics, step=progress.step)
-        start = {"session": session.name, "step": progress.step, "ranks": ranks.count, "time": time.time()}
+        metrics = MetricsFile(folder.metrics, lease, step=progress.step)
+        start = {
+            "session": session.name,
+            "epoch": lease.epoch,
+            "step": progress.step,
+            "ranks": ranks.count,
+            "time": time.time(),
+        }
         with folder.starts.open("a") as file:
             file.write(json.dumps(start) + "\n")
     return TrainState(
         config=config,
-        folder=folder,
+        checkpoints=folder.checkpoints,
+        lease=lease,
+        stop=session.lease.own.stop,
         ranks=ranks,
         mesh=mesh,
         engine=engine,
@@ -163,6 +210,7 @@ def _newest(session: Session) -> Checkpoint | None:
     if own := checkpoints.find(session.folder.checkpoints):
         check_fits(own.folder, own.manifest.trajectory, now, steps_done=own.progress.step)
         return own
+    refuse_lost_checkpoints(session.folder)
     if resume in ("auto", "never"):
         return None
     # The weights must fit; steps, data and learning rate may be new ones.
@@ -181,9 +229,10 @@ def _save(session: Session, state: TrainState) -> None:
     with state.callback.phase("checkpoint"):
         checkpoints.save(
             state.engine,
-            state.folder.checkpoints,
+            state.checkpoints,
             state.progress,
             state.ranks,
+            state.lease,
             keep=state.config.checkpoint.keep,
             fingerprint=session.fingerprint,
             tracking_id=session.tracking_id,
@@ -192,7 +241,7 @@ def _save(session: Session, state: TrainState) -> None:
 
 
 def _write_outcome(state: TrainState, *, stopped: bool, scores: Scores | None) -> None:
-    """Writes .outcome.json for the driver: what only the ranks know."""
+    """Writes outcome.json for the driver: what only the ranks know."""
     device = state.ranks.device
     # Most memory a process held: on the GPU, or resident on the CPU.
     peak = state.ranks.largest(
@@ -210,4 +259,4 @@ def _write_outcome(state: TrainState, *, stopped: bool, scores: Scores | None) -
         "peak_memory_bytes": int(peak),
         "held_out_bits_per_byte": None,
     } | (scores or {})
-    replace_file(state.folder.outcome, json.dumps(outcome).encode())
+    replace_file(state.lease.own.outcome, json.dumps(outcome).encode())

@@ -24,7 +24,8 @@ from seqtrain.data import prepare
 from seqtrain.errors import ConfigError
 from seqtrain.parallel.testing import RankError
 from seqtrain.runtime import checkpoint
-from seqtrain.runtime.run_folder import claim
+from seqtrain.runtime.lease import take
+from seqtrain.runtime.run_folder import RunFolder
 from seqtrain.runtime.worker import Session, train
 from tests.command_cases import refused
 from tests.convert.convert_cases import save_tokenizer
@@ -104,9 +105,9 @@ def session_of(training, task, *, ranks=1, sequence=1, name="run"):
     config = one._settings(stage, name)
     config = dataclasses.replace(config, output_dir=f"{config.output_dir}-{ranks}-{sequence}")
     corpus = prepare(config.data, progress=False)
-    session = Session(config, corpus.folder.resolve(), "test", "", dataclasses.replace(task, stage=stage))
-    claim(session.folder, config)
-    return session
+    lease = take(RunFolder(Path(config.output_dir)).epochs, "test", seconds=config.runtime.lease_seconds)
+    task = dataclasses.replace(task, stage=stage)
+    return Session(config, corpus.folder.resolve(), "test", lease.epoch, "", corpus.content, task)
 
 
 def trained(session):

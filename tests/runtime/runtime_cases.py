@@ -22,9 +22,10 @@ from seqtrain.mixers import MIXERS
 from seqtrain.models import ModelConfig
 from seqtrain.parallel.testing import RankError, rank_outcomes
 from seqtrain.runtime.checkpoint import find
-from seqtrain.runtime.metrics import read_lines
+from seqtrain.runtime.lease import newest, take
 from seqtrain.runtime.ranks import this_process
-from seqtrain.runtime.run_folder import RunFolder, claim
+from seqtrain.runtime.resume import begin
+from seqtrain.runtime.run_folder import RunFolder, read_lines
 from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.runtime.worker import Session, train
 
@@ -39,7 +40,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "train": {"steps": 6, "sequence_length": 32, "batch_size": 8, "micro_batch_size": 2},
     "evaluation": {"every": 0},
     "parallel": {"data": 1},
-    "runtime": {"name": "inline", "cpus_per_worker": 1},
+    "runtime": {"name": "inline", "cpus_per_worker": 1, "lease_seconds": 0.4},
     "checkpoint": {"every": 3},
     "tracking": {"mode": "disabled"},
     "sample": {"prompt": "state", "tokens": 8},
@@ -87,8 +88,9 @@ def change(config: PretrainConfig, name: str = "", **sections: Any) -> PretrainC
 def session_for(config: PretrainConfig, **told: Any) -> Session:
     """Prepares data and folder as the driver does; `told`: task and callback."""
     corpus = prepare(config.data, progress=False)
-    session = Session(config, corpus.folder.resolve(), name="test", tracking_id="", **told)
-    claim(session.folder, config)
+    lease = take(RunFolder(Path(config.output_dir)).epochs, "test", seconds=config.runtime.lease_seconds)
+    session = Session(config, corpus.folder.resolve(), "test", lease.epoch, "", corpus.content, **told)
+    begin(session.folder, config)
     return session
 
 
@@ -101,6 +103,8 @@ def train_on(*configs: PretrainConfig | Session, poll: Callable[[], None] = lamb
     for count in sorted({session.config.parallel.ranks for session in sessions}):
         chosen = [session for session in sessions if session.config.parallel.ranks == count]
         on_ranks(count, lambda ranks, chosen=chosen: [train(session, ranks, poll=poll) for session in chosen] and None)
+    for session in sessions:
+        session.lease.release()
 
 
 def on_ranks(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -139,7 +143,7 @@ def losses(config: PretrainConfig) -> list[float]:
 
 def outcome(config: PretrainConfig) -> dict[str, Any]:
     """What rank 0 left for the driver."""
-    return json.loads(folder_of(config).outcome.read_text())
+    return json.loads(newest(folder_of(config).epochs).outcome.read_text())
 
 
 def score(config: PretrainConfig) -> float:

@@ -113,7 +113,7 @@ def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path, mon
             train_on(config)
     assert is_lost_peer(caught.value), "this is what Ray is to restart the ranks after"
     root = folder_of(config).checkpoints
-    assert sorted(path.name for path in root.iterdir()) == [".step-00000006.partial", "step-00000003"]
+    assert sorted(path.name for path in root.iterdir()) == [".step-00000006.2.partial", "step-00000003"]
     assert find(root).progress.step == 3
     train_on(config)
     assert losses(config) == losses(whole)

@@ -8,7 +8,7 @@ from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime.metrics import read_within
-from seqtrain.runtime.run_folder import fingerprint
+from seqtrain.runtime.resume import fingerprint
 from seqtrain.runtime.settings import PretrainConfig, check, segments
 from tests.runtime.runtime_cases import (
     as_it_was_at,

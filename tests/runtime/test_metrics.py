@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 
 from seqtrain.runtime import progress
-from seqtrain.runtime.metrics import MetricsFile, MetricsReader, Within, count_restarts, read_lines
+from seqtrain.runtime.lease import take
+from seqtrain.runtime.metrics import MetricsFile, MetricsReader, Within, count_restarts
 from seqtrain.runtime.progress import ProgressDisplay
-from seqtrain.runtime.run_folder import RunFolder
+from seqtrain.runtime.run_folder import RunFolder, read_lines
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def folder(tmp_path) -> RunFolder:
 
 def write(folder: RunFolder, *, after: int, steps: range, session: str = "a") -> None:
     """What rank 0 does from a start at step `after`."""
-    file = MetricsFile(folder.metrics, step=after)
+    file = MetricsFile(folder.metrics, take(folder.epochs, "test", seconds=0.1), step=after)
     with folder.starts.open("a") as starts:
         starts.write(json.dumps({"session": session, "step": after}) + "\n")
     for step in steps:
@@ -38,7 +39,7 @@ def test_steps_after_the_checkpoint_are_cut_off_and_done_again(folder):
 
 
 def test_a_number_that_json_has_not_becomes_null(folder):
-    file = MetricsFile(folder.metrics, step=0)
+    file = MetricsFile(folder.metrics, take(folder.epochs, "test", seconds=0.1), step=0)
     file.write({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr": 0.1})
     file.close()
     assert folder.metrics.read_text() == '{"step": 1, "loss": null, "grad_norm": null, "lr": 0.1}\n'

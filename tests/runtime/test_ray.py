@@ -12,10 +12,11 @@ import pytest
 from seqtrain.errors import DataError
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.testing import rank_outcomes
-from seqtrain.runtime import ray_launcher, run, task
+from seqtrain.runtime import ray_launcher, run, task, worker
+from seqtrain.runtime.lease import succeed
 from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ranks import is_lost_peer
-from seqtrain.runtime.worker import Session
+from seqtrain.runtime.worker import Session, train
 from tests.runtime.runtime_cases import (
     change,
     folder_of,
@@ -97,23 +98,21 @@ def test_a_rank_that_fails_ends_those_that_wait_for_its_states(tmp_path, monkeyp
     config = small_config(tmp_path, parallel={"sequence": 2}, checkpoint={"every": 0})
     session = session_for(config)
     # A rank that did wait for the time-out of its exchanges would not come to an end here.
-    left, failed = rank_outcomes(
-        2, launched, 2, lambda ranks: ray_launcher.train_or_leave_error(session, ranks), (), limit=60, group_timeout=600
-    )
+    left, failed = rank_outcomes(2, launched, 2, lambda ranks: train(session, ranks), (), limit=60, group_timeout=600)
     assert is_lost_peer(left.error), left
     if way == "death":
-        assert not session.folder.error.exists(), "Ray is to start the ranks again"
+        assert not session.lease.current().error.exists(), "Ray is to start the ranks again"
         return
     assert isinstance(failed.error, ZeroDivisionError)
     with pytest.raises(ray_launcher.WorkerError, match=r"^rank 1: ZeroDivisionError: "):
-        ray_launcher._raise_left_error(session.folder)
+        ray_launcher._raise_left_error(session)
 
 
 @pytest.mark.all
 def test_an_error_that_a_restart_would_meet_again_stops_at_once(tmp_path):
     config = small_config(tmp_path, runtime={"name": "ray"})
     session = session_for(config)
-    broken = Session(config, tmp_path / "no-corpus", session.name, session.tracking_id)
+    broken = Session(config, tmp_path / "no-corpus", session.name, session.epoch)
     with pytest.raises(DataError, match=r"no-corpus/manifest\.json") as error:
         ray_launcher.launch(broken, lambda: None, ProgressDisplay(steps=1))
     assert "\n" not in str(error.value)
@@ -122,10 +121,12 @@ def test_an_error_that_a_restart_would_meet_again_stops_at_once(tmp_path):
 
 
 def test_the_error_of_a_rank_reaches_the_driver_as_one_line(tmp_path):
-    config = small_config(tmp_path)
-    folder = session_for(config).folder
-    ray_launcher._leave_error(folder, 1, ZeroDivisionError("first\nline"))
-    ray_launcher._leave_error(folder, 0, ValueError("came later"))
-    assert "ZeroDivisionError" in json.loads(folder.error.read_text())["traceback"]
+    session = session_for(small_config(tmp_path))
+    earlier, lease = succeed(session.lease), succeed(session.lease)
+    worker._leave_error(earlier, 0, ValueError("of a group that was replaced"))
+    ray_launcher._raise_left_error(session)
+    worker._leave_error(lease, 1, ZeroDivisionError("first\nline"))
+    worker._leave_error(lease, 0, ValueError("came later"))
+    assert "ZeroDivisionError" in json.loads(lease.own.error.read_text())["traceback"]
     with pytest.raises(ray_launcher.WorkerError, match=r"^rank 1: ZeroDivisionError: first line \(the traceback is in"):
-        ray_launcher._raise_left_error(folder)
+        ray_launcher._raise_left_error(session)

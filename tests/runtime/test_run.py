@@ -19,7 +19,7 @@ from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.models import LanguageModel
 from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime import run, signals
-from seqtrain.runtime.run_folder import differences
+from seqtrain.runtime.resume import differences
 from seqtrain.runtime.tracking import TensorBoard, tracking_id
 from seqtrain.testing import relative_error
 from tests.command_cases import refused, run_command
@@ -64,7 +64,8 @@ def test_what_a_run_leaves(finished):
     log = folder.log.read_text()
     assert len(re.findall("linear_attention: (?:native|chunked)", log)) == 1, "a choice of backend is logged once"
     files = {"config.yaml", "metrics.jsonl", "summary.json", "loss.png", "run.log", "starts.jsonl"}
-    assert {path.name for path in folder.path.iterdir()} == {*files, "checkpoints"}
+    assert {path.name for path in folder.path.iterdir()} == {*files, "checkpoints", ".epochs"}
+    assert sorted(path.name for path in folder.epochs.iterdir()) == ["000002", "saved"]
 
 
 @pytest.mark.all

@@ -9,7 +9,8 @@ import pytest
 
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.runtime import check
-from seqtrain.runtime.run_folder import check_fits, fingerprint, plain
+from seqtrain.runtime.resume import check_fits, fingerprint
+from seqtrain.runtime.run_folder import plain
 from seqtrain.runtime.schedule import ScheduleConfig, learning_rate
 from seqtrain.runtime.settings import micro_batch, resolve
 from tests.runtime.runtime_cases import small_config

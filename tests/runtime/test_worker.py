@@ -139,7 +139,7 @@ def test_a_stop_during_the_last_evaluation_leaves_the_score_to_the_next_call(tmp
     train_on(whole)
 
     def interrupted(state):
-        state.folder.stop.touch()
+        state.stop.touch()
         return evaluate(state)
 
     with monkeypatch.context() as patch:

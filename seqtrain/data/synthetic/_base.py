@@ -110,6 +110,8 @@ class SyntheticCorpus:
     held_out_rows: int
     # Every rank makes the rows it reads; there is nothing on disk for it to open.
     folder: ClassVar[Path] = Path()
+    # Its settings say all.
+    content: ClassVar[dict[str, str]] = {}
     # Its tokens are no text.
     bytes_per_token: ClassVar[None] = None
 

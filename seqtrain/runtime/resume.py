@@ -1,0 +1,254 @@
+"""Whether a run may train in a folder, and go on from what is there."""
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from seqtrain.config import read_run_config
+from seqtrain.errors import CheckpointError, ConfigError
+from seqtrain.files import replace_file
+from seqtrain.runtime import checkpoint as checkpoints
+from seqtrain.runtime.lease import Lease, saved_step, take
+from seqtrain.runtime.run_folder import RunFolder, is_record, plain, read_lines
+from seqtrain.runtime.schedule import ScheduleConfig, learning_rate
+from seqtrain.runtime.settings import PretrainConfig, segments
+from seqtrain.validation import validate
+
+log = logging.getLogger("seqtrain.runtime")
+
+# Keys of `train` that say in which pieces the same numbers are computed.
+SEGMENTATION = ("micro_batch_size", "segment_tokens", "segment_gradients")
+# Keys of `data` that say where text and tokenizer lie; `content` says what they are.
+PLACES = ("path", "held_out_path", "tokenizer")
+
+
+def fingerprint(config: PretrainConfig, content: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What decides which numbers come out, whoever computes them and in however many pieces.
+
+    `content`: what `Corpus.content` says of the text and its tokenizer, where they have been read.
+    """
+    values = {
+        "model": plain(config.model),
+        "mixer": {name: plain(config.mixer[name]) for name in sorted(set(config.model.layers))},
+        "data": plain(config.data),
+        "optimizer": plain(config.optimizer),
+        "schedule": plain(config.schedule),
+        "train": plain(config.train),
+        "seed": config.seed,
+    }
+    for key in ("cache_dir", "verify", "shard_tokens"):
+        del values["data"][key]
+    if content:
+        values["data"]["content"] = dict(content)
+    # Truncated gradients depend on where a row is cut into segments; exact ones don't.
+    truncated = config.train.segment_gradients == "truncated" and segments(config) > 1
+    for key in ("max_nonfinite_steps", *(() if truncated else SEGMENTATION)):
+        del values["train"][key]
+    return _without_unused(values)
+
+
+def _without_unused(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint without `schedule.decay_fraction` where it has no effect: its default was another one once."""
+    schedule = dict(values.get("schedule", {}))
+    if schedule.get("name") != "wsd":
+        schedule.pop("decay_fraction", None)
+    return {**values, **({"schedule": schedule} if schedule else {})}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, steps_done: int = 0) -> list[str]:
+    """`key=BEFORE, now AFTER` for every value in which two fingerprints differ.
+
+    A schedule that gave the `steps_done` first steps the same learning rates is no difference: so a run is made longer.
+    Neither is another place of the same text or tokenizer.
+    """
+    before, now = _without_places(before, now), _without_places(now, before)
+    if steps_done and _learning_rates(before, steps_done) == _learning_rates(now, steps_done):
+        before = {
+            **before,
+            "schedule": now["schedule"],
+            "train": before["train"] | {"steps": now["train"]["steps"]},
+            "optimizer": before["optimizer"] | {"lr": now["optimizer"]["lr"]},
+        }
+    return list(_differences(before, now, ""))
+
+
+def _without_places(values: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`values` without the places of what both know the content of; without the content where only one knows it."""
+    data = dict(values.get("data", {}))
+    content = data.get("content"), dict(other.get("data", {})).get("content")
+    for key in PLACES if all(content) else ("content",):
+        data.pop(key, None)
+    return {**values, "data": data} if "data" in values else values
+
+
+def _learning_rates(fingerprint: Mapping[str, Any], count: int) -> list[float]:
+    schedule, steps = validate(ScheduleConfig, fingerprint["schedule"]), fingerprint["train"]["steps"]
+    peak = fingerprint["optimizer"]["lr"]
+    return [learning_rate(schedule, peak=peak, steps=steps, step=step) for step in range(min(count, steps))]
+
+
+def _differences(before: Any, now: Any, key: str) -> Iterator[str]:
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        if before != now:
+            yield f"{key}={json.dumps(before)}, now {json.dumps(now)}"
+        return
+    for name in [*before, *(name for name in now if name not in before)]:
+        yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+
+
+def refuse_foreign(folder: RunFolder, config: PretrainConfig) -> None:
+    """Raises `ConfigError` where `folder` holds another run, or any run though `checkpoint.resume=never`."""
+    resume = config.checkpoint.resume
+    if not (folder.config.exists() and (folder.metrics.exists() or folder.checkpoints.exists())):
+        if resume not in ("auto", "never") and not Path(resume).is_dir():
+            raise CheckpointError(
+                f"checkpoint.resume={resume}: no such folder; use auto, never or a checkpoint's folder"
+            )
+        return
+    now = fingerprint(config)
+    # Whether they are the same text and tokenizer is known when they have been read.
+    for key in PLACES:
+        del now["data"][key]
+    # `auto` resumes whatever is there, also a run that began from another's checkpoint.
+    if resume not in ("auto", "never"):
+        now["checkpoint"] = {"resume": resume}
+    before = _same_keys(read_run_config(folder.path, key="output_dir"), now)
+    newest = next(iter(checkpoints.listed(folder.checkpoints)), None)
+    if found := differences(before, now, steps_done=newest.progress.step if newest else 0):
+        recipe = f", or start a new run from its weights: output_dir=NEW checkpoint.resume={newest.folder}"
+        raise ConfigError(
+            f"output_dir={folder.path}: holds a run with {'; '.join(found)}; resume it with these values as they were"
+            + (recipe if newest else "")
+        )
+    if resume == "never":
+        raise ConfigError(
+            f"output_dir={folder.path}: holds a run already; use checkpoint.resume=auto to resume it, "
+            "or another output_dir"
+        )
+
+
+@contextmanager
+def claimed(folder: RunFolder, session: str, *, lease_seconds: float) -> Iterator[Lease]:
+    """The driver's lease of `folder`, which is made, until the block ends.
+
+    Raises `ConfigError` where another start holds it, or nothing can be written. Where the block raises before the
+    ranks began to train in a folder that held nothing, nothing is left.
+    """
+    made = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
+    try:
+        empty = made or not any(folder.path.iterdir())
+        folder.path.mkdir(parents=True, exist_ok=True)
+        for part in (folder.path, folder.checkpoints):
+            if part == folder.path or part.exists():
+                tempfile.TemporaryFile(dir=part).close()
+        lease = take(folder.epochs, session, seconds=lease_seconds, wait=log.warning)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"output_dir={folder.path}: can't be written ({reason}); choose another") from None
+    try:
+        with lease.renewed():
+            yield lease
+    except BaseException:
+        if empty and not folder.starts.exists():
+            shutil.rmtree(folder.path, ignore_errors=True)
+            with suppress(OSError):
+                for path in made[1:]:
+                    path.rmdir()
+        raise
+    finally:
+        lease.release()
+
+
+def begin(folder: RunFolder, config: PretrainConfig) -> None:
+    """Writes the config into a folder that is claimed, and mends what a crash or a hand has left of its records."""
+    for leftover in folder.path.glob(".*.partial"):
+        leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
+    for file in (folder.metrics, folder.starts):
+        _mend(file)
+    replace_file(folder.config, yaml.safe_dump(plain(config), sort_keys=False).encode())
+
+
+def _mend(file: Path) -> None:
+    """Leaves the lines of `file` that are whole records of a step."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+    whole = [line for line in lines if line.endswith(b"\n") and is_record(line)]
+    if len(whole) < len(lines):
+        log.warning("%s: %d lines were damaged and are left out now", file, len(lines) - len(whole))
+        replace_file(file, b"".join(whole))
+
+
+def check_resumable(folder: RunFolder, config: PretrainConfig, now: Mapping[str, Any]) -> None:
+    """Raises `CheckpointError` where the run can't go on from what the manifests in `folder` tell.
+
+    `now`: the run's fingerprint. Says on the log what is missing that a run goes on without.
+    """
+    newest = next(iter(checkpoints.listed(folder.checkpoints)), None)
+    resume = config.checkpoint.resume
+    if newest:
+        check_fits(newest.folder, newest.manifest.trajectory, now, steps_done=newest.progress.step)
+    else:
+        refuse_lost_checkpoints(folder)
+        if folder.metrics.exists() and folder.metrics.stat().st_size:
+            log.warning("output_dir=%s: no checkpoint had been written yet; it starts over from step 0", folder.path)
+    if newest is None and resume not in ("auto", "never"):
+        newest = checkpoints.Checkpoint(Path(resume), checkpoints.read_manifest(Path(resume)))
+    if newest is None:
+        return
+    step, steps = newest.progress.step, config.train.steps
+    if step > steps or (step == steps and newest.folder.parent != folder.checkpoints):
+        raise CheckpointError(
+            f"{newest.folder}: holds step {step} already, so train.steps={steps} leaves nothing to train; steps are "
+            f"counted from the first run's start: name more, as in train.steps={step + max(steps, 1)}"
+        )
+    versions = {
+        name: f"{was}, now {checkpoints.versions().get(name)}"
+        for name, was in newest.manifest.versions.items()
+        if checkpoints.versions().get(name) != was
+    }
+    if versions:
+        changed = "; ".join(f"{name} {both}" for name, both in versions.items())
+        log.warning("%s: was made with %s; the last bits of the losses may differ", newest.folder, changed)
+    if newest.folder.parent == folder.checkpoints:
+        _warn_of_lost_metrics(folder, step)
+
+
+def refuse_lost_checkpoints(folder: RunFolder) -> None:
+    """Raises `CheckpointError` where checkpoints had been written, and none is there that is whole."""
+    if step := saved_step(folder.epochs):
+        raise CheckpointError(
+            f"{folder.checkpoints}: a checkpoint of step {step} had been written, and none that is whole is left; put "
+            f"one back, or start over: another output_dir, or rm -r {folder.path}"
+        )
+
+
+def _warn_of_lost_metrics(folder: RunFolder, step: int) -> None:
+    starts = read_lines(folder.starts)
+    first = starts[0]["step"] if starts else 0
+    missing = set(range(first + 1, step + 1)) - {record["step"] for record in read_lines(folder.metrics)}
+    if missing:
+        log.warning("%s: lines of %d steps are lost, the first of step %d", folder.metrics, len(missing), min(missing))
+
+
+def _same_keys(values: Any, like: Any) -> Any:
+    """`values` without the keys that `like` doesn't have."""
+    if not (isinstance(values, dict) and isinstance(like, dict)):
+        return values
+    return {key: _same_keys(values[key], like[key]) for key in values if key in like}
+
+
+def check_fits(folder: Path, stored: Mapping[str, Any], now: Mapping[str, Any], *, steps_done: int = 0) -> None:
+    """Raises `CheckpointError` naming all in which the fingerprint of the checkpoint in `folder` isn't this run's."""
+    if found := differences(_without_unused(stored), now, steps_done=steps_done):
+        raise CheckpointError(
+            f"{folder}: was made with {'; '.join(found)}; use the same values, or start a new run from its weights: "
+            f"output_dir=NEW checkpoint.resume={folder}"
+        )
