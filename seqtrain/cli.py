@@ -97,6 +97,9 @@ def run(name: str, arguments: Sequence[str] | None = None) -> int:
     A name with a dot is that of a module outside the package, such as `experiments.fidelity.run`.
     """
 
+    # Whether there is a GPU is then asked without preparing this process for one, which may fork.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
     def work() -> int:
         if "." not in name and name not in COMMANDS:
             raise ConfigError(unknown_name("command", name, COMMANDS))

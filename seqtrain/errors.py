@@ -1,10 +1,16 @@
 """Errors meant for users: one line that names what is wrong, what came, what is allowed, and the way out."""
 
 import difflib
+import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+LOGGER = logging.getLogger("seqtrain")
 
 # What the core is installed without, by the extra that brings it: names of modules.
 EXTRAS = {
@@ -37,6 +43,14 @@ class FencedError(SeqtrainError):
     """Another start has taken over the folder of this run, so nothing more may be written there."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ends the program at once: Ctrl-C, SIGTERM or SIGHUP, `number`. The message says what is kept."""
+
+    def __init__(self, number: int, message: str = ""):
+        super().__init__(message or f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
 def unknown_name(what: str, name: str, allowed: Iterable[str]) -> str:
     """The sentence for an unknown name: `mixer 'gal' is unknown; did you mean 'gla'? Known: ...`."""
     known = sorted(allowed)
@@ -46,11 +60,19 @@ def unknown_name(what: str, name: str, allowed: Iterable[str]) -> str:
 
 
 def exit_status(work: Callable[[], int]) -> int:
-    """The exit status of `work`; a user's mistake, or a package that is not installed, is one printed line and 2."""
+    """The exit status of `work`, which what goes wrong ends in one printed line.
+
+    2 for a user's mistake, a package that is not installed, and what the system refuses (a full disk, a folder without
+    permission); 128 + the number of a signal; 1 for a bug, whose traceback is in run.log where there is one.
+    """
     try:
-        return work()
+        with _interrupted_by_signals():
+            return work()
     except SeqtrainError as error:
         message = str(error)
+    except KeyboardInterrupt as error:
+        print(str(error) or "stopped by SIGINT", file=sys.stderr)
+        return 128 + getattr(error, "number", signal.SIGINT)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
@@ -61,5 +83,36 @@ def exit_status(work: Callable[[], int]) -> int:
         # Whoever read what is printed is gone, as in `... | head`: what Python prints at its end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        LOGGER.info("the error that ends the program", exc_info=True)
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except Exception as error:
+        files = [handler.baseFilename for handler in LOGGER.handlers if isinstance(handler, logging.FileHandler)]
+        if not files:
+            raise
+        # Only there: what a terminal shows are warnings.
+        LOGGER.info("the error that ends the program", exc_info=True)
+        text = " ".join(str(error).split())
+        print(f"error: {type(error).__name__}: {text} (the traceback is in {files[0]})", file=sys.stderr)
+        return 1
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+@contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP, unless ignored, end the block as Ctrl-C does, so that what it holds is let go."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

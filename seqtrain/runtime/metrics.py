@@ -46,11 +46,12 @@ class MetricsFile:
 class MetricsReader:
     """Gives each record once, as it appears; the steps that are done again after a restart, again.
 
-    Begins after what the folder holds already.
+    Begins after what the folder holds already, and gives those of one start: once another takes over, it raises
+    `FencedError`.
     """
 
-    def __init__(self, folder: RunFolder):
-        self.folder = folder
+    def __init__(self, folder: RunFolder, lease: Lease):
+        self.folder, self.lease = folder, lease
         self._starts = len(read_lines(folder.starts))
         self._seen_start = False
         self._read = _bytes_up_to(folder.metrics, step=sys.maxsize)
@@ -59,6 +60,8 @@ class MetricsReader:
         """The records written since the last call."""
         # Each start of the ranks cuts the file back to the step it begins at.
         for start in read_lines(self.folder.starts)[self._starts :]:
+            if start["session"] != self.lease.session:
+                self.lease.check()
             self._starts += 1
             if self._seen_start:
                 log.warning("a worker was lost; all have been started again, from step %d", start["step"])

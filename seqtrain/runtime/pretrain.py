@@ -19,6 +19,8 @@ from typing import Any
 
 from seqtrain.config import launch
 from seqtrain.help import command_line
+from seqtrain.runtime.guard import guarded
+from seqtrain.runtime.resume import what_is_kept
 from seqtrain.runtime.run import run
 from seqtrain.runtime.run_folder import RunFolder
 from seqtrain.runtime.settings import PretrainConfig, read_pretrain_config
@@ -45,10 +47,17 @@ def start(config: PretrainConfig) -> int:
     # Under torchrun, rank 0 speaks.
     if os.environ.get("RANK", "0") == "0":
         print(announce(config), flush=True)
-    summary = run(config)
-    if summary:
-        print(describe(summary, config.output_dir))
-    return 128 + summary["stopped_by_signal"] if summary.get("stopped") else 0
+
+    def train() -> int:
+        summary = run(config)
+        if summary:
+            print(describe(summary, config.output_dir), flush=True)
+        return 128 + summary["stopped_by_signal"] if summary.get("stopped") else 0
+
+    if config.runtime.name == "inline":
+        return train()
+    folder = RunFolder(Path(config.output_dir))
+    return guarded(train, folder.log, resume=lambda: what_is_kept(folder))
 
 
 def announce(config: PretrainConfig) -> str:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ranks import pick_device, this_process
 from seqtrain.runtime.run_folder import log_to
 from seqtrain.runtime.settings import PretrainConfig
+from seqtrain.runtime.signals import kept_handlers
 from seqtrain.runtime.worker import Session, one_line, train
 
 if TYPE_CHECKING:
@@ -37,15 +39,14 @@ def launch(session: Session, poll: Callable[[], None], display: ProgressDisplay)
     rank's own `SeqtrainError`, or `WorkerError` for any other error of its own, at once; faults (a killed or
     unreachable worker) only after `runtime.max_restarts` restarts.
     """
-    with display.announced("starting Ray"):
-        _start_ray(session.config)
-    import ray
-
-    display.say(f"starting {session.config.parallel.ranks} workers ...")
     try:
+        with display.announced("starting Ray"), kept_handlers():
+            _start_ray(session.config)
+        display.say(f"starting {session.config.parallel.ranks} workers ...")
         _follow(session, _trainer(session), poll)
     finally:
-        ray.shutdown()
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
 
 
 def _start_ray(config: PretrainConfig) -> None:
@@ -130,6 +131,11 @@ def _follow(session: Session, trainer: "TorchTrainer", poll: Callable[[], None])
         _raise_left_error(session)
     poll()
     _raise_left_error(session)
+    if failed and type(failed[0]).__name__ in ("ActorDiedError", "ActorUnavailableError"):
+        raise WorkerError(
+            f"a process of Ray's own ended; the last checkpoint is kept; rerun to resume from it. "
+            f"{one_line(failed[0])[:300]}"
+        )
     if failed:
         raise WorkerError(
             f"the workers failed more than runtime.max_restarts={session.config.runtime.max_restarts} times; the last "

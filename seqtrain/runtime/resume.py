@@ -230,6 +230,14 @@ def refuse_lost_checkpoints(folder: RunFolder) -> None:
         )
 
 
+def what_is_kept(folder: RunFolder) -> str:
+    """Of a run that ended before its end, and how it goes on."""
+    newest = next(iter(checkpoints.listed(folder.checkpoints)), None)
+    if newest is None:
+        return "nothing had been saved yet"
+    return f"step {newest.progress.step} is saved, and the same command with output_dir={folder.path} goes on from it"
+
+
 def _warn_of_lost_metrics(folder: RunFolder, step: int) -> None:
     starts = read_lines(folder.starts)
     first = starts[0]["step"] if starts else 0

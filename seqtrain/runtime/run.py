@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from seqtrain.data import Corpus, SyntheticCorpus, prepare
+from seqtrain.errors import Interrupted
 from seqtrain.kernels.dispatch import reset_backend_choice
 from seqtrain.kernels.native import build as native
 from seqtrain.models import LanguageModel
@@ -20,7 +22,7 @@ from seqtrain.runtime.metrics import MetricsReader, read_within
 from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ranks import form_group, pick_device
 from seqtrain.runtime.report import write_report
-from seqtrain.runtime.resume import begin, check_resumable, claimed, refuse_foreign
+from seqtrain.runtime.resume import begin, check_resumable, claimed, refuse_foreign, what_is_kept
 from seqtrain.runtime.run_folder import RunFolder, log_to, warn_on_stderr
 from seqtrain.runtime.settings import PretrainConfig, check, resolve
 from seqtrain.runtime.signals import listening
@@ -96,13 +98,18 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
         reset_backend_choice()
         log.info("data: %s", corpus.about)
         _warn_of_few_tokens(config, corpus)
-        return _finished_summary(config, folder) or _follow(session, corpus, lease, launch)
+        try:
+            return _finished_summary(config, folder) or _follow(session, corpus, lease, launch)
+        except KeyboardInterrupt as error:
+            raise Interrupted(
+                getattr(error, "number", signal.SIGINT), f"stopped at once; {what_is_kept(folder)}"
+            ) from None
 
 
 def _follow(session: Session, corpus: Corpus | SyntheticCorpus, lease: Lease, launch: Launch) -> dict[str, Any]:
     """Has the ranks trained, and shows and tracks what they write; the summary."""
     config, folder = session.config, session.folder
-    reader = MetricsReader(folder)
+    reader = MetricsReader(folder, lease)
     with (
         listening(lease.own.stop) as received,
         ProgressDisplay(steps=config.train.steps) as display,

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-LOGGER = logging.getLogger("seqtrain")
+from seqtrain.errors import LOGGER
 
 
 class RunFolder:

@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from seqtrain.errors import Interrupted
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 # Programs that start others (timeout, make) pass on a SIGINT that the terminal has sent to both: one key, two signals.
 REPEAT_SECONDS = 0.5
 
@@ -37,26 +41,43 @@ class Received:
 
 @contextmanager
 def listening(file: Path | None = None) -> Iterator[Received]:
-    """While it is open, SIGINT and SIGTERM ask the run to stop, also through `file`; another SIGINT later aborts it."""
+    """While it is open, SIGINT, SIGTERM and SIGHUP ask the run to stop, also through `file`; another SIGINT later ends
+    it at once. SIGHUP stays ignored where it was, as under nohup.
+    """
     received = Received()
 
     def handle(signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if received.number and signum == signal.SIGINT and now - received.seconds > REPEAT_SECONDS:
-            raise KeyboardInterrupt
+            raise Interrupted(signum)
         received.number, received.seconds = signum, now
         ASKED.set()
         if file and file.parent.is_dir():
             file.touch()
 
     ASKED.clear()
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP]
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         ASKED.clear()
+
+
+@contextmanager
+def kept_handlers() -> Iterator[None]:
+    """Keeps the handlers of these signals from what the block installs, as Ray does, also below Python."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    try:
+        yield
+    except SystemExit as error:
+        # Ray's own way to end on SIGTERM.
+        raise Interrupted(signal.SIGTERM, "stopped by SIGTERM while Ray was starting") from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def ask_on_sigterm() -> None:

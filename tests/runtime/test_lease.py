@@ -48,10 +48,7 @@ def test_a_holder_that_renews_is_named_and_one_that_does_not_is_replaced(tmp_pat
     said = []
     held = take_now(tmp_path / ".epochs", "first", 2.0)
     message = rf"process {os.getpid()} on \S+ \(since .* s ago\) is writing"
-    with (
-        held.renewed(),
-        pytest.raises(ConfigError, match=rf"process {os.getpid()} on \S+ \(since .* s ago\) is writing"),
-    ):
+    with held.renewed(), pytest.raises(ConfigError, match=message):
         take(tmp_path / ".epochs", "second", seconds=0.3, wait=said.append)
     assert len(said) == 1
     assert said[0].startswith(f"output_dir={tmp_path}: held by process {os.getpid()}")

@@ -20,7 +20,7 @@ def folder(tmp_path) -> RunFolder:
 
 def write(folder: RunFolder, *, after: int, steps: range, session: str = "a") -> None:
     """What rank 0 does from a start at step `after`."""
-    file = MetricsFile(folder.metrics, take(folder.epochs, "test", seconds=0.1), step=after)
+    file = MetricsFile(folder.metrics, take(folder.epochs, "a", seconds=0.1), step=after)
     with folder.starts.open("a") as starts:
         starts.write(json.dumps({"session": session, "step": after}) + "\n")
     for step in steps:
@@ -39,7 +39,7 @@ def test_steps_after_the_checkpoint_are_cut_off_and_done_again(folder):
 
 
 def test_a_number_that_json_has_not_becomes_null(folder):
-    file = MetricsFile(folder.metrics, take(folder.epochs, "test", seconds=0.1), step=0)
+    file = MetricsFile(folder.metrics, take(folder.epochs, "a", seconds=0.1), step=0)
     file.write({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr": 0.1})
     file.close()
     assert folder.metrics.read_text() == '{"step": 1, "loss": null, "grad_norm": null, "lr": 0.1}\n'
@@ -51,18 +51,18 @@ def steps(records) -> list[int]:
 
 def test_a_reader_sees_each_step_once_and_repeated_steps_again(folder):
     write(folder, after=0, steps=range(1, 4))
-    reader = MetricsReader(folder)
+    reader = MetricsReader(folder, take(folder.epochs, "a", seconds=0.1))
     assert list(reader.new()) == [], "what was there before is not new"
     write(folder, after=3, steps=range(4, 7))
     assert steps(reader.new()) == [4, 5, 6]
     # Between two looks the file is cut back and grows beyond its old size.
-    write(folder, after=2, steps=range(3, 12), session="a longer name")
+    write(folder, after=2, steps=range(3, 12))
     assert steps(reader.new()) == list(range(3, 12))
     assert list(reader.new()) == []
 
 
 def test_a_reader_waits_for_the_end_of_a_line(folder):
-    reader = MetricsReader(folder)
+    reader = MetricsReader(folder, take(folder.epochs, "a", seconds=0.1))
     for piece, found in ((b"", []), (b'{"step": 1}\n{"st', [1]), (b'ep": 2}\n', [2])):
         with folder.metrics.open("ab") as file:
             file.write(piece)
