@@ -15,7 +15,7 @@ LOGGER = logging.getLogger("seqtrain")
 # What the core is installed without, by the extra that brings it: names of modules.
 EXTRAS = {
     "train": (
-        "datasets", "deepspeed", "hydra", "matplotlib", "omegaconf", "pyarrow", "ray", "rich",
+        "datasets", "deepspeed", "hydra", "matplotlib", "omegaconf", "psutil", "pyarrow", "ray", "rich",
         "tensorboardX", "tokenizers", "transformers", "wandb", "yaml",
     ),
     "convert": ("gguf", "peft"),

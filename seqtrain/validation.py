@@ -15,6 +15,9 @@ from seqtrain.errors import ConfigError, unknown_name
 
 T = TypeVar("T")
 
+# No key takes a number of this size; integers up to it are exact in every format that reads them.
+LARGEST = 2**53
+
 
 def expand(path: str) -> str:
     """`path` with `~`, `$HOME` and other variables as they are for whoever runs the program."""
@@ -34,10 +37,22 @@ def validate(cls: type[T], values: Mapping[str, Any], *, prefix: str = "") -> T:
     values = {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in values.items()}
     for key, allowed in _unknown_keys(cls, values, prefix):
         raise ConfigError(unknown_name("config key", key, allowed))
+    for key, number in _numbers(values, prefix):
+        if not abs(number) < LARGEST:
+            raise ConfigError(f"{key.rstrip('_')}={number}: must be a finite number below {LARGEST:.0e}")
     try:
         return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         raise ConfigError(_explain_value(error, prefix)) from error
+
+
+def _numbers(values: Any, key: str) -> Iterator[tuple[str, int | float]]:
+    """The numbers in `values` with their keys."""
+    if isinstance(values, int | float):
+        yield key, values
+    named = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
+    for name, value in named:
+        yield from _numbers(value, f"{key}{name}" if not key or key.endswith(".") else f"{key}.{name}")
 
 
 def _unknown_keys(cls: type, values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, list[str]]]:

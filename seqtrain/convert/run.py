@@ -11,6 +11,7 @@ a recurrent state in all layers but those that `keep` names; a model that keeps 
 
 import sys
 import time
+import uuid
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,8 @@ from seqtrain.convert.tasks import Pair
 from seqtrain.convert.weights import export, load_student, refuse_existing, teacher_sharing
 from seqtrain.memory import AnonymousPeak
 from seqtrain.models import LanguageModel
+from seqtrain.runtime.resume import claimed
+from seqtrain.runtime.run_folder import RunFolder
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -78,6 +81,13 @@ def convert(config: ConvertConfig, progress: Progress = lambda stage, what: None
     `progress(stage, what)` is told what is being done. The report is the same byte for byte for the same source, config
     and machine. Raises `ConfigError` or `CheckpointError` before anything is written, `Stopped` after a signal.
     """
+    folder = RunFolder(Path(config.output_dir).expanduser())
+    seconds = config.runtime.lease_seconds
+    with claimed(folder, uuid.uuid4().hex[:8], lease_seconds=seconds, began=folder.path / "training"):
+        return _convert(config, progress)
+
+
+def _convert(config: ConvertConfig, progress: Progress) -> dict[str, Any]:
     began = time.monotonic()
     conversion = _Conversion(config, progress)
     student, peaks = conversion.measured_and_trained()

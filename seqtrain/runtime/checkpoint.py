@@ -176,7 +176,8 @@ def save(
 
     def everyone(work: Callable[[], Any], *, first_only: bool = False) -> list[Any]:
         """What `work` gives on each rank. What it raises on one is raised on all."""
-        failed = result = None
+        result: Any = None
+        failed: SeqtrainError | None = None
         try:
             if ranks.first or not first_only:
                 result = work()
@@ -187,8 +188,8 @@ def save(
         except SeqtrainError as error:
             failed = error
         results, errors = zip(*ranks.gather((result, failed)), strict=True)
-        for error in filter(None, errors):
-            raise error
+        for each in filter(None, errors):
+            raise each
         return list(results)
 
     everyone(lambda: _clear(root, partial, lease), first_only=True)

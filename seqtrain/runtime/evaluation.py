@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from seqtrain.data import SyntheticBatches
 from seqtrain.data.batches import IGNORED
 from seqtrain.models.spiking import spike_statistics
+from seqtrain.runtime.metrics import Within, write_within
 from seqtrain.runtime.segmented import Segment, States, alone, cut
 from seqtrain.runtime.step import TrainState
 
@@ -44,6 +45,9 @@ def evaluate(state: TrainState) -> Scores | None:
             sums = [total + part for total, part in zip(sums, found, strict=True)]
             if stopping:
                 return None
+            if state.metrics:
+                write_within(state.lease, Within(state.progress.step, index + 1, len(batches), evaluation=True))
+                state.poll()
     finally:
         state.engine.model.train()
     nats, right, asked, text = sums

@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
@@ -60,12 +60,23 @@ def guarded(work: Callable[[], int], log_file: Path, *, resume: Callable[[], str
     return 1
 
 
+class _Terminal:
+    """What this process writes to stderr; but what Ray's threads write goes to `aside`."""
+
+    def __init__(self, terminal: IO[str], aside: IO[str]):
+        self.terminal, self.aside = terminal, aside
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.aside if threading.current_thread().name.startswith("ray_") else self.terminal, name)
+
+
 def _run(work: Callable[[], int], said: IO[bytes], ending: int) -> None:
     """The child: runs `work` and exits. Of what is written to stderr, Python's own goes where it went."""
     status = 1
     try:
         _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+        terminal, aside = (os.fdopen(os.dup(each), "w", buffering=1) for each in (2, said.fileno()))
+        sys.stderr = _Terminal(terminal, aside)
         os.dup2(said.fileno(), 2)
         status = exit_status(work)
         # Ray's and others' own ends.

@@ -34,6 +34,14 @@ RELEASED = b"released"
 SAVED = "saved"
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Whether it is gone, or would be if its parent had asked for its status."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 @dataclass(frozen=True)
 class Process:
     """A process as any machine knows it. `machine`: differs where process numbers mean others."""
@@ -53,9 +61,9 @@ class Process:
             return False
         try:
             found = psutil.Process(self.pid)
-            return abs(found.create_time() - self.started) > 1 or found.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
+        return has_ended(found) or abs(found.create_time() - self.started) > 1
 
 
 @dataclass(frozen=True)

@@ -80,15 +80,16 @@ class MetricsReader:
 
 @dataclass(frozen=True)
 class Within:
-    """Of the step after `step`, `done` parts of `of` are done."""
+    """What is being done after `step`: `done` parts of `of` are, segments of the next step or batches of a score."""
 
     step: int
     done: int
     of: int
+    evaluation: bool = False
 
 
 def write_within(lease: Lease, within: Within) -> None:
-    """Writes the progress within the current step, for the progress bar; after a crash it would mean nothing."""
+    """Writes how far it is between two records, for the progress bar; after a crash it would mean nothing."""
     lease.check()
     replace_file(lease.own.within, json.dumps(asdict(within)).encode(), durable=False)
 

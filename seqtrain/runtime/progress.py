@@ -25,8 +25,8 @@ class ProgressDisplay(Progress):
         self._figures = "starting"
         self._task = self.add_task("", total=steps, figures=self._figures)
         self._last_line = 0.0
-        # Steps done, the running one's parts counted.
-        self._shown = 0.0
+        # Steps done, the running one's parts counted; what was said last between two steps.
+        self._shown, self._part = 0.0, ""
 
     def show(self, record: Record) -> None:
         """Moves the bar to the record's step."""
@@ -37,12 +37,14 @@ class ProgressDisplay(Progress):
         self._say_now_and_then(f"step {step}/{self.steps}  {self._figures}  {left:.0f} s left", last=step == self.steps)
 
     def show_within(self, within: Within) -> None:
-        """Moves the bar to a place between two steps, where it isn't there already."""
-        place = within.step + within.done / within.of
-        if place <= self._shown:
-            return
-        self._shown = place
+        """Says what is being done between two steps; moves the bar to a place within one."""
         part = f"segment {within.done}/{within.of} of step {within.step + 1}"
+        place = within.step + within.done / within.of
+        if within.evaluation:
+            part, place = f"evaluation {within.done}/{within.of} after step {within.step}", float(within.step)
+        if part == self._part or place < self._shown:
+            return
+        self._part, self._shown = part, place
         self.update(self._task, completed=place, figures=f"{self._figures}  {part}")
         self._say_now_and_then(f"{part}  {self._figures}")
 

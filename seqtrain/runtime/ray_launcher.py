@@ -1,19 +1,29 @@
 """`runtime=ray`: Ray Train starts the ranks, and starts them again when one is killed."""
 
+import atexit
 import json
 import logging
 import os
+import secrets
+import shutil
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from seqtrain import errors
 from seqtrain.errors import ConfigError
+from seqtrain.runtime.lease import has_ended
 from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ranks import pick_device, this_process
+from seqtrain.runtime.resume import what_is_kept
 from seqtrain.runtime.run_folder import log_to
 from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.runtime.signals import kept_handlers
@@ -26,10 +36,16 @@ log = logging.getLogger("seqtrain.runtime")
 
 # Seconds between two looks at what the ranks have written.
 POLL_SECONDS = 0.3
+# What Ray starts on this machine before any worker.
+OWN_PROCESSES = ("gcs_server", "raylet")
 
 
 class WorkerError(RuntimeError):
     """A rank failed with an error that a restart would not cure; the message is the rank's own."""
+
+
+class RayEndedError(WorkerError):
+    """A process that Ray itself needs has ended."""
 
 
 def launch(session: Session, poll: Callable[[], None], display: ProgressDisplay) -> None:
@@ -39,21 +55,57 @@ def launch(session: Session, poll: Callable[[], None], display: ProgressDisplay)
     rank's own `SeqtrainError`, or `WorkerError` for any other error of its own, at once; faults (a killed or
     unreachable worker) only after `runtime.max_restarts` restarts.
     """
+    running, private = True, Path(tempfile.mkdtemp(prefix="seqtrain-ray-"))
     try:
         with display.announced("starting Ray"), kept_handlers():
-            _start_ray(session.config)
-        display.say(f"starting {session.config.parallel.ranks} workers ...")
-        _follow(session, _trainer(session), poll)
+            _start_ray(session.config, private)
+        children = {process: process.name() for process in psutil.Process().children()}
+        started = {process: name for process, name in children.items() if name in OWN_PROCESSES}
+        began, starting = time.monotonic(), f"starting {session.config.parallel.ranks} workers"
+        display.say(f"{starting} ...")
+
+        def poll_and_say() -> None:
+            nonlocal starting
+            # They take an epoch of their own.
+            if starting and session.lease.current().number > session.epoch:
+                display.say(f"{starting}: {time.monotonic() - began:.0f} s")
+                starting = ""
+            poll()
+            if ended := [name for process, name in started.items() if has_ended(process)]:
+                raise RayEndedError(f"Ray's {ended[0]} ended; {what_is_kept(session.folder)}")
+
+        _follow(session, _trainer(session), poll_and_say)
+    except RayEndedError:
+        # Asked to end, Ray would wait a minute for the one that is gone.
+        left = psutil.Process().children(recursive=True)
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=5)
+        atexit.unregister(sys.modules["ray"].shutdown)
+        running = False
+        raise
     finally:
-        if "ray" in sys.modules:
+        if running and "ray" in sys.modules:
             sys.modules["ray"].shutdown()
+        shutil.rmtree(private, ignore_errors=True)
 
 
-def _start_ray(config: PretrainConfig) -> None:
-    """Connects to `runtime.address`, or starts Ray on this machine, reachable from this machine only."""
+def _start_ray(config: PretrainConfig, private: Path) -> None:
+    """Connects to `runtime.address`, or starts Ray on this machine, reachable from it only, and by this user.
+
+    `private`: a folder that nobody else can read, for Ray's files.
+    """
+    # What stands in the environment must do so before the first import of Ray, which reads it then.
     if not config.runtime.address:
-        # Must stand before the first import of Ray, which reads it then: bind to 127.0.0.1, not to every interface.
+        # Bind to 127.0.0.1, not to every interface.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # Another user of this machine could run code as this one. Ray's own token can be read by everybody.
+        token = private / "token"
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        os.environ.pop("RAY_AUTH_TOKEN", None)
     # The ranks keep the directory the program was started in, so that relative paths mean the same to them.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -64,7 +116,9 @@ def _start_ray(config: PretrainConfig) -> None:
         options["address"] = config.runtime.address
     else:
         cpus = max(os.cpu_count() or 1, config.parallel.ranks * config.runtime.cpus_per_worker)
-        options |= {"num_cpus": cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        # `local` whatever RAY_ADDRESS says.
+        options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        options["_temp_dir"] = str(private)
         options["runtime_env"] = {"env_vars": {"GLOO_SOCKET_IFNAME": "lo" if os.uname().sysname == "Linux" else "lo0"}}
     ray.init(**options)
     for name in ("ray", "ray.train", "ray.data"):

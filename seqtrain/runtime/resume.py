@@ -122,7 +122,7 @@ def refuse_foreign(folder: RunFolder, config: PretrainConfig) -> None:
     before = _same_keys(read_run_config(folder.path, key="output_dir"), now)
     newest = next(iter(checkpoints.listed(folder.checkpoints)), None)
     if found := differences(before, now, steps_done=newest.progress.step if newest else 0):
-        recipe = f", or start a new run from its weights: output_dir=NEW checkpoint.resume={newest.folder}"
+        recipe = f", or start a new run from its weights: output_dir=NEW checkpoint.resume={newest and newest.folder}"
         raise ConfigError(
             f"output_dir={folder.path}: holds a run with {'; '.join(found)}; resume it with these values as they were"
             + (recipe if newest else "")
@@ -135,11 +135,11 @@ def refuse_foreign(folder: RunFolder, config: PretrainConfig) -> None:
 
 
 @contextmanager
-def claimed(folder: RunFolder, session: str, *, lease_seconds: float) -> Iterator[Lease]:
+def claimed(folder: RunFolder, session: str, *, lease_seconds: float, began: Path) -> Iterator[Lease]:
     """The driver's lease of `folder`, which is made, until the block ends.
 
-    Raises `ConfigError` where another start holds it, or nothing can be written. Where the block raises before the
-    ranks began to train in a folder that held nothing, nothing is left.
+    Raises `ConfigError` where another start holds it, or nothing can be written. Where the folder held nothing and the
+    block raises before there is a `began`, nothing is left.
     """
     made = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
     try:
@@ -158,7 +158,7 @@ def claimed(folder: RunFolder, session: str, *, lease_seconds: float) -> Iterato
         with lease.renewed():
             yield lease
     except BaseException:
-        if empty and not folder.starts.exists():
+        if empty and not began.exists():
             shutil.rmtree(folder.path, ignore_errors=True)
             with suppress(OSError):
                 for path in made[1:]:

@@ -78,7 +78,7 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
     folder, name = RunFolder(Path(config.output_dir)), uuid.uuid4().hex[:8]
     warn_on_stderr()
     refuse_foreign(folder, config)
-    with claimed(folder, name, lease_seconds=config.runtime.lease_seconds) as lease:
+    with claimed(folder, name, lease_seconds=config.runtime.lease_seconds, began=folder.starts) as lease:
         # As it is now that nobody else writes here.
         refuse_foreign(folder, config)
         corpus = prepare(config.data)

@@ -1,5 +1,6 @@
 """What a run can be told: one frozen dataclass a section, and the rules that hold between sections."""
 
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import psutil
 import torch
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 
@@ -34,6 +36,11 @@ def _or_auto(value: Any, check_number: ValidatorFunctionWrapHandler) -> Any:
 
 
 OrAuto = WrapValidator(_or_auto)
+# Tokens that a step may have, and bytes that weights may have in all: more than any machine holds.
+MOST_TOKENS, MOST_BYTES = 2**33, 10**15
+# A year, and more cores than a machine has.
+LONGEST_SECONDS, MOST_CORES = 31_536_000, 4096
+
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0)]
@@ -107,12 +114,12 @@ class RuntimeConfig:
     # Processor of the ranks; `auto` is cuda where torch sees a GPU.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # CPU cores and threads of a rank. auto, or 0: the machine's cores divided over the ranks (inline: torch's number).
-    cpus_per_worker: Annotated[Count, OrAuto] = AUTO
+    cpus_per_worker: Annotated[int, Field(ge=0, le=MOST_CORES), OrAuto] = AUTO
     # Seconds after which a start that has stopped writing to output_dir may be replaced by another. More than a network
     # file system hides a change for.
-    lease_seconds: Annotated[float, Field(gt=0)] = 20.0
+    lease_seconds: Annotated[float, Field(gt=0, le=LONGEST_SECONDS)] = 20.0
     # Seconds a rank waits for the others in one exchange before it takes them for lost.
-    collective_timeout_seconds: Positive = 600
+    collective_timeout_seconds: Annotated[int, Field(gt=0, le=LONGEST_SECONDS)] = 600
 
 
 @dataclass(frozen=True)
@@ -277,9 +284,27 @@ def check(config: PretrainConfig) -> None:
     _check_batch(config)
     _check_ranks(config)
     _check_device(config)
-    # The model's own rules (widths, heads, kernel sizes), without its memory.
-    with torch.device("meta"), _without_dynamo():
-        LanguageModel(config.model, config.mixer, vocab_size=1)
+    _check_model(config)
+
+
+def _check_model(config: PretrainConfig) -> None:
+    """The model's own rules (widths, heads, kernel sizes) and its size, without its memory or its whole depth."""
+    model = config.model
+    depth = min(model.depth, math.lcm(len(model.layers), len(model.groups)))
+    try:
+        with torch.device("meta"), _without_dynamo():
+            sample = LanguageModel(replace(model, depth=depth), config.mixer, vocab_size=1)
+    except (RuntimeError, OverflowError) as error:
+        # Sizes that are no tensor's.
+        raise ConfigError(f"model.width={model.width}: a block can't be made: {str(error).splitlines()[0]}") from None
+    needed = 4 * sum(parameter.numel() for parameter in sample.parameters()) * model.depth // depth
+    alone = not config.runtime.address and config.parallel.zero_stage < 3 and "RANK" not in os.environ
+    most = psutil.virtual_memory().total if alone and config.runtime.device == "cpu" else MOST_BYTES
+    if needed > most:
+        raise ConfigError(
+            f"model.depth={model.depth} model.width={model.width}: the weights alone are {needed:.1e} bytes, more than "
+            f"{'this machine has' if most < MOST_BYTES else 'any has'}, {most:.1e}; choose a smaller model"
+        )
 
 
 def _check_batch(config: PretrainConfig) -> None:
@@ -288,6 +313,11 @@ def _check_batch(config: PretrainConfig) -> None:
         raise ConfigError(
             f"parallel.sequence={pieces}: more ranks than train.sequence_length={length} has tokens; "
             f"use {length} or less"
+        )
+    if (tokens := config.train.batch_size * length) > MOST_TOKENS:
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size}: with train.sequence_length={length} a step has {tokens:.1e} "
+            f"tokens; at most {MOST_TOKENS:.1e}"
         )
     batch, ranks, micro = config.train.batch_size, config.parallel.data, config.train.micro_batch_size
     if batch % ranks:

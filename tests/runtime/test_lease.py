@@ -110,7 +110,7 @@ def test_a_start_that_slept_through_others_does_not_take_a_number_that_was_used(
 
 def test_a_run_that_never_began_leaves_nothing(tmp_path):
     def begin(place: Path) -> None:
-        with claimed(RunFolder(place), "s", lease_seconds=1.0) as lease:
+        with claimed(RunFolder(place), "s", lease_seconds=1.0, began=place / "starts") as lease:
             assert lease.own.holder.exists()
             raise DataError("no text")
 

@@ -97,10 +97,13 @@ def test_a_step_says_how_much_of_it_is_done_each_time_there_is_more(shown):
         display.show_within(Within(0, done, 4))
     display.show(record(1))
     display.show_within(Within(0, 4, 4))
-    display.show_within(Within(1, 1, 4))
+    for done in (1, 1, 2):
+        display.show_within(Within(1, done, 2, evaluation=True))
     assert lines() == [
         "segment 1/4 of step 1  starting",
         "segment 2/4 of step 1  starting",
         "step 1/3  loss 2.0000  1,000 tokens/s  14 s left",
+        "evaluation 1/2 after step 1  loss 2.0000  1,000 tokens/s",
+        "evaluation 2/2 after step 1  loss 2.0000  1,000 tokens/s",
         "segment 1/4 of step 2  loss 2.0000  1,000 tokens/s",
     ]
