@@ -42,6 +42,8 @@ class TCNCA(Mixer):
         # Base of the rotation's wavelengths, in tokens.
         rope_base: Annotated[float, Field(gt=1)] = 10000.0
 
+    grouped = True
+
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
         self.key = self.part_of_width(config.expand_key, "expand_key")

@@ -35,6 +35,7 @@ class TransNormer(Mixer):
         self.diagonal = shape.index < config.diag_share * shape.depth
         self.feature_map = FEATURE_MAPS[config.feature_map][0]
         self.qkv = HeadProjections(shape.width, shape.heads, 3 * (self.head,))
+        self.grouped = self.diagonal
         self.norm = None if self.diagonal else HeadNorm(self.head)
         self.out = nn.Linear(shape.width, shape.width, bias=False)
 

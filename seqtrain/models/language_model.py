@@ -290,6 +290,11 @@ def _build_mixer(config: ModelConfig, mixers: Mapping[str, Any], index: int) -> 
         mixers[name] if name in mixers else default_config(name),
         LayerShape(config.width, config.heads, index, config.depth),
     )
+    if mixer.grouped and (size := config.groups[index % len(config.groups)]):
+        raise ConfigError(
+            f"model.groups={list(config.groups)}: layer {index}, {name}, has groups of its own and can't have "
+            f"these of {size} tokens: put 0 in that place, or another layer"
+        )
     if not mixer.causal:
         raise ConfigError(f"model.layers={name}: sees tokens to come, which a language model must not, as configured")
     return mixer

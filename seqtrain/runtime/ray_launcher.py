@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,10 +56,10 @@ def launch(session: Session, poll: Callable[[], None], display: ProgressDisplay)
     rank's own `SeqtrainError`, or `WorkerError` for any other error of its own, at once; faults (a killed or
     unreachable worker) only after `runtime.max_restarts` restarts.
     """
-    running, private = True, Path(tempfile.mkdtemp(prefix="seqtrain-ray-"))
+    running = True
     try:
         with display.announced("starting Ray"), kept_handlers():
-            _start_ray(session.config, private)
+            _start_ray(session.config)
         children = {process: process.name() for process in psutil.Process().children()}
         started = {process: name for process, name in children.items() if name in OWN_PROCESSES}
         began, starting = time.monotonic(), f"starting {session.config.parallel.ranks} workers"
@@ -88,23 +89,27 @@ def launch(session: Session, poll: Callable[[], None], display: ProgressDisplay)
     finally:
         if running and "ray" in sys.modules:
             sys.modules["ray"].shutdown()
-        shutil.rmtree(private, ignore_errors=True)
 
 
-def _start_ray(config: PretrainConfig, private: Path) -> None:
-    """Connects to `runtime.address`, or starts Ray on this machine, reachable from it only, and by this user.
+@cache
+def _private_folder() -> Path:
+    """A folder that nobody else can read, for Ray's files and its token, which Ray reads once in a process."""
+    folder = Path(tempfile.mkdtemp(prefix="seqtrain-ray-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    return folder
 
-    `private`: a folder that nobody else can read, for Ray's files.
-    """
+
+def _start_ray(config: PretrainConfig) -> None:
+    """Connects to `runtime.address`, or starts Ray on this machine, reachable from it only, and by this user."""
     # What stands in the environment must do so before the first import of Ray, which reads it then.
     if not config.runtime.address:
         # Bind to 127.0.0.1, not to every interface.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         # Another user of this machine could run code as this one. Ray's own token can be read by everybody.
-        token = private / "token"
-        token.write_text(secrets.token_hex(32))
-        token.chmod(0o600)
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_private_folder() / "token")}
         os.environ.pop("RAY_AUTH_TOKEN", None)
     # The ranks keep the directory the program was started in, so that relative paths mean the same to them.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
@@ -118,7 +123,7 @@ def _start_ray(config: PretrainConfig, private: Path) -> None:
         cpus = max(os.cpu_count() or 1, config.parallel.ranks * config.runtime.cpus_per_worker)
         # `local` whatever RAY_ADDRESS says.
         options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-        options["_temp_dir"] = str(private)
+        options["_temp_dir"] = str(_private_folder())
         options["runtime_env"] = {"env_vars": {"GLOO_SOCKET_IFNAME": "lo" if os.uname().sysname == "Linux" else "lo0"}}
     ray.init(**options)
     for name in ("ray", "ray.train", "ray.data"):

@@ -27,6 +27,13 @@ RAY = {"name": "ray"}
         ({"parallel": {"data": 2}}, "parallel.data=2 .*: runtime=inline .* use parallel.data=1, runtime=ray"),
         ({"parallel": {"sequence": 2}}, "parallel.sequence=2: .* use .* parallel.sequence=1, .*--nproc-per-node=2"),
         ({"runtime": RAY | {"address": "10.0.0.7:6379"}}, "runtime.address=10.0.0.7:6379: .*RAY_AUTH_MODE=token"),
+        (
+            {"model": {"groups": (8,), "layers": ("tcnca",)}},
+            r"model.groups=\[8\]: layer 0, tcnca, has groups of its own",
+        ),
+        ({"model": {"width": 10**8}}, "model.depth=2 model.width=100000000: the weights alone are .* any has, 1.0e"),
+        ({"model": {"width": 10**15}}, "model.width=1000000000000000: a block can't be made"),
+        ({"train": {"batch_size": 10**9}}, r"train.batch_size=1000000000: with .* has 3.2e\+10 tokens; at most"),
     ],
 )
 def test_a_broken_rule_names_the_key_and_the_way_out(tmp_path, monkeypatch, sections, message):

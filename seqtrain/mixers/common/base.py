@@ -47,6 +47,8 @@ class Mixer(nn.Module):
     recurrence: ClassVar[type[Recurrence] | None] = None
     # False where tokens see those after them: such a layer has no state, and no place in a language model.
     causal: bool = True
+    # True where it cuts the sequence into groups itself, so that `model.groups` can't.
+    grouped: bool = False
     out: nn.Linear
 
     def __init__(self, config: Any, shape: LayerShape):
