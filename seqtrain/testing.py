@@ -121,13 +121,15 @@ def decay_like(shape: Sequence[int], kind: str, generator: torch.Generator) -> T
     """Log decays of a `kind`, float64: what gates do, and what breaks kernels.
 
     "mild" (-0.1 or so), "wide" (from -1e-3 to -5), "strong" (-40 every token), "spikes" (mild with a tenth at -80),
-    "zero" (no decay at all).
+    "zero" (no decay at all), "huge" (mild with a tenth between -1e4 and -3e38, about the largest number of float32).
     """
     uniform = torch.rand(tuple(shape), generator=generator, dtype=torch.float64)
     if kind == "wide":
         return -torch.exp(8.5 * uniform - 6.9)
     if kind == "spikes":
         return torch.where(uniform < 0.1, -80.0, -0.1 * uniform)
+    if kind == "huge":
+        return torch.where(uniform < 0.1, -(10 ** (4 + 345 * uniform)), -0.1 * uniform)
     return uniform * {"mild": -0.2, "zero": 0.0}[kind] if kind != "strong" else torch.full_like(uniform, -40.0)
 
 

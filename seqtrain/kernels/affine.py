@@ -67,14 +67,18 @@ class AffineMap:
     """`S -> transition(S) + update` in canonical form.
 
     `transition`: `[rows, depth, depth]`, or None for the identity. `update`: `[rows, depth, columns]`, the state the
-    segment leaves when it starts from zero. Both of one floating or complex dtype.
+    segment leaves when it starts from zero. Both of one floating or complex dtype. `forgets`: S has no influence, be it
+    infinite; the transition, zero times which would be NaN, is not read.
     """
 
     transition: Tensor | None
     update: Tensor
+    forgets: bool = False
 
     def apply(self, state: Tensor, *, out: Tensor | None = None) -> Tensor:
         """`transition(state) + update` for `state: [rows, depth, columns]`, written to `out` if given."""
+        if self.forgets:
+            return self.update.clone() if out is None else out.copy_(self.update)
         if self.transition is None:
             return torch.add(state, self.update, out=out)
         if self.update.shape[1] == 1:
@@ -83,11 +87,11 @@ class AffineMap:
 
     def after(self, earlier: "AffineMap") -> "AffineMap":
         """The composition "first `earlier`, then this one": `(M2 M1, M2 U1 + U2)`."""
-        if self.transition is None:
-            return AffineMap(earlier.transition, self.apply(earlier.update))
-        if earlier.transition is None:
-            return AffineMap(self.transition, self.apply(earlier.update))
-        return AffineMap(multiply(self.transition, earlier.transition), self.apply(earlier.update))
+        if self.forgets:
+            return self
+        first, second = earlier.transition, self.transition
+        transition = first if second is None else second if first is None else multiply(second, first)
+        return AffineMap(transition, self.apply(earlier.update), earlier.forgets)
 
 
 def multiply(transition: Tensor, right: Tensor) -> Tensor:

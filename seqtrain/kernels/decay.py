@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# A log decay whose exponential is zero in every dtype. In a running sum, what is smaller would leave nothing of others.
+FORGOTTEN = -800.0
+
 
 @dataclass
 class Products:
@@ -81,7 +84,7 @@ def decayed_products_backward(
 def _scalar_factors(log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`e^{b_i - b_j}` `[R,C,C]` (1 above the diagonal); `e^b` and `e^{b_C - b}` `[R,C,1]`; `e^{b_C}` `[R,1,1]`."""
     # In float64: strong decays take b into the thousands, where a float32 difference is wrong by 1e-4.
-    b = log_decay.to(torch.float64).cumsum(-1)
+    b = log_decay.to(torch.float64).clamp(min=FORGOTTEN).cumsum(-1)
     weights = (b[:, :, None] - b[:, None, :]).to(log_decay.dtype).clamp_(max=0).exp_()
     from_start = b.to(log_decay.dtype).exp()[..., None]
     to_end = (b[:, -1:] - b).to(log_decay.dtype).exp_()[..., None]

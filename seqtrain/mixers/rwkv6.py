@@ -10,6 +10,9 @@ from seqtrain.layers import LowRank, token_shift, upcast
 from seqtrain.mixers import LayerShape, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.rwkv import RWKVMixer, blends, depth_ratios, ramp
 
+# Of this the exponential is a float32 number yet; a log decay must be finite.
+LARGEST = 88.0
+
 
 class RWKV6(RWKVMixer):
     """`S_t = diag(w_t) S_{t-1} + k_t^T v_t`, `o_t = r_t (S_{t-1} + diag(u) k_t^T v_t)`: a bonus u for the token itself.
@@ -57,7 +60,7 @@ class RWKV6(RWKVMixer):
             for blend, part in zip(blends(x, difference, self.mixes), self.blend, strict=True)
         )
         r, k, v = self.to_heads(self.r(for_r)), upcast(self.k(for_k)), upcast(self.v(for_v))
-        log_decay = -upcast(self.decay(for_decay)).exp()
+        log_decay = -upcast(self.decay(for_decay)).clamp(max=LARGEST).exp()
         late, after["written"] = token_shift(torch.cat([k, v, log_decay], 2), past.get("written"), sequence)
         late_k, late_v, late_decay = (self.to_heads(part) for part in late.chunk(3, 2))
         out, after["memory"] = sequence.run(

@@ -11,7 +11,7 @@ is the ticket of its backward scan. Groups go by name, since operators take no p
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,10 +83,12 @@ def open_all_scan(
     group: dist.ProcessGroup,
     algorithm: Algorithm = "auto",
     blocks: int | None = None,
+    resets: Sequence[int] = (),
 ) -> "Scan":
     """Announces a scan before its map is computed, so that no message has to wait for this rank to be ready.
 
-    `start` the result with this rank's map.
+    `start` the result with this rank's map. `resets`: the ranks whose segments forget the state that enters them, the
+    same on every rank: their transitions are not read.
     """
     if algorithm not in ("auto", *SCHEDULES):
         raise ValueError("all_scan: " + unknown_name("algorithm", algorithm, ("auto", *SCHEDULES)))
@@ -95,7 +97,7 @@ def open_all_scan(
             f"all_scan: blocks={blocks} with algorithm={algorithm!r}; give 1 or more, with 'pipeline' only"
         )
     _check_shape(transition_shape, update_shape, dtype)
-    where = (group.group_name, algorithm if blocks is None else f"{algorithm} {blocks}")
+    where = (group.group_name, algorithm if blocks is None else f"{algorithm} {blocks}", list(resets))
     ticket = torch.ops.seqtrain.scan_open(transition_shape, update_shape, dtype, device, *where)
     return Scan(ticket, transition_shape, update_shape, where)
 
@@ -107,8 +109,8 @@ class Scan:
     ticket: Tensor
     transition_shape: Sequence[int] | None
     update_shape: Sequence[int]
-    # The group's name, and the algorithm with the number of blocks where it was given, as in "pipeline 4".
-    where: tuple[str, str]
+    # The group's name; the algorithm, with the number of blocks where it was given, as in "pipeline 4"; the resets.
+    where: tuple[str, str, list[int]]
     inputs: tuple[Tensor | None, Tensor] | None = None
 
     def start(self, transition: Tensor | None, update: Tensor, *, initial_state: Tensor | None = None) -> "Scan":
@@ -198,9 +200,10 @@ def _scan_open(
     device: torch.device,
     group_name: str,
     algorithm: str,
+    resets: Sequence[int],
 ) -> Tensor:
     shape = AffineShape.of(update_shape, transition_shape)
-    return _ticket(_open(engine_of(group_name), shape, dtype, device, algorithm))
+    return _ticket(_open(engine_of(group_name), shape, dtype, device, algorithm, resets))
 
 
 @torch.library.custom_op("seqtrain::scan_start", mutates_args=())
@@ -211,17 +214,23 @@ def _scan_start(
     initial_state: Tensor | None,
     group_name: str,
     algorithm: str,
+    resets: Sequence[int],
 ) -> Tensor:
-    job = check_out(int(opened.item()))
-    own = AffineMap(job.shape.transition(transition), job.shape.state(update))
+    job, engine = check_out(int(opened.item())), engine_of(group_name)
+    own = AffineMap(job.shape.transition(transition), job.shape.state(update), engine.rank in resets)
     first = None if initial_state is None else job.shape.state(initial_state)
-    engine_of(group_name).start(job, own, first)
+    engine.start(job, own, first)
     return _ticket(job)
 
 
 @torch.library.custom_op("seqtrain::scan_wait", mutates_args=())
 def _scan_wait(
-    ticket: Tensor, transition: Tensor | None, update: Tensor, group_name: str, algorithm: str
+    ticket: Tensor,
+    transition: Tensor | None,
+    update: Tensor,
+    group_name: str,
+    algorithm: str,
+    resets: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     state_in, final_state = check_out(int(ticket.item())).result()
     return state_in.view(update.shape), final_state.view(update.shape)
@@ -235,16 +244,17 @@ def _scan_start_backward(
     final_gradient: Tensor | None,
     group_name: str,
     algorithm: str,
+    resets: Sequence[int],
 ) -> Tensor:
     """Starts the scan of gradients. With `D` and `F` the gradients of `state_in` and `final_state` from inside this
     rank, the gradient `G` that comes from the next rank continues as `transition^T(G + F) + D`: an affine map again.
     """
     engine = engine_of(group_name)
     shape = AffineShape.of(state_gradient.shape, None if transition is None else transition.shape)
-    job = _open(engine, shape, state_gradient.dtype, state_gradient.device, algorithm, reverse=True)
-    own = AffineMap(transpose(shape.transition(transition)), shape.state(state_gradient))
+    job = _open(engine, shape, state_gradient.dtype, state_gradient.device, algorithm, resets, reverse=True)
+    own = AffineMap(transpose(shape.transition(transition)), shape.state(state_gradient), engine.rank in resets)
     if final_gradient is not None:
-        own = AffineMap(own.transition, own.apply(shape.state(final_gradient)))
+        own = replace(own, update=own.apply(shape.state(final_gradient)))
     engine.start(job, own, None)
     job.forward = (state_in, final_gradient)
     return _ticket(job)
@@ -280,12 +290,13 @@ def _open(
     dtype: torch.dtype,
     device: torch.device,
     algorithm: str,
+    resets: Sequence[int],
     *,
     reverse: bool = False,
 ) -> Job:
     plan = plan_scan(engine, shape, dtype, device, algorithm)
     engine.scans += 1
-    return engine.open(plan, shape, dtype, device, reverse=reverse)
+    return engine.open(plan, shape, dtype, device, reverse=reverse, resets=resets)
 
 
 def _ticket(job: Job) -> Tensor:
@@ -301,7 +312,7 @@ for operator in (_scan_open, _scan_start, _scan_start_backward):
 
 
 @_scan_wait.register_fake
-def _(ticket, transition, update, group_name, algorithm):
+def _(ticket, transition, update, group_name, algorithm, resets):
     return update.new_empty(update.shape), update.new_empty(update.shape)
 
 
@@ -312,7 +323,7 @@ def _(ticket, transition_shape, update_shape, dtype, device, group_name):
 
 
 def _remember_start(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, transition, update, initial_state, ctx.group_name, _ = inputs
+    _, transition, update, initial_state, ctx.group_name, *_ = inputs
     ctx.transition_shape = None if transition is None else transition.shape
     ctx.update_shape, ctx.dtype, ctx.device = update.shape, update.dtype, update.device
     ctx.has_initial_state = initial_state is not None
@@ -323,7 +334,7 @@ def _start_gradients(ctx: Any, ticket: Tensor) -> tuple[Tensor | None, ...]:
         ticket, ctx.transition_shape, ctx.update_shape, ctx.dtype, ctx.device, ctx.group_name
     )
     d_transition = None if ctx.transition_shape is None else d_transition
-    return None, d_transition, d_update, d_initial if ctx.has_initial_state else None, None, None
+    return None, d_transition, d_update, d_initial if ctx.has_initial_state else None, None, None, None
 
 
 def _remember_wait(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -339,7 +350,7 @@ def _wait_gradients(
     if state_gradient is None:
         state_gradient = torch.zeros_like(state_in)
     ticket = torch.ops.seqtrain.scan_start_backward(transition, state_in, state_gradient, final_gradient, *ctx.where)
-    return ticket, None, None, None, None
+    return ticket, None, None, None, None, None
 
 
 _scan_start.register_autograd(_start_gradients, setup_context=_remember_start)

@@ -10,7 +10,7 @@ import threading
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,6 +57,9 @@ def _observed(event: Event) -> AbstractContextManager[object]:
 class Wire(ABC):
     """Messages between the ranks of a group, addressed by place. Buffers are contiguous."""
 
+    # Ranks whose maps forget, see `AffineMap`.
+    resets: Sequence[int] = ()
+
     def __init__(self, group: dist.ProcessGroup, reverse: bool = False):
         self.group = group
         self.places = group.size()
@@ -68,6 +71,10 @@ class Wire(ABC):
     def rank(self, place: int) -> int:
         """The rank in the group at a place (and the place of a rank)."""
         return self.places - 1 - place if self.reverse else place
+
+    def forget(self, *places: int) -> bool:
+        """Whether the map of one of these places forgets the state that enters it, and so their composition does."""
+        return any(self.rank(place) in self.resets for place in places)
 
     def post(self, buffer: Tensor, place: int) -> None:
         """Announces that a message from `place` is to fill `buffer`; messages arrive in the order of posting."""
@@ -214,9 +221,16 @@ class Engine:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def open(
-        self, plan: "Schedule", shape: AffineShape, dtype: torch.dtype, device: torch.device, *, reverse: bool = False
+        self,
+        plan: "Schedule",
+        shape: AffineShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        reverse: bool = False,
+        resets: Sequence[int] = (),
     ) -> Job:
-        """Posts the receives of the next scan. `device`: where its tensors live."""
+        """Posts the receives of the next scan. `device`: where its tensors live; `resets`: ranks whose maps forget."""
         self._check_alive()
         with self._lock:
             number = self._opened
@@ -224,8 +238,9 @@ class Engine:
             if device.type == "cuda":
                 wire: Wire = NcclWire(self.group, reverse)
             else:
-                agreed = _signature(f"{plan} {shape} {dtype} {reverse}")
+                agreed = _signature(f"{plan} {shape} {dtype} {reverse} {list(resets)}")
                 wire = GlooWire(self.group, TAG_BASE | agreed << 12 | number & 0xFFF, reverse)
+            wire.resets = resets
             messages = plan.receives(shape, wire.place, wire.places)
             arrivals = torch.empty(sum(m.numbers for m in messages), dtype=dtype, device=device)
             for buffer, message in zip(arrivals.split([m.numbers for m in messages]), messages, strict=True):

@@ -2,7 +2,7 @@
 
 A rank's tokens are the end of a document that began on an earlier rank (the head), then documents that start here (the
 tail). Only the head needs what other ranks know, and only the last document's state is of use to others. So an operator
-whose segments are affine maps costs one All-Scan, and the map of a rank where a document starts has a zero transition.
+whose segments are affine maps costs one All-Scan, and the map of a rank where a document starts forgets what came.
 """
 
 from dataclasses import dataclass, field, replace
@@ -46,6 +46,8 @@ class ShardedSequence(SequenceContext):
     boundaries: tuple[int, ...] = field(init=False, repr=False, compare=False)
     # Boundaries of the parts of documents that this rank holds, counted from its first token: at least two.
     own_boundaries: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    # The ranks among whose tokens a document starts that is not the row's first.
+    resets: tuple[int, ...] = field(init=False, repr=False, compare=False)
     # Where in the row this rank's first document starts; for a rank without tokens, see `before`.
     document_start: int = field(init=False, repr=False, compare=False)
 
@@ -62,6 +64,9 @@ class ShardedSequence(SequenceContext):
         inner = set() if self.cu_seqlens is None else set(self.cu_seqlens.tolist())
         boundaries = (0, *sorted(inner - {0, tokens}), tokens)
         object.__setattr__(self, "boundaries", boundaries)
+        parts = enumerate(pairwise(offsets))
+        resets = (rank for rank, (first, last) in parts if any(first <= x < last for x in boundaries[1:-1]))
+        object.__setattr__(self, "resets", tuple(resets))
         own = (0, *(boundary - start for boundary in boundaries if start < boundary < end), end - start)
         object.__setattr__(self, "own_boundaries", own)
         object.__setattr__(self, "document_start", first_documents(self.offsets, boundaries)[self.rank])
@@ -179,26 +184,20 @@ class ScannedSegments(SplitInTime):
         batch, device = call.tensors[0].shape[0], call.tensors[0].device
         shape, dtype = call.operator.state_shape(call.tensors, call.options, batch)
         form = segment.transition_shape(call.tensors, call.options)
-        if form is None and sequence.cu_seqlens is not None:
-            form = (batch,)  # one factor: 1, or 0 where a document starts
-        scan = open_all_scan(
-            form, shape, dtype=dtype, device=device, group=sequence.group, algorithm=sequence.algorithm
-        )
+        how = {"group": sequence.group, "algorithm": sequence.algorithm, "resets": sequence.resets}
+        scan = open_all_scan(form, shape, dtype=dtype, device=device, **how)
         if initial is not None:
             initial = initial.to(dtype)
         if head == tokens:
-            transition, update = segment.transition()
-            if transition is None and form is not None:
-                transition = update.new_ones(form)
-            scan.start(transition, update, initial_state=initial)
+            scan.start(*segment.transition(), initial_state=initial)
             segment.local_output()
             state, final = scan.wait()
             # An output without tokens may depend on nothing.
             owed = [tensor for tensor in call.tensors if tensor is not None] if tokens == 0 else []
             return keep_in_graph(segment.add_incoming(state), state, *owed), final
         out, states = call.rows(slice(head, tokens)).run(sequence, None, tail)
-        forgets = None if form is None else torch.zeros(form, dtype=dtype, device=device)
-        state, final = scan.start(forgets, states[-batch:], initial_state=initial).wait()
+        unread = None if form is None else torch.zeros(form, dtype=dtype, device=device)
+        state, final = scan.start(unread, states[-batch:], initial_state=initial).wait()
         if head == 0:
             return keep_in_graph(out, state), final
         before, _ = call.rows(slice(0, head)).run(sequence, state, None)

@@ -101,25 +101,28 @@ def test_token_by_token_equals_the_whole(case):
 
 
 @with_state
-@pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_a_documents_bits_depend_on_no_other_documents_numbers(case, backend):
-    """Outputs, states and gradients of documents that were not changed, in float32, where rounding would show it."""
-    lengths, options = [20, 41, 0, 39], {"cu_seqlens": boundaries([20, 41, 0, 39]), "backend": backend}
-    tensors = case.tensors(100, batch=1, dtype=torch.float32)
-    before = run(case, tensors, **options)
-    names = case.operator.along_time(list(tensors.values()))
-    changed = {
-        name: torch.cat([x[:, :20], x[:, 20:61] * 0.5, x[:, 61:]], 1) if timed else x
-        for timed, (name, x) in zip(names, tensors.items(), strict=True)
-    }
-    after = run(case, changed, **options)
-    timed = ["out", *(f"grad {name}" for has, name in zip(names, tensors, strict=True) if has)]
-    for name in timed:
-        assert torch.equal(before[name][:, :20], after[name][:, :20]), name
-        assert torch.equal(before[name][:, 61:], after[name][:, 61:]), name
-    assert not torch.equal(before["out"][:, 20:61], after["out"][:, 20:61])
+@pytest.mark.parametrize("factor", [0.5, 100.0, float("nan")])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "auto"])
+def test_a_documents_bits_depend_on_no_other_documents_numbers(case, backend, factor):
+    """Outputs, states and gradients of documents that were not changed, in float32, where rounding would show it.
+
+    A document without numbers, as one whose state has overflowed, shows what multiplies by zero where it should select.
+    """
+    lengths, kept = [5, 38, 41, 0, 39, 70, 41], [1, 4]
+    ends = boundaries(lengths)
+    tensors = case.tensors(sum(lengths), batch=1, dtype=torch.float32)
+    timed = dict(zip(tensors, case.operator.along_time(list(tensors.values())), strict=True))
+    rows = torch.cat([torch.arange(ends[n], ends[n + 1]) for n in kept])
+    others = torch.ones(sum(lengths), dtype=torch.bool).index_fill(0, rows, False)
+    changed = {name: x.clone() if timed[name] else x for name, x in tensors.items()}
+    for name in (name for name in tensors if timed[name]):
+        changed[name][:, others] *= factor
+    before, after = (run(case, each, cu_seqlens=ends, backend=backend) for each in (tensors, changed))
+    for name in ("out", *(f"grad {name}" for name in tensors if timed[name])):
+        assert torch.equal(before[name][:, rows], after[name][:, rows]), name
+    assert not torch.equal(before["out"][:, others], after["out"][:, others])
     for name in (name for name in before if name.startswith("state") and len(before[name]) == len(lengths)):
-        assert torch.equal(before[name][[0, 3]], after[name][[0, 3]]), name
+        assert torch.equal(before[name][kept], after[name][kept]), name
 
 
 @every_case

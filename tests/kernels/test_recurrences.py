@@ -21,7 +21,10 @@ from seqtrain.testing import (
 from tests.kernels.contract_cases import Case, check
 
 BETA = {linear_attention: None, delta_rule: 2.0}
-DECAYS = [("none", "mild"), *itertools.product(("H", "BTH", "BTHK"), ("mild", "wide", "strong", "spikes", "zero"))]
+DECAYS = [
+    ("none", "mild"),
+    *itertools.product(("H", "BTH", "BTHK"), ("mild", "wide", "strong", "spikes", "zero", "huge")),
+]
 needs_library = pytest.mark.skipif(native.unavailable() is not None, reason="no native library")
 BACKENDS = ["chunked", pytest.param("native", marks=needs_library)]
 both = pytest.mark.parametrize("operator", BETA, ids=lambda operator: operator.name)
@@ -201,7 +204,7 @@ def system(tokens, *, fastest=100.0):
     }
 
 
-@pytest.mark.parametrize("decay", ["wide", "strong", "spikes", "zero"])
+@pytest.mark.parametrize("decay", ["wide", "strong", "spikes", "zero", "huge"])
 @pytest.mark.parametrize("tokens", [130, 2200])
 def test_every_kind_of_decay_of_the_scan(tokens, decay):
     check(Case(diagonal_scan, {}, {"log_a": "B T D"}, decay=decay), "chunked", tokens, torch.float32, past=True)

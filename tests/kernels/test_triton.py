@@ -45,7 +45,7 @@ BF16, HALF = torch.bfloat16, torch.float16
 LIMITS = TOLERANCES if GPU else {torch.float64: 1e-12, torch.float32: 5e-6, HALF: 1.5e-3, BF16: 8e-3}
 LENGTHS = [66, 0, 1]
 SHAPES = (None, "B T H", "B T H K")
-KINDS = ["wide", "strong", "spikes", *(["zero"] if GPU else [])]
+KINDS = ["wide", "strong", "spikes", "huge", *(["zero"] if GPU else [])]
 DECAYS = [(None, "mild"), *((shape, kind) for shape in SHAPES[1:] for kind in KINDS)]
 # A GPU has all combinations; in the interpreter those that are left out run with --full.
 chosen = itertools.product if GPU else half
@@ -192,7 +192,7 @@ LONG = [2, 33, 130, *([5000] if GPU else [])]
 
 
 @pytest.mark.parametrize(
-    ("documents", "decay", "tokens"), chosen([False, True], ["wide", "strong", "spikes", "zero"], LONG)
+    ("documents", "decay", "tokens"), chosen([False, True], ["wide", "strong", "spikes", "zero", "huge"], LONG)
 )
 def test_diagonal_scan(tokens, decay, documents):
     lengths = [0, 1, tokens // 3, 0, tokens - tokens // 3 - 1, 0] if documents else None
@@ -402,7 +402,7 @@ def chunked_work(monkeypatch):
 # Every decay; dtypes; any length; more than one block of K and of V in every kernel, the last ones cut.
 SEGMENTS = [
     *((70, 20, 24, shape, kind, WIDE) for shape in ("BTH", "BTHK") for kind in ("wide", "strong", "spikes")),
-    *((70, 8, 5, shape, kind, torch.float32) for shape in ("BTH", "BTHK") for kind in ("strong", "spikes")),
+    *((70, 8, 5, shape, kind, torch.float32) for shape in ("BTH", "BTHK") for kind in ("strong", "spikes", "huge")),
     *((70, 32, 32, shape, "wide", dtype) for shape in ("none", "BTH", "BTHK") for dtype in (BF16, HALF)),
     *((tokens, 8, 5, shape, "mild", WIDE) for shape, tokens in (("BTH", 0), ("BTH", 32), ("BTHK", 0), ("BTHK", 33))),
     *((20, 40, 72, shape, "wide", WIDE) for shape in ("BTH", "BTHK")),

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqtrain.mixers import MIXERS, LayerShape
 from seqtrain.mixers.common.counting import CountingContext
-from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.parallel import SequenceContext, ShardedSequence, flush_scans
+from seqtrain.parallel.testing import run_ranks
 from seqtrain.testing import boundaries, relative_error
 
 WIDTH, HEADS = 32, 2
@@ -191,6 +193,67 @@ def test_packed_documents_equal_separate_ones(name, fields):
     pieces = inputs(1, sum(lengths)).split(lengths, 1)
     packed = out_and_gradient(torch.cat(pieces, 1), cu_seqlens=boundaries(lengths))
     assert_close(packed, out_and_gradient(*pieces))
+
+
+def out_and_gradient(mixer, x, sequence):
+    """The output and the gradient of x, `[2,T,D]`."""
+    x = x.detach().requires_grad_()
+    out, _ = mixer(x, sequence=sequence)
+    (out * weights(x)[:, : out.shape[1]]).sum().backward()
+    return torch.cat([out.detach(), x.grad])
+
+
+# Documents of a row, which of them have other numbers, and what these are times the usual: of 1e30 every state
+# overflows, and then no product with it may be what keeps others apart.
+DOCUMENTS, CHANGED, FACTORS = [38, 40, 1, 45], (0, 2), (100.0, 1e30)
+
+
+def changed_rows():
+    """The row as it is, and with its documents changed; which tokens are not."""
+    x, ends = inputs(1, sum(DOCUMENTS), torch.float32), [0, *boundaries(DOCUMENTS).tolist()[1:]]
+    kept = torch.ones(sum(DOCUMENTS), dtype=torch.bool)
+    for n in CHANGED:
+        kept[ends[n] : ends[n + 1]] = False
+    return [x, *(torch.where(kept[:, None], x, x * factor) for factor in FACTORS)], kept
+
+
+@every_mixer
+def test_a_document_knows_nothing_of_others_whatever_their_numbers(name, fields):
+    mixer, (rows, kept) = build(name, fields, dtype=torch.float32), changed_rows()
+    same, *others = (out_and_gradient(mixer, x, SequenceContext(boundaries(DOCUMENTS))) for x in rows)
+    for found in others:
+        assert torch.equal(found[:, kept], same[:, kept])
+        assert not torch.equal(found, same)
+
+
+def test_nor_do_documents_of_a_sharded_row():
+    rows, kept = changed_rows()
+    offsets, mixers = (0, 30, 63, 101, 124), {f"{case.id}": build(*case.values, dtype=torch.float32) for case in CASES}
+
+    def on_rank(rank):
+        sequence = ShardedSequence(group=dist.group.WORLD, offsets=offsets, cu_seqlens=boundaries(DOCUMENTS))
+        own = slice(offsets[rank], offsets[rank + 1])
+        found = {key: [out_and_gradient(mixer, x[:, own], sequence) for x in rows] for key, mixer in mixers.items()}
+        flush_scans(dist.group.WORLD)
+        return found
+
+    parts = run_ranks(4, on_rank)
+    for key in mixers:
+        same, *others = (torch.cat(each, 1) for each in zip(*(part[key] for part in parts), strict=True))
+        assert same.isfinite().all(), key
+        for found in others:
+            assert torch.equal(found[:, kept], same[:, kept]), key
+
+
+@every_mixer
+def test_gates_at_a_hundred_times_their_size_stay_finite(name, fields):
+    mixer = build(name, fields, dtype=torch.float32)
+    with torch.no_grad():
+        for module in mixer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight *= 100
+    for key, found in run(mixer, inputs(2, 40, torch.float32)).items():
+        assert found.isfinite().all(), key
 
 
 @pytest.mark.all

@@ -195,25 +195,31 @@ def assert_same_rows(
     assert {name: error for name, error in errors.items() if not error < limit} == {}
 
 
+# What the numbers of a document are multiplied by. A document without numbers, as one whose state has overflowed, shows
+# what multiplies by zero where it should select.
+FACTORS = (0.5, 100.0, float("nan"))
+
+
 def assert_nothing_leaks(cases: dict[str, OperatorCase], cut: Cut, last: int) -> None:
-    """With another `last` token in one document, the next one's outputs and gradients stay the same to the bit."""
-    changed = {}
-    for name, case in cases.items():
+    """With another document up to `last`, the next one's outputs and gradients stay the same to the bit."""
+
+    def changed(case: OperatorCase, factor: float) -> OperatorCase:
         tensors = {key: x if x is None or key in case.shared else x.clone() for key, x in case.tensors.items()}
         for key in tensors.keys() - set(case.shared):
             if tensors[key] is not None:
-                tensors[key][:, last] *= 0.5
-        changed[name] = replace(case, tensors=tensors)
+                tensors[key][:, : last + 1] *= factor
+        return replace(case, tensors=tensors)
 
     def on_rank(rank: int) -> list[dict[str, dict]]:
-        return [{name: sharded(case, cut) for name, case in each.items()} for each in (cases, changed)]
+        return [{name: sharded(changed(case, by), cut) for name, case in cases.items()} for by in (1.0, *FACTORS)]
 
     found = run_ranks(cut.ranks, on_rank)
     for name, case in cases.items():
-        before, after = (joined([part[which][name] for part in found], case, cut) for which in (0, 1))
-        for key in ("out", *(key for key, x in case.tensors.items() if x is not None and key not in case.shared)):
-            assert torch.equal(before[key][:, last + 1 :], after[key][:, last + 1 :]), (name, key)
-        assert not torch.equal(before["out"][:, last], after["out"][:, last]), name
+        before, *others = (joined([part[which][name] for part in found], case, cut) for which in range(4))
+        for after, factor in zip(others, FACTORS, strict=True):
+            for key in ("out", *(key for key, x in case.tensors.items() if x is not None and key not in case.shared)):
+                assert torch.equal(before[key][:, last + 1 :], after[key][:, last + 1 :]), (name, key, factor)
+            assert not torch.equal(before["out"][:, last], after["out"][:, last]), name
 
 
 def real(x: Tensor) -> Tensor:

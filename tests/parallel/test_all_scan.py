@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from seqtrain.parallel import ALGORITHMS, all_scan, open_all_scan
+from seqtrain.parallel import ALGORITHMS, all_scan, flush_scans, open_all_scan
 from seqtrain.parallel.schedules import SCHEDULES, candidates
 from seqtrain.parallel.schedules.tree import Tree
 from seqtrain.parallel.testing import run_ranks
@@ -104,6 +104,30 @@ def test_every_kind_of_map(cases):
             scan_and_check(case, rank, dist.group.WORLD, f"{number} {options}", **options)
 
     run_ranks(4, on_rank)
+
+
+@on_ranks(5, quick=True)
+def test_a_reset_selects_and_does_not_multiply(rank):
+    """Ranks up to the second reset have no numbers but infinities and NaN: nothing of it passes, there or back."""
+    resets = (2, 4)
+    for form, algorithm in product(("none", "head", "dense"), ALGORITHMS):
+        results = []
+        for bad in (1.0, float("inf")):
+            case = random_case(form, 5)
+            transition, update, _ = own_leaves(case, rank)
+            factor = bad if rank < 2 else 1.0
+            state, final = start_all_scan(
+                transition, update * factor, group=dist.group.WORLD, algorithm=algorithm, resets=resets
+            ).wait()
+            weights = case.weights[rank][0] * (float("nan") if bad > 1 and rank <= 2 else 1.0), case.weights[rank][1]
+            loss(weights, state, final).backward()
+            results.append({"state": state.detach(), "final": final.detach()} | gradients_of(transition, update, None))
+        clean, found = results
+        same = {0: (), 1: (), 2: ("final", "update"), 3: tuple(clean), 4: tuple(clean)}[rank]
+        for name in set(same) - ({"transition"} if rank in resets else set()):
+            assert clean[name].isfinite().all()
+            assert torch.equal(found[name], clean[name]), (form, algorithm, name)
+    flush_scans(dist.group.WORLD)
 
 
 @on_ranks(4)

@@ -2,10 +2,12 @@
 
 T tokens are N chunks of C. First every chunk finds its total decay and the h it would end with, keeping only these;
 then the scan over the N chunks (the same function again) gives what enters each; then every chunk runs from there. Each
-step is one fused multiply-add over N*D numbers, so there are 3C steps and a short scan instead of T. A document starts
-where the decay is zero. Decays are only ever multiplied, never divided, so they may be as strong as they like.
+step is one fused multiply-add over N*D numbers, so there are 3C steps and a short scan instead of T. Where a document
+starts, what comes is set to zero: times a decay of zero, an infinite state would be NaN. Decays are only ever
+multiplied, never divided, so they may be as strong as they like.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,43 +37,53 @@ def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tenso
     return out, state.index_copy(0, full, last)
 
 
-def recurrence_(h: Tensor, a: Tensor, *, reverse: bool = False) -> None:
+def recurrence_(h: Tensor, a: Tensor, *, resets: Sequence[int] = (), reverse: bool = False) -> None:
     """In place `h_t += a_t * h_{t-1}` (`reverse`: `h_t += a_t * h_{t+1}`) along dimension 1, from a zero state.
 
-    `h`, `a`: `[B,T,...]`, of one shape and dtype.
+    `h`, `a`: `[B,T,...]`, of one shape and dtype. `resets`: the tokens that nothing enters, where a is zero.
     """
     tokens = h.shape[1]
     body = 0 if tokens <= LOOP else tokens // CHUNK * CHUNK
+    of_chunks = [t for t in resets if t < body]
+    rest = {t - body for t in resets if t >= body}
     if reverse:
-        _loop_(h[:, body:], a[:, body:], None, reverse)
+        _loop_(h[:, body:], a[:, body:], None, rest, reverse)
         if body:
             after = h[:, body] if body < tokens else None
-            _chunks_(h[:, :body].unflatten(1, (-1, CHUNK)), a[:, :body].unflatten(1, (-1, CHUNK)), after, reverse)
+            _chunks_(h[:, :body], a[:, :body], after, of_chunks, reverse)
     else:
         if body:
-            _chunks_(h[:, :body].unflatten(1, (-1, CHUNK)), a[:, :body].unflatten(1, (-1, CHUNK)), None, reverse)
-        _loop_(h[:, body:], a[:, body:], h[:, body - 1] if body else None, reverse)
+            _chunks_(h[:, :body], a[:, :body], None, of_chunks, reverse)
+        _loop_(h[:, body:], a[:, body:], h[:, body - 1] if body else None, rest, reverse)
 
 
-def _loop_(h: Tensor, a: Tensor, entering: Tensor | None, reverse: bool) -> None:
+def _loop_(h: Tensor, a: Tensor, entering: Tensor | None, resets: set[int], reverse: bool) -> None:
     """`recurrence_` step by step; `entering`: h just before the first token (after the last, in reverse)."""
     for t in reversed(range(h.shape[1])) if reverse else range(h.shape[1]):
-        if entering is not None:
+        if entering is not None and t not in resets:
             h[:, t].addcmul_(a[:, t], entering)
         entering = h[:, t]
 
 
-def _chunks_(h: Tensor, a: Tensor, entering: Tensor | None, reverse: bool) -> None:
-    """`recurrence_` on `[B,N,C,...]`."""
-    steps = list(reversed(range(h.shape[2])) if reverse else range(h.shape[2]))
+def _chunks_(h: Tensor, a: Tensor, entering: Tensor | None, resets: list[int], reverse: bool) -> None:
+    """`recurrence_` of so many tokens that they are whole chunks."""
+    h, a = h.unflatten(1, (-1, CHUNK)), a.unflatten(1, (-1, CHUNK))  # B N C
+    places = torch.tensor(resets, dtype=torch.int64, device=h.device)
+    # By step, the chunks that reset there.
+    at = {c: places[places % CHUNK == c] // CHUNK for c in {t % CHUNK for t in resets}}
+    steps = list(reversed(range(CHUNK)) if reverse else range(CHUNK))
     decay, end = a[:, :, steps[0]].clone(), h[:, :, steps[0]].clone()
     for c in steps[1:]:
+        if c in at:
+            end.index_fill_(1, at[c], 0)
+            decay.index_fill_(1, at[c], 0)
         end = torch.addcmul(h[:, :, c], a[:, :, c], end)
         decay *= a[:, :, c]
     edge = -1 if reverse else 0
-    if entering is not None:
+    chunks = sorted({t // CHUNK for t in resets})
+    if entering is not None and edge % h.shape[1] not in chunks:
         end[:, edge].addcmul_(decay[:, edge], entering)
-    recurrence_(end, decay, reverse=reverse)
+    recurrence_(end, decay, resets=chunks, reverse=reverse)
     enters = torch.zeros_like(end)
     if reverse:
         enters[:, :-1] = end[:, 1:]
@@ -80,6 +92,8 @@ def _chunks_(h: Tensor, a: Tensor, entering: Tensor | None, reverse: bool) -> No
     if entering is not None:
         enters[:, edge] = entering
     for c in steps:
+        if c in at:  # what entered the step is kept: it is h of the step before
+            enters = enters.index_fill(1, at[c], 0)
         enters = h[:, :, c].addcmul_(a[:, :, c], enters)
 
 
@@ -108,7 +122,7 @@ class _DiagonalScan(torch.autograd.Function):
         a = a.expand(x.shape).contiguous() if log_a.dim() == 1 else a
         h[first] += a[first] * state
         a[first] = 0
-        recurrence_(h, a)
+        recurrence_(h, a, resets=() if rows is None else rows[0].tolist())
         final = h[last].clone()
         out = h.to(out_dtype)
         ctx.save_for_backward(out, log_a, state)
@@ -137,7 +151,7 @@ def _gradients(
     following[last] = 0
     starting = a[first].clone()
     del a
-    recurrence_(g, following, reverse=True)
+    recurrence_(g, following, resets=() if rows is None else rows[1].tolist(), reverse=True)
     entering = starting * g[first]
     # a_t h_{t-1} is what the decay scaled: no division by a.
     d_log_a = torch.empty_like(g)

@@ -170,7 +170,8 @@ def _states(inputs: Tensor, matrices: _Matrices, chunks: _Chunks, state: Tensor,
     # The state before a chunk is that after the one before it, or the given one.
     before = torch.cat([given[:1], after[0, :-1]]).index_copy(0, chunks.boundaries[:-1], given)  # I G*N
     last = before[chunks.boundaries[1:] - 1].unflatten(1, matrices.read.shape)  # M G N
-    tokens = u.flatten(0, 1)[chunks.tail.clamp(min=0)] * (chunks.tail >= 0)[..., None]  # M C G
+    before_it = (chunks.tail < 0)[..., None]
+    tokens = u.flatten(0, 1)[chunks.tail.clamp(min=0)].masked_fill(before_it, 0)  # M C G
     new = torch.view_as_complex((tokens.to(inputs.dtype).permute(2, 0, 1) @ real).unflatten(2, (-1, 2)))  # G M N
     decayed = last * matrices.powers[..., chunks.rest].permute(2, 0, 1)
     final = (decayed + new.transpose(0, 1)).flatten(1)

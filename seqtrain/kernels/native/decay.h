@@ -11,6 +11,7 @@
 namespace seqtrain {
 
 constexpr int kMaxChunk = 64;
+constexpr float kForgotten = -800.0f;  // FORGOTTEN of decay.py
 
 enum class DecayKind : int64_t { kNone = 0, kScalar = 1, kChannel = 2 };
 
@@ -123,7 +124,7 @@ class Decay {
     float high[kMaxChunk], low[kMaxChunk];
     double sum = 0;
     for (int i = 0; i < rows; ++i) {
-      sum += log[i];
+      sum += std::max(log[i], kForgotten);
       high[i] = static_cast<float>(sum);
       low[i] = static_cast<float>(sum - high[i]);
     }

@@ -111,8 +111,9 @@ def _documents(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float
     for documents in batches.values():
         starts, lengths = torch.tensor(documents).unbind(1)
         step = torch.arange(int(lengths.max()))
-        rows = (starts[:, None] + step).clamp_(max=q.shape[1] - 1)  # documents x longest
         real = step < lengths[:, None]
+        # A document is filled up with its own last token: hidden values count for zero, and zero times infinity is NaN.
+        rows = starts[:, None] + torch.minimum(step, lengths[:, None] - 1)  # documents x longest
         index = rows.to(q.device)
         batch = _attend(q[0][index], k[0][index], v[0][index], scale, "causal")
         outs.append(batch[real.to(q.device)])

@@ -3,7 +3,10 @@
 import triton
 import triton.language as tl
 
+from seqtrain.kernels import decay
+
 LOG2_E = tl.constexpr(1.4426950408889634)
+FORGOTTEN = tl.constexpr(decay.FORGOTTEN)
 
 
 @triton.jit
@@ -53,7 +56,7 @@ def load_numbers(pointer, rows, STRIDE: tl.constexpr, BT: tl.constexpr, ACC: tl.
 def sum_decays(log_decay):
     """Of a chunk's decays `[BT]`, float64: G `[BT]` and `G_C`."""
     # Strong decays take G into the thousands, where a float32 difference is wrong by 1e-4.
-    g = log_decay * LOG2_E
+    g = tl.maximum(log_decay, FORGOTTEN) * LOG2_E
     return tl.cumsum(g, 0), tl.sum(g, 0)
 
 

@@ -29,7 +29,7 @@ class AllGather(Schedule):
         wire.receive(wire.place)
         sources = self.receives(shape, wire.place, wire.places)
         for (source, _), piece in zip(sources, arrivals.split([m.numbers for m in sources]), strict=True):
-            earlier = unpacked(piece, shape, state_only=source == 0)
+            earlier = unpacked(piece, shape, state_only=source == 0, forgets=wire.forget(source))
             incoming = earlier.update if incoming is None else earlier.apply(incoming)
         assert incoming is not None, "a place after the first gets the first one's state"
         return incoming, own.apply(incoming)

@@ -87,9 +87,8 @@ def packed(affine: AffineMap, shape: AffineShape, *, state_only: bool) -> Tensor
     return torch.cat(parts)
 
 
-def unpacked(message: Tensor, shape: AffineShape, *, state_only: bool) -> AffineMap:
+def unpacked(message: Tensor, shape: AffineShape, *, state_only: bool, forgets: bool = False) -> AffineMap:
     """The map of a message, in its memory."""
     update = shape.state(message[: shape.state_numbers])
-    if state_only or shape.identity:
-        return AffineMap(None, update)
-    return AffineMap(shape.transition(message[shape.state_numbers :]), update)
+    transition = None if state_only or shape.identity else shape.transition(message[shape.state_numbers :])
+    return AffineMap(transition, update, forgets)

@@ -36,7 +36,8 @@ class Pipeline(Schedule):
         outgoing = own.update.new_empty(shape.state_numbers)
         leaving = grid.flat_views(outgoing, shape)
         entering = grid.flat_views(arrivals, shape) if first is None else grid.views(first)
-        maps = [AffineMap(*pair) for pair in zip(grid.transitions(own.transition), grid.views(own.update), strict=True)]
+        pairs = zip(grid.transitions(own.transition), grid.views(own.update), strict=True)
+        maps = [AffineMap(*pair, own.forgets) for pair in pairs]
         for piece, block, out in zip(maps, entering, leaving, strict=True):
             wire.receive(1 if first is None else 0)
             piece.apply(block, out=out)

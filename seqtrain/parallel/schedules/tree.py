@@ -41,7 +41,9 @@ class Tree(Schedule):
                 state_only = wire.place - distance < distance
                 numbers = map_numbers(shape, state_only)
                 wire.receive()
-                earlier = unpacked(arrivals[offset : offset + numbers], shape, state_only=state_only)
+                forgets = wire.forget(*range(max(wire.place - 2 * distance, 0) + 1, wire.place - distance + 1))
+                message = arrivals[offset : offset + numbers]
+                earlier = unpacked(message, shape, state_only=state_only, forgets=forgets)
                 before = earlier if distance == 1 else before.after(earlier)
                 if wire.place + 2 * distance < wire.places:
                     upto = own.after(before)
