@@ -24,7 +24,6 @@ from seqtrain.testing import (
     run_with_gradients,
 )
 from tests.kernels.contract_cases import Case
-from tests.kernels.isolation import TOKENS, assert_documents_apart
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=f"native {build.unavailable()}")
 
@@ -91,15 +90,6 @@ def test_blocks_of_columns_and_saved_states_change_nothing(name, decay_shape, mo
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     parts = run_with_gradients(OPERATORS[name], tensors, **options)
     assert all(relative_error(parts[key], whole[key]) < 2e-6 for key in whole)
-
-
-APART = [(name, shape) for name in OPERATORS for shape in ("none", "BTH", "BTHK")]
-
-
-@pytest.mark.parametrize(("name", "decay_shape"), [*APART, ("tensor_attention", None)])
-def test_documents_do_not_see_each_other(name, decay_shape):
-    tensors = inputs(name, TOKENS, states=3, decay_shape=decay_shape) if decay_shape else tensors_of(TOKENS)
-    assert_documents_apart(ALL[name], tensors, "native")
 
 
 @pytest.mark.parametrize("decay_shape", ["none", "BTHK"])
