@@ -184,8 +184,8 @@ class ScannedSegments(SplitInTime):
         batch, device = call.tensors[0].shape[0], call.tensors[0].device
         shape, dtype = call.operator.state_shape(call.tensors, call.options, batch)
         form = segment.transition_shape(call.tensors, call.options)
-        how = {"group": sequence.group, "algorithm": sequence.algorithm, "resets": sequence.resets}
-        scan = open_all_scan(form, shape, dtype=dtype, device=device, **how)
+        group, algorithm, resets = sequence.group, sequence.algorithm, sequence.resets
+        scan = open_all_scan(form, shape, dtype=dtype, device=device, group=group, algorithm=algorithm, resets=resets)
         if initial is not None:
             initial = initial.to(dtype)
         if head == tokens:
