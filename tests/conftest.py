@@ -21,6 +21,8 @@ torch.set_num_threads(1)
 # No test asks which schedule of a scan is the fastest here; forked ranks measure their links as often as they must.
 cost.REPEATS = 2
 
+# Begun first, so that no worker is left alone with one of them at the end.
+LONGEST = ("tests/docs/", "tests/runtime/test_ray.py", "tests/test_wheel.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -36,6 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left_out)
     dropped = set(left_out)
     items[:] = [item for item in items if item not in dropped]
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 def _is_selected(item: pytest.Item, config: pytest.Config) -> bool:
