@@ -101,9 +101,8 @@ def test_token_by_token_equals_the_whole(case):
 
 
 @with_state
-@pytest.mark.parametrize("factor", [0.5, 100.0, float("nan")])
 @pytest.mark.parametrize("backend", ["reference", "chunked", "auto"])
-def test_a_documents_bits_depend_on_no_other_documents_numbers(case, backend, factor):
+def test_a_documents_bits_depend_on_no_other_documents_numbers(case, backend):
     """Outputs, states and gradients of documents that were not changed, in float32, where rounding would show it.
 
     A document without numbers, as one whose state has overflowed, shows what multiplies by zero where it should select.
@@ -114,15 +113,17 @@ def test_a_documents_bits_depend_on_no_other_documents_numbers(case, backend, fa
     timed = dict(zip(tensors, case.operator.along_time(list(tensors.values())), strict=True))
     rows = torch.cat([torch.arange(ends[n], ends[n + 1]) for n in kept])
     others = torch.ones(sum(lengths), dtype=torch.bool).index_fill(0, rows, False)
-    changed = {name: x.clone() if timed[name] else x for name, x in tensors.items()}
-    for name in (name for name in tensors if timed[name]):
-        changed[name][:, others] *= factor
-    before, after = (run(case, each, cu_seqlens=ends, backend=backend) for each in (tensors, changed))
-    for name in ("out", *(f"grad {name}" for name in tensors if timed[name])):
-        assert torch.equal(before[name][:, rows], after[name][:, rows]), name
-    assert not torch.equal(before["out"][:, others], after["out"][:, others])
-    for name in (name for name in before if name.startswith("state") and len(before[name]) == len(lengths)):
-        assert torch.equal(before[name][kept], after[name][kept]), name
+    before = run(case, tensors, cu_seqlens=ends, backend=backend)
+    for factor in (float("nan"),) if backend == "reference" else (0.5, 100.0, float("nan")):
+        changed = {name: x.clone() if timed[name] else x for name, x in tensors.items()}
+        for name in (name for name in tensors if timed[name]):
+            changed[name][:, others] *= factor
+        after = run(case, changed, cu_seqlens=ends, backend=backend)
+        for name in ("out", *(f"grad {name}" for name in tensors if timed[name])):
+            assert torch.equal(before[name][:, rows], after[name][:, rows]), (factor, name)
+        assert not torch.equal(before["out"][:, others], after["out"][:, others])
+        for name in (name for name in before if name.startswith("state") and len(before[name]) == len(lengths)):
+            assert torch.equal(before[name][kept], after[name][kept]), (factor, name)
 
 
 @every_case
