@@ -11,6 +11,7 @@ import yaml
 
 from seqtrain import cli
 from seqtrain.cli import COMMANDS, main
+from tests.command_cases import run_command
 
 ROOT = Path(__file__).parents[1]
 # Prints the exit status of each command line, and whether torch came in.
@@ -119,12 +120,12 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("line", "message"), MISTAKES, ids=[line for line, _ in MISTAKES])
-def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, line, message):
+def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, line, message):
     monkeypatch.chdir(tmp_path)
-    assert main(line.split()) == 2
-    printed = capsys.readouterr().err
-    assert message in printed
-    assert printed.count("\n") == 1, printed
+    done = run_command(*line.split())
+    assert done.status == 2
+    assert message in done.err
+    assert done.err.count("\n") == 1, done.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -40,7 +40,7 @@ HUNG = 600
 SMALL = (
     "data=selective_copy", "model.width=32", "model.heads=2", "model.depth=2", "model.layers=[gated_delta_net]",
     f"train.steps={STEPS}", "train.sequence_length=256", "train.batch_size=4", f"checkpoint.every={EVERY}",
-    "evaluation.every=20", "sample.tokens=0", "runtime.device=cpu", "runtime.lease_seconds=4",
+    "evaluation.every=20", "data.held_out_rows=8", "sample.tokens=0", "runtime.device=cpu", "runtime.lease_seconds=4",
 )  # fmt: skip
 ALONE = ("runtime=inline", "parallel.data=1")
 TOGETHER = ("runtime=ray", "parallel.data=2")
@@ -126,7 +126,7 @@ def kill(kind: str, folder: Path, chance: random.Random) -> dict[str, Any]:
     run = Run(folder, *TOGETHER)
     reached = run.until(moment(run))
     step = run.step()
-    victims = [process for process in run.seen if kind in ("tree", process.name()) or kind in _words(process)]
+    victims = [process for process in run.seen if kind == "tree" or kind in _words(process)]
     if kind == "driver":
         # What the signal of a user, or the system for want of memory, would hit.
         victims = [run.process]
@@ -144,18 +144,18 @@ def kill(kind: str, folder: Path, chance: random.Random) -> dict[str, Any]:
 
 def fill_disk(folder: Path, chance: random.Random) -> dict[str, Any]:
     """On a file system of its own that is too small, then is not."""
-    kib = chance.randint(300, 2500)
+    kib = chance.randint(150, 900)
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "faults", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         return {"skipped": "mounting a file system needs more rights"}
     try:
-        run = Run(folder / "run", *ALONE)
+        run = Run(folder, *ALONE)
         statuses, said = [run.end()], run.log.read_text()
         named = "No space left on device" in said.splitlines()[-1] and str(folder) in said.splitlines()[-1]
         subprocess.run(["mount", "-o", "remount,size=100m", str(folder)], check=True)
-        statuses.append(Run(folder / "run", *ALONE).end())
-        shutil.copytree(folder / "run", folder.with_name(f"{folder.name}-copy"))
+        statuses.append(Run(folder, *ALONE).end())
+        shutil.copytree(folder, folder.with_name(f"{folder.name}-copy"))
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
     shutil.rmtree(folder)
@@ -190,7 +190,7 @@ def _content(folder: Path) -> dict[str, tuple[int, int]]:
 
 def _words(process: psutil.Process) -> str:
     with suppress(psutil.NoSuchProcess):
-        return " ".join(process.cmdline())
+        return " ".join([process.name(), *process.cmdline()])
     return ""
 
 

@@ -75,7 +75,9 @@ def _run(work: Callable[[], int], said: IO[bytes], ending: int) -> None:
     status = 1
     try:
         _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        terminal, aside = (os.fdopen(os.dup(each), "w", buffering=1) for each in (2, said.fileno()))
+        aside = os.fdopen(os.dup(said.fileno()), "w", buffering=1)
+        # Another file where somebody has redirected it.
+        terminal = os.fdopen(os.dup(2), "w", buffering=1) if sys.stderr.fileno() == 2 else sys.stderr
         sys.stderr = _Terminal(terminal, aside)
         os.dup2(said.fileno(), 2)
         status = exit_status(work)
