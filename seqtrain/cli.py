@@ -43,6 +43,9 @@ class Command:
             if asks_for_text(arguments):
                 return show_text(self.config, arguments)
             check_keys(self.config, arguments)
+        if sys.stderr.isatty():
+            # Importing PyTorch and the rest takes seconds.
+            print(f"{name}: starting ...", file=sys.stderr)
         try:
             status: int = importlib.import_module(self.module).main(list(arguments))
         except ConfigError as error:

@@ -5,15 +5,23 @@ import dataclasses
 import json
 import platform
 import re
+import shlex
 import statistics
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html import escape
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seqtrain.files import replace_file
+
+# Columns of a terminal that what is printed fits in.
+WIDTH = 100
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +33,39 @@ th, td { padding: 0.2rem 0.8rem; border-bottom: 1px solid #ddd; text-align: righ
 th:first-child, td:first-child { text-align: left }
 img { max-width: 100%; display: block; margin: 0.5rem 0 1.5rem }
 pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; font-size: 13px }"""
+
+
+def say(*lines: str) -> None:
+    """Prints lines, broken where they are wider than `WIDTH`."""
+    for line in lines:
+        print(textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
+
+
+def show_command(words: Iterable[str]) -> None:
+    """Prints a command that can be pasted, on as many lines as it needs."""
+    lines = textwrap.wrap(" ".join(map(_unbroken, words)), WIDTH - 6, break_long_words=False, break_on_hyphens=False)
+    print(" \\\n    ".join(lines).replace(_SPACE, " "))
+
+
+# Stands for a space inside a quoted word, where no line may end.
+_SPACE = "\0"
+
+
+def _unbroken(word: str) -> str:
+    return shlex.quote(word).replace(" ", _SPACE)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def announced(what: str, tell: Callable[[str], None] = _to_stderr) -> Iterator[None]:
+    """Says `what` is done while the block runs, and at its end how long it took."""
+    began = time.monotonic()
+    tell(f"{what} ...")
+    yield
+    tell(f"{what}: {time.monotonic() - began:.0f} s")
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -146,6 +187,8 @@ def stacked_bars(
             axes.barh(labels, sizes, left=ends, **style)
         ends = [end + size for end, size in zip(ends, sizes, strict=True)]
     axes.grid(axis="y" if upright else "x", alpha=0.3)
+    limit = 1.04 * max(ends, default=0.0) or 1.0
+    axes.set(**{"ylim" if upright else "xlim": (0, limit)})
     return ends
 
 

@@ -1,13 +1,14 @@
-"""Measures what predictions stand on, on this machine: rates, each mixer's efficiency, memory's holes, links."""
+"""Measures what predictions stand on, here: rates, each mixer's efficiency, memory, links; and how far they are off."""
 
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -19,12 +20,14 @@ from seqtrain.kernels import linear_attention
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.parallel.mesh import form_mesh
+from seqtrain.parallel.schedules.links import Cluster
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.sharded import ShardedSequence
-from seqtrain.planning.counts import ModelCounts, count_model
-from seqtrain.planning.layout import Holes, Machine, compute_seconds, memory_bytes
-from seqtrain.planning.layout_runs import measure_layout
+from seqtrain.planning.counts import ModelCounter
+from seqtrain.planning.layout import ClusterFile, Machine, Prediction, compute_seconds, predict
+from seqtrain.planning.layout_runs import Measured, measure_layout
 from seqtrain.planning.run_config import count_run, last_of_each, layout_of, read_run
+from seqtrain.report import announced
 from seqtrain.report import machine as describe_machine
 
 BYTES_VOCAB = 257
@@ -32,38 +35,47 @@ TOKENS, WIDTH, HEADS = 2048, 192, 4
 # Tokens per rank of a sharded sequence: in the processor's cache the work of finding its map would look like none.
 SHARD_TOKENS = 8192
 REPEATS = 5
-# With activations kept and recomputed it tells the allocator's holes of both kinds.
+# Larger blocks the C library gets from the system each time (glibc's DEFAULT_MMAP_THRESHOLD_MAX).
+MAPPED_ABOVE = 32 * 2**20
+# Small layouts whose steps say how much memory lies unused, and how far predictions are from what is measured.
 SMALL_LAYOUT = (
     "model=hybrid_tiny", "model.depth=4", "model.width=192", "data=stdlib", "train.sequence_length=12288",
-    "train.batch_size=1", "train.micro_batch_size=1", "parallel.data=1",
+    "train.batch_size=1", "train.micro_batch_size=1", "parallel.data=1", "parallel.zero_stage=0",
 )  # fmt: skip
-# As many tokens per rank, of the mixer whose layers on a sharded sequence are measured.
-SHARDED = ("parallel.sequence=2", "train.sequence_length=24576")
-SHARDED_MIXER = "gla"
-AGAIN = "model.activation_checkpointing"
-PLAIN = "parallel.zero_stage=0"
+TINY = ("model.layers=[gla]", "model.depth=1", "model.width=32", "train.sequence_length=64")
+WAYS = (
+    ("model.activation_checkpointing=false",),
+    ("model.activation_checkpointing=true", "parallel.zero_stage=1"),
+)
+SHARDED = ("model.layers=[gla]", "parallel.sequence=2", "train.sequence_length=24576")
 
 
-def calibrate(mixers: Sequence[str], *, tell: Callable[[str], None]) -> tuple[Machine, dict[str, float]]:
-    """This machine, and the costs of its links. `mixers`: whose efficiency is measured; `tell` hears of progress."""
-    tell("links")
-    costs = on_ranks(2, lambda group: asdict(group_costs(group)))
-    tell("products, memory, attention, recurrences, optimizer")
+def calibrate(mixers: Sequence[str]) -> tuple[Machine, dict[str, float]]:
+    """This machine, and the costs of its links. `mixers`: whose efficiency is measured."""
+    with announced("measuring links"):
+        costs = on_ranks(2, lambda group: asdict(group_costs(group)))
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = len(os.sched_getaffinity(0))
+    with announced("measuring products, memory, attention, recurrences, optimizer"):
+        rates = _rates()
     found = Machine(
-        name=f"measured: {describe_machine()}", memory=0.9 * total, shared=True, processors=cores, **_rates()
+        name=f"measured: {describe_machine()}",
+        memory=0.9 * total,
+        shared=True,
+        processors=cores,
+        mapped_above=MAPPED_ABOVE,
+        **rates,
     )
-    found = _with_memory(found, mixers, tell)
     efficiency: dict[str, float] = {}
     for name in mixers:
-        tell(f"layer {name}")
-        efficiency |= _efficiency(name, found)
-    tell("layers on a sequence sharded over two ranks")
-    cut = on_ranks(2, _sharded, tuple(mixers))
-    tell("two ranks side by side")
-    beside = on_ranks(2, _crowded) if cores > 1 else 1.0
-    return replace(found, efficiency=efficiency, cut=cut, beside=beside), costs
+        with announced(f"measuring a layer of {name}"):
+            efficiency |= _efficiency(name, found)
+    with announced("measuring layers on a sequence sharded over two ranks"):
+        cut = on_ranks(2, _sharded, tuple(mixers))
+    with announced("measuring two ranks side by side"):
+        beside = on_ranks(2, _crowded) if cores > 1 else 1.0
+    found = replace(found, efficiency=efficiency, cut=cut, beside=beside)
+    return _with_layouts(found, ClusterFile(**costs, source="here").links(), mixers), costs
 
 
 def median_seconds(
@@ -163,7 +175,7 @@ def _efficiency(name: str, found: Machine) -> dict[str, float]:
     """Measured over computed seconds of one layer of this mixer, its MLP and the loss taken alike."""
     model, mixers = _small_model(name), {name: MIXERS.get(name).Config()}
     tokens = torch.randint(BYTES_VOCAB, (1, TOKENS))
-    counts = count_model(model.config, mixers, BYTES_VOCAB, tokens=TOKENS)
+    counts = ModelCounter(model.config, mixers, BYTES_VOCAB).count(TOKENS)
     block: Any = model.blocks[0]
     x = torch.randn(1, TOKENS, WIDTH, requires_grad=True)
 
@@ -182,44 +194,29 @@ def _efficiency(name: str, found: Machine) -> dict[str, float]:
     return {name: own / mixing, "mlp": rest, "loss": rest}
 
 
-def _with_memory(found: Machine, mixers: Sequence[str], tell: Callable[[str], None]) -> Machine:
-    """`found` with the base and, from small layouts, the allocator's holes and what a sharded sequence keeps."""
-    tell("memory of a program")
-    sharded_mixer = f"model.layers=[{SHARDED_MIXER}]"
-    tiny = (sharded_mixer, "model.depth=1", "model.width=32", "train.sequence_length=64", PLAIN)
-    found = replace(found, base=measure_layout(last_of_each(*SMALL_LAYOUT, *tiny), steps=2).peak_bytes)
-    all_holes = {}
-    for name in dict.fromkeys((SHARDED_MIXER, *mixers)):
-        tell(f"memory of {name}")
-        # Of small layouts of this mixer alone.
-        layers = f"model.layers=[{name}]"
-        holes = Holes(*_shares(found, layers))
-        own = replace(found, holes={name: holes})
-        _, passing, more = _beyond(own, (layers,), "parallel.zero_stage=3", f"{AGAIN}=true")
-        all_holes[name] = replace(holes, sharded=max(0.0, more / passing))
-    found = replace(found, holes=all_holes)
-    tell("memory of a sharded sequence")
-    kept, passing = _shares(found, sharded_mixer, *SHARDED)
-    return replace(found, cut_kept=kept, cut_passing=passing)
+def _with_layouts(found: Machine, cluster: Cluster, mixers: Sequence[str]) -> Machine:
+    """`found` with a program's memory and, from small layouts, what lies unused beside activations, and the errors."""
+    with announced("measuring the memory of a program"):
+        base = measure_layout(last_of_each(*SMALL_LAYOUT, *TINY), steps=2).peak_bytes
+    found, pairs = replace(found, base=base), []
+    for words in (*((f"model.layers=[{name}]", *way) for name in mixers for way in WAYS), SHARDED):
+        chosen = last_of_each(*SMALL_LAYOUT, *words)
+        config = read_run(["experiment=quickstart", *chosen])
+        with announced(f"measuring steps of {' '.join(words)}"):
+            expected = predict(count_run(config), layout_of(config), found, cluster)
+            pairs.append((expected, measure_layout(chosen, steps=3)))
+    return with_errors(found, pairs)
 
 
-def _shares(found: Machine, *words: str) -> tuple[float, float]:
-    """What small layouts take beyond what is expected, for each byte kept and for each passing one of small blocks."""
-    (a, b, x), (c, d, y) = (_beyond(found, words, PLAIN, f"{AGAIN}={again}") for again in ("false", "true"))
-    determinant = a * d - b * c
-    return max(0.0, (x * d - b * y) / determinant), max(0.0, (a * y - x * c) / determinant)
-
-
-def _beyond(found: Machine, words: tuple[str, ...], *how: str) -> tuple[float, float, float]:
-    """Of the small layout with these words, run so: bytes kept, passing, in small blocks; measured beyond expected."""
-    chosen = last_of_each(*SMALL_LAYOUT, *words, *how)
-    config = read_run(["experiment=quickstart", *chosen])
-    counts, measured = _counts(*words), measure_layout(chosen, steps=3)
-    kept, passing = counts.small_bytes(checkpointing=config.model.activation_checkpointing)
-    return kept, passing, measured.peak_bytes - sum(memory_bytes(counts, layout_of(config), found).values())
-
-
-@cache
-def _counts(*words: str) -> ModelCounts:
-    """Of the small layout with these words; ZeRO and recomputation change nothing in it."""
-    return count_run(read_run(["experiment=quickstart", *last_of_each(*SMALL_LAYOUT, *words)]))
+def with_errors(found: Machine, pairs: Sequence[tuple[Prediction, Measured]]) -> Machine:
+    """`found`, whose predictions these are, with what lies unused, by least squares, and with the largest errors."""
+    sizes = np.array([(e.bytes["activations kept"], e.bytes["temporaries and gradients"]) for e, _ in pairs])
+    expected, peaks = (
+        np.array(column) for column in zip(*((e.peak_bytes, m.peak_bytes) for e, m in pairs), strict=True)
+    )
+    factors = np.linalg.lstsq(sizes / peaks[:, None], 1 - expected / peaks)[0].clip(0.0)
+    memory = peaks / (expected + sizes @ factors)
+    time = np.array([m.seconds / e.step_seconds for e, m in pairs])
+    memory_error, time_error = (float(np.maximum(ratios, 1 / ratios).max()) - 1 for ratios in (memory, time))
+    kept, passing = factors.tolist()
+    return replace(found, unused_kept=kept, unused_passing=passing, memory_error=memory_error, time_error=time_error)

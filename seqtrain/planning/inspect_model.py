@@ -29,7 +29,6 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "layer": lambda row: "" if row["layer"] < 0 else str(row["layer"]),
     "part": lambda row: row["part"],
     "parameters": lambda row: f"{row['parameters']:,}",
-    "forward GFLOP": lambda row: f"{row['forward_flops'] / 1e9:.3f}",
     "kFLOP per token": lambda row: f"{row['flops_a_token'] / 1e3:,.1f}",
     "executed GFLOP": lambda row: f"{row['executed_flops'] / 1e9:.3f}",
     "state KiB": lambda row: f"{row['state_bytes'] / 1024:,.1f}",
@@ -57,7 +56,7 @@ def rows_of(counts: ModelCounts) -> list[dict[str, Any]]:
             "executed_flops": part.executed_forward + part.executed_backward,
             "state_bytes": part.state_bytes,
             "saved_bytes": part.saved_bytes,
-            "temporary_bytes": max(float(part.forward.peak[0]) - part.saved_bytes, float(part.backward.peak[0])),
+            "temporary_bytes": max(part.forward.peak - part.saved_bytes, part.backward.peak),
         }
         for part in counts.parts
     ]
@@ -90,35 +89,47 @@ def sentences(whole: dict[str, float]) -> list[str]:
     ]
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Four pictures of bars, one bar per part in the order they run."""
-    figure = report.new_figure(11, 7)
+def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Four pictures of bars, one bar per layer, made of its mixer and its MLP, the first on top."""
+    layers: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        label = row["part"] if row["layer"] < 0 else f"layer {row['layer']}"
+        layers.setdefault(label, []).append(row)
+    names = [f"{label} {parts[0]['part']}" if len(parts) > 1 else label for label, parts in layers.items()]
+    figure = report.new_figure(12, 1.8 + 0.22 * len(layers))
     panels = (
-        ("parameters", 1e-6, "parameters, millions"),
-        ("flops_a_token", 1e-6, "forward MFLOP per token"),
-        ("state_bytes", 1 / 1024, "state, KiB per sequence"),
-        ("saved_bytes", 1 / MIB, "kept for backward, MiB"),
+        ("parameters", 1e-6, "Parameters, millions"),
+        ("flops_a_token", 1e-6, "Forward MFLOP per token"),
+        ("state_bytes", 1 / 1024, "State, KiB per sequence"),
+        ("saved_bytes", 1 / MIB, "Kept for backward, MiB"),
     )
-    for axes, (key, scale, label) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        values = [{row["part"]: row[key]} for row in rows]
-        report.stacked_bars(axes, range(len(rows)), values, scale=scale, upright=True)
-        axes.set(ylabel=label, xlabel="part, in the order they run")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=9)
+    # An MLP comes after its mixer, whichever that is.
+    order = dict.fromkeys(sorted((row["part"] for row in rows), key=lambda part: part in ("mlp", "loss")), 0)
+    every = figure.subplots(1, 4, sharey=True)
+    for axes, (key, scale, label) in zip(every, panels, strict=True):
+        values = [order | {row["part"]: row[key] for row in parts} for parts in layers.values()]
+        report.stacked_bars(axes, names, values, scale=scale)
+        axes.set_title(label, fontsize=10)
+    every[0].invert_yaxis()
+    figure.suptitle(title, fontsize=11)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
     report.save_figure(figure, path)
 
 
 def main(arguments: list[str]) -> int:
     settings, overrides = split_settings(Settings, "inspect", arguments)
     config = read_run(overrides)
-    counts = count_run(config, vocab_size=settings.vocab_size, rows=micro_batch(config))
+    with report.announced("counting the model's work"):
+        counts = count_run(config, vocab_size=settings.vocab_size, rows=micro_batch(config))
     rows, whole = rows_of(counts), totals(counts)
     table = tuple(COLUMNS), [[form(row) for form in COLUMNS.values()] for row in rows]
     report.show_table(*table)
-    print(*sentences(whole), sep="\n")
+    report.say(*sentences(whole))
     folder = Path(settings.output_dir)
     content = {"model": asdict(config.model), "dtype": config.train.dtype, "parts": rows, "totals": whole}
     report.write_json(folder / "inspect_model.json", content)
-    draw(rows, folder / "inspect_model.png")
+    title = f"{config.presets.get('model', 'model')}: {whole['parameters'] / 1e6:,.1f}M parameters, "
+    draw(rows, f"{title}{counts.rows} x {counts.tokens:,} tokens at once", folder / "inspect_model.png")
     by_part = report.picture(folder / "inspect_model.png", "counts by part") + report.table(*table)
     sections = [("Whole model", report.text(sentences(whole))), ("By part", by_part)]
     report.write_page(folder / "inspect_model.html", " ".join(overrides) or "the default model", sections)

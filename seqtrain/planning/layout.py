@@ -5,10 +5,10 @@ operators, each as slow as its products or as the bytes it moves; communication 
 model of the scans. Memory is that of the runtime's engine: float32 weights and AdamW's moments, divided as ZeRO says.
 """
 
+import math
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field
@@ -32,17 +32,6 @@ CAUSES = ("products", "attention", "kernels", "memory traffic", "calls")
 
 
 @dataclass(frozen=True)
-class Holes:
-    """Bytes that an allocator leaves unused between small blocks: for each byte of blocks that are kept, for each of
-    those that come and go, and how many more for each of these under ZeRO 3, whose weights come and go between them.
-    """
-
-    kept: Scale = 0.0
-    passing: Scale = 0.0
-    sharded: Scale = 0.0
-
-
-@dataclass(frozen=True)
 class Machine:
     """One rank's processor and memory."""
 
@@ -61,7 +50,9 @@ class Machine:
     kernels: Rate = 1e11
     # Bytes per second to and from memory.
     stream: Rate = 1e10
-    # Seconds for each byte of a large block when it is first touched: where the system gives out empty pages.
+    # Blocks of memory above so many bytes come from the system, with empty pages, each time; 0: the program keeps all.
+    mapped_above: Scale = 0.0
+    # Seconds for each byte of such a block when it is first touched.
     fresh: Scale = 0.0
     # Seconds each operator takes on top of its work, where nothing hides them.
     call: Scale = 0.0
@@ -69,21 +60,18 @@ class Machine:
     optimizer: Scale = 1e-10
     # Bytes of a rank before it has a model.
     base: Scale = 0.0
-    # Bytes of memory for each byte of small blocks that are kept, and that come and go: allocators leave holes.
-    kept_factor: Annotated[float, Field(ge=1)] = 1.0
-    passing_factor: Annotated[float, Field(ge=1)] = 1.0
-    # The holes of models of one mixer, by mixer, where they were measured: each asks for other blocks.
-    holes: dict[str, Holes] = field(default_factory=dict)
-    # Bytes that a sharded sequence adds to each kept, and to each passing one: maps and their gradients.
-    cut_kept: Scale = 0.0
-    cut_passing: Scale = 0.0
+    # Bytes that an allocator leaves unused for each byte of smaller blocks that are kept, and that come and go.
+    unused_kept: Scale = 0.0
+    unused_passing: Scale = 0.0
     # Measured seconds over those computed from the rates above, by mixer; "mlp" and "loss" too.
     efficiency: dict[str, Rate] = field(default_factory=dict)
     # Seconds of a rank's work while others work on its node, over those alone: caches and memory are shared.
     beside: Rate = 1.0
     # Seconds of a layer on its shard of a sequence, over those on as many tokens of its own, by mixer.
     cut: dict[str, Rate] = field(default_factory=dict)
-    # Relative error of predictions, times and memory: half the width of the ranges.
+    # The number format that products are fastest in.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    # How far predictions were from measurements: by a factor of up to 1 + error, either way.
     time_error: Scale = 0.3
     memory_error: Scale = 0.15
 
@@ -158,6 +146,14 @@ class Layout:
         """Micro-batches one after the other."""
         return self.batch // (self.data * self.micro_batch)
 
+    def __str__(self) -> str:
+        again = ", recomputed" * self.checkpointing
+        return f"{self.data} x {self.sequence}, ZeRO {self.stage}, {self.micro_batch}/{self.batch} rows{again}"
+
+    def of_rounds(self, rounds: int) -> "Layout":
+        """With a batch of so many micro-batches."""
+        return replace(self, batch=self.data * self.micro_batch * rounds)
+
     def overrides(self) -> list[str]:
         """The launcher's words for it."""
         keys = ["parallel.data", "parallel.sequence", "parallel.zero_stage", "model.activation_checkpointing"]
@@ -168,13 +164,20 @@ class Layout:
 
 @dataclass(frozen=True)
 class Prediction:
-    """`seconds` of a step and `bytes` of a rank, each by what they are made of."""
+    """`each`: seconds of one micro-batch, `once`: what a step adds to those of its micro-batches, `bytes`: of a rank;
+    by what they are made of. `room`: bytes a rank may have.
+    """
 
     layout: Layout
-    seconds: dict[str, float]
+    each: dict[str, float]
+    once: dict[str, float]
     bytes: dict[str, float]
-    # Bytes a rank may have.
     room: float
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of a step."""
+        return {name: self.layout.rounds * seconds for name, seconds in self.each.items()} | self.once
 
     @property
     def step_seconds(self) -> float:
@@ -206,13 +209,13 @@ def predict(
     here = min(layout.ranks, cluster.node or layout.ranks)
     crowd = max(1.0, here / machine.processors) * (machine.beside if here > 1 else 1.0)
     compute = compute_seconds(counts, machine, checkpointing=layout.checkpointing, shards=layout.sequence)
-    compute = {name: crowd * layout.rounds * seconds for name, seconds in compute.items()}
-    own = layout.ranks if layout.stage else 1
-    update = crowd * machine.optimizer * counts.parameters / own
-    exchanged = communication_seconds(counts, layout, cluster, sum(compute.values()), scheme)
-    seconds = compute | exchanged | {"optimizer": update}
+    compute = {name: crowd * seconds for name, seconds in compute.items()}
+    exchanged, reduced = communication_seconds(counts, layout, cluster, sum(compute.values()), scheme)
+    once = {"gradient exchange": reduced, "optimizer": crowd * machine.optimizer * counts.parameters}
+    if layout.stage:
+        once["optimizer"] /= layout.ranks
     room = machine.memory / here if machine.shared else machine.memory
-    return Prediction(layout, seconds, memory_bytes(counts, layout, machine), room)
+    return Prediction(layout, compute | exchanged, once, memory_bytes(counts, layout, machine), room)
 
 
 def compute_seconds(counts: ModelCounts, machine: Machine, *, checkpointing: bool, shards: int = 1) -> dict[str, float]:
@@ -244,7 +247,7 @@ def compute_seconds(counts: ModelCounts, machine: Machine, *, checkpointing: boo
 
 def _part_seconds(recorded: Recorded, executed: float, machine: Machine, product: float) -> dict[str, float]:
     seconds = dict.fromkeys(CAUSES, 0.0)
-    seconds["memory traffic"] = machine.fresh * recorded.mapped
+    seconds["memory traffic"] = machine.fresh * _mapped_bytes(recorded, machine)
     seconds["kernels"] = max(0.0, executed - recorded.flops) / machine.kernels
     for name, calls in recorded.calls.items():
         moving = calls.bytes / machine.stream
@@ -260,11 +263,10 @@ def _part_seconds(recorded: Recorded, executed: float, machine: Machine, product
 
 def communication_seconds(
     counts: ModelCounts, layout: Layout, cluster: Cluster, compute: float, scheme: Scheme = AUTO
-) -> dict[str, float]:
-    """Seconds that exchanges add to `compute` seconds of a rank."""
+) -> tuple[dict[str, float], float]:
+    """Seconds that exchanges add to `compute` seconds of a micro-batch, and those of the gradients' own."""
     exchanges = [exchange for part in counts.parts for exchange in part.exchanges]
     depth, numbers = max(1, len(counts.layers)), 4.0 * counts.parameters
-    layers = depth * layout.rounds
     scans = [(exchange.shape, exchange.item) for exchange in exchanges if exchange.shape is not None]
     shape, item = max(
         scans,
@@ -272,7 +274,7 @@ def communication_seconds(
         default=(AffineShape(1, 1, 1, identity=True), 4),
     )
     ranks = layout.sequence if scans else 1
-    bare = Work(layers, compute / layers / 3, compute / layers * 2 / 3, shape, item=item)
+    bare = Work(depth, compute / depth / 3, compute / depth * 2 / 3, shape, item=item)
     gathering = replace(bare, parameter_bytes=numbers / depth if layout.stage == 3 and layout.ranks > 1 else 0.0)
     reducing = replace(gathering, gradient_bytes=numbers if layout.ranks > 1 else 0.0)
     passes, with_weights, whole = (
@@ -287,11 +289,11 @@ def communication_seconds(
             others += costs.latency + exchange.near * costs.byte
         if exchange.spread:
             others += 2 * costs.latency * far + exchange.spread * far / layout.sequence * costs.byte
-    return {
-        "sequence exchange": max(0.0, passes - compute) + 2 * layout.rounds * others,
+    exchanged = {
+        "sequence exchange": max(0.0, passes - compute) + 2 * others,
         "weights gathered": with_weights - passes,
-        "gradient exchange": whole - with_weights,
     }
+    return exchanged, whole - with_weights
 
 
 def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[str, float]:
@@ -299,13 +301,6 @@ def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[
     again, own = layout.checkpointing, 1 / layout.ranks
     size = 4.0 * counts.parameters
     whole, kept = counts.peak_bytes(checkpointing=again), counts.saved_bytes(checkpointing=again)
-    small_kept, passing = counts.small_bytes(checkpointing=again)
-    # The mean of the mixers' own holes, or the machine's.
-    general = Holes(machine.kept_factor - 1, machine.passing_factor - 1)
-    own_holes = [astuple(machine.holes.get(part.kind, general)) for part in counts.parts if part.part == "mixer"]
-    holes = Holes(*map(fmean, zip(*own_holes, strict=True)))
-    sharded = holes.sharded * passing if layout.stage == 3 else 0.0
-    maps = machine.cut_kept * small_kept + machine.cut_passing * passing
     bucket = min(size, 4.0 * BUCKET) if layout.ranks > 1 or layout.stage else 0.0
     weights = size * own if layout.stage == 3 else size
     gathered = size / max(1, len(counts.layers)) * 2 if layout.stage == 3 else 0.0
@@ -314,13 +309,26 @@ def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[
     reduced = size * own if layout.stage else 0.0
     # From stage 2 on a rank's gradients leave with each bucket; the peak counts all of them.
     fewer = min(whole - kept, size * (1 - own)) if layout.stage >= 2 else 0.0
-    return {
+    kinds = {
         "program": machine.base,
         "weights": weights + gathered,
         "optimizer": moments,
         "gradients reduced": reduced + bucket,
         "activations kept": kept,
         "temporaries and gradients": max(0.0, whole - kept - max(0.0, fewer)),
-        "allocator's holes": holes.kept * small_kept + holes.passing * passing + sharded,
-        "maps of pieces": maps if layout.sequence > 1 else 0.0,
     }
+    unused = zip(unused_bytes(counts, kinds, machine), (machine.unused_kept, machine.unused_passing), strict=True)
+    return kinds | {"unused": sum(size * factor for size, factor in unused)}
+
+
+def unused_bytes(counts: ModelCounts, kinds: dict[str, float], machine: Machine) -> tuple[float, float]:
+    """Of the bytes by kind, those in blocks that the program keeps for others: kept, and passing."""
+    made = [recorded for part in counts.parts for recorded in (part.forward, part.backward)]
+    whole = sum(size * count for recorded in made for size, count in recorded.made.items())
+    share = 1 - sum(_mapped_bytes(recorded, machine) for recorded in made) / whole
+    return share * kinds["activations kept"], share * kinds["temporaries and gradients"]
+
+
+def _mapped_bytes(recorded: Recorded, machine: Machine) -> float:
+    above = machine.mapped_above or math.inf
+    return sum(size * count for size, count in recorded.made.items() if size > above)

@@ -3,30 +3,28 @@
 import dataclasses
 import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from seqtrain.kernels.affine import AffineShape
 from seqtrain.kernels.operator import Operator
 from seqtrain.kernels.segments import AffineScan, PastInputs, Relayed
-from seqtrain.mixers import MIXERS
-from seqtrain.models import LanguageModel, ModelConfig
-from seqtrain.models.language_model import Block
+from seqtrain.models import LanguageModel
 from seqtrain.parallel.sequence import SequenceContext
-from seqtrain.planning.trace import Calls, Recorded, Tracer
+from seqtrain.planning.trace import Calls, Recorded, Tracer, scaled
 
-# Longer sequences are not traced: two shorter ones are, of layers whose work grows in proportion to the tokens.
-TRACED = (2048, 4096)
+# Long sequences are not traced: two shorter ones are, of layers whose work grows in proportion to the tokens. The first
+# has as many tokens as make about so many numbers of the residual stream, more than operators work on at once
+# (`kernels.chunk_form.SEGMENT_NUMBERS`), within these limits.
+NUMBERS, LEAST, MOST = 2**19, 256, 2048
 # Sequence on which the chunk form of an operator with a kernel of its own is traced, for its FLOPs.
-CHUNKED = (512, 1024)
-# Blocks below this size the C library's allocator keeps, larger ones it returns (glibc's DEFAULT_MMAP_THRESHOLD_MAX).
-SMALL = 32 * 2**20
+CHUNKED = 256
 
 
 @dataclass(frozen=True)
@@ -108,62 +106,98 @@ class Traced:
     windows: tuple[int, ...] = ()
 
 
-def trace_layer(model: ModelConfig, mixers: Mapping[str, Any], index: int, batch: MicroBatch) -> tuple[Traced, Traced]:
-    """The mixer of layer `index` with its norm and its sum with the residual stream, and the MLP with its own."""
+class PartTracer:
+    """Traces the parts of a model on `meta`, each kind once at each length."""
 
-    def build() -> nn.Module:
-        return LanguageModel(dataclasses.replace(model, depth=index + 1), mixers, 1).blocks[index]
+    def __init__(self, model: LanguageModel) -> None:
+        self.model, self.width = model, model.config.width
+        self.mixers = {self.kind(index): block for index, block in reversed(list(enumerate(model.blocks)))}
+        # Methods of one object alone, so that what is traced goes with it.
+        self._cached_mixer, self._cached_mlp, self._cached_loss = map(cache, (self._mixer, self._mlp, self._loss))
 
-    trace = partial(_trace_mixer, build, model.width)
-    mixer = _at(batch, trace, _lengths(build, trace, batch.tokens, TRACED))
-    if any(name.startswith("seqtrain.") for name in mixer.forward.calls):
-        # A kernel of its own does what the chunk form does, unseen.
-        chunked = dataclasses.replace(batch, backend="chunked")
-        chunks = _at(chunked, trace, _lengths(build, trace, batch.tokens, CHUNKED))
-        mixer = dataclasses.replace(
-            mixer, executed_forward=chunks.executed_forward, executed_backward=chunks.executed_backward
-        )
-    mlp = partial(_trace, build, lambda block, x: x + block.mlp(block.mlp_norm(x)), model.width)
-    return mixer, _at(batch, mlp, TRACED)
+    def kind(self, index: int) -> tuple[str, int]:
+        """What makes a layer's mixer do the same as another's: its name, and the tokens of its groups."""
+        layers = self.model.config.layers
+        return layers[index % len(layers)], self.model.blocks[index].group
+
+    def mixer(self, kind: tuple[str, int], batch: MicroBatch) -> Traced:
+        """A layer's mixer with its norm and its sum with the residual stream."""
+        trace = partial(self._cached_mixer, kind)
+        mixer = _at(batch, trace, self._lengths(kind, batch, self._short(batch)))
+        if not any(name.startswith("seqtrain.") for name in mixer.forward.calls):
+            return mixer
+        # A kernel of its own does what the chunk form does, unseen; of each row as much.
+        row = dataclasses.replace(batch, backend="chunked", rows=1)
+        chunks = _at(row, trace, self._lengths(kind, row, CHUNKED))
+        executed = {name: batch.rows * getattr(chunks, name) for name in ("executed_forward", "executed_backward")}
+        return dataclasses.replace(mixer, **executed)
+
+    def mlp(self, batch: MicroBatch) -> Traced:
+        """A layer's MLP with its norm and its sum."""
+        return _at(batch, self._cached_mlp, _doubled(self._short(batch)))
+
+    def loss(self, batch: MicroBatch) -> Traced:
+        """The last norm with the head and the loss."""
+        # Its temporaries are those of a chunk of tokens.
+        return _at(batch, self._cached_loss, _doubled(max(self._short(batch), 2 * self.model.config.loss_chunk)))
+
+    def embedding(self, batch: MicroBatch) -> Traced:
+        return _trace(self.model.embedding, lambda table, x: table(_indices(x)), 0, batch)
+
+    def _mixer(self, kind: tuple[str, int], batch: MicroBatch) -> Traced:
+        sequence = RecordingContext(backend=batch.backend)
+
+        def run(block: Any, x: Tensor) -> Tensor:
+            return x + block._mix(block.mixer_norm(x), None, sequence)[0]
+
+        traced = _trace(self.mixers[kind], run, self.width, batch)
+        return dataclasses.replace(traced, exchanges=tuple(sequence.exchanges), windows=tuple(sequence.windows))
+
+    def _mlp(self, batch: MicroBatch) -> Traced:
+        return _trace(self.model.blocks[0], lambda block, x: x + block.mlp(block.mlp_norm(x)), self.width, batch)
+
+    def _loss(self, batch: MicroBatch) -> Traced:
+        last = nn.ModuleList([self.model.norm, self.model.head])
+        return _trace(last, lambda last, x: last[1](last[0](x), _indices(x)), self.width, batch)
+
+    def _short(self, batch: MicroBatch) -> int:
+        """Tokens of the first of the two sequences that are traced instead of a long one."""
+        return min(MOST, max(LEAST, 2 ** round(math.log2(NUMBERS / batch.rows / self.width))))
+
+    def _lengths(self, kind: tuple[str, int], batch: MicroBatch, least: int) -> tuple[int, ...]:
+        """Two lengths, from `least` on, at which the mixer does what it does for the batch, but less of it; or none."""
+        low, high = _doubled(least)
+        if batch.tokens <= high:
+            return ()
+        windows = self._cached_mixer(kind, MicroBatch(1, 1, torch.float32, "auto")).windows
+        if windows:
+            # Blocks that see the one before are there from two windows on, and make the peak from four; what is left of
+            # the tokens is a block of its own.
+            period = math.lcm(*windows)
+            low = batch.tokens % period + period * max(4, math.ceil(least / period))
+            high = low + period * math.ceil(least / period)
+        mixer = self.mixers[kind].mixer
+        first, second, flops = (mixer.flops(length) for length in (low, high, batch.tokens))
+        line = first + (second - first) * (batch.tokens - low) / (high - low)
+        return (low, high) if mixer.constant_state and abs(flops - line) <= 1e-6 * line else ()
 
 
-def trace_outside(model: ModelConfig, vocab_size: int, batch: MicroBatch) -> tuple[Traced, Traced]:
-    """The embedding, and the last norm with the head and the loss."""
-
-    def indices(x: Tensor) -> Tensor:
-        return torch.zeros(x.shape[:2], dtype=torch.int64)
-
-    def build() -> nn.Module:
-        # A model of the least layers, for its norm and head.
-        one = dataclasses.replace(model, layers=("attention",), depth=1, width=model.width, groups=(0,))
-        return LanguageModel(one, {"attention": MIXERS.get("attention").Config()}, vocab_size)
-
-    embedding = partial(_trace, lambda: nn.Embedding(vocab_size, model.width), lambda table, x: table(indices(x)), 0)
-    loss = partial(_trace, build, lambda whole, x: whole.head(whole.norm(x), indices(x)), model.width)
-    return _at(batch, embedding, TRACED), _at(batch, loss, TRACED)
+def _doubled(length: int) -> tuple[int, int]:
+    return length, 2 * length
 
 
-def _trace_mixer(build: Callable[[], nn.Module], width: int, batch: MicroBatch, small: float) -> Traced:
-    sequence = RecordingContext(backend=batch.backend)
-
-    def run(block: Any, x: Tensor) -> Tensor:
-        return x + block._mix(block.mixer_norm(x), None, sequence)[0]
-
-    traced = _trace(build, run, width, batch, small)
-    return dataclasses.replace(traced, exchanges=tuple(sequence.exchanges), windows=tuple(sequence.windows))
+def _indices(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape[:2], dtype=torch.int64)
 
 
-def _trace(
-    build: Callable[[], nn.Module], run: Callable[[Any, Tensor], Tensor], width: int, batch: MicroBatch, small: float
-) -> Traced:
-    """`run(module, x)` and its backward pass, gradients of what `build` makes and of x `[rows,tokens,width]` included.
-
-    `small`: bytes of the blocks that count as small.
-    """
-    tracer = Tracer(small)
-    module = tracer.module(build)
+def _trace(on_meta: nn.Module, run: Callable[[Any, Tensor], Tensor], width: int, batch: MicroBatch) -> Traced:
+    """`run(module, x)` and its backward pass, gradients of the module and of x `[rows,tokens,width]` included."""
+    tracer = Tracer()
+    module = tracer.module(on_meta)
     x = tracer.empty(batch.rows, batch.tokens, width, requires_grad=width > 0)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=batch.dtype != torch.float32)
+    # What is there already is not looked through each time.
+    gc.freeze()
     with tracer:
         with tracer.record() as forward, autocast:
             out = run(module, x)
@@ -172,50 +206,35 @@ def _trace(
         d_out = torch.empty_like(out)
         with tracer.record() as backward:
             torch.autograd.backward(out, d_out)
+    gc.unfreeze()
     made = sum(weight.grad.nbytes for weight in module.parameters() if weight.grad is not None)
     return Traced(forward, backward, forward.flops, backward.flops, made)
 
 
-def _lengths(
-    build: Callable[[], nn.Module], trace: Callable[[MicroBatch, float], Traced], tokens: int, least: tuple[int, int]
-) -> tuple[int, ...]:
-    """Two lengths, from `least` on, at which the mixer does what it does at `tokens`, only less of it; or none."""
-    if tokens <= least[1]:
-        return ()
-    low, high = least
-    windows = trace(MicroBatch(1, 1, torch.float32, "auto"), 0).windows
-    if windows:
-        # Blocks that see the one before are there from two windows on, and make the peak from four; what is left of the
-        # tokens is a block of its own.
-        period = math.lcm(*windows)
-        low = tokens % period + period * max(4, math.ceil(least[0] / period))
-        high = low + period * math.ceil((least[1] - least[0]) / period)
-    with torch.device("meta"):
-        block = build()
-    assert isinstance(block, Block), block
-    first, second, flops = (block.mixer.flops(length) for length in (low, high, tokens))
-    line = first + (second - first) * (tokens - low) / (high - low)
-    return (low, high) if block.mixer.constant_state and abs(flops - line) <= 1e-6 * line else ()
-
-
-def _at(batch: MicroBatch, trace: Callable[[MicroBatch, float], Traced], lengths: Sequence[int]) -> Traced:
+def _at(batch: MicroBatch, trace: Callable[[MicroBatch], Traced], lengths: tuple[int, ...]) -> Traced:
     """`trace` of the batch, or for more tokens than the last of `lengths` what follows from its two."""
     if not lengths or batch.tokens <= lengths[1]:
-        return trace(batch, SMALL)
-    # Blocks that are small in the batch itself, not in the shorter one.
-    low, high = (trace(dataclasses.replace(batch, tokens=length), SMALL * length / batch.tokens) for length in lengths)
-    return _extended(low, high, (batch.tokens - lengths[0]) / (lengths[1] - lengths[0]))
+        return trace(batch)
+    low, high = (trace(dataclasses.replace(batch, tokens=length)) for length in lengths)
+    factor = batch.tokens / lengths[1]
+    extended: Traced = _extended(low, high, (batch.tokens - lengths[0]) / (lengths[1] - lengths[0]))
+    for ours, theirs in ((extended.forward, high.forward), (extended.backward, high.backward)):
+        ours.made = scaled(theirs.made, factor)
+    return extended
 
 
 def _extended(a: Any, b: Any, share: float) -> Any:
     """`a + share (b - a)` of all numbers inside that differ."""
-    if isinstance(b, np.ndarray):
-        # What is kept may be less than nothing: the backward pass frees more than it makes. Nothing else is.
-        return a + share * (b - a)
+    if isinstance(b, Counter):
+        return b
     if isinstance(b, dict):
         return {name: _extended(a.get(name, Calls()), b.get(name, Calls()), share) for name in dict.fromkeys([*a, *b])}
     if isinstance(b, tuple):
         return tuple(_extended(first, second, share) for first, second in zip(a, b, strict=True))
     if isinstance(b, Traced | Recorded | Calls | Exchange):
         return type(b)(**{name: _extended(first, vars(b)[name], share) for name, first in vars(a).items()})
-    return b if a == b else max(0.0, a + share * (b - a))
+    if a == b:
+        return b
+    line = a + share * (b - a)
+    # Less than nothing is what a backward pass keeps, which frees more than it makes.
+    return line if min(a, b) < 0 else max(0.0, line)

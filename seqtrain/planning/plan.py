@@ -1,20 +1,23 @@
-"""Which layout of a run fits a cluster and is fastest, before paying for it.
+"""Which batch and which layout of a run fit a cluster and are fastest, before paying for it.
 
-    python tools/plan.py model=gated_delta_net_attention_125m train.sequence_length=32768 train.batch_size=64 \
-        train.dtype=bfloat16 plan.cluster=h100 plan.nodes=2 plan.tokens=1e10
+    python tools/plan.py model=hybrid_125m train.sequence_length=65536 plan.cluster=h100 plan.tokens=1e10
     python tools/plan.py plan.task=calibrate                  # measures this machine: outputs/plan/here.yaml
     python tools/plan.py plan.cluster=outputs/plan/here.yaml  # a plan for this machine
     python tools/plan.py plan.task=check                      # predictions next to measurements of other layouts
     python tools/plan.py plan.task=published                  # predictions next to published figures
 
-The keys are those of launch/pretrain.py; parallel.*, model.activation_checkpointing and train.micro_batch_size are
-what is looked for. Ranges are the machine's own error (`time_error`, `memory_error` of its YAML). `plan.output_dir`
-gets plan.json, plan.png, plan.html; for the other tasks here.yaml, check.json or published.json.
+The keys are those of launch/pretrain.py. What is looked for is train.batch_size, train.micro_batch_size, parallel.data,
+parallel.sequence, parallel.zero_stage and model.activation_checkpointing; those that are given stay as they are.
+Layouts that surely fit come first; of those that are equally fast, the one of least memory. Products are bfloat16 where
+the cluster's processors are made for it, unless train.dtype says otherwise. Ranges are as wide as predictions were
+wrong (`time_error`, `memory_error` of the cluster's file). `plan.output_dir` gets plan.json, plan.png, plan.html; for
+the other tasks here.yaml, check.json or published.json.
 """
 
+import math
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -25,14 +28,14 @@ from pydantic import Field
 
 from seqtrain import report
 from seqtrain.config import split_settings
-from seqtrain.data import load_tokenizer
 from seqtrain.errors import ConfigError
 from seqtrain.parallel.schedules.links import Cluster
 from seqtrain.planning.calibrate import calibrate
 from seqtrain.planning.cases import CASES, LAYOUTS, Case, layout_words
+from seqtrain.planning.counts import ModelCounter
 from seqtrain.planning.layout import Layout, Machine, Prediction, predict, read_cluster
 from seqtrain.planning.layout_runs import QUIET, measure_layout
-from seqtrain.planning.run_config import count_run, last_of_each, layout_of, read_run
+from seqtrain.planning.run_config import count_run, counter_of, last_of_each, layout_of, read_run, shard_tokens
 from seqtrain.planning.scaling import Scheme
 from seqtrain.runtime import PretrainConfig
 from seqtrain.runtime.settings import micro_batch
@@ -50,7 +53,9 @@ class Settings:
     # Nodes to use, and ranks of each; 0: as many as a node of the cluster has processors.
     nodes: Annotated[int, Field(gt=0)] = 1
     ranks: Annotated[int, Field(ge=0)] = 0
-    # Tokens of the whole training, for its duration; 0: those of train.steps.
+    # Most tokens of a step where train.batch_size is not given; 0: as many as in a step of the model's preset.
+    step_tokens: Annotated[int, Field(ge=0)] = 0
+    # Tokens of the whole training; 0: those of train.steps, or as many as the preset trains on.
     tokens: Annotated[float, Field(ge=0)] = 0.0
     # Ids of the vocabulary; 0: of data.tokenizer.
     vocab_size: Annotated[int, Field(ge=0)] = 0
@@ -73,131 +78,240 @@ def read_machine(cluster: str) -> tuple[Machine, Cluster]:
     return file.machine, file.links()
 
 
-def layouts_of(config: PretrainConfig, ranks: int) -> Iterator[Layout]:
-    """Every way to divide the run's batch over so many ranks; sequences are sharded by powers of two."""
+def layouts_of(config: PretrainConfig, ranks: int, step_tokens: int = 0) -> list[Layout]:
+    """Every way to divide a step over so many ranks; sequences are sharded by powers of two.
 
-    def powers_of_two(limit: int) -> list[int]:
-        return [1 << exponent for exponent in range(limit.bit_length())]
-
-    batch = config.train.batch_size
-    for sequence in powers_of_two(min(ranks, config.train.sequence_length)):
+    step_tokens: 0 for the run's own batch, or the most of any other. Raises `ConfigError` where there is none.
+    """
+    train = config.train
+    sharded = [n for n in _powers_of_two(min(ranks, train.sequence_length)) if ranks % n == 0]
+    most = max(step_tokens // train.sequence_length, ranks // sharded[-1])
+    found = []
+    for sequence in sharded:
         data = ranks // sequence
-        if ranks % sequence or batch % data:
-            continue
-        for micro, stage, checkpointing in product(powers_of_two(batch // data), range(4), (False, True)):
-            if batch % (data * micro) == 0:
-                yield Layout(data, sequence, stage, checkpointing, micro, batch)
-
-
-def search(config: PretrainConfig, vocab_size: int, ranks: int, machine: Machine, cluster: Cluster) -> list[Prediction]:
-    """All layouts: those that fit first, the fastest first. Raises `ConfigError` where there is none."""
-    count = cache(lambda shards: count_run(config, vocab_size=vocab_size, shards=shards))
-    found = [
-        predict(count(layout.sequence).of_rows(layout.micro_batch), layout, machine, cluster)
-        for layout in layouts_of(config, ranks)
-    ]
+        batches = [data * n for n in _powers_of_two(most // data)] if step_tokens else [train.batch_size]
+        for batch in (each for each in batches if each % data == 0):
+            micros = [n for n in _powers_of_two(batch // data) if batch % (data * n) == 0]
+            for micro, stage, again in product(micros, range(4), (False, True)):
+                found.append(Layout(data, sequence, stage, again, micro, batch))
     if not found:
         raise ConfigError(
-            f"train.batch_size={config.train.batch_size}: no layout of {ranks} ranks divides it; use a multiple of "
-            "the data groups, or other plan.nodes"
+            f"train.batch_size={train.batch_size}: no layout of {ranks} ranks divides it; use a multiple of the data "
+            "groups, other plan.nodes, or leave it out"
         )
-    return sorted(found, key=lambda each: (not each.fits, each.step_seconds if each.fits else each.peak_bytes))
+    return found
 
 
-COLUMNS = (
-    "data", "sequence", "ZeRO", "checkpointing", "micro-batch", "step s", "range", "GiB per rank", "range", "fits",
-    "tokens/s", "most of it",
-)  # fmt: skip
+def _powers_of_two(limit: int) -> list[int]:
+    return [1 << exponent for exponent in range(limit.bit_length())]
 
 
-def cells(one: Prediction, machine: Machine, tokens: int) -> tuple[str, ...]:
-    """A row of texts under `COLUMNS`; `tokens`: of a step."""
-    layout, seconds, size = one.layout, one.step_seconds, one.peak_bytes / GIB
-    low, high = 1 - machine.time_error, 1 + machine.time_error
-    less, more = 1 - machine.memory_error, 1 + machine.memory_error
+def as_given(layouts: Sequence[Layout], given: Mapping[str, str]) -> list[Layout]:
+    """Those that the words of the command line (key to value) allow. Raises `ConfigError` where there is none."""
+
+    def agrees(layout: Layout) -> bool:
+        pairs = (word.split("=") for word in layout.overrides())
+        return all(given.get(key, "auto").lower() in (value, "auto") for key, value in pairs)
+
+    found = list(filter(agrees, layouts))
+    if not found:
+        keys = [key for key, _ in (word.split("=") for word in layouts[0].overrides()) if key in given]
+        words = " ".join(f"{key}={given[key]}" for key in keys)
+        raise ConfigError(f"{words}: no layout of {layouts[0].ranks} ranks is so; leave one out, or change plan.nodes")
+    return found
+
+
+def search(
+    config: PretrainConfig, counter: ModelCounter, layouts: Iterable[Layout], machine: Machine, cluster: Cluster
+) -> list[Prediction]:
+    """What the layouts would take: those that surely fit first, then those that may; among them the fastest first, and
+    of those about as fast the one of least memory; of those that are alike in that, too, the least divided.
+    """
+    count = cache(lambda shards: counter.count(shard_tokens(config, shards)))
+
+    @cache
+    def of_one_round(layout: Layout) -> Prediction:
+        return predict(count(layout.sequence).of_rows(layout.micro_batch), layout, machine, cluster)
+
+    # Micro-batches of a step are alike, however many there are.
+    found = [replace(of_one_round(each.of_rounds(1)), layout=each) for each in layouts]
+    ordered: list[Prediction] = []
+    for answer in FITS:
+        group = [one for one in found if fits(one, machine) == answer]
+        alike = ALIKE * min(map(_row_seconds, group), default=0.0)
+        ordered += sorted(group, key=lambda one: (max(alike, _row_seconds(one)), *_simplicity(one)))
+    return ordered
+
+
+def _simplicity(one: Prediction) -> tuple[float, ...]:
+    """The less the better. Memories that differ by less than a tenth are alike; the batch is as large as it may be."""
+    return round(math.log(one.peak_bytes, 1.1)), one.layout.stage, one.layout.sequence, -one.layout.batch
+
+
+# Predictions whose times differ by less are alike: they are wrong by more.
+ALIKE = 1.02
+FITS = ("yes", "perhaps", "no")
+
+
+def _row_seconds(one: Prediction) -> float:
+    return one.step_seconds / one.layout.batch
+
+
+def fits(one: Prediction, machine: Machine) -> str:
+    """Whether its memory suffices, given the error of predictions: one of `FITS`."""
+    room, wrong = one.room / one.peak_bytes, 1 + machine.memory_error
+    return FITS[(room < wrong) + (room < 1 / wrong)]
+
+
+COLUMNS = ("data x seq", "ZeRO", "again", "rows", "step", "tokens/s", "GiB per rank", "fits", "most of it")
+LEGEND = "again: layers are recomputed; rows: sequences at once on a group of ranks, of those in a step"
+
+
+def cells(one: Prediction, machine: Machine, length: int) -> tuple[str, ...]:
+    """A row of texts under `COLUMNS`; `length`: tokens of a sequence."""
+    layout, size, wrong = one.layout, one.peak_bytes / GIB, 1 + machine.memory_error
     return (
-        *(str(number) for number in (layout.data, layout.sequence, layout.stage)),
+        f"{layout.data} x {layout.sequence}",
+        str(layout.stage),
         "yes" if layout.checkpointing else "no",
-        str(layout.micro_batch),
-        f"{seconds:.3g}",
-        f"{low * seconds:.3g} to {high * seconds:.3g}",
-        f"{size:.2f}",
-        f"{less * size:.2f} to {more * size:.2f}",
-        "yes" if one.peak_bytes * more <= one.room else "perhaps" if one.peak_bytes * less <= one.room else "no",
-        f"{tokens / seconds:,.0f}",
+        f"{layout.micro_batch} of {layout.batch}",
+        f"{one.step_seconds:.3g} s",
+        _short(layout.batch * length / one.step_seconds),
+        f"{size:.1f} ({size / wrong:.1f}-{size * wrong:.1f})",
+        fits(one, machine),
         one.binds,
     )
 
 
-def describe(one: Prediction, overrides: list[str], tokens: int, whole: float) -> list[str]:
-    """The chosen layout in words, with its command."""
+def _short(number: float) -> str:
+    """`1.23M`: three digits."""
+    unit, letter = next(((unit, letter) for unit, letter in ((1e6, "M"), (1e3, "k")) if number >= unit), (1.0, ""))
+    return f"{number / unit:.3g}{letter}"
+
+
+def duration(seconds: float, error: float) -> str:
+    """`about 12 min (9.2 to 16)`: so long, and how long where that is wrong by this error."""
+    units = {"s": 1, "min": 60, "h": 3600, "days": 86400}
+    name = max((name for name, unit in units.items() if seconds >= 2 * unit), key=units.__getitem__, default="s")
+    each = (seconds, seconds / (1 + error), seconds * (1 + error))
+    middle, low, high = (f"{one / units[name]:.{0 if one >= 10 * units[name] else 1}f}" for one in each)
+    return f"about {middle} {name} ({low} to {high})"
+
+
+def describe(one: Prediction, machine: Machine, steps: int, length: int) -> list[str]:
+    """The chosen layout in words."""
 
     def largest(values: Mapping[str, float], form: Callable[[float], str]) -> str:
         # Those that are more than half a percent of all.
         ordered = sorted(values.items(), key=lambda item: -item[1])
         return ", ".join(f"{name} {form(value)}" for name, value in ordered if value > 0.005 * sum(values.values()))
 
-    command = last_of_each(*overrides, *one.layout.overrides())
+    tokens = steps * one.layout.batch * length
     return [
+        f"{steps:,} steps on {tokens:.3g} tokens: {duration(steps * one.step_seconds, machine.time_error)}",
         f"time: {largest(one.seconds, lambda seconds: f'{seconds / one.step_seconds:.0%}')}",
         f"memory, GiB: {largest(one.bytes, lambda size: f'{size / GIB:.2f}')}; room for {one.room / GIB:.1f}",
-        f"{whole:.3g} tokens take {whole / tokens * one.step_seconds / 3600:,.1f} h",
-        f"python launch/pretrain.py {shlex.join(command)}",
+        f"machine: {machine.name}",
     ]
+
+
+def command(overrides: list[str], config: PretrainConfig, layout: Layout, steps: int) -> list[str]:
+    """The words that launch the chosen layout, with all that the plan stands on."""
+    train = config.train
+    needed = [f"{group}={config.presets[group]}" for group in ("data", "model")]
+    needed.append(f"data.tokenizer={config.data.tokenizer}")
+    last = [f"train.sequence_length={train.sequence_length}", f"train.dtype={train.dtype}", f"train.steps={steps}"]
+    return ["python", "launch/pretrain.py", *last_of_each(*needed, *overrides, *last, *layout.overrides())]
 
 
 def plan(settings: Settings, overrides: list[str]) -> int:
     """Prints the layouts and the command of the first; status 1 where none fits."""
-    config = read_run(overrides)
     machine, cluster = read_machine(settings.cluster)
-    vocab = settings.vocab_size or load_tokenizer(config.data).vocab_size
+    given = {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in overrides)}
+    if machine.dtype != "float32" and "train.dtype" not in given:
+        overrides = [*overrides, f"train.dtype={machine.dtype}"]
+    config, length = read_run(overrides), ("train.sequence_length", "train.batch_size")
+    preset = config.train
+    if not given.keys().isdisjoint(length):
+        preset = read_run([word for word in overrides if word.partition("=")[0] not in length]).train
+    own_batch = "train.batch_size" in given
+    step_tokens = 0 if own_batch else settings.step_tokens or preset.batch_size * preset.sequence_length
     ranks = settings.nodes * (settings.ranks or machine.processors)
-    found = search(config, vocab, ranks, machine, cluster)
-    tokens, shown = config.train.batch_size * config.train.sequence_length, found[: settings.shown]
-    rows = [cells(one, machine, tokens) for one in shown]
-    report.show_table(COLUMNS, rows)
-    words = describe(found[0], overrides, tokens, settings.tokens or tokens * config.train.steps)
-    print(*words, f"machine: {machine.name}", sep="\n")
-    folder = Path(settings.output_dir)
-    content = {"machine": asdict(machine), "ranks": ranks, "layouts": [as_record(one) for one in found]}
-    report.write_json(folder / "plan.json", content)
-    draw(shown, folder / "plan.png")
-    sections = [
-        ("Layouts", report.table(COLUMNS, rows) + report.text(words)),
-        ("What they are made of", report.picture(folder / "plan.png", "time and memory by layout")),
-        ("Machine", report.text([machine.name])),
-    ]
-    report.write_page(folder / "plan.html", f"{ranks} ranks: {' '.join(overrides)}", sections)
+    layouts = as_given(layouts_of(config, ranks, step_tokens), given)
+    with report.announced(f"counting the model's work, {len(layouts)} layouts on {ranks} ranks"):
+        found = search(config, counter_of(config, settings.vocab_size), layouts, machine, cluster)
+    best = found[0].layout
+    whole = settings.tokens or preset.steps * preset.batch_size * preset.sequence_length
+    steps = config.train.steps
+    if settings.tokens or not (own_batch or "train.steps" in given):
+        steps = math.ceil(whole / (best.batch * config.train.sequence_length))
+    show(settings, found, machine, config, steps, command(overrides, config, best, steps))
     return 0 if found[0].fits else 1
 
 
-def draw(found: Sequence[Prediction], path: Path) -> None:
-    """Bars of seconds and of GiB, one per layout, the first layout on top."""
-    figure = report.new_figure(12, 1.8 + 0.42 * len(found))
-    left, right = figure.subplots(1, 2, sharey=True)
-    labels = [
-        f"{one.data} x {one.sequence}, ZeRO {one.stage}, {one.micro_batch} row(s){', recomputed' * one.checkpointing}"
-        for one in (each.layout for each in found)
+def show(
+    settings: Settings,
+    found: Sequence[Prediction],
+    machine: Machine,
+    config: PretrainConfig,
+    steps: int,
+    words: Sequence[str],
+) -> None:
+    """Prints the layouts, says how long the first takes and how it is launched, and writes the report."""
+    shown, length = found[: settings.shown], config.train.sequence_length
+    rows = [cells(one, machine, length) for one in shown]
+    said = describe(found[0], machine, steps, length)
+    if settings.nodes > 1:
+        said.append(f"{settings.nodes} nodes: add runtime.address of your Ray cluster, as docs/howto/nodes.md says")
+    report.show_table(COLUMNS, rows)
+    report.say(LEGEND, *said)
+    report.show_command(words)
+    folder = Path(settings.output_dir)
+    content = {"machine": asdict(machine), "steps": steps, "command": words, "layouts": list(map(as_record, found))}
+    report.write_json(folder / "plan.json", content)
+    draw(shown, length, folder / "plan.png")
+    sections = [
+        ("Layouts", report.table(COLUMNS, rows) + report.text(said) + report.listing(shlex.join(words))),
+        ("What they are made of", report.picture(folder / "plan.png", "time and memory by layout")),
     ]
-    for axes, values, scale, label in (
-        (left, [one.seconds for one in found], 1.0, "seconds per step"),
-        (right, [one.bytes for one in found], 1 / GIB, "GiB per rank"),
+    report.write_page(folder / "plan.html", f"{found[0].layout.ranks} ranks", sections)
+
+
+def draw(found: Sequence[Prediction], length: int, path: Path) -> None:
+    """Bars of seconds and of GiB, one per layout, the first layout on top; `length`: tokens of a sequence."""
+    figure = report.new_figure(12, 2.2 + 0.35 * len(found))
+    left, right = figure.subplots(1, 2, sharey=True)
+    labels = [str(one.layout) for one in found]
+    # Layouts differ in the tokens of a step.
+    times = [{name: s / one.layout.batch / length for name, s in one.seconds.items()} for one in found]
+    for axes, values, scale, title, unit in (
+        (left, times, 1e6, "Time, predicted", "seconds per million tokens"),
+        (right, [one.bytes for one in found], 1 / GIB, "Memory at its peak, predicted", "GiB per rank"),
     ):
-        report.stacked_bars(axes, labels, values, scale=scale)
-        axes.set(xlabel=label)
-        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)
-    right.axvline(found[0].room / GIB, color="black", linestyle="--", linewidth=1)
+        largest = max(sum(each.values()) for each in values)
+        shown = [{name: x for name, x in each.items() if x > 0.001 * largest} for each in values]
+        report.stacked_bars(axes, labels, shown, scale=scale)
+        axes.set(xlabel=unit, title=title)
+        if axes is right:
+            axes.axvline(found[0].room / GIB, color="black", linestyle="--", linewidth=1, label="room")
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.6 / figure.get_figheight() - 0.04), ncols=4)
+    left.set_ylabel("data x sequence ranks, ZeRO stage,\nsequences at once / in a step", fontsize=9)
     left.invert_yaxis()
     report.save_figure(figure, path)
 
 
 def as_record(one: Prediction) -> dict[str, Any]:
-    return asdict(one) | {"step_seconds": one.step_seconds, "peak_bytes": one.peak_bytes, "fits": one.fits}
+    return asdict(one) | {
+        "seconds": one.seconds,
+        "step_seconds": one.step_seconds,
+        "peak_bytes": one.peak_bytes,
+        "fits": one.fits,
+    }
 
 
 def calibrate_here(settings: Settings, mixers: Iterable[str]) -> str:
     """Measures this machine into `here.yaml`, whose path it returns."""
-    machine, costs = calibrate(tuple(mixers), tell=lambda what: print(f"calibrating: {what}", flush=True))
+    machine, costs = calibrate(tuple(mixers))
     path = Path(settings.output_dir) / "here.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump({"source": machine.name, **costs, "machine": asdict(machine)}, sort_keys=False))
@@ -205,7 +319,7 @@ def calibrate_here(settings: Settings, mixers: Iterable[str]) -> str:
     return str(path)
 
 
-CHECK_COLUMNS = ("layout", "step s", "predicted", "error", "peak MiB", "predicted", "error", "without the program")
+CHECK_COLUMNS = ("layout", "step", "predicted", "error", "peak MiB", "predicted", "error")
 
 
 def check(settings: Settings) -> int:
@@ -217,18 +331,16 @@ def check(settings: Settings) -> int:
     machine, cluster = read_machine(calibrate_here(settings, mixers) if default else settings.cluster)
     rows, records = [], []
     for words, config in zip(chosen, configs, strict=True):
-        one = predict(count_run(config, rows=micro_batch(config)), layout_of(config), machine, cluster)
-        measured = measure_layout(words, steps=settings.steps)
-        time = one.step_seconds / measured.seconds - 1
-        # Of all memory, and of what the run adds to the program.
-        memory, net = ((one.peak_bytes - b) / (measured.peak_bytes - b) - 1 for b in (0, machine.base))
+        layout = layout_of(config)
+        label = f"{','.join(config.model.layers)} {config.train.sequence_length:,}: {layout}"
+        with report.announced(label):
+            one = predict(count_run(config, rows=micro_batch(config)), layout, machine, cluster)
+            measured = measure_layout(words, steps=settings.steps)
+        time, memory = one.step_seconds / measured.seconds - 1, one.peak_bytes / measured.peak_bytes - 1
         sizes = [f"{size / 2**20:.0f}" for size in (measured.peak_bytes, one.peak_bytes)]
-        seconds = f"{measured.seconds:.2f}", f"{one.step_seconds:.2f}"
-        label = " ".join(word.rpartition(".")[2] for word in words)
-        rows.append((label, *seconds, f"{time:+.0%}", *sizes, f"{memory:+.0%}", f"{net:+.0%}"))
-        print("  ".join(rows[-1]), flush=True)
+        seconds = f"{measured.seconds:.2f} s", f"{one.step_seconds:.2f} s"
+        rows.append((label, *seconds, f"{time:+.0%}", *sizes, f"{memory:+.0%}"))
         records.append(as_record(one) | {"measured": asdict(measured), "time_error": time, "memory_error": memory})
-    print()
     report.show_table(CHECK_COLUMNS, rows)
     near = {"memory_error": 0.15, "time_error": 0.3}
     memory, time = (sum(abs(record[key]) <= limit for record in records) for key, limit in near.items())
@@ -238,16 +350,16 @@ def check(settings: Settings) -> int:
 
 
 def published(settings: Settings) -> int:
-    """Prints predictions next to published figures, and why they differ."""
-    cases = CASES[: settings.layouts or len(CASES)]
-    records = [asdict(case) | {"predicted": predicted_figure(case, *read_machine(case.cluster))} for case in cases]
-    rows = []
-    for record in records:
-        real, value = record["published"], record["predicted"]
-        rows.append((record["name"], f"{real:,.4g} {record['figure']}", f"{value:,.4g}", f"{value / real:.2f}"))
+    """Prints predictions next to published figures; docs/performance.md says where these are from, why they differ."""
+    records, rows = [], []
+    for case in CASES[: settings.layouts or len(CASES)]:
+        with report.announced(case.name):
+            value = predicted_figure(case, *read_machine(case.cluster))
+        records.append(asdict(case) | {"predicted": value})
+        rows.append(
+            (case.name, f"{case.published:,.4g} {case.figure}", f"{value:,.4g}", f"{value / case.published:.2f}")
+        )
     report.show_table(("setting", "published", "predicted", "ratio"), rows)
-    for case in CASES:
-        print(f"\n{case.name}: {case.source}\n{case.discussion}")
     report.write_json(Path(settings.output_dir) / "published.json", records)
     return 0
 
@@ -260,10 +372,10 @@ def predicted_figure(case: Case, machine: Machine, cluster: Cluster) -> float:
     found = predict(counts, layout, machine, cluster)
     # What gradients take is left out of the ratios, as it is where they were published.
     passes = found.step_seconds - found.seconds["gradient exchange"]
-    if case.figure == "ratio to one rank":
+    if case.figure == "of one rank":
         single = Layout(1, 1, layout.stage, layout.checkpointing, 1, 1)
         return passes / predict(counts, single, machine, cluster).step_seconds
-    if case.figure == "ratio to gathering":
+    if case.figure == "of gathering":
         gathered = predict(counts, layout, machine, cluster, Scheme("all_gather", overlapped=False))
         return (gathered.step_seconds - gathered.seconds["gradient exchange"]) / passes
     return layout.batch * length / found.step_seconds / layout.ranks

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from seqtrain.config import compose_config
 from seqtrain.data import load_tokenizer
-from seqtrain.planning.counts import ModelCounts, count_model
+from seqtrain.planning.counts import ModelCounter, ModelCounts
 from seqtrain.planning.layout import Layout
 from seqtrain.runtime import PretrainConfig
 from seqtrain.runtime.settings import micro_batch, typed_pretrain_config
@@ -37,18 +37,26 @@ def layout_of(config: PretrainConfig) -> Layout:
     )
 
 
+def counter_of(config: PretrainConfig, vocab_size: int = 0) -> ModelCounter:
+    """What counts the run's model; `vocab_size`: 0 is that of data.tokenizer."""
+    return ModelCounter(
+        config.model,
+        config.mixer,
+        vocab_size or load_tokenizer(config.data).vocab_size,
+        dtype=getattr(torch, config.train.dtype),
+        backend=config.kernels.backend,
+    )
+
+
+def shard_tokens(config: PretrainConfig, shards: int) -> int:
+    """Tokens of a sequence that one of `shards` ranks has at most."""
+    return -(-config.train.sequence_length // shards)
+
+
 def count_run(config: PretrainConfig, *, vocab_size: int = 0, rows: int = 1, shards: int = 0) -> ModelCounts:
     """The counts of one rank: `rows` of sequences sharded over `shards` ranks; 0: over `parallel.sequence`.
 
     `vocab_size`: 0 is that of data.tokenizer.
     """
-    shards = shards or config.parallel.sequence
-    return count_model(
-        config.model,
-        config.mixer,
-        vocab_size or load_tokenizer(config.data).vocab_size,
-        tokens=-(-config.train.sequence_length // shards),
-        rows=rows,
-        dtype=getattr(torch, config.train.dtype),
-        backend=config.kernels.backend,
-    )
+    tokens = shard_tokens(config, shards or config.parallel.sequence)
+    return counter_of(config, vocab_size).count(tokens, rows)

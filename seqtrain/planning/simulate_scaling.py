@@ -274,12 +274,15 @@ def draw(points: list[Row], path: Path, title: str) -> None:
     """Efficiency over ranks: the median, and a band from the lowest to the highest quantile."""
     figure = new_figure(8, 5)
     axes = figure.subplots()
-    for name in dict.fromkeys(point["scheme"] for point in points):
+    names = list(dict.fromkeys(point["scheme"] for point in points))
+    for index, name in enumerate(names):
         own = [(point["ranks"], *point["efficiency"]) for point in points if point["scheme"] == name]
         ranks, low, middle, high = zip(*own, strict=True)
-        axes.plot(ranks, middle, marker="o", markersize=3, label=name)
+        # Of lines that lie on each other, the first ones are the widest.
+        axes.plot(ranks, middle, marker="o", markersize=3, linewidth=1.5 * (len(names) - index), label=name, alpha=0.8)
         axes.fill_between(ranks, low, high, alpha=0.25)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(ylim=(0, 1.05), xlabel="ranks of one sequence", ylabel="compute alone / step, simulated", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

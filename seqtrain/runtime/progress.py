@@ -1,8 +1,6 @@
 """The progress display: a bar on a terminal, a line now and then anywhere else."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -47,14 +45,6 @@ class ProgressDisplay(Progress):
         self._part, self._shown = part, place
         self.update(self._task, completed=place, figures=f"{self._figures}  {part}")
         self._say_now_and_then(f"{part}  {self._figures}")
-
-    @contextmanager
-    def announced(self, what: str) -> Iterator[None]:
-        """Says `what` is done while the block runs, and at its end how long it took."""
-        began = time.monotonic()
-        self.say(f"{what} ...")
-        yield
-        self.say(f"{what}: {time.monotonic() - began:.0f} s")
 
     def say(self, line: str) -> None:
         """A line for the user, above the bar where there is one."""

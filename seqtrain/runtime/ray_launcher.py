@@ -21,6 +21,7 @@ import torch
 
 from seqtrain import errors
 from seqtrain.errors import ConfigError
+from seqtrain.report import announced
 from seqtrain.runtime.lease import has_ended
 from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ranks import pick_device, this_process
@@ -58,7 +59,7 @@ def launch(session: Session, poll: Callable[[], None], display: ProgressDisplay)
     """
     running = True
     try:
-        with display.announced("starting Ray"), kept_handlers():
+        with announced("starting Ray", display.say), kept_handlers():
             _start_ray(session.config)
         children = {process: process.name() for process in psutil.Process().children()}
         started = {process: name for process, name in children.items() if name in OWN_PROCESSES}

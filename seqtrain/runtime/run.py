@@ -16,6 +16,7 @@ from seqtrain.errors import Interrupted
 from seqtrain.kernels.dispatch import reset_backend_choice
 from seqtrain.kernels.native import build as native
 from seqtrain.models import LanguageModel
+from seqtrain.report import announced
 from seqtrain.runtime import ray_launcher
 from seqtrain.runtime.lease import Lease
 from seqtrain.runtime.metrics import MetricsReader, read_within
@@ -129,7 +130,7 @@ def _follow(session: Session, corpus: Corpus | SyntheticCorpus, lease: Lease, la
         if isinstance(session.task, Pretraining):
             display.say(_describe_model(config, corpus.vocab_size))
         if not config.runtime.address and pick_device(config.runtime.device).type == "cpu" and native.must_build():
-            with display.announced("building kernels (once)"):
+            with announced("building kernels (once)", display.say):
                 native.unavailable()
         launch(session, poll, display)
         summary = write_report(config, folder, corpus, lease, stopped_by_signal=received.number)

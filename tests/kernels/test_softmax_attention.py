@@ -70,7 +70,7 @@ def test_one_document_costs_what_a_row_does(window):
         q, k, v = (tracer.empty(1, 61, H, K, requires_grad=True) for _ in range(3))
         with tracer, tracer.record() as work:
             chunked.run(q, k, v, window, 0.5, None, cu_seqlens)
-        return vars(work) | {"peak": work.peak.tolist(), "kept": work.kept.tolist()}
+        return vars(work)
 
     assert cost(boundaries([61])) == cost(None)
 

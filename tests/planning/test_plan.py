@@ -3,41 +3,61 @@
 import contextlib
 import io
 import json
-from dataclasses import astuple, replace
+import shlex
+from dataclasses import replace
 
 import pytest
 
 from seqtrain.benchmarks.ranks import on_ranks
+from seqtrain.config import compose_config
+from seqtrain.errors import ConfigError
 from seqtrain.planning import calibrate
 from seqtrain.planning.inspect_model import main as inspect
-from seqtrain.planning.layout import Holes, Machine, memory_bytes
+from seqtrain.planning.layout import Layout, Machine, Prediction
 from seqtrain.planning.layout_runs import Measured
-from seqtrain.planning.plan import main
-from seqtrain.planning.run_config import count_run, layout_of, read_run
+from seqtrain.planning.plan import duration, fits, layouts_of, main
+from seqtrain.planning.run_config import layout_of, read_run
+from seqtrain.runtime.settings import read_pretrain_config
 
-TINY = ("model.layers=[gla,attention]", "model.depth=2", "model.width=32", "model.heads=2")
-TINY += ("train.sequence_length=64", "train.batch_size=4", "train.dtype=bfloat16")
+SMALL = ("model.layers=[gla,attention]", "model.depth=2", "model.width=32", "model.heads=2")
+TINY = (*SMALL, "train.sequence_length=64", "train.batch_size=4", "train.dtype=float32")
+
+
+def planned_of(folder, *words):
+    """What was printed, and plan.json."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main([*words, f"plan.output_dir={folder}"]) == 0
+    return printed.getvalue(), json.loads((folder / "plan.json").read_text())
+
+
+def command_in(printed):
+    """The config that the printed command launches."""
+    program, *words = shlex.split(printed[printed.index("python launch/pretrain.py") :].replace("\\\n", ""))[1:]
+    assert program == "launch/pretrain.py"
+    return words, read_pretrain_config(compose_config("pretrain", words))
 
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
-    folder, printed = tmp_path_factory.mktemp("plan"), io.StringIO()
-    settings = ("plan.ranks=4", "plan.shown=100", "plan.tokens=1e6", f"plan.output_dir={folder}")
-    with contextlib.redirect_stdout(printed):
-        assert main([*TINY, *settings]) == 0
-    return printed.getvalue(), folder
+    folder = tmp_path_factory.mktemp("plan")
+    return *planned_of(folder, *TINY, "plan.ranks=4", "plan.shown=100", "plan.tokens=1e6"), folder
 
 
 @pytest.mark.all
 def test_every_layout_is_there_the_fastest_first(planned):
-    _, folder = planned
-    layouts = json.loads((folder / "plan.json").read_text())["layouts"]
+    _, content, _ = planned
+    layouts = content["layouts"]
     found = [tuple(each["layout"].values()) for each in layouts]
     # (data, sequence, stage, checkpointing, micro-batch, batch): 4 x 1 one row at once, 2 x 2 up to two, 1 x 4 up to 4.
     assert len(found) == len(set(found)) == 4 * 2 * (1 + 2 + 3)
     assert all(data * sequence == 4 for data, sequence, *_ in found)
     times = [each["step_seconds"] for each in layouts]
-    assert times == sorted(times)
+    # Of those about as fast, another may come first.
+    assert times[0] <= 1.02 * min(times)
+    slower = [time for time in times if time > 1.02 * min(times)]
+    assert slower
+    assert times[-len(slower) :] == sorted(slower)
     for each in layouts:
         assert each["fits"]
         assert each["step_seconds"] == pytest.approx(sum(each["seconds"].values()))
@@ -46,20 +66,63 @@ def test_every_layout_is_there_the_fastest_first(planned):
 
 @pytest.mark.all
 def test_the_table_says_what_binds_and_the_command_launches_it(planned):
-    printed, folder = planned
+    printed, content, folder = planned
     lines = printed.splitlines()
-    for word in ("data", "sequence", "ZeRO", "checkpointing", "micro-batch", "range", "fits", "most of it"):
+    assert max(map(len, lines)) <= 100
+    for word in ("data x seq", "ZeRO", "again", "rows", "GiB per rank", "fits", "most of it"):
         assert word in lines[0]
-    assert "yes" in lines[1]
-    command = next(line for line in lines if line.startswith("python launch/pretrain.py"))
-    layout = json.loads((folder / "plan.json").read_text())["layouts"][0]["layout"]
-    assert f"parallel.data={layout['data']} parallel.sequence={layout['sequence']}" in command
-    assert "train.sequence_length=64" in command
-    assert command.count("train.batch_size=") == 1
-    assert any("1e+06 tokens take" in line for line in lines)
+    assert " yes " in lines[1]
+    words, config = command_in(printed)
+    assert layout_of(config) == Layout(**content["layouts"][0]["layout"])
+    assert {"data=stdlib", "model=hybrid_tiny", "data.tokenizer=bytes", "train.dtype=float32"} <= set(words)
+    assert words.count("train.batch_size=4") == 1
+    # 1e6 tokens in steps of 4 x 64.
+    assert config.train.steps == 3907
+    assert "3,907 steps on 1e+06 tokens: about" in printed
     assert "nothing was measured here" in printed
     assert (folder / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "plan.html").read_text().count("data:image/png;base64,") == 1
+
+
+@pytest.mark.all
+def test_the_batch_is_looked_for_and_what_is_given_stays(tmp_path):
+    given = ("data=text", "data.path=my books", "train.sequence_length=256", "parallel.sequence=2")
+    printed, content = planned_of(tmp_path, *SMALL, *given, "plan.ranks=4")
+    batches = {each["layout"]["batch"] for each in content["layouts"]}
+    # The preset's step has 16 rows of 512 tokens.
+    assert batches == {2, 4, 8, 16, 32}
+    assert {each["layout"]["sequence"] for each in content["layouts"]} == {2}
+    words, config = command_in(printed)
+    assert "data.path=my books" in words
+    # What an H100 is made for; as many tokens as the preset trains on.
+    assert config.train.dtype == "bfloat16"
+    assert config.train.steps * config.train.batch_size * 256 == 1000 * 16 * 512
+
+
+def test_layouts_that_no_ranks_have_are_refused():
+    config = read_run([*TINY, "train.batch_size=3"])
+    assert {each.batch for each in layouts_of(config, 2)} == {3}
+    with pytest.raises(ConfigError, match=r"train.batch_size=3: no layout of 5 ranks divides it"):
+        layouts_of(config, 5)
+    # Steps of few tokens: the least that the ranks can share.
+    assert {each.batch for each in layouts_of(config, 6, step_tokens=1)} == {3}
+    with pytest.raises(ConfigError, match=r"parallel.data=3 train.batch_size=4: no layout of 2 ranks is so"):
+        main([*TINY, "parallel.data=3", "plan.ranks=2"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(1.26, "about 1.3 s (0.8 to 1.9)"), (720, "about 12 min (8.0 to 18)"), (9e4, "about 25 h (17 to 38)")],
+)
+def test_a_duration_has_its_range(seconds, words):
+    assert duration(seconds, 0.5) == words
+
+
+def test_memory_fits_surely_perhaps_or_not():
+    machine = Machine(name="by hand", memory=100.0, memory_error=0.25)
+    one = Prediction(Layout(1, 1, 0, False, 1, 1), {}, {}, {}, room=100.0)
+    sizes = {79.0: "yes", 81.0: "perhaps", 124.0: "perhaps", 126.0: "no"}
+    assert {size: fits(replace(one, bytes={"all": size}), machine) for size in sizes} == sizes
 
 
 @pytest.mark.all
@@ -83,32 +146,21 @@ def test_a_sharded_layer_is_timed_against_a_whole_one_and_two_ranks_against_one(
     assert 1 <= on_ranks(2, calibrate._crowded) < 100
 
 
-@pytest.mark.full
-def test_memory_made_of_known_holes_gives_them_back(monkeypatch):
-    # Memory measured is what a machine of known constants would need.
-    bare = Machine(name="by hand", memory=1e9)
-    holes = {"gla": Holes(0.25, 1.5, 0.5), "attention": Holes(0.5, 2.0, 0.0)}
-    true = replace(bare, base=3e8, holes=holes, cut_kept=0.125, cut_passing=0.0625)
-
-    def needed(words, *, steps):
-        config = read_run(["experiment=quickstart", *words])
-        kinds = memory_bytes(count_run(config), layout_of(config), true)
-        tiny = config.model.depth == 1
-        return Measured(1.0, 1.0, 0, 0, kinds["program"] if tiny else sum(kinds.values()))
-
-    monkeypatch.setattr(calibrate, "SMALL_LAYOUT", (*calibrate.SMALL_LAYOUT, "train.sequence_length=256"))
-    monkeypatch.setattr(calibrate, "SHARDED", ("parallel.sequence=2", "train.sequence_length=512"))
-    monkeypatch.setattr(calibrate, "measure_layout", needed)
-    found = calibrate._with_memory(bare, ("attention",), lambda what: None)
-    assert found.base == true.base
-    for name, own in holes.items():
-        assert astuple(found.holes[name]) == pytest.approx(astuple(own), abs=1e-6)
-    assert (found.cut_kept, found.cut_passing) == pytest.approx((0.125, 0.0625), abs=1e-6)
+def test_a_machine_that_was_measured_knows_what_lies_unused_and_how_wrong_it_is():
+    layout, bare = Layout(1, 1, 0, False, 1, 1), Machine(name="by hand", memory=1e9)
+    pairs = []
+    for kept, passing, slower in ((100.0, 10.0, 1.5), (50.0, 80.0, 0.5), (20.0, 60.0, 1.0)):
+        sizes = {"program": 300.0, "activations kept": kept, "temporaries and gradients": passing, "unused": 0.0}
+        peak = sum(sizes.values()) + 0.25 * kept + 1.5 * passing
+        pairs.append((Prediction(layout, {"calls": 2.0}, {}, sizes, 1e9), Measured(2 * slower, 0, 0, 0, peak)))
+    found = calibrate.with_errors(bare, pairs)
+    assert (found.unused_kept, found.unused_passing) == pytest.approx((0.25, 1.5))
+    assert (found.memory_error, found.time_error) == pytest.approx((0, 1), abs=1e-6)
 
 
 @pytest.mark.all
 def test_a_row_a_part_and_the_whole_is_their_sum(tmp_path, capsys):
-    sizes = (*TINY[:4], "train.sequence_length=64", "train.micro_batch_size=2", "inspect.vocab_size=100")
+    sizes = (*SMALL, "train.sequence_length=64", "train.micro_batch_size=2", "inspect.vocab_size=100")
     assert inspect([*sizes, f"inspect.output_dir={tmp_path}"]) == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "inspect_model.json").read_text())
@@ -128,3 +180,5 @@ def test_a_row_a_part_and_the_whole_is_their_sum(tmp_path, capsys):
     page = (tmp_path / "inspect_model.html").read_text()
     assert page.count("data:image/png;base64,") == 1
     assert "<td>gla</td>" in page
+    # The last one names the files.
+    assert max(map(len, lines[:-1])) <= 100

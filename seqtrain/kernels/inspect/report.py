@@ -15,12 +15,13 @@ shared memory than a block has, or loses its matrix instructions.
 
 import os
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field
 
@@ -28,8 +29,9 @@ from seqtrain.config import read_settings
 from seqtrain.errors import ConfigError
 from seqtrain.kernels.gpu import unavailable
 from seqtrain.kernels.inspect.examples import Count, compile_example, count_in_child, find_examples
-from seqtrain.report import machine, write_json
+from seqtrain.report import WIDTH, announced, machine, write_json
 
+T = TypeVar("T")
 Target = Literal["sm_80", "sm_90", "sm_100", "gfx942"]
 
 
@@ -62,7 +64,9 @@ def compile_all(names: list[str], settings: Settings) -> Iterator[dict]:
     pairs = [(name, target) for name in names for target in settings.targets]
     if settings.jobs == 1:
         for name, target in pairs:
-            yield from compile_example(name, target)
+            with announced(f"compiling {name} for {target}"):
+                rows = compile_example(name, target)
+            yield from rows
         return
     with ProcessPoolExecutor(settings.jobs, mp_context=get_context("spawn")) as pool:
         for rows in pool.map(compile_example, *zip(*pairs, strict=True)):
@@ -70,8 +74,8 @@ def compile_all(names: list[str], settings: Settings) -> Iterator[dict]:
 
 
 HEADER = (
-    f"{'example':60} {'kernel and flags':40} {'target':7} {'warps':>5} {'stages':>6} {'regs':>5} {'spill':>6} "
-    f"{'shared':>7} {'blocks':>6}  matrix and copy instructions"
+    f"{'  kernel and flags':38} {'target':7} {'warps':>5} {'stages':>6} {'regs':>5} {'spill':>6} {'shared':>7} "
+    f"{'blocks':>6}\n      matrix and copy instructions"
 )
 
 
@@ -81,25 +85,40 @@ def line_of(row: dict) -> str:
     flags = [name for name, value in row["arguments"].items() if value == "True" and name.isupper()]
     kernel = " ".join([row["kernel"], *flags])
     text = (
-        f"{row['example']:60} {kernel[:40]:40} {row['target']:7} {row['warps']:5} {row['stages']:6} "
-        f"{row['registers']:5} {row['spilled']:6} {row['shared']:7} {row['blocks']:6}  "
-        + (" ".join(f"{name}:{count}" for name, count in instructions.items()) or "-")
+        f"  {kernel[:36]:36} {row['target']:7} {row['warps']:5} {row['stages']:6} {row['registers']:5} "
+        f"{row['spilled']:6} {row['shared']:7} {row['blocks']:6}"
     )
-    return text + "".join(f"\n    FAULT: {fault}" for fault in row["faults"])
+    found = " ".join(f"{name}:{count}" for name, count in instructions.items())
+    own = [textwrap.fill(found, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)] if found else []
+    return "\n".join([text, *own, *(f"    FAULT: {fault}" for fault in row["faults"])])
 
 
-COUNT_HEADER = (
-    f"\n{'example':60} {'direction':9} {'launches':>8} {'bytes/token':>14} {'floor':>9} {'ratio':>6} "
-    f"{'FLOPs/token':>14}"
-)
+COUNT_HEADER = f"\n{'  direction':11} {'launches':>8} {'bytes/token':>14} {'floor':>9} {'ratio':>6} {'FLOPs/token':>14}"
 
 
 def line_of_count(count: Count) -> str:
     """A row of the table of bytes and FLOPs."""
     return (
-        f"{count.example:60} {count.direction:9} {count.launches:8} {count.bytes:14.0f} {count.floor:9.0f} "
+        f"  {count.direction:9} {count.launches:8} {count.bytes:14.0f} {count.floor:9.0f} "
         f"{count.bytes / count.floor:6.2f} {count.flops:14.0f}"
     )
+
+
+def under_headings(rows: Iterable[tuple[str, str]]) -> None:
+    """Prints lines as they come, each below the name of its example, said once."""
+    last = ""
+    for example, line in rows:
+        if example != last:
+            print(example)
+        last = example
+        print(line, flush=True)
+
+
+def _kept(found: Iterable[T], kept: list[T]) -> Iterator[T]:
+    """Those that are found, as they come; all of them are in `kept` then."""
+    for one in found:
+        kept.append(one)
+        yield one
 
 
 def main(arguments: list[str]) -> int:
@@ -111,19 +130,18 @@ def main(arguments: list[str]) -> int:
     if reason := unavailable():
         raise ConfigError(f"kernel-report {reason}")
     names = chosen(settings)
-    rows, counts = [], []
+    rows: list[dict] = []
+    counts: list[Count] = []
     print(HEADER)
-    for row in compile_all(names, settings):
-        rows.append(row)
-        print(line_of(row), flush=True)
+    under_headings((row["example"], line_of(row)) for row in _kept(compile_all(names, settings), rows))
     if settings.count:
         print(COUNT_HEADER)
-        for count in count_in_child(names):
-            counts.append(asdict(count))
-            print(line_of_count(count), flush=True)
+        with announced("counting bytes and FLOPs in Triton's interpreter"):
+            under_headings((count.example, line_of_count(count)) for count in _kept(count_in_child(names), counts))
     faults = sum(len(row["faults"]) for row in rows)
     print(f"\n{len(rows)} kernels compiled, {faults} faults; not run on any GPU")
     path = Path(settings.output_dir) / "kernel_report.json"
-    write_json(path, {"machine": machine(), "settings": asdict(settings), "kernels": rows, "counts": counts})
+    results = {"kernels": rows, "counts": list(map(asdict, counts))}
+    write_json(path, {"machine": machine(), "settings": asdict(settings), **results})
     print(path)
     return 1 if faults else 0
