@@ -156,9 +156,11 @@ class ModelCounter:
             numbers["parameters"] = sum(weight.numel() for module in modules for weight in module.parameters())
             parts.append(PartCounts(**vars(traced), layer=layer, part=part, **numbers, **more))
 
-        # Where the matrices are one, the head has made that gradient, and the embedding adds to it.
-        own = {"gradient_bytes": 0} if config.tie_embeddings else {}
-        add(-1, "embedding", [whole.embedding], 0.0, dataclasses.replace(trace.embedding(batch), **own))
+        embedding = trace.embedding(batch)
+        if config.tie_embeddings:
+            # The head has made that gradient; the embedding adds to it.
+            embedding = dataclasses.replace(embedding, gradient_bytes=0)
+        add(-1, "embedding", [whole.embedding], 0.0, embedding)
         mixers, mlp = {kind: trace.mixer(kind, batch) for kind in trace.mixers}, trace.mlp(batch)
         for index, block in enumerate(whole.blocks):
             mlp_flops = 6.0 * rows * tokens * block.width * block.hidden

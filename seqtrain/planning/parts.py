@@ -113,7 +113,11 @@ class PartTracer:
         self.model, self.width = model, model.config.width
         self.mixers = {self.kind(index): block for index, block in reversed(list(enumerate(model.blocks)))}
         # Methods of one object alone, so that what is traced goes with it.
-        self._cached_mixer, self._cached_mlp, self._cached_loss = map(cache, (self._mixer, self._mlp, self._loss))
+        self._cached_mixer, self._cached_mlp, self._cached_loss = (
+            cache(self._mixer),
+            cache(self._mlp),
+            cache(self._loss),
+        )
 
     def kind(self, index: int) -> tuple[str, int]:
         """What makes a layer's mixer do the same as another's: its name, and the tokens of its groups."""
