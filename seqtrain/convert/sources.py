@@ -7,7 +7,7 @@ all parameters of the table, too.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,7 +210,11 @@ def _open_folder(folder: Path) -> Source:
                 if name in shapes:
                     raise CheckpointError(f"{shard}: holds {name}, which another file holds too")
                 shapes[name] = tuple(opened.get_slice(name).get_shape())
-    return Source(folder, family, _read_config(folder), files, shapes)
+    from transformers import AutoConfig
+
+    options = {"local_files_only": True, "trust_remote_code": False}
+    config = _config(folder, lambda: AutoConfig.from_pretrained(folder, **options))
+    return Source(folder, family, config, files, shapes)
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
@@ -242,7 +246,9 @@ def _open_gguf(file: Path) -> Source:
     values = gguf.config_in(reader, file, architecture, rows[0])
     # A tied head is not in the file, and nothing else says that it is tied.
     values["tie_word_embeddings"] = "output.weight" not in shapes
-    config = _config(file, architecture, values)
+    from transformers import AutoConfig
+
+    config = _config(file, lambda: AutoConfig.for_model(architecture, **values))
     stretch = [factor for tensor in reader.tensors if tensor.name == ROTATION for factor in tensor.data.tolist()]
     names = gguf_names(config.num_hidden_layers)
     return GGUFSource(
@@ -256,24 +262,13 @@ def _open_gguf(file: Path) -> Source:
     )
 
 
-def _config(where: Path, model_type: str, values: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
-
+def _config(where: Path, read: Callable[[], Any]) -> Any:
+    """The transformers config that `read` gives."""
     try:
-        return AutoConfig.for_model(model_type, **values)
+        return read()
     # What a config class thinks of its values comes as one of many types.
     except Exception as error:
         raise ConfigError(f"source={where}: its config can't be read: {_first_line(error)}") from None
-
-
-def _read_config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    # As above.
-    except Exception as error:
-        raise ConfigError(f"source={folder}: its config can't be read: {_first_line(error)}") from None
 
 
 def _opened(file: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -189,6 +190,9 @@ def _read(path: Path) -> tuple[Any, str]:
         return _convert(folder)
     from tokenizers import Tokenizer as Backend
 
+    # The library makes room for every id up to the largest.
+    if found := re.search(rb":\s*(\d{9,})\s*[,}]", file.read_bytes()):
+        raise ConfigError(f"data.tokenizer: {file} has the id {int(found[1][:30])}, as no vocabulary has")
     try:
         backend = Backend.from_file(str(file))
     # The library raises bare Exception for a file it can't read.
@@ -203,8 +207,9 @@ def _convert(folder: Path) -> tuple[Any, str]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).splitlines()[0]
+    # Files of any content end in any kind of error.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"data.tokenizer: {folder} holds no tokenizer.json and can't be converted: {reason}"
         ) from None

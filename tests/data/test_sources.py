@@ -189,6 +189,8 @@ def test_errors_in_text_name_file_and_byte(tmp_path):
         ('{"text": ', "not a line of JSON"),
         ('{"body": "x"}', "no field 'text', the line holds fields ['body']"),
         ("[1]", "no field 'text', the line holds a list"),
+        ("[" * 200_000, "not a line of JSON"),
+        ('{"text": ' + "1" * 10_000 + "}", "field 'text' holds int, not text"),
         ('{"text": 5}', "field 'text' holds int, not text"),
         ('{"text": null}', "field 'text' holds nothing, not text"),
         ('{"text": "ab\\ud800"}', "not UTF-8: byte 2 is 0xed"),
@@ -213,8 +215,17 @@ def test_errors_of_tables(tmp_path):
     assert "no column 'body', only ['text']" in ingest_error(tmp_path, source="parquet", path=path, text_field="body")
     (tmp_path / "parquet" / "0.parquet").write_bytes(b"PAR1 nothing")
     assert "0.parquet: not a parquet file" in ingest_error(tmp_path, source="parquet", path=path)
+    broken = pyarrow.array([b"fine\n", b"\xff\n"]).cast(pyarrow.string(), safe=False)
+    parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "broken.parquet")
+    options = {"source": "parquet", "path": str(tmp_path / "broken.parquet"), "held_out": 0}
+    assert "broken.parquet: row 1: not UTF-8 at byte 0" in ingest_error(tmp_path, **options)
+    assert (
+        text_of(list(source(invalid_utf8="replace", kind="parquet", path=options["path"]).documents())[1]) == "\ufffd\n"
+    )
     path = write("huggingface", tmp_path / "hf")
     assert "no column 'body'" in ingest_error(tmp_path, source="huggingface", path=path, text_field="body")
+    (tmp_path / "hf" / "state.json").write_text("[]")
+    assert "not a dataset that save_to_disk wrote" in ingest_error(tmp_path, source="huggingface", path=path)
     (tmp_path / "hf" / "state.json").unlink()
     assert "not a dataset that save_to_disk wrote" in ingest_error(tmp_path, source="huggingface", path=path)
 

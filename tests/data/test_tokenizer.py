@@ -103,6 +103,15 @@ def test_errors_name_the_key_and_the_way_out(bpe_folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer\.json is not a Hugging Face tokenizer"):
         load_tokenizer(DataConfig(tokenizer=str(tmp_path)))
+    state = (bpe_folder / "tokenizer.json").read_text().replace('"a": ', '"a": 2000000000', 1)
+    (tmp_path / "tokenizer.json").write_text(state)
+    with pytest.raises(ConfigError, match=r"has the id 2000000000\d*, as no vocabulary has"):
+        load_tokenizer(DataConfig(tokenizer=str(tmp_path)))
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text("[1, 2")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    with pytest.raises(ConfigError, match=r"holds no tokenizer\.json and can't be converted"):
+        load_tokenizer(DataConfig(tokenizer=str(tmp_path)))
 
 
 @functools.cache

@@ -48,7 +48,8 @@ class HuggingFaceDataset(Source):
 
         try:
             dataset = datasets.load_from_disk(str(self.root))
-        except (OSError, ValueError) as error:
+        # What its files hold is taken as it comes.
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{self.root}: not a dataset that save_to_disk wrote: {error}") from None
         if self.config.text_field not in dataset.column_names:
             came = f"no column {self.config.text_field!r}, only {dataset.column_names[:8]}"

@@ -37,8 +37,9 @@ class JsonLines(Source):
                 f"{name}: the line is longer than {LONGEST_LINE} bytes; keep so long a document as a text file"
             )
         try:
-            entry = json.loads(line)
-        except ValueError as error:
+            # Numbers are not looked at, however long they are.
+            entry = json.loads(line, parse_int=len)
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{name}: not a line of JSON: {error}") from None
         field = self.config.text_field
         if not isinstance(entry, dict) or field not in entry:

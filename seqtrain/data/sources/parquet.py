@@ -50,8 +50,16 @@ class Parquet(Source):
         while (batch := _next(batches, f"{file}: row {row}")) is not None:
             for value in batch.column(0):
                 if row >= skip:
-                    yield self.row(f"{file}: row {row}", value.as_py(), 1)
+                    yield self.row(f"{file}: row {row}", self._text(f"{file}: row {row}", value), 1)
                 row += 1
+
+    def _text(self, name: str, value: "pyarrow.Scalar") -> object:
+        try:
+            return value.as_py()
+        except UnicodeDecodeError as error:
+            if self.config.invalid_utf8 == "replace":
+                return value.as_buffer().to_pybytes().decode("utf-8", errors="replace")
+            raise DataError(f"{name}: not UTF-8 at byte {error.start}; data.invalid_utf8=replace takes it") from None
 
     def _open(self, file: Path) -> "pyarrow.parquet.ParquetFile":
         import pyarrow
