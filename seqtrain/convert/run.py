@@ -30,7 +30,7 @@ from seqtrain.convert.settings import ConvertConfig, read_convert_config
 from seqtrain.convert.sources import open_source
 from seqtrain.convert.stages import START, ConversionManifest, Progress, Stopped, Training, fingerprint
 from seqtrain.convert.tasks import Pair
-from seqtrain.convert.weights import export, load_student, refuse_existing, teacher_sharing
+from seqtrain.convert.weights import export, load_student, places_of, refuse_existing, teacher_sharing
 from seqtrain.memory import AnonymousPeak
 from seqtrain.models import LanguageModel
 from seqtrain.runtime.resume import claimed
@@ -81,15 +81,20 @@ def convert(config: ConvertConfig, progress: Progress = lambda stage, what: None
     `progress(stage, what)` is told what is being done. The report is the same byte for byte for the same source, config
     and machine. Raises `ConfigError` or `CheckpointError` before anything is written, `Stopped` after a signal.
     """
-    folder = RunFolder(Path(config.output_dir).expanduser())
-    seconds = config.runtime.lease_seconds
-    with claimed(folder, uuid.uuid4().hex[:8], lease_seconds=seconds, began=folder.path / "training"):
-        return _convert(config, progress)
-
-
-def _convert(config: ConvertConfig, progress: Progress) -> dict[str, Any]:
     began = time.monotonic()
     conversion = _Conversion(config, progress)
+    folder, manifest = RunFolder(conversion.folder), conversion.training.manifest
+    seconds = config.runtime.lease_seconds
+    with claimed(folder, uuid.uuid4().hex[:8], lease_seconds=seconds, began=manifest.folder):
+        refuse_existing(conversion.folder / "model")
+        # Whoever held the folder until now may have got further.
+        if manifest != ConversionManifest.open(manifest.folder, manifest.fingerprint):
+            conversion = _Conversion(config, progress)
+        return _convert(conversion, began)
+
+
+def _convert(conversion: "_Conversion", began: float) -> dict[str, Any]:
+    config = conversion.config
     student, peaks = conversion.measured_and_trained()
     with torch.no_grad():
         expected = student(conversion.tokens, all_logits=True)[0]
@@ -113,7 +118,7 @@ class _Conversion:
         progress("source", config.source)
         self.source = open_source(config.source, config.source_sha256)
         self.teacher = architecture_of(self.source)
-        student_of(self.teacher, config, ()).build()
+        places_of(student_of(self.teacher, config, ()).build(), self.source)
         self.texts = read_texts(config.verify, self.source, seed=config.seed)
         # One row for checks, `[1,T]`.
         self.tokens = self.texts[0].tokens[:1]

@@ -73,8 +73,7 @@ def load_weights(
     model in `dtype` and one tensor. Raises `CheckpointError` for a tensor that is missing, unknown, or has another
     shape than the model's.
     """
-    places = _places(model, source)
-    _check_names(model, source, places)
+    places = places_of(model, source)
     # From the meta device to memory, NaN everywhere; what was tied stays tied.
     model.to(dtype).to_empty(device="cpu")
     if model.config.tie_embeddings:
@@ -94,13 +93,26 @@ def load_weights(
         raise CheckpointError(f"source={source.path}: lm_head.weight differs from the embedding the config ties it to")
 
 
-def _places(model: LanguageModel, source: Source) -> dict[str, tuple[str, slice]]:
-    """Where each named tensor of the source belongs: a parameter and its rows."""
+def places_of(model: LanguageModel, source: Source) -> dict[str, tuple[str, slice]]:
+    """Where each named tensor of the source belongs: a parameter and its rows.
+
+    Raises `CheckpointError` unless the source's tensors are those of the table, in the model's shapes.
+    """
     layout = fused_rows(model)
-    return {
+    places = {
         name: (parameter, layout[parameter.rpartition(".")[0]][part] if part else slice(None))
         for name, (parameter, part) in source.family.weights(model.config.depth).items()
     }
+    optional = {"lm_head.weight"} if model.config.tie_embeddings else set()
+    if missing := sorted(set(places) - set(source.shapes) - optional):
+        raise CheckpointError(f"source={source.path}: lacks {_some(missing)}")
+    if unknown := sorted(name for name in set(source.shapes) - set(places) if not name.endswith(IGNORED)):
+        raise CheckpointError(f"source={source.path}: holds {_some(unknown)}, which its architecture does not have")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, (parameter, rows) in places.items():
+        if name in source.shapes and source.shapes[name] != (expected := tuple(parameters[parameter][rows].shape)):
+            raise CheckpointError(f"source={source.path}: {name} has shape {source.shapes[name]}, expected {expected}")
+    return places
 
 
 def fused_rows(model: LanguageModel) -> dict[str, dict[str, slice]]:
@@ -114,19 +126,6 @@ def fused_rows(model: LanguageModel) -> dict[str, dict[str, slice]]:
         rows[f"blocks.{index}.mixer.qkv"] = {name: slice(*part) for name, part in parts}
         rows[f"blocks.{index}.mlp.up"] = {"gate": slice(0, hidden), "value": slice(hidden, 2 * hidden)}
     return rows
-
-
-def _check_names(model: LanguageModel, source: Source, places: Mapping[str, tuple[str, slice]]) -> None:
-    """Raises `CheckpointError` unless the source's tensors are those of the table, in the model's shapes."""
-    optional = {"lm_head.weight"} if model.config.tie_embeddings else set()
-    if missing := sorted(set(places) - set(source.shapes) - optional):
-        raise CheckpointError(f"source={source.path}: lacks {_some(missing)}")
-    if unknown := sorted(name for name in set(source.shapes) - set(places) if not name.endswith(IGNORED)):
-        raise CheckpointError(f"source={source.path}: holds {_some(unknown)}, which its architecture does not have")
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, (parameter, rows) in places.items():
-        if name in source.shapes and source.shapes[name] != (expected := tuple(parameters[parameter][rows].shape)):
-            raise CheckpointError(f"source={source.path}: {name} has shape {source.shapes[name]}, expected {expected}")
 
 
 def _some(names: list[str]) -> str:
