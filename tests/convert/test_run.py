@@ -135,7 +135,7 @@ def test_a_failure_leaves_no_half_model(source, tmp_path, monkeypatch, stage):
 
         monkeypatch.setattr(SeqtrainForCausalLM, "save_pretrained", half)
         with pytest.raises(OSError, match="disk full"):
-            convert(settings(source, tmp_path))
+            convert(settings(source, tmp_path / "out"))
         assert list(tmp_path.iterdir()) == []
     else:
         monkeypatch.setattr("seqtrain.convert.verify._recurrence", lambda student, tokens: 0.5)
