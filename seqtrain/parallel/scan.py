@@ -120,7 +120,7 @@ class Scan:
         opened = (None if self.transition_shape is None else tuple(self.transition_shape), tuple(self.update_shape))
         if came != opened:
             raise ValueError(f"all_scan: transition and update have shapes {came}, the scan was opened for {opened}")
-        self.ticket = torch.ops.seqtrain.scan_start(self.ticket, transition, update, initial_state, *self.where)
+        self.ticket = torch.ops.seqtrain.scan_start(self.ticket, transition, update, initial_state)
         self.inputs = (transition, update)
         return self
 
@@ -203,24 +203,14 @@ def _scan_open(
     resets: Sequence[int],
 ) -> Tensor:
     shape = AffineShape.of(update_shape, transition_shape)
-    return _ticket(_open(engine_of(group_name), shape, dtype, device, algorithm, resets))
+    return _ticket(_open(shape, dtype, device, group_name, algorithm, resets))
 
 
 @torch.library.custom_op("seqtrain::scan_start", mutates_args=())
-def _scan_start(
-    opened: Tensor,
-    transition: Tensor | None,
-    update: Tensor,
-    initial_state: Tensor | None,
-    group_name: str,
-    algorithm: str,
-    resets: Sequence[int],
-) -> Tensor:
-    job, engine = check_out(int(opened.item())), engine_of(group_name)
-    own = AffineMap(job.shape.transition(transition), job.shape.state(update), engine.rank in resets)
-    first = None if initial_state is None else job.shape.state(initial_state)
-    engine.start(job, own, first)
-    return _ticket(job)
+def _scan_start(opened: Tensor, transition: Tensor | None, update: Tensor, initial_state: Tensor | None) -> Tensor:
+    job = check_out(int(opened.item()))
+    own = AffineMap(job.shape.transition(transition), job.shape.state(update), job.forgets)
+    return _start(job, own, None if initial_state is None else job.shape.state(initial_state))
 
 
 @torch.library.custom_op("seqtrain::scan_wait", mutates_args=())
@@ -249,15 +239,14 @@ def _scan_start_backward(
     """Starts the scan of gradients. With `D` and `F` the gradients of `state_in` and `final_state` from inside this
     rank, the gradient `G` that comes from the next rank continues as `transition^T(G + F) + D`: an affine map again.
     """
-    engine = engine_of(group_name)
     shape = AffineShape.of(state_gradient.shape, None if transition is None else transition.shape)
-    job = _open(engine, shape, state_gradient.dtype, state_gradient.device, algorithm, resets, reverse=True)
-    own = AffineMap(transpose(shape.transition(transition)), shape.state(state_gradient), engine.rank in resets)
+    where = (group_name, algorithm, resets)
+    job = _open(shape, state_gradient.dtype, state_gradient.device, *where, reverse=True)
+    own = AffineMap(transpose(shape.transition(transition)), shape.state(state_gradient), job.forgets)
     if final_gradient is not None:
         own = replace(own, update=own.apply(shape.state(final_gradient)))
-    engine.start(job, own, None)
     job.forward = (state_in, final_gradient)
-    return _ticket(job)
+    return _start(job, own, None)
 
 
 @torch.library.custom_op("seqtrain::scan_wait_backward", mutates_args=())
@@ -267,7 +256,6 @@ def _scan_wait_backward(
     update_shape: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
-    group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of update, transition (empty where there is none) and initial state."""
     job = check_out(int(ticket.item()))
@@ -280,23 +268,29 @@ def _scan_wait_backward(
     else:
         d_transition = transition_gradient(job.shape.state(d_update), job.shape.state(state_in)).view(transition_shape)
     # The scan of gradients ends at the group's first rank, the only one whose initial state was read.
-    d_initial = leaving if engine_of(group_name).rank == 0 else torch.zeros_like(leaving)
+    d_initial = leaving if job.wire.rank(job.wire.place) == 0 else torch.zeros_like(leaving)
     return d_update, d_transition, d_initial
 
 
 def _open(
-    engine: Engine,
     shape: AffineShape,
     dtype: torch.dtype,
     device: torch.device,
+    group_name: str,
     algorithm: str,
     resets: Sequence[int],
     *,
     reverse: bool = False,
 ) -> Job:
+    engine = engine_of(group_name)
     plan = plan_scan(engine, shape, dtype, device, algorithm)
     engine.scans += 1
     return engine.open(plan, shape, dtype, device, reverse=reverse, resets=resets)
+
+
+def _start(job: Job, own: AffineMap, first: Tensor | None) -> Tensor:
+    engine_of(job.wire.group.group_name).start(job, own, first)
+    return _ticket(job)
 
 
 def _ticket(job: Job) -> Tensor:
@@ -317,13 +311,13 @@ def _(ticket, transition, update, group_name, algorithm, resets):
 
 
 @_scan_wait_backward.register_fake
-def _(ticket, transition_shape, update_shape, dtype, device, group_name):
+def _(ticket, transition_shape, update_shape, dtype, device):
     form = (0,) if transition_shape is None else transition_shape
     return tuple(torch.empty(tuple(x), dtype=dtype, device=device) for x in (update_shape, form, update_shape))
 
 
 def _remember_start(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, transition, update, initial_state, ctx.group_name, *_ = inputs
+    _, transition, update, initial_state = inputs
     ctx.transition_shape = None if transition is None else transition.shape
     ctx.update_shape, ctx.dtype, ctx.device = update.shape, update.dtype, update.device
     ctx.has_initial_state = initial_state is not None
@@ -331,10 +325,10 @@ def _remember_start(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _start_gradients(ctx: Any, ticket: Tensor) -> tuple[Tensor | None, ...]:
     d_update, d_transition, d_initial = torch.ops.seqtrain.scan_wait_backward(
-        ticket, ctx.transition_shape, ctx.update_shape, ctx.dtype, ctx.device, ctx.group_name
+        ticket, ctx.transition_shape, ctx.update_shape, ctx.dtype, ctx.device
     )
     d_transition = None if ctx.transition_shape is None else d_transition
-    return None, d_transition, d_update, d_initial if ctx.has_initial_state else None, None, None, None
+    return None, d_transition, d_update, d_initial if ctx.has_initial_state else None
 
 
 def _remember_wait(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -167,6 +167,11 @@ class Job:
         # A scan of gradients carries the incoming state of its forward scan and the final state's own gradient.
         self.forward: tuple[Tensor, Tensor | None] | None = None
 
+    @property
+    def forgets(self) -> bool:
+        """Whether this rank's map forgets the state that enters it."""
+        return self.wire.forget(self.wire.place)
+
     def run(self) -> Sent:
         """Sends and receives; returns the sends that may still be under way."""
         assert self.inputs is not None, "a scan runs once, after it was given its map"
