@@ -20,7 +20,7 @@ from seqtrain.kernels import softmax_attention
 from seqtrain.kernels.segments import PastKeys, PastKeysAndSinks
 from seqtrain.parallel.block_attention import block_attention
 from seqtrain.parallel.exchange import exchange
-from seqtrain.parallel.halo import HaloPlan, left_halo
+from seqtrain.parallel.halo import HaloPlan, left_halo, past_inputs
 from seqtrain.parallel.scan import keep_in_graph
 from seqtrain.parallel.sequence import Call, ContinuedSequence, Groups, SplitInTime, State, splits
 from seqtrain.parallel.sharded import ShardedSequence
@@ -119,14 +119,15 @@ class KeysAndSinks(SplitInTime):
         """
         _, k, v = call.tensors[:3]
         window, sinks = call.options["window"], call.options.get("sinks", 0)
-        past, came = _before(k, v, sequence, window, sinks, call.initial_state)
+        past = _before(k, v, sequence, window, sinks, call.initial_state)
+        # Ranks that don't read the initial state give it a zero gradient.
+        owed = [part for state in (past, call.initial_state or {}) for part in state.values()]
         local, past = sequence.own_documents(past)
         out, state = call.run(sequence, past, local)
-        # Ranks that don't read the initial state give it a zero gradient.
-        owed = [part for part in (call.initial_state or {}).values() if part.is_floating_point()]
         # An output without tokens depends on nothing.
         owed += [part for part in call.tensors if part is not None and out.shape[1] == 0]
-        return keep_in_graph(out, *came, *owed), state if local is None else self.last(state)
+        owed = [part for part in owed if part.is_floating_point()]
+        return keep_in_graph(out, *owed), state if local is None else self.last(state)
 
 
 def _windowed(sequence: ShardedSequence, call: Call) -> tuple[Tensor, State]:
@@ -277,29 +278,20 @@ def _whole_documents(sequence: ShardedSequence, given: int) -> HaloPlan:
     return HaloPlan(tuple(wanted), sequence.offsets, given)
 
 
-def _before(
-    k: Tensor, v: Tensor, sequence: ShardedSequence, window: int, sinks: int, initial: State | None
-) -> tuple[State, list[Tensor]]:
-    """The state of this rank's first document before its first token, and what came of it from other ranks."""
+def _before(k: Tensor, v: Tensor, sequence: ShardedSequence, window: int, sinks: int, initial: State | None) -> State:
+    """The state of this rank's first document before its first token."""
     start, document = sequence.offsets[sequence.rank], sequence.document_start
     length = torch.full((k.shape[0],), start - document, dtype=torch.int64, device=k.device)
-    seen = torch.zeros_like(length)
-    if initial is not None and document == 0:
-        seen = initial["length"]
-    halo = sequence.before(window - 1, given=0 if initial is None else window - 1)
+    seen = initial["length"] if initial is not None and document == 0 else torch.zeros_like(length)
     first = sequence.first_of_document(sinks, given=0 if initial is None else sinks)
-    past, came = {"length": length + seen}, []
+    past = {"length": length + seen}
     for key, x in {"k": k, "v": v}.items():
-        near, sunk = x, x
+        past[key] = past_inputs(x, window - 1, sequence, None if initial is None else initial[key])
         if initial is not None and sequence.rank == 0:
-            near, sunk = (torch.cat([initial[name].to(x.dtype), x], 1) for name in (key, f"sink_{key}"))
-        near, sunk = left_halo(near, halo, group=sequence.group), left_halo(sunk, first, group=sequence.group)
-        came += [near, sunk]
-        missing = window - 1 - near.shape[1]
-        past[key] = torch.cat([near.new_zeros(near.shape[0], missing, *near.shape[2:]), near], 1)
+            x = torch.cat([initial[f"sink_{key}"].to(x.dtype), x], 1)
         given = sinks if initial is not None and document == 0 else 0
-        past[f"sink_{key}"] = _sinks(sunk, sinks, given, seen)
-    return past, came
+        past[f"sink_{key}"] = _sinks(left_halo(x, first, group=sequence.group), sinks, given, seen)
+    return past
 
 
 def _sinks(came: Tensor, sinks: int, given: int, seen: Tensor) -> Tensor:
