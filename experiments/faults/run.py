@@ -98,8 +98,8 @@ class Run:
         return status
 
     def left(self) -> list[str]:
-        """Names of what still runs, ten seconds after the end."""
-        _, alive = psutil.wait_procs(self.seen, timeout=10)
+        """Names of what still runs a minute after the end: what is told to stop may save before."""
+        _, alive = psutil.wait_procs(self.seen, timeout=60)
         return sorted(process.name() for process in alive if process.is_running())
 
 

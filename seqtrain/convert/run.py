@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from seqtrain.config import launch
 from seqtrain.convert import verify
@@ -48,16 +49,23 @@ def main(arguments: Sequence[str]) -> int:
 
 def start(config: ConvertConfig) -> int:
     """Converts, and prints the outcome."""
-    with Console(stderr=True).status("") as status:
+    # Bars for what takes a moment.
+    disable_progress_bar()
+    console, stages = Console(stderr=True), [""]
+    with console.status("") as status:
 
         def told(stage: str, what: str) -> None:
             if stage == "train":
                 # The runtime shows how far it is.
                 status.stop()
                 print(f"training: {what}", file=sys.stderr)
+            elif not console.is_terminal:
+                if stage != stages[-1]:
+                    print(f"{stage}: {what}", file=sys.stderr)
             else:
                 status.start()
                 status.update(f"{stage}: {what}")
+            stages.append(stage)
 
         try:
             report = convert(config, told)
