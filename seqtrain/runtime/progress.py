@@ -40,7 +40,7 @@ class ProgressDisplay(Progress):
         place = within.step + within.done / within.of
         if within.evaluation:
             part, place = f"evaluation {within.done}/{within.of} after step {within.step}", float(within.step)
-        if part == self._part or place < self._shown:
+        if part == self._part or place < self._shown or (place == self._shown and not within.evaluation):
             return
         self._part, self._shown = part, place
         self.update(self._task, completed=place, figures=f"{self._figures}  {part}")

@@ -99,6 +99,7 @@ def test_a_step_says_how_much_of_it_is_done_each_time_there_is_more(shown):
     display.show_within(Within(0, 4, 4))
     for done in (1, 1, 2):
         display.show_within(Within(1, done, 2, evaluation=True))
+    display.show_within(Within(1, 1, 4))
     assert lines() == [
         "segment 1/4 of step 1  starting",
         "segment 2/4 of step 1  starting",
