@@ -190,7 +190,8 @@ def _content(folder: Path) -> dict[str, tuple[int, int]]:
 
 def _words(process: psutil.Process) -> str:
     with suppress(psutil.NoSuchProcess):
-        return " ".join([process.name(), *process.cmdline()])
+        # Not the others: a folder is called after its case.
+        return " ".join([process.name(), *process.cmdline()[:1]])
     return ""
 
 
