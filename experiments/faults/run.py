@@ -124,12 +124,17 @@ def pick_moment(chance: random.Random) -> tuple[str, Callable[[Run], Callable[[]
 def kill(kind: str, folder: Path, chance: random.Random) -> dict[str, Any]:
     when, moment = pick_moment(chance)
     run = Run(folder, *TOGETHER)
-    reached = run.until(moment(run))
-    step = run.step()
-    victims = [process for process in run.seen if kind == "tree" or kind in _words(process)]
-    if kind == "driver":
-        # What the signal of a user, or the system for want of memory, would hit.
-        victims = [run.process]
+    due = moment(run)
+
+    def hit() -> list[psutil.Process]:
+        """What is to be killed, where it has started."""
+        if kind == "driver":
+            # What the signal of a user, or the system for want of memory, would hit.
+            return [run.process]
+        return [process for process in run.seen if kind == "tree" or kind in _words(process)]
+
+    reached = run.until(lambda: due() and bool(hit()))
+    step, victims = run.step(), hit()
     chance.shuffle(victims)
     for process in victims if kind == "tree" else victims[:1]:
         with suppress(psutil.NoSuchProcess):
@@ -139,7 +144,7 @@ def kill(kind: str, folder: Path, chance: random.Random) -> dict[str, Any]:
         run = Run(folder, *TOGETHER)
         statuses.append(run.end())
         left += run.left()
-    return {"when": when, "reached": reached and bool(victims), "step": step, "statuses": statuses, "left": left}
+    return {"when": when, "reached": reached, "step": step, "statuses": statuses, "left": left}
 
 
 def fill_disk(folder: Path, chance: random.Random) -> dict[str, Any]:

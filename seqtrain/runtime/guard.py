@@ -61,7 +61,7 @@ def guarded(work: Callable[[], int], log_file: Path, *, resume: Callable[[], str
 
 
 class _Terminal:
-    """What this process writes to stderr; but what Ray's threads write goes to `aside`."""
+    """A stream of this process; but what Ray's threads write there goes to `aside`."""
 
     def __init__(self, terminal: IO[str], aside: IO[str]):
         self.terminal, self.aside = terminal, aside
@@ -78,7 +78,7 @@ def _run(work: Callable[[], int], said: IO[bytes], ending: int) -> None:
         aside = os.fdopen(os.dup(said.fileno()), "w", buffering=1)
         # Another file where somebody has redirected it.
         terminal = os.fdopen(os.dup(2), "w", buffering=1) if sys.stderr.fileno() == 2 else sys.stderr
-        sys.stderr = _Terminal(terminal, aside)
+        sys.stdout, sys.stderr = _Terminal(sys.stdout, aside), _Terminal(terminal, aside)
         os.dup2(said.fileno(), 2)
         status = exit_status(work)
         # Ray's and others' own ends.

@@ -61,7 +61,7 @@ def test_a_death_is_one_line_and_leaves_no_process(tmp_path):
         child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
         (tmp_path / "child").write_text(str(child.pid))
         os.write(2, b"a paragraph from below Python\n")
-        thread = threading.Thread(target=lambda: print("of Ray's", file=sys.stderr), name="ray_listen_error_messages")
+        thread = threading.Thread(target=lambda: print("of Ray's"), name="ray_listen_error_messages")
         thread.start()
         thread.join()
         os.kill(os.getpid(), signal.SIGKILL)
