@@ -301,9 +301,13 @@ def _check_model(config: PretrainConfig) -> None:
     alone = not config.runtime.address and config.parallel.zero_stage < 3 and "RANK" not in os.environ
     most = psutil.virtual_memory().total if alone and config.runtime.device == "cpu" else MOST_BYTES
     if needed > most:
+        name, largest = max(sample.named_parameters(), key=lambda named: named[1].numel())
+        layer = model.layers[int(name.split(".")[1]) % len(model.layers)] if ".mixer." in name else ""
+        sizes = f"the sizes in mixer.{layer}." if layer else "model.width"
         raise ConfigError(
             f"model.depth={model.depth} model.width={model.width}: the weights alone are {needed:.1e} bytes, more than "
-            f"{'this machine has' if most < MOST_BYTES else 'any has'}, {most:.1e}; choose a smaller model"
+            f"{'this machine has' if most < MOST_BYTES else 'any has'}, {most:.1e}; the largest, {name} "
+            f"{list(largest.shape)}, follows from {sizes}"
         )
 
 
