@@ -26,13 +26,22 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 5.0
 
 
+def _native_threads() -> int:
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.is_dir() else 0
+
+
+# More of them are a pool for computing, which would hang in a child.
+AT_IMPORT = _native_threads()
+
+
 def guarded(work: Callable[[], int], log_file: Path, *, resume: Callable[[], str]) -> int:
     """The exit status of `work`, which runs in a forked child.
 
     `log_file`: gets what the child's libraries write to stderr, where it is there at the end. `resume`: says what is
-    kept, where the child died. Runs `work` here where this process has threads, or the system isn't Linux.
+    kept, where the child died. Runs `work` here where threads have been started, or the system isn't Linux.
     """
-    if sys.platform != "linux" or threading.active_count() > 1:
+    if sys.platform != "linux" or threading.active_count() > 1 or _native_threads() > AT_IMPORT:
         return work()
     others = set(psutil.Process().children())
     with tempfile.TemporaryFile() as said:

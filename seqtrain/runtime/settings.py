@@ -278,6 +278,17 @@ def _without_dynamo() -> Iterator[None]:
         del sys.modules[stand_in.__name__]
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Starts no pool of threads for the little that is computed: a process that forks must not have one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def check(config: PretrainConfig) -> None:
     """Raises `ConfigError` for the first rule between keys that `config` breaks."""
     check_source(config.data, sequence_length=config.train.sequence_length)
@@ -292,7 +303,7 @@ def _check_model(config: PretrainConfig) -> None:
     model = config.model
     depth = min(model.depth, math.lcm(len(model.layers), len(model.groups)))
     try:
-        with torch.device("meta"), _without_dynamo():
+        with torch.device("meta"), _without_dynamo(), _one_thread():
             sample = LanguageModel(replace(model, depth=depth), config.mixer, vocab_size=1)
     except (RuntimeError, OverflowError) as error:
         # Sizes that are no tensor's.

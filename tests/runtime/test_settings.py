@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import subprocess
 import sys
 
@@ -94,18 +95,22 @@ def test_only_a_schedule_with_a_decay_is_told_apart_by_it(tmp_path):
 
 
 @pytest.mark.all
-def test_checking_a_config_imports_nothing_that_compiles():
+def test_checking_a_config_imports_nothing_that_compiles_and_starts_no_pool_of_threads():
+    """A pool would not be in the child that `runtime=ray` forks, and hang there."""
     code = """
 import sys
 from seqtrain.config import compose_config
-from seqtrain.runtime import read_pretrain_config
+from seqtrain.runtime import guard, read_pretrain_config
 read_pretrain_config(compose_config("pretrain"))
+assert guard._native_threads() == guard.AT_IMPORT
 heavy = ("torch._dynamo", "deepspeed", "ray", "transformers", "matplotlib")
 print([name for name in heavy if name in sys.modules])
 import torch
 print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    several = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=several)
     assert result.stdout.splitlines() == ["[]", "2.0"]
 
 
