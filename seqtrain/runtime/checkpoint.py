@@ -291,11 +291,15 @@ def _untied(model: nn.Module) -> list[str]:
 
 def find(root: Path) -> Checkpoint | None:
     """The newest checkpoint below `root` that is whole, or None. Warns about each newer one that is damaged."""
-    for found in listed(root, damaged=lambda error: log.warning("%s; trying the checkpoint before", error)):
+
+    def skip(error: CheckpointError) -> None:
+        log.warning("%s; trying the checkpoint before", error)
+
+    for found in listed(root, damaged=skip):
         try:
             return read(found.folder)
         except CheckpointError as error:
-            log.warning("%s; trying the checkpoint before", error)
+            skip(error)
     return None
 
 
@@ -316,6 +320,11 @@ def listed(root: Path, *, damaged: Callable[[CheckpointError], None] = lambda er
         if folder.name == _name(manifest.progress.step):
             found.append(Checkpoint(folder, manifest))
     return sorted(found, key=lambda each: (each.manifest.epoch, each.progress.step), reverse=True)
+
+
+def latest(root: Path) -> Checkpoint | None:
+    """The first of `listed`, or None."""
+    return next(iter(listed(root)), None)
 
 
 def read(folder: Path) -> Checkpoint:

@@ -221,10 +221,10 @@ def succeed(started_by: Lease) -> Lease:
     root = started_by.root
     while True:
         held = started_by.current()
-        holder, driver = held.holds(), started_by.own.holds()
+        driver = started_by.own.holds()
         processes = [*(driver.processes if driver else []), Process.this()]
         seconds = driver.lease_seconds if driver else 0.0
-        if lease := _create(root, held, Holder(holder.session if holder else "", processes, seconds, time.time())):
+        if lease := _create(root, held, Holder(started_by.session, processes, seconds, time.time())):
             return lease
 
 

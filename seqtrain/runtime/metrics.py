@@ -11,7 +11,7 @@ from typing import Any
 
 from seqtrain.files import replace_file
 from seqtrain.runtime.lease import EpochFolder, Lease
-from seqtrain.runtime.run_folder import RunFolder, is_record, read_lines
+from seqtrain.runtime.run_folder import RunFolder, as_record, read_lines
 
 log = logging.getLogger("seqtrain.runtime")
 
@@ -112,7 +112,7 @@ def _bytes_up_to(path: Path, step: int) -> int:
     with path.open("rb") as file:
         for line in file:
             # A line without an end was being written when the run was killed.
-            if not line.endswith(b"\n") or (is_record(line) and json.loads(line)["step"] > step):
+            if not line.endswith(b"\n") or ((record := as_record(line)) is not None and record["step"] > step):
                 break
             size += len(line)
     return size

@@ -16,7 +16,7 @@ from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.files import replace_file
 from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.lease import Lease, saved_step, take
-from seqtrain.runtime.run_folder import RunFolder, is_record, plain, read_lines
+from seqtrain.runtime.run_folder import RunFolder, as_record, plain, read_lines
 from seqtrain.runtime.schedule import ScheduleConfig, learning_rate
 from seqtrain.runtime.settings import PretrainConfig, segments
 from seqtrain.validation import validate
@@ -120,7 +120,7 @@ def refuse_foreign(folder: RunFolder, config: PretrainConfig) -> None:
     if resume not in ("auto", "never"):
         now["checkpoint"] = {"resume": resume}
     before = _same_keys(read_run_config(folder.path, key="output_dir"), now)
-    newest = next(iter(checkpoints.listed(folder.checkpoints)), None)
+    newest = checkpoints.latest(folder.checkpoints)
     if found := differences(before, now, steps_done=newest.progress.step if newest else 0):
         recipe = f", or start a new run from its weights: output_dir=NEW checkpoint.resume={newest and newest.folder}"
         raise ConfigError(
@@ -180,7 +180,7 @@ def begin(folder: RunFolder, config: PretrainConfig) -> None:
 def _mend(file: Path) -> None:
     """Leaves the lines of `file` that are whole records of a step."""
     lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
-    whole = [line for line in lines if line.endswith(b"\n") and is_record(line)]
+    whole = [line for line in lines if line.endswith(b"\n") and as_record(line) is not None]
     if len(whole) < len(lines):
         log.warning("%s: %d lines were damaged and are left out now", file, len(lines) - len(whole))
         replace_file(file, b"".join(whole))
@@ -191,7 +191,7 @@ def check_resumable(folder: RunFolder, config: PretrainConfig, now: Mapping[str,
 
     `now`: the run's fingerprint. Says on the log what is missing that a run goes on without.
     """
-    newest = next(iter(checkpoints.listed(folder.checkpoints)), None)
+    newest = checkpoints.latest(folder.checkpoints)
     resume = config.checkpoint.resume
     if newest:
         check_fits(newest.folder, newest.manifest.trajectory, now, steps_done=newest.progress.step)
@@ -209,13 +209,9 @@ def check_resumable(folder: RunFolder, config: PretrainConfig, now: Mapping[str,
             f"{newest.folder}: holds step {step} already, so train.steps={steps} leaves nothing to train; steps are "
             f"counted from the first run's start: name more, as in train.steps={step + max(steps, 1)}"
         )
-    versions = {
-        name: f"{was}, now {checkpoints.versions().get(name)}"
-        for name, was in newest.manifest.versions.items()
-        if checkpoints.versions().get(name) != was
-    }
-    if versions:
-        changed = "; ".join(f"{name} {both}" for name, both in versions.items())
+    there = checkpoints.versions()
+    before = newest.manifest.versions.items()
+    if changed := "; ".join(f"{name} {was}, now {there.get(name)}" for name, was in before if there.get(name) != was):
         log.warning("%s: was made with %s; the last bits of the losses may differ", newest.folder, changed)
     if newest.folder.parent == folder.checkpoints:
         _warn_of_lost_metrics(folder, step)
@@ -232,7 +228,7 @@ def refuse_lost_checkpoints(folder: RunFolder) -> None:
 
 def what_is_kept(folder: RunFolder) -> str:
     """Of a run that ended before its end, and how it goes on."""
-    newest = next(iter(checkpoints.listed(folder.checkpoints)), None)
+    newest = checkpoints.latest(folder.checkpoints)
     if newest is None:
         return "nothing had been saved yet"
     return f"step {newest.progress.step} is saved, and the same command with output_dir={folder.path} goes on from it"

@@ -35,23 +35,20 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(asdict(value)))
 
 
-def is_record(line: bytes) -> bool:
-    """Whether `line` says something of a step."""
+def as_record(line: bytes) -> dict[str, Any] | None:
+    """What `line` says of a step; None where it says nothing that can be read."""
     with suppress(ValueError, RecursionError):
         record = json.loads(line)
-        return isinstance(record, dict) and isinstance(record.get("step"), int)
-    return False
+        return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Every whole record in `path`, in order; none if there is no such file."""
     if not path.exists():
         return []
-    return [
-        json.loads(line)
-        for line in path.read_bytes().splitlines(keepends=True)
-        if line.endswith(b"\n") and is_record(line)
-    ]
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [record for line in lines if line.endswith(b"\n") and (record := as_record(line)) is not None]
 
 
 def log_to(file: Path) -> None:

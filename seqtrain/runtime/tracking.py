@@ -19,8 +19,8 @@ def tracking_id(config: PretrainConfig, folder: RunFolder) -> str:
     """The run's id at Weights & Biases: the newest checkpoint's, or a new one; empty when tracking is disabled."""
     if config.tracking.mode == "disabled":
         return ""
-    newest = checkpoints.listed(folder.checkpoints)[:1]
-    return (newest and newest[0].manifest.tracking_id) or uuid.uuid4().hex[:8]
+    newest = checkpoints.latest(folder.checkpoints)
+    return (newest and newest.manifest.tracking_id) or uuid.uuid4().hex[:8]
 
 
 @contextmanager
