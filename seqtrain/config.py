@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from seqtrain.errors import ConfigError, exit_status, unknown_name
-from seqtrain.files import make_new_folder
+from seqtrain.files import make_new_folder, read_record
 from seqtrain.help import commented, keep_composed, meanings
 from seqtrain.overrides import points, quote_text, take
 from seqtrain.schema import NAMED_GROUPS, PROGRAMS, conf_dir, definition, mixer_definition, mixer_names, named_options
@@ -80,7 +80,7 @@ def read_run_config(folder: Path, *, key: str = "run") -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"{key}={folder}: holds no config.yaml; name the output_dir of a run")
     try:
-        values = yaml.safe_load(file.read_bytes())
+        values = yaml.safe_load(read_record(file))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{key}={folder}: config.yaml is damaged: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

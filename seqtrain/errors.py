@@ -95,8 +95,14 @@ def exit_status(work: Callable[[], int]) -> int:
         text = " ".join(str(error).split())
         print(f"error: {type(error).__name__}: {text} (the traceback is in {files[0]})", file=sys.stderr)
         return 1
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {_in_one_line(message)}", file=sys.stderr)
     return 2
+
+
+def _in_one_line(message: str) -> str:
+    """`message` without what would move a terminal's cursor, and cut where it is endless: it may quote files."""
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
+    return text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"
 
 
 @contextmanager

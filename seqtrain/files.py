@@ -13,6 +13,9 @@ from typing import Any, ClassVar, Self
 
 from seqtrain.errors import DataError, SeqtrainError
 
+# Bytes; what is larger is no record, index or config.
+LARGEST_RECORD = 2**28
+
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
@@ -82,6 +85,24 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def read_record(file: Path, *, limit: int = LARGEST_RECORD) -> bytes:
+    """The content of a small file. Raises `OSError`, or `ValueError` for what is no file or larger than `limit`."""
+    # A pipe would be waited for, a device read for ever.
+    if file.exists() and not file.is_file():
+        raise ValueError("is not a file")
+    if (size := file.stat().st_size) > limit:
+        raise ValueError(f"has {size} bytes, more than {limit}")
+    return file.read_bytes()
+
+
+def read_json(file: Path) -> Any:
+    """What a small file of JSON holds. Raises `OSError`, or `ValueError` for what is none, or nested too deep."""
+    try:
+        return json.loads(read_record(file))
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
+
+
 class Manifest:
     """Base of what a folder says of itself in a JSON file: typed, written atomically, refused where it is damaged.
 
@@ -98,13 +119,13 @@ class Manifest:
         from pydantic import TypeAdapter, ValidationError
 
         try:
-            return TypeAdapter(cls).validate_python(json.loads(file.read_bytes()))
+            return TypeAdapter(cls).validate_python(read_json(file))
         except FileNotFoundError:
             reason = "missing"
         except ValidationError as error:
             first = error.errors()[0]
             reason = f"damaged at {'.'.join(str(part) for part in first['loc']) or 'its start'}: {first['msg']}"
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             reason = f"damaged: {error}"
         raise cls.error(f"{file}: {reason}; {cls.remedy}")
 

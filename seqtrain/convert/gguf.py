@@ -44,7 +44,7 @@ def open_file(file: Path) -> Any:
     try:
         return GGUFReader(file)
     # What numpy raises for missing bytes.
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
+    except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{file}: incomplete or corrupt GGUF file ({reason})") from None
 

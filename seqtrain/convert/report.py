@@ -3,7 +3,6 @@
 What differs from run to run (paths, times, memory) is in a file of its own, `run.json`.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from seqtrain.convert.architecture import write_layers
 from seqtrain.convert.settings import ConvertConfig
 from seqtrain.convert.sources import Source
 from seqtrain.errors import ConfigError
-from seqtrain.files import replace_file
+from seqtrain.files import read_json, replace_file
 from seqtrain.report import new_figure, save_figure, write_json
 
 # Keys of the config that name folders of this machine.
@@ -49,7 +48,7 @@ def read_others(folders: Iterable[str], report: dict[str, Any]) -> dict[str, Any
     for folder in folders:
         file = Path(folder).expanduser() / "report.json"
         try:
-            other = json.loads(file.read_text(encoding="utf-8"))
+            other = read_json(file)
             config = other["config"]
             same = {key: other[key] == report[key] for key in ("source", "texts")}
             for key in ("tokens", "sequences"):

@@ -5,7 +5,7 @@ all parameters of the table, too.
 """
 
 import hashlib
-import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,8 @@ from torch import Tensor
 from seqtrain.convert import gguf
 from seqtrain.data.tokenizer import check_ids
 from seqtrain.errors import CheckpointError, ConfigError, unknown_name
-from seqtrain.files import sha256_of
+from seqtrain.files import read_json, sha256_of
+from seqtrain.weights import open_weights, shapes_in
 
 INDEX = "model.safetensors.index.json"
 # Factors on the rotation's wavelengths that a GGUF file may hold.
@@ -43,6 +44,8 @@ QK_NORM: tuple[Row, ...] = (
     ("model.layers.{i}.self_attn.q_norm", "blocks.{i}.mixer.q_norm", "", "blk.{i}.attn_q_norm"),
     ("model.layers.{i}.self_attn.k_norm", "blocks.{i}.mixer.k_norm", "", "blk.{i}.attn_k_norm"),
 )
+# Files that are a tokenizer, or part of one.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 # Old files hold the rotation's rates, which follow from the config.
 IGNORED = ".self_attn.rotary_emb.inv_freq"
 
@@ -128,9 +131,13 @@ class Source:
         try:
             found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
         # A missing one is reported in many ways, one of them being a tokenizer without tokens.
-        except Exception:
-            return None
-        if len(found) <= len(found.all_special_tokens):
+        except Exception as error:
+            found, reason = None, _first_line(error)
+        else:
+            reason = "it has no tokens"
+        if found is None or len(found) <= len(found.all_special_tokens):
+            if there := [name for name in TOKENIZERS if os.path.lexists(folder / name) and self.path.is_dir()]:
+                raise ConfigError(f"source={self.path}: {there[0]} can't be read: {reason}; mend it, or take it away")
             return None
         check_ids(f"source={self.path}", max(found.get_vocab().values()) + 1, self.config.vocab_size)
         return found
@@ -138,7 +145,7 @@ class Source:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its name, in the files' order; only one is held. Raises `CheckpointError`."""
         for file in self.files:
-            with _opened(file) as shard:
+            with open_weights(file) as shard:
                 for name in shard.keys():  # noqa: SIM118 (not a dict)
                     yield name, shard.get_tensor(name)
 
@@ -205,11 +212,10 @@ def _open_folder(folder: Path) -> Source:
     files = _weight_files(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in files:
-        with _opened(shard) as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                if name in shapes:
-                    raise CheckpointError(f"{shard}: holds {name}, which another file holds too")
-                shapes[name] = tuple(opened.get_slice(name).get_shape())
+        found = shapes_in(shard)
+        if twice := sorted(shapes.keys() & found.keys()):
+            raise CheckpointError(f"{shard}: holds {twice[0]}, which another file holds too")
+        shapes |= found
     from transformers import AutoConfig
 
     options = {"local_files_only": True, "trust_remote_code": False}
@@ -271,19 +277,10 @@ def _config(where: Path, read: Callable[[], Any]) -> Any:
         raise ConfigError(f"source={where}: its config can't be read: {_first_line(error)}") from None
 
 
-def _opened(file: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: incomplete or corrupt safetensors file ({_first_line(error)})") from None
-
-
 def _json(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = read_json(file)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: is not JSON: {_first_line(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: must hold an object, not {type(values).__name__}")

@@ -19,6 +19,7 @@ from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.files import replacing
 from seqtrain.mixers.common.attention import SoftmaxAttention
 from seqtrain.models import LanguageModel
+from seqtrain.weights import check_finite
 
 # Files of the tokenizer and of generation, copied as they are.
 CARRIED = (
@@ -89,6 +90,7 @@ def load_weights(
         elif name in places:
             parameter, rows = places[name]
             parameters[parameter][rows].copy_(tensor)
+            check_finite(f"source={source.path}", name, parameters[parameter][rows])
     if tied_head is not None and not torch.equal(model.embedding.weight, tied_head.to(dtype)):
         raise CheckpointError(f"source={source.path}: lm_head.weight differs from the embedding the config ties it to")
 

@@ -18,7 +18,7 @@ from seqtrain.data.sources import SOURCES, Source
 from seqtrain.data.synthetic import TASKS, SyntheticCorpus
 from seqtrain.data.tokenizer import Tokenizer, load_tokenizer
 from seqtrain.errors import ConfigError, DataError, SeqtrainError, unknown_name
-from seqtrain.files import Manifest, sha256_of
+from seqtrain.files import LARGEST_RECORD, Manifest, sha256_of
 
 log = logging.getLogger("seqtrain.data")
 
@@ -195,8 +195,10 @@ def _verify(folder: Path, manifest: CorpusManifest, shards: list[Shard], when: s
         if when == "always" or stamps.get(shard.path.name) != now[shard.path.name]:
             shard.verify()
     counts = inside(folder, BIGRAMS)
-    if not counts.exists() or sha256_of(counts) != manifest.bigrams_sha256:
-        raise DataError(f"{counts}: missing or damaged; delete {folder} to rebuild the corpus")
+    if not (
+        counts.exists() and counts.stat().st_size <= LARGEST_RECORD and sha256_of(counts) == manifest.bigrams_sha256
+    ):
+        raise DataError(f"{counts}: missing, or not what {MANIFEST} says; delete {folder} to rebuild the corpus")
     if now != stamps and os.access(folder, os.W_OK):
         Stamps(now).write(folder / VERIFIED)
 

@@ -124,8 +124,9 @@ class IngestProgress(Manifest):
 def inside(folder: Path, name: str) -> Path:
     """The file `name` of `folder`. Raises `DataError` for a name that leads anywhere else, also by way of a link."""
     file = folder / name
-    plain = Path(name).name == name and name not in ("", ".", "..")
-    if not plain or file.is_symlink():
+    plain = Path(name).name == name and name not in ("", ".", "..") and "\0" not in name
+    # A pipe would be waited for.
+    if not plain or file.is_symlink() or (file.exists() and not file.is_file()):
         raise DataError(
             f"{folder / MANIFEST}: names the file {name!r}; shards must be plain files of that folder itself"
         )

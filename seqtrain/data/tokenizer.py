@@ -12,6 +12,7 @@ import numpy as np
 
 from seqtrain.data.config import DataConfig
 from seqtrain.errors import ConfigError, unknown_name
+from seqtrain.files import read_json, read_record
 
 
 class Tokenizer:
@@ -191,9 +192,9 @@ def _read(path: Path) -> tuple[Any, str]:
     from tokenizers import Tokenizer as Backend
 
     # The library makes room for every id up to the largest.
-    if found := re.search(rb":\s*(\d{9,})\s*[,}]", file.read_bytes()):
-        raise ConfigError(f"data.tokenizer: {file} has the id {int(found[1][:30])}, as no vocabulary has")
     try:
+        if found := re.search(rb":\s*(\d{9,})\s*[,}]", read_record(file)):
+            raise ValueError(f"it has the id {int(found[1][:30])}, as no vocabulary has")
         backend = Backend.from_file(str(file))
     # The library raises bare Exception for a file it can't read.
     except Exception as error:
@@ -225,8 +226,8 @@ def _eos_token(folder: Path) -> str:
         if not file.is_file():
             continue
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            content = read_json(file)
+        except (OSError, ValueError) as error:
             raise ConfigError(f"data.tokenizer: {file} is not JSON: {error}") from None
         token = content.get("eos_token") if isinstance(content, dict) else None
         # Written as a plain string or as an AddedToken.

@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field
 
-from seqtrain.config import read_settings
-from seqtrain.errors import ConfigError
+from seqtrain.config import read_run_config, read_settings
+from seqtrain.errors import ConfigError, SeqtrainError
+from seqtrain.files import read_json
 from seqtrain.profiling import by_kind
 from seqtrain.report import new_figure, save_figure, show_table, write_json
 from seqtrain.runtime.metrics import Record
@@ -93,15 +93,19 @@ def read_run(path: str) -> Run:
     folder = Path(path)
     report = folder / "profile.json"
     try:
-        profile = json.loads(report.read_text()) if report.exists() else {}
+        profile = read_json(report) if report.exists() else {}
         run = RunFolder(folder / "run" if profile else folder)
         records = read_lines(run.metrics)
         if not records:
             raise ConfigError(f"runs={path}: no such run; expected a folder with metrics.jsonl, or with profile.json")
-        config = profile["config"] if profile else yaml.safe_load(run.config.read_text())
-        summary = json.loads(run.summary.read_text()) if run.summary.exists() else {}
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"runs={path}: {' '.join(str(error).split())}") from error
+        config = profile["config"] if profile else read_run_config(run.path, key="runs")
+        summary = read_json(run.summary) if run.summary.exists() else {}
+        if not (isinstance(profile, dict) and isinstance(summary, dict)):
+            raise ValueError(f"{report.name if profile else run.summary.name} holds no object")
+    except SeqtrainError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"runs={path}: is damaged: {error}") from error
     return Run(path, config, records, summary, profile)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -32,6 +32,7 @@ from seqtrain.files import Manifest, publish, sha256_of, sync
 from seqtrain.runtime.engine import Engine
 from seqtrain.runtime.lease import Lease
 from seqtrain.runtime.ranks import Ranks
+from seqtrain.weights import check_finite, open_weights
 
 log = logging.getLogger("seqtrain.runtime")
 
@@ -124,7 +125,7 @@ class Checkpoint:
     def load_weights(self, model: nn.Module) -> None:
         """Copies the weights into `model`. Raises `CheckpointError` naming the first tensor that doesn't fit."""
         own = model.state_dict()
-        with self._open(WEIGHTS) as stored:
+        with open_weights(self.folder / WEIGHTS) as stored:
             names = set(stored.keys())
             if differing := sorted(names ^ set(_untied(model))):
                 raise CheckpointError(f"{self.folder}: {differing[0]} is not in both the checkpoint and the model")
@@ -134,6 +135,7 @@ class Checkpoint:
                     came, wanted = list(value.shape), list(own[name].shape)
                     raise CheckpointError(f"{self.folder}: {name} has shape {came}, the model wants {wanted}")
                 own[name].copy_(value)
+                check_finite(self.folder, name, own[name])
 
     def restore_optimizer(self, engine: Engine) -> None:
         """Gives the optimizer of `engine` the moments and the step count. All ranks call it."""
@@ -145,15 +147,9 @@ class Checkpoint:
         for file in self.manifest.files:
             if file == WEIGHTS:
                 continue
-            with self._open(file) as stored:
+            with open_weights(self.folder / file) as stored:
                 for name in sorted({key.rpartition(":")[0] for key in stored.keys()}):  # noqa: SIM118
                     yield name, {key: stored.get_tensor(f"{name}:{key}") for key in keys}
-
-    def _open(self, name: str) -> Any:
-        try:
-            return safe_open(self.folder / name, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.folder / name}: can't be read: {error}") from error
 
 
 def save(

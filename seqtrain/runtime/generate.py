@@ -82,7 +82,11 @@ def open_run(path: Path) -> tuple[PretrainConfig, LanguageModel, Tokenizer]:
     Raises `ConfigError` where there is no run, `CheckpointError` where it has no whole checkpoint.
     """
     folder = RunFolder(path)
-    config = typed_pretrain_config(read_run_config(path))
+    values = read_run_config(path)
+    try:
+        config = typed_pretrain_config(values)
+    except ConfigError as error:
+        raise ConfigError(f"run={path}: config.yaml is damaged: {error}") from error
     newest = checkpoints.find(folder.checkpoints)
     if newest is None:
         raise CheckpointError(f"{folder.checkpoints}: holds no whole checkpoint")

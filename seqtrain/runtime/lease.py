@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from seqtrain.errors import CheckpointError, ConfigError, FencedError
-from seqtrain.files import Manifest, create_new, replace_file
+from seqtrain.files import Manifest, create_new, read_record, replace_file
 
 log = logging.getLogger("seqtrain.runtime")
 
@@ -270,8 +270,8 @@ def _describe(holder: Holder | None) -> str:
 
 
 def _content(file: Path) -> bytes:
-    with suppress(OSError):
-        return file.read_bytes()
+    with suppress(OSError, ValueError):
+        return read_record(file)
     return b""
 
 

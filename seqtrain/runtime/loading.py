@@ -6,9 +6,10 @@ from typing import Any
 
 from seqtrain.data import Tokenizer
 from seqtrain.data.tokenizer import HuggingFaceTokenizer, check_ids
-from seqtrain.errors import ConfigError
+from seqtrain.errors import CheckpointError, ConfigError, SeqtrainError
 from seqtrain.models import LanguageModel
 from seqtrain.runtime.generate import open_run
+from seqtrain.weights import check_finite, shapes_in
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,30 @@ def load(folder: str | Path) -> Loaded:
     path = Path(folder).expanduser()
     for place in (path, path / "model"):
         if (place / "config.json").is_file():
-            from seqtrain.models.huggingface import SeqtrainForCausalLM
-
-            exported, theirs = SeqtrainForCausalLM.from_pretrained(place), HuggingFaceTokenizer(str(place))
-            check_ids(str(place), theirs.vocab_size, exported.config.vocab_size)
-            return Loaded(exported.model.eval(), theirs, exported.config)
+            return _load_exported(place)
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"{path}: is neither a run (config.yaml) nor an exported model (config.json)")
     config, model, tokenizer = open_run(path)
     return Loaded(model, tokenizer, config)
+
+
+def _load_exported(folder: Path) -> Loaded:
+    from seqtrain.models.huggingface import SeqtrainForCausalLM
+
+    for file in folder.glob("*.safetensors"):
+        shapes_in(file)
+    try:
+        exported, told = SeqtrainForCausalLM.from_pretrained(folder, output_loading_info=True)
+    except SeqtrainError:
+        raise
+    # Files of any content end in any kind of error.
+    except Exception as error:
+        raise ConfigError(f"{folder}: can't be loaded: {str(error) or type(error).__name__}") from error
+    # What is missing would be drawn at random.
+    if wrong := sorted(map(str, [*told["missing_keys"], *told["unexpected_keys"], *told["mismatched_keys"]])):
+        raise CheckpointError(f"{folder}: {wrong[0]} is not in both its weights and its config.json")
+    for name, weight in exported.named_parameters():
+        check_finite(folder, name, weight)
+    tokenizer = HuggingFaceTokenizer(str(folder))
+    check_ids(str(folder), tokenizer.vocab_size, exported.config.vocab_size)
+    return Loaded(exported.model.eval(), tokenizer, exported.config)

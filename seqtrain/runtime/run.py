@@ -1,6 +1,5 @@
 """One call from a checked config to a finished, stopped or failed run."""
 
-import json
 import logging
 import signal
 import uuid
@@ -13,6 +12,7 @@ import torch
 
 from seqtrain.data import Corpus, SyntheticCorpus, prepare
 from seqtrain.errors import Interrupted
+from seqtrain.files import read_json
 from seqtrain.kernels.dispatch import reset_backend_choice
 from seqtrain.kernels.native import build as native
 from seqtrain.models import LanguageModel
@@ -154,10 +154,10 @@ def _finished_summary(config: PretrainConfig, folder: RunFolder) -> dict[str, An
     if not folder.summary.exists():
         return None
     try:
-        summary: dict[str, Any] = json.loads(folder.summary.read_text())
+        summary: dict[str, Any] = read_json(folder.summary)
         if summary["steps"] != config.train.steps or summary["stopped"]:
             return None
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         log.warning("%s: is damaged; it is written anew", folder.summary)
         return None
     log.warning(

@@ -8,7 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from seqtrain.errors import LOGGER
+from seqtrain.errors import LOGGER, CheckpointError
+from seqtrain.files import read_record
+
+# Bytes of the lines of a run.
+LARGEST_LOG = 2**32
 
 
 class RunFolder:
@@ -47,7 +51,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Every whole record in `path`, in order; none if there is no such file."""
     if not path.exists():
         return []
-    lines = path.read_bytes().splitlines(keepends=True)
+    try:
+        lines = read_record(path, limit=LARGEST_LOG).splitlines(keepends=True)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; put it back, or move it away") from None
     return [record for line in lines if line.endswith(b"\n") and (record := as_record(line)) is not None]
 
 

@@ -1,12 +1,15 @@
 """A Hugging Face dataset on disk: every row is one document."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seqtrain.data.sources._base import Document, Source
 from seqtrain.data.sources._files import Found
 from seqtrain.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 # Rows decoded at a time.
 ROWS = 64
@@ -37,11 +40,25 @@ class HuggingFaceDataset(Source):
         return len(self._open())
 
     def documents(self, skip: int = 0) -> Iterator[Document]:
-        dataset = self._open()
+        dataset = self._open().with_format("arrow")
+        # Its rows are picked by numbers, which would be followed before anything can be checked.
+        if dataset._indices is not None:
+            self._checked("its rows", lambda: dataset.data.table)
         for start in range(skip, len(dataset), ROWS):
-            texts = dataset[start : start + ROWS][self.config.text_field]
-            for row, text in enumerate(texts, start=start):
+            rows = self._checked(f"row {start} and on", lambda start=start: dataset[start : start + ROWS])
+            for row, text in enumerate(rows.column(self.config.text_field).to_pylist(), start=start):
                 yield self.row(f"{self.root}: row {row}", text, 1)
+
+    def _checked(self, place: str, read: Callable[[], "pyarrow.Table"]) -> "pyarrow.Table":
+        """What `read` gives, as arrow itself believes it: what lies where a damaged file says may end the process."""
+        import pyarrow
+
+        try:
+            table = read()
+            table.validate(full=True)
+        except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
+            raise DataError(f"{self.root}: {place}: damaged: {error}") from None
+        return table
 
     def _open(self) -> Any:
         import datasets
@@ -49,7 +66,7 @@ class HuggingFaceDataset(Source):
         try:
             dataset = datasets.load_from_disk(str(self.root))
         # What its files hold is taken as it comes.
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except Exception as error:
             raise DataError(f"{self.root}: not a dataset that save_to_disk wrote: {error}") from None
         if self.config.text_field not in dataset.column_names:
             came = f"no column {self.config.text_field!r}, only {dataset.column_names[:8]}"
