@@ -34,6 +34,7 @@ from seqtrain.convert.tasks import Pair
 from seqtrain.convert.weights import export, load_student, places_of, refuse_existing, teacher_sharing
 from seqtrain.memory import AnonymousPeak
 from seqtrain.models import LanguageModel
+from seqtrain.runtime.lease import Lease
 from seqtrain.runtime.resume import claimed
 from seqtrain.runtime.run_folder import RunFolder
 
@@ -93,24 +94,27 @@ def convert(config: ConvertConfig, progress: Progress = lambda stage, what: None
     conversion = _Conversion(config, progress)
     folder, manifest = RunFolder(conversion.folder), conversion.training.manifest
     seconds = config.runtime.lease_seconds
-    with claimed(folder, uuid.uuid4().hex[:8], lease_seconds=seconds, began=manifest.folder):
+    with claimed(folder, uuid.uuid4().hex[:8], lease_seconds=seconds, began=manifest.folder) as lease:
         refuse_existing(conversion.folder / "model")
         # Whoever held the folder until now may have got further.
         if manifest != ConversionManifest.open(manifest.folder, manifest.fingerprint):
             conversion = _Conversion(config, progress)
-        return _convert(conversion, began)
+        return _convert(conversion, lease, began)
 
 
-def _convert(conversion: "_Conversion", began: float) -> dict[str, Any]:
+def _convert(conversion: "_Conversion", lease: Lease, began: float) -> dict[str, Any]:
     config = conversion.config
     student, peaks = conversion.measured_and_trained()
     with torch.no_grad():
         expected = student(conversion.tokens, all_logits=True)[0]
+    # Training takes long: the folder may be another's by now.
+    lease.check()
     peaks |= conversion.export(student)
     # One copy of the weights at a time.
     del student
     conversion.check_exported(expected)
     run = {"source": config.source, "output_dir": config.output_dir, "seconds": round(time.monotonic() - began, 1)}
+    lease.check()
     write(conversion.folder, conversion.report, run | {"peak_anonymous_bytes": peaks})
     conversion.training.manifest.remove_weights()
     return conversion.report

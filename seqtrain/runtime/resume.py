@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from seqtrain.config import read_run_config
-from seqtrain.errors import CheckpointError, ConfigError
+from seqtrain.errors import CheckpointError, ConfigError, FencedError
 from seqtrain.files import replace_file
 from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.lease import Lease, saved_step, take
@@ -158,9 +158,11 @@ def claimed(folder: RunFolder, session: str, *, lease_seconds: float, began: Pat
         with lease.renewed():
             yield lease
     except BaseException:
-        if empty and not began.exists():
-            shutil.rmtree(folder.path, ignore_errors=True)
-            with suppress(OSError):
+        with suppress(FencedError, OSError):
+            # What another start has made of it since is not this one's to remove.
+            lease.check()
+            if empty and not began.exists():
+                shutil.rmtree(folder.path, ignore_errors=True)
                 for path in made[1:]:
                     path.rmdir()
         raise

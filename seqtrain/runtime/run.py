@@ -94,6 +94,8 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
             callback=callback,
         )
         check_resumable(folder, config, session.fingerprint)
+        # Reading text takes long: the folder may be another's by now.
+        lease.check()
         begin(folder, config)
         log_to(folder.log)
         reset_backend_choice()

@@ -1,5 +1,6 @@
 """One owner of a run's folder: who may begin, who has been replaced, and that he who has changes nothing."""
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,7 @@ from seqtrain.runtime.lease import Lease, Process, newest, succeed, take
 from seqtrain.runtime.metrics import MetricsFile
 from seqtrain.runtime.resume import claimed
 from seqtrain.runtime.run_folder import RunFolder
+from seqtrain.runtime.task import Callback, Pretraining
 from tests.runtime.runtime_cases import change, folder_of, losses, on_ranks, small_config
 
 fork = multiprocessing.get_context("fork")
@@ -121,6 +123,33 @@ def test_a_run_that_never_began_leaves_nothing(tmp_path):
     for place in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "\0"):
         with pytest.raises(ConfigError, match=r"^output_dir=.*: can't be written"):
             begin(place)
+
+
+def replaced(root: Path) -> None:
+    """Another start has taken the folder, as one does whose holder was stopped for long."""
+    held = newest(root)
+    assert leases._create(root, held, leases.Holder("other", [Process.this()], 9.0, time.time()))
+
+
+def test_a_start_that_slept_before_it_began_changes_nothing(tmp_path, monkeypatch):
+    """It is replaced while it reads the text; the other has not begun either, or has."""
+    config = small_config(tmp_path)
+    folder = folder_of(config)
+
+    def prepare(data):
+        replaced(folder.epochs)
+        folder.config.write_text("of the other")
+        raise DataError("no text")
+
+    running = importlib.import_module("seqtrain.runtime.run")
+    real = running.prepare
+    for error, work in ((DataError, prepare), (FencedError, lambda data: replaced(folder.epochs) or real(data))):
+        monkeypatch.setattr(running, "prepare", work)
+        if error is FencedError:
+            take_now(folder.epochs).release()
+        with pytest.raises(error):
+            running._drive(config, Pretraining(), Callback(), lambda *told: None)
+        assert folder.config.read_text() == "of the other"
 
 
 def test_two_starts_in_one_second_have_two_folders(tmp_path, monkeypatch):
