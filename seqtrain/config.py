@@ -22,7 +22,7 @@ from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import Container, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from seqtrain.errors import ConfigError, exit_status, unknown_name
@@ -68,10 +68,22 @@ def _of_run(folder: Path, config: DictConfig, words: Sequence[str]) -> DictConfi
     # The time is in the name of the folder where none is typed.
     plain["output_dir"] = config.output_dir
     changed = {key: value for key, value in _leaves(config) if key in typed or value != plain[key]}
-    merged = OmegaConf.create(stored)
+    merged = OmegaConf.create(_as_text(stored))
     for key, value in {"output_dir": str(folder), **changed}.items():
-        OmegaConf.update(merged, key, value, force_add=True)
+        OmegaConf.update(merged, key, _as_text(value), force_add=True)
     return merged
+
+
+def _as_text(values: Any) -> Any:
+    """`values` so that what looks like an interpolation is the text that it is: a folder may come from anyone."""
+    if isinstance(values, Container):
+        values = OmegaConf.to_container(values, resolve=True)
+    if isinstance(values, dict):
+        return {key: _as_text(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_as_text(value) for value in values]
+    # A backslash in front makes it text, as two make one of them.
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", values) if isinstance(values, str) else values
 
 
 def read_run_config(folder: Path, *, key: str = "run") -> dict[str, Any]:
@@ -114,6 +126,11 @@ def _composed(name: str, overrides: tuple[str, ...], folder: Path) -> DictConfig
     with open_dict(config):
         del config["hydra"]
     _note_presets(config, choices)
+    if found := re.search(r"\$\{\s*oc\.env\b[^}]*\}?", json.dumps(OmegaConf.to_container(config), default=str)):
+        raise ConfigError(
+            f"{found[0]}: is not read, for it would stand in config.yaml; let the shell write what may be known, as in "
+            "tracking.name=$NAME; keys of services are read from the environment by their own libraries"
+        )
     try:
         OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:

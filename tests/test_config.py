@@ -6,6 +6,7 @@ from textwrap import dedent
 from typing import Annotated, Literal
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 from pydantic import Field
 
@@ -277,3 +278,19 @@ def test_the_composed_config_is_shown_on_request(conf, capsys):
     assert show_text("main", ["--cfg", "job", "train.steps=7"]) == 0
     assert "steps: 7" in capsys.readouterr().out
     assert written(conf) == {}
+
+
+def test_nothing_of_the_environment_gets_into_a_config(tmp_path, monkeypatch):
+    """What is typed is refused; what a run's config holds is text, with any number of backslashes."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    for word in ("tracking.name=${oc.env:SECRET}", "sample.prompt=a-${ oc.env:SECRET,x}"):
+        with refused("is not read, for it would stand in config.yaml"):
+            compose_config("pretrain", [word])
+    texts = ["${oc.env:SECRET}", "\\${oc.env:SECRET}", "a\\\\${seed}\\", "${", "\\$", "plain\\"]
+    values = OmegaConf.to_container(compose_config("pretrain"), resolve=True)
+    for text in texts:
+        values["sample"]["prompt"] = text
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+        config = compose_config("pretrain", [f"run={tmp_path}", r"tracking.name=\${seed}"])
+        resolved = OmegaConf.to_container(config, resolve=True)
+        assert (resolved["sample"]["prompt"], resolved["tracking"]["name"]) == (text, "${seed}")

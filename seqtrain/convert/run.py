@@ -34,6 +34,7 @@ from seqtrain.convert.tasks import Pair
 from seqtrain.convert.weights import export, load_student, places_of, refuse_existing, teacher_sharing
 from seqtrain.memory import AnonymousPeak
 from seqtrain.models import LanguageModel
+from seqtrain.runtime.guard import guarded
 from seqtrain.runtime.lease import Lease
 from seqtrain.runtime.resume import claimed
 from seqtrain.runtime.run_folder import RunFolder
@@ -49,7 +50,21 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def start(config: ConvertConfig) -> int:
-    """Converts, and prints the outcome."""
+    """Converts, and prints the outcome; where Ray trains, in a process of its own."""
+    if config.runtime.name == "inline" or not config.recipe.stages:
+        return _convert_and_tell(config)
+    folder = Path(config.output_dir).expanduser()
+
+    def log_file() -> Path:
+        """Of the stage that ran last."""
+        logs = (folder / "training").glob("*/run.log")
+        return max(logs, key=lambda file: file.stat().st_mtime, default=folder / "run.log")
+
+    kept = f"the same command with output_dir={config.output_dir} goes on from what is saved"
+    return guarded(lambda: _convert_and_tell(config), log_file, resume=lambda: kept)
+
+
+def _convert_and_tell(config: ConvertConfig) -> int:
     # Bars for what takes a moment.
     disable_progress_bar()
     console, stages = Console(stderr=True), [""]

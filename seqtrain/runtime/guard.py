@@ -35,7 +35,7 @@ def _native_threads() -> int:
 AT_IMPORT = _native_threads()
 
 
-def guarded(work: Callable[[], int], log_file: Path, *, resume: Callable[[], str]) -> int:
+def guarded(work: Callable[[], int], log_file: Callable[[], Path], *, resume: Callable[[], str]) -> int:
     """The exit status of `work`, which runs in a forked child.
 
     `log_file`: gets what the child's libraries write to stderr, where it is there at the end. `resume`: says what is
@@ -59,13 +59,13 @@ def guarded(work: Callable[[], int], log_file: Path, *, resume: Callable[[], str
         _end_all(set(psutil.Process().children(recursive=True)) - others)
         _prctl(PR_SET_CHILD_SUBREAPER, 0)
         said.seek(0)
-        if (text := said.read()) and log_file.is_file():
-            with log_file.open("ab") as log:
+        if (text := said.read()) and log_file().is_file():
+            with log_file().open("ab") as log:
                 log.write(text)
     if normally:
         return status
     how = signal.Signals(-status).name if status < 0 else f"status {status}"
-    print(f"error: the process that runs Ray ended by {how} (what it said: {log_file}); {resume()}", file=sys.stderr)
+    print(f"error: the process that runs Ray ended by {how} (what it said: {log_file()}); {resume()}", file=sys.stderr)
     return 1
 
 

@@ -57,7 +57,7 @@ def start(config: PretrainConfig) -> int:
     if config.runtime.name == "inline":
         return train()
     folder = RunFolder(Path(config.output_dir))
-    return guarded(train, folder.log, resume=lambda: what_is_kept(folder))
+    return guarded(train, lambda: folder.log, resume=lambda: what_is_kept(folder))
 
 
 def announce(config: PretrainConfig) -> str:

@@ -1,8 +1,13 @@
 """A conversion from beginning to end: what it writes, that it writes the same again, and what it refuses to touch."""
 
 import dataclasses
+import importlib
 import json
+import multiprocessing
+import os
 import shutil
+import signal
+import sys
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ from seqtrain.errors import ConfigError, SeqtrainError
 from tests.command_cases import refused
 from tests.convert.convert_cases import COMMON, save_tokenizer, write_gguf
 
+conversion = importlib.import_module("seqtrain.convert.run")
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 
 
@@ -44,6 +50,33 @@ def settings(folder, place, *overrides):
 def converted(source, tmp_path_factory):
     place = tmp_path_factory.mktemp("converted")
     return place, convert(settings(source, place, *CHOSEN))
+
+
+def test_a_death_beside_ray_is_one_line(source, tmp_path, monkeypatch):
+    log = tmp_path / "out" / "training" / "1-kl" / "run.log"
+
+    def work(config) -> int:
+        log.parent.mkdir(parents=True)
+        log.touch()
+        os.write(2, b"of Ray's own\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(conversion, "_convert_and_tell", work)
+    config = settings(source, tmp_path / "out", "recipe=transfer_then_kl", "runtime=ray")
+
+    def run() -> None:
+        os.dup2(os.open(tmp_path / "said", os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        os._exit(conversion.start(config))
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 1
+    said = (tmp_path / "said").read_text()
+    assert said.startswith(f"error: the process that runs Ray ended by SIGKILL (what it said: {log})")
+    assert said.endswith(f"output_dir={tmp_path / 'out'} goes on from what is saved\n")
+    assert log.read_text() == "of Ray's own\n"
 
 
 def test_the_report_says_what_was_made(converted):

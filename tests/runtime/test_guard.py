@@ -39,9 +39,8 @@ def in_a_process(work, stderr: Path, *, signals=()) -> int:
 
 def guard(work, folder: Path, **options) -> int:
     (folder / "run.log").touch()
-    return in_a_process(
-        lambda: guarded(work, folder / "run.log", resume=lambda: "step 3 is saved"), folder / "stderr", **options
-    )
+    resume, log = lambda: "step 3 is saved", lambda: folder / "run.log"
+    return in_a_process(lambda: guarded(work, log, resume=resume), folder / "stderr", **options)
 
 
 def refuse() -> int:

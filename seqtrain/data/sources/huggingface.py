@@ -1,6 +1,7 @@
 """A Hugging Face dataset on disk: every row is one document."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ class HuggingFaceDataset(Source):
         if dataset._indices is not None:
             self._checked("its rows", lambda: dataset.data.table)
         for start in range(skip, len(dataset), ROWS):
-            rows = self._checked(f"row {start} and on", lambda start=start: dataset[start : start + ROWS])
+            rows = self._checked(f"row {start} and on", partial(dataset.__getitem__, slice(start, start + ROWS)))
             for row, text in enumerate(rows.column(self.config.text_field).to_pylist(), start=start):
                 yield self.row(f"{self.root}: row {row}", text, 1)
 
