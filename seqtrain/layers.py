@@ -23,29 +23,41 @@ class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in float32, returned in x's dtype.
 
     With `groups`, the mean is taken over each of so many equal parts of the last dimension. A gate is applied before
-    the norm: `x * silu(gate)` is what is normalised (Mamba-2).
+    the norm: `x * silu(gate)` is what is normalised (Mamba-2); with `gate_first=False` after it.
+    `zero_centered`: what multiplies is `1 + weight`, and weights start at zero (Gemma).
     """
 
-    def __init__(self, width: int, eps: float = NORM_EPS, *, groups: int = 1):
+    def __init__(
+        self,
+        width: int,
+        eps: float = NORM_EPS,
+        *,
+        groups: int = 1,
+        zero_centered: bool = False,
+        gate_first: bool = True,
+    ):
         super().__init__()
         self.part = width // groups
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.zero_centered = zero_centered
+        self.gate_first = gate_first
+        self.weight = nn.Parameter(torch.zeros(width) if zero_centered else torch.ones(width))
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         parts = (-1, self.part)
         gate = None if gate is None else gate.unflatten(-1, parts)
-        weight = self.weight if self.part == self.weight.numel() else self.weight.unflatten(0, parts)
-        out = gated_norm(x.unflatten(-1, parts), weight, gate, eps=self.eps, gate_first=True)
+        weight = 1 + upcast(self.weight) if self.zero_centered else self.weight
+        weight = weight if self.part == weight.numel() else weight.unflatten(0, parts)
+        out = gated_norm(x.unflatten(-1, parts), weight, gate, eps=self.eps, gate_first=self.gate_first)
         return out.flatten(-2)
 
 
 class HeadNorm(nn.Module):
     """Normalises each head by its root mean square and multiplies by an activated gate, where there is one."""
 
-    def __init__(self, width: int, activation: Literal["silu", "sigmoid"] = "silu"):
+    def __init__(self, width: int, activation: Literal["silu", "sigmoid"] = "silu", eps: float = NORM_EPS):
         super().__init__()
-        self.norm = RMSNorm(width)
+        self.norm = RMSNorm(width, eps)
         self.activation: Literal["silu", "sigmoid"] = activation
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -141,22 +153,24 @@ def token_shift(x: Tensor, past: Tensor | None, sequence: SequenceContext) -> tu
 class HeadProjections(nn.Module):
     """One matrix, then (where `conv_width > 0`) one short convolution with SiLU, split into tensors of heads."""
 
-    def __init__(self, width: int, heads: int, widths: tuple[int, ...], *, conv_width: int = 0):
+    def __init__(self, width: int, heads: int | tuple[int, ...], widths: tuple[int, ...], *, conv_width: int = 0):
+        """`heads`, `widths`: of each tensor; one number of heads is that of all."""
         super().__init__()
-        self.heads = heads
-        self.channels = [heads * part for part in widths]
+        self.heads = heads if isinstance(heads, tuple) else (heads,) * len(widths)
+        self.channels = [count * part for count, part in zip(self.heads, widths, strict=True)]
         self.linear = nn.Linear(width, sum(self.channels), bias=False)
         self.conv = ShortConvolution(sum(self.channels), conv_width) if conv_width else None
 
     def forward(
         self, x: Tensor, past: Tensor | None, sequence: SequenceContext
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """`x: [B,T,D]` -> a tensor `[B,T,H,width]` for each of `widths`, and `{"conv": state}` where there is one."""
+        """`x: [B,T,D]` -> a tensor `[B,T,heads,width]` for each, and `{"conv": state}` where there is one."""
         x = self.linear(x)
         state: dict[str, Tensor] = {}
         if self.conv is not None:
             x, state["conv"] = self.conv(x, past, sequence)
-        return tuple(part.unflatten(2, (self.heads, -1)) for part in x.split(self.channels, 2)), state
+        parts = zip(x.split(self.channels, 2), self.heads, strict=True)
+        return tuple(part.unflatten(2, (heads, -1)) for part, heads in parts), state
 
 
 class LowRank(nn.Sequential):
@@ -184,13 +198,25 @@ def positions(x: Tensor, past: Tensor | None, sequence: SequenceContext) -> tupl
     return sequence.positions(tokens, x.device)[None] + before, after
 
 
-def rotate(x: Tensor, place: Tensor, base: float, *, stretch: tuple[float, ...] = (), amplitude: float = 1.0) -> Tensor:
+def rotate(
+    x: Tensor,
+    place: Tensor,
+    base: float,
+    *,
+    stretch: tuple[float, ...] = (),
+    amplitude: float = 1.0,
+    width: int | None = None,
+) -> Tensor:
     """Turns channel pair i of `x: [B,T,H,K]` by the angle `place * base ** (-2i/K)`. `place`: int64 `[B or 1, T]`.
 
     Channel i pairs with channel `i + K/2`. Scores of rotated queries and keys depend on the distance of positions only.
     `stretch`: K/2 factors on the pairs' wavelengths, none for 1, and `amplitude`, a factor on the result: what models
-    are given to read further than they were first trained (YaRN, arXiv 2309.00071; Llama 3.1).
+    are given to read further than they were first trained (YaRN, arXiv 2309.00071; Llama 3.1). `width`: only so many
+    channels are turned, the first ones, which then are the K of the formula; None: all.
     """
+    if width is not None and width < x.shape[-1]:
+        turned, rest = x.split([width, x.shape[-1] - width], -1)
+        return torch.cat([rotate(turned, place, base, stretch=stretch, amplitude=amplitude), rest], -1)
     half = x.shape[-1] // 2
     # float64 costs little on [T, K/2] and keeps far positions exact: 1e6 radians in float32 are 0.06 off.
     rate = base ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)

@@ -9,7 +9,7 @@ from torch import Tensor
 from seqtrain.errors import CheckpointError
 
 # What safetensors call numbers that a weight may be written in.
-REAL = ("F64", "F32", "F16", "BF16")
+REAL = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def open_weights(file: Path) -> Any:
@@ -23,16 +23,23 @@ def open_weights(file: Path) -> Any:
         raise CheckpointError(f"{file}: incomplete or corrupt safetensors file ({reason})") from None
 
 
-def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in `file`, by its name. Raises `CheckpointError` for numbers that are no weights."""
-    shapes = {}
+def tensors_in(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and kind, as safetensors call it, of every tensor in `file`, by its name. Raises `CheckpointError`."""
+    found = {}
     with open_weights(file) as opened:
         for name in opened.keys():  # noqa: SIM118 (not a dict)
             told = opened.get_slice(name)
-            if told.get_dtype() not in REAL:
-                raise CheckpointError(f"{file}: {name} is of {told.get_dtype()}, a weight of {', '.join(REAL)}")
-            shapes[name] = tuple(told.get_shape())
-    return shapes
+            found[name] = tuple(told.get_shape()), told.get_dtype()
+    return found
+
+
+def dtype_of(where: object, name: str, kind: str) -> torch.dtype:
+    """The dtype of a tensor that safetensors call `kind`. Raises `CheckpointError` where it is none of a weight."""
+    if kind not in REAL:
+        raise CheckpointError(
+            f"{where}: {name} is of {kind}, a weight of {', '.join(REAL)}; dequantize it where it is quantized"
+        )
+    return REAL[kind]
 
 
 def check_finite(where: object, name: str, weight: Tensor) -> None:

@@ -1,6 +1,6 @@
 """The networks of a conversion: the teacher as a `LanguageModel` with softmax mixers, its student, and what stays."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import cycle
 from pathlib import Path
@@ -11,98 +11,26 @@ from pydantic import Field
 from torch import Tensor
 
 from seqtrain.convert.settings import POLICY, ConvertConfig, is_liger
-from seqtrain.convert.sources import Source
 from seqtrain.errors import ConfigError
 from seqtrain.files import Manifest
 from seqtrain.mixers import MIXERS, WHOLE
 from seqtrain.mixers.linearized_attention import MemoryConfig
-from seqtrain.models import LanguageModel, ModelConfig
+from seqtrain.models import LanguageModel, pretrained
+from seqtrain.models.architecture import Architecture
+from seqtrain.models.families import FAMILIES
+from seqtrain.models.families.dense import FULL, WINDOWED, Dense
+from seqtrain.models.source import Source
 from seqtrain.parallel.sequence import SequenceContext
 
-FULL, WINDOWED = "attention", "sliding_attention"
 LINEARIZED, STREAMING = "linearized_attention", "streaming_attention"
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """All that makes a network but its weights. `model.layers` names the mixer of every layer."""
-
-    model: ModelConfig
-    mixers: Mapping[str, Any]
-    vocab_size: int
-
-    def build(self) -> LanguageModel:
-        """The network on the meta device, without memory. Raises `ConfigError`."""
-        with torch.device("meta"):
-            return LanguageModel(self.model, self.mixers, self.vocab_size)
-
-
 def architecture_of(source: Source) -> Architecture:
-    """The teacher. Raises `ConfigError` for what `LanguageModel` has no counterpart of."""
-    config, family = source.config, source.family
-    for key, allowed in {"hidden_act": "silu", **family.must_be}.items():
-        if (came := getattr(config, key)) != allowed:
-            raise ConfigError(f"source={source.path}: {key}={came} can't be converted; it must be {allowed}")
-    heads, groups, depth = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
-    if groups < 1 or heads % groups:
-        raise ConfigError(f"source={source.path}: num_key_value_heads={groups} must divide num_attention_heads={heads}")
-    base, stretch, amplitude = rotation(source)
-    attention = {
-        "query_group": heads // groups,
-        "rope_base": base,
-        "rope_stretch": stretch,
-        "rope_amplitude": amplitude,
-        "qk_norm": family.qk_norm,
-        "norm_eps": config.rms_norm_eps,
-        # Some families' configs have no such key; in others it may be null.
-        "head_width": getattr(config, "head_dim", None) or config.hidden_size // heads,
-        "qkv_bias": family.qkv_bias,
-    }
-    layers = _layers(config, depth)
-    own = {FULL: {}, WINDOWED: {"window": config.sliding_window}} if WINDOWED in layers else {FULL: {}}
-    mixers = {name: MIXERS.get(name).Config(**attention, **own[name]) for name in own if name in layers}
-    model = ModelConfig(
-        layers=layers,
-        depth=depth,
-        width=config.hidden_size,
-        heads=heads,
-        mlp_ratio=config.intermediate_size / config.hidden_size,
-        tie_embeddings=config.tie_word_embeddings,
-        norm_eps=config.rms_norm_eps,
-    )
-    if model.hidden != config.intermediate_size:
-        raise ConfigError(f"source={source.path}: intermediate_size={config.intermediate_size} must be a multiple of 8")
-    return Architecture(model, mixers, config.vocab_size)
-
-
-def _layers(config: Any, depth: int) -> tuple[str, ...]:
-    """The softmax mixer of each layer: a model's own sliding windows stay what they are."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        windowed = getattr(config, "sliding_window", None) is not None
-        return ((WINDOWED if windowed else FULL),) * depth
-    return tuple(WINDOWED if kind == "sliding_attention" else FULL for kind in kinds)
-
-
-def rotation(source: Source) -> tuple[float, tuple[float, ...], float]:
-    """Base, factors on the wavelengths (none for 1 everywhere), and factor on queries and keys of the rotation."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    config = source.config
-    rope = config.rope_parameters
-    base, kind = float(rope["rope_theta"]), rope.get("rope_type", "default")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"source={source.path}: partial_rotary_factor={rope['partial_rotary_factor']} must be 1")
-    if kind == "default":
-        return base, source.rope_stretch, 1.0
-    # The other kinds change the rotation of what was seen before when a text gets longer.
-    if kind not in ("linear", "llama3", "yarn"):
-        raise ConfigError(f"source={source.path}: rope_type={kind} can't be converted; linear, llama3, yarn can")
-    if source.rope_stretch:
-        raise ConfigError(f"source={source.path}: has rope_freqs beside rope_type={kind}; one of both can be converted")
-    rates, amplitude = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    plain = base ** (-torch.arange(len(rates), dtype=torch.float64) / len(rates))
-    return base, tuple((plain / rates.double()).tolist()), float(amplitude)
+    """The teacher. Raises `ConfigError` for what can't be converted."""
+    if not isinstance(source.family, Dense):
+        known = ", ".join(name for name, module in FAMILIES.items() if module == "dense")
+        raise ConfigError(f"source={source.path}: {source.config.model_type} can't be converted; these can: {known}")
+    return pretrained.architecture_of(source)
 
 
 @dataclass(frozen=True)

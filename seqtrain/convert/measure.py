@@ -16,12 +16,12 @@ from torch import Tensor
 
 from seqtrain.convert.architecture import layers_alone
 from seqtrain.convert.settings import VerifyConfig
-from seqtrain.convert.sources import Source
 from seqtrain.errors import ConfigError
 from seqtrain.mixers.common.liger import Liger
 from seqtrain.mixers.linearized_attention import LinearizedAttention
 from seqtrain.mixers.streaming_attention import StreamingAttention
 from seqtrain.models import LanguageModel, generate
+from seqtrain.models.source import Source
 from seqtrain.testing import relative_error
 
 Part = Literal["memory", "window"]

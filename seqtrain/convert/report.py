@@ -13,9 +13,9 @@ from typing import Any
 import seqtrain
 from seqtrain.convert.architecture import write_layers
 from seqtrain.convert.settings import ConvertConfig
-from seqtrain.convert.sources import Source
 from seqtrain.errors import ConfigError
 from seqtrain.files import read_json, replace_file
+from seqtrain.models.source import Source
 from seqtrain.report import new_figure, save_figure, write_json
 
 # Keys of the config that name folders of this machine.

@@ -28,12 +28,12 @@ from seqtrain.convert.architecture import Architecture, architecture_of, kept_la
 from seqtrain.convert.measure import Evaluator, layer_errors, read_texts, restore_one_layer
 from seqtrain.convert.report import heading, read_others, write
 from seqtrain.convert.settings import ConvertConfig, read_convert_config
-from seqtrain.convert.sources import open_source
 from seqtrain.convert.stages import START, ConversionManifest, Progress, Stopped, Training, fingerprint
 from seqtrain.convert.tasks import Pair
-from seqtrain.convert.weights import export, load_student, places_of, refuse_existing, teacher_sharing
+from seqtrain.convert.weights import export, load_student, refuse_existing, teacher_sharing
 from seqtrain.memory import AnonymousPeak
-from seqtrain.models import LanguageModel
+from seqtrain.models import LanguageModel, pretrained
+from seqtrain.models.source import open_source
 from seqtrain.runtime.guard import guarded
 from seqtrain.runtime.lease import Lease
 from seqtrain.runtime.resume import claimed
@@ -145,7 +145,7 @@ class _Conversion:
         progress("source", config.source)
         self.source = open_source(config.source, config.source_sha256)
         self.teacher = architecture_of(self.source)
-        places_of(student_of(self.teacher, config, ()).build(), self.source)
+        pretrained.places_of(student_of(self.teacher, config, ()).build(), self.source)
         self.texts = read_texts(config.verify, self.source, seed=config.seed)
         # One row for checks, `[1,T]`.
         self.tokens = self.texts[0].tokens[:1]

@@ -3,7 +3,6 @@
 LoRA adapters (arXiv 2106.09685) are peft's, on the parts of fused matrices too; they are merged in float32.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -13,19 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from seqtrain.convert.architecture import Architecture
-from seqtrain.convert.sources import IGNORED, Source
-from seqtrain.errors import CheckpointError, ConfigError
+from seqtrain.errors import ConfigError
 from seqtrain.files import replacing
 from seqtrain.mixers.common.attention import SoftmaxAttention
 from seqtrain.models import LanguageModel
-from seqtrain.weights import check_finite
-
-# Files of the tokenizer and of generation, copied as they are.
-CARRIED = (
-    "tokenizer*.*", "*_tokens*.json", "vocab.*", "merges.txt", "*.model", "chat_template.*",
-    "additional_chat_templates/*", "generation_config.json",
-)  # fmt: skip
+from seqtrain.models.architecture import Architecture
+from seqtrain.models.pretrained import copy_companions, load_weights
+from seqtrain.models.source import Source
 
 # By the name a recipe calls it: the module of a block, or the part of a fused one.
 TARGETS: Mapping[str, str] = {
@@ -64,59 +57,6 @@ def teacher_sharing(student: LanguageModel, architecture: Architecture) -> Langu
     return teacher.eval()
 
 
-@torch.no_grad()
-def load_weights(
-    model: LanguageModel, source: Source, *, dtype: torch.dtype, progress: Callable[[str], None] = lambda name: None
-) -> None:
-    """Gives `model`, built on the meta device, memory and the source's weights.
-
-    Parameters the source does not have (those of a replaced layer) are NaN until they are filled. Peak memory: the
-    model in `dtype` and one tensor. Raises `CheckpointError` for a tensor that is missing, unknown, or has another
-    shape than the model's.
-    """
-    places = places_of(model, source)
-    # From the meta device to memory, NaN everywhere; what was tied stays tied.
-    model.to(dtype).to_empty(device="cpu")
-    if model.config.tie_embeddings:
-        model.head.weight = model.embedding.weight
-    for each in model.parameters():
-        nn.init.constant_(each, torch.nan)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    tied_head = None
-    for name, tensor in source.tensors():
-        progress(name)
-        if name == "lm_head.weight" and model.config.tie_embeddings:
-            tied_head = tensor
-        elif name in places:
-            parameter, rows = places[name]
-            parameters[parameter][rows].copy_(tensor)
-            check_finite(f"source={source.path}", name, parameters[parameter][rows])
-    if tied_head is not None and not torch.equal(model.embedding.weight, tied_head.to(dtype)):
-        raise CheckpointError(f"source={source.path}: lm_head.weight differs from the embedding the config ties it to")
-
-
-def places_of(model: LanguageModel, source: Source) -> dict[str, tuple[str, slice]]:
-    """Where each named tensor of the source belongs: a parameter and its rows.
-
-    Raises `CheckpointError` unless the source's tensors are those of the table, in the model's shapes.
-    """
-    layout = fused_rows(model)
-    places = {
-        name: (parameter, layout[parameter.rpartition(".")[0]][part] if part else slice(None))
-        for name, (parameter, part) in source.family.weights(model.config.depth).items()
-    }
-    optional = {"lm_head.weight"} if model.config.tie_embeddings else set()
-    if missing := sorted(set(places) - set(source.shapes) - optional):
-        raise CheckpointError(f"source={source.path}: lacks {_some(missing)}")
-    if unknown := sorted(name for name in set(source.shapes) - set(places) if not name.endswith(IGNORED)):
-        raise CheckpointError(f"source={source.path}: holds {_some(unknown)}, which its architecture does not have")
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, (parameter, rows) in places.items():
-        if name in source.shapes and source.shapes[name] != (expected := tuple(parameters[parameter][rows].shape)):
-            raise CheckpointError(f"source={source.path}: {name} has shape {source.shapes[name]}, expected {expected}")
-    return places
-
-
 def fused_rows(model: LanguageModel) -> dict[str, dict[str, slice]]:
     """For each fused matrix, the rows of its parts by name."""
     rows: dict[str, dict[str, slice]] = {}
@@ -124,15 +64,10 @@ def fused_rows(model: LanguageModel) -> dict[str, dict[str, slice]]:
     for index, block in enumerate(model.blocks):
         mixer: nn.Module = block.mixer
         assert isinstance(mixer, SoftmaxAttention), f"layer {index} has no projections to take over: {mixer}"
-        parts = zip(("q", "k", "v"), pairwise(accumulate(mixer.channels, initial=0)), strict=True)
+        parts = zip(("q", "k", "v"), pairwise(accumulate(mixer.channels, initial=0)), strict=False)
         rows[f"blocks.{index}.mixer.qkv"] = {name: slice(*part) for name, part in parts}
         rows[f"blocks.{index}.mlp.up"] = {"gate": slice(0, hidden), "value": slice(hidden, 2 * hidden)}
     return rows
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def model_from(architecture: Architecture, files: Iterable[Path], *, own: Iterable[str] = ()) -> LanguageModel:
@@ -181,10 +116,7 @@ def export(student: LanguageModel, architecture: Architecture, source: Source, f
         unfinished.mkdir()
         as_huggingface(student, architecture.mixers, **tokens).save_pretrained(unfinished)
         if source.path.is_dir():
-            for file in {found for pattern in CARRIED for found in source.path.glob(pattern) if found.is_file()}:
-                copy = unfinished / file.relative_to(source.path)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)
+            copy_companions(source.path, unfinished)
         elif (tokenizer := source.tokenizer()) is not None:
             tokenizer.save_pretrained(unfinished)
 

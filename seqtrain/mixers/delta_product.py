@@ -41,6 +41,6 @@ class DeltaProduct(GatedDeltaNet):
         beta = beta.unflatten(2, (-1, self.steps)).transpose(2, 3)  # B T steps H
         q = F.pad(q[:, :, None], (0, 0, 0, 0, self.steps - 1, 0))
         log_decay = F.pad(log_decay[:, :, None], (0, 0, 0, self.steps - 1))
-        steps = (x.flatten(1, 2) for x in (q, l2norm(k), v, beta, log_decay))
-        out, state = sequence.repeated(self.steps).run(delta_rule, *steps, initial_state=past)
+        q, k, *others = (x.flatten(1, 2) for x in (q, l2norm(k), v, beta, log_decay))
+        out, state = sequence.repeated(self.steps).run(delta_rule, q, self.shared(k), *others, initial_state=past)
         return out[:, self.steps - 1 :: self.steps], state

@@ -34,6 +34,8 @@ class KDA(DeltaMixer):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
+        if self.key_heads != shape.heads:
+            raise self.config_error("key_heads", config.key_heads, "each head has a decay of its own")
         rank, keys = config.gate_rank or self.value, shape.heads * self.key
         self.decay = LowRank(shape.width, rank, keys)
         self.rate_log = nn.Parameter(torch.empty(shape.heads))

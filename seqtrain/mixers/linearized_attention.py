@@ -109,13 +109,13 @@ class LinearizedAttention(SoftmaxAttention):
                 nn.init.constant_(norm.weight, value)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
-        q, k, v = self.project(x)
+        q, k, v, *gate = self.project(x)
         place, position = positions(x, past.get("position"), sequence)
         written = self.memory.write(x, k, v)
         if not self.config.window:
             value, _, after = self.memory.read(q, written, past, sequence)
             out = torch.zeros_like(value) if self.without == "memory" else self.memory_norm(value)
-            return self.out(out.to(x.dtype).flatten(2)), after | {"position": position}
+            return self.read_out(out.to(x.dtype), gate), after | {"position": position}
         older = place >= self.config.window + self.config.sinks  # B|1 T
         written, delayed = self._delayed(written, older, past, sequence)
         value, normalizer, after = self.memory.read(q, written, past, sequence)

@@ -1,6 +1,17 @@
-"""The network and generation from it."""
+"""The network, generation from it, and other people's models as one."""
+
+from typing import Any
 
 from seqtrain.models.generation import generate
 from seqtrain.models.language_model import LanguageModel, ModelConfig
 
-__all__ = ["LanguageModel", "ModelConfig", "generate"]
+__all__ = ["LanguageModel", "ModelConfig", "from_pretrained", "generate", "save_pretrained"]
+
+
+def __getattr__(name: str) -> Any:
+    # They read files of Hugging Face's formats, which training a new model does not need.
+    if name in ("from_pretrained", "save_pretrained"):
+        from seqtrain.models import pretrained
+
+        return getattr(pretrained, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

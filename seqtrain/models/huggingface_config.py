@@ -9,8 +9,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 from seqtrain.errors import CheckpointError
-from seqtrain.mixers import MIXERS
-from seqtrain.models.language_model import LanguageModel, ModelConfig
+from seqtrain.models.language_model import LanguageModel, ModelConfig, mixer_class
 from seqtrain.validation import validate
 
 
@@ -37,7 +36,7 @@ class SeqtrainConfig(PreTrainedConfig):
     @staticmethod
     def of(model: ModelConfig, mixers: Mapping[str, Any], vocab_size: int, **others: Any) -> "SeqtrainConfig":
         """The config of a model; `others`: special tokens and the rest of what Hugging Face knows of any model."""
-        used = {name: asdict(mixers[name]) for name in sorted(set(model.layers))}
+        used = {name: asdict(mixers[name]) for name in sorted(set(model.layers) & set(mixers))}
         config = SeqtrainConfig(
             model=json.loads(json.dumps(asdict(model))),
             mixers=json.loads(json.dumps(used)),
@@ -64,7 +63,7 @@ class SeqtrainConfig(PreTrainedConfig):
     def build(self) -> LanguageModel:
         """The network, with new weights. Raises `ConfigError`."""
         mixers: dict[str, Any] = {
-            name: validate(MIXERS.get(name).Config, values, prefix=f"mixers.{name}.")
+            name: validate(mixer_class(name).Config, values, prefix=f"mixers.{name}.")
             for name, values in (self.mixers or {}).items()
         }
         return LanguageModel(validate(ModelConfig, self.model or {}, prefix="model."), mixers, self.vocab_size)

@@ -3,9 +3,11 @@
 A block is a mixer over time, then an MLP over channels, each normalised before and added after.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +16,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from seqtrain.errors import ConfigError
-from seqtrain.kernels import linear_cross_entropy
+from seqtrain.kernels.linear_cross_entropy import linear_cross_entropy, soft_cap
 from seqtrain.layers import RMSNorm, ShortConvolution
 from seqtrain.mixers import MIXERS, WHOLE, LayerShape, Mixer, State
-from seqtrain.models.spiking import Spikes
+from seqtrain.models.feed_forward import MLP, Activation, MoE, RouterConfig
 from seqtrain.parallel.scan import checkpoint_contexts
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.validation import validate
+
+Norms = Literal["pre", "post", "both"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The keys under `model.`; the files in `conf/model/` hold one ready choice each."""
 
-    # Names of mixers (files in seqtrain/mixers/), repeated over the depth.
+    # Names of mixers (files in seqtrain/mixers/), repeated over the depth; none: a layer without one.
     layers: Annotated[tuple[str, ...], Field(min_length=1)] = ("gated_delta_net",)
     # Number of blocks.
     depth: Annotated[int, Field(gt=0)] = 12
@@ -39,6 +43,29 @@ class ModelConfig:
     groups: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     # Hidden channels of the MLP over width, rounded to a multiple of 8 channels.
     mlp_ratio: Annotated[float, Field(gt=0)] = 2.6667
+    # Hidden channels of the MLP; 0: as mlp_ratio says.
+    mlp_width: Annotated[int, Field(ge=0)] = 0
+    # What follows the mixer of each layer, repeated over the depth: an MLP, routed experts (moe), or nothing (none).
+    mlps: Annotated[tuple[Literal["mlp", "moe", "none"], ...], Field(min_length=1)] = ("mlp",)
+    # What MLPs and experts apply to their hidden channels; relu2 is the square of relu.
+    activation: Activation = "silu"
+    # True: it is applied to one half, which multiplies the other (SwiGLU); False: to all.
+    mlp_gated: bool = True
+    # True: matrices of the MLP have biases.
+    mlp_bias: bool = False
+    # Factor on what an MLP applies its activation to.
+    mlp_gate_scale: Annotated[float, Field(gt=0)] = 1.0
+    # Routed experts in a mixture-of-experts layer; 0: none. All layers have them unless mlps says which.
+    experts: Annotated[int, Field(ge=0)] = 0
+    # Experts that work on each token.
+    experts_per_token: Annotated[int, Field(gt=0)] = 2
+    # Hidden channels of an expert; 0: of the MLP.
+    expert_width: Annotated[int, Field(ge=0)] = 0
+    # Hidden channels of the expert that works on every token; 0: none.
+    shared_expert_width: Annotated[int, Field(ge=0)] = 0
+    # Channels that experts work on, by a projection before and after them; 0: of the residual stream.
+    expert_latent: Annotated[int, Field(ge=0)] = 0
+    router: RouterConfig = field(default_factory=RouterConfig)
     # Mean spikes per value where the MLP computes on spike counts (SpikingBrain); 0: no spikes, plain activations.
     spike_rate: Annotated[float, Field(ge=0)] = 0.0
     # True: the head uses the embedding's matrix, which saves vocab * width parameters.
@@ -47,60 +74,95 @@ class ModelConfig:
     activation_checkpointing: bool = False
     # Tokens whose logits exist at one time in the loss.
     loss_chunk: Annotated[int, Field(gt=0)] = 1024
+    # Where each layer normalises, repeated over the depth: what enters mixer and MLP (pre), what leaves them (post).
+    norms: Annotated[tuple[Norms, ...], Field(min_length=1)] = ("pre",)
     # Added to the mean square in the norms of the residual stream.
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    # True: these norms multiply by 1 + weight (Gemma).
+    norm_zero_centered: bool = False
+    # Factors on embeddings, on what each mixer and MLP adds, and on logits.
+    embedding_scale: Annotated[float, Field(gt=0)] = 1.0
+    residual_scale: Annotated[float, Field(gt=0)] = 1.0
+    logit_scale: Annotated[float, Field(gt=0)] = 1.0
+    # What logits stay below in size, softly (Gemma 2); 0: unbounded.
+    logit_cap: Annotated[float, Field(ge=0)] = 0.0
     # Standard deviation of initial weights; those that write to the residual stream have it over sqrt(2 * depth).
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
 
     @property
     def hidden(self) -> int:
         """Hidden channels of the MLP."""
-        return max(8, round(self.mlp_ratio * self.width / 8) * 8)
+        return self.mlp_width or max(8, round(self.mlp_ratio * self.width / 8) * 8)
 
+    def mixer(self, index: int) -> str:
+        """The name of layer `index`'s mixer."""
+        return self.layers[index % len(self.layers)]
 
-class SwiGLU(nn.Module):
-    """`W3 (silu(W1 x) * W2 x)` (Shazeer 2020, arXiv 2002.05202); W1 and W2 are one matrix.
+    def mlp(self, index: int) -> str:
+        """What follows it."""
+        kinds = ("moe",) if self.experts and self.mlps == ("mlp",) else self.mlps
+        return kinds[index % len(kinds)]
 
-    `spike_rate`: where it is not 0, what enters both matrices is turned into spike counts first (see `Spikes`).
-    """
-
-    def __init__(self, width: int, hidden: int, *, spike_rate: float = 0.0):
-        super().__init__()
-        self.enter = Spikes(spike_rate) if spike_rate else nn.Identity()
-        self.up = nn.Linear(width, 2 * hidden, bias=False)
-        self.leave = Spikes(spike_rate) if spike_rate else nn.Identity()
-        self.out = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.up(self.enter(x)).chunk(2, -1)
-        return self.out(self.leave(F.silu(gate) * value))
+    @property
+    def period(self) -> int:
+        """After so many layers they begin anew."""
+        return math.lcm(len(self.layers), len(self.groups), len(self.mlps), len(self.norms))
 
 
 class Block(nn.Module):
-    """`x + mixer(norm(x))`, then `x + mlp(norm(x))`.
+    """`x + mixer(norm(x))`, then `x + feed_forward(norm(x))`; either may be missing.
 
-    With a `group` the mixer runs on groups of so many tokens, counted from the document's start, which know nothing of
-    each other (the linear group RNN of LION, arXiv 2407.18232); 0: on the whole sequence.
+    `norms`: where it normalises: what enters a part (pre), what leaves it (post), or both. `scale`: factor on what is
+    added. With a `group` the mixer runs on groups of so many tokens, counted from the document's start, which know
+    nothing of each other (the linear group RNN of LION, arXiv 2407.18232); 0: on the whole sequence.
     """
 
-    def __init__(self, mixer: Mixer, hidden: int, norm_eps: float, *, group: int = 0, spike_rate: float = 0.0):
+    def __init__(
+        self,
+        mixer: Mixer | None,
+        mlp: nn.Module | None,
+        norm: Callable[[], nn.Module],
+        *,
+        norms: Norms = "pre",
+        group: int = 0,
+        scale: float = 1.0,
+    ):
         super().__init__()
-        width = mixer.shape.width
-        self.width, self.hidden, self.group = width, hidden, group
-        self.mixer_norm = RMSNorm(width, norm_eps)
+        self.group, self.scale = group, scale
+
+        def norm_at(place: Norms, part: nn.Module | None) -> nn.Module:
+            return norm() if part is not None and norms in (place, "both") else nn.Identity()
+
+        self.mixer_norm = norm_at("pre", mixer)
         self.mixer = mixer
-        self.mlp_norm = RMSNorm(width, norm_eps)
-        self.mlp = SwiGLU(width, hidden, spike_rate=spike_rate)
+        self.mixer_post_norm = norm_at("post", mixer)
+        self.mlp_norm = norm_at("pre", mlp)
+        self.mlp = mlp
+        self.mlp_post_norm = norm_at("post", mlp)
 
     def forward(
         self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
     ) -> tuple[Tensor, State]:
         """`x: [B,T,D]`, or `[B,D]` for one token per row, and the layer's state -> the same after the block."""
-        mixed, state = self._mix(self.mixer_norm(x), state, sequence)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        x, state = self.mix(x, state, sequence)
+        return self.feed(x), state
 
-    def _mix(self, x: Tensor, state: State | None, sequence: SequenceContext) -> tuple[Tensor, State]:
+    def mix(self, x: Tensor, state: State | None = None, sequence: SequenceContext = WHOLE) -> tuple[Tensor, State]:
+        """The first part of `forward`: over time."""
+        if self.mixer is None:
+            return x, {}
+        mixed, state = self._mixed(self.mixer_norm(x), state, sequence)
+        return self._added(x, self.mixer_post_norm(mixed)), state
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The second part of `forward`: over channels."""
+        return x if self.mlp is None else self._added(x, self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
+
+    def _added(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + (y if self.scale == 1 else self.scale * y)
+
+    def _mixed(self, x: Tensor, state: State | None, sequence: SequenceContext) -> tuple[Tensor, State]:
+        assert self.mixer is not None
         mix = self.mixer if x.dim() == 3 else self.mixer.step
         if not self.group:
             return mix(x, state, sequence=sequence)
@@ -111,14 +173,21 @@ class Block(nn.Module):
         mixed, state = mix(x, past or None, sequence=sequence.grouped(self.group, seen))
         return mixed, state | {"seen": after}
 
-    def flops(self, tokens: int) -> int:
-        """Forward pass over one sequence: the mixer's, and `6 T D hidden` of the MLP."""
+    def mixer_flops(self, tokens: int) -> int:
+        """Forward pass of the mixer over one sequence."""
+        if self.mixer is None:
+            return 0
         whole, rest = divmod(tokens, self.group) if self.group else (0, tokens)
-        mixers = whole * self.mixer.flops(self.group) + self.mixer.flops(rest)
-        return mixers + 6 * tokens * self.width * self.hidden
+        return whole * self.mixer.flops(self.group) + self.mixer.flops(rest)
+
+    def mlp_flops(self, tokens: int) -> int:
+        """Forward pass of what works on channels."""
+        return 0 if self.mlp is None else self.mlp.flops(tokens)
 
     def state_bytes(self, tokens: int) -> int:
         """Bytes of one row's state after `tokens` tokens; in groups, of the longest unfinished group."""
+        if self.mixer is None:
+            return 0
         return self.mixer.state_bytes(self.group - 1) + 8 if self.group else self.mixer.state_bytes(tokens)
 
 
@@ -128,16 +197,18 @@ class Head(nn.Module):
     A parameter that two modules hold is gathered for both by ZeRO-3, which an access from outside would not be.
     """
 
-    def __init__(self, weight: Tensor, chunk: int):
+    def __init__(self, weight: Tensor, chunk: int, *, scale: float = 1.0, cap: float = 0.0):
         super().__init__()
         self.weight = weight
-        self.chunk = chunk
+        self.chunk, self.scale, self.cap = chunk, scale, cap
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """`[...,D]` -> float32 logits `[...,vocab]`, or the loss summed over labels that are not -100."""
+        hidden = hidden if self.scale == 1 else hidden * self.scale
         if labels is not None:
-            return linear_cross_entropy(hidden.flatten(0, -2), self.weight, labels.flatten(), chunk=self.chunk)
-        return F.linear(hidden, self.weight).to(torch.promote_types(hidden.dtype, torch.float32))
+            rows, options = hidden.flatten(0, -2), {"chunk": self.chunk, "cap": self.cap}
+            return linear_cross_entropy(rows, self.weight, labels.flatten(), **options)
+        return soft_cap(F.linear(hidden, self.weight).to(torch.promote_types(hidden.dtype, torch.float32)), self.cap)
 
 
 class LanguageModel(nn.Module):
@@ -160,23 +231,25 @@ class LanguageModel(nn.Module):
         validate(ModelConfig, asdict(config), prefix="model.")
         self.config = config
         self.vocab_size = vocab_size
-        if config.width % config.heads:
-            raise ConfigError(f"model.width={config.width}: must be divisible by model.heads={config.heads}")
         self.embedding = nn.Embedding(vocab_size, config.width)
+        norm = partial(RMSNorm, config.width, config.norm_eps, zero_centered=config.norm_zero_centered)
         self.blocks: Any = nn.ModuleList(
             Block(
                 _build_mixer(config, mixers, index),
-                config.hidden,
-                config.norm_eps,
+                _build_mlp(config, index),
+                norm,
+                norms=config.norms[index % len(config.norms)],
                 group=config.groups[index % len(config.groups)],
-                spike_rate=config.spike_rate,
+                scale=config.residual_scale,
             )
             for index in range(config.depth)
         )
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = norm()
         tied = config.tie_embeddings
         weight = self.embedding.weight if tied else nn.Parameter(torch.empty(vocab_size, config.width))
-        self.head = Head(weight, config.loss_chunk)
+        self.head = Head(weight, config.loss_chunk, scale=config.logit_scale, cap=config.logit_cap)
+        # What `save_pretrained` needs of one that came from `from_pretrained`.
+        self.origin: Any = None
         self.reset_parameters(generator)
 
     @torch.no_grad()
@@ -195,8 +268,14 @@ class LanguageModel(nn.Module):
         for module in self.modules():
             if isinstance(module, Mixer):
                 module.reset_parameters(generator)
-            if isinstance(module, Mixer | SwiGLU):
-                # So many sums of independent terms keep the residual stream at the size of one (GPT-2).
+            if isinstance(module, MoE):
+                for weight in (module.up, module.down):
+                    nn.init.normal_(weight, std=deviation, generator=generator)
+        for module in self.modules():
+            # So many sums of independent terms keep the residual stream at the size of one (GPT-2).
+            if isinstance(module, MoE) and isinstance(module.out, nn.Identity):
+                module.down.div_((2 * self.config.depth) ** 0.5)
+            elif isinstance(module, Mixer | MLP | MoE):
                 module.out.weight.div_((2 * self.config.depth) ** 0.5)
 
     def forward(
@@ -239,6 +318,7 @@ class LanguageModel(nn.Module):
         """
         past: Iterable[State | None] = [None] * len(self.blocks) if state is None else state
         x, after = tokens if tokens.is_floating_point() else self.embedding(tokens), []  # B T D
+        x = x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
         for block, before in zip(self.blocks, past, strict=True):
             watch(x)
             x, new = self._run(block, x, before, sequence)
@@ -267,7 +347,8 @@ class LanguageModel(nn.Module):
 
     def flops(self, tokens: int) -> int:
         """Forward pass with loss over one sequence: every block's, and `2 T D vocab` of the head."""
-        return sum(block.flops(tokens) for block in self.blocks) + 2 * tokens * self.config.width * self.vocab_size
+        blocks = sum(block.mixer_flops(tokens) + block.mlp_flops(tokens) for block in self.blocks)
+        return blocks + 2 * tokens * self.config.width * self.vocab_size
 
     def state_bytes(self, tokens: int) -> int:
         """Bytes of one row's state after `tokens` tokens, in float32: the same for any number where mixers recur."""
@@ -276,20 +357,28 @@ class LanguageModel(nn.Module):
 
 def default_config(mixer: str) -> Any:
     """The `Config` of the mixer of that name, all fields as they are by default. Raises `ConfigError`."""
-    cls = MIXERS.get(mixer)
+    cls = mixer_class(mixer)
     try:
         return cls.Config()
     except TypeError as error:
         raise ConfigError(f"mixer.{mixer}: has no defaults ({error}); write conf/mixer/{mixer}.yaml") from error
 
 
-def _build_mixer(config: ModelConfig, mixers: Mapping[str, Any], index: int) -> Mixer:
-    name = config.layers[index % len(config.layers)]
-    cls = MIXERS.get(name)
-    mixer = cls(
-        mixers[name] if name in mixers else default_config(name),
-        LayerShape(config.width, config.heads, index, config.depth),
-    )
+def mixer_class(name: str) -> type[Mixer]:
+    """The mixer that layers called `name` have: what comes before a dot, as in `attention.local`. Raises `ConfigError`.
+
+    So layers of one mixer can have configs of their own.
+    """
+    return MIXERS.get(name.partition(".")[0])
+
+
+def _build_mixer(config: ModelConfig, mixers: Mapping[str, Any], index: int) -> Mixer | None:
+    name = config.mixer(index)
+    if name == "none":
+        return None
+    own = mixers[name] if name in mixers else default_config(name)
+    heads = getattr(own, "heads", 0) or config.heads
+    mixer = mixer_class(name)(own, LayerShape(config.width, heads, index, config.depth))
     if mixer.grouped and (size := config.groups[index % len(config.groups)]):
         raise ConfigError(
             f"model.groups={list(config.groups)}: layer {index}, {name}, has groups of its own and can't have "
@@ -298,3 +387,25 @@ def _build_mixer(config: ModelConfig, mixers: Mapping[str, Any], index: int) -> 
     if not mixer.causal:
         raise ConfigError(f"model.layers={name}: sees tokens to come, which a language model must not, as configured")
     return mixer
+
+
+def _build_mlp(config: ModelConfig, index: int) -> nn.Module | None:
+    kind = config.mlp(index)
+    if kind == "none":
+        return None
+    shape: dict[str, Any] = {"activation": config.activation, "gated": config.mlp_gated}
+    if kind == "mlp":
+        shape |= {"bias": config.mlp_bias, "gate_scale": config.mlp_gate_scale, "spike_rate": config.spike_rate}
+        return MLP(config.width, config.hidden, **shape)
+    if not config.experts:
+        raise ConfigError(f"model.mlps={list(config.mlps)}: a layer has routed experts; say how many: model.experts=")
+    return MoE(
+        config.width,
+        config.expert_width or config.hidden,
+        experts=config.experts,
+        chosen=config.experts_per_token,
+        router=config.router,
+        shared=config.shared_expert_width,
+        latent=config.expert_latent,
+        **shape,
+    )

@@ -161,13 +161,16 @@ class ModelCounter:
             # The head has made that gradient; the embedding adds to it.
             embedding = dataclasses.replace(embedding, gradient_bytes=0)
         add(-1, "embedding", [whole.embedding], 0.0, embedding)
-        mixers, mlp = {kind: trace.mixer(kind, batch) for kind in trace.mixers}, trace.mlp(batch)
+        mixers = {kind: trace.mixer(kind, batch) for kind in trace.mixers}
+        mlps = {kind: trace.mlp(kind, batch) for kind in trace.mlps}
         for index, block in enumerate(whole.blocks):
-            mlp_flops = 6.0 * rows * tokens * block.width * block.hidden
-            states, mixer_flops = block.state_bytes(tokens), rows * block.flops(tokens) - mlp_flops
-            modules, kind = [block.mixer, block.mixer_norm], trace.kind(index)
-            add(index, "mixer", modules, mixer_flops, mixers[kind], kind=kind[0], state_bytes=states)
-            add(index, "mlp", [block.mlp, block.mlp_norm], mlp_flops, mlp)
+            if block.mixer is not None:
+                modules, kind = [block.mixer, block.mixer_norm, block.mixer_post_norm], trace.kind(index)
+                flops, states = float(rows * block.mixer_flops(tokens)), block.state_bytes(tokens)
+                add(index, "mixer", modules, flops, mixers[kind], kind=kind[0], state_bytes=states)
+            if block.mlp is not None:
+                modules, flops = [block.mlp, block.mlp_norm, block.mlp_post_norm], float(rows * block.mlp_flops(tokens))
+                add(index, "mlp", modules, flops, mlps[config.mlp(index)])
         head = [] if config.tie_embeddings else [whole.head]
         loss_flops = 2.0 * rows * tokens * config.width * whole.vocab_size
         add(-1, "loss", [whole.norm, *head], loss_flops, trace.loss(batch))

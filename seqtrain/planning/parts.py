@@ -111,7 +111,9 @@ class PartTracer:
 
     def __init__(self, model: LanguageModel) -> None:
         self.model, self.width = model, model.config.width
-        self.mixers = {self.kind(index): block for index, block in reversed(list(enumerate(model.blocks)))}
+        blocks = list(reversed(list(enumerate(model.blocks))))
+        self.mixers = {self.kind(index): block for index, block in blocks if block.mixer is not None}
+        self.mlps = {model.config.mlp(index): block for index, block in blocks if block.mlp is not None}
         # Methods of one object alone, so that what is traced goes with it.
         self._cached_mixer, self._cached_mlp, self._cached_loss = (
             cache(self._mixer),
@@ -121,8 +123,7 @@ class PartTracer:
 
     def kind(self, index: int) -> tuple[str, int]:
         """What makes a layer's mixer do the same as another's: its name, and the tokens of its groups."""
-        layers = self.model.config.layers
-        return layers[index % len(layers)], self.model.blocks[index].group
+        return self.model.config.mixer(index), self.model.blocks[index].group
 
     def mixer(self, kind: tuple[str, int], batch: MicroBatch) -> Traced:
         """A layer's mixer with its norm and its sum with the residual stream."""
@@ -136,9 +137,9 @@ class PartTracer:
         executed = {name: batch.rows * getattr(chunks, name) for name in ("executed_forward", "executed_backward")}
         return dataclasses.replace(mixer, **executed)
 
-    def mlp(self, batch: MicroBatch) -> Traced:
-        """A layer's MLP with its norm and its sum."""
-        return _at(batch, self._cached_mlp, _doubled(self._short(batch)))
+    def mlp(self, kind: str, batch: MicroBatch) -> Traced:
+        """A layer's MLP, or its experts, with its norm and its sum."""
+        return _at(batch, partial(self._cached_mlp, kind), _doubled(self._short(batch)))
 
     def loss(self, batch: MicroBatch) -> Traced:
         """The last norm with the head and the loss."""
@@ -152,13 +153,13 @@ class PartTracer:
         sequence = RecordingContext(backend=batch.backend)
 
         def run(block: Any, x: Tensor) -> Tensor:
-            return x + block._mix(block.mixer_norm(x), None, sequence)[0]
+            return block.mix(x, None, sequence)[0]
 
         traced = _trace(self.mixers[kind], run, self.width, batch)
         return dataclasses.replace(traced, exchanges=tuple(sequence.exchanges), windows=tuple(sequence.windows))
 
-    def _mlp(self, batch: MicroBatch) -> Traced:
-        return _trace(self.model.blocks[0], lambda block, x: x + block.mlp(block.mlp_norm(x)), self.width, batch)
+    def _mlp(self, kind: str, batch: MicroBatch) -> Traced:
+        return _trace(self.mlps[kind], lambda block, x: block.feed(x), self.width, batch)
 
     def _loss(self, batch: MicroBatch) -> Traced:
         last = nn.ModuleList([self.model.norm, self.model.head])

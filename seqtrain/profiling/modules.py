@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from seqtrain.layers import RMSNorm
 from seqtrain.mixers import Mixer
-from seqtrain.models.language_model import Block, Head, SwiGLU
+from seqtrain.models.feed_forward import MLP, MoE
+from seqtrain.models.language_model import Block, Head
 from seqtrain.profiling.parts import BACKWARD, FORWARD, RECOMPUTATION, Part, Timeline
 
 # What the modules of a model are called; a mixer has its own name. A block's own work is its two additions.
 KINDS: dict[type[nn.Module], str] = {
     Block: "norm, residual",
     RMSNorm: "norm, residual",
-    SwiGLU: "mlp",
+    MLP: "mlp",
+    MoE: "mlp",
     nn.Embedding: "embedding",
     Head: "loss",
 }

@@ -9,7 +9,7 @@ from seqtrain.data.tokenizer import HuggingFaceTokenizer, check_ids
 from seqtrain.errors import CheckpointError, ConfigError, SeqtrainError
 from seqtrain.models import LanguageModel
 from seqtrain.runtime.generate import open_run
-from seqtrain.weights import check_finite, shapes_in
+from seqtrain.weights import check_finite, dtype_of, tensors_in
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def _load_exported(folder: Path) -> Loaded:
     from seqtrain.models.huggingface import SeqtrainForCausalLM
 
     for file in folder.glob("*.safetensors"):
-        shapes_in(file)
+        for name, (_, kind) in tensors_in(file).items():
+            dtype_of(file, name, kind)
     try:
         exported, told = SeqtrainForCausalLM.from_pretrained(folder, output_loading_info=True)
     except SeqtrainError:

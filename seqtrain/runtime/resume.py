@@ -36,7 +36,7 @@ def fingerprint(config: PretrainConfig, content: Mapping[str, str] | None = None
     """
     values = {
         "model": plain(config.model),
-        "mixer": {name: plain(config.mixer[name]) for name in sorted(set(config.model.layers))},
+        "mixer": {name: plain(config.mixer[name]) for name in sorted(config.mixer)},
         "data": plain(config.data),
         "optimizer": plain(config.optimizer),
         "schedule": plain(config.schedule),

@@ -1,6 +1,5 @@
 """What a run can be told: one frozen dataclass a section, and the rules that hold between sections."""
 
-import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -214,12 +213,13 @@ def typed_pretrain_config(values: Mapping[str, Any]) -> PretrainConfig:
         name: validate(MIXERS.get(name).Config, section, prefix=f"mixer.{name}.")
         for name, section in values.get("mixer", {}).items()
     }
-    for name in typed.model.layers:
+    used = [name for name in dict.fromkeys(typed.model.layers) if name != "none"]
+    for name in used:
         try:
             mixers[name] = mixers[name] if name in mixers else default_config(name)
         except ConfigError as error:
             raise ConfigError(f"model.layers: {error}") from error
-    return resolve(replace(typed, mixer={name: mixers[name] for name in typed.model.layers}))
+    return resolve(replace(typed, mixer={name: mixers[name] for name in used}))
 
 
 def resolve(config: PretrainConfig) -> PretrainConfig:
@@ -301,7 +301,7 @@ def check(config: PretrainConfig) -> None:
 def _check_model(config: PretrainConfig) -> None:
     """The model's own rules (widths, heads, kernel sizes) and its size, without its memory or its whole depth."""
     model = config.model
-    depth = min(model.depth, math.lcm(len(model.layers), len(model.groups)))
+    depth = min(model.depth, model.period)
     try:
         with torch.device("meta"), _without_dynamo(), _one_thread():
             sample = LanguageModel(replace(model, depth=depth), config.mixer, vocab_size=1)
@@ -313,7 +313,7 @@ def _check_model(config: PretrainConfig) -> None:
     most = psutil.virtual_memory().total if alone and config.runtime.device == "cpu" else MOST_BYTES
     if needed > most:
         name, largest = max(sample.named_parameters(), key=lambda named: named[1].numel())
-        layer = model.layers[int(name.split(".")[1]) % len(model.layers)] if ".mixer." in name else ""
+        layer = model.mixer(int(name.split(".")[1])) if ".mixer." in name else ""
         sizes = f"the sizes in mixer.{layer}." if layer else "model.width"
         raise ConfigError(
             f"model.depth={model.depth} model.width={model.width}: the weights alone are {needed:.1e} bytes, more than "

@@ -5,7 +5,9 @@ import torch
 
 from seqtrain.convert.architecture import architecture_of
 from seqtrain.convert.sources import open_source
-from seqtrain.convert.weights import load_weights
+from seqtrain.models.families import family_of
+from seqtrain.models.gguf import hf_names
+from seqtrain.models.pretrained import load_weights
 
 COMMON = {
     "vocab_size": 61,
@@ -93,8 +95,6 @@ def write_gguf(model, file, *, quantization="F32", more=None, keys=None, leave_o
     """
     from gguf import GGMLQuantizationType, GGUFWriter, quants
 
-    from seqtrain.convert.sources import FAMILIES, gguf_names
-
     config = model.config
     # llama.cpp calls a mistral a llama.
     kind = {"mistral": "llama"}.get(config.model_type, config.model_type)
@@ -120,13 +120,13 @@ def write_gguf(model, file, *, quantization="F32", more=None, keys=None, leave_o
         kinds[type(value)](f"{kind}.{key}", value)
     for key in leave_out:
         del writer.kv_data[0][f"{kind}.{key}"]
-    names = {theirs: ours for ours, theirs in gguf_names(config.num_hidden_layers).items()}
+    names = {theirs: ours for ours, theirs in hf_names(config.num_hidden_layers).items()}
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         part = name.split(".")[-2]
-        if FAMILIES[kind].gguf_interleaved and part in heads:
+        if family_of(kind, file).gguf_interleaved and part in heads:
             tensor = tensor.unflatten(0, (heads[part], 2, -1)).transpose(1, 2).flatten(0, 2)
         values = tensor.float().numpy()
         # Blocks of 32 must fill a row; llama.cpp too leaves the rest at F32.

@@ -14,9 +14,10 @@ from seqtrain.config import compose_config
 from seqtrain.convert.architecture import architecture_of, student_of
 from seqtrain.convert.settings import read_convert_config
 from seqtrain.convert.sources import open_source
-from seqtrain.convert.weights import export, load_student, load_weights
+from seqtrain.convert.weights import export, load_student
 from seqtrain.errors import CheckpointError, SeqtrainError
 from seqtrain.memory import AnonymousPeak
+from seqtrain.models.pretrained import load_weights
 from tests.command_cases import refused
 from tests.convert.convert_cases import COMMON, FAMILIES, TINY, read_teacher, some_tokens, write_gguf
 
@@ -187,13 +188,13 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: is not JSON"),
         (set_config(model_type="llamma"), "architecture 'llamma' is unknown; did you mean 'llama'?"),
-        (set_config(hidden_act="gelu"), "hidden_act=gelu can't be converted; it must be silu"),
-        (set_config(mlp_bias=True), "mlp_bias=True can't be converted"),
+        (set_config(hidden_act="tanh"), "hidden_act=tanh is not supported; silu, "),
+        (set_config(mlp_bias=True), "lacks model.layers.0.mlp.down_proj.bias"),
         (set_config(num_key_value_heads=3), "num_key_value_heads=3 must divide num_attention_heads=4"),
         (set_config(num_hidden_layers=4), "lacks model.layers.3"),
         (set_config(quantization_config={"bits": 4}), "quantized weights"),
-        (set_config(intermediate_size=41), "intermediate_size=41 must be a multiple of 8"),
-        (set_config(rope_parameters=DYNAMIC), "rope_type=dynamic can't be converted"),
+        (set_config(intermediate_size=41), "down_proj.weight has shape (32, 40), expected (32, 41)"),
+        (set_config(rope_parameters=DYNAMIC), "rope_type=dynamic is not supported"),
     ],
 )
 def test_a_damaged_source_is_one_line(transformers_on_disk, tmp_path, change, message):

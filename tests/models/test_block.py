@@ -1,12 +1,16 @@
 """Layers in groups of tokens, spiking MLPs, and that every tiny preset learns."""
 
+from functools import partial
+
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from seqtrain.config import compose_config, conf_dir
+from seqtrain.layers import RMSNorm
 from seqtrain.mixers import MIXERS, LayerShape
 from seqtrain.models import LanguageModel, ModelConfig, generate
+from seqtrain.models.feed_forward import MLP
 from seqtrain.models.language_model import Block
 from seqtrain.models.spiking import Spikes, spike_counts, spike_statistics
 from seqtrain.parallel.sequence import SequenceContext
@@ -26,7 +30,7 @@ def block(name, group, **fields):
     torch.manual_seed(3)
     cls = MIXERS.get(name)
     mixer = cls(cls.Config(**fields), LayerShape(WIDTH, HEADS, 1, 4))
-    return Block(mixer, 64, 1e-6, group=group).double()
+    return Block(mixer, MLP(WIDTH, 64), partial(RMSNorm, WIDTH), group=group).double()
 
 
 def x(tokens, batch=2):
@@ -98,8 +102,8 @@ def test_groups_are_counted_in_flops_and_bytes():
     grouped, whole = model(groups=(GROUP,)), model()
     assert grouped.parameter_count() == whole.parameter_count()
     for each, plain in zip(grouped.blocks, whole.blocks, strict=True):
-        mlp = plain.flops(20) - plain.mixer.flops(20)
-        assert each.flops(20) == 2 * plain.mixer.flops(8) + plain.mixer.flops(4) + mlp
+        assert each.mixer_flops(20) == 2 * plain.mixer.flops(8) + plain.mixer.flops(4)
+        assert each.mlp_flops(20) == plain.mlp_flops(20) == 6 * 20 * WIDTH * grouped.config.hidden
     _, state = model(groups=(GROUP,)).float()(tokens(12, rows=1))
     assert grouped.state_bytes(12) == sum(value.nbytes for layer in state for value in layer.values())
 
@@ -133,7 +137,7 @@ def test_sparsity_is_measured_in_evaluation():
     spiking(tokens())
     measured = spike_statistics(spiking)
     # Two places a block: what enters the MLP, and its hidden channels.
-    assert measured.values == 60 * sum(WIDTH + each.hidden for each in spiking.blocks)
+    assert measured.values == 60 * (WIDTH + spiking.config.hidden) * len(spiking.blocks)
     assert 0.3 < measured.sparsity < 0.7
     assert 0.5 < measured.spikes < 1.2
     assert spike_statistics(spiking, reset=True) == measured

@@ -6,22 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqtrain.kernels.linear_cross_entropy import IGNORED
+from seqtrain.kernels.linear_cross_entropy import IGNORED, soft_cap
 
 # `softmax(logits, labels, need_gradient)`: the sum of losses of `logits [n,vocab]` in the softmax's dtype, and the
 # gradient of the logits in theirs; it may spoil them.
 Softmax = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
-def run(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+def run(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, cap: float) -> Tensor:
     """See `linear_cross_entropy`."""
-    return chunk_by_chunk(hidden, weight, labels, chunk, softmax)
+    return chunk_by_chunk(hidden, weight, labels, chunk, cap, softmax)
 
 
-def chunk_by_chunk(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, softmax: Softmax) -> Tensor:
+def chunk_by_chunk(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, cap: float, softmax: Softmax) -> Tensor:
     """`run`, with a softmax of one's own."""
     grads = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, softmax, *grads)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, cap, softmax, *grads)
 
 
 def softmax(logits: Tensor, labels: Tensor, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -42,7 +42,14 @@ def softmax(logits: Tensor, labels: Tensor, need_gradient: bool) -> tuple[Tensor
 
 
 def _loss_and_gradients(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, softmax: Softmax, need_hidden: bool, need_weight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk: int,
+    cap: float,
+    softmax: Softmax,
+    need_hidden: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss, and the gradients asked for: of `hidden` in its dtype, of `weight` in the softmax's."""
     device = hidden.device.type
@@ -54,11 +61,16 @@ def _loss_and_gradients(
     loss = torch.zeros((), dtype=soft, device=hidden.device)
     for start in range(0, hidden.shape[0], chunk):
         rows = hidden[start : start + chunk].to(product)
-        of_chunk, d_logits = softmax(rows @ matrix.T, labels[start : start + chunk], need_hidden or need_weight)
+        logits = soft_cap(rows @ matrix.T, cap)
+        # The softmax may spoil them.
+        slope = 1 - (logits / cap).square() if cap else None
+        of_chunk, d_logits = softmax(logits, labels[start : start + chunk], need_hidden or need_weight)
         # Not in place: compiled by PyTorch 2.11, a result born without a gradient would have none.
         loss = loss + of_chunk
         if d_logits is None:
             continue
+        if slope is not None:
+            d_logits = d_logits * slope
         if d_hidden is not None:
             d_hidden[start : start + chunk] = d_logits @ matrix
         if d_weight is not None and product == soft:
@@ -83,4 +95,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Scaled before rounding: a bfloat16 scale would put up to 0.4% on every gradient.
         d_hidden = None if d_hidden is None else (d_hidden.to(scale.dtype) * scale).to(d_hidden.dtype)
         d_weight = None if d_weight is None else (d_weight * scale).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, *6 * (None,)

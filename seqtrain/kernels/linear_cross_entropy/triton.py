@@ -31,9 +31,9 @@ EXAMPLES = (
 )
 
 
-def run(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+def run(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, cap: float) -> Tensor:
     """See `linear_cross_entropy`."""
-    return chunk_by_chunk(hidden, weight, labels, chunk, _softmax)
+    return chunk_by_chunk(hidden, weight, labels, chunk, cap, _softmax)
 
 
 def _softmax(logits: Tensor, labels: Tensor, need_gradient: bool) -> tuple[Tensor, Tensor | None]:

@@ -1,9 +1,10 @@
 """Softmax attention with grouped heads and rotary positions: what the full and the windowed mixer share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from seqtrain.kernels import softmax_attention
@@ -41,6 +42,18 @@ class SoftmaxAttention(Mixer):
         head_width: NonNegativeInt = 0
         # True: queries, keys and values have a bias.
         qkv_bias: bool = False
+        # True: what leaves the layer has one.
+        out_bias: bool = False
+        # Channels of a head that positions rotate, the first ones; null: all, 0: none (no positions).
+        rope_width: NonNegativeInt | None = None
+        # What the norm of queries and keys is taken over: each head, or all heads together.
+        qk_norm_over: Literal["head", "all"] = "head"
+        # True: that norm multiplies by 1 + weight (Gemma).
+        qk_norm_zero_centered: bool = False
+        # True: what heads read is multiplied by a sigmoid of a projection of the layer's input (Qwen3-Next).
+        output_gate: bool = False
+        # Factor on scores before the softmax; 0: one over the root of a head's channels.
+        scale: NonNegativeFloat = 0.0
 
     # Keys a query sees, its own included; None for all.
     window: int | None = None
@@ -50,40 +63,76 @@ class SoftmaxAttention(Mixer):
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
         self.key = config.head_width or self.part_of_width()
-        if self.key % 2:
-            field, value = ("head_width", config.head_width) if config.head_width else ("rope_base", config.rope_base)
-            raise self.config_error(field, value, f"a head has {self.key} channels, which the rotation needs even")
-        if config.rope_stretch and len(config.rope_stretch) != self.key // 2:
-            came = f"[{len(config.rope_stretch)} numbers]"
-            raise self.config_error("rope_stretch", came, f"a head of {self.key} channels has {self.key // 2}")
+        self.check_rotation()
         if shape.heads % config.query_group:
             raise self.config_error("query_group", config.query_group, f"must divide model.heads={shape.heads}")
         self.groups = shape.heads // config.query_group
-        self.channels = [count * self.key for count in (shape.heads, self.groups, self.groups)]
+        inner = shape.heads * self.key
+        # Of queries, keys, values and, where there is one, the gate.
+        self.channels = [inner, *2 * (self.groups * self.key,), *config.output_gate * (inner,)]
         self.qkv = nn.Linear(shape.width, sum(self.channels), bias=config.qkv_bias)
-        self.q_norm = RMSNorm(self.key, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.key, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.out = nn.Linear(shape.heads * self.key, shape.width, bias=False)
+        self.q_norm, self.k_norm = self.norm(shape.heads), self.norm(self.groups)
+        self.out = nn.Linear(inner, shape.width, bias=config.out_bias)
+
+    def check_rotation(self) -> None:
+        """Raises `ConfigError` where positions can't rotate a head's channels."""
+        config, field = self.config, "head_width" if self.config.head_width else "rope_base"
+        width = self.key if config.rope_width is None else config.rope_width
+        if config.rope_width is not None and width > self.key:
+            raise self.config_error("rope_width", width, f"a head has {self.key} channels")
+        if width % 2:
+            field = field if config.rope_width is None else "rope_width"
+            rule = f"a head has {width} channels, which the rotation needs even"
+            raise self.config_error(field, getattr(config, field), rule)
+        if config.rope_stretch and len(config.rope_stretch) != width // 2:
+            came = f"[{len(config.rope_stretch)} numbers]"
+            raise self.config_error("rope_stretch", came, f"a head of {width} channels has {width // 2}")
+
+    def norm(self, heads: int) -> nn.Module:
+        """That of queries or keys."""
+        if not self.config.qk_norm:
+            return nn.Identity()
+        width = self.key if self.config.qk_norm_over == "head" else heads * self.key
+        return RMSNorm(width, self.config.norm_eps, zero_centered=self.config.qk_norm_zero_centered)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
-        q, k, v = self.project(x)
+        q, k, v, *gate = self.project(x)
         place, position = positions(x, past.get("position"), sequence)
         out, after = self.attention(q, k, v, place, past, sequence)
-        return self.out(out.flatten(2)), after | {"position": position}
+        return self.read_out(out, gate), after | {"position": position}
+
+    def read_out(self, out: Tensor, gate: Sequence[Tensor]) -> Tensor:
+        """What leaves the layer, `[B,T,D]`, of what heads read, `[B,T,H,K]`, and of the gate where there is one."""
+        out = out.flatten(2)
+        for each in gate:
+            out = out * torch.sigmoid(each)
+        return self.out(out)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, place: Tensor, past: Past, sequence: SequenceContext
     ) -> tuple[Tensor, State]:
         """What queries read, `[B,T,H,K]`, and the state but for positions; q and k are not yet rotated by `place`."""
         q, k = self.rotated(q, place), self.rotated(k, place)
-        return attend(sequence, softmax_attention, q, k, v, past=past, window=self.window)
+        scale = self.config.scale or None
+        return attend(sequence, softmax_attention, q, k, v, past=past, window=self.window, scale=scale)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`x: [B,T,D]` -> q `[B,T,H,K]`, k and v `[B,T,G,K]`; normalised where so configured, not yet rotated."""
-        q, k, v = (part.unflatten(2, (-1, self.key)) for part in self.qkv(x).split(self.channels, 2))
-        return self.q_norm(q), self.k_norm(k), v
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """`x: [B,T,D]` -> q `[B,T,H,K]`, k and v `[B,T,G,K]`, and a gate `[B,T,H*K]` where there is one.
+
+        Queries and keys are normalised where so configured, and not yet rotated.
+        """
+        q, k, v, *gate = self.qkv(x).split(self.channels, 2)
+        heads = (-1, self.key)
+        if self.config.qk_norm_over == "all":
+            q, k = self.q_norm(q).unflatten(2, heads), self.k_norm(k).unflatten(2, heads)
+        else:
+            q, k = self.q_norm(q.unflatten(2, heads)), self.k_norm(k.unflatten(2, heads))
+        return q, k, v.unflatten(2, heads), *gate
 
     def rotated(self, heads: Tensor, place: Tensor) -> Tensor:
         """Queries or keys `[B,T,...,K]` turned by their positions, int64 `[B or 1, T]`."""
         config = self.config
-        return rotate(heads, place, config.rope_base, stretch=config.rope_stretch, amplitude=config.rope_amplitude)
+        if config.rope_width == 0:
+            return heads
+        options = {"stretch": config.rope_stretch, "amplitude": config.rope_amplitude, "width": config.rope_width}
+        return rotate(heads, place, config.rope_base, **options)

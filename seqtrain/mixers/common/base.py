@@ -114,7 +114,7 @@ class Mixer(nn.Module):
         part = width * ratio / heads
         if part >= 1 and part == int(part):
             return int(part)
-        if ratio == 1.0:
+        if ratio == 1.0 or width % heads:
             raise ConfigError(f"model.width={width}: must be divisible by model.heads={heads}")
         raise self.config_error(field, ratio, f"times model.width={width} must be divisible by model.heads={heads}")
 

@@ -3,6 +3,7 @@
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.kernels import delta_rule
@@ -39,6 +40,15 @@ class DeltaMixer(ProjectedMixer):
     class Config(ProjectedMixer.Config):
         # True: beta in [0, 2], so that a state can change its sign (arXiv 2411.12537); False: in [0, 1].
         allow_negative_eigenvalues: bool = False
+        # Heads of values; 0: model.heads.
+        heads: NonNegativeInt = 0
+        # Heads of queries and keys, which as many value heads each share; 0: as many as value heads.
+        key_heads: NonNegativeInt = 0
+        # Channels of a key head and of a value head; 0: as expand_key and expand_value say.
+        key_width: NonNegativeInt = 0
+        value_width: NonNegativeInt = 0
+        # Added to the mean square in the norm of what heads read.
+        norm_eps: PositiveFloat = 1e-6
 
     # What the output gate passes through.
     gate_activation: ClassVar[Literal["silu", "sigmoid"]] = "silu"
@@ -46,7 +56,7 @@ class DeltaMixer(ProjectedMixer):
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
         self.beta = nn.Linear(shape.width, shape.heads * self.steps, bias=False)
-        self.norm = HeadNorm(self.value, self.gate_activation)
+        self.norm = HeadNorm(self.value, self.gate_activation, config.norm_eps)
         self.out = nn.Linear(self.inner, shape.width, bias=False)
         # What multiplies the normalised output, `[B,T,D]` -> `[B,T,H*V]` before its activation; None: nothing.
         self.gate: nn.Module | None = None
@@ -56,7 +66,7 @@ class DeltaMixer(ProjectedMixer):
         beta = torch.sigmoid(upcast(self.beta(x)))  # B T H*steps
         if self.config.allow_negative_eigenvalues:
             beta = 2 * beta
-        inputs = l2norm(q), k, v, beta, self.log_decay(x)
+        inputs = self.shared(l2norm(q)), k, v, beta, self.log_decay(x)
         out, after["memory"] = self.recur(inputs, past.get("memory"), sequence)
         return self.out(self.norm(out, self.gate(x) if self.gate is not None else None)), after
 
@@ -71,7 +81,23 @@ class DeltaMixer(ProjectedMixer):
     def recur(self, inputs: DeltaInputs, past: Tensor | None, sequence: SequenceContext) -> tuple[Tensor, Tensor]:
         """The operator's output `[B,T,H,V]` and state."""
         q, k, *others = inputs
-        return sequence.run(delta_rule, q, l2norm(k), *others, initial_state=past)
+        return sequence.run(delta_rule, q, self.shared(l2norm(k)), *others, initial_state=past)
+
+    @property
+    def key_heads(self) -> int:
+        return self.config.key_heads or self.shape.heads
+
+    def sizes(self) -> tuple[int, int]:
+        config = self.config
+        if self.shape.heads % self.key_heads:
+            raise self.config_error("key_heads", config.key_heads, f"must divide {self.shape.heads} value heads")
+        key = config.key_width or self.part_of_width(config.expand_key, "expand_key")
+        return key, config.value_width or self.part_of_width(config.expand_value, "expand_value")
+
+    def shared(self, x: Tensor) -> Tensor:
+        """Queries or keys `[B,T,key_heads,K]` as every value head reads them, `[B,T,H,K]`."""
+        times = self.shape.heads // self.key_heads
+        return x if times == 1 else x.repeat_interleave(times, 2)
 
     def log_decay(self, x: Tensor) -> Tensor | None:
         """`log a`: None, `[B,T,H]` or `[B,T,H,K]`, from the layer's input `[B,T,D]`."""

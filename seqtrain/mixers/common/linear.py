@@ -44,10 +44,21 @@ class ProjectedMixer(Mixer):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        self.key = self.part_of_width(config.expand_key, "expand_key")
-        self.value = self.part_of_width(config.expand_value, "expand_value")
+        self.key, self.value = self.sizes()
         self.inner = shape.heads * self.value
-        self.qkv = HeadProjections(shape.width, shape.heads, self.head_widths(), conv_width=config.conv_width)
+        heads = self.key_heads, self.key_heads, shape.heads
+        self.qkv = HeadProjections(shape.width, heads, self.head_widths(), conv_width=config.conv_width)
+
+    def sizes(self) -> tuple[int, int]:
+        """Channels of a key head and of a value head."""
+        config = self.config
+        key = self.part_of_width(config.expand_key, "expand_key")
+        return key, self.part_of_width(config.expand_value, "expand_value")
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of queries and keys; those of values are the layer's."""
+        return self.shape.heads
 
     def head_widths(self) -> tuple[int, int, int]:
         """Channels per head of q, k and v."""

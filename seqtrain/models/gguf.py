@@ -32,6 +32,23 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0.0,),
 }
 # Remarks: how the file was made.
+# A module of a Llama-like Hugging Face checkpoint by its name in a GGUF file; `{i}` stands for a layer.
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "blk.{i}.attn_norm": "model.layers.{i}.input_layernorm",
+    "blk.{i}.attn_q": "model.layers.{i}.self_attn.q_proj",
+    "blk.{i}.attn_k": "model.layers.{i}.self_attn.k_proj",
+    "blk.{i}.attn_v": "model.layers.{i}.self_attn.v_proj",
+    "blk.{i}.attn_output": "model.layers.{i}.self_attn.o_proj",
+    "blk.{i}.attn_q_norm": "model.layers.{i}.self_attn.q_norm",
+    "blk.{i}.attn_k_norm": "model.layers.{i}.self_attn.k_norm",
+    "blk.{i}.ffn_norm": "model.layers.{i}.post_attention_layernorm",
+    "blk.{i}.ffn_gate": "model.layers.{i}.mlp.gate_proj",
+    "blk.{i}.ffn_up": "model.layers.{i}.mlp.up_proj",
+    "blk.{i}.ffn_down": "model.layers.{i}.mlp.down_proj",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
 REMARKS = ("rope.scaling.finetuned", "tensor_data_layout")
 
 
@@ -127,3 +144,13 @@ def dequantized(tensor: Any) -> Tensor:
         rows = slice(start, start + DEQUANTIZED_ROWS)
         value[rows] = torch.tensor(dequantize(tensor.data[rows], tensor.tensor_type))
     return value
+
+
+def hf_names(depth: int) -> dict[str, str]:
+    """GGUF's names of the tensors of `depth` layers -> those of a Hugging Face checkpoint."""
+    return {
+        f"{mine}.{kind}".replace("{i}", str(i)): f"{theirs}.{kind}".replace("{i}", str(i))
+        for mine, theirs in NAMES.items()
+        for i in range(depth if "{i}" in mine else 1)
+        for kind in ("weight", "bias")
+    }

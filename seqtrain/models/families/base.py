@@ -1,0 +1,240 @@
+"""What a family says of itself, and what families share: rotation, softmax layers, MLPs, experts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqtrain.errors import ConfigError
+from seqtrain.mixers.common.attention import SoftmaxAttention
+from seqtrain.models.architecture import Architecture
+from seqtrain.models.feed_forward import MLP, MoE
+from seqtrain.models.language_model import LanguageModel, ModelConfig
+
+# Rows of a tensor: all of them, some, or some in an order of their own.
+Rows = slice | Tensor | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a tensor in a file that are rows of a parameter; several pieces make up what is fused on either side.
+
+    `theirs`, `ours`: names. `expert`: which of the parameter's matrices, where it holds one for each expert.
+    `lifted`: the file's tensor has a dimension of size 1 more, in the middle (a convolution's).
+    """
+
+    theirs: str
+    ours: str
+    our_rows: Rows = None
+    their_rows: Rows = None
+    expert: int | None = None
+    lifted: bool = False
+
+    def part_of(self, parameter: Tensor) -> Tensor:
+        """The rows of the parameter, in the file's shape; a view of it where rows are a slice."""
+        rows = parameter if self.expert is None else parameter[self.expert]
+        rows = rows if self.our_rows is None else rows[self.our_rows]
+        return rows.unsqueeze(1) if self.lifted else rows
+
+    def write(self, parameter: Tensor, value: Tensor) -> None:
+        """Gives these rows of the parameter the rows of a file's tensor."""
+        value = value if self.their_rows is None else value[self.their_rows]
+        target = parameter if self.expert is None else parameter[self.expert]
+        target[slice(None) if self.our_rows is None else self.our_rows] = (
+            value.squeeze(1) if self.lifted else value
+        ).to(target.dtype)
+
+    def read(self, parameter: Tensor, value: Tensor) -> None:
+        """The reverse: gives a file's tensor these rows of the parameter."""
+        value[slice(None) if self.their_rows is None else self.their_rows] = self.part_of(parameter).to(value.dtype)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one `model_type`. A subclass says what network a config means, and where each tensor belongs.
+
+    `carried`: beginnings of names of tensors that transformers' own class ignores (multi-token prediction, vision):
+    they are kept as they are and written back. `ignored`: ends of names of tensors that follow from the config.
+    `renamed`: parts of names that files have for those in the table, which are transformers' own.
+    """
+
+    carried: tuple[str, ...] = ()
+    # Old files hold the rotation's rates.
+    ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    # The key of config.json whose object describes the text model of a larger one; empty: the config is the model's.
+    nested: str = field(default="", kw_only=True)
+    renamed: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
+
+    def canonical(self, name: str) -> str:
+        """The table's name of a tensor that a file calls `name`."""
+        for theirs, known in self.renamed:
+            name = name.replace(theirs, known)
+        return name
+
+    def text_config(self, config: Any) -> Any:
+        """The part of transformers' config that describes the text model."""
+        return getattr(config, self.nested) if self.nested else config
+
+    def architecture(self, config: Any, where: object) -> Architecture:
+        """The network that transformers' `config` describes; `where` it was found. Raises `ConfigError`."""
+        raise NotImplementedError
+
+    def pieces(self, config: Any, model: LanguageModel) -> Iterator[Piece]:
+        """Where each tensor of the file belongs in `model`, which is of `architecture`, or a student of it."""
+        raise NotImplementedError
+
+
+def require(config: Any, where: object, **allowed: Any) -> None:
+    """Raises `ConfigError` where the config has another value for a key than the one that is known here."""
+    for key, value in allowed.items():
+        if (came := getattr(config, key, value)) != value:
+            raise ConfigError(f"source={where}: {key}={came} is not supported; it must be {value}")
+
+
+def activation(config: Any, where: object, key: str = "hidden_act") -> Any:
+    """Our name of the config's activation. Raises `ConfigError`."""
+    names = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+    names |= {"relu": "relu", "relu2": "relu2"}
+    came = getattr(config, key)
+    if came not in names:
+        raise ConfigError(f"source={where}: {key}={came} is not supported; {', '.join(names)} are")
+    return names[came]
+
+
+def rotation(config: Any, where: object, head: int, kind: str = "") -> dict[str, Any]:
+    """A softmax mixer's fields for the config's rotation of heads of `head` channels.
+
+    `kind`: where rotations differ between layers (`rope_parameters` by layer type), the layers'. Raises `ConfigError`.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = config.rope_parameters
+    rope = rope[kind] if kind and kind in rope else rope
+    base, name = float(rope["rope_theta"]), rope.get("rope_type", "default")
+    width = int(head * rope.get("partial_rotary_factor", 1.0))
+    fields: dict[str, Any] = {"rope_base": base, "rope_width": None if width == head else width}
+    if name == "default":
+        return fields
+    # The other kinds change the rotation of what was seen before when a text gets longer.
+    if name not in ("linear", "llama3", "yarn"):
+        raise ConfigError(f"source={where}: rope_type={name} is not supported; default, linear, llama3, yarn are")
+    rates, amplitude = ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"), **({"layer_type": kind} if kind else {}))
+    plain = base ** (-torch.arange(len(rates), dtype=torch.float64) / len(rates))
+    return fields | {"rope_stretch": tuple((plain / rates.double()).tolist()), "rope_amplitude": float(amplitude)}
+
+
+def heads_of(config: Any, where: object) -> tuple[int, int, int]:
+    """Query heads, query heads that share a key head, and channels of a head. Raises `ConfigError`."""
+    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    groups = heads if groups is None else groups
+    if groups < 1 or heads % groups:
+        raise ConfigError(f"source={where}: num_key_value_heads={groups} must divide num_attention_heads={heads}")
+    # Some families' configs have no such key; in others it may be null.
+    return heads, heads // groups, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def model_config(config: Any, where: object, layers: Sequence[str], **others: Any) -> ModelConfig:
+    """What nearly all families' configs say by the same keys, and `others`."""
+    fields: dict[str, Any] = {
+        "layers": tuple(layers),
+        "depth": len(layers),
+        "width": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "mlp_width": getattr(config, "intermediate_size", 0) or 0,
+        "tie_embeddings": config.tie_word_embeddings,
+        "norm_eps": getattr(config, "rms_norm_eps", 1e-6),
+        "initializer_range": getattr(config, "initializer_range", 0.02),
+    }
+    return ModelConfig(**{**fields, **others})
+
+
+def plain(theirs: str, ours: str, module: nn.Module | None, *, lifted: bool = False) -> Iterator[Piece]:
+    """The weight, and the bias where there is one, of a module that both sides have alike."""
+    for kind in ("weight", "bias"):
+        if isinstance(getattr(module, kind, None), Tensor):
+            yield Piece(f"{theirs}.{kind}", f"{ours}.{kind}", lifted=lifted and kind == "weight")
+
+
+def split(
+    names: Sequence[str], ours: str, module: nn.Module, sizes: Sequence[int], *, lifted: bool = False
+) -> Iterator[Piece]:
+    """Modules `names` of a file as consecutive rows, `sizes` of them, of one of ours."""
+    for name, (first, end) in zip(names, pairwise(accumulate(sizes, initial=0)), strict=True):
+        for kind in ("weight", "bias"):
+            if isinstance(getattr(module, kind, None), Tensor):
+                yield Piece(f"{name}.{kind}", f"{ours}.{kind}", slice(first, end), lifted=lifted and kind == "weight")
+
+
+def interleaved(sizes: Mapping[str, int], groups: int) -> dict[str, Tensor]:
+    """The rows of each named part of a matrix whose rows are, for each of `groups`, `sizes` of every part in turn."""
+    whole = torch.arange(groups * sum(sizes.values())).view(groups, -1)
+    parts = whole.split(list(sizes.values()), 1)
+    return {name: rows.flatten() for name, rows in zip(sizes, parts, strict=True)}
+
+
+def attention_pieces(theirs: str, ours: str, mixer: SoftmaxAttention) -> Iterator[Piece]:
+    """A softmax layer with separate projections of queries, keys and values."""
+    names = [f"{theirs}.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+    yield from split(names, f"{ours}.qkv", mixer.qkv, mixer.channels)
+    for name in ("q_norm", "k_norm"):
+        yield from plain(f"{theirs}.{name}", f"{ours}.{name}", mixer.get_submodule(name))
+    yield from plain(f"{theirs}.o_proj", f"{ours}.out", mixer.out)
+
+
+def mlp_pieces(theirs: str, ours: str, mlp: MLP) -> Iterator[Piece]:
+    """An MLP with separate projections of gate and value."""
+    names = ("gate_proj", "up_proj") if mlp.gated else ("up_proj",)
+    sizes = len(names) * [mlp.up.weight.shape[0] // len(names)]
+    yield from split([f"{theirs}.{name}" for name in names], f"{ours}.up", mlp.up, sizes)
+    yield from plain(f"{theirs}.down_proj", f"{ours}.out", mlp.out)
+
+
+@dataclass(frozen=True)
+class MoENames:
+    """What a family calls the parts of its mixture of experts; `experts` has a place `{e}` for the number."""
+
+    router: str = "gate"
+    experts: str = "experts.{e}"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    shared: str = "shared_expert"
+    shared_gate: str = "shared_expert_gate"
+    bias: str = "gate.e_score_correction_bias"
+
+
+def moe_pieces(theirs: str, ours: str, moe: MoE, names: MoENames = MoENames()) -> Iterator[Piece]:
+    """Experts whose matrices the file has one by one."""
+    yield from plain(f"{theirs}.{names.router}", f"{ours}.router", moe.router)
+    if moe.bias is not None:
+        yield Piece(f"{theirs}.{names.bias}", f"{ours}.bias")
+    hidden = moe.down.shape[2]
+    for index in range(len(moe.up)):
+        expert = f"{theirs}.{names.experts}".replace("{e}", str(index))
+        first = slice(0, hidden) if moe.gated else None
+        if moe.gated:
+            yield Piece(f"{expert}.{names.gate}.weight", f"{ours}.up", first, expert=index)
+        second = slice(hidden, None) if moe.gated else None
+        yield Piece(f"{expert}.{names.up}.weight", f"{ours}.up", second, expert=index)
+        yield Piece(f"{expert}.{names.down}.weight", f"{ours}.down", expert=index)
+    if moe.shared is not None:
+        yield from mlp_pieces(f"{theirs}.{names.shared}", f"{ours}.shared", moe.shared)
+    yield from plain(f"{theirs}.{names.shared_gate}", f"{ours}.shared_gate", moe.shared_gate)
+
+
+def feed_forward_pieces(theirs: str, ours: str, part: nn.Module, names: MoENames = MoENames()) -> Iterator[Piece]:
+    """An MLP or experts, whichever the layer has."""
+    if isinstance(part, MoE):
+        yield from moe_pieces(theirs, ours, part, names)
+    elif isinstance(part, MLP):
+        yield from mlp_pieces(theirs, ours, part)
+
+
+def outer_pieces(model: LanguageModel, prefix: str = "model.", *, norm: str = "norm") -> Iterator[Piece]:
+    """Embedding, last norm and head."""
+    yield Piece(f"{prefix}embed_tokens.weight", "embedding.weight")
+    yield Piece(f"{prefix}{norm}.weight", "norm.weight")
+    yield Piece("lm_head.weight", "head.weight")

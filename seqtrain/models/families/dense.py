@@ -1,0 +1,79 @@
+"""Transformers of softmax attention and SwiGLU that differ in biases and norms: Llama, Mistral, Qwen2, Qwen3."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from seqtrain.mixers import MIXERS
+from seqtrain.models.architecture import Architecture
+from seqtrain.models.families.base import (
+    Family,
+    Piece,
+    activation,
+    attention_pieces,
+    heads_of,
+    mlp_pieces,
+    model_config,
+    outer_pieces,
+    plain,
+    rotation,
+)
+from seqtrain.models.language_model import LanguageModel
+
+FULL, WINDOWED = "attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class Dense(Family):
+    """`qkv_bias`: queries, keys and values have one in every model; else as `attention_bias` says.
+
+    `gguf_interleaved`: GGUF files hold the rows of q and k so that neighbors are rotated together.
+    """
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    gguf_interleaved: bool = False
+
+    def architecture(self, config: Any, where: object) -> Architecture:
+        _, shared, head = heads_of(config, where)
+        biased = bool(getattr(config, "attention_bias", False))
+        attention = {
+            "query_group": shared,
+            "head_width": head,
+            "qk_norm": self.qk_norm,
+            "norm_eps": config.rms_norm_eps,
+            "qkv_bias": self.qkv_bias or biased,
+            "out_bias": biased,
+            **rotation(config, where, head),
+        }
+        layers = softmax_layers(config)
+        own = {FULL: {}, WINDOWED: {"window": config.sliding_window}} if WINDOWED in layers else {FULL: {}}
+        mixers = {name: MIXERS.get(name).Config(**attention, **own[name]) for name in own if name in layers}
+        others = {"mlp_bias": bool(getattr(config, "mlp_bias", False)), "activation": activation(config, where)}
+        return Architecture(model_config(config, where, layers, **others), mixers, config.vocab_size)
+
+    def pieces(self, config: Any, model: LanguageModel) -> Iterator[Piece]:
+        yield from outer_pieces(model)
+        for index, block in enumerate(model.blocks):
+            theirs, ours = f"model.layers.{index}", f"blocks.{index}"
+            yield from plain(f"{theirs}.input_layernorm", f"{ours}.mixer_norm", block.mixer_norm)
+            yield from attention_pieces(f"{theirs}.self_attn", f"{ours}.mixer", block.mixer)
+            yield from plain(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm", block.mlp_norm)
+            yield from mlp_pieces(f"{theirs}.mlp", f"{ours}.mlp", block.mlp)
+
+
+def softmax_layers(config: Any) -> tuple[str, ...]:
+    """The softmax mixer of each layer: a model's own sliding windows stay what they are."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        windowed = getattr(config, "sliding_window", None) is not None
+        return ((WINDOWED if windowed else FULL),) * config.num_hidden_layers
+    return tuple(WINDOWED if kind == "sliding_attention" else FULL for kind in kinds)
+
+
+FAMILIES = {
+    "llama": Dense(gguf_interleaved=True),
+    "mistral": Dense(gguf_interleaved=True),
+    "qwen2": Dense(qkv_bias=True),
+    "qwen3": Dense(qk_norm=True),
+}

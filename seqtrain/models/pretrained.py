@@ -1,0 +1,254 @@
+"""Other people's models: a Hugging Face folder of a supported family as a `LanguageModel`, and back."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from seqtrain.errors import CheckpointError, ConfigError
+from seqtrain.files import replacing
+from seqtrain.models.architecture import Architecture
+from seqtrain.models.families import Family, Piece, family_of
+from seqtrain.models.language_model import LanguageModel
+from seqtrain.models.source import INDEX, Source, open_source
+from seqtrain.weights import REAL, check_finite
+
+# Files of the tokenizer and of generation, copied as they are.
+CARRIED = (
+    "tokenizer*.*", "*_tokens*.json", "vocab.*", "merges.txt", "*.model", "chat_template.*",
+    "additional_chat_templates/*", "generation_config.json",
+)  # fmt: skip
+WEIGHTS = "model.safetensors"
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What exporting a model needs besides its weights.
+
+    `config`: the folder's config.json. `dtypes` (None where quantized), `files`: of each tensor, by its name.
+    `folder`: None for a GGUF file, whose model is written as the Hugging Face folder it could have come from.
+    """
+
+    config: Mapping[str, Any]
+    dtypes: Mapping[str, torch.dtype | None]
+    files: Mapping[str, str]
+    folder: Path | None
+
+
+def from_pretrained(
+    folder: str | Path, dtype: torch.dtype | None = None, *, progress: Callable[[str], None] = lambda name: None
+) -> LanguageModel:
+    """The model of a Hugging Face folder, or of a GGUF file, in evaluation mode.
+
+    `dtype`: of all weights; None: each as it is stored. `progress` is told the tensors' names. Raises `ConfigError` for
+    a model of no supported family, `CheckpointError` for files that are damaged or are not those of its config.
+    """
+    source = open_source(str(folder))
+    model = architecture_of(source).build()
+    load_weights(model, source, dtype=dtype, progress=progress)
+    model.origin = origin_of(source)
+    return model.eval()
+
+
+def save_pretrained(model: LanguageModel, folder: str | Path) -> None:
+    """Writes `model`, which came from `from_pretrained`, as the Hugging Face type it was, whole or not at all.
+
+    Config, tensors' names, dtypes and files are those it came with, and so are tokenizer, chat template, generation
+    config and what the family's own class ignores. Raises `ConfigError` where `folder` exists or the model is not of a
+    family.
+    """
+    if model.origin is None:
+        raise ConfigError("save_pretrained: this model did not come from from_pretrained; tools/export.py exports runs")
+    folder = Path(folder)
+    if folder.exists():
+        raise ConfigError(f"{folder}: exists already; name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as unfinished:
+        unfinished.mkdir()
+        write_folder(model, model.origin, unfinished)
+
+
+def architecture_of(source: Source) -> Architecture:
+    """The network of a source. Raises `ConfigError` for what is not supported."""
+    found = source.family.architecture(source.config, source.path)
+    if not source.rope_stretch:
+        return found
+    mixers = {}
+    for name, mixer in found.mixers.items():
+        if mixer.rope_stretch:
+            kind = source.config.rope_parameters.get("rope_type")
+            raise ConfigError(f"source={source.path}: has rope_freqs beside rope_type={kind}; one of both is supported")
+        mixers[name] = replace(mixer, rope_stretch=source.rope_stretch)
+    return replace(found, mixers=mixers)
+
+
+@torch.no_grad()
+def load_weights(
+    model: LanguageModel,
+    source: Source,
+    *,
+    dtype: torch.dtype | None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Gives `model`, built on the meta device, memory and the source's weights; `dtype` None: as they are stored.
+
+    Parameters the source does not have (those of a replaced layer) are NaN until they are filled. Peak memory: the
+    model and one tensor. Raises `CheckpointError` for a tensor that is missing, unknown, or has another shape than the
+    model's.
+    """
+    places = places_of(model, source)
+    materialize(model, {piece.ours: source.dtype(name) for name in places for piece in places[name]}, dtype)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied_head = None
+    for name, tensor in source.tensors():
+        if name not in places:
+            continue
+        progress(name)
+        if name == HEAD and model.config.tie_embeddings:
+            tied_head = tensor
+            continue
+        for piece in places[name]:
+            piece.write(parameters[piece.ours], tensor)
+            check_finite(f"source={source.path}", name, piece.part_of(parameters[piece.ours]))
+    embedding = model.embedding.weight
+    if tied_head is not None and not torch.equal(embedding, tied_head.to(embedding.dtype)):
+        raise CheckpointError(f"source={source.path}: lm_head.weight differs from the embedding the config ties it to")
+
+
+def materialize(model: LanguageModel, stored: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> None:
+    """From the meta device to memory, NaN everywhere; what is tied stays tied. `stored`: dtypes for `dtype` None."""
+    for path, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            kind = dtype or stored.get(f"{path}.{name}", torch.float32)
+            empty = torch.full(parameter.shape, torch.nan, dtype=kind)
+            setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+    if model.config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+
+
+def places_of(model: LanguageModel, source: Source) -> dict[str, list[Piece]]:
+    """Where each named tensor of the source belongs.
+
+    Raises `CheckpointError` unless the source's tensors are those of the family, in the model's shapes.
+    """
+    family = source.family
+    places, names = by_tensor(family.pieces(source.config, model)), {family.canonical(x): x for x in source.shapes}
+    optional = {HEAD} if model.config.tie_embeddings else set()
+    if missing := sorted(set(places) - set(names) - optional):
+        raise CheckpointError(f"source={source.path}: lacks {_some(missing)}")
+    if unknown := [name for known, name in names.items() if known not in places and not is_extra(family, name)]:
+        what = f"holds {_some(sorted(unknown))}, which its architecture does not have"
+        raise CheckpointError(f"source={source.path}: {what}")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = {name: places[known] for known, name in names.items() if known in places}
+    for name, pieces in found.items():
+        if source.shapes[name] != (expected := shape_of(pieces, parameters)):
+            raise CheckpointError(f"source={source.path}: {name} has shape {source.shapes[name]}, expected {expected}")
+    return found
+
+
+def by_tensor(pieces: Iterator[Piece]) -> dict[str, list[Piece]]:
+    """The pieces of each of the file's tensors."""
+    found: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(piece.theirs, []).append(piece)
+    return found
+
+
+def shape_of(pieces: list[Piece], parameters: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The shape of the file's tensor that `pieces` make up."""
+    parts = [piece.part_of(parameters[piece.ours]).shape for piece in pieces]
+    return (sum(part[0] for part in parts), *parts[0][1:]) if len(parts) > 1 else tuple(parts[0])
+
+
+def is_extra(family: Family, name: str) -> bool:
+    """Whether a tensor is none of the network's, and known for that."""
+    return name.startswith(family.carried) or name.endswith(family.ignored)
+
+
+def origin_of(source: Source) -> Origin:
+    """What exporting the source's model needs."""
+    if not source.path.is_dir():
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        config = source.config.to_dict()
+        config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
+        return Origin(config, dict.fromkeys(source.shapes, torch.float32), source.places, None)
+    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    return Origin(config, {name: REAL.get(kind) for name, kind in source.kinds.items()}, source.places, source.path)
+
+
+def write_folder(model: LanguageModel, origin: Origin, folder: Path) -> None:
+    """Writes config, weights and what is carried along into `folder`, which is empty."""
+    (folder / "config.json").write_text(json.dumps(origin.config, indent=2) + "\n", encoding="utf-8")
+    for file in sorted(set(origin.files.values())):
+        names = [name for name, place in origin.files.items() if place == file]
+        save_file(_tensors(model, origin, names), folder / file, metadata={"format": "pt"})
+    if set(origin.files.values()) != {WEIGHTS}:
+        sizes = sum((folder / file).stat().st_size for file in set(origin.files.values()))
+        index = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(origin.files.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    if origin.folder is not None:
+        copy_companions(origin.folder, folder)
+
+
+@torch.no_grad()
+def _tensors(model: LanguageModel, origin: Origin, names: list[str]) -> dict[str, Tensor]:
+    """The tensors `names` of a file: of the model's parameters, or else of the folder it came from."""
+    family, config = family_of_config(origin.config)
+    places, parameters = by_tensor(family.pieces(config, model)), dict(model.named_parameters(remove_duplicate=False))
+    found = {}
+    for name in names:
+        if pieces := places.get(family.canonical(name)):
+            value = torch.empty(shape_of(pieces, parameters), dtype=origin.dtypes[name])
+            for piece in pieces:
+                piece.read(parameters[piece.ours], value)
+            found[name] = value
+    if rest := set(names) - set(found):
+        found |= _carried(origin, rest)
+    return found
+
+
+def _carried(origin: Origin, names: set[str]) -> dict[str, Tensor]:
+    """Tensors that are not the model's, as they were."""
+    from safetensors import safe_open
+
+    found, example = {}, min(names)
+    for file in sorted({origin.files[name] for name in names}):
+        path = None if origin.folder is None else origin.folder / file
+        if path is None or not path.is_file():
+            raise CheckpointError(f"{path}: is gone, and with it {example}, which the export has to carry along")
+        with safe_open(path, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in names if origin.files[name] == file}
+    return found
+
+
+def family_of_config(config: Mapping[str, Any]) -> tuple[Family, Any]:
+    """The family and transformers' config of a config.json's object."""
+    from transformers import AutoConfig
+
+    family = family_of(str(config["model_type"]), "config.json")
+    whole = AutoConfig.for_model(**config)
+    return family, family.text_config(whole)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies tokenizer, chat template and generation config."""
+    for file in {found for pattern in CARRIED for found in source.glob(pattern) if found.is_file()}:
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
