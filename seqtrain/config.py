@@ -41,8 +41,21 @@ def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     `run=FOLDER` among the overrides of `pretrain`: the config of the run in FOLDER, with what the others change.
     """
     run, words = take(quote_text(_without_null(overrides), _value_types(name)), "run" if name == "pretrain" else "")
+    if name != "convert":
+        words = _with_source(words)
     config = _composed(name, tuple(words), conf_dir())
     return config if run is None else _of_run(Path(expand(run)), config, words)
+
+
+def _with_source(words: Sequence[str]) -> list[str]:
+    """`words` with what fits a pretrained model where `source=` names one, which brings its own network."""
+    given = {word.partition("=")[0].lstrip("+"): word for word in words}
+    if given.get("source", "source=") in ("source=", "source=''", 'source=""'):
+        return list(words)
+    for key, word in given.items():
+        if key == "model" or key.startswith("mixer."):
+            raise ConfigError(f"{word}: {given['source']} brings a network of its own; leave out one of them")
+    return [*words, "model=pretrained"]
 
 
 def _value_types(name: str) -> dict[str, str]:

@@ -186,6 +186,8 @@ def _read(path: Path) -> tuple[Any, str]:
         raise ConfigError(
             f'data.tokenizer: {path} does not exist; give "bytes", a folder or a tokenizer.json (nothing is downloaded)'
         )
+    if path.suffix == ".gguf":
+        return _convert(path.parent, gguf_file=path.name)
     folder, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
     if not file.is_file():
         return _convert(folder)
@@ -202,12 +204,12 @@ def _read(path: Path) -> tuple[Any, str]:
     return backend, _eos_token(folder)
 
 
-def _convert(folder: Path) -> tuple[Any, str]:
-    """A tokenizer in an older form (vocabulary and merges, sentencepiece), through transformers."""
+def _convert(folder: Path, **options: str) -> tuple[Any, str]:
+    """A tokenizer in an older form (vocabulary and merges, sentencepiece) or a GGUF file, through transformers."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     # Files of any content end in any kind of error.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -31,6 +31,8 @@ Norms = Literal["pre", "post", "both"]
 class ModelConfig:
     """The keys under `model.`; the files in `conf/model/` hold one ready choice each."""
 
+    # Rows of embedding and head, at least as many as the tokenizer has ids; 0: as many.
+    vocab_size: Annotated[int, Field(ge=0)] = 0
     # Names of mixers (files in seqtrain/mixers/), repeated over the depth; none: a layer without one.
     layers: Annotated[tuple[str, ...], Field(min_length=1)] = ("gated_delta_net",)
     # Number of blocks.
@@ -229,8 +231,10 @@ class LanguageModel(nn.Module):
         """
         super().__init__()
         validate(ModelConfig, asdict(config), prefix="model.")
+        if 0 < config.vocab_size < vocab_size:
+            raise ConfigError(f"model.vocab_size={config.vocab_size}: the tokenizer has {vocab_size} ids")
         self.config = config
-        self.vocab_size = vocab_size
+        self.vocab_size = vocab_size = config.vocab_size or vocab_size
         self.embedding = nn.Embedding(vocab_size, config.width)
         norm = partial(RMSNorm, config.width, config.norm_eps, zero_centered=config.norm_zero_centered)
         self.blocks: Any = nn.ModuleList(

@@ -105,11 +105,24 @@ def load_weights(
     """
     places = places_of(model, source)
     materialize(model, {piece.ours: source.dtype(name) for name in places for piece in places[name]}, dtype)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    tied_head = None
+    fill(model, source, progress=progress)
+
+
+@torch.no_grad()
+def fill(
+    model: LanguageModel, source: Source, *, progress: Callable[[str], None] = lambda name: None
+) -> tuple[str, ...]:
+    """Copies the source's weights into `model`; gives the names of tensors that are carried along, and not in it.
+
+    Raises `CheckpointError` as `load_weights` does.
+    """
+    places, parameters = places_of(model, source), dict(model.named_parameters(remove_duplicate=False))
+    tied_head, carried = None, []
     for name, tensor in source.tensors():
         if name not in places:
+            carried.append(name)
             continue
+        source.dtype(name)
         progress(name)
         if name == HEAD and model.config.tie_embeddings:
             tied_head = tensor
@@ -120,6 +133,7 @@ def load_weights(
     embedding = model.embedding.weight
     if tied_head is not None and not torch.equal(embedding, tied_head.to(embedding.dtype)):
         raise CheckpointError(f"source={source.path}: lm_head.weight differs from the embedding the config ties it to")
+    return tuple(carried)
 
 
 def materialize(model: LanguageModel, stored: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> None:

@@ -4,18 +4,22 @@
     python tools/export.py run=runs/mine as=seqtrain output_dir=exported
     python tools/export.py run=runs/2026-01-31/12-00-00 output_dir=~/models/mine
 
-`as=seqtrain` is seqtrain's own model type: `AutoModelForCausalLM.from_pretrained` knows it after `import seqtrain`.
+`as=seqtrain` is seqtrain's own model type: `AutoModelForCausalLM.from_pretrained` knows it after `import seqtrain`. A
+run that continued another model (`source=`) is written as the type that model was.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from seqtrain.config import read_settings
+from seqtrain.data import Tokenizer
 from seqtrain.errors import ConfigError
 from seqtrain.files import replacing
+from seqtrain.models import LanguageModel
 from seqtrain.runtime.generate import open_run
+from seqtrain.runtime.settings import PretrainConfig
+from seqtrain.runtime.source import type_of_source, write_as_source
 from seqtrain.validation import FilePath
 
 
@@ -25,8 +29,8 @@ class Settings:
     run: FilePath
     # Folder that is made.
     output_dir: FilePath
-    # Type of the model that is written.
-    as_: Literal["seqtrain"] = "seqtrain"
+    # Type of the model that is written: seqtrain, or that of the model the run continued; empty: that, if there is one.
+    as_: str = ""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -36,16 +40,26 @@ def main(arguments: Sequence[str]) -> int:
     if folder.exists():
         raise ConfigError(f"output_dir={folder}: exists already; name a new folder")
     config, model, tokenizer = open_run(Path(settings.run))
-    from seqtrain.models.export import as_huggingface
-
-    length = config.train.sequence_length
-    theirs = as_huggingface(
-        model, config.mixer, eos_token_id=tokenizer.end, pad_token_id=tokenizer.end, max_position_embeddings=length
-    )
+    kinds = [*([type_of_source(config)] if config.source else []), "seqtrain"]
+    kind = settings.as_ or kinds[0]
+    if kind not in kinds:
+        raise ConfigError(f"as={kind}: the run {settings.run} can be exported as {' or '.join(kinds)}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as unfinished:
         unfinished.mkdir()
-        theirs.save_pretrained(unfinished)
-        tokenizer.as_huggingface().save_pretrained(unfinished)
+        if kind != "seqtrain":
+            write_as_source(config, model, unfinished)
+        else:
+            _write_own(config, model, tokenizer, unfinished)
     print(f"exported: {folder}")
     return 0
+
+
+def _write_own(config: PretrainConfig, model: LanguageModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """As seqtrain's own model type."""
+    from seqtrain.models.export import as_huggingface
+
+    tokens = {"eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end}
+    theirs = as_huggingface(model, config.mixer, max_position_embeddings=config.train.sequence_length, **tokens)
+    theirs.save_pretrained(folder)
+    tokenizer.as_huggingface().save_pretrained(folder)

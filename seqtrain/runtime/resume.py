@@ -14,6 +14,7 @@ import yaml
 from seqtrain.config import read_run_config
 from seqtrain.errors import CheckpointError, ConfigError, FencedError
 from seqtrain.files import replace_file
+from seqtrain.models.language_model import ModelConfig, mixer_class
 from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.lease import Lease, saved_step, take
 from seqtrain.runtime.run_folder import RunFolder, as_record, plain, read_lines
@@ -68,7 +69,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, steps_done
     A schedule that gave the `steps_done` first steps the same learning rates is no difference: so a run is made longer.
     Neither is another place of the same text or tokenizer.
     """
-    before, now = _without_places(before, now), _without_places(now, before)
+    before, now = _without_places(_with_defaults(before), now), _without_places(now, before)
     if steps_done and _learning_rates(before, steps_done) == _learning_rates(now, steps_done):
         before = {
             **before,
@@ -77,6 +78,18 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, steps_done
             "optimizer": before["optimizer"] | {"lr": now["optimizer"]["lr"]},
         }
     return list(_differences(before, now, ""))
+
+
+def _with_defaults(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A fingerprint with what its network's keys say that were added after it was taken: their defaults."""
+    found = dict(values)
+    with suppress(ConfigError):
+        if "model" in found:
+            found["model"] = plain(validate(ModelConfig, found["model"]))
+        if "mixer" in found:
+            mixers = found["mixer"].items()
+            found["mixer"] = {name: plain(validate(mixer_class(name).Config, own)) for name, own in mixers}
+    return found
 
 
 def _without_places(values: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:

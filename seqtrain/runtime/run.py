@@ -172,5 +172,5 @@ def _finished_summary(config: PretrainConfig, folder: RunFolder) -> dict[str, An
 
 def _describe_model(config: PretrainConfig, vocab_size: int) -> str:
     with torch.device("meta"):
-        parameters = LanguageModel(config.model, config.mixer, vocab_size).parameter_count()
-    return f"model: {parameters:,} parameters, with a vocabulary of {vocab_size:,}"
+        model = LanguageModel(config.model, config.mixer, vocab_size)
+    return f"model: {model.parameter_count():,} parameters, with a vocabulary of {model.vocab_size:,}"

@@ -14,9 +14,8 @@ from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 
 from seqtrain.data import DataConfig, check_source
 from seqtrain.errors import ConfigError
-from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
-from seqtrain.models.language_model import default_config
+from seqtrain.models.language_model import default_config, mixer_class
 from seqtrain.parallel import Algorithm
 from seqtrain.runtime.optimizers import OptimizerConfig
 from seqtrain.runtime.schedule import ScheduleConfig
@@ -170,6 +169,8 @@ class KernelsConfig:
 class PretrainConfig:
     """Everything `seqtrain pretrain` can be told."""
 
+    # A pretrained model to continue, in place of a new one: a Hugging Face folder, or a GGUF file.
+    source: FilePath = ""
     # The network: layers, depth, width.
     model: ModelConfig = field(default_factory=ModelConfig)
     # The `Config` of each mixer by name; those that model.layers names are used.
@@ -206,11 +207,16 @@ def read_pretrain_config(config: "DictConfig") -> PretrainConfig:
 def typed_pretrain_config(values: Mapping[str, Any]) -> PretrainConfig:
     """Plain values, composed or read from a run's config.yaml, as a `PretrainConfig`. Raises `ConfigError`.
 
-    Every mixer's section is checked, those that `model.layers` uses are kept; each `auto` becomes a number.
+    Every mixer's section is checked, those that `model.layers` uses are kept; each `auto` becomes a number. The network
+    is that of `source` where there is one; a run that has begun keeps it in its config.
     """
     typed = validate(PretrainConfig, {**values, "mixer": {}})
+    if typed.source and not typed.model.vocab_size:
+        from seqtrain.runtime.source import with_network_of_source
+
+        return resolve(with_network_of_source(typed))
     mixers: dict[str, Any] = {
-        name: validate(MIXERS.get(name).Config, section, prefix=f"mixer.{name}.")
+        name: validate(mixer_class(name).Config, section, prefix=f"mixer.{name}.")
         for name, section in values.get("mixer", {}).items()
     }
     used = [name for name in dict.fromkeys(typed.model.layers) if name != "none"]

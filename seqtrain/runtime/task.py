@@ -1,7 +1,9 @@
 """What a run trains and who watches, apart from how: the training loop knows nothing of their purpose."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -11,6 +13,7 @@ from seqtrain.data import WHOLE_BATCH, Batch, BatchSlice, open_corpus
 from seqtrain.models import LanguageModel
 from seqtrain.runtime.optimizers import parameter_groups
 from seqtrain.runtime.settings import PretrainConfig, micro_batch
+from seqtrain.runtime.source import load_source
 
 
 class TrainingData(Protocol):
@@ -37,12 +40,14 @@ class Trainable:
 
     `model(tokens, labels, sequence=)` is the loss, a scalar summed over the labels that count. `groups`: the
     optimizer's, as `parameter_groups` makes them. `held_out`: what the model is scored on; None for no score.
+    `load`: gives the model the weights it begins with, where no checkpoint does; None where it has them.
     """
 
     model: nn.Module
     groups: list[dict[str, Any]]
     batches: TrainingData
     held_out: HeldOut | None = None
+    load: Callable[[], None] | None = None
 
 
 class Task(Protocol):
@@ -59,7 +64,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Pretraining:
-    """A new language model, trained to predict the next token."""
+    """A language model, new or of `config.source`, trained to predict the next token."""
 
     def fingerprint(self) -> dict[str, Any]:
         return {}
@@ -69,6 +74,7 @@ class Pretraining:
         model = LanguageModel(config.model, config.mixer, opened.vocab_size)
         return Trainable(
             model=model,
+            load=partial(load_source, config, model) if config.source else None,
             groups=parameter_groups(model.parameters(), config.optimizer.weight_decay),
             batches=opened.training_batches(
                 seed=config.seed, sequence_length=config.train.sequence_length, batch_size=config.train.batch_size

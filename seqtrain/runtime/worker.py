@@ -166,6 +166,8 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
     found = ranks.from_first(_newest(session) if ranks.first else None)
     if found:
         found.load_weights(trainable.model)
+    elif trainable.load is not None:
+        trainable.load()
     # Counted now: in ZeRO 3 a rank will hold only its part of each.
     parameters = sum(p.numel() for p in trainable.model.parameters())
     engine = Engine(trainable.model, trainable.groups, config, ranks)

@@ -1,16 +1,23 @@
 """Models of other people's families: what transformers computes, exactly what was stored, and cut like any other."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+from seqtrain.data.batches import even_offsets
 from seqtrain.errors import ConfigError
+from seqtrain.mixers import WHOLE
 from seqtrain.models import from_pretrained, generate, save_pretrained
+from seqtrain.parallel import SequenceContext, ShardedSequence, flush_scans
+from seqtrain.parallel.testing import run_ranks
 from seqtrain.testing import relative_error
 from tests.command_cases import refused
 from tests.models.family_cases import CASES, make, our_gradients, some_tokens, their_gradients
+from tests.models.tiny import assert_same_gradients
 
 LIMIT = 1e-5
 
@@ -76,6 +83,76 @@ def test_greedy_generation_is_that_of_transformers(saved, name):
     prompt = some_tokens(1, 20)
     expected = theirs.generate(prompt, max_new_tokens=32, do_sample=False, use_cache=True)[:, 20:]
     assert torch.equal(generate(from_pretrained(folder), prompt, max_new_tokens=32, temperature=0), expected)
+
+
+def loss_and_gradients(model, tokens, labels, sequence=WHOLE):
+    model.zero_grad(set_to_none=True)
+    loss = model(tokens, labels, sequence=sequence)
+    loss.backward()
+    return loss.detach(), {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_packed_documents_are_separate_ones(saved, name):
+    model = from_pretrained(saved(name)[1])
+    tokens, edges = some_tokens(1, 91), [0, 13, 14, 60, 90]
+    packed = SequenceContext(torch.tensor(edges, dtype=torch.int32))
+    came = loss_and_gradients(model, tokens[:, :-1], tokens[:, 1:], packed)
+    total, sums = 0, {}
+    for start, end in pairwise(edges):
+        loss, gradients = loss_and_gradients(model, tokens[:, start:end], tokens[:, start + 1 : end + 1])
+        total = total + loss
+        sums = {key: value + sums.get(key, 0) for key, value in gradients.items()}
+    assert_same_gradients(came, (total, sums), LIMIT)
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_nothing_leaks_into_other_documents_or_the_past(saved, name):
+    model = from_pretrained(saved(name)[1])
+    tokens, sequence = some_tokens(1, 90), SequenceContext(torch.tensor([0, 20, 55, 90], dtype=torch.int32))
+    changed = tokens.clone()
+    changed[:, 30:40] = (changed[:, 30:40] + 7) % 50 + 3
+    before, after = (model(row, all_logits=True, sequence=sequence)[0][0] for row in (tokens, changed))
+    assert torch.equal(before[:20], after[:20])
+    assert torch.equal(before[55:], after[55:])
+    torch.testing.assert_close(after[20:30], before[20:30], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(before[30:55], after[30:55])
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("part", range(2))
+def test_a_row_cut_over_ranks_is_the_whole_row(saved, part):
+    """Two and four ranks, documents across the cuts; many families in one launch."""
+    folders = {name: saved(name)[1] for name in list(CASES)[part::2]}
+    tokens, boundaries = some_tokens(1, 92), torch.tensor([0, 13, 14, 60, 91], dtype=torch.int32)
+    whole = SequenceContext(boundaries)
+    truth = {
+        name: loss_and_gradients(from_pretrained(folder), tokens[:, :-1], tokens[:, 1:], whole)
+        for name, folder in folders.items()
+    }
+
+    def run(rank):
+        found = {}
+        groups = {ranks: dist.new_group(list(range(ranks))) for ranks in (2, 4)}
+        for name, folder in folders.items():
+            model = from_pretrained(folder)
+            for ranks, group in groups.items():
+                if rank >= ranks:
+                    continue
+                offsets = even_offsets(91, ranks)
+                own = slice(offsets[rank], offsets[rank + 1])
+                sequence = ShardedSequence(group=group, offsets=offsets, cu_seqlens=boundaries)
+                loss, gradients = loss_and_gradients(model, tokens[:, own], tokens[:, 1:][:, own], sequence)
+                flush_scans(group)
+                for tensor in (loss, *gradients.values()):
+                    dist.all_reduce(tensor, group=group)
+                found[name, ranks] = loss, {key: value.clone() for key, value in gradients.items()}
+        dist.barrier()
+        return found
+
+    for (name, ranks), came in run_ranks(4, run)[0].items():
+        assert_same_gradients(came, truth[name], LIMIT, what=f"{name} on {ranks}")
 
 
 def test_a_model_that_came_from_nowhere_is_not_written(tmp_path):

@@ -1,0 +1,66 @@
+"""A run that continues a pretrained model: its network in the config, its weights at the start, its export."""
+
+import logging
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from seqtrain.errors import ConfigError
+from seqtrain.models.language_model import LanguageModel, ModelConfig
+from seqtrain.models.pretrained import architecture_of, fill, origin_of, places_of, write_folder
+from seqtrain.models.source import open_source
+
+if TYPE_CHECKING:
+    from seqtrain.runtime.settings import PretrainConfig
+
+log = logging.getLogger("seqtrain.runtime")
+
+# Keys of `model` that say how its network is computed, and not which it is.
+OWN_KEYS = ("activation_checkpointing", "loss_chunk")
+
+
+def with_network_of_source(config: "PretrainConfig") -> "PretrainConfig":
+    """`config` with the network of `config.source`, and its tokenizer unless the config names one.
+
+    Raises `ConfigError` for a source that can't be continued, and for keys that would change its network.
+    """
+    source = open_source(config.source)
+    found = architecture_of(source)
+    plain = ModelConfig()
+    for each in fields(ModelConfig):
+        if each.name not in OWN_KEYS and (came := getattr(config.model, each.name)) != getattr(plain, each.name):
+            raise ConfigError(
+                f"model.{each.name}={came}: source={config.source} brings a network of its own; leave it out"
+            )
+    own = {key: getattr(config.model, key) for key in OWN_KEYS}
+    data = config.data
+    if data.tokenizer == "bytes" and source.tokenizer() is not None:
+        data = replace(data, tokenizer=config.source)
+    model = replace(found.model, vocab_size=found.vocab_size, **own)
+    # What is wrong with the files is known before anything starts.
+    places_of(found.build(), source)
+    return replace(config, model=model, mixer=dict(found.mixers), data=data)
+
+
+@torch.no_grad()
+def load_source(config: "PretrainConfig", model: LanguageModel) -> None:
+    """Copies the weights of `config.source` into `model`. Raises `CheckpointError`."""
+    source, began = open_source(config.source), time.monotonic()
+    carried = fill(model, source)
+    quantized = f", dequantized from {source.quantized}" if source.quantized else ""
+    log.info("source: %s read in %.1f s%s", source.path, time.monotonic() - began, quantized)
+    if carried:
+        log.info("source: carried along untouched: %s", ", ".join(carried))
+
+
+def type_of_source(config: "PretrainConfig") -> str:
+    """The Hugging Face type of `config.source`."""
+    return str(open_source(config.source).config.model_type)
+
+
+def write_as_source(config: "PretrainConfig", model: LanguageModel, folder: Path) -> None:
+    """Writes `model` into the empty `folder` as the Hugging Face type that `config.source` is."""
+    write_folder(model, origin_of(open_source(config.source)), folder)
