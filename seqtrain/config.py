@@ -52,9 +52,9 @@ def _with_source(words: Sequence[str]) -> list[str]:
     given = {word.partition("=")[0].lstrip("+"): word for word in words}
     if given.get("source", "source=") in ("source=", "source=''", 'source=""'):
         return list(words)
-    for key, word in given.items():
+    for key in given:
         if key == "model" or key.startswith("mixer."):
-            raise ConfigError(f"{word}: {given['source']} brings a network of its own; leave out one of them")
+            raise ConfigError(f"{key}: source= brings a network of its own; leave out one of them")
     return [*words, "model=pretrained"]
 
 

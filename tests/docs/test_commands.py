@@ -63,7 +63,7 @@ def python_blocks(page):
 
 
 COMMANDS = {page: lines for page in PAGES if (lines := shell_lines(page))}
-WITH_PYTHON = ("README.md", "docs/howto/python.md", "docs/conversion.md")
+WITH_PYTHON = ("README.md", "docs/howto/python.md", "docs/conversion.md", "docs/howto/pretrained.md")
 
 
 @pytest.fixture
@@ -127,6 +127,8 @@ def shortened(line):
     has_data = any(word.startswith("data=") for word in arguments)
     data = ["data=text", "data.path=books"] if name in ("pretrain", "profile", "convert") and not has_data else []
     short = [word for word in SHORT.get(name, []) if "stages" not in word or "recipe=transfer_then_kl" in arguments]
+    if any(word.startswith("source=") for word in arguments):
+        short = [word for word in short if word not in MODEL]
     # In one process, the default's time stands still.
     own = any(word.startswith("output_dir=") for word in arguments) or name not in ("pretrain", "profile")
     output = [] if own else [f"output_dir=runs/{uuid.uuid4().hex}"]
