@@ -1,5 +1,6 @@
 """What works on channels after a mixer has worked on time: an MLP, or routed experts that are MLPs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -14,7 +15,7 @@ from seqtrain.layers import upcast
 from seqtrain.models.spiking import Spikes
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -124,6 +125,11 @@ class MoE(nn.Module):
         self.out = nn.Linear(latent, width, bias=False) if latent else nn.Identity()
         self.shared = MLP(width, shared, activation=activation, gated=gated) if shared else None
         self.shared_gate = nn.Linear(width, 1, bias=False) if shared and router.shared_gate else None
+
+    @property
+    def last(self) -> Tensor:
+        """What writes to the residual stream."""
+        return self.out.weight if isinstance(self.out, nn.Linear) else self.down
 
     def forward(self, x: Tensor) -> Tensor:
         """`[...,D]` -> the same."""

@@ -136,10 +136,10 @@ class Block(nn.Module):
             return norm() if part is not None and norms in (place, "both") else nn.Identity()
 
         self.mixer_norm = norm_at("pre", mixer)
-        self.mixer = mixer
+        self.mixer: Mixer | None = mixer
         self.mixer_post_norm = norm_at("post", mixer)
         self.mlp_norm = norm_at("pre", mlp)
-        self.mlp = mlp
+        self.mlp: Any = mlp
         self.mlp_post_norm = norm_at("post", mlp)
 
     def forward(
@@ -165,7 +165,7 @@ class Block(nn.Module):
 
     def _mixed(self, x: Tensor, state: State | None, sequence: SequenceContext) -> tuple[Tensor, State]:
         assert self.mixer is not None
-        mix = self.mixer if x.dim() == 3 else self.mixer.step
+        mix: Callable[..., tuple[Tensor, State]] = self.mixer if x.dim() == 3 else self.mixer.step
         if not self.group:
             return mix(x, state, sequence=sequence)
         # The mixer's state is that of the unfinished group; the tokens seen, int64 `[B]`, say how far it is.
@@ -208,8 +208,8 @@ class Head(nn.Module):
         """`[...,D]` -> float32 logits `[...,vocab]`, or the loss summed over labels that are not -100."""
         hidden = hidden if self.scale == 1 else hidden * self.scale
         if labels is not None:
-            rows, options = hidden.flatten(0, -2), {"chunk": self.chunk, "cap": self.cap}
-            return linear_cross_entropy(rows, self.weight, labels.flatten(), **options)
+            rows = hidden.flatten(0, -2)
+            return linear_cross_entropy(rows, self.weight, labels.flatten(), chunk=self.chunk, cap=self.cap)
         return soft_cap(F.linear(hidden, self.weight).to(torch.promote_types(hidden.dtype, torch.float32)), self.cap)
 
 
@@ -276,11 +276,10 @@ class LanguageModel(nn.Module):
                 for weight in (module.up, module.down):
                     nn.init.normal_(weight, std=deviation, generator=generator)
         for module in self.modules():
-            # So many sums of independent terms keep the residual stream at the size of one (GPT-2).
-            if isinstance(module, MoE) and isinstance(module.out, nn.Identity):
-                module.down.div_((2 * self.config.depth) ** 0.5)
-            elif isinstance(module, Mixer | MLP | MoE):
-                module.out.weight.div_((2 * self.config.depth) ** 0.5)
+            if isinstance(module, Mixer | MLP | MoE):
+                # So many sums of independent terms keep the residual stream at the size of one (GPT-2).
+                last = module.last if isinstance(module, MoE) else module.out.weight
+                last.div_((2 * self.config.depth) ** 0.5)
 
     def forward(
         self,

@@ -236,7 +236,8 @@ def _carried(origin: Origin, names: set[str]) -> dict[str, Tensor]:
     """Tensors that are not the model's, as they were."""
     from safetensors import safe_open
 
-    found, example = {}, min(names)
+    found: dict[str, Tensor] = {}
+    example = min(names)
     for file in sorted({origin.files[name] for name in names}):
         path = None if origin.folder is None else origin.folder / file
         if path is None or not path.is_file():

@@ -37,13 +37,13 @@ def main(arguments: Sequence[str]) -> int:
     """Writes the folder; gives the exit status."""
     settings = read_settings(Settings, arguments)
     folder = Path(settings.output_dir)
-    if folder.exists():
-        raise ConfigError(f"output_dir={folder}: exists already; name a new folder")
     config, model, tokenizer = open_run(Path(settings.run))
     kinds = [*([type_of_source(config)] if config.source else []), "seqtrain"]
     kind = settings.as_ or kinds[0]
     if kind not in kinds:
         raise ConfigError(f"as={kind}: the run {settings.run} can be exported as {' or '.join(kinds)}")
+    if folder.exists():
+        raise ConfigError(f"output_dir={folder}: exists already; name a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as unfinished:
         unfinished.mkdir()

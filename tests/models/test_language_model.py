@@ -18,7 +18,9 @@ from tests.models import tiny
 from tests.models.tiny import VOCAB, batch
 
 # Tiny ones are trained in test_block.
-PRESETS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml") if not path.stem.endswith("_tiny"))
+PRESETS = sorted(
+    path.stem for path in (conf_dir() / "model").glob("*.yaml") if not path.stem.endswith(("_tiny", "pretrained"))
+)
 HYBRID = ("gated_delta_net", "gla", "hgrn2", "s5", "tensor_attention", "sliding_attention")
 
 

@@ -135,7 +135,10 @@ def test_an_exported_run_is_the_same_model_to_transformers(finished, tmp_path):
     words = (f"run={config.output_dir}", f"output_dir={tmp_path / 'exported'}")
     assert run_command("export", *words).status == 0
     assert "exists already" in run_command("export", *words).err
-    assert "as=llama: must be 'seqtrain'" in run_command("export", *words, "as=llama").err
+    assert (
+        f"as=llama: the run {config.output_dir} can be exported as seqtrain"
+        in run_command("export", *words, "as=llama").err
+    )
     ours, again = seqtrain.load(config.output_dir), seqtrain.load(tmp_path / "exported")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
