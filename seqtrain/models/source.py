@@ -144,7 +144,8 @@ def _open_folder(folder: Path) -> Source:
         raise ConfigError(f"source={folder}: quantized weights (quantization_config); dequantize them first")
     files = _weight_files(folder)
     shapes: dict[str, tuple[int, ...]] = {}
-    kinds, places = {}, {}
+    kinds: dict[str, str] = {}
+    places: dict[str, str] = {}
     for shard in files:
         found = tensors_in(shard)
         if twice := sorted(shapes.keys() & found.keys()):
