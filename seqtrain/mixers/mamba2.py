@@ -1,9 +1,10 @@
 """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, section 7): a state-space layer with one decay per head."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+import torch.nn.functional as F
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
@@ -39,22 +40,40 @@ class Mamba2(Mixer):
         groups: PositiveInt = 1
         # Tokens under the short convolution of x, B and C.
         conv_width: Annotated[int, Field(ge=2, le=16)] = 4
+        # Heads; 0: model.heads.
+        heads: NonNegativeInt = 0
+        # Channels of a head; 0: as expand says.
+        head_width: NonNegativeInt = 0
+        # Step sizes stay within these; step_max=0: no upper limit.
+        step_min: NonNegativeFloat = 0.0
+        step_max: NonNegativeFloat = 0.0
+        # How the gate is applied: before the norm, after it, or without a norm.
+        gate: Literal["before_norm", "after_norm", "no_norm"] = "before_norm"
+        # Added to the mean square in that norm.
+        norm_eps: PositiveFloat = 1e-6
+        # True: the projection into the layer, the short convolution, the projection out of it have a bias.
+        in_bias: bool = False
+        conv_bias: bool = True
+        out_bias: bool = False
+        # Factors on the projected gate, x, B, C and step sizes (Falcon-H1).
+        scales: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
         if shape.heads % config.groups:
             raise self.config_error("groups", config.groups, f"must divide model.heads={shape.heads}")
-        self.value = self.part_of_width(config.expand, "expand")
+        self.value = config.head_width or self.part_of_width(config.expand, "expand")
         self.inner = shape.heads * self.value
         self.parts = [self.inner, config.groups * config.state, config.groups * config.state]  # x, B, C
         self.channels = sum(self.parts)
-        self.project = nn.Linear(shape.width, self.inner + self.channels + shape.heads, bias=False)
-        self.conv = ShortConvolution(self.channels, config.conv_width, bias=True)
+        self.project = nn.Linear(shape.width, self.inner + self.channels + shape.heads, bias=config.in_bias)
+        self.conv = ShortConvolution(self.channels, config.conv_width, bias=config.conv_bias)
         self.rate_log = nn.Parameter(torch.empty(shape.heads))
         self.step_bias = nn.Parameter(torch.empty(shape.heads))
         self.skip = nn.Parameter(torch.ones(shape.heads))
-        self.norm = RMSNorm(self.inner, groups=config.groups)
-        self.out = nn.Linear(self.inner, shape.width, bias=False)
+        options = {"groups": config.groups, "gate_first": config.gate == "before_norm"}
+        self.norm = None if config.gate == "no_norm" else RMSNorm(self.inner, config.norm_eps, **options)
+        self.out = nn.Linear(self.inner, shape.width, bias=config.out_bias)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -63,17 +82,31 @@ class Mamba2(Mixer):
         nn.init.ones_(self.skip)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
-        gate, mixed, raw = self.project(x).split([self.inner, self.channels, self.shape.heads], 2)
+        gate, mixed, raw = self._projected(x).split([self.inner, self.channels, self.shape.heads], 2)
         mixed, conv = self.conv(mixed, past.get("conv"), sequence)
         inner, write, read = mixed.split(self.parts, 2)
         inner = inner.unflatten(2, (self.shape.heads, self.value))  # B T H V
-        dt = step_sizes(raw, self.step_bias)  # B T H
+        dt = self._steps(raw)
         written = self._to_heads(write), (inner * dt[..., None]).to(inner.dtype), -dt * self.rate_log.exp()
         out, memory = sequence.run(
             linear_attention, self._to_heads(read), *written, scale=1.0, initial_state=past.get("memory")
         )
         out = (out + inner * self.skip[:, None]).flatten(2)
-        return self.out(self.norm(out, gate).to(x.dtype)), {"conv": conv, "memory": memory}
+        out = out * F.silu(gate) if self.norm is None else self.norm(out, gate)
+        return self.out(out.to(x.dtype)), {"conv": conv, "memory": memory}
+
+    def _projected(self, x: Tensor) -> Tensor:
+        """Gate, x, B, C and step sizes one after the other, `[B,T,...]`."""
+        x, scales = self.project(x), self.config.scales
+        if set(scales) == {1.0}:
+            return x
+        sizes = (self.inner, *self.parts, self.shape.heads)
+        return x * torch.cat([x.new_full((size,), scale) for size, scale in zip(sizes, scales, strict=True)])
+
+    def _steps(self, raw: Tensor) -> Tensor:
+        """Step sizes `[B,T,H]`."""
+        dt, low, high = step_sizes(raw, self.step_bias), self.config.step_min, self.config.step_max
+        return dt.clamp(low, high or None) if low or high else dt
 
     def _to_heads(self, part: Tensor) -> Tensor:
         grouped = part.unflatten(2, (self.config.groups, 1, self.config.state))

@@ -47,8 +47,8 @@ class RouterConfig:
 class MLP(nn.Module):
     """`W3 (f(W1 x) * W2 x)` (Shazeer 2020, arXiv 2002.05202), W1 and W2 one matrix; `W3 f(W1 x)` without a gate.
 
-    `gate_scale`: factor on `W1 x`. `spike_rate`: where it is not 0, what enters both matrices is turned into spike
-    counts first (see `Spikes`).
+    `gate_scale`, `out_scale`: factors on `W1 x` and on the result. `spike_rate`: where it is not 0, what enters both
+    matrices is turned into spike counts first (see `Spikes`).
     """
 
     def __init__(
@@ -60,17 +60,20 @@ class MLP(nn.Module):
         gated: bool = True,
         bias: bool = False,
         gate_scale: float = 1.0,
+        out_scale: float = 1.0,
         spike_rate: float = 0.0,
     ):
         super().__init__()
-        self.activation, self.gated, self.gate_scale = activation, gated, gate_scale
+        self.activation, self.gated = activation, gated
+        self.gate_scale, self.out_scale = gate_scale, out_scale
         self.enter = Spikes(spike_rate) if spike_rate else nn.Identity()
         self.up = nn.Linear(width, (1 + gated) * hidden, bias=bias)
         self.leave = Spikes(spike_rate) if spike_rate else nn.Identity()
         self.out = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.leave(activated(self.up(self.enter(x)), self.activation, self.gated, self.gate_scale)))
+        x = self.leave(activated(self.up(self.enter(x)), self.activation, self.gated, self.gate_scale))
+        return self.out(x) if self.out_scale == 1 else self.out(x) * self.out_scale
 
     def flops(self, tokens: int) -> int:
         """Forward pass: those of the matrix products."""

@@ -57,6 +57,8 @@ class ModelConfig:
     mlp_bias: bool = False
     # Factor on what an MLP applies its activation to.
     mlp_gate_scale: Annotated[float, Field(gt=0)] = 1.0
+    # Factor on what leaves an MLP.
+    mlp_out_scale: Annotated[float, Field(gt=0)] = 1.0
     # Routed experts in a mixture-of-experts layer; 0: none. All layers have them unless mlps says which.
     experts: Annotated[int, Field(ge=0)] = 0
     # Experts that work on each token.
@@ -276,7 +278,7 @@ class LanguageModel(nn.Module):
                 for weight in (module.up, module.down):
                     nn.init.normal_(weight, std=deviation, generator=generator)
         for module in self.modules():
-            if isinstance(module, Mixer | MLP | MoE):
+            if isinstance(module, Mixer | MLP | MoE) and module.out is not None:
                 # So many sums of independent terms keep the residual stream at the size of one (GPT-2).
                 last = module.last if isinstance(module, MoE) else module.out.weight
                 last.div_((2 * self.config.depth) ** 0.5)
@@ -398,7 +400,8 @@ def _build_mlp(config: ModelConfig, index: int) -> nn.Module | None:
         return None
     shape: dict[str, Any] = {"activation": config.activation, "gated": config.mlp_gated}
     if kind == "mlp":
-        shape |= {"bias": config.mlp_bias, "gate_scale": config.mlp_gate_scale, "spike_rate": config.spike_rate}
+        shape |= {"bias": config.mlp_bias, "spike_rate": config.spike_rate}
+        shape |= {"gate_scale": config.mlp_gate_scale, "out_scale": config.mlp_out_scale}
         return MLP(config.width, config.hidden, **shape)
     if not config.experts:
         raise ConfigError(f"model.mlps={list(config.mlps)}: a layer has routed experts; say how many: model.experts=")

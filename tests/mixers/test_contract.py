@@ -22,6 +22,7 @@ TINY = {
     "tcnca": {"chunk": 9, "dilation": 3},
     "mamba2": {"state": 8},
     "tensor_attention": {"key": 3},
+    "parallel": {"branches": ({"mixer": "mamba2", "options": {"state": 8}, "in_scale": 0.5}, {"mixer": "attention"})},
 }
 VARIANTS = [
     ("linear_attention", {"feature_map": "taylor2", "expand_key": 0.25, "expand_value": 0.5}),
@@ -30,6 +31,8 @@ VARIANTS = [
     ("gla", {"conv_width": 3}),
     ("delta_net", {"allow_negative_eigenvalues": True, "conv_width": 0}),
     ("mamba2", {"groups": 2, "state": 4, "expand": 1.0}),
+    ("mamba2", {"state": 4, "gate": "after_norm", "step_min": 0.01, "step_max": 0.5, "scales": (0.5, 2.0, 1.5, 0.7, 3.0)}),
+    ("mamba2", {"state": 4, "head_width": 7, "gate": "no_norm", "in_bias": True, "conv_bias": False, "out_bias": True}),
     ("s4d", {"initialization": "inv", "discretization": "bilinear"}),
     ("s4d", {"initialization": "legs", "state": 6}),
     ("s5", {"discretization": "bilinear"}),
