@@ -252,7 +252,9 @@ def family_of_config(config: Mapping[str, Any]) -> tuple[Family, Any]:
     from transformers import AutoConfig
 
     family = family_of(str(config["model_type"]), "config.json")
-    whole = AutoConfig.for_model(**config)
+    # Floats that JSON lacks are written as objects.
+    read = {"object_hook": lambda value: float(value["__float__"]) if set(value) == {"__float__"} else value}
+    whole = AutoConfig.for_model(**json.loads(json.dumps(dict(config)), **read))
     return family, family.text_config(whole)
 
 

@@ -34,6 +34,34 @@ EXPERTS = {
     "moe_intermediate_size": 12,
     "shared_expert_intermediate_size": 20,
 }
+MAMBA2 = {
+    "mamba_n_heads": 6, "mamba_d_head": 12, "mamba_n_groups": 3, "mamba_d_state": 10, "mamba_d_conv": 3,
+    "mamba_chunk_size": 16, "mamba_proj_bias": True, "attention_bias": True, "head_dim": 12,
+}  # fmt: skip
+LAYERS = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+PURE_MAMBA2 = {
+    "num_heads": 6, "head_dim": 12, "n_groups": 3, "state_size": 10, "conv_kernel": 3, "chunk_size": 16,
+    "use_bias": True, "use_conv_bias": False, "time_step_limit": (0.01, 0.9),
+}  # fmt: skip
+GRANITE = {
+    **MAMBA2,
+    "layer_types": LAYERS, "position_embedding_type": "rope", "shared_intermediate_size": 20,
+    "num_local_experts": 5, "embedding_multiplier": 3.0, "residual_multiplier": 0.4,
+    "logits_scaling": 2.0, "attention_multiplier": 0.4, "tie_word_embeddings": True,
+}  # fmt: skip
+NEMOTRON = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "mamba_num_heads": 6,
+    "mamba_head_dim": 14, "n_groups": 3, "ssm_state_size": 10, "conv_kernel": 3, "chunk_size": 16,
+    "n_routed_experts": 6, "n_group": 3, "topk_group": 2, "moe_intermediate_size": 12, "use_bias": True,
+    "moe_shared_expert_intermediate_size": 20, "moe_latent_size": 16, "routed_scaling_factor": 1.5,
+}  # fmt: skip
+FALCON_H1 = {
+    **MAMBA2,
+    "mamba_d_ssm": 72, "mamba_rms_norm": True, "projectors_bias": True, "mlp_bias": True,
+    "lm_head_multiplier": 0.7, "embedding_multiplier": 2.0, "mlp_multipliers": [0.8, 1.3],
+    "key_multiplier": 0.6, "attention_in_multiplier": 0.9, "attention_out_multiplier": 1.2,
+    "ssm_multipliers": [0.5, 1.5, 0.9, 1.1, 0.7], "ssm_in_multiplier": 1.4, "ssm_out_multiplier": 0.8,
+}  # fmt: skip
 # By a name of ours: what transformers calls the family's classes, and its config.
 CASES = {
     "llama": ("Llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
@@ -46,6 +74,16 @@ CASES = {
     "olmo_hybrid": ("OlmoHybrid", {**DELTA, "linear_key_head_dim": 20, "attention_bias": True}),
     "qwen3_next": ("Qwen3Next", {**DELTA, **EXPERTS, "partial_rotary_factor": 0.4, "mlp_only_layers": [1]}),
     "qwen3_5": ("Qwen3_5", {**DELTA, "partial_rotary_factor": 0.4}),
+    "mamba2": ("Mamba2", PURE_MAMBA2),
+    "bamba": ("Bamba", {**MAMBA2, "attn_layer_indices": [1, 3], "mlp_bias": True}),
+    "granitemoehybrid": ("GraniteMoeHybrid", GRANITE),
+    "granite_dense": (
+        "GraniteMoeHybrid",
+        {**MAMBA2, "layer_types": LAYERS, "num_local_experts": 0, "shared_intermediate_size": 20},
+    ),
+    "nemotron_h": ("NemotronH", NEMOTRON),
+    "falcon_h1": ("FalconH1", FALCON_H1),
+    "falcon_h1_plain": ("FalconH1", {**MAMBA2, "mamba_d_ssm": 72, "mamba_proj_bias": False}),
     "qwen3_5_moe": ("Qwen3_5Moe", {**DELTA, **EXPERTS, "partial_rotary_factor": 0.4}),
 }
 # Classes whose configs have no such key.
@@ -66,6 +104,9 @@ def make(name: str, *, seed: int = 0, **options) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.add_(0.1 * torch.randn_like(buffer))
     return model
 
 
@@ -78,6 +119,8 @@ def their_gradients(model: torch.nn.Module, folder) -> dict[str, torch.Tensor]:
     holder = copy.deepcopy(model)
     for parameter, source in zip(holder.parameters(), model.parameters(), strict=True):
         parameter.data = torch.zeros_like(source) if source.grad is None else source.grad.clone()
+    for buffer in holder.buffers():
+        buffer.zero_()
     holder.save_pretrained(folder)
     return load_file(folder / "model.safetensors")
 

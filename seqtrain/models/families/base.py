@@ -142,7 +142,7 @@ def model_config(config: Any, where: object, layers: Sequence[str], **others: An
         "layers": tuple(layers),
         "depth": len(layers),
         "width": config.hidden_size,
-        "heads": config.num_attention_heads,
+        "heads": getattr(config, "num_attention_heads", 1),
         "mlp_width": getattr(config, "intermediate_size", 0) or 0,
         "tie_embeddings": config.tie_word_embeddings,
         "norm_eps": getattr(config, "rms_norm_eps", 1e-6),

@@ -1,0 +1,77 @@
+"""Mamba, Mamba-2 and FalconMamba: one recurrent mixer a layer, and nothing that works on channels."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isinf
+from typing import Any
+
+from seqtrain.mixers import MIXERS
+from seqtrain.models.architecture import Architecture
+from seqtrain.models.families.base import Family, Piece, model_config, plain, require
+from seqtrain.models.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Mamba2(Family):
+    """A stack of Mamba-2 layers, whose heads need not have to do with the width."""
+
+    def architecture(self, config: Any, where: object) -> Architecture:
+        name, mixer = self.mixer(config, where)
+        layers = [name] * config.num_hidden_layers
+        others = {"mlps": ("none",), "norm_eps": config.layer_norm_epsilon}
+        return Architecture(model_config(config, where, layers, **others), {name: mixer}, config.vocab_size)
+
+    def mixer(self, config: Any, where: object) -> tuple[str, Any]:
+        """The name and config of every layer's mixer."""
+        require(config, where, hidden_act="silu")
+        mixer = MIXERS.get("mamba2").Config(
+            heads=config.num_heads,
+            head_width=config.head_dim,
+            state=config.state_size,
+            groups=config.n_groups,
+            conv_width=config.conv_kernel,
+            norm_eps=config.layer_norm_epsilon,
+            in_bias=config.use_bias,
+            conv_bias=config.use_conv_bias,
+            out_bias=config.use_bias,
+            **step_limits(config.time_step_limit),
+        )
+        return "mamba2", mixer
+
+    def pieces(self, config: Any, model: LanguageModel) -> Iterator[Piece]:
+        yield from stack_pieces(model, "backbone.")
+        for index, block in enumerate(model.blocks):
+            yield from plain(f"backbone.layers.{index}.norm", f"blocks.{index}.mixer_norm", block.mixer_norm)
+            yield from self.mixer_pieces(f"backbone.layers.{index}.mixer", f"blocks.{index}.mixer", block.mixer)
+
+    def mixer_pieces(self, theirs: str, ours: str, mixer: Any) -> Iterator[Piece]:
+        """A layer's mixer."""
+        yield from mamba2_pieces(theirs, ours, mixer)
+
+
+def step_limits(limits: Any) -> dict[str, float]:
+    """A Mamba-2 mixer's fields for the config's lowest and highest step size."""
+    low, high = limits or (0.0, 0.0)
+    return {"step_min": float(low), "step_max": 0.0 if isinf(high) else float(high)}
+
+
+def stack_pieces(model: LanguageModel, prefix: str) -> Iterator[Piece]:
+    """Embedding, last norm and head as Mamba's own code calls them."""
+    yield Piece(f"{prefix}embeddings.weight", "embedding.weight")
+    yield Piece(f"{prefix}norm_f.weight", "norm.weight")
+    yield Piece("lm_head.weight", "head.weight")
+
+
+def mamba2_pieces(theirs: str, ours: str, mixer: Any) -> Iterator[Piece]:
+    """A Mamba-2 layer."""
+    yield from plain(f"{theirs}.in_proj", f"{ours}.project", mixer.project)
+    yield from plain(f"{theirs}.conv1d", f"{ours}.conv", mixer.conv, lifted=True)
+    yield from plain(f"{theirs}.norm", f"{ours}.norm", mixer.norm)
+    yield from plain(f"{theirs}.out_proj", f"{ours}.out", mixer.out)
+    for name, own in (("A_log", "rate_log"), ("dt_bias", "step_bias"), ("D", "skip")):
+        yield Piece(f"{theirs}.{name}", f"{ours}.{own}")
+
+
+# As the files of its authors call it.
+RENAMED = (("backbone.embedding.", "backbone.embeddings."),)
+FAMILIES = {"mamba2": Mamba2(renamed=RENAMED)}

@@ -1,0 +1,259 @@
+"""Hybrids of Mamba and softmax attention: Bamba, Granite 4, Falcon-H1, Nemotron-H."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from seqtrain.mixers import MIXERS
+from seqtrain.mixers.parallel import Branch
+from seqtrain.models.architecture import Architecture
+from seqtrain.models.families.base import (
+    Family,
+    MoENames,
+    Piece,
+    activation,
+    attention_pieces,
+    feed_forward_pieces,
+    heads_of,
+    mlp_pieces,
+    model_config,
+    outer_pieces,
+    plain,
+    require,
+    rotation,
+)
+from seqtrain.models.families.dense import FULL
+from seqtrain.models.families.mamba import mamba2_pieces, stack_pieces, step_limits
+from seqtrain.models.feed_forward import MoE, RouterConfig
+from seqtrain.models.language_model import LanguageModel
+
+MAMBA2 = "mamba2"
+
+
+@dataclass(frozen=True)
+class Bamba(Family):
+    """Mamba-2 or softmax attention in each layer, and a SwiGLU. `mlp_norm`, `last_norm`: names of norms."""
+
+    mlp_norm: str = "pre_ff_layernorm"
+    last_norm: str = "final_layernorm"
+
+    def architecture(self, config: Any, where: object) -> Architecture:
+        layers = [MAMBA2 if kind == "linear_attention" else FULL for kind in config.layer_types]
+        kinds = {MAMBA2: self.mamba, FULL: self.attention}
+        mixers = {name: kinds[name](config, where) for name in dict.fromkeys(layers)}
+        others = {"activation": activation(config, where), **self.others(config)}
+        return Architecture(model_config(config, where, layers, **others), mixers, config.vocab_size)
+
+    def others(self, config: Any) -> Mapping[str, Any]:
+        """What the network has besides mixers."""
+        return {"mlp_bias": config.mlp_bias}
+
+    def mamba(self, config: Any, where: object, **others: Any) -> Any:
+        """The config of Mamba-2 layers, and `others` of its fields."""
+        require(config, where, hidden_act="silu")
+        fields = {
+            "heads": config.mamba_n_heads,
+            "head_width": config.mamba_d_head,
+            "state": config.mamba_d_state,
+            "groups": config.mamba_n_groups,
+            "conv_width": config.mamba_d_conv,
+            "norm_eps": config.rms_norm_eps,
+            "in_bias": config.mamba_proj_bias,
+            "conv_bias": config.mamba_conv_bias,
+            "out_bias": config.mamba_proj_bias,
+            **step_limits(config.time_step_limit),
+        }
+        return MIXERS.get(MAMBA2).Config(**{**fields, **others})
+
+    def attention(self, config: Any, where: object, **others: Any) -> Any:
+        """The config of softmax layers, and `others` of its fields."""
+        _, shared, head = heads_of(config, where)
+        biased = bool(config.attention_bias)
+        fields = {"query_group": shared, "head_width": head, "qkv_bias": biased, "out_bias": biased}
+        turned = {} if "rope_width" in others else rotation(config, where, head)
+        return MIXERS.get(FULL).Config(**fields, **turned, **others)
+
+    def pieces(self, config: Any, model: LanguageModel) -> Iterator[Piece]:
+        yield from outer_pieces(model, norm=self.last_norm)
+        for index, block in enumerate(model.blocks):
+            theirs, ours = f"model.layers.{index}", f"blocks.{index}"
+            yield from plain(f"{theirs}.input_layernorm", f"{ours}.mixer_norm", block.mixer_norm)
+            yield from self.mixer_pieces(theirs, f"{ours}.mixer", block.mixer)
+            yield from plain(f"{theirs}.{self.mlp_norm}", f"{ours}.mlp_norm", block.mlp_norm)
+            yield from self.feed_forward_pieces(theirs, f"{ours}.mlp", block.mlp)
+
+    def mixer_pieces(self, theirs: str, ours: str, mixer: Any) -> Iterator[Piece]:
+        """A layer's mixer."""
+        if hasattr(mixer, "qkv"):
+            yield from attention_pieces(f"{theirs}.self_attn", ours, mixer)
+        else:
+            yield from mamba2_pieces(f"{theirs}.mamba", ours, mixer)
+
+    def feed_forward_pieces(self, theirs: str, ours: str, part: Any) -> Iterator[Piece]:
+        """What follows it."""
+        yield from feed_forward_pieces(f"{theirs}.feed_forward", ours, part)
+
+
+@dataclass(frozen=True)
+class Granite(Bamba):
+    """With multipliers, and with routed experts beside a shared one or the latter alone."""
+
+    mlp_norm: str = "post_attention_layernorm"
+    last_norm: str = "norm"
+
+    def others(self, config: Any) -> Mapping[str, Any]:
+        scales = {
+            "embedding_scale": float(config.embedding_multiplier),
+            "residual_scale": float(config.residual_multiplier),
+            "logit_scale": 1 / config.logits_scaling,
+        }
+        if not config.num_local_experts:
+            return scales | {"mlp_width": config.shared_intermediate_size}
+        return scales | {
+            "experts": config.num_local_experts,
+            "experts_per_token": config.num_experts_per_tok,
+            "expert_width": config.intermediate_size,
+            "shared_expert_width": config.shared_intermediate_size,
+        }
+
+    def attention(self, config: Any, where: object, **others: Any) -> Any:
+        fixed = {} if config.position_embedding_type == "rope" else {"rope_width": 0}
+        return super().attention(config, where, scale=float(config.attention_multiplier), **fixed, **others)
+
+    def feed_forward_pieces(self, theirs: str, ours: str, part: Any) -> Iterator[Piece]:
+        shared, place = part, ours
+        if isinstance(part, MoE):
+            names = (("router.layer.weight", "router.weight"), ("input_linear.weight", "up"))
+            for name, own in (*names, ("output_linear.weight", "down")):
+                yield Piece(f"{theirs}.block_sparse_moe.{name}", f"{ours}.{own}")
+            shared, place = part.shared, f"{ours}.shared"
+        if shared is not None:
+            yield from plain(f"{theirs}.shared_mlp.input_linear", f"{place}.up", shared.up)
+            yield from plain(f"{theirs}.shared_mlp.output_linear", f"{place}.out", shared.out)
+
+
+@dataclass(frozen=True)
+class FalconH1(Bamba):
+    """Both mixers side by side in every layer, with multipliers all over."""
+
+    def architecture(self, config: Any, where: object) -> Architecture:
+        _, _, head = heads_of(config, where)
+        mamba = self.mamba(
+            config,
+            where,
+            out_bias=config.projectors_bias,
+            scales=tuple(map(float, config.ssm_multipliers)),
+            gate=("after_norm" if config.mamba_norm_before_gate else "before_norm")
+            if config.mamba_rms_norm
+            else "no_norm",
+        )
+        attention = self.attention(config, where, scale=config.key_multiplier * head**-0.5)
+        branches = (
+            Branch(MAMBA2, mamba, config.ssm_in_multiplier, config.ssm_out_multiplier),
+            Branch(FULL, attention, config.attention_in_multiplier, config.attention_out_multiplier),
+        )
+        layers = ["parallel"] * config.num_hidden_layers
+        others = {
+            "activation": activation(config, where),
+            "mlp_bias": config.mlp_bias,
+            "mlp_gate_scale": float(config.mlp_multipliers[0]),
+            "mlp_out_scale": float(config.mlp_multipliers[1]),
+            "embedding_scale": float(config.embedding_multiplier),
+            "logit_scale": float(config.lm_head_multiplier),
+        }
+        mixers = {"parallel": MIXERS.get("parallel").Config(branches=branches)}
+        return Architecture(model_config(config, where, layers, **others), mixers, config.vocab_size)
+
+    def mixer_pieces(self, theirs: str, ours: str, mixer: Any) -> Iterator[Piece]:
+        for index, branch in enumerate(mixer.branches):
+            yield from super().mixer_pieces(theirs, f"{ours}.branches.{index}", branch)
+
+
+@dataclass(frozen=True)
+class NemotronH(Bamba):
+    """Mamba-2, softmax attention without positions, an MLP or experts: one of them in each layer."""
+
+    def architecture(self, config: Any, where: object) -> Architecture:
+        kinds = config.layers_block_type
+        names = {"linear_attention": MAMBA2, "full_attention": FULL}
+        layers = [names.get(kind, "none") for kind in kinds]
+        mixers = {MAMBA2: self.mamba, FULL: self.attention}
+        others = {
+            "mlps": tuple("none" if kind in names else kind for kind in kinds),
+            "activation": activation(config, where, "mlp_hidden_act"),
+            "mlp_gated": False,
+            "mlp_bias": config.mlp_bias,
+            "norm_eps": config.layer_norm_epsilon,
+            # transformers never ties its head.
+            "tie_embeddings": False,
+            **(self.experts(config, where) if "moe" in kinds else {}),
+        }
+        used = {name: mixers[name](config, where) for name in dict.fromkeys(layers) if name in mixers}
+        return Architecture(model_config(config, where, layers, **others), used, config.vocab_size)
+
+    def experts(self, config: Any, where: object) -> dict[str, Any]:
+        """What the network has of a mixture of experts."""
+        require(config, where, mlp_bias=False)
+        return {
+            "experts": config.n_routed_experts,
+            "experts_per_token": config.num_experts_per_tok,
+            "expert_width": config.moe_intermediate_size,
+            "shared_expert_width": config.moe_shared_expert_intermediate_size,
+            "expert_latent": config.moe_latent_size or 0,
+            "router": RouterConfig(
+                score="sigmoid",
+                normalize=config.norm_topk_prob,
+                scale=float(config.routed_scaling_factor),
+                bias=True,
+                groups=config.n_group,
+                chosen_groups=config.topk_group,
+            ),
+        }
+
+    def mamba(self, config: Any, where: object, **others: Any) -> Any:
+        require(config, where, mamba_hidden_act="silu")
+        return MIXERS.get(MAMBA2).Config(
+            heads=config.mamba_num_heads,
+            head_width=config.mamba_head_dim,
+            state=config.ssm_state_size,
+            groups=config.n_groups,
+            conv_width=config.conv_kernel,
+            norm_eps=config.layer_norm_epsilon,
+            in_bias=config.use_bias,
+            conv_bias=config.use_conv_bias,
+            out_bias=config.use_bias,
+            # transformers takes this for the lowest step size, and has no highest.
+            step_min=config.time_step_min,
+            **others,
+        )
+
+    def attention(self, config: Any, where: object, **others: Any) -> Any:
+        _, shared, head = heads_of(config, where)
+        return MIXERS.get(FULL).Config(query_group=shared, head_width=head, rope_width=0, **others)
+
+    def pieces(self, config: Any, model: LanguageModel) -> Iterator[Piece]:
+        yield from stack_pieces(model, "model.")
+        names = MoENames(shared="shared_experts")
+        for index, block in enumerate(model.blocks):
+            theirs, ours = f"model.layers.{index}", f"blocks.{index}"
+            kind = "mixer" if block.mixer is not None else "mlp"
+            yield from plain(f"{theirs}.norm", f"{ours}.{kind}_norm", block.get_submodule(f"{kind}_norm"))
+            theirs, ours, part = f"{theirs}.mixer", f"{ours}.{kind}", block.get_submodule(kind)
+            if isinstance(part, MoE):
+                yield from feed_forward_pieces(theirs, ours, part, names)
+                yield from plain(f"{theirs}.fc1_latent_proj", f"{ours}.enter", part.enter)
+                yield from plain(f"{theirs}.fc2_latent_proj", f"{ours}.out", part.out)
+            elif kind == "mlp":
+                yield from mlp_pieces(theirs, ours, part)
+            elif hasattr(part, "qkv"):
+                yield from attention_pieces(theirs, ours, part)
+            else:
+                yield from mamba2_pieces(theirs, ours, part)
+
+
+FAMILIES = {
+    "bamba": Bamba(),
+    "granitemoehybrid": Granite(),
+    "falcon_h1": FalconH1(),
+    "nemotron_h": NemotronH(("mtp.",), renamed=(("backbone.", "model."),)),
+}
