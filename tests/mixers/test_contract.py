@@ -33,6 +33,8 @@ VARIANTS = [
     ("mamba2", {"groups": 2, "state": 4, "expand": 1.0}),
     ("mamba2", {"state": 4, "gate": "after_norm", "step_min": 0.01, "step_max": 0.5}),
     ("mamba2", {"state": 4, "head_width": 7, "gate": "no_norm", "in_bias": True, "scales": (2.0, 1.0, 0.7, 0.5, 3.0)}),
+    ("mamba", {"state": 3, "rank": 5, "norms": "learned", "bias": True, "conv_bias": False}),
+    ("mamba", {"state": 4, "inner_width": 15, "norms": "plain"}),
     ("s4d", {"initialization": "inv", "discretization": "bilinear"}),
     ("s4d", {"initialization": "legs", "state": 6}),
     ("s5", {"discretization": "bilinear"}),

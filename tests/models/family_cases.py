@@ -43,6 +43,11 @@ PURE_MAMBA2 = {
     "num_heads": 6, "head_dim": 12, "n_groups": 3, "state_size": 10, "conv_kernel": 3, "chunk_size": 16,
     "use_bias": True, "use_conv_bias": False, "time_step_limit": (0.01, 0.9),
 }  # fmt: skip
+MAMBA = {"state_size": 5, "time_step_rank": 4, "conv_kernel": 3, "use_bias": True, "tie_word_embeddings": False}
+JAMBA = {
+    "mamba_d_state": 5, "mamba_d_conv": 3, "mamba_dt_rank": 4, "mamba_proj_bias": True, "num_experts": 5,
+    "attn_layer_period": 3, "attn_layer_offset": 1,
+}  # fmt: skip
 GRANITE = {
     **MAMBA2,
     "layer_types": LAYERS, "position_embedding_type": "rope", "shared_intermediate_size": 20,
@@ -75,6 +80,9 @@ CASES = {
     "qwen3_next": ("Qwen3Next", {**DELTA, **EXPERTS, "partial_rotary_factor": 0.4, "mlp_only_layers": [1]}),
     "qwen3_5": ("Qwen3_5", {**DELTA, "partial_rotary_factor": 0.4}),
     "mamba2": ("Mamba2", PURE_MAMBA2),
+    "mamba": ("Mamba", {**MAMBA, "use_conv_bias": False}),
+    "falcon_mamba": ("FalconMamba", {**MAMBA, "mixer_rms_eps": 1e-3}),
+    "jamba": ("Jamba", JAMBA),
     "bamba": ("Bamba", {**MAMBA2, "attn_layer_indices": [1, 3], "mlp_bias": True}),
     "granitemoehybrid": ("GraniteMoeHybrid", GRANITE),
     "granite_dense": (

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isinf
-from typing import Any
+from typing import Any, Literal
 
 from seqtrain.mixers import MIXERS
 from seqtrain.models.architecture import Architecture
@@ -49,6 +49,30 @@ class Mamba2(Family):
         yield from mamba2_pieces(theirs, ours, mixer)
 
 
+@dataclass(frozen=True)
+class Mamba(Mamba2):
+    """A stack of Mamba layers. `norms`: those of step sizes, B and C."""
+
+    norms: Literal["none", "plain"] = "none"
+
+    def mixer(self, config: Any, where: object) -> tuple[str, Any]:
+        require(config, where, hidden_act="silu")
+        mixer = MIXERS.get("mamba").Config(
+            inner_width=config.intermediate_size,
+            state=config.state_size,
+            conv_width=config.conv_kernel,
+            rank=config.time_step_rank,
+            norms=self.norms,
+            norm_eps=config.mixer_rms_eps if self.norms == "plain" else 1e-6,
+            bias=config.use_bias,
+            conv_bias=config.use_conv_bias,
+        )
+        return "mamba", mixer
+
+    def mixer_pieces(self, theirs: str, ours: str, mixer: Any) -> Iterator[Piece]:
+        yield from mamba_pieces(theirs, ours, mixer)
+
+
 def step_limits(limits: Any) -> dict[str, float]:
     """A Mamba-2 mixer's fields for the config's lowest and highest step size."""
     low, high = limits or (0.0, 0.0)
@@ -72,6 +96,22 @@ def mamba2_pieces(theirs: str, ours: str, mixer: Any) -> Iterator[Piece]:
         yield Piece(f"{theirs}.{name}", f"{ours}.{own}")
 
 
+def mamba_pieces(theirs: str, ours: str, mixer: Any) -> Iterator[Piece]:
+    """A Mamba layer."""
+    yield from plain(f"{theirs}.conv1d", f"{ours}.conv", mixer.conv, lifted=True)
+    modules = (("in_proj", "project"), ("x_proj", "select"), ("dt_proj", "time_step"), ("out_proj", "out"))
+    norms = (("dt_layernorm", "norms.0"), ("b_layernorm", "norms.1"), ("c_layernorm", "norms.2"))
+    for name, own in (*modules, *norms):
+        yield from plain(f"{theirs}.{name}", f"{ours}.{own}", mixer.get_submodule(own))
+    yield Piece(f"{theirs}.dt_proj.bias", f"{ours}.step_bias")
+    yield Piece(f"{theirs}.A_log", f"{ours}.rate_log", columns=mixer.config.state)
+    yield Piece(f"{theirs}.D", f"{ours}.skip")
+
+
 # As the files of its authors call it.
 RENAMED = (("backbone.embedding.", "backbone.embeddings."),)
-FAMILIES = {"mamba2": Mamba2(renamed=RENAMED)}
+FAMILIES = {
+    "mamba": Mamba(renamed=RENAMED),
+    "falcon_mamba": Mamba(norms="plain", renamed=RENAMED),
+    "mamba2": Mamba2(renamed=RENAMED),
+}

@@ -1,4 +1,4 @@
-"""Hybrids of Mamba and softmax attention: Bamba, Granite 4, Falcon-H1, Nemotron-H."""
+"""Hybrids of Mamba and softmax attention: Bamba, Granite 4, Falcon-H1, Nemotron-H, Jamba."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from seqtrain.models.families.base import (
     rotation,
 )
 from seqtrain.models.families.dense import FULL
-from seqtrain.models.families.mamba import mamba2_pieces, stack_pieces, step_limits
+from seqtrain.models.families.mamba import mamba2_pieces, mamba_pieces, stack_pieces, step_limits
 from seqtrain.models.feed_forward import MoE, RouterConfig
 from seqtrain.models.language_model import LanguageModel
 
@@ -251,9 +251,55 @@ class NemotronH(Bamba):
                 yield from mamba2_pieces(theirs, ours, part)
 
 
+@dataclass(frozen=True)
+class Jamba(Bamba):
+    """Mamba or softmax attention without positions, and an MLP or experts."""
+
+    def architecture(self, config: Any, where: object) -> Architecture:
+        names = {"linear_attention": "mamba", "full_attention": FULL}
+        layers = [names[kind] for kind in config.layer_types]
+        mamba = MIXERS.get("mamba").Config(
+            expand=config.mamba_expand,
+            state=config.mamba_d_state,
+            conv_width=config.mamba_d_conv,
+            rank=config.mamba_dt_rank,
+            norms="learned",
+            norm_eps=config.rms_norm_eps,
+            bias=config.mamba_proj_bias,
+            conv_bias=config.mamba_conv_bias,
+        )
+        require(config, where, hidden_act="silu")
+        _, shared, head = heads_of(config, where)
+        attention = MIXERS.get(FULL).Config(query_group=shared, head_width=head, rope_width=0)
+        mixers = {"mamba": mamba, FULL: attention}
+        used = {name: mixers[name] for name in dict.fromkeys(layers)}
+        return Architecture(model_config(config, where, layers, **self.others(config)), used, config.vocab_size)
+
+    def others(self, config: Any) -> Mapping[str, Any]:
+        kinds = tuple("moe" if experts > 1 else "mlp" for experts in config.layers_num_experts)
+        if "moe" not in kinds:
+            return {}
+        return {
+            "mlps": kinds,
+            "experts": config.num_experts,
+            "experts_per_token": config.num_experts_per_tok,
+            "router": RouterConfig(normalize=False),
+        }
+
+    def mixer_pieces(self, theirs: str, ours: str, mixer: Any) -> Iterator[Piece]:
+        if hasattr(mixer, "qkv"):
+            yield from attention_pieces(f"{theirs}.self_attn", ours, mixer)
+        else:
+            yield from mamba_pieces(f"{theirs}.mamba", ours, mixer)
+
+    def feed_forward_pieces(self, theirs: str, ours: str, part: Any) -> Iterator[Piece]:
+        yield from feed_forward_pieces(f"{theirs}.feed_forward", ours, part, MoENames(router="router"))
+
+
 FAMILIES = {
     "bamba": Bamba(),
     "granitemoehybrid": Granite(),
     "falcon_h1": FalconH1(),
     "nemotron_h": NemotronH(("mtp.",), renamed=(("backbone.", "model."),)),
+    "jamba": Jamba(),
 }
