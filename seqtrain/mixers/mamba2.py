@@ -1,6 +1,6 @@
 """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, section 7): a state-space layer with one decay per head."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,7 @@ class Mamba2(Mixer):
         self.rate_log = nn.Parameter(torch.empty(shape.heads))
         self.step_bias = nn.Parameter(torch.empty(shape.heads))
         self.skip = nn.Parameter(torch.ones(shape.heads))
-        options = {"groups": config.groups, "gate_first": config.gate == "before_norm"}
+        options: dict[str, Any] = {"groups": config.groups, "gate_first": config.gate == "before_norm"}
         self.norm = None if config.gate == "no_norm" else RMSNorm(self.inner, config.norm_eps, **options)
         self.out = nn.Linear(self.inner, shape.width, bias=config.out_bias)
         self.reset_parameters()

@@ -29,7 +29,7 @@ class Branch:
     def __post_init__(self) -> None:
         """From a file options come as a mapping, which is checked here."""
         if self.options is None or isinstance(self.options, Mapping):
-            config = validate(MIXERS.get(self.mixer).Config, self.options or {}, prefix=f"mixer.{self.mixer}.")
+            config: Any = validate(MIXERS.get(self.mixer).Config, self.options or {}, prefix=f"mixer.{self.mixer}.")
             object.__setattr__(self, "options", config)
 
 
@@ -58,7 +58,8 @@ class Parallel(Mixer):
         self.grouped = any(mixer.grouped for mixer in self.branches)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
-        added, after = [], {}
+        added: list[Tensor] = []
+        after: State = {}
         for index, (branch, mixer) in enumerate(zip(self.config.branches, self.branches, strict=True)):
             prefix = f"{index}_"
             own = {name.removeprefix(prefix): state for name, state in past.items() if name.startswith(prefix)}

@@ -252,9 +252,12 @@ def family_of_config(config: Mapping[str, Any]) -> tuple[Family, Any]:
     from transformers import AutoConfig
 
     family = family_of(str(config["model_type"]), "config.json")
-    # Floats that JSON lacks are written as objects.
-    read = {"object_hook": lambda value: float(value["__float__"]) if set(value) == {"__float__"} else value}
-    whole = AutoConfig.for_model(**json.loads(json.dumps(dict(config)), **read))
+
+    def read(value: dict[str, Any]) -> Any:
+        """Floats that JSON lacks are written as objects."""
+        return float(value["__float__"]) if set(value) == {"__float__"} else value
+
+    whole = AutoConfig.for_model(**json.loads(json.dumps(dict(config)), object_hook=read))
     return family, family.text_config(whole)
 
 
