@@ -87,6 +87,7 @@ COMMANDS = {
     "bench-operators": Command("seqtrain.benchmarks.operators", "time operators against others"),
     "bench-all-scan": Command("seqtrain.benchmarks.all_scan", "time ways to hand states from rank to rank"),
     "bench-training": Command("seqtrain.benchmarks.training", "compare the throughput of training runs"),
+    "bench-families": Command("seqtrain.benchmarks.families", "time a pretrained family's step against transformers"),
     "bench-memory": Command("seqtrain.benchmarks.memory", "measure the peak memory of one step on one long sequence"),
     "bench-regression": Command("seqtrain.benchmarks.regression", "compare CPU time with an earlier commit"),
     "compare-commits": Command("seqtrain.benchmarks.replay", "compare the numbers of runs with an earlier commit"),

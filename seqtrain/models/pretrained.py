@@ -32,11 +32,12 @@ HEAD = "lm_head.weight"
 class Origin:
     """What exporting a model needs besides its weights.
 
-    `config`: the folder's config.json. `dtypes` (None where quantized), `files`: of each tensor, by its name.
+    `config`: the folder's config.json. `shapes`, `dtypes` (None where quantized), `files`: of each tensor, by its name.
     `folder`: None for a GGUF file, whose model is written as the Hugging Face folder it could have come from.
     """
 
     config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, torch.dtype | None]
     files: Mapping[str, str]
     folder: Path | None
@@ -155,7 +156,9 @@ def places_of(model: LanguageModel, source: Source) -> dict[str, list[Piece]]:
     Raises `CheckpointError` unless the source's tensors are those of the family, in the model's shapes.
     """
     family = source.family
-    places, names = by_tensor(family.pieces(source.config, model)), {family.canonical(x): x for x in source.shapes}
+    names = {family.canonical(x): x for x in source.shapes}
+    shapes = {known: source.shapes[name] for known, name in names.items()}
+    places = family.fitted(by_tensor(family.pieces(source.config, model)), shapes)
     optional = {HEAD} if model.config.tie_embeddings else set()
     if missing := sorted(set(places) - set(names) - optional):
         raise CheckpointError(f"source={source.path}: lacks {_some(missing)}")
@@ -196,9 +199,11 @@ def origin_of(source: Source) -> Origin:
 
         config = source.config.to_dict()
         config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
-        return Origin(config, dict.fromkeys(source.shapes, torch.float32), source.places, None)
+        return Origin(config, source.shapes, dict.fromkeys(source.shapes, torch.float32), source.places, None)
     config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    return Origin(config, {name: REAL.get(kind) for name, kind in source.kinds.items()}, source.places, source.path)
+    return Origin(
+        config, source.shapes, {name: REAL.get(kind) for name, kind in source.kinds.items()}, source.places, source.path
+    )
 
 
 def write_folder(model: LanguageModel, origin: Origin, folder: Path) -> None:
@@ -218,11 +223,10 @@ def write_folder(model: LanguageModel, origin: Origin, folder: Path) -> None:
 @torch.no_grad()
 def _tensors(model: LanguageModel, origin: Origin, names: list[str]) -> dict[str, Tensor]:
     """The tensors `names` of a file: of the model's parameters, or else of the folder it came from."""
-    family, config = family_of_config(origin.config)
-    places, parameters = by_tensor(family.pieces(config, model)), dict(model.named_parameters(remove_duplicate=False))
+    places, parameters = places_in(model, origin), dict(model.named_parameters(remove_duplicate=False))
     found = {}
     for name in names:
-        if pieces := places.get(family.canonical(name)):
+        if pieces := places.get(name):
             value = torch.empty(shape_of(pieces, parameters), dtype=origin.dtypes[name])
             for piece in pieces:
                 piece.read(parameters[piece.ours], value)
@@ -245,6 +249,14 @@ def _carried(origin: Origin, names: set[str]) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as opened:
             found |= {name: opened.get_tensor(name) for name in names if origin.files[name] == file}
     return found
+
+
+def places_in(model: LanguageModel, origin: Origin) -> dict[str, list[Piece]]:
+    """The pieces of each tensor of the files that `model` came from, by its name there."""
+    family, config = family_of_config(origin.config)
+    shapes = {family.canonical(name): shape for name, shape in origin.shapes.items()}
+    places = family.fitted(by_tensor(family.pieces(config, model)), shapes)
+    return {name: places[known] for name in origin.shapes if (known := family.canonical(name)) in places}
 
 
 def family_of_config(config: Mapping[str, Any]) -> tuple[Family, Any]:

@@ -82,6 +82,10 @@ class Family:
         """The part of transformers' config that describes the text model."""
         return getattr(config, self.nested) if self.nested else config
 
+    def fitted(self, places: dict[str, list[Piece]], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
+        """`places`, the pieces of each tensor, as a file with these `shapes` has them where files differ."""
+        return places
+
     def architecture(self, config: Any, where: object) -> Architecture:
         """The network that transformers' `config` describes; `where` it was found. Raises `ConfigError`."""
         raise NotImplementedError

@@ -1,7 +1,7 @@
 """OLMo 2, OLMo 3 and OLMo-Hybrid: norms behind softmax layers, queries and keys normalised over all heads together."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from seqtrain.mixers import MIXERS
@@ -84,6 +84,17 @@ class OlmoHybrid(Olmo):
         others = {"norms": norms, "activation": activation(config, where)}
         mixers = {"gated_delta_net": delta, FULL: self.attention(config, where, FULL)}
         return Architecture(model_config(config, where, layers, **others), mixers, config.vocab_size)
+
+    def fitted(self, places: dict[str, list[Piece]], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
+        """transformers 5.23 joins the convolutions of q, k and v, and saves them as three equal parts."""
+        found, first = dict(places), 0
+        for name, pieces in places.items():
+            if not name.endswith("_conv1d.weight") or name not in shapes:
+                continue
+            first = 0 if name.endswith(".q_conv1d.weight") else first
+            found[name] = [replace(pieces[0], our_rows=slice(first, first + shapes[name][0]))]
+            first += shapes[name][0]
+        return found
 
     def layer_pieces(self, theirs: str, ours: str, block: Any) -> Iterator[Piece]:
         if not hasattr(block.mixer, "rate_log"):
