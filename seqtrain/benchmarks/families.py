@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> int:
                 flush=True,
             )
     cells = [
-        (row["family"], row["tokens"], f"{row['ours']:.2f}", f"{row['theirs']:.2f}", f"{row['ratio']:.2f}",
+        (row["family"], f"{row['tokens']:,}", f"{row['ours']:.2f}", f"{row['theirs']:.2f}", f"{row['ratio']:.2f}",
          f"{row['our_bytes'] / 2**20:.0f}", f"{row['their_bytes'] / 2**20:.0f}")
         for row in rows
     ]  # fmt: skip

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.files import replacing
+from seqtrain.mixers import Mixer
 from seqtrain.models.architecture import Architecture
 from seqtrain.models.families import Family, Piece, family_of
 from seqtrain.models.language_model import LanguageModel
@@ -74,6 +75,69 @@ def save_pretrained(model: LanguageModel, folder: str | Path) -> None:
     with replacing(folder) as unfinished:
         unfinished.mkdir()
         write_folder(model, model.origin, unfinished)
+
+
+def export_as(model: LanguageModel, model_type: str, folder: Path, **tokens: Any) -> None:
+    """Writes `model`, whatever made it, into the empty `folder` as the Hugging Face type `model_type`.
+
+    `tokens`: what its config says besides: special tokens, lengths. Raises `ConfigError` naming what that type has
+    otherwise, where the model does not fit.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    family = family_of(model_type, f"as={model_type}")
+    try:
+        config = AutoConfig.for_model(model_type, **family.config_of(model), **tokens)
+        found = family.architecture(family.text_config(config), f"as={model_type}").build()
+    except ConfigError as error:
+        raise ConfigError(f"as={model_type}: the model can't be exported as one: {error}") from None
+    if wrong := differences(model, found):
+        raise ConfigError(f"as={model_type}: the model can't be exported as one: {'; '.join(wrong[:4])}")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    places = by_tensor(family.pieces(family.text_config(config), model))
+    if model.config.tie_embeddings:
+        del places[HEAD]
+    shapes = {name: shape_of(pieces, parameters) for name, pieces in places.items()}
+    values = config.to_dict() | {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]], "dtype": "float32"}
+    kinds = dict.fromkeys(shapes, torch.float32)
+    write_folder(model, Origin(values, shapes, kinds, dict.fromkeys(shapes, WEIGHTS), None), folder)
+
+
+def differences(model: LanguageModel, found: LanguageModel) -> list[str]:
+    """What a layer of `model` has and the same layer of `found` has otherwise, in the words of their modules."""
+    wrong = []
+    for name in ("width", "norm_zero_centered", "embedding_scale", "residual_scale", "logit_scale", "logit_cap"):
+        ours, theirs = (getattr(each.config, name) for each in (model, found))
+        if ours != theirs:
+            wrong.append(f"model.{name}={ours}, not {theirs}")
+    ours, theirs = (dict(each.named_modules()) for each in (model, found))
+    for name in sorted(ours.keys() | theirs.keys()):
+        mine, its = (_traits(each.get(name)) for each in (ours, theirs))
+        if mine != its:
+            wrong.append(f"{name or 'the model'} has {_said(mine, its)}, not {_said(its, mine)}")
+    return wrong
+
+
+def _traits(module: nn.Module | None) -> dict[str, Any]:
+    """What a module computes with, but for its weights' numbers and what only its children have."""
+    if module is None:
+        return {"module": "none"}
+    plain = {key: value for key, value in vars(module).items() if isinstance(value, int | float | str | bool)}
+    found = {"module": type(module).__name__} | {key: value for key, value in plain.items() if key != "training"}
+    shapes = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
+    options = {}
+    if isinstance(module, Mixer):
+        # Those that are no sizes, which the shapes of weights tell.
+        sizes = ("expand", "head", "width", "group", "heads")
+        options = {key: value for key, value in asdict(module.config).items() if not any(x in key for x in sizes)}
+        rotated = getattr(module.config, "rope_width", None)
+        options |= {"rope_width": getattr(module, "key", 0) if rotated is None else rotated}
+    return found | shapes | options
+
+
+def _said(mine: Mapping[str, Any], its: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in mine.items() if its.get(key) != value) or "nothing else"
 
 
 def architecture_of(source: Source) -> Architecture:

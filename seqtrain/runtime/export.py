@@ -5,7 +5,8 @@
     python tools/export.py run=runs/2026-01-31/12-00-00 output_dir=~/models/mine
 
 `as=seqtrain` is seqtrain's own model type: `AutoModelForCausalLM.from_pretrained` knows it after `import seqtrain`. A
-run that continued another model (`source=`) is written as the type that model was.
+run that continued another model (`source=`) is written as the type that model was. `as=FAMILY` (llama, qwen3,
+olmo_hybrid, qwen3_next) is for a model that has that family's layers, and plain transformers loads it.
 """
 
 from collections.abc import Sequence
@@ -14,9 +15,11 @@ from pathlib import Path
 
 from seqtrain.config import read_settings
 from seqtrain.data import Tokenizer
-from seqtrain.errors import ConfigError
+from seqtrain.errors import ConfigError, unknown_name
 from seqtrain.files import replacing
 from seqtrain.models import LanguageModel
+from seqtrain.models.families import FAMILIES
+from seqtrain.models.pretrained import export_as
 from seqtrain.runtime.generate import open_run
 from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.runtime.source import type_of_source, write_as_source
@@ -29,7 +32,8 @@ class Settings:
     run: FilePath
     # Folder that is made.
     output_dir: FilePath
-    # Type of the model that is written: seqtrain, or that of the model the run continued; empty: that, if there is one.
+    # Type of the model that is written: seqtrain, that of the model the run continued, or of a family that the model
+    # fits, such as llama. Empty: the second, if there is one, else the first.
     as_: str = ""
 
 
@@ -38,19 +42,23 @@ def main(arguments: Sequence[str]) -> int:
     settings = read_settings(Settings, arguments)
     folder = Path(settings.output_dir)
     config, model, tokenizer = open_run(Path(settings.run))
-    kinds = [*([type_of_source(config)] if config.source else []), "seqtrain"]
-    kind = settings.as_ or kinds[0]
-    if kind not in kinds:
-        raise ConfigError(f"as={kind}: the run {settings.run} can be exported as {' or '.join(kinds)}")
+    source = type_of_source(config) if config.source else ""
+    kind = settings.as_ or source or "seqtrain"
+    if kind not in ("seqtrain", *FAMILIES):
+        raise ConfigError(unknown_name("as=", kind, ("seqtrain", *FAMILIES)))
     if folder.exists():
         raise ConfigError(f"output_dir={folder}: exists already; name a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as unfinished:
         unfinished.mkdir()
-        if kind != "seqtrain":
+        if kind == source:
             write_as_source(config, model, unfinished)
-        else:
+        elif kind == "seqtrain":
             _write_own(config, model, tokenizer, unfinished)
+        else:
+            ends = {"bos_token_id": None, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end}
+            export_as(model, kind, unfinished, max_position_embeddings=config.train.sequence_length, **ends)
+            tokenizer.as_huggingface().save_pretrained(unfinished)
     print(f"exported: {folder}")
     return 0
 

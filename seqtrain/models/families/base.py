@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from seqtrain.errors import ConfigError
 from seqtrain.mixers.common.attention import SoftmaxAttention
+from seqtrain.mixers.gated_delta_net import GatedDeltaNet
 from seqtrain.models.architecture import Architecture
 from seqtrain.models.feed_forward import MLP, MoE
 from seqtrain.models.language_model import LanguageModel, ModelConfig
@@ -90,6 +91,10 @@ class Family:
         """The network that transformers' `config` describes; `where` it was found. Raises `ConfigError`."""
         raise NotImplementedError
 
+    def config_of(self, model: LanguageModel) -> dict[str, Any]:
+        """The keys of a config that describes `model`, as near as this family comes. Raises `ConfigError` for none."""
+        raise ConfigError("no model but one of this family can be exported as it")
+
     def pieces(self, config: Any, model: LanguageModel) -> Iterator[Piece]:
         """Where each tensor of the file belongs in `model`, which is of `architecture`, or a student of it."""
         raise NotImplementedError
@@ -157,6 +162,59 @@ def model_config(config: Any, where: object, layers: Sequence[str], **others: An
         "initializer_range": getattr(config, "initializer_range", 0.02),
     }
     return ModelConfig(**{**fields, **others})
+
+
+def common_keys(model: LanguageModel) -> dict[str, Any]:
+    """The reverse: what nearly all families' configs say of `model` by the same keys."""
+    config = model.config
+    return {
+        "vocab_size": model.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.hidden,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "hidden_act": {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation),
+        "rms_norm_eps": config.norm_eps,
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def attention_keys(model: LanguageModel) -> dict[str, Any]:
+    """What configs say of the softmax layers of `model`. Raises `ConfigError` where it has none."""
+    found = [block.mixer for block in model.blocks if isinstance(block.mixer, SoftmaxAttention)]
+    if not found:
+        raise ConfigError("it has no softmax layers")
+    mixer, own = found[0], found[0].config
+    if own.rope_stretch or own.rope_amplitude != 1:
+        raise ConfigError("its rotation is stretched, which is told by the config it came from alone")
+    width = mixer.key if own.rope_width is None else own.rope_width
+    rope = {"rope_type": "default", "rope_theta": own.rope_base, "partial_rotary_factor": width / mixer.key}
+    return {
+        "num_key_value_heads": mixer.groups,
+        "head_dim": mixer.key,
+        "attention_bias": own.qkv_bias and own.out_bias,
+        "rope_parameters": rope if width < mixer.key else {key: rope[key] for key in ("rope_type", "rope_theta")},
+    }
+
+
+def delta_keys(model: LanguageModel) -> dict[str, Any]:
+    """What configs say of the Gated DeltaNet layers of `model`, and which they are. Raises `ConfigError`."""
+    found = [block.mixer for block in model.blocks if isinstance(block.mixer, GatedDeltaNet)]
+    if not found:
+        raise ConfigError("it has no gated_delta_net layers")
+    mixer = found[0]
+    return {
+        "linear_num_key_heads": mixer.key_heads,
+        "linear_num_value_heads": mixer.shape.heads,
+        "linear_key_head_dim": mixer.key,
+        "linear_value_head_dim": mixer.value,
+        "linear_conv_kernel_dim": mixer.config.conv_width,
+        "linear_allow_neg_eigval": mixer.config.allow_negative_eigenvalues,
+        "layer_types": [
+            "linear_attention" if isinstance(block.mixer, GatedDeltaNet) else "full_attention" for block in model.blocks
+        ],
+    }
 
 
 def plain(theirs: str, ours: str, module: nn.Module | None, *, lifted: bool = False) -> Iterator[Piece]:

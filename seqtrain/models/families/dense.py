@@ -10,7 +10,9 @@ from seqtrain.models.families.base import (
     Family,
     Piece,
     activation,
+    attention_keys,
     attention_pieces,
+    common_keys,
     heads_of,
     mlp_pieces,
     model_config,
@@ -51,6 +53,16 @@ class Dense(Family):
         mixers = {name: MIXERS.get(name).Config(**attention, **own[name]) for name in own if name in layers}
         others = {"mlp_bias": bool(getattr(config, "mlp_bias", False)), "activation": activation(config, where)}
         return Architecture(model_config(config, where, layers, **others), mixers, config.vocab_size)
+
+    def config_of(self, model: LanguageModel) -> dict[str, Any]:
+        windows = [getattr(block.mixer, "window", None) for block in model.blocks]
+        keys = {**common_keys(model), **attention_keys(model), "mlp_bias": model.config.mlp_bias}
+        keys["sliding_window"] = min((window for window in windows if window), default=None)
+        if any(windows) and (self.qkv_bias or self.qk_norm):
+            # Only Qwen's configs say it of each layer.
+            keys["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
+            keys["use_sliding_window"] = True
+        return keys
 
     def pieces(self, config: Any, model: LanguageModel) -> Iterator[Piece]:
         yield from outer_pieces(model)

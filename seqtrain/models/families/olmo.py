@@ -10,7 +10,10 @@ from seqtrain.models.families.base import (
     Family,
     Piece,
     activation,
+    attention_keys,
     attention_pieces,
+    common_keys,
+    delta_keys,
     heads_of,
     mlp_pieces,
     model_config,
@@ -84,6 +87,10 @@ class OlmoHybrid(Olmo):
         others = {"norms": norms, "activation": activation(config, where)}
         mixers = {"gated_delta_net": delta, FULL: self.attention(config, where, FULL)}
         return Architecture(model_config(config, where, layers, **others), mixers, config.vocab_size)
+
+    def config_of(self, model: LanguageModel) -> dict[str, Any]:
+        keys = {key: value for key, value in attention_keys(model).items() if key != "head_dim"}
+        return {**common_keys(model), **keys, **delta_keys(model)}
 
     def fitted(self, places: dict[str, list[Piece]], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
         """transformers 5.23 joins the convolutions of q, k and v, and saves them as three equal parts."""

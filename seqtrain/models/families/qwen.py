@@ -10,6 +10,9 @@ from seqtrain.models.families.base import (
     Family,
     Piece,
     activation,
+    attention_keys,
+    common_keys,
+    delta_keys,
     feed_forward_pieces,
     heads_of,
     interleaved,
@@ -64,6 +67,20 @@ class Qwen(Family):
             {name: used[name] for name in dict.fromkeys(layers)},
             config.vocab_size,
         )
+
+    def config_of(self, model: LanguageModel) -> dict[str, Any]:
+        config = model.config
+        delta = {key: value for key, value in delta_keys(model).items() if key != "linear_allow_neg_eigval"}
+        keys = {**common_keys(model), **attention_keys(model), **delta, "num_experts": config.experts}
+        if not config.experts:
+            return keys
+        return keys | {
+            "num_experts_per_tok": config.experts_per_token,
+            "moe_intermediate_size": config.expert_width or config.hidden,
+            "shared_expert_intermediate_size": config.shared_expert_width,
+            "norm_topk_prob": config.router.normalize,
+            "mlp_only_layers": [index for index in range(config.depth) if config.mlp(index) == "mlp"],
+        }
 
     def experts(self, config: Any) -> dict[str, Any]:
         """What the network has of a mixture of experts."""
