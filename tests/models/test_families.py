@@ -155,6 +155,23 @@ def test_a_row_cut_over_ranks_is_the_whole_row(saved, part):
         assert_same_gradients(came, truth[name], LIMIT, what=f"{name} on {ranks}")
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value", "allowed"),
+    [
+        ("mamba", "hidden_act", "gelu", "silu"),
+        ("bamba", "hidden_act", "gelu", "silu"),
+        ("nemotron_h", "mamba_hidden_act", "relu", "silu"),
+        ("nemotron_h", "mlp_bias", True, False),
+    ],
+)
+def test_what_a_family_is_not_read_with_is_named(saved, tmp_path, name, key, value, allowed):
+    config = json.loads((saved(name)[1] / "config.json").read_text()) | {key: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((saved(name)[1] / "model.safetensors").read_bytes())
+    with refused(f"source={tmp_path}: {key}={value} is not supported; it must be {allowed}", ConfigError):
+        from_pretrained(tmp_path)
+
+
 def test_a_model_that_came_from_nowhere_is_not_written(tmp_path):
     from tests.models.tiny import build
 
