@@ -172,8 +172,8 @@ def wake_zombie(folder: Path, chance: random.Random) -> dict[str, Any]:
     when, moment = pick_moment(chance)
     first = Run(folder, *ALONE)
     due = moment(first)
-    # Before it has taken the folder, it is not one that was replaced.
-    reached = first.until(lambda: due() and any(first.folder.epochs.glob("*/holder.json")))
+    # Before it holds the folder, it is not one that was replaced.
+    reached = first.until(lambda: due() and any(first.folder.epochs.glob("*/alive")))
     step = first.step()
     with suppress(psutil.NoSuchProcess):
         first.process.suspend()

@@ -124,7 +124,8 @@ def _start_ray(config: PretrainConfig) -> None:
         cpus = max(os.cpu_count() or 1, config.parallel.ranks * config.runtime.cpus_per_worker)
         # `local` whatever RAY_ADDRESS says.
         options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-        options["_temp_dir"] = str(_private_folder())
+        # Not that folder itself: Ray lets everybody write into what it is given. A short name, as sockets' are limited.
+        options["_temp_dir"] = str(_private_folder() / "r")
         options["runtime_env"] = {"env_vars": {"GLOO_SOCKET_IFNAME": "lo" if os.uname().sysname == "Linux" else "lo0"}}
     ray.init(**options)
     for name in ("ray", "ray.train", "ray.data"):

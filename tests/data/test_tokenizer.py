@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from seqtrain.data import DataConfig, load_tokenizer, prepare
-from seqtrain.errors import ConfigError
+from seqtrain.errors import ConfigError, DataError
+from tests.command_cases import refused
 
 TEXT = "naïve 東京 state\n\n  of the <|end|> unseen Ω word"
 
@@ -170,3 +171,13 @@ def test_a_documents_tokens_do_not_depend_on_where_it_is_cut(tmp_path, monkeypat
     )
     corpus = prepare(config, progress=False)
     assert corpus.train.read(0, corpus.train.tokens - 1).tolist() == backend.encode(text, add_special_tokens=False).ids
+
+
+def test_a_run_too_long_to_be_tokenized_in_one_go_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("seqtrain.data.sources._base.PIECE_BYTES", 500)
+    made("bytes").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "document.txt").write_text("words " * 20 + "a" * 9000 + " words")
+    same = {"source": "text", "path": str(tmp_path / "document.txt"), "held_out": 0.0, "cache_dir": str(tmp_path / "c")}
+    assert prepare(DataConfig(**same), progress=False).train.tokens == 9127
+    with refused("document.txt: in 8000 bytes from byte ", DataError):
+        prepare(DataConfig(**same, tokenizer=str(tmp_path / "tokenizer.json"), end_token="</s>"), progress=False)

@@ -3,8 +3,12 @@
 import json
 import os
 import signal
+import socket
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -28,12 +32,45 @@ from tests.runtime.runtime_cases import (
     train_on,
 )
 
+NOBODY = 65534
 WORKER_NAME = "RayTrainWorker"
 
 
 def workers() -> list[psutil.Process]:
     """The Ray workers that are ranks, started by this process."""
     return [p for p in psutil.Process().children(recursive=True) if WORKER_NAME in " ".join(p.cmdline())]
+
+
+def done_by_another_user(attempts: dict[str, Callable[[], object]]) -> list[str]:
+    """Those of `attempts` that succeed in a process that has become nobody."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        for name, attempt in attempts.items():
+            with suppress(OSError):
+                attempt()
+                os.write(writing, f"{name}\n".encode())
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with os.fdopen(reading) as done:
+        return done.read().split()
+
+
+def attempts_on(folder: Path, ours: list[psutil.Process]) -> dict[str, Callable[[], object]]:
+    """What another user might try on Ray's token, files, sockets and processes; and what he may."""
+    sockets = [Path(path) for path in folder.rglob("*") if path.is_socket()]
+    assert sockets
+    return {
+        "nothing": lambda: None,
+        "token": (folder / "token").read_bytes,
+        "list": lambda: os.listdir(folder),
+        **{path.name: lambda path=path: socket.socket(socket.AF_UNIX).connect(str(path)) for path in sockets},
+        **{f"{process.pid}": lambda process=process: os.kill(process.pid, 0) for process in ours},
+    }
 
 
 @pytest.mark.all
@@ -50,11 +87,15 @@ def test_a_killed_worker_is_replaced_and_the_losses_stay_the_same(tmp_path):
     undisturbed = change(config, "undisturbed")
     train_on(undisturbed)
     listening: list[str] = []
+    done: list[str] = []
 
     def kill() -> None:
         while len(records(config)) < 6:
             time.sleep(0.01)
-        ours = {p.pid for p in psutil.Process().children(recursive=True)}
+        children = psutil.Process().children(recursive=True)
+        ours = {process.pid for process in children}
+        if os.geteuid() == 0:
+            done.extend(done_by_another_user(attempts_on(ray_launcher._private_folder(), children)))
         listening.extend(c.laddr.ip for c in psutil.net_connections() if c.pid in ours and c.status == "LISTEN")
         os.kill(workers()[1].pid, signal.SIGKILL)
 
@@ -69,6 +110,8 @@ def test_a_killed_worker_is_replaced_and_the_losses_stay_the_same(tmp_path):
     assert workers() == []
     assert listening
     assert set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, "nothing may be reachable from another machine"
+    # Only root can become another user.
+    assert done == (["nothing"] if os.geteuid() == 0 else [])
 
 
 class Failing(LanguageModel):

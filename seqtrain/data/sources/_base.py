@@ -52,7 +52,7 @@ class Document:
         """`(bytes, offset after them)` from `offset` on: cut at line ends where possible, never in a character.
 
         `ends(before, after)`: whether text may be cut between two stretches of it. Where nothing within `LONGEST_PIECE`
-        pieces may be cut, as within a token repeated over megabytes, it is cut all the same.
+        pieces may be cut, as within a token repeated over megabytes, raises `DataError`.
         """
         while offset < self.size:
             piece = self._piece(offset, ends)
@@ -74,7 +74,12 @@ class Document:
                     return piece[:place]
             size *= 2
         piece = self.read(offset, min(left, size))
-        return piece if len(piece) == left else piece[: next(_places(piece))]
+        if size <= len(piece) < left:
+            raise DataError(
+                f"{self.name}: in {size} bytes from byte {offset} on no place was found where a token ends wherever "
+                "the text is cut, as in a run of one letter; break that run, or use data.tokenizer=bytes"
+            )
+        return piece
 
 
 @dataclass(frozen=True)
