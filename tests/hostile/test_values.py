@@ -53,6 +53,7 @@ def test_a_sample_of_wrong_values_is_one_line_each():
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1200)
 def test_every_wrong_value_of_every_key_is_one_line():
     assert refused_badly(None) == []
 
