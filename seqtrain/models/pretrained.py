@@ -90,8 +90,10 @@ def export_as(model: LanguageModel, model_type: str, folder: Path, **tokens: Any
     try:
         config = AutoConfig.for_model(model_type, **family.config_of(model), **tokens)
         found = family.architecture(family.text_config(config), f"as={model_type}").build()
-    except ConfigError as error:
-        raise ConfigError(f"as={model_type}: the model can't be exported as one: {error}") from None
+    # What a config class thinks of its values comes as one of many types.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"as={model_type}: the model can't be exported as one: {reason}") from None
     if wrong := differences(model, found):
         raise ConfigError(f"as={model_type}: the model can't be exported as one: {'; '.join(wrong[:4])}")
     parameters = dict(model.named_parameters(remove_duplicate=False))

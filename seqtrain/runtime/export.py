@@ -6,7 +6,7 @@
 
 `as=seqtrain` is seqtrain's own model type: `AutoModelForCausalLM.from_pretrained` knows it after `import seqtrain`. A
 run that continued another model (`source=`) is written as the type that model was. `as=FAMILY` (llama, qwen3,
-olmo_hybrid, qwen3_next) is for a model that has that family's layers, and plain transformers loads it.
+mamba2, olmo_hybrid, qwen3_next) is for a model that has that family's layers, and plain transformers loads it.
 """
 
 from collections.abc import Sequence

@@ -19,6 +19,7 @@ CASES = {
     "llama": (("attention",), {}, {}),
     "qwen3": (("attention",), {"tie_embeddings": False}, {"attention": NORMED}),
     "mistral": (("sliding_attention",), {}, {"sliding_attention": {"window": 9, "query_group": 4}}),
+    "mamba2": (("mamba2",), {"mlps": ("none",)}, {"mamba2": {"state": 6}}),
     "olmo_hybrid": (
         HYBRID,
         {"norms": ("pre", "pre", "post")},
@@ -67,6 +68,7 @@ def test_transformers_computes_the_same(tmp_path, name):
         ("qwen3", (("attention",), {}, {}), "q_norm has module=Identity"),
         ("olmo_hybrid", (HYBRID, {}, {"attention": OLMO}), "blocks.0.mixer has norm_eps=1e-06, not norm_eps=1e-05"),
         ("qwen3_next", (("attention",), {}, {}), "it has no gated_delta_net layers"),
+        ("mamba2", (("mamba2",), {}, {}), "blocks.0.mlp has module=MLP, activation=silu"),
         ("llama", (HYBRID, {}, {}), "blocks.0.mixer has module=GatedDeltaNet"),
         ("llama", (("attention",), {"residual_scale": 0.5}, {}), "model.residual_scale=0.5, not 1.0"),
     ],

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from math import isinf
 from typing import Any, Literal
 
+from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS
+from seqtrain.mixers.mamba2 import Mamba2 as Mamba2Mixer
 from seqtrain.models.architecture import Architecture
-from seqtrain.models.families.base import Family, Piece, model_config, plain, require
+from seqtrain.models.families.base import Family, Piece, common_keys, model_config, plain, require
 from seqtrain.models.language_model import LanguageModel
 
 
@@ -37,6 +39,25 @@ class Mamba2(Family):
             **step_limits(config.time_step_limit),
         )
         return "mamba2", mixer
+
+    def config_of(self, model: LanguageModel) -> dict[str, Any]:
+        mixer = model.blocks[0].mixer
+        if type(mixer) is not Mamba2Mixer:
+            raise ConfigError("it has other layers than mamba2")
+        common, own = common_keys(model), mixer.config
+        kept = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings", "initializer_range")
+        return {
+            **{key: common[key] for key in kept},
+            "num_heads": mixer.shape.heads,
+            "head_dim": mixer.value,
+            "expand": mixer.inner // model.config.width,
+            "state_size": own.state,
+            "n_groups": own.groups,
+            "conv_kernel": own.conv_width,
+            "layer_norm_epsilon": model.config.norm_eps,
+            "use_bias": mixer.out.bias is not None,
+            "use_conv_bias": mixer.conv.bias is not None,
+        }
 
     def pieces(self, config: Any, model: LanguageModel) -> Iterator[Piece]:
         yield from stack_pieces(model, "backbone.")
