@@ -53,7 +53,7 @@ def _with_source(words: Sequence[str]) -> list[str]:
     if given.get("source", "source=") in ("source=", "source=''", 'source=""'):
         return list(words)
     for key in given:
-        if key == "model" or key.startswith("mixer."):
+        if (key == "model" and given[key].partition("=")[2].strip("'\"") != "pretrained") or key.startswith("mixer."):
             raise ConfigError(f"{key}: source= brings a network of its own; leave out one of them")
     return [*words, "model=pretrained"]
 

@@ -90,6 +90,8 @@ def test_source_brings_its_network(tmp_path, source):
     assert config.model.depth == 4
     assert config.optimizer.lr == 2e-5
     assert config.presets["model"] == "pretrained"
+    # As plans print it.
+    assert read_pretrain_config(compose_config("pretrain", [*words, "model=pretrained"])) == config
     for word in ("model=hybrid_tiny", "mixer.attention.rope_base=5.0"):
         with refused(f"{word.partition('=')[0]}: source= brings a network of its own", ConfigError):
             compose_config("pretrain", [*words, word])
