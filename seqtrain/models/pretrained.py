@@ -18,7 +18,7 @@ from seqtrain.models.architecture import Architecture
 from seqtrain.models.families import Family, Piece, family_of
 from seqtrain.models.language_model import LanguageModel
 from seqtrain.models.source import INDEX, Source, open_source
-from seqtrain.weights import REAL, check_finite
+from seqtrain.weights import REAL, check_finite, open_weights
 
 # Files of the tokenizer and of generation, copied as they are.
 CARRIED = (
@@ -304,15 +304,13 @@ def _tensors(model: LanguageModel, origin: Origin, names: list[str]) -> dict[str
 
 def _carried(origin: Origin, names: set[str]) -> dict[str, Tensor]:
     """Tensors that are not the model's, as they were."""
-    from safetensors import safe_open
-
     found: dict[str, Tensor] = {}
     example = min(names)
     for file in sorted({origin.files[name] for name in names}):
         path = None if origin.folder is None else origin.folder / file
         if path is None or not path.is_file():
             raise CheckpointError(f"{path}: is gone, and with it {example}, which the export has to carry along")
-        with safe_open(path, framework="pt") as opened:
+        with open_weights(path) as opened:
             found |= {name: opened.get_tensor(name) for name in names if origin.files[name] == file}
     return found
 
