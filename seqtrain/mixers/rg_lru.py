@@ -4,11 +4,11 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat
+from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.kernels import diagonal_scan
-from seqtrain.layers import ShortConvolution, upcast
+from seqtrain.layers import ShortConvolution, positions, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 # The paper's c: log a = -c softplus(L) r.
@@ -46,10 +46,14 @@ class RGLRU(Mixer):
         expand: PositiveFloat = 1.0
         # Tokens under the short convolution before the recurrence.
         conv_width: Annotated[int, Field(ge=2, le=16)] = 4
+        # Channels of a head; 0: as expand says.
+        head_width: NonNegativeInt = 0
+        # True: what a document's first token writes is not scaled by sqrt(1 - a^2), as in Griffin's own code.
+        whole_start: bool = False
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        self.head = self.part_of_width(config.expand, "expand")
+        self.head = config.head_width or self.part_of_width(config.expand, "expand")
         self.hidden = shape.heads * self.head
         self.parts = nn.Linear(shape.width, 2 * self.hidden, bias=True)
         self.conv = ShortConvolution(self.hidden, config.conv_width, bias=True, activation="none")
@@ -73,7 +77,11 @@ class RGLRU(Mixer):
         log_a = -POWER * F.softplus(self.rate) * torch.sigmoid(upcast(self.decay_gate(v)))
         # Bounded away from 0, where the square root's slope has no bound.
         scale = (-torch.expm1(2 * log_a)).clamp(min=1e-7).sqrt()
+        seen: State = {}
+        if self.config.whole_start:
+            place, seen["position"] = positions(x, past.get("position"), sequence)
+            scale = scale.masked_fill((place == 0)[..., None], 1.0)
         written = scale * torch.sigmoid(upcast(self.input_gate(v))) * upcast(v)
         hidden, memory = sequence.run(diagonal_scan, written, log_a, initial_state=past.get("memory"))
         y = hidden.to(x.dtype) * F.gelu(gate, approximate="tanh")
-        return self.out(y), {"conv": conv, "memory": memory}
+        return self.out(y), {"conv": conv, "memory": memory, **seen}

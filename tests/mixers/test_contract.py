@@ -46,6 +46,8 @@ VARIANTS = [
     ("linearized_attention", {"window": 0, "memory": "hgrn2", "query_group": 2, "qk_norm": True}),
     ("min_gru", {"candidate": "linear", "expand": 0.5}),
     ("rg_lru", {"expand": 1.5, "conv_width": 2}),
+    ("rg_lru", {"head_width": 11, "whole_start": True}),
+    ("gated_convolution", {"conv_width": 5, "bias": True}),
     ("tcnca", {"chunk": 64, "conv_width": 2, "conv_depth": 1, "expand_key": 1.0, "expand_value": 1.0}),
     ("attention", {"query_group": 2, "qk_norm": True}),
     ("sliding_attention", {"query_group": 2, "window": 70}),

@@ -73,6 +73,41 @@ CASES = {
     "mistral": ("Mistral", {"sliding_window": 7}),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"attention_bias": True}),
+    "phi3": ("Phi3", {"num_key_value_heads": 3, "sliding_window": 9, "partial_rotary_factor": 0.75}),
+    "gemma3_text": (
+        "Gemma3",
+        {
+            "layer_types": 2 * ["sliding_attention", "full_attention"],
+            "sliding_window": 9,
+            "attention_bias": True,
+            "final_logit_softcapping": 5.0,
+            "query_pre_attn_scalar": 13,
+        },
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemma",
+        {
+            "lru_width": 48,
+            "attention_window_size": 9,
+            "attention_bias": True,
+            "logits_soft_cap": 5.0,
+            "conv1d_width": 3,
+            "rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.67},
+            "use_cache": False,
+        },
+    ),
+    "lfm2": (
+        "Lfm2",
+        {
+            "layer_types": 2 * ["conv", "full_attention"],
+            "conv_bias": True,
+            "conv_L_cache": 4,
+            "norm_eps": 1e-3,
+            "block_multiple_of": 7,
+            "block_ffn_dim_multiplier": 1.3,
+            "intermediate_size": 61,
+        },
+    ),
     "olmo2": ("Olmo2", {"attention_bias": True}),
     "olmo3": ("Olmo3", {"sliding_window": 9}),
     "olmo_hybrid": ("OlmoHybrid", {**DELTA, "attention_bias": True}),
@@ -94,9 +129,17 @@ CASES = {
     "qwen3_5_moe": ("Qwen3_5Moe", {**DELTA, **EXPERTS, "partial_rotary_factor": 0.4}),
 }
 # Classes whose configs have no such key.
-LACKING = {"Olmo2": ("head_dim",), "Olmo3": ("head_dim",), "OlmoHybrid": ("head_dim",), "Qwen2": ("head_dim",)}
+LACKING = {
+    "RecurrentGemma": ("head_dim",),
+    "Lfm2": ("rms_norm_eps",),
+    "Phi3": ("head_dim",),
+    "Olmo2": ("head_dim",),
+    "Olmo3": ("head_dim",),
+    "OlmoHybrid": ("head_dim",),
+    "Qwen2": ("head_dim",),
+}
 # Text models of larger ones have configs of their own name.
-CONFIGS = {"Qwen3_5": "Qwen3_5TextConfig", "Qwen3_5Moe": "Qwen3_5MoeTextConfig"}
+CONFIGS = {"Gemma3": "Gemma3TextConfig", "Qwen3_5": "Qwen3_5TextConfig", "Qwen3_5Moe": "Qwen3_5MoeTextConfig"}
 
 
 def make(name: str, *, seed: int = 0, **options) -> torch.nn.Module:
@@ -123,6 +166,10 @@ def some_tokens(*shape: int, seed: int = 1) -> torch.Tensor:
 
 def their_gradients(model: torch.nn.Module, folder) -> dict[str, torch.Tensor]:
     """The gradients of a transformers model by the names that its weights have in a file: saved as if they were."""
+    for module in model.modules():
+        # RecurrentGemma keeps its last states, which are of no use here, in its modules.
+        if hasattr(module, "recurrent_states"):
+            module.recurrent_states = None
     holder = copy.deepcopy(model)
     for parameter, source in zip(holder.parameters(), model.parameters(), strict=True):
         parameter.data = torch.zeros_like(source) if source.grad is None else source.grad.clone()

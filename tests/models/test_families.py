@@ -162,6 +162,9 @@ def test_a_row_cut_over_ranks_is_the_whole_row(saved, part):
         ("bamba", "hidden_act", "gelu", "silu"),
         ("nemotron_h", "mamba_hidden_act", "relu", "silu"),
         ("nemotron_h", "mlp_bias", True, False),
+        ("gemma3_text", "attn_logit_softcapping", 5.0, None),
+        ("gemma3_text", "use_bidirectional_attention", True, False),
+        ("recurrent_gemma", "hidden_activation", "gelu", "gelu_pytorch_tanh"),
     ],
 )
 def test_what_a_family_is_not_read_with_is_named(saved, tmp_path, name, key, value, allowed):

@@ -1,4 +1,4 @@
-"""Transformers of softmax attention and SwiGLU that differ in biases and norms: Llama, Mistral, Qwen2, Qwen3."""
+"""Transformers of softmax attention and SwiGLU that differ in biases and norms: Llama, Mistral, Qwen2, Qwen3, Phi-3."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,11 +29,13 @@ FULL, WINDOWED = "attention", "sliding_attention"
 class Dense(Family):
     """`qkv_bias`: queries, keys and values have one in every model; else as `attention_bias` says.
 
+    `fused`: files hold the projections of queries, keys and values as one matrix, and those of the MLP (Phi-3).
     `gguf_interleaved`: GGUF files hold the rows of q and k so that neighbors are rotated together.
     """
 
     qkv_bias: bool = False
     qk_norm: bool = False
+    fused: bool = False
     gguf_interleaved: bool = False
 
     def architecture(self, config: Any, where: object) -> Architecture:
@@ -69,9 +71,15 @@ class Dense(Family):
         for index, block in enumerate(model.blocks):
             theirs, ours = f"model.layers.{index}", f"blocks.{index}"
             yield from plain(f"{theirs}.input_layernorm", f"{ours}.mixer_norm", block.mixer_norm)
-            yield from attention_pieces(f"{theirs}.self_attn", f"{ours}.mixer", block.mixer)
+            if self.fused:
+                yield from plain(f"{theirs}.self_attn.qkv_proj", f"{ours}.mixer.qkv", block.mixer.qkv)
+                yield from plain(f"{theirs}.self_attn.o_proj", f"{ours}.mixer.out", block.mixer.out)
+                yield from plain(f"{theirs}.mlp.gate_up_proj", f"{ours}.mlp.up", block.mlp.up)
+                yield from plain(f"{theirs}.mlp.down_proj", f"{ours}.mlp.out", block.mlp.out)
+            else:
+                yield from attention_pieces(f"{theirs}.self_attn", f"{ours}.mixer", block.mixer)
+                yield from mlp_pieces(f"{theirs}.mlp", f"{ours}.mlp", block.mlp)
             yield from plain(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm", block.mlp_norm)
-            yield from mlp_pieces(f"{theirs}.mlp", f"{ours}.mlp", block.mlp)
 
 
 def softmax_layers(config: Any) -> tuple[str, ...]:
@@ -88,4 +96,5 @@ FAMILIES = {
     "mistral": Dense(gguf_interleaved=True),
     "qwen2": Dense(qkv_bias=True),
     "qwen3": Dense(qk_norm=True),
+    "phi3": Dense(fused=True),
 }

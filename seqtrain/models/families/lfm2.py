@@ -1,0 +1,88 @@
+"""LFM2: gated short convolutions and softmax attention."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from seqtrain.mixers import MIXERS
+from seqtrain.models.architecture import Architecture
+from seqtrain.models.families.base import (
+    Family,
+    Piece,
+    heads_of,
+    model_config,
+    outer_pieces,
+    plain,
+    rotation,
+    split,
+)
+from seqtrain.models.families.dense import FULL
+from seqtrain.models.language_model import LanguageModel
+
+CONV = "gated_convolution"
+
+
+@dataclass(frozen=True)
+class Lfm2(Family):
+    """A convolution or softmax attention with normalised queries and keys, then SwiGLU."""
+
+    def architecture(self, config: Any, where: object) -> Architecture:
+        _, shared, head = heads_of(config, where)
+        layers = [CONV if kind == "conv" else FULL for kind in config.layer_types]
+        mixers = {
+            CONV: MIXERS.get(CONV).Config(conv_width=config.conv_L_cache, bias=config.conv_bias),
+            FULL: MIXERS.get(FULL).Config(
+                query_group=shared,
+                head_width=head,
+                qk_norm=True,
+                norm_eps=config.norm_eps,
+                **rotation(config, where, head),
+            ),
+        }
+        used = {name: mixers[name] for name in dict.fromkeys(layers)}
+        others = {"norm_eps": config.norm_eps, "mlp_width": hidden_of(config)}
+        return Architecture(model_config(config, where, layers, **others), used, config.vocab_size)
+
+    def pieces(self, config: Any, model: LanguageModel) -> Iterator[Piece]:
+        yield from outer_pieces(model, norm="embedding_norm")
+        for index, block in enumerate(model.blocks):
+            theirs, ours = f"model.layers.{index}", f"blocks.{index}"
+            yield from plain(f"{theirs}.operator_norm", f"{ours}.mixer_norm", block.mixer_norm)
+            layer = conv_pieces if config.layer_types[index] == "conv" else softmax_pieces
+            yield from layer(theirs, f"{ours}.mixer", block.mixer)
+            yield from plain(f"{theirs}.ffn_norm", f"{ours}.mlp_norm", block.mlp_norm)
+            mlp = f"{theirs}.feed_forward"
+            sizes = 2 * [block.mlp.up.weight.shape[0] // 2]
+            yield from split((f"{mlp}.w1", f"{mlp}.w3"), f"{ours}.mlp.up", block.mlp.up, sizes)
+            yield from plain(f"{mlp}.w2", f"{ours}.mlp.out", block.mlp.out)
+
+
+def hidden_of(config: Any) -> int:
+    """Hidden channels of the MLP."""
+    hidden = config.intermediate_size
+    if not config.block_auto_adjust_ff_dim:
+        return hidden
+    hidden = int(2 * hidden / 3)
+    if config.block_ffn_dim_multiplier is None:
+        return hidden
+    multiple = config.block_multiple_of
+    return multiple * -(-int(config.block_ffn_dim_multiplier * hidden) // multiple)
+
+
+def conv_pieces(theirs: str, ours: str, mixer: Any) -> Iterator[Piece]:
+    """A convolution layer."""
+    yield from plain(f"{theirs}.conv.in_proj", f"{ours}.parts", mixer.parts)
+    yield from plain(f"{theirs}.conv.conv", f"{ours}.conv", mixer.conv, lifted=True)
+    yield from plain(f"{theirs}.conv.out_proj", f"{ours}.out", mixer.out)
+
+
+def softmax_pieces(theirs: str, ours: str, mixer: Any) -> Iterator[Piece]:
+    """A softmax layer."""
+    theirs = f"{theirs}.self_attn"
+    names = [f"{theirs}.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+    yield from split(names, f"{ours}.qkv", mixer.qkv, mixer.channels)
+    for name, own in (("q_layernorm", "q_norm"), ("k_layernorm", "k_norm"), ("out_proj", "out")):
+        yield from plain(f"{theirs}.{name}", f"{ours}.{own}", mixer.get_submodule(own))
+
+
+FAMILIES = {"lfm2": Lfm2()}
