@@ -17,3 +17,11 @@ def load(folder: str | Path) -> Any:
     Described at `seqtrain.runtime.loading.load`, which is imported only here, so that `import seqtrain` stays light.
     """
     return importlib.import_module("seqtrain.runtime.loading").load(folder)
+
+
+def accelerate_hf(model: Any) -> Any:
+    """Puts seqtrain's operators under the recurrent layers of a transformers model; what it returns undoes it.
+
+    Described at `seqtrain.models.accelerate.accelerate_hf`, imported only here, so that `import seqtrain` stays light.
+    """
+    return importlib.import_module("seqtrain.models.accelerate").accelerate_hf(model)
