@@ -76,7 +76,7 @@ def accelerate_hf(model: nn.Module) -> Acceleration:
     modules = dict(model.named_modules())
     if any(hasattr(module, ACCELERATED) for module in modules.values()):
         raise ValueError(f"accelerate_hf: {type(model).__name__} is accelerated already; undo that first")
-    around = {}
+    around: dict[str, nn.Module] = {}
     for name, module in modules.items():
         if functions := _replace(done, name, module):
             done.replaced[name or type(module).__name__] = functions
@@ -141,7 +141,7 @@ def _names(function: Callable[..., Any]) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name != "kwargs"]
 
 
-def _with_globals(function: FunctionType, names: dict[str, Any]) -> FunctionType:
+def _with_globals(function: Any, names: dict[str, Any]) -> FunctionType:
     """A copy of `function`, and of what it wraps, that finds `names` where it would find its file's."""
     cells = tuple(
         CellType(_with_globals(cell.cell_contents, names)) if isinstance(cell.cell_contents, FunctionType) else cell
@@ -209,7 +209,8 @@ def _boundaries(given: dict[str, Any]) -> Tensor | None:
     if numbers is None and boundaries is None:
         return None
     shape = _shape(given)
-    x = torch.empty(shape, device=(numbers if boundaries is None else boundaries).device)
+    known: Any = numbers if boundaries is None else boundaries
+    x = torch.empty(shape, device=known.device)
     packing = packing_of(x, attention_mask=None, position_ids=None, cu_seq_lens=boundaries, seq_idx=numbers, seen=0)
     return packing.boundaries if packing is not None and len(packing.boundaries) > shape[0] + 1 else None
 

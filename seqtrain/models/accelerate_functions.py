@@ -19,14 +19,15 @@ from seqtrain.layers import upcast
 PACKED: ContextVar[Tensor | None] = ContextVar("PACKED", default=None)
 
 
-def _over_time(operator: Callable[..., Any], *tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """`operator` on `[B,T,...]`, document by document; packed rows have no state before or after."""
+def _over_time(operator: Callable[..., Any], *tensors: Tensor | None, **options: Any) -> tuple[Tensor, Any]:
+    """`operator` on `[B,T,...]`, document by document; packed rows have no state before, and None after."""
     boundaries = PACKED.get()
     if boundaries is None:
         return operator(*tensors, **options)
     assert options.get("initial_state") is None, "a packed row continues no cache"
     rows = [x.flatten(0, 1)[None] if x is not None and x.dim() > 2 else x for x in tensors]
     out, _ = operator(*rows, cu_seqlens=boundaries, **options)
+    assert tensors[0] is not None
     return out[0].unflatten(0, tensors[0].shape[:2]), None
 
 

@@ -31,12 +31,12 @@ def outputs_and_gradients(model, tokens, **packing):
 
 
 def assert_equal(came, expected):
-    """Within 1e-5 of the largest number: of the logits, and of all gradients."""
+    """Logits within 1e-5 of the largest; gradients of their size, or where they nearly vanish, of the whole one's."""
     torch.testing.assert_close(came[0], expected[0], rtol=0, atol=1e-5 * max(1, float(expected[0].abs().max())))
-    largest = max(float(each.abs().max()) for each in expected[1].values())
+    largest = max(float(each.norm()) for each in expected[1].values())
     assert came[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
-        assert float((came[1][name] - gradient).abs().max()) <= 1e-5 * largest, name
+        assert (came[1][name] - gradient).norm() <= 1e-5 * max(gradient.norm(), largest / 30), name
 
 
 @every_family
