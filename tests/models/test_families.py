@@ -19,6 +19,11 @@ from tests.command_cases import refused
 from tests.models.family_cases import CASES, make, our_gradients, some_tokens, their_gradients
 from tests.models.tiny import assert_same_gradients
 
+# One case of each part in the tier of changes, more in CI's; the grid by hand.
+QUICK = ("qwen3_next", "falcon_h1")
+CI = ("olmo_hybrid", "nemotron_h", "jamba", "gemma3_text", "recurrent_gemma", "lfm2", "phi3")
+TIERS = {name: () if name in QUICK else pytest.mark.all if name in CI else pytest.mark.full for name in CASES}
+families = pytest.mark.parametrize("name", [pytest.param(name, marks=tier) for name, tier in TIERS.items()])
 LIMIT = 1e-5
 
 
@@ -37,7 +42,7 @@ def saved(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("name", CASES)
+@families
 def test_logits_and_gradients_are_those_of_transformers(saved, tmp_path, name):
     theirs, folder = saved(name)
     tokens = some_tokens(2, 70)
@@ -57,7 +62,7 @@ def test_logits_and_gradients_are_those_of_transformers(saved, tmp_path, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CASES)
+@families
 def test_what_is_read_is_written_back_bit_for_bit(saved, tmp_path, name, dtype):
     theirs, folder = saved(name)
     if dtype != torch.float32:
@@ -76,7 +81,7 @@ def test_what_is_read_is_written_back_bit_for_bit(saved, tmp_path, name, dtype):
     assert not any(info.values()), info
 
 
-@pytest.mark.parametrize("name", CASES)
+@families
 @torch.no_grad()
 def test_greedy_generation_is_that_of_transformers(saved, name):
     theirs, folder = saved(name)
@@ -92,7 +97,7 @@ def loss_and_gradients(model, tokens, labels, sequence=WHOLE):
     return loss.detach(), {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-@pytest.mark.parametrize("name", CASES)
+@families
 def test_packed_documents_are_separate_ones(saved, name):
     model = from_pretrained(saved(name)[1])
     tokens, edges = some_tokens(1, 91), [0, 13, 14, 60, 90]
@@ -106,7 +111,7 @@ def test_packed_documents_are_separate_ones(saved, name):
     assert_same_gradients(came, (total, sums), LIMIT)
 
 
-@pytest.mark.parametrize("name", CASES)
+@families
 @torch.no_grad()
 def test_nothing_leaks_into_other_documents_or_the_past(saved, name):
     model = from_pretrained(saved(name)[1])
@@ -120,11 +125,16 @@ def test_nothing_leaks_into_other_documents_or_the_past(saved, name):
     assert not torch.equal(before[30:55], after[30:55])
 
 
-@pytest.mark.all
-@pytest.mark.parametrize("part", range(2))
-def test_a_row_cut_over_ranks_is_the_whole_row(saved, part):
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param((*QUICK, *CI), marks=pytest.mark.all, id="CI"),
+        pytest.param(sorted({*CASES} - {*QUICK, *CI}), marks=pytest.mark.full, id="others"),
+    ],
+)
+def test_a_row_cut_over_ranks_is_the_whole_row(saved, names):
     """Two and four ranks, documents across the cuts; many families in one launch."""
-    folders = {name: saved(name)[1] for name in list(CASES)[part::2]}
+    folders = {name: saved(name)[1] for name in names}
     tokens, boundaries = some_tokens(1, 92), torch.tensor([0, 13, 14, 60, 91], dtype=torch.int32)
     whole = SequenceContext(boundaries)
     truth = {
