@@ -11,9 +11,10 @@ from tests.models.transformers_families import FAMILIES, VOCABULARY, small
 
 REPLACED = sorted(set(FAMILIES) - {"xlstm"})
 QUICK = ("mamba2", "qwen3_5_text")
-every_family = pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.all) for name in REPLACED]
-)
+# One of each function and method that is replaced.
+CI = ("mamba", "kimi_linear", "recurrent_gemma", "minimax", "granitemoehybrid", "lfm2")
+TIERS = {name: () if name in QUICK else pytest.mark.all if name in CI else pytest.mark.full for name in REPLACED}
+every_family = pytest.mark.parametrize("family", [pytest.param(name, marks=tier) for name, tier in TIERS.items()])
 LENGTHS = (9, 1, 27)
 
 
