@@ -174,7 +174,7 @@ def test_long_sequences_follow_from_short_ones(name, tokens, monkeypatch):
 
     def traced():
         tracer = PartTracer(model)
-        return tracer.mixer(tracer.kind(0), batch), tracer.mlp(batch), tracer.loss(batch)
+        return tracer.mixer(tracer.kind(0), batch), tracer.mlp("mlp", batch), tracer.loss(batch)
 
     whole = traced()
     monkeypatch.setattr(parts, "MOST", 512)
