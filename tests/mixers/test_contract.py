@@ -233,6 +233,7 @@ def test_a_document_knows_nothing_of_others_whatever_their_numbers(name, fields)
         assert not torch.equal(found, same)
 
 
+@pytest.mark.all
 def test_nor_do_documents_of_a_sharded_row():
     rows, kept = changed_rows()
     offsets, mixers = (0, 30, 63, 101, 124), {f"{case.id}": build(*case.values, dtype=torch.float32) for case in CASES}

@@ -35,6 +35,7 @@ def continuing(tmp_path, source, **sections):
     return with_network_of_source(change(base, train={"steps": 4}, optimizer={"lr": 1e-3}, **sections))
 
 
+@pytest.mark.all
 def test_it_begins_where_the_source_is(tmp_path, source):
     config = continuing(tmp_path, source)
     train_on(config)
