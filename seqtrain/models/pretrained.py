@@ -172,18 +172,22 @@ def load_weights(
     """
     places = places_of(model, source)
     materialize(model, {piece.ours: source.dtype(name) for name in places for piece in places[name]}, dtype)
-    fill(model, source, progress=progress)
+    fill(model, source, places, progress=progress)
 
 
 @torch.no_grad()
 def fill(
-    model: LanguageModel, source: Source, *, progress: Callable[[str], None] = lambda name: None
+    model: LanguageModel,
+    source: Source,
+    places: Mapping[str, list[Piece]],
+    *,
+    progress: Callable[[str], None] = lambda name: None,
 ) -> tuple[str, ...]:
     """Copies the source's weights into `model`; gives the names of tensors that are carried along, and not in it.
 
-    Raises `CheckpointError` as `load_weights` does.
+    `places`: what `places_of` says. Raises `CheckpointError` as `load_weights` does.
     """
-    places, parameters = places_of(model, source), dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     tied_head, carried = None, []
     for name, tensor in source.tensors():
         if name not in places:
@@ -275,9 +279,10 @@ def origin_of(source: Source) -> Origin:
 def write_folder(model: LanguageModel, origin: Origin, folder: Path) -> None:
     """Writes config, weights and what is carried along into `folder`, which is empty."""
     (folder / "config.json").write_text(json.dumps(origin.config, indent=2) + "\n", encoding="utf-8")
+    places = places_in(model, origin)
     for file in sorted(set(origin.files.values())):
         names = [name for name, place in origin.files.items() if place == file]
-        save_file(_tensors(model, origin, names), folder / file, metadata={"format": "pt"})
+        save_file(_tensors(model, origin, places, names), folder / file, metadata={"format": "pt"})
     if set(origin.files.values()) != {WEIGHTS}:
         sizes = sum((folder / file).stat().st_size for file in set(origin.files.values()))
         index = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(origin.files.items()))}
@@ -287,10 +292,11 @@ def write_folder(model: LanguageModel, origin: Origin, folder: Path) -> None:
 
 
 @torch.no_grad()
-def _tensors(model: LanguageModel, origin: Origin, names: list[str]) -> dict[str, Tensor]:
+def _tensors(
+    model: LanguageModel, origin: Origin, places: Mapping[str, list[Piece]], names: list[str]
+) -> dict[str, Tensor]:
     """The tensors `names` of a file: of the model's parameters, or else of the folder it came from."""
-    places, parameters = places_in(model, origin), dict(model.named_parameters(remove_duplicate=False))
-    found = {}
+    parameters, found = dict(model.named_parameters(remove_duplicate=False)), {}
     for name in names:
         if pieces := places.get(name):
             value = torch.empty(shape_of(pieces, parameters), dtype=origin.dtypes[name])

@@ -32,9 +32,9 @@ class Source:
 
     `path`: folder or GGUF file. `config`: transformers' config of it. `files`: those that hold weights. `shapes`,
     `kinds` (as safetensors files call their dtypes), `places` (the file): of every tensor, by the name it has in a
-    Hugging Face checkpoint. `rope_stretch`: factors on the rotation's
-    wavelengths that are stored with the weights (GGUF); empty: those of the config. `interleaved`: the rows of q and k
-    are ordered so that neighbors are rotated together (GGUF).
+    Hugging Face checkpoint. `rope_stretch`: factors on the rotation's wavelengths that are stored with the weights
+    (GGUF); empty: those of the config. `interleaved`: the rows of q and k are ordered so that neighbors are rotated
+    together (GGUF).
     """
 
     path: Path

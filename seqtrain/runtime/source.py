@@ -49,7 +49,7 @@ def with_network_of_source(config: "PretrainConfig") -> "PretrainConfig":
 def load_source(config: "PretrainConfig", model: LanguageModel) -> None:
     """Copies the weights of `config.source` into `model`. Raises `CheckpointError`."""
     source, began = open_source(config.source), time.monotonic()
-    carried = fill(model, source)
+    carried = fill(model, source, places_of(model, source))
     quantized = f", dequantized from {source.quantized}" if source.quantized else ""
     log.info("source: %s read in %.1f s%s", source.path, time.monotonic() - began, quantized)
     if carried:

@@ -198,6 +198,17 @@ def attention_keys(model: LanguageModel) -> dict[str, Any]:
     }
 
 
+def delta_fields(config: Any) -> dict[str, Any]:
+    """A Gated DeltaNet mixer's fields for what configs say of such layers by the same keys."""
+    return {
+        "heads": config.linear_num_value_heads,
+        "key_heads": config.linear_num_key_heads,
+        "key_width": config.linear_key_head_dim,
+        "value_width": config.linear_value_head_dim,
+        "conv_width": config.linear_conv_kernel_dim,
+    }
+
+
 def delta_keys(model: LanguageModel) -> dict[str, Any]:
     """What configs say of the Gated DeltaNet layers of `model`, and which they are. Raises `ConfigError`."""
     found = [block.mixer for block in model.blocks if isinstance(block.mixer, GatedDeltaNet)]
@@ -241,21 +252,29 @@ def interleaved(sizes: Mapping[str, int], groups: int) -> dict[str, Tensor]:
     return {name: rows.flatten() for name, rows in zip(sizes, parts, strict=True)}
 
 
-def attention_pieces(theirs: str, ours: str, mixer: SoftmaxAttention) -> Iterator[Piece]:
-    """A softmax layer with separate projections of queries, keys and values."""
+def attention_pieces(
+    theirs: str,
+    ours: str,
+    mixer: SoftmaxAttention,
+    *,
+    norms: tuple[str, str] = ("q_norm", "k_norm"),
+    out: str = "o_proj",
+) -> Iterator[Piece]:
+    """A softmax layer with separate projections of queries, keys and values; `norms`, `out`: what files call these."""
     names = [f"{theirs}.{name}" for name in ("q_proj", "k_proj", "v_proj")]
     yield from split(names, f"{ours}.qkv", mixer.qkv, mixer.channels)
-    for name in ("q_norm", "k_norm"):
-        yield from plain(f"{theirs}.{name}", f"{ours}.{name}", mixer.get_submodule(name))
-    yield from plain(f"{theirs}.o_proj", f"{ours}.out", mixer.out)
+    for name, own in zip((*norms, out), ("q_norm", "k_norm", "out"), strict=True):
+        yield from plain(f"{theirs}.{name}", f"{ours}.{own}", mixer.get_submodule(own))
 
 
-def mlp_pieces(theirs: str, ours: str, mlp: MLP) -> Iterator[Piece]:
+def mlp_pieces(
+    theirs: str, ours: str, mlp: MLP, *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> Iterator[Piece]:
     """An MLP with separate projections of gate and value."""
-    names = ("gate_proj", "up_proj") if mlp.gated else ("up_proj",)
+    names = (gate, up) if mlp.gated else (up,)
     sizes = len(names) * [mlp.up.weight.shape[0] // len(names)]
     yield from split([f"{theirs}.{name}" for name in names], f"{ours}.up", mlp.up, sizes)
-    yield from plain(f"{theirs}.down_proj", f"{ours}.out", mlp.out)
+    yield from plain(f"{theirs}.{down}", f"{ours}.out", mlp.out)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from seqtrain.models.architecture import Architecture
 from seqtrain.models.families.base import (
     Family,
     Piece,
+    attention_pieces,
     heads_of,
+    mlp_pieces,
     model_config,
     outer_pieces,
     plain,
     rotation,
-    split,
 )
 from seqtrain.models.families.dense import FULL
 from seqtrain.models.language_model import LanguageModel
@@ -48,13 +49,13 @@ class Lfm2(Family):
         for index, block in enumerate(model.blocks):
             theirs, ours = f"model.layers.{index}", f"blocks.{index}"
             yield from plain(f"{theirs}.operator_norm", f"{ours}.mixer_norm", block.mixer_norm)
-            layer = conv_pieces if config.layer_types[index] == "conv" else softmax_pieces
-            yield from layer(theirs, f"{ours}.mixer", block.mixer)
+            if config.layer_types[index] == "conv":
+                yield from conv_pieces(theirs, f"{ours}.mixer", block.mixer)
+            else:
+                names: dict[str, Any] = {"norms": ("q_layernorm", "k_layernorm"), "out": "out_proj"}
+                yield from attention_pieces(f"{theirs}.self_attn", f"{ours}.mixer", block.mixer, **names)
             yield from plain(f"{theirs}.ffn_norm", f"{ours}.mlp_norm", block.mlp_norm)
-            mlp = f"{theirs}.feed_forward"
-            sizes = 2 * [block.mlp.up.weight.shape[0] // 2]
-            yield from split((f"{mlp}.w1", f"{mlp}.w3"), f"{ours}.mlp.up", block.mlp.up, sizes)
-            yield from plain(f"{mlp}.w2", f"{ours}.mlp.out", block.mlp.out)
+            yield from mlp_pieces(f"{theirs}.feed_forward", f"{ours}.mlp", block.mlp, gate="w1", up="w3", down="w2")
 
 
 def hidden_of(config: Any) -> int:
@@ -74,15 +75,6 @@ def conv_pieces(theirs: str, ours: str, mixer: Any) -> Iterator[Piece]:
     yield from plain(f"{theirs}.conv.in_proj", f"{ours}.parts", mixer.parts)
     yield from plain(f"{theirs}.conv.conv", f"{ours}.conv", mixer.conv, lifted=True)
     yield from plain(f"{theirs}.conv.out_proj", f"{ours}.out", mixer.out)
-
-
-def softmax_pieces(theirs: str, ours: str, mixer: Any) -> Iterator[Piece]:
-    """A softmax layer."""
-    theirs = f"{theirs}.self_attn"
-    names = [f"{theirs}.{name}" for name in ("q_proj", "k_proj", "v_proj")]
-    yield from split(names, f"{ours}.qkv", mixer.qkv, mixer.channels)
-    for name, own in (("q_layernorm", "q_norm"), ("k_layernorm", "k_norm"), ("out_proj", "out")):
-        yield from plain(f"{theirs}.{name}", f"{ours}.{own}", mixer.get_submodule(own))
 
 
 FAMILIES = {"lfm2": Lfm2()}

@@ -13,6 +13,7 @@ from seqtrain.models.families.base import (
     attention_keys,
     attention_pieces,
     common_keys,
+    delta_fields,
     delta_keys,
     heads_of,
     mlp_pieces,
@@ -75,11 +76,7 @@ class OlmoHybrid(Olmo):
         names = {"linear_attention": "gated_delta_net", "full_attention": FULL}
         layers = [names[kind] for kind in config.layer_types]
         delta = MIXERS.get("gated_delta_net").Config(
-            heads=config.linear_num_value_heads,
-            key_heads=config.linear_num_key_heads,
-            key_width=config.linear_key_head_dim,
-            value_width=config.linear_value_head_dim,
-            conv_width=config.linear_conv_kernel_dim,
+            **delta_fields(config),
             allow_negative_eigenvalues=config.linear_allow_neg_eigval,
             norm_eps=1e-5,
         )

@@ -12,6 +12,7 @@ from seqtrain.models.families.base import (
     activation,
     attention_keys,
     common_keys,
+    delta_fields,
     delta_keys,
     feed_forward_pieces,
     heads_of,
@@ -53,11 +54,7 @@ class Qwen(Family):
             **rotation(config, where, head),
         )
         delta = MIXERS.get(DELTA).Config(
-            heads=config.linear_num_value_heads,
-            key_heads=config.linear_num_key_heads,
-            key_width=config.linear_key_head_dim,
-            value_width=config.linear_value_head_dim,
-            conv_width=config.linear_conv_kernel_dim,
+            **delta_fields(config),
             norm_eps=config.rms_norm_eps,
         )
         others = {"norm_zero_centered": True, "activation": activation(config, where), **self.experts(config)}
