@@ -11,6 +11,7 @@
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,12 +67,13 @@ class Keys(SplitInTime):
         length = torch.full((k.shape[0],), end - start, dtype=torch.int64, device=k.device)
         own_keys = {"k": k[:, start:], "v": v[:, start:], "length": length}
         given, k, v = _joined(k, v, sequence, state)
-        plan, scale = _whole_documents(sequence, given), call.options.get("scale")
+        plan = _whole_documents(sequence, given)
+        scores = {name: call.options[name] for name in ("scale", "score_cap") if name in call.options}
         longest = max(end - start for start, end in pairwise(plan.offsets))
         far = NEAR * max(plan.before(rank) for rank in range(ranks)) > longest
         if form == "heads" or (form == "auto" and divides and far):
-            return _by_heads(q, k, v, sequence, given, scale), own_keys
-        return _by_blocks(q, k, v, sequence, plan, scale), own_keys
+            return _by_heads(q, k, v, sequence, given, scores), own_keys
+        return _by_blocks(q, k, v, sequence, plan, scores), own_keys
 
     def continued(self, sequence: ContinuedSequence, state: State) -> State:
         # Rows of keys and values are counted by `length`: those of a first document are all there are.
@@ -215,7 +217,9 @@ class _ByHeads:
         return came.view(self.ranks, *own).movedim(0, 2).flatten(2, 3)
 
 
-def _by_heads(q: Tensor, k: Tensor, v: Tensor, sequence: ShardedSequence, given: int, scale: float | None) -> Tensor:
+def _by_heads(
+    q: Tensor, k: Tensor, v: Tensor, sequence: ShardedSequence, given: int, scores: dict[str, Any]
+) -> Tensor:
     """Everything to everyone, by heads; the whole row for this rank's heads; and back."""
     heads = _ByHeads(sequence, q.shape[0], given)
     whole_q, whole_k, whole_v = heads.whole_rows(q, k.to(q.dtype), v.to(q.dtype))
@@ -231,7 +235,7 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, sequence: ShardedSequence, given:
         whole_q,
         whole_k[:, given:],
         whole_v[:, given:],
-        scale=scale,
+        **scores,
         initial_state=state,
         cu_seqlens=boundaries,
         backend=sequence.backend,
@@ -240,17 +244,18 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, sequence: ShardedSequence, given:
 
 
 def _by_blocks(
-    q: Tensor, k: Tensor, v: Tensor, sequence: ShardedSequence, plan: HaloPlan, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, sequence: ShardedSequence, plan: HaloPlan, scores: dict[str, Any]
 ) -> Tensor:
     """The first document by blocks from the left, where it began on an earlier rank; the others by the operator."""
     head = sequence.own_boundaries[1] if plan.before(sequence.rank) else 0
-    outs = []
+    outs, scale = [], scores.get("scale")
     if plan.any:
         head_out = block_attention(
             q[:, :head],
             k.to(q.dtype),
             v.to(q.dtype),
             scale=q.shape[3] ** -0.5 if scale is None else scale,
+            cap=scores.get("score_cap", 0.0),
             fused=sequence.backend != "reference",
             plan=plan,
             group=sequence.group,
@@ -263,7 +268,7 @@ def _by_blocks(
             inner = sequence.own_boundaries[1:] if head else sequence.own_boundaries
             local = torch.tensor([boundary - head for boundary in inner], dtype=torch.int32, device=q.device)
         out, _ = softmax_attention(
-            q[:, head:], k[:, first:], v[:, first:], scale=scale, cu_seqlens=local, backend=sequence.backend
+            q[:, head:], k[:, first:], v[:, first:], **scores, cu_seqlens=local, backend=sequence.backend
         )
         outs.append(out)
     return keep_in_graph(torch.cat(outs, 1), q)

@@ -24,7 +24,15 @@ from seqtrain.parallel.scan_engine import Wire, engine_of
 
 
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, fused: bool, plan: HaloPlan, group: dist.ProcessGroup
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    cap: float = 0.0,
+    fused: bool,
+    plan: HaloPlan,
+    group: dist.ProcessGroup,
 ) -> Tensor:
     """Causal attention `[B,F,H,V]` of the first F tokens of this rank to theirs and to the rows this rank wants.
 
@@ -32,6 +40,7 @@ def block_attention(
         q: `[B,F,H,K]`, queries of the rank's part of its first document; none where it wants no rows.
         k, v: `[B,T_r,G,K]` and `[B,T_r,G,V]`, all of the rank's, of q's dtype; on the group's first rank after the
             plan's given rows.
+        scale, cap: the operator's `scale` and `score_cap`.
         fused: use a fused kernel where there is one.
         plan: every rank wants its first document's rows, or none.
         group: every rank of it calls; the loss of every rank must depend on the result, of no rows too.
@@ -39,7 +48,7 @@ def block_attention(
     Bytes: the wanted keys and values are received once forward and once backward, and their gradients sent back.
     """
     numbers = (plan.given, *plan.starts, *plan.offsets)
-    return torch.ops.seqtrain.block_attention(q, k, v, scale, fused, numbers, group.group_name)[0]
+    return torch.ops.seqtrain.block_attention(q, k, v, scale, cap, fused, numbers, group.group_name)[0]
 
 
 @dataclass
@@ -117,7 +126,7 @@ def _agreed(what: str, plan: HaloPlan, k: Tensor, v: Tensor) -> str:
 
 @torch.library.custom_op("seqtrain::block_attention", mutates_args=())
 def _block_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool, numbers: Sequence[int], group_name: str
+    q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float, fused: bool, numbers: Sequence[int], group_name: str
 ) -> tuple[Tensor, Tensor]:
     """`out` and its log-sum-exp."""
     plan, engine = _plan(numbers), engine_of(group_name)
@@ -128,13 +137,13 @@ def _block_attention(
     def use(block: Tensor) -> None:
         nonlocal out, lse
         keys, values = block.split([k.shape[3], v.shape[3]], -1)
-        out, lse = merge(out, lse, *attend(q, keys, values, scale=scale, causal=False, fused=fused))
+        out, lse = merge(out, lse, *attend(q, keys, values, scale=scale, causal=False, cap=cap, fused=fused))
 
     kv = torch.cat([k, v], -1)
     with engine.messages(_agreed("block_attention", plan, k, v), q.device) as wire:
         if q.shape[1]:
             own = slice(mine, mine + q.shape[1])
-            narrow, lse = attend(q, k[:, own], v[:, own], scale=scale, causal=True, fused=fused)
+            narrow, lse = attend(q, k[:, own], v[:, own], scale=scale, causal=True, cap=cap, fused=fused)
             out = narrow.to(out.dtype)
             if mine:
                 use(kv[:, :mine])
@@ -151,6 +160,7 @@ def _block_attention_backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
+    cap: float,
     fused: bool,
     numbers: Sequence[int],
     group_name: str,
@@ -165,7 +175,7 @@ def _block_attention_backward(
     def use(block: Tensor, causal: bool) -> Tensor:
         keys, values = block.split(widths, -1)
         mine, d_keys, d_values = attend_gradients(
-            d_out, q, keys, values, out, lse, scale=scale, causal=causal, fused=fused
+            d_out, q, keys, values, out, lse, scale=scale, causal=causal, cap=cap, fused=fused
         )
         dq.add_(mine)
         return torch.cat([d_keys, d_values], -1)
@@ -183,13 +193,13 @@ def _block_attention_backward(
 
 
 @_block_attention.register_fake
-def _(q, k, v, scale, fused, numbers, group_name):
+def _(q, k, v, scale, cap, fused, numbers, group_name):
     out = q.new_empty(*q.shape[:3], v.shape[3])
     return out, out.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=state_dtype(q.dtype))
 
 
 @_block_attention_backward.register_fake
-def _(d_out, q, k, v, out, lse, scale, fused, numbers, group_name):
+def _(d_out, q, k, v, out, lse, scale, cap, fused, numbers, group_name):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

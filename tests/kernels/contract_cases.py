@@ -45,7 +45,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"window": 1, "sinks": 3},
         {"window": 40, "shapes": {"extra_score": None, "extra_value": None}},
     ],
-    "softmax_attention": [{}, {"window": 16}, {"window": 1, "scale": 0.3}],
+    "softmax_attention": [{}, {"window": 16}, {"window": 1, "scale": 0.3}, {"score_cap": 0.7}],
     # A small exponent: near the polynomial's least the gradient of q is a difference of what nearly cancels.
     "tensor_attention": [{"degree": 2}, {"degree": 4, "scale": 0.3, "sizes": {"K": 2}}],
 }

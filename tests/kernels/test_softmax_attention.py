@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from seqtrain.kernels import feature_count, softmax_attention, tensor_attention
+from seqtrain.kernels.linear_cross_entropy import soft_cap
 from seqtrain.kernels.softmax_attention import blocks, chunked
 from seqtrain.kernels.softmax_attention.blocks import attend, attend_gradients
 from seqtrain.kernels.tensor_attention.features import features, monomials
@@ -23,7 +24,7 @@ def test_long_documents_next_to_short_ones():
     check(Case(softmax_attention), "chunked", 1311, torch.float32, lengths=[3, 1100, 2, 150, 51, 5], past=True)
 
 
-@pytest.mark.parametrize("options", [{"window": 5}, {"window": 100}, {"scale": 0.3}], ids=str)
+@pytest.mark.parametrize("options", [{"window": 5}, {"window": 100, "score_cap": 0.7}, {"scale": 0.3}], ids=str)
 @pytest.mark.parametrize("values", [K, 2 * K])
 def test_wide_values_and_windows(values, options):
     for lengths in (None, [0, 0, 1, 3, 0, 30, 27, 0]):
@@ -69,7 +70,7 @@ def test_one_document_costs_what_a_row_does(window):
         tracer = Tracer()
         q, k, v = (tracer.empty(1, 61, H, K, requires_grad=True) for _ in range(3))
         with tracer, tracer.record() as work:
-            chunked.run(q, k, v, window, 0.5, None, cu_seqlens)
+            chunked.run(q, k, v, window, 0.5, 0.0, None, cu_seqlens)
         return vars(work)
 
     assert cost(boundaries([61])) == cost(None)
@@ -87,10 +88,11 @@ def inputs(queries, keys, dtype, *, heads=4, groups=2, key_width=6, value_width=
     return tensors, torch.randn(2, queries, heads, value_width, dtype=torch.float64, generator=generator).to(dtype)
 
 
-def definition(q, k, v, causal):
+def definition(q, k, v, causal, cap):
     """Output and log-sum-exp in float64, with gradients."""
     k, v = (rows.repeat_interleave(q.shape[2] // k.shape[2], 2) for rows in (k, v))
     scores = SCALE * torch.einsum("bthk,bshk->bhts", q, k)
+    scores = soft_cap(scores, cap)
     if causal:
         scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
     return torch.einsum("bhts,bshv->bthv", scores.softmax(-1), v), scores.logsumexp(-1)
@@ -98,17 +100,17 @@ def definition(q, k, v, causal):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_one_block_is_attention(fused, causal, dtype, monkeypatch):
+@pytest.mark.parametrize(("fused", "cap"), [(False, 0), (True, 0), (True, 0.7)], ids=["plain", "fused", "capped"])
+def test_one_block_is_attention(fused, cap, causal, dtype, monkeypatch):
     monkeypatch.setattr(blocks, "QUERIES", 4)
     (q, k, v), d_out = inputs(11, 11 if causal else 7, dtype)
-    out, lse = attend(q, k, v, scale=SCALE, causal=causal, fused=fused)
+    out, lse = attend(q, k, v, scale=SCALE, causal=causal, cap=cap, fused=fused)
     assert out.dtype == dtype
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    true_out, true_lse = definition(*leaves, causal)
+    true_out, true_lse = definition(*leaves, causal, cap)
     true_out.backward(d_out.double())
-    gradients = attend_gradients(d_out, q, k, v, out, lse, scale=SCALE, causal=causal, fused=fused)
+    gradients = attend_gradients(d_out, q, k, v, out, lse, scale=SCALE, causal=causal, cap=cap, fused=fused)
     assert relative_error(out, true_out) < TOLERANCES[dtype]
     assert relative_error(lse, true_lse) < LOG_SUM_TOLERANCES[dtype]
     for came, leaf in zip(gradients, leaves, strict=True):

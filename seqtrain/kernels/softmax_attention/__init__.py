@@ -8,6 +8,7 @@ from torch import Tensor
 
 from seqtrain.kernels.checks import check_documents
 from seqtrain.kernels.documents import state_dtype
+from seqtrain.kernels.linear_cross_entropy import soft_cap
 from seqtrain.kernels.operator import operator
 from seqtrain.kernels.segments import PastKeys
 from seqtrain.kernels.softmax_attention.past import Past, check_past, kept, pairs_seen
@@ -37,6 +38,7 @@ def softmax_attention(
     *,
     window: int | None = None,
     scale: float | None = None,
+    score_cap: float = 0.0,
     initial_state: dict[str, Tensor] | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
@@ -45,7 +47,8 @@ def softmax_attention(
 
     `q`: `[B,T,H,K]`. `k`: `[B,T,G,K]`, `v`: `[B,T,G,V]`, floating, with H a multiple of G: query heads `h*H/G ...
     (h+1)*H/G - 1` share key head h. `window`: keys a query sees, its own included; None for all. `scale` defaults to
-    `K ** -0.5`.
+    `K ** -0.5`. `score_cap`: what is exponentiated is `score_cap * tanh(scale * q_t . k_s / score_cap)` (Gemma 2, arXiv
+    2408.00118, section 2); 0: as it is.
     `cu_seqlens`: int `[N+1]`, document boundaries of a packed row (then B == 1).
 
     The state is what continuing needs: `dict(k=[B,S,G,K], v=[B,S,G,V], length=int64 [B])`. The last `length` of the S
@@ -54,8 +57,8 @@ def softmax_attention(
     padding: `dict(k=[1,sum(length),G,K], v=[1,sum(length),G,V], length=int64 [N])`. It has the inputs' dtype.
 
     Returns `out`, `[B,T,H,V]` in v's dtype, and the state after the last token. Raises `ValueError` for a wrong shape,
-    dtype, device, window or backend. Backends: `reference`, `chunked` (PyTorch's SDPA; linear in T under a window),
-    `flash` (flash-attn, on CUDA, for float16 and bfloat16).
+    dtype, device, window, cap or backend. Backends: `reference`, `chunked` (PyTorch's SDPA, capped by plain PyTorch;
+    linear in T under a window), `flash` (flash-attn, on CUDA, for float16 and bfloat16).
     """
     name = "softmax_attention"
     sizes = softmax_attention.check((q, k, v))
@@ -63,17 +66,26 @@ def softmax_attention(
         raise ValueError(f"{name}: q has H={sizes['H']} heads, expected a multiple of k's G={sizes['G']}")
     if window is not None and window < 1:
         raise ValueError(f"{name}: window={window}, expected at least 1 key or None")
+    if score_cap < 0:
+        raise ValueError(f"{name}: score_cap={score_cap}, expected 0 or more")
     states = check_documents(name, cu_seqlens, sizes["B"], sizes["T"])
     past = check_past(initial_state, k, v, states, cu_seqlens is not None)
     if scale is None:
         scale = sizes["K"] ** -0.5
     run = softmax_attention.choose(backend, q.device)
-    out = run(q, k.to(q.dtype), v.to(q.dtype), window, scale, past, cu_seqlens)
+    out = run(q, k.to(q.dtype), v.to(q.dtype), window, scale, score_cap, past, cu_seqlens)
     return out.to(v.dtype), kept(k, v, window, past, cu_seqlens)
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, past: Past | None, cu_seqlens: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    scale: float,
+    cap: float,
+    past: Past | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
     """The definition: one masked softmax over all keys; returns `out` alone."""
     tokens = q.shape[1]
@@ -87,15 +99,18 @@ def reference(
             rows = slice(None) if cu_seqlens is None else slice(first, first + lengths[n])
             keys, values = torch.cat([past.k[:, rows], keys], 1), torch.cat([past.v[:, rows], values], 1)
             skip = [past.k.shape[1] - length for length in lengths] if cu_seqlens is None else [0]
-        outs.append(_attend(q[:, start:end], keys, values, window, scale, torch.tensor(skip, device=q.device)))
+        hidden = torch.tensor(skip, device=q.device)
+        outs.append(_attend(q[:, start:end], keys, values, window, scale, cap, hidden))
     return torch.cat(outs, 1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, skip: Tensor) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, cap: float, skip: Tensor
+) -> Tensor:
     """`q [B,T,H,K]` are the last T of `k [B,S,G,K]`, `v [B,S,G,V]`; the first `skip [B]` keys count for nothing."""
     dtype, repeat = state_dtype(q.dtype), q.shape[2] // k.shape[2]
     k, v = (rows.to(dtype).repeat_interleave(repeat, 2) for rows in (k, v))
-    scores = torch.einsum("bthk,bshk->bhts", q.to(dtype), k) * scale
+    scores = soft_cap(torch.einsum("bthk,bshk->bhts", q.to(dtype), k) * scale, cap)
     key = torch.arange(k.shape[1], device=q.device)
     query = key[k.shape[1] - q.shape[1] :, None]
     seen = (key <= query) if window is None else (key <= query) & (key > query - window)

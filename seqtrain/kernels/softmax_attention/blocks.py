@@ -3,26 +3,35 @@
 With `lse = log sum_s exp(scale * q . k_s)` of every block, blocks a and b together have `lse = log(e^lse_a + e^lse_b)`
 and `out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b`. Given the `out` and `lse` of all keys, the weights of a block
 are `e^(scores - lse)`, so its gradients need no other block (Dao et al. 2022, arXiv 2205.14135, algorithm 4).
+
+PyTorch's fused kernels can't cap scores: what is capped is done by plain PyTorch, a block of queries at a time.
 """
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqtrain.kernels.custom_ops import differentiable
 from seqtrain.kernels.documents import state_dtype
+from seqtrain.kernels.linear_cross_entropy import soft_cap
 
 # Queries whose scores are held at once where no fused kernel serves.
 QUERIES = 512
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, fused: bool = True) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, cap: float = 0.0, fused: bool = True
+) -> tuple[Tensor, Tensor]:
     """`q [B,T,H,K]` attends to `k [B,S,G,K]`, `v [B,S,G,V]`, all three of one dtype and with T, S > 0.
 
-    `causal`: query t sees keys up to t (then T == S), else all. `fused`: use a fused kernel where there is one.
-    Returns `out [B,T,H,V]` in q's dtype and `lse [B,H,T]`, float32 (float64 for float64).
+    `causal`: query t sees keys up to t (then T == S), else all. `cap`: the operator's `score_cap`. `fused`: use a fused
+    kernel where there is one. Returns `out [B,T,H,V]` in q's dtype and `lse [B,H,T]`, float32 (float64 for float64).
     """
-    if not (fused and _has_fused(q)):
-        return _plain(q, k, v, scale, causal)
+    if cap or not (fused and _has_fused(q)):
+        return _plain(q, k, v, _Scores(scale, cap, causal))
     width = v.shape[3]
     q, k, v = (rows.transpose(1, 2) for rows in same_width(q, k, v))
     if q.device.type == "cpu":
@@ -43,14 +52,15 @@ def attend_gradients(
     *,
     scale: float,
     causal: bool,
+    cap: float = 0.0,
     fused: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What one block adds to the gradients of q, k and v, in their shapes and dtype.
 
     `out`, `lse`: of attention to all keys, of which these are a block; `d_out`: gradient of that `out`.
     """
-    if not (fused and _has_fused(q)):
-        return _plain_gradients(d_out, q, k, v, out, lse, scale, causal)
+    if cap or not (fused and _has_fused(q)):
+        return _plain_gradients(d_out, q, k, v, out, lse, _Scores(scale, cap, causal))
     widths = q.shape[3], k.shape[3], v.shape[3]
     rows = (part.transpose(1, 2) for part in same_width(d_out, q, k, v, out))
     d_out, q, k, v, out = rows
@@ -100,31 +110,51 @@ def _grouped(rows: Tensor, groups: int) -> Tensor:
     return rows.unflatten(2, (groups, -1))  # B T G H/G K
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, first: int) -> Tensor:
-    """`[B,G,H/G,t,S]` for queries `first ... first + t`, `[B,t,G,H/G,K]`; -inf where a key is not seen."""
-    scores = torch.einsum("btgrk,bsgk->bgrts", q, k) * scale
-    if causal:
-        query = torch.arange(first, first + q.shape[1], device=q.device)[:, None]
-        scores.masked_fill_(torch.arange(k.shape[1], device=q.device) > query, -torch.inf)
-    return scores
+@dataclass(frozen=True)
+class _Scores:
+    """What is exponentiated: see `attend`. `mask`: True where a key is seen, `[T,S]` or `[B,1,T,S]`; None: every one."""
+
+    scale: float
+    cap: float
+    causal: bool
+    mask: Tensor | None = None
+
+    def of(self, q: Tensor, k: Tensor, first: int) -> Tensor:
+        """`[B,G,H/G,t,S]` for queries `first ... first + t`, `[B,t,G,H/G,K]`; -inf where a key is not seen."""
+        scores = soft_cap(torch.einsum("btgrk,bsgk->bgrts", q, k) * self.scale, self.cap)
+        if self.causal:
+            query = torch.arange(first, first + q.shape[1], device=q.device)[:, None]
+            scores.masked_fill_(torch.arange(k.shape[1], device=q.device) > query, -torch.inf)
+        if self.mask is not None:
+            seen = self.mask[..., first : first + q.shape[1], :]
+            scores.masked_fill_(~(seen if seen.dim() == 2 else seen[:, None]), -torch.inf)
+        return scores
+
+    def backward(self, scores: Tensor, d_scores: Tensor) -> Tensor:
+        """The gradient of the products of queries and keys, given that of `scores`; both are overwritten."""
+        if self.cap:
+            # What is not seen is as if at the cap, where the slope is zero.
+            d_scores = d_scores.mul_(1 - scores.clamp_(min=-self.cap).div_(self.cap).square_())
+        return d_scores.mul_(self.scale)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _plain(q: Tensor, k: Tensor, v: Tensor, score: _Scores) -> tuple[Tensor, Tensor]:
     dtype, groups = state_dtype(q.dtype), k.shape[2]
     wide_k, wide_v = k.to(dtype), v.to(dtype)
     outs, sums = [], []
     for first in range(0, q.shape[1], QUERIES):
         queries = _grouped(q[:, first : first + QUERIES].to(dtype), groups)
-        scores = _scores(queries, wide_k, scale, causal, first)
+        seen = slice(first + queries.shape[1] if score.causal else None)
+        scores = score.of(queries, wide_k[:, seen], first)
         lse = scores.logsumexp(-1)
         weights = scores.sub_(lse[..., None]).exp_()
-        outs.append(torch.einsum("bgrts,bsgv->btgrv", weights, wide_v).flatten(2, 3).to(q.dtype))
+        outs.append(torch.einsum("bgrts,bsgv->btgrv", weights, wide_v[:, seen]).flatten(2, 3).to(q.dtype))
         sums.append(lse.flatten(1, 2))
     return torch.cat(outs, 1), torch.cat(sums, 2)
 
 
 def _plain_gradients(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, score: _Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype, groups = state_dtype(q.dtype), k.shape[2]
     wide_k, wide_v = k.to(dtype), v.to(dtype)
@@ -132,11 +162,50 @@ def _plain_gradients(
     for first in range(0, q.shape[1], QUERIES):
         some = slice(first, first + QUERIES)
         queries, d_rows, rows = (_grouped(part[:, some].to(dtype), groups) for part in (q, d_out, out))
+        seen = slice(first + queries.shape[1] if score.causal else None)
         sums = lse[:, :, some].unflatten(1, (groups, -1))[..., None].to(dtype)
-        weights = _scores(queries, wide_k, scale, causal, first).sub_(sums).exp_()
-        dv += torch.einsum("bgrts,btgrv->bsgv", weights, d_rows)
+        scores = score.of(queries, wide_k[:, seen], first)
+        weights = (scores.clone() if score.cap else scores).sub_(sums).exp_()
+        dv[:, seen] += torch.einsum("bgrts,btgrv->bsgv", weights, d_rows)
         delta = (d_rows * rows).sum(-1).permute(0, 2, 3, 1)[..., None]  # B G H/G t 1
-        d_scores = weights.mul_(torch.einsum("btgrv,bsgv->bgrts", d_rows, wide_v).sub_(delta)).mul_(scale)
-        dqs.append(torch.einsum("bgrts,bsgk->btgrk", d_scores, wide_k).flatten(2, 3).to(q.dtype))
-        dk += torch.einsum("bgrts,btgrk->bsgk", d_scores, queries)
+        d_weights = torch.einsum("btgrv,bsgv->bgrts", d_rows, wide_v[:, seen])
+        d_scores = score.backward(scores, weights.mul_(d_weights.sub_(delta)))
+        dqs.append(torch.einsum("bgrts,bsgk->btgrk", d_scores, wide_k[:, seen]).flatten(2, 3).to(q.dtype))
+        dk[:, seen] += torch.einsum("bgrts,btgrk->bsgk", d_scores, queries)
     return torch.cat(dqs, 1), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _few_rows(q: Tensor, mask: Tensor | None) -> list[tuple[slice, Tensor | None]]:
+    """Rows whose scores are held at once: of many short ones as many as have `QUERIES` queries. With their masks."""
+    count = max(1, QUERIES // q.shape[1])
+    parts = [slice(first, first + count) for first in range(0, q.shape[0], count)]
+    return [(rows, mask[rows] if mask is not None and mask.dim() == 4 else mask) for rows in parts]
+
+
+def _capped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, cap: float
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(q.device.type, enabled=False):
+        parts = [_plain(q[r], k[r], v[r], _Scores(scale, cap, causal, own)) for r, own in _few_rows(q, mask)]
+    outs, sums = zip(*parts, strict=True)
+    return torch.cat(outs), torch.cat(sums)
+
+
+def _capped_gradients(arguments: tuple[Any, ...], kept: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> Any:
+    q, k, v, mask, causal, scale, cap = arguments
+    inputs = (gradients[0], q, k, v, *kept)
+    parts = [
+        _plain_gradients(*(x[r] for x in inputs), _Scores(scale, cap, causal, own)) for r, own in _few_rows(q, mask)
+    ]
+    return *map(torch.cat, zip(*parts, strict=True)), *[None] * 4
+
+
+def _capped_shapes(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    out = v.new_empty(*q.shape[:3], v.shape[3])
+    return out, out.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=state_dtype(q.dtype))
+
+
+# `(q, k, v, mask, causal, scale, cap)`, as `attend` and `_Scores` say, to `(out,)`.
+attend_capped = differentiable(
+    "capped_attention", _capped, _capped_gradients, _capped_shapes, results=1, keep_results=True
+)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqtrain.kernels.custom_ops import opaque
-from seqtrain.kernels.softmax_attention.blocks import same_width
+from seqtrain.kernels.softmax_attention.blocks import attend_capped, same_width
 from seqtrain.kernels.softmax_attention.past import Past
 
 # Documents from this length on are attended to one by one: a call's own cost (about 0.1 ms) is lost in their work.
@@ -22,31 +22,38 @@ MASKED_QUERIES = 512
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, past: Past | None, cu_seqlens: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    scale: float,
+    cap: float,
+    past: Past | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
     """See `softmax_attention`; returns `out` alone."""
     if cu_seqlens is None:
-        return _rows(q, k, v, window, scale, past)
+        return _rows(q, k, v, window, scale, cap, past)
     if past is None:
-        return _documents(q, k, v, window, scale, cu_seqlens)[0]
+        return _documents(q, k, v, window, scale, cap, cu_seqlens)[0]
     outs, first = [], 0
     for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
         rows = slice(first, first + past.lengths[n])
         mine = Past(past.k[:, rows], past.v[:, rows], past.length[n : n + 1], past.lengths[n : n + 1])
-        outs.append(_rows(q[:, start:end], k[:, start:end], v[:, start:end], window, scale, mine))
+        outs.append(_rows(q[:, start:end], k[:, start:end], v[:, start:end], window, scale, cap, mine))
         first = rows.stop
     return torch.cat(outs, 1)
 
 
-def _rows(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, past: Past | None) -> Tensor:
+def _rows(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, cap: float, past: Past | None) -> Tensor:
     """Separate rows `[B,T,...]`, without documents."""
     tokens = q.shape[1]
     if tokens == 0:
         return q.new_empty(*q.shape[:3], v.shape[3])
     if window is None or tokens <= window:
-        return _whole(q, k, v, window, scale, past)
+        return _whole(q, k, v, window, scale, cap, past)
     body = tokens // window * window
-    outs = [_whole(q[:, :window], k[:, :window], v[:, :window], window, scale, past)]
+    outs = [_whole(q[:, :window], k[:, :window], v[:, :window], window, scale, cap, past)]
     # Query i of a block is key i + window of the two blocks it sees.
     query = torch.arange(window, device=q.device)[:, None]
     key = torch.arange(2 * window, device=q.device)
@@ -54,10 +61,10 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, pas
     if body > window:
         queries = q[:, window:body].unflatten(1, (-1, window)).flatten(0, 1)  # B*N w H K
         keys, values = (_overlapping(rows[:, :body], window) for rows in (k, v))  # B*N 2w G K
-        outs.append(_attend(queries, keys, values, scale, band).unflatten(0, (q.shape[0], -1)).flatten(1, 2))
+        outs.append(_attend(queries, keys, values, scale, cap, band).unflatten(0, (q.shape[0], -1)).flatten(1, 2))
     if body < tokens:
         rest, seen = tokens - body, slice(body - window, None)
-        outs.append(_attend(q[:, body:], k[:, seen], v[:, seen], scale, band[:rest, : window + rest]))
+        outs.append(_attend(q[:, body:], k[:, seen], v[:, seen], scale, cap, band[:rest, : window + rest]))
     return torch.cat(outs, 1)
 
 
@@ -66,10 +73,10 @@ def _overlapping(rows: Tensor, window: int) -> Tensor:
     return rows.unfold(1, 2 * window, window).permute(0, 1, 4, 2, 3).flatten(0, 1)
 
 
-def _whole(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, past: Past | None) -> Tensor:
+def _whole(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, cap: float, past: Past | None) -> Tensor:
     """Causal attention over the past and at most `window` new tokens (any number without a window)."""
     if past is None:
-        return _attend(q, k, v, scale, "causal")
+        return _attend(q, k, v, scale, cap, "causal")
     k, v = torch.cat([past.k, k], 1), torch.cat([past.v, v], 1)
     old, tokens = past.k.shape[1], q.shape[1]
     ragged = min(past.lengths) < old
@@ -87,23 +94,23 @@ def _whole(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, pa
         # A single query sees every key there is.
         mask = None if end - start == 1 and not ragged else seen
         keys = slice(first, old + end)
-        outs.append(_attend(q[:, start:end], k[:, keys], v[:, keys], scale, mask))
+        outs.append(_attend(q[:, start:end], k[:, keys], v[:, keys], scale, cap, mask))
     return torch.cat(outs, 1)
 
 
 @opaque("softmax_attention_documents", like=lambda q, k, v, *_: (v.new_empty(*q.shape[:3], v.shape[3]),))
-def _documents(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, cu_seqlens: Tensor) -> tuple[Tensor]:
+def _documents(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, cap: float, cu_seqlens: Tensor) -> tuple[Tensor]:
     """`(out,)` of documents of one packed row, nothing before them."""
     boundaries = cu_seqlens.tolist()
     if len(boundaries) == 2:
         # Of one document nothing is put together again, which would copy it twice.
-        return (_rows(q, k, v, window, scale, None),)
+        return (_rows(q, k, v, window, scale, cap, None),)
     outs, places = [], []
     batches: dict[int, list[tuple[int, int]]] = {}
     for start, end in pairwise(boundaries):
         length = end - start
         if length >= ALONE or (window is not None and length > window):
-            outs.append(_rows(q[:, start:end], k[:, start:end], v[:, start:end], window, scale, None)[0])
+            outs.append(_rows(q[:, start:end], k[:, start:end], v[:, start:end], window, scale, cap, None)[0])
             places.append(torch.arange(start, end))
         elif length:
             # Lengths within a factor of two side by side: at most ten calls, whatever the number of documents.
@@ -115,7 +122,7 @@ def _documents(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float
         # A document is filled up with its own last token: hidden values count for zero, and zero times infinity is NaN.
         rows = starts[:, None] + torch.minimum(step, lengths[:, None] - 1)  # documents x longest
         index = rows.to(q.device)
-        batch = _attend(q[0][index], k[0][index], v[0][index], scale, "causal")
+        batch = _attend(q[0][index], k[0][index], v[0][index], scale, cap, "causal")
         outs.append(batch[real.to(q.device)])
         places.append(rows[real])
     out = q.new_empty(q.shape[1], q.shape[2], v.shape[3])
@@ -124,8 +131,11 @@ def _documents(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float
     return (out[None],)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | str | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float, mask: Tensor | str | None) -> Tensor:
     """SDPA on `[B,T,H,K]`; `mask`: True where a key is seen, `"causal"`, or None for every key."""
+    if cap:
+        causal = isinstance(mask, str)
+        return attend_capped(q, k, v, None if causal else mask, causal, scale, cap)[0]
     value_width, grouped = v.shape[3], q.shape[2] != k.shape[2]
     # Without the fused kernels SDPA holds all T*T scores.
     q, k, v = (rows.transpose(1, 2) for rows in same_width(q, k, v))

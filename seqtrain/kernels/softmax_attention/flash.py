@@ -1,6 +1,7 @@
 """flash-attn on CUDA: its windows, grouped heads and packed documents; in float16 and bfloat16, else SDPA."""
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,22 +18,31 @@ def unavailable() -> str | None:
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, past: Past | None, cu_seqlens: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    scale: float,
+    cap: float,
+    past: Past | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
     """See `softmax_attention`; returns `out` alone."""
     ragged = past is not None and cu_seqlens is None and min(past.lengths) < past.k.shape[1]
     # Rows with pasts of different lengths are a case of decoding only; SDPA's mask serves it.
     if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[3] != v.shape[3] or ragged:
-        return chunked.run(q, k, v, window, scale, past, cu_seqlens)
+        return chunked.run(q, k, v, window, scale, cap, past, cu_seqlens)
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     # flash-attn counts the keys to the left of a query, its own not included, and aligns the last query with the last
     # key.
     left = -1 if window is None else window - 1
+    options: dict[str, Any] = {"softmax_scale": scale, "softcap": cap, "causal": True}
+    options["window_size"] = (left, 0 if window else -1)
     if past is not None:
         k, v = joined(k, past.k, past, cu_seqlens), joined(v, past.v, past, cu_seqlens)
     if cu_seqlens is None:
-        return flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=(left, 0 if window else -1))
+        return flash_attn_func(q, k, v, **options)
     queries = cu_seqlens.to(device=q.device, dtype=torch.int32)
     keys = queries
     if past is not None:
@@ -45,8 +55,6 @@ def run(
         cu_seqlens_k=keys,
         max_seqlen_q=int(queries.diff().max()),
         max_seqlen_k=int(keys.diff().max()),
-        softmax_scale=scale,
-        causal=True,
-        window_size=(left, 0 if window else -1),
+        **options,
     )
     return out[None]

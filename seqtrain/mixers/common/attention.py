@@ -54,6 +54,8 @@ class SoftmaxAttention(Mixer):
         output_gate: bool = False
         # Factor on scores before the softmax; 0: one over the root of a head's channels.
         scale: NonNegativeFloat = 0.0
+        # What these scores stay below in size, softly (Gemma 2); 0: unbounded.
+        score_cap: NonNegativeFloat = 0.0
 
     # Keys a query sees, its own included; None for all.
     window: int | None = None
@@ -113,8 +115,8 @@ class SoftmaxAttention(Mixer):
     ) -> tuple[Tensor, State]:
         """What queries read, `[B,T,H,K]`, and the state but for positions; q and k are not yet rotated by `place`."""
         q, k = self.rotated(q, place), self.rotated(k, place)
-        scale = self.config.scale or None
-        return attend(sequence, softmax_attention, q, k, v, past=past, window=self.window, scale=scale)
+        options = {"window": self.window, "scale": self.config.scale or None, "score_cap": self.config.score_cap}
+        return attend(sequence, softmax_attention, q, k, v, past=past, **options)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """`x: [B,T,D]` -> q `[B,T,H,K]`, k and v `[B,T,G,K]`, and a gate `[B,T,H*K]` where there is one.
