@@ -217,9 +217,7 @@ class _ByHeads:
         return came.view(self.ranks, *own).movedim(0, 2).flatten(2, 3)
 
 
-def _by_heads(
-    q: Tensor, k: Tensor, v: Tensor, sequence: ShardedSequence, given: int, scores: dict[str, Any]
-) -> Tensor:
+def _by_heads(q: Tensor, k: Tensor, v: Tensor, sequence: ShardedSequence, given: int, scores: dict[str, Any]) -> Tensor:
     """Everything to everyone, by heads; the whole row for this rank's heads; and back."""
     heads = _ByHeads(sequence, q.shape[0], given)
     whole_q, whole_k, whole_v = heads.whole_rows(q, k.to(q.dtype), v.to(q.dtype))

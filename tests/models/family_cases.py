@@ -60,6 +60,10 @@ NEMOTRON = {
     "n_routed_experts": 6, "n_group": 3, "topk_group": 2, "moe_intermediate_size": 12, "use_bias": True,
     "moe_shared_expert_intermediate_size": 20, "moe_latent_size": 16, "routed_scaling_factor": 1.5,
 }  # fmt: skip
+GEMMA = {
+    "layer_types": 2 * ["sliding_attention", "full_attention"], "sliding_window": 9, "attention_bias": True,
+    "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 13,
+}  # fmt: skip
 FALCON_H1 = {
     **MAMBA2,
     "mamba_d_ssm": 72, "mamba_rms_norm": True, "projectors_bias": True, "mlp_bias": True,
@@ -74,16 +78,8 @@ CASES = {
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"attention_bias": True}),
     "phi3": ("Phi3", {"num_key_value_heads": 3, "sliding_window": 9, "partial_rotary_factor": 0.75}),
-    "gemma3_text": (
-        "Gemma3",
-        {
-            "layer_types": 2 * ["sliding_attention", "full_attention"],
-            "sliding_window": 9,
-            "attention_bias": True,
-            "final_logit_softcapping": 5.0,
-            "query_pre_attn_scalar": 13,
-        },
-    ),
+    "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 0.3}),
+    "gemma3_text": ("Gemma3", GEMMA),
     "recurrent_gemma": (
         "RecurrentGemma",
         {
@@ -158,6 +154,24 @@ def make(name: str, *, seed: int = 0, **options) -> torch.nn.Module:
             if key.endswith("e_score_correction_bias"):
                 buffer.add_(0.1 * torch.randn_like(buffer))
     return model
+
+
+# Models that see pictures, whose text model is the case of that name, and what sees in them.
+VISION = {"hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 2}
+WITH_PICTURES = {
+    "gemma3": ("gemma3_text", {**VISION, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}),
+    "qwen3_5": ("qwen3_5", {"depth": 1, "hidden_size": 12, "intermediate_size": 20, "num_heads": 2}),
+}
+
+
+def make_with_pictures(name: str) -> torch.nn.Module:
+    """A larger model around the text model of a case."""
+    import transformers
+
+    text, vision = WITH_PICTURES[name]
+    whole = transformers.AutoConfig.for_model(name, text_config=make(text).config.to_dict(), vision_config=vision)
+    torch.manual_seed(0)
+    return transformers.AutoModelForImageTextToText.from_config(whole).eval()
 
 
 def some_tokens(*shape: int, seed: int = 1) -> torch.Tensor:

@@ -104,9 +104,7 @@ def reference(
     return torch.cat(outs, 1)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, cap: float, skip: Tensor
-) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, cap: float, skip: Tensor) -> Tensor:
     """`q [B,T,H,K]` are the last T of `k [B,S,G,K]`, `v [B,S,G,V]`; the first `skip [B]` keys count for nothing."""
     dtype, repeat = state_dtype(q.dtype), q.shape[2] // k.shape[2]
     k, v = (rows.to(dtype).repeat_interleave(repeat, 2) for rows in (k, v))

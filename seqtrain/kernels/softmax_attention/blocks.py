@@ -112,7 +112,7 @@ def _grouped(rows: Tensor, groups: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Scores:
-    """What is exponentiated: see `attend`. `mask`: True where a key is seen, `[T,S]` or `[B,1,T,S]`; None: every one."""
+    """What is exponentiated: see `attend`. `mask`: True where a key is seen, `[T,S]` or `[B,1,T,S]`."""
 
     scale: float
     cap: float

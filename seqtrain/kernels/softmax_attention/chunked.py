@@ -99,7 +99,9 @@ def _whole(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, ca
 
 
 @opaque("softmax_attention_documents", like=lambda q, k, v, *_: (v.new_empty(*q.shape[:3], v.shape[3]),))
-def _documents(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, cap: float, cu_seqlens: Tensor) -> tuple[Tensor]:
+def _documents(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, cap: float, cu_seqlens: Tensor
+) -> tuple[Tensor]:
     """`(out,)` of documents of one packed row, nothing before them."""
     boundaries = cu_seqlens.tolist()
     if len(boundaries) == 2:

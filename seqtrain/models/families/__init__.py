@@ -11,7 +11,7 @@ __all__ = ["FAMILIES", "Family", "Piece", "family_of"]
 # By transformers' `model_type` (in GGUF files: the architecture): the module that has it in its own `FAMILIES`.
 FAMILIES: Mapping[str, str] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), "dense"),
-    **dict.fromkeys(("gemma3_text", "recurrent_gemma"), "gemma"),
+    **dict.fromkeys(("gemma2", "gemma3_text", "gemma3", "recurrent_gemma"), "gemma"),
     "lfm2": "lfm2",
     **dict.fromkeys(("olmo2", "olmo3", "olmo_hybrid"), "olmo"),
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_moe"), "qwen"),

@@ -1,7 +1,7 @@
-"""Gemma 3 (text) and RecurrentGemma: norms by 1 + weight, scaled embeddings, softly bounded logits."""
+"""Gemma 2, Gemma 3 (text) and RecurrentGemma: norms by 1 + weight, scaled embeddings, softly bounded logits."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,20 +29,26 @@ RECURRENT = "rg_lru"
 
 
 @dataclass(frozen=True)
-class Gemma3(Family):
-    """Softmax attention over windows and over everything, each with a rotation of its own; norms on both sides."""
+class Gemma2(Family):
+    """Softmax attention over windows and over everything, with capped scores; norms on both sides.
+
+    `prefix`: before the names of the text model's tensors.
+    """
+
+    prefix: str = field(default="model.", kw_only=True)
 
     def architecture(self, config: Any, where: object) -> Architecture:
-        require(config, where, attn_logit_softcapping=None)
         # Null is false here.
-        require(config, where, **({"use_bidirectional_attention": False} if config.use_bidirectional_attention else {}))
+        both = getattr(config, "use_bidirectional_attention", False)
+        require(config, where, **({"use_bidirectional_attention": False} if both else {}))
         layers = softmax_layers(config)
         mixers = {name: self.attention(config, where, name) for name in dict.fromkeys(layers)}
         others = {
             "norms": ("both",),
             "norm_zero_centered": True,
             "embedding_scale": config.hidden_size**0.5,
-            "logit_cap": config.final_logit_softcapping or 0.0,
+            # transformers' larger model leaves the cap out.
+            "logit_cap": 0.0 if self.nested else config.final_logit_softcapping or 0.0,
             "activation": activation(config, where, "hidden_activation"),
         }
         return Architecture(model_config(config, where, layers, **others), mixers, config.vocab_size)
@@ -50,30 +56,41 @@ class Gemma3(Family):
     def attention(self, config: Any, where: object, name: str) -> Any:
         """The config of softmax layers called `name`."""
         _, shared, head = heads_of(config, where)
-        kind = "sliding_attention" if name == WINDOWED else "full_attention"
         fields = {
             "query_group": shared,
             "head_width": head,
-            "qk_norm": True,
-            "qk_norm_zero_centered": True,
-            "norm_eps": config.rms_norm_eps,
             "qkv_bias": bool(config.attention_bias),
             "out_bias": bool(config.attention_bias),
             "scale": config.query_pre_attn_scalar**-0.5,
-            **rotation(config, where, head, kind),
+            "score_cap": config.attn_logit_softcapping or 0.0,
+            **self.own_fields(config, where, head, name),
         }
         return MIXERS.get(name).Config(**fields, **({"window": config.sliding_window} if name == WINDOWED else {}))
 
+    def own_fields(self, config: Any, where: object, head: int, name: str) -> dict[str, Any]:
+        """Those that differ between Gemmas, of layers called `name`."""
+        return rotation(config, where, head)
+
     def pieces(self, config: Any, model: LanguageModel) -> Iterator[Piece]:
-        yield from outer_pieces(model)
+        yield from outer_pieces(model, self.prefix)
         for index, block in enumerate(model.blocks):
-            theirs, ours = f"model.layers.{index}", f"blocks.{index}"
+            theirs, ours = f"{self.prefix}layers.{index}", f"blocks.{index}"
             yield from plain(f"{theirs}.input_layernorm", f"{ours}.mixer_norm", block.mixer_norm)
             yield from attention_pieces(f"{theirs}.self_attn", f"{ours}.mixer", block.mixer)
             yield from plain(f"{theirs}.post_attention_layernorm", f"{ours}.mixer_post_norm", block.mixer_post_norm)
             yield from plain(f"{theirs}.pre_feedforward_layernorm", f"{ours}.mlp_norm", block.mlp_norm)
             yield from mlp_pieces(f"{theirs}.mlp", f"{ours}.mlp", block.mlp)
             yield from plain(f"{theirs}.post_feedforward_layernorm", f"{ours}.mlp_post_norm", block.mlp_post_norm)
+
+
+@dataclass(frozen=True)
+class Gemma3(Gemma2):
+    """With normalised queries and keys, and a rotation of its own for each kind of layer."""
+
+    def own_fields(self, config: Any, where: object, head: int, name: str) -> dict[str, Any]:
+        kind = "sliding_attention" if name == WINDOWED else "full_attention"
+        norm = {"qk_norm": True, "qk_norm_zero_centered": True, "norm_eps": config.rms_norm_eps}
+        return norm | rotation(config, where, head, kind)
 
 
 @dataclass(frozen=True)
@@ -134,4 +151,12 @@ def recurrent_pieces(theirs: str, ours: str, mixer: Any) -> Iterator[Piece]:
     yield from plain(f"{theirs}.linear_out", f"{ours}.out", mixer.out)
 
 
-FAMILIES = {"gemma3_text": Gemma3(), "recurrent_gemma": RecurrentGemma()}
+# What sees pictures, by the names that files have and that transformers' own modules have.
+PICTURES = tuple(f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector"))
+RENAMED = (("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head."))
+FAMILIES = {
+    "gemma2": Gemma2(),
+    "gemma3_text": Gemma3(),
+    "gemma3": Gemma3(PICTURES, nested="text_config", prefix="model.language_model.", renamed=RENAMED),
+    "recurrent_gemma": RecurrentGemma(),
+}
