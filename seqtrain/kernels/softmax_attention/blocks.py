@@ -193,9 +193,10 @@ def _capped(
 
 def _capped_gradients(arguments: tuple[Any, ...], kept: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> Any:
     q, k, v, mask, causal, scale, cap = arguments
-    inputs = (gradients[0], q, k, v, *kept)
+    (d_out,), (out, lse) = gradients, kept
     parts = [
-        _plain_gradients(*(x[r] for x in inputs), _Scores(scale, cap, causal, own)) for r, own in _few_rows(q, mask)
+        _plain_gradients(d_out[r], q[r], k[r], v[r], out[r], lse[r], _Scores(scale, cap, causal, own))
+        for r, own in _few_rows(q, mask)
     ]
     return *map(torch.cat, zip(*parts, strict=True)), *[None] * 4
 
