@@ -88,7 +88,9 @@ def _rows(found: Definition, prefix: str, *, skip: Mapping[str, Any] = types.Map
         cls = getattr(cls, name)
     hints = typing.get_type_hints(cls, include_extras=True)
     for name, key in found.keys().items():
-        if name not in skip:
+        if key.nested and name not in skip:
+            yield from _rows(key.nested, f"{prefix}{name}.")
+        elif name not in skip:
             default = "required" if key.default is MISSING else f"`{_yaml(key.default)}`"
             row = (f"`{prefix}{name}`", _words(hints[name]), default, key.comment)
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"

@@ -9,11 +9,21 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from seqtrain.errors import ConfigError, unknown_name
 
 T = TypeVar("T")
+
+# What a key holds whose value follows from what is there.
+AUTO: Any = "auto"
+
+
+def _or_auto(value: Any, check_number: ValidatorFunctionWrapHandler) -> Any:
+    return value if value == AUTO else check_number(value)
+
+
+OrAuto = WrapValidator(_or_auto)
 
 # No key takes a number of this size; integers up to it are exact in every format that reads them.
 LARGEST = 2**53

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 
 from seqtrain.errors import ConfigError
 from seqtrain.layers import upcast
 from seqtrain.models.spiking import Spikes
+from seqtrain.validation import AUTO, OrAuto
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -37,11 +38,38 @@ class RouterConfig:
     scale: Annotated[float, Field(gt=0)] = 1.0
     # True: a bias for each expert is added where experts are chosen, and not where they are weighed (arXiv 2408.15664).
     bias: bool = False
-    # Groups of experts, of which the best `chosen_groups` are looked into (DeepSeek-V3).
+    # What a step adds to the bias of an expert that has had fewer tokens than the mean, and takes off one that has had
+    # more. auto: 0.001, and 0 for a pretrained model.
+    bias_rate: Annotated[float, Field(ge=0), OrAuto] = AUTO
+    # Groups of experts (DeepSeek-V3).
     groups: Annotated[int, Field(gt=0)] = 1
+    # Groups, the best for a token, among which its experts are chosen.
     chosen_groups: Annotated[int, Field(gt=0)] = 1
+    # Factor of the balance loss, which is 1 where experts are used alike (Switch, arXiv 2101.03961); 0: none.
+    balance: Annotated[float, Field(ge=0)] = 0.0
+    # Factor of the router's z-loss, which keeps its logits small (ST-MoE, arXiv 2202.08906); 0: none.
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
     # True: the shared expert is multiplied by a sigmoid of a projection (Qwen2-MoE).
     shared_gate: bool = False
+
+    @property
+    def moves(self) -> float:
+        """By how much a step moves each expert's bias."""
+        return 0.0 if not self.bias else 1e-3 if self.bias_rate == AUTO else self.bias_rate
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a layer's router did with the tokens of a forward pass.
+
+    `counts`: int64 `[experts]`, tokens that each works on. `shares`: `[experts]`, the sum over tokens of their scores,
+    those of a token adding up to 1. `squares`: the sum of the squared logsumexp of their logits. The last two are with
+    their graph, and 0 where no loss asks for them.
+    """
+
+    counts: Tensor
+    shares: Tensor
+    squares: Tensor
 
 
 class MLP(nn.Module):
@@ -116,7 +144,13 @@ class MoE(nn.Module):
         if experts % router.groups or router.chosen_groups > router.groups:
             rule = f"must divide model.experts={experts}, and be model.router.chosen_groups={router.chosen_groups}"
             raise ConfigError(f"model.router.groups={router.groups}: {rule} or more")
-        self.chosen, self.config = chosen, router
+        if not router.bias and router.bias_rate not in (AUTO, 0):
+            raise ConfigError(
+                f"model.router.bias_rate={router.bias_rate}: there is no bias; set model.router.bias=true"
+            )
+        self.experts, self.chosen, self.config = experts, chosen, router
+        # Of the last forward pass in training, until it is taken.
+        self.routed: Routed | None = None
         self.activation, self.gated = activation, gated
         inner = latent or width
         self.router = nn.Linear(width, experts, bias=False)
@@ -137,15 +171,16 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[...,D]` -> the same."""
         rows = x.flatten(0, -2)
-        weights, chosen = self.route(rows)
-        y = self.out(self.work(self.enter(rows), weights, chosen).to(x.dtype))
+        weights, chosen, counts = self.route(rows)
+        y = self.out(self.work(self.enter(rows), weights, chosen, counts).to(x.dtype))
         if self.shared is not None:
             shared = self.shared(rows)
             y = y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(rows)) * shared)
         return y.view(x.shape)
 
-    def route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """`rows: [n,D]` -> the weights of each one's experts, `[n,chosen]` in float32 at least, and their numbers."""
+    def route(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`rows: [n,D]` -> the weights of each one's experts, `[n,chosen]` in float32 at least, their numbers, and how
+        many rows each expert has, int64 `[experts]`."""
         config = self.config
         with torch.autocast(rows.device.type, enabled=False):
             logits = F.linear(upcast(rows), upcast(self.router.weight))
@@ -157,22 +192,41 @@ class MoE(nn.Module):
             open_ = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=rows.device).scatter_(1, best, True)
             ranked = grouped.masked_fill(~open_[..., None], -torch.inf).flatten(1)
         chosen = ranked.topk(self.chosen, -1).indices
+        counts = _counts(chosen, self.experts)
+        if self.training:
+            self.routed = self._routed(logits, scores, counts)
         weights = scores.gather(1, chosen)
         if config.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return weights * config.scale, chosen
+        return weights * config.scale, chosen, counts
 
-    def work(self, rows: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    def _routed(self, logits: Tensor, scores: Tensor, counts: Tensor) -> Routed:
+        config, zero = self.config, logits.new_zeros(())
+        shares = scores if config.score == "softmax" else scores / (scores.sum(-1, keepdim=True) + 1e-20)
+        return Routed(
+            counts,
+            shares.sum(0) if config.balance else zero.expand(len(counts)),
+            logits.logsumexp(-1).square().sum() if config.z_loss else zero,
+        )
+
+    def take_routed(self) -> Routed:
+        """What the last forward pass did, which is then forgotten; the model must have been in training mode."""
+        routed, self.routed = self.routed, None
+        assert routed is not None
+        return routed
+
+    def work(self, rows: Tensor, weights: Tensor, chosen: Tensor, counts: Tensor) -> Tensor:
         """The weighted sum of what each row's experts make of it: rows `[n,D]`, sorted by expert, one product each."""
         order = chosen.flatten().argsort(stable=True)
         token = order // self.chosen
-        counts = _counts(chosen, len(self.up))
+        parts = rows[token].split(counts.tolist())
+        # A rank without rows runs all on none, so that it has gradients as the others do.
         made = [
             F.linear(activated(F.linear(part, up), self.activation, self.gated), down)
-            for part, up, down in zip(rows[token].split(counts), self.up.unbind(), self.down.unbind(), strict=True)
-            if len(part)
+            for part, up, down in zip(parts, self.up.unbind(), self.down.unbind(), strict=True)
+            if len(part) or not len(rows)
         ]
-        weighted = torch.cat(made) * weights.flatten()[order, None] if made else rows.new_empty(0, rows.shape[1])
+        weighted = torch.cat(made) * weights.flatten()[order, None]
         return torch.zeros_like(rows, dtype=weighted.dtype).index_add(0, token, weighted)
 
     def flops(self, tokens: int) -> int:
@@ -182,9 +236,10 @@ class MoE(nn.Module):
         return 2 * tokens * (experts + others)
 
 
-def _counts(chosen: Tensor, experts: int) -> list[int]:
+def _counts(chosen: Tensor, experts: int) -> Tensor:
     """How many rows each expert has. Of tensors without numbers, which planning runs: the same for all."""
     if chosen.is_meta or is_fake(chosen):
         whole, rest = divmod(chosen.numel(), experts)
-        return [whole + (index < rest) for index in range(experts)]
-    return torch.bincount(chosen.flatten(), minlength=experts).tolist()
+        with unset_fake_temporarily():
+            return torch.tensor([whole + (index < rest) for index in range(experts)], device="cpu")
+    return torch.bincount(chosen.flatten(), minlength=experts)

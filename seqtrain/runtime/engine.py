@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -124,6 +125,17 @@ class Engine:
         if self.deepspeed.optimizer.overflow:
             return float("nan"), False
         return float(self.deepspeed.get_global_grad_norm()), True
+
+    @contextmanager
+    def changed(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """In it, parameters that aren't trained may be changed, alike on every rank. A collective in stage 3."""
+        if self.stage < 3:
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(parameters, modifier_rank=0):
+            yield
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter once, by name: the float32 weight in its full shape. A collective in stage 3."""

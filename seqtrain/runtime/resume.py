@@ -19,7 +19,7 @@ from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.lease import Lease, saved_step, take
 from seqtrain.runtime.run_folder import RunFolder, as_record, plain, read_lines
 from seqtrain.runtime.schedule import ScheduleConfig, learning_rate
-from seqtrain.runtime.settings import PretrainConfig, segments
+from seqtrain.runtime.settings import PretrainConfig, micro_batch, segments
 from seqtrain.validation import validate
 
 log = logging.getLogger("seqtrain.runtime")
@@ -50,7 +50,12 @@ def fingerprint(config: PretrainConfig, content: Mapping[str, str] | None = None
         values["data"]["content"] = dict(content)
     # Truncated gradients depend on where a row is cut into segments; exact ones don't.
     truncated = config.train.segment_gradients == "truncated" and segments(config) > 1
-    for key in ("max_nonfinite_steps", *(() if truncated else SEGMENTATION)):
+    pieces: tuple[str, ...] = () if truncated else SEGMENTATION
+    if config.model.router.balance:
+        # It is a micro-batch's.
+        pieces = tuple(key for key in pieces if key != "micro_batch_size")
+        values["train"]["micro_batch_size"] = micro_batch(config)
+    for key in ("max_nonfinite_steps", *pieces):
         del values["train"][key]
     return _without_unused(values)
 

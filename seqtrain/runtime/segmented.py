@@ -54,22 +54,25 @@ def cut(batch: Batch, pieces: int, *, backend: str) -> list[Segment]:
     return found
 
 
-def passes(pieces: int, gradients: Gradients) -> int:
+def passes(pieces: int, gradients: Gradients, *, whole: bool = False) -> int:
     """How many passes over a segment `segment_losses` makes for a row of so many."""
-    return pieces if gradients == "truncated" else 2 * pieces - 1
+    return 2 * pieces if whole else pieces if gradients == "truncated" else 2 * pieces - 1
 
 
 def segment_losses(
-    model: Callable[..., Any], segments: Sequence[Segment], gradients: Gradients
+    model: Callable[..., Any], segments: Sequence[Segment], gradients: Gradients, *, whole: bool = False
 ) -> Iterator[Tensor | None]:
     """The loss of each segment, a float32 scalar summed over tokens; None for each pass that only finds a state.
 
     The caller runs the backward pass of a loss, scaled by the same factor each time, before it asks for the next; then
     the weights have the gradients of the row's loss, the sum of all. `model`: a `LanguageModel`, or what calls one.
+    `whole`: every segment is run before the first loss, for what depends on the whole row.
     """
     if gradients == "exact":
-        yield from _exact(model, segments)
+        yield from _exact(model, segments, whole)
         return
+    for _ in _states(model, segments if whole else ()):
+        yield None
     state: States | None = None
     for segment in segments:
         past = state if segment.continues else None
@@ -78,15 +81,27 @@ def segment_losses(
         state = alone(after)
 
 
-def _exact(model: Callable[..., Any], segments: Sequence[Segment]) -> Iterator[Tensor | None]:
+def _states(model: Callable[..., Any], segments: Sequence[Segment]) -> Iterator[States]:
+    """The state after each segment, found without activations.
+
+    Also where nothing continues it: with ZeRO-3, where each pass gathers weights, ranks with other documents would wait
+    for this one.
+    """
+    state: States | None = None
+    for segment in segments:
+        with torch.no_grad():
+            past = state if segment.continues else None
+            _, after = model(segment.tokens, state=past, sequence=segment.sequence)
+        state = alone(after)
+        yield state
+
+
+def _exact(model: Callable[..., Any], segments: Sequence[Segment], whole: bool) -> Iterator[Tensor | None]:
     # The state before each segment; None where nothing is carried into it.
     before: list[States | None] = [None]
-    for segment, following in pairwise(segments):
-        # Also where nothing continues the state: with ZeRO-3, where each pass gathers weights, ranks with other
-        # documents would wait for this one.
-        with torch.no_grad():
-            _, state = model(segment.tokens, state=before[-1], sequence=segment.sequence)
-        before.append(alone(state) if following.continues else None)
+    for done, state in enumerate(_states(model, segments if whole else segments[:-1]), 1):
+        if done < len(segments):
+            before.append(state if segments[done].continues else None)
         yield None
     arriving = None
     for segment in reversed(segments):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import psutil
 import torch
-from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import Field
 
 from seqtrain.data import DataConfig, check_source
 from seqtrain.errors import ConfigError
@@ -20,20 +20,11 @@ from seqtrain.parallel import Algorithm
 from seqtrain.runtime.optimizers import OptimizerConfig
 from seqtrain.runtime.schedule import ScheduleConfig
 from seqtrain.runtime.segmented import Gradients
-from seqtrain.validation import FilePath, validate
+from seqtrain.validation import AUTO, FilePath, OrAuto, validate
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# What a key holds whose value follows from what is there; `resolve` puts the number in its place.
-AUTO: Any = "auto"
-
-
-def _or_auto(value: Any, check_number: ValidatorFunctionWrapHandler) -> Any:
-    return value if value == AUTO else check_number(value)
-
-
-OrAuto = WrapValidator(_or_auto)
 # Tokens that a step may have, and bytes that weights may have in all: more than any machine holds.
 MOST_TOKENS, MOST_BYTES = 2**33, 10**15
 # A year, and more cores than a machine has.

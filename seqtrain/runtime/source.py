@@ -2,16 +2,18 @@
 
 import logging
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from seqtrain.errors import ConfigError
+from seqtrain.models.feed_forward import RouterConfig
 from seqtrain.models.language_model import LanguageModel, ModelConfig
 from seqtrain.models.pretrained import architecture_of, fill, origin_of, places_of, write_folder
 from seqtrain.models.source import open_source
+from seqtrain.validation import AUTO
 
 if TYPE_CHECKING:
     from seqtrain.runtime.settings import PretrainConfig
@@ -20,6 +22,8 @@ log = logging.getLogger("seqtrain.runtime")
 
 # Keys of `model` that say how its network is computed, and not which it is.
 OWN_KEYS = ("activation_checkpointing", "loss_chunk")
+# And of `model.router`, how it is trained.
+ROUTER_KEYS = ("balance", "z_loss", "bias_rate")
 
 
 def with_network_of_source(config: "PretrainConfig") -> "PretrainConfig":
@@ -29,13 +33,14 @@ def with_network_of_source(config: "PretrainConfig") -> "PretrainConfig":
     """
     source = open_source(config.source)
     found = architecture_of(source)
-    plain = ModelConfig()
-    for each in fields(ModelConfig):
-        if each.name not in OWN_KEYS and (came := getattr(config.model, each.name)) != getattr(plain, each.name):
-            raise ConfigError(
-                f"model.{each.name}={came}: source={config.source} brings a network of its own; leave it out"
-            )
-    own = {key: getattr(config.model, key) for key in OWN_KEYS}
+    changed = _changed(config.model, ModelConfig(), (*OWN_KEYS, "router"))
+    routers = _changed(config.model.router, RouterConfig(), ROUTER_KEYS)
+    for key, came in [*changed.items(), *((f"router.{key}", came) for key, came in routers.items())]:
+        raise ConfigError(f"model.{key}={came}: source={config.source} brings a network of its own; leave it out")
+    router = replace(found.model.router, **{key: getattr(config.model.router, key) for key in ROUTER_KEYS})
+    if router.bias and router.bias_rate == AUTO:
+        router = replace(router, bias_rate=0.0)
+    own = {"router": router, **{key: getattr(config.model, key) for key in OWN_KEYS}}
     data = config.data
     if data.tokenizer == "bytes" and source.tokenizer() is not None:
         data = replace(data, tokenizer=config.source)
@@ -43,6 +48,11 @@ def with_network_of_source(config: "PretrainConfig") -> "PretrainConfig":
     # What is wrong with the files is known before anything starts.
     places_of(found.build(), source)
     return replace(config, model=model, mixer=dict(found.mixers), data=data)
+
+
+def _changed(config: Any, plain: Any, besides: tuple[str, ...]) -> dict[str, Any]:
+    """Values of `config` that are not those of `plain`, by key."""
+    return {key: came for key, came in vars(config).items() if key not in besides and came != vars(plain)[key]}
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.sharded import ShardedSequence
 from seqtrain.runtime.checkpoint import Progress
 from seqtrain.runtime.engine import Engine
+from seqtrain.runtime.experts import Experts
 from seqtrain.runtime.lease import Lease
 from seqtrain.runtime.metrics import MetricsFile, Record, Within, write_within
 from seqtrain.runtime.ranks import Ranks
@@ -38,6 +39,7 @@ class TrainState:
     ranks: Ranks
     mesh: Mesh
     engine: Engine
+    experts: Experts
     trainable: Trainable
     callback: Callback
     progress: Progress
@@ -101,27 +103,32 @@ def train_step(state: TrainState) -> Record | None:
     rate = learning_rate(config.schedule, peak=config.optimizer.lr, steps=config.train.steps, step=index)
     engine.set_learning_rate(rate)
     # The loss is the mean over the labels of the global batch, all ranks together.
-    weight = ranks.count * state.segments * len(batches) / max(labels, 1)
+    labels = max(labels, 1)
+    weight = ranks.count * state.segments * len(batches) / labels
+    # Routers' losses are means over a micro-batch; the mean over all of them is added to it.
+    micro_batches = state.mesh.data_ranks * len(batches)
+    routers = labels / micro_batches
     loss_sum = torch.zeros((), device=ranks.device)
     for number, batch in enumerate(batches):
         if state.segments > 1:
-            loss_sum += _train_segments(state, batch, weight, number, len(batches))
+            loss_sum += _train_segments(state, batch, weight, routers, number, len(batches))
             continue
         loss = engine.model(batch.tokens, batch.labels, sequence=state.sequence(batch))
-        engine.backward(loss, weight=weight)
+        engine.backward(loss + routers * state.experts.loss(), weight=weight)
         engine.step()
         loss_sum += loss.detach()
         # Its graph, before the next forward pass makes another.
         del loss
     [loss_total] = ranks.sum(loss_sum.item())
     grad_norm, taken = engine.last_step()
+    routed = state.experts.finish_step(engine, ranks, taken=taken, micro_batches=micro_batches)
 
     tokens = config.train.batch_size * config.train.sequence_length
     state.progress = state.progress.after(taken=taken, tokens=tokens)
     seconds = time.perf_counter() - started
     return {
         "step": state.progress.step,
-        "loss": loss_total / max(labels, 1),
+        "loss": loss_total / labels,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
         "grad_norm": grad_norm,
@@ -129,17 +136,22 @@ def train_step(state: TrainState) -> Record | None:
         "step_seconds": seconds,
         "total_tokens": state.progress.tokens,
         "skipped": not taken,
+        **routed,
     }
 
 
-def _train_segments(state: TrainState, batch: Batch, weight: float, number: int, rows: int) -> Tensor:
+def _train_segments(state: TrainState, batch: Batch, weight: float, routers: float, number: int, rows: int) -> Tensor:
     """Forward and backward over row `number` of `rows`, segment by segment; its loss, summed over tokens."""
     gradients, losses = state.config.train.segment_gradients, []
     pieces = cut(batch, state.segments, backend=state.config.kernels.backend)
-    of = passes(len(pieces), gradients)
-    for done, loss in enumerate(segment_losses(state.engine.model, pieces, gradients), 1):
-        if loss is not None:
-            state.engine.backward(loss, weight=weight)
+    experts, whole = state.experts, state.experts.need_counts
+    counts: Tensor | int = 0
+    of = passes(len(pieces), gradients, whole=whole)
+    for done, loss in enumerate(segment_losses(state.engine.model, pieces, gradients, whole=whole), 1):
+        if loss is None:
+            counts = counts + experts.count()
+        else:
+            state.engine.backward(loss + routers * experts.loss(counts), weight=weight)
             state.engine.step()
             losses.append(loss.detach())
         if state.metrics:

@@ -21,6 +21,7 @@ from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.checkpoint import Checkpoint, Progress
 from seqtrain.runtime.engine import Engine
 from seqtrain.runtime.evaluation import Scores, evaluate
+from seqtrain.runtime.experts import Experts
 from seqtrain.runtime.lease import Lease, succeed
 from seqtrain.runtime.metrics import MetricsFile
 from seqtrain.runtime.ranks import Ranks, is_lost_peer
@@ -196,6 +197,7 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
         ranks=ranks,
         mesh=mesh,
         engine=engine,
+        experts=Experts(engine.module, mesh, ranks.device),
         trainable=trainable,
         callback=session.callback,
         progress=progress,

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 # Imported before ranks are forked, so that each doesn't import it again.
@@ -166,3 +167,27 @@ def as_it_was_at(config: PretrainConfig, step: int, name: str, **sections: Any) 
         if folder.name > f"step-{step:08d}":
             shutil.rmtree(folder)
     return copy
+
+
+def grid(data: int, sequence: int, stage: int) -> dict[str, int]:
+    return {"data": data, "sequence": sequence, "zero_stage": stage}
+
+
+def assert_same_step(config: PretrainConfig, expected: PretrainConfig, tolerance: float = 1e-5) -> None:
+    came, gradients = first_gradients(config), first_gradients(expected)
+    assert came.keys() == gradients.keys()
+    assert len(gradients) > 20
+    largest = max(gradient.norm() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        # A gradient that is zero but for rounding is held to the size of the others.
+        assert (came[name] - gradient).norm() < tolerance * max(gradient.norm(), 1e-2 * largest), (config, name)
+    # Each weight counts once in the norm, and each token once, though every rank has a copy or a piece of them.
+    [record], [truth] = records(config), records(expected)
+    for field in ("loss", "grad_norm", "tokens", "total_tokens"):
+        assert record[field] == pytest.approx(truth[field], rel=tolerance), (config.parallel, field)
+    assert score(config) == pytest.approx(score(expected), rel=tolerance), config.parallel
+
+
+def in_tiers(some, others):
+    """Parameters: `some` for the tier `all`, and `others` for `full`."""
+    return [pytest.param(some, marks=pytest.mark.all), pytest.param(others, marks=pytest.mark.full)]

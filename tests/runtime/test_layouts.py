@@ -13,9 +13,11 @@ from seqtrain.runtime.resume import fingerprint
 from seqtrain.runtime.settings import PretrainConfig, check, segments
 from tests.runtime.runtime_cases import (
     as_it_was_at,
+    assert_same_step,
     change,
-    first_gradients,
     folder_of,
+    grid,
+    in_tiers,
     losses,
     outcome,
     records,
@@ -29,10 +31,6 @@ from tests.runtime.runtime_cases import (
 STAGES = (0, 1, 2, 3)
 
 
-def grid(data: int, sequence: int, stage: int) -> dict[str, int]:
-    return {"data": data, "sequence": sequence, "zero_stage": stage}
-
-
 @pytest.fixture
 def hybrid(tmp_path) -> PretrainConfig:
     """Layers with every kind of state, micro-batches of two rows of 37 tokens, short documents, one step."""
@@ -44,26 +42,6 @@ def hybrid(tmp_path) -> PretrainConfig:
         train={"steps": 1, "sequence_length": 37, "gradient_clipping": 0.0},
         evaluation={"max_tokens": 148},
     )
-
-
-def assert_same_step(config: PretrainConfig, expected: PretrainConfig, tolerance: float = 1e-5) -> None:
-    came, gradients = first_gradients(config), first_gradients(expected)
-    assert came.keys() == gradients.keys()
-    assert len(gradients) > 20
-    largest = max(gradient.norm() for gradient in gradients.values())
-    for name, gradient in gradients.items():
-        # A gradient that is zero but for rounding is held to the size of the others.
-        assert (came[name] - gradient).norm() < tolerance * max(gradient.norm(), 1e-2 * largest), (config, name)
-    # Each weight counts once in the norm, and each token once, though every rank has a copy or a piece of them.
-    [record], [truth] = records(config), records(expected)
-    for field in ("loss", "grad_norm", "tokens", "total_tokens"):
-        assert record[field] == pytest.approx(truth[field], rel=tolerance), (config.parallel, field)
-    assert score(config) == pytest.approx(score(expected), rel=tolerance), config.parallel
-
-
-def in_tiers(some, others):
-    """Parameters: `some` for the tier `all`, and `others` for `full`."""
-    return [pytest.param(some, marks=pytest.mark.all), pytest.param(others, marks=pytest.mark.full)]
 
 
 @pytest.mark.parametrize(

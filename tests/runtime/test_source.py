@@ -96,6 +96,11 @@ def test_source_brings_its_network(tmp_path, source):
     for word in ("model=hybrid_tiny", "mixer.attention.rope_base=5.0"):
         with refused(f"{word.partition('=')[0]}: source= brings a network of its own", ConfigError):
             compose_config("pretrain", [*words, word])
+    # How a router is trained is the run's to say, and not which it is.
+    config = read_pretrain_config(compose_config("pretrain", [*words, "model.router.balance=0.5"]))
+    assert (config.model.router.balance, config.model.router.shared_gate) == (0.5, True)
+    with refused(f"model.router.scale=2.0: source={source} brings a network of its own", ConfigError):
+        read_pretrain_config(compose_config("pretrain", [*words, "model.router.scale=2.0"]))
     with refused(f"model.depth=3: source={source} brings a network of its own", ConfigError):
         read_pretrain_config(compose_config("pretrain", [*words, "model.depth=3"]))
 

@@ -1,0 +1,120 @@
+"""Experts under training: losses of the router and biases that are those of the whole batch, however it is divided."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from seqtrain.errors import ConfigError
+from seqtrain.models import LanguageModel, ModelConfig
+from seqtrain.models.feed_forward import RouterConfig
+from seqtrain.parallel.mesh import Mesh
+from seqtrain.runtime.checkpoint import find
+from seqtrain.runtime.experts import Experts
+from seqtrain.runtime.settings import PretrainConfig
+from tests.models.tiny import batch
+from tests.runtime.runtime_cases import (
+    as_it_was_at,
+    assert_same_step,
+    change,
+    folder_of,
+    grid,
+    in_tiers,
+    losses,
+    records,
+    short_documents,
+    small_config,
+    train_on,
+)
+
+ROUTER = {"bias": True, "bias_rate": 0.01, "balance": 0.5, "z_loss": 0.1}
+EXPERTS = {"experts": 4, "expert_width": 12, "shared_expert_width": 8, "activation_checkpointing": True}
+
+
+@pytest.fixture
+def config(tmp_path) -> PretrainConfig:
+    """Experts behind a recurrent layer and behind attention, micro-batches of two rows of short documents."""
+    return small_config(
+        tmp_path,
+        "gated_delta_net",
+        "attention",
+        model={**EXPERTS, "router": RouterConfig(**ROUTER)},
+        data={"path": short_documents(tmp_path / "short")},
+        train={"steps": 1, "sequence_length": 37, "gradient_clipping": 0.0},
+        evaluation={"max_tokens": 148},
+    )
+
+
+def weights(config: PretrainConfig) -> dict[str, torch.Tensor]:
+    """Those of the newest checkpoint."""
+    return load_file(find(folder_of(config).checkpoints).folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_losses_of_routers(score):
+    router = RouterConfig(score=score, balance=0.5, z_loss=0.1)
+    model = LanguageModel(ModelConfig(layers=("gla",), depth=2, width=16, heads=2, experts=5, router=router), {}, 40)
+    tokens, labels = batch()
+    seen = []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda moe, given, _: seen.append((moe, given[0].flatten(0, 1))))
+    model(tokens, labels)
+    came = Experts(model, Mesh(0, 1, 0, 1, None, "auto"), torch.device("cpu")).loss()
+    expected = 0
+    for moe, rows in seen:
+        logits = rows @ moe.router.weight.T
+        scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+        shares = (scores / scores.sum(-1, keepdim=True)).mean(0)
+        used = torch.nn.functional.one_hot(scores.topk(2).indices, 5).sum(1).double().mean(0) / 2
+        expected = expected + 0.5 * 5 * (used * shares).sum() / 2 + 0.1 * logits.logsumexp(-1).square().mean() / 2
+    assert came.item() == pytest.approx(expected.item(), rel=1e-6)
+    ours, truth = (torch.autograd.grad(x, moe.router.weight, retain_graph=True)[0] for x in (came, expected))
+    assert torch.allclose(ours, truth, atol=1e-7)
+
+
+def test_a_rate_without_a_bias_is_refused():
+    with pytest.raises(ConfigError, match=r"model.router.bias_rate=0.1: .*model.router.bias=true"):
+        LanguageModel(ModelConfig(experts=4, router=RouterConfig(bias_rate=0.1)), {}, 40)
+
+
+LAYOUTS = in_tiers(
+    [((1, 2, 1), {}), ((2, 1, 3), {}), ((1, 1, 1), {"segment_tokens": 15})],
+    [((1, 4, 0), {}), ((2, 2, 2), {}), ((2, 1, 1), {"segment_tokens": 15}), ((1, 2, 3), {})],
+)
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS)
+def test_a_step_is_that_of_one_rank(config, layouts):
+    others = [change(config, f"{mesh}{train}", parallel=grid(*mesh), train=train) for mesh, train in layouts]
+    train_on(config, *others)
+    [truth] = records(config)
+    assert truth["balance_loss"] > 1.0
+    assert 0.5 <= truth["largest_expert_share"] <= 1.0
+    assert any(bias.abs().sum() > 0 for name, bias in weights(config).items() if name.endswith("mlp.bias"))
+    for each in others:
+        assert_same_step(each, config)
+        [record] = records(each)
+        for key in ("balance_loss", "largest_expert_share"):
+            assert record[key] == pytest.approx(truth[key], rel=1e-5)
+        for name, bias in weights(config).items():
+            if name.endswith("mlp.bias"):
+                assert torch.equal(weights(each)[name], bias), name
+
+
+@pytest.mark.full
+def test_truncated_gradients(config):
+    truncated = change(config, "truncated", train={"segment_tokens": 15, "segment_gradients": "truncated"})
+    train_on(config, truncated)
+    [came], [truth] = records(truncated), records(config)
+    assert came["balance_loss"] == pytest.approx(truth["balance_loss"], rel=1e-5)
+    assert came["largest_expert_share"] == truth["largest_expert_share"]
+
+
+@pytest.mark.all
+def test_a_resumed_run_has_the_same_biases(config):
+    longer = change(config, train={"steps": 4}, checkpoint={"every": 2}, parallel=grid(2, 1, 2))
+    train_on(longer)
+    again = as_it_was_at(longer, 2, "again")
+    train_on(again)
+    assert losses(again) == losses(longer)
+    for name, weight in weights(longer).items():
+        assert torch.equal(weights(again)[name], weight), name
