@@ -24,7 +24,8 @@ from seqtrain.parallel.scan import checkpoint_contexts
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.validation import validate
 
-Norms = Literal["pre", "post", "both"]
+Norms = Literal["pre", "post", "both", "stream"]
+Positive = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class ModelConfig:
     activation_checkpointing: bool = False
     # Tokens whose logits exist at one time in the loss.
     loss_chunk: Annotated[int, Field(gt=0)] = 1024
-    # Where each layer normalises, repeated over the depth: what enters mixer and MLP (pre), what leaves them (post).
+    # Where each layer normalises, repeated over the depth: what enters mixer and MLP (pre), what leaves them (post), or
+    # the residual stream itself before each of them (stream).
     norms: Annotated[tuple[Norms, ...], Field(min_length=1)] = ("pre",)
     # Added to the mean square in the norms of the residual stream.
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
@@ -88,6 +90,11 @@ class ModelConfig:
     embedding_scale: Annotated[float, Field(gt=0)] = 1.0
     residual_scale: Annotated[float, Field(gt=0)] = 1.0
     logit_scale: Annotated[float, Field(gt=0)] = 1.0
+    # Factors of each layer's sums, repeated over the depth: on the stream and on what the mixer adds, on the stream and
+    # on what the MLP adds (alpha and beta of DeepNorm).
+    sum_scales: Annotated[tuple[tuple[Positive, Positive, Positive, Positive], ...], Field(min_length=1)] = (
+        (1.0, 1.0, 1.0, 1.0),
+    )
     # What logits stay below in size, softly (Gemma 2); 0: unbounded.
     logit_cap: Annotated[float, Field(ge=0)] = 0.0
     # Standard deviation of initial weights; those that write to the residual stream have it over sqrt(2 * depth).
@@ -107,18 +114,24 @@ class ModelConfig:
         kinds = ("moe",) if self.experts and self.mlps == ("mlp",) else self.mlps
         return kinds[index % len(kinds)]
 
+    def scales(self, index: int) -> tuple[float, float, float, float]:
+        """The factors of its two sums: on stream and mixer, on stream and MLP."""
+        stream, mixer, stream_again, mlp = self.sum_scales[index % len(self.sum_scales)]
+        return stream, mixer * self.residual_scale, stream_again, mlp * self.residual_scale
+
     @property
     def period(self) -> int:
         """After so many layers they begin anew."""
-        return math.lcm(len(self.layers), len(self.groups), len(self.mlps), len(self.norms))
+        return math.lcm(len(self.layers), len(self.groups), len(self.mlps), len(self.norms), len(self.sum_scales))
 
 
 class Block(nn.Module):
     """`x + mixer(norm(x))`, then `x + feed_forward(norm(x))`; either may be missing.
 
-    `norms`: where it normalises: what enters a part (pre), what leaves it (post), or both. `scale`: factor on what is
-    added. With a `group` the mixer runs on groups of so many tokens, counted from the document's start, which know
-    nothing of each other (the linear group RNN of LION, arXiv 2407.18232); 0: on the whole sequence.
+    `norms`: where it normalises: what enters a part (pre), what leaves it (post), both, or the stream that a part reads
+    and is added to (stream: DeepNorm, arXiv 2203.00555). `scales`: see `ModelConfig.sum_scales`. With a `group` the
+    mixer runs on groups of so many tokens, counted from the document's start, which know nothing of each other (the
+    linear group RNN of LION, arXiv 2407.18232); 0: on the whole sequence.
     """
 
     def __init__(
@@ -129,13 +142,14 @@ class Block(nn.Module):
         *,
         norms: Norms = "pre",
         group: int = 0,
-        scale: float = 1.0,
+        scales: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0),
     ):
         super().__init__()
-        self.group, self.scale = group, scale
+        self.group, self.norms, self.scales = group, norms, scales
 
         def norm_at(place: Norms, part: nn.Module | None) -> nn.Module:
-            return norm() if part is not None and norms in (place, "both") else nn.Identity()
+            places = {"both": ("pre", "post"), "stream": ("pre",)}.get(norms, (norms,))
+            return norm() if part is not None and place in places else nn.Identity()
 
         self.mixer_norm = norm_at("pre", mixer)
         self.mixer: Mixer | None = mixer
@@ -155,15 +169,20 @@ class Block(nn.Module):
         """The first part of `forward`: over time."""
         if self.mixer is None:
             return x, {}
-        mixed, state = self._mixed(self.mixer_norm(x), state, sequence)
-        return self._added(x, self.mixer_post_norm(mixed)), state
+        entered = self.mixer_norm(x)
+        mixed, state = self._mixed(entered, state, sequence)
+        return self._sum(x, entered, self.mixer_post_norm(mixed), *self.scales[:2]), state
 
     def feed(self, x: Tensor) -> Tensor:
         """The second part of `forward`: over channels."""
-        return x if self.mlp is None else self._added(x, self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
+        if self.mlp is None:
+            return x
+        entered = self.mlp_norm(x)
+        return self._sum(x, entered, self.mlp_post_norm(self.mlp(entered)), *self.scales[2:])
 
-    def _added(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + (y if self.scale == 1 else self.scale * y)
+    def _sum(self, x: Tensor, entered: Tensor, y: Tensor, kept: float, added: float) -> Tensor:
+        stream = entered if self.norms == "stream" else x
+        return (stream if kept == 1 else kept * stream) + (y if added == 1 else added * y)
 
     def _mixed(self, x: Tensor, state: State | None, sequence: SequenceContext) -> tuple[Tensor, State]:
         assert self.mixer is not None
@@ -246,7 +265,7 @@ class LanguageModel(nn.Module):
                 norm,
                 norms=config.norms[index % len(config.norms)],
                 group=config.groups[index % len(config.groups)],
-                scale=config.residual_scale,
+                scales=config.scales(index),
             )
             for index in range(config.depth)
         )

@@ -125,7 +125,7 @@ def _traits(module: nn.Module | None) -> dict[str, Any]:
     """What a module computes with, but for its weights' numbers and what only its children have."""
     if module is None:
         return {"module": "none"}
-    plain = {key: value for key, value in vars(module).items() if isinstance(value, int | float | str | bool)}
+    plain = {key: value for key, value in vars(module).items() if isinstance(value, int | float | str | bool | tuple)}
     found = {"module": type(module).__name__} | {key: value for key, value in plain.items() if key != "training"}
     shapes = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
     options = {}

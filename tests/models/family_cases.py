@@ -5,7 +5,7 @@ import copy
 import torch
 from safetensors.torch import load_file
 
-from seqtrain.models.pretrained import places_in, shape_of
+from seqtrain.models.pretrained import places_in
 
 COMMON = {
     "vocab_size": 61,
@@ -71,6 +71,13 @@ FALCON_H1 = {
     "key_multiplier": 0.6, "attention_in_multiplier": 0.9, "attention_out_multiplier": 1.2,
     "ssm_multipliers": [0.5, 1.5, 0.9, 1.1, 0.7], "ssm_in_multiplier": 1.4, "ssm_out_multiplier": 0.8,
 }  # fmt: skip
+MINIMAX = {
+    "layer_types": LAYERS, "block_size": 16, "num_local_experts": 5, "full_attn_alpha_factor": 1.7,
+    "full_attn_beta_factor": 0.8, "linear_attn_alpha_factor": 1.3, "linear_attn_beta_factor": 1.1,
+    "mlp_alpha_factor": 1.2, "mlp_beta_factor": 0.9, "sliding_window": 11,
+    # Its cache forgets the window.
+    "use_cache": False,
+}  # fmt: skip
 # By a name of ours: what transformers calls the family's classes, and its config.
 CASES = {
     "llama": ("Llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
@@ -122,6 +129,7 @@ CASES = {
     "nemotron_h": ("NemotronH", NEMOTRON),
     "falcon_h1": ("FalconH1", FALCON_H1),
     "falcon_h1_plain": ("FalconH1", {**MAMBA2, "mamba_d_ssm": 72, "mamba_proj_bias": False}),
+    "minimax": ("MiniMax", MINIMAX),
     "qwen3_5_moe": ("Qwen3_5Moe", {**DELTA, **EXPERTS, "partial_rotary_factor": 0.4}),
 }
 # Classes whose configs have no such key.
@@ -195,9 +203,10 @@ def their_gradients(model: torch.nn.Module, folder) -> dict[str, torch.Tensor]:
 
 def our_gradients(model) -> dict[str, torch.Tensor]:
     """Those of ours by the same names."""
-    parameters, found = dict(model.named_parameters(remove_duplicate=False)), {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    # What is carried along has none.
+    found = {name: torch.zeros(shape) for name, shape in model.origin.shapes.items()}
     for name, pieces in places_in(model, model.origin).items():
-        found[name] = torch.zeros(shape_of(pieces, parameters))
         for piece in pieces:
             gradient = parameters[piece.ours].grad
             if gradient is not None:

@@ -24,8 +24,8 @@ class Piece:
     """Rows of a tensor in a file that are rows of a parameter; several pieces make up what is fused on either side.
 
     `theirs`, `ours`: names. `expert`: which of the parameter's matrices, where it holds one for each expert.
-    `lifted`: the file's tensor has a dimension of size 1 more, in the middle (a convolution's). `columns`: it is a
-    matrix of so many, whose rows the parameter holds one after the other; 0: it is not.
+    `lifted`: the file's tensor has a dimension of size 1 more, in the middle (a convolution's). `shape`: what it has
+    where the parameter holds its numbers one after the other; empty: the parameter's.
     """
 
     theirs: str
@@ -34,19 +34,19 @@ class Piece:
     their_rows: Rows = None
     expert: int | None = None
     lifted: bool = False
-    columns: int = 0
+    shape: tuple[int, ...] = ()
 
     def part_of(self, parameter: Tensor) -> Tensor:
         """The rows of the parameter, in the file's shape; a view of it where rows are a slice."""
         rows = parameter if self.expert is None else parameter[self.expert]
         rows = rows if self.our_rows is None else rows[self.our_rows]
-        rows = rows.unflatten(0, (-1, self.columns)) if self.columns else rows
+        rows = rows.view(self.shape) if self.shape else rows
         return rows.unsqueeze(1) if self.lifted else rows
 
     def write(self, parameter: Tensor, value: Tensor) -> None:
         """Gives these rows of the parameter the rows of a file's tensor."""
         value = value if self.their_rows is None else value[self.their_rows]
-        value = value.flatten() if self.columns else value
+        value = value.flatten() if self.shape else value
         target = parameter if self.expert is None else parameter[self.expert]
         target[slice(None) if self.our_rows is None else self.our_rows] = (
             value.squeeze(1) if self.lifted else value
@@ -162,6 +162,14 @@ def model_config(config: Any, where: object, layers: Sequence[str], **others: An
         "initializer_range": getattr(config, "initializer_range", 0.02),
     }
     return ModelConfig(**{**fields, **others})
+
+
+def network(
+    config: Any, where: object, layers: Sequence[str], mixers: Mapping[str, Any], **others: Any
+) -> Architecture:
+    """The network of these layers, with `others` of `ModelConfig`'s fields; of `mixers` those a layer has."""
+    used = {name: mixers[name] for name in dict.fromkeys(layers) if name in mixers}
+    return Architecture(model_config(config, where, layers, **others), used, config.vocab_size)
 
 
 def common_keys(model: LanguageModel) -> dict[str, Any]:

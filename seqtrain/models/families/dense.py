@@ -15,7 +15,7 @@ from seqtrain.models.families.base import (
     common_keys,
     heads_of,
     mlp_pieces,
-    model_config,
+    network,
     outer_pieces,
     plain,
     rotation,
@@ -54,7 +54,7 @@ class Dense(Family):
         own = {FULL: {}, WINDOWED: {"window": config.sliding_window}} if WINDOWED in layers else {FULL: {}}
         mixers = {name: MIXERS.get(name).Config(**attention, **own[name]) for name in own if name in layers}
         others = {"mlp_bias": bool(getattr(config, "mlp_bias", False)), "activation": activation(config, where)}
-        return Architecture(model_config(config, where, layers, **others), mixers, config.vocab_size)
+        return network(config, where, layers, mixers, **others)
 
     def config_of(self, model: LanguageModel) -> dict[str, Any]:
         windows = [getattr(block.mixer, "window", None) for block in model.blocks]

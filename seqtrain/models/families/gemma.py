@@ -15,7 +15,7 @@ from seqtrain.models.families.base import (
     attention_pieces,
     heads_of,
     mlp_pieces,
-    model_config,
+    network,
     outer_pieces,
     plain,
     require,
@@ -51,7 +51,7 @@ class Gemma2(Family):
             "logit_cap": 0.0 if self.nested else config.final_logit_softcapping or 0.0,
             "activation": activation(config, where, "hidden_activation"),
         }
-        return Architecture(model_config(config, where, layers, **others), mixers, config.vocab_size)
+        return network(config, where, layers, mixers, **others)
 
     def attention(self, config: Any, where: object, name: str) -> Any:
         """The config of softmax layers called `name`."""
@@ -125,8 +125,7 @@ class RecurrentGemma(Family):
             "mlp_width": config.intermediate_size // 2,
             "mlp_bias": True,
         }
-        used = {name: mixers[name] for name in dict.fromkeys(layers)}
-        return Architecture(model_config(config, where, layers, **others), used, config.vocab_size)
+        return network(config, where, layers, mixers, **others)
 
     def pieces(self, config: Any, model: LanguageModel) -> Iterator[Piece]:
         yield from outer_pieces(model, norm="final_norm")
@@ -146,7 +145,7 @@ def recurrent_pieces(theirs: str, ours: str, mixer: Any) -> Iterator[Piece]:
     yield from plain(f"{theirs}.conv_1d", f"{ours}.conv", mixer.conv, lifted=True)
     for name, own in (("input_gate", "input_gate"), ("recurrent_gate", "decay_gate")):
         yield Piece(f"{theirs}.rg_lru.{name}_weight", f"{ours}.{own}.weight")
-        yield Piece(f"{theirs}.rg_lru.{name}_bias", f"{ours}.{own}.bias", columns=mixer.head)
+        yield Piece(f"{theirs}.rg_lru.{name}_bias", f"{ours}.{own}.bias", shape=(-1, mixer.head))
     yield Piece(f"{theirs}.rg_lru.recurrent_param", f"{ours}.rate")
     yield from plain(f"{theirs}.linear_out", f"{ours}.out", mixer.out)
 

@@ -12,7 +12,7 @@ from seqtrain.models.families.base import (
     attention_pieces,
     heads_of,
     mlp_pieces,
-    model_config,
+    network,
     outer_pieces,
     plain,
     rotation,
@@ -40,9 +40,8 @@ class Lfm2(Family):
                 **rotation(config, where, head),
             ),
         }
-        used = {name: mixers[name] for name in dict.fromkeys(layers)}
         others = {"norm_eps": config.norm_eps, "mlp_width": hidden_of(config)}
-        return Architecture(model_config(config, where, layers, **others), used, config.vocab_size)
+        return network(config, where, layers, mixers, **others)
 
     def pieces(self, config: Any, model: LanguageModel) -> Iterator[Piece]:
         yield from outer_pieces(model, norm="embedding_norm")

@@ -9,7 +9,7 @@ from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS
 from seqtrain.mixers.mamba2 import Mamba2 as Mamba2Mixer
 from seqtrain.models.architecture import Architecture
-from seqtrain.models.families.base import Family, Piece, common_keys, model_config, plain, require
+from seqtrain.models.families.base import Family, Piece, common_keys, network, plain, require
 from seqtrain.models.language_model import LanguageModel
 
 
@@ -21,7 +21,7 @@ class Mamba2(Family):
         name, mixer = self.mixer(config, where)
         layers = [name] * config.num_hidden_layers
         others = {"mlps": ("none",), "norm_eps": config.layer_norm_epsilon}
-        return Architecture(model_config(config, where, layers, **others), {name: mixer}, config.vocab_size)
+        return network(config, where, layers, {name: mixer}, **others)
 
     def mixer(self, config: Any, where: object) -> tuple[str, Any]:
         """The name and config of every layer's mixer."""
@@ -125,7 +125,7 @@ def mamba_pieces(theirs: str, ours: str, mixer: Any) -> Iterator[Piece]:
     for name, own in (*modules, *norms):
         yield from plain(f"{theirs}.{name}", f"{ours}.{own}", mixer.get_submodule(own))
     yield Piece(f"{theirs}.dt_proj.bias", f"{ours}.step_bias")
-    yield Piece(f"{theirs}.A_log", f"{ours}.rate_log", columns=mixer.config.state)
+    yield Piece(f"{theirs}.A_log", f"{ours}.rate_log", shape=(-1, mixer.config.state))
     yield Piece(f"{theirs}.D", f"{ours}.skip")
 
 

@@ -16,7 +16,7 @@ from seqtrain.models.families.base import (
     feed_forward_pieces,
     heads_of,
     mlp_pieces,
-    model_config,
+    network,
     outer_pieces,
     plain,
     require,
@@ -42,7 +42,7 @@ class Bamba(Family):
         kinds = {MAMBA2: self.mamba, FULL: self.attention}
         mixers = {name: kinds[name](config, where) for name in dict.fromkeys(layers)}
         others = {"activation": activation(config, where), **self.others(config)}
-        return Architecture(model_config(config, where, layers, **others), mixers, config.vocab_size)
+        return network(config, where, layers, mixers, **others)
 
     def others(self, config: Any) -> Mapping[str, Any]:
         """What the network has besides mixers."""
@@ -162,7 +162,7 @@ class FalconH1(Bamba):
             "logit_scale": float(config.lm_head_multiplier),
         }
         mixers = {"parallel": MIXERS.get("parallel").Config(branches=branches)}
-        return Architecture(model_config(config, where, layers, **others), mixers, config.vocab_size)
+        return network(config, where, layers, mixers, **others)
 
     def mixer_pieces(self, theirs: str, ours: str, mixer: Any) -> Iterator[Piece]:
         for index, branch in enumerate(mixer.branches):
@@ -188,8 +188,8 @@ class NemotronH(Bamba):
             "tie_embeddings": False,
             **(self.experts(config, where) if "moe" in kinds else {}),
         }
-        used = {name: mixers[name](config, where) for name in dict.fromkeys(layers) if name in mixers}
-        return Architecture(model_config(config, where, layers, **others), used, config.vocab_size)
+        used = {name: mixers[name](config, where) for name in mixers if name in layers}
+        return network(config, where, layers, used, **others)
 
     def experts(self, config: Any, where: object) -> dict[str, Any]:
         """What the network has of a mixture of experts."""
@@ -271,9 +271,7 @@ class Jamba(Bamba):
         require(config, where, hidden_act="silu")
         _, shared, head = heads_of(config, where)
         attention = MIXERS.get(FULL).Config(query_group=shared, head_width=head, rope_width=0)
-        mixers = {"mamba": mamba, FULL: attention}
-        used = {name: mixers[name] for name in dict.fromkeys(layers)}
-        return Architecture(model_config(config, where, layers, **self.others(config)), used, config.vocab_size)
+        return network(config, where, layers, {"mamba": mamba, FULL: attention}, **self.others(config))
 
     def others(self, config: Any) -> Mapping[str, Any]:
         kinds = tuple("moe" if experts > 1 else "mlp" for experts in config.layers_num_experts)

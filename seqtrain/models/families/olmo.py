@@ -17,7 +17,7 @@ from seqtrain.models.families.base import (
     delta_keys,
     heads_of,
     mlp_pieces,
-    model_config,
+    network,
     outer_pieces,
     plain,
     rotation,
@@ -35,7 +35,7 @@ class Olmo(Family):
         layers = softmax_layers(config)
         mixers = {name: self.attention(config, where, name) for name in dict.fromkeys(layers)}
         others = {"norms": ("post",), "activation": activation(config, where)}
-        return Architecture(model_config(config, where, layers, **others), mixers, config.vocab_size)
+        return network(config, where, layers, mixers, **others)
 
     def attention(self, config: Any, where: object, name: str) -> Any:
         """The config of softmax layers called `name`."""
@@ -83,7 +83,7 @@ class OlmoHybrid(Olmo):
         norms = tuple("post" if name == FULL else "pre" for name in layers)
         others = {"norms": norms, "activation": activation(config, where)}
         mixers = {"gated_delta_net": delta, FULL: self.attention(config, where, FULL)}
-        return Architecture(model_config(config, where, layers, **others), mixers, config.vocab_size)
+        return network(config, where, layers, mixers, **others)
 
     def config_of(self, model: LanguageModel) -> dict[str, Any]:
         keys = {key: value for key, value in attention_keys(model).items() if key != "head_dim"}

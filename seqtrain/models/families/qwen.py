@@ -17,7 +17,7 @@ from seqtrain.models.families.base import (
     feed_forward_pieces,
     heads_of,
     interleaved,
-    model_config,
+    network,
     outer_pieces,
     plain,
     rotation,
@@ -58,12 +58,7 @@ class Qwen(Family):
             norm_eps=config.rms_norm_eps,
         )
         others = {"norm_zero_centered": True, "activation": activation(config, where), **self.experts(config)}
-        used = {FULL: attention, DELTA: delta}
-        return Architecture(
-            model_config(config, where, layers, **others),
-            {name: used[name] for name in dict.fromkeys(layers)},
-            config.vocab_size,
-        )
+        return network(config, where, layers, {FULL: attention, DELTA: delta}, **others)
 
     def config_of(self, model: LanguageModel) -> dict[str, Any]:
         config = model.config
