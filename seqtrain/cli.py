@@ -83,6 +83,7 @@ COMMANDS = {
     "inspect": Command(
         "seqtrain.planning.inspect_model", "count parameters, FLOPs, state and activation bytes", prefix="inspect."
     ),
+    "audit": Command("seqtrain.audit.run", "check a model of transformers for leaks, wrong caches and the like"),
     "simulate": Command("seqtrain.planning.simulate_scaling", "simulate steps with one sequence over many ranks"),
     "bench-operators": Command("seqtrain.benchmarks.operators", "time operators against others"),
     "bench-all-scan": Command("seqtrain.benchmarks.all_scan", "time ways to hand states from rank to rank"),

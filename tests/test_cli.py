@@ -106,6 +106,8 @@ MISTAKES = [
     ("plan plan.cluster=absent.yaml", "cluster=absent.yaml: "),
     ("plan plan.ranks=6 train.batch_size=4", "train.batch_size=4: no layout of 6 ranks"),
     ("plan plan.task=plann", "task"),
+    ("audit model=/no/such", "model=/no/such: no folder with a config.json"),
+    ("audit model=x checks=[docments]", "checks: check 'docments' is unknown; did you mean 'documents'?"),
     ("simulate schemes=[autos]", "schemes: 'autos' is unknown. Known: auto, "),
     ("simulate cluster=absent.yaml", "cluster=absent.yaml: "),
     ("simulate cluster=a100", "compute_ms=0: the cluster file has no forward and backward"),

@@ -15,7 +15,7 @@ FLOORS = (
     "layers",
     "mixers",
     ("data", "models"),
-    ("runtime", "profiling", "planning", "benchmarks"),
+    ("runtime", "profiling", "planning", "benchmarks", "audit"),
     "convert",
 )
 HEAVY = ("hydra", "omegaconf", "ray", "deepspeed", "triton", "transformers", "datasets", "wandb", "matplotlib")
