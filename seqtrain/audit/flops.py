@@ -1,7 +1,7 @@
 """A claim of FLOPs against what a forward pass multiplies."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,8 +48,8 @@ class Work(TorchDispatchMode):
         self._weights = {each.untyped_storage().data_ptr() for each in weights}
         self.needed = self.run = 0.0
         # Batched products by the two sizes their scores may have, and pairs that softmax leaves of those sizes.
-        self._products: list[tuple[tuple[int, int], tuple[int, int], float]] = []
-        self._pairs: dict[tuple[int, int], list[float]] = defaultdict(list)
+        self._products: list[tuple[Sequence[int], Sequence[int], float]] = []
+        self._pairs: dict[Sequence[int], list[float]] = defaultdict(list)
         self._within = 0
         self._call = Operator.__call__
 
@@ -67,7 +67,7 @@ class Work(TorchDispatchMode):
                 self.needed += operator.flops(tensors, _of_flops(options))
             return out
 
-        Operator.__call__ = call  # type: ignore[method-assign]
+        Operator.__call__ = call  # type: ignore[method-assign,assignment]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:

@@ -95,13 +95,17 @@ def _stepper(model: Any) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
     from transformers import DynamicCache
 
     taken = inspect.signature(model.forward).parameters
-    name = "past_key_values" if "past_key_values" in taken else "cache_params"
+    name, positions = "past_key_values" if "past_key_values" in taken else "cache_params", "position_ids" in taken
 
     def step(tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        if cache is None and name == "past_key_values":
-            cache = DynamicCache(config=model.config)
-        out = model(tokens, use_cache=True, **{name: cache})
-        return out.logits, out.get(name, cache)
+        seen, before = cache or (0, None)
+        places = {"position_ids": torch.arange(seen, seen + tokens.shape[1])[None]} if positions else {}
+        out = model(tokens, use_cache=True, **{name: before}, **places)
+        if before is None and out.get(name) is None:
+            # It keeps what it is given alone.
+            before = DynamicCache(config=model.config)
+            out = model(tokens, use_cache=True, **{name: before}, **places)
+        return out.logits, (seen + tokens.shape[1], out.get(name, before))
 
     return step
 

@@ -1,6 +1,7 @@
 """What different ways through a model must agree on: the past, a batch, padding, a cache, documents, pieces."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def future(probe: Probe) -> Iterator[Finding]:
     tokens, count = probe.rows(1, probe.subject.tokens), 2 * probe.subject.tokens // 3
     places = torch.arange(probe.subject.tokens)[None] < count
     records = [
-        probe.record(lambda x=x: probe.subject.forward(x)) for x in (tokens, probe.changed(tokens, slice(count, None)))
+        probe.record(partial(probe.subject.forward, x)) for x in (tokens, probe.changed(tokens, slice(count, None)))
     ]
     yield from _finding(
         probe, "future", records, places, "the causal mask, a convolution's padding, or a mean over time"
@@ -30,9 +31,7 @@ def batch(probe: Probe) -> Iterator[Finding]:
     """A row gives the same alone and beside others."""
     tokens = probe.rows(3, probe.subject.tokens)
     came = probe.record(lambda: probe.subject.forward(tokens))
-    expected = _joined(
-        [(probe.record(lambda x=x: probe.subject.forward(x)), 1, x.shape[1]) for x in tokens.split(1)], 0
-    )
+    expected = _joined([(probe.record(partial(probe.subject.forward, x)), 1, x.shape[1]) for x in tokens.split(1)], 0)
     places = torch.ones_like(tokens, dtype=torch.bool)
     look = "what is shared between rows: a state's shape, a capacity of experts, statistics over the batch"
     yield from _finding(probe, "batch", (came, expected), places, look)
@@ -89,7 +88,7 @@ def documents(probe: Probe, form: str) -> Iterator[Finding]:
     found = list(_leaks(probe, check, early, late))
     yield from found
     if not found:
-        parts = [(probe.record(lambda x=x: probe.subject.forward(x)), 1, x.shape[1]) for x in tokens.split(lengths, 1)]
+        parts = [(probe.record(partial(probe.subject.forward, x)), 1, x.shape[1]) for x in tokens.split(lengths, 1)]
         look = "positions, and what starts anew within a document or not at its start"
         yield from _finding(probe, check, (expected, _joined(parts, 1)), place >= 0, look)
 
@@ -210,8 +209,8 @@ def _finding(probe: Probe, check: str, records: Sequence[Record], places: Tensor
 def _joined(parts: Sequence[tuple[Record, int, int]], axis: int) -> Record:
     """Records of rows and tokens each, put together along `axis`."""
     seen = [{name: by_token(out, *shape) for name, out in record.items()} for record, *shape in parts]
-    names = [name for name in seen[0] if all(each.get(name) is not None for each in seen)]
-    return {name: torch.cat([each[name] for each in seen], axis) for name in names}
+    found = {name: [x for each in seen if (x := each.get(name)) is not None] for name in seen[0]}
+    return {name: torch.cat(each, axis) for name, each in found.items() if len(each) == len(parts)}
 
 
 def _needed(function: Callable | None, name: str) -> Callable:

@@ -27,7 +27,10 @@ def loss_denominator(probe: Probe) -> Iterator[Finding]:
     alone = [trainer.gradients([(x[:, :n], y[:, :n])]) for (x, y), n in zip(batches, COUNTED, strict=True) if n]
     weights = [n / sum(COUNTED) for n in COUNTED if n]
     loss = sum(n * each for n, (each, _) in zip(weights, alone, strict=True))
-    mean = {k: sum(n * grads[k] for n, (_, grads) in zip(weights, alone, strict=True)) for k in alone[0][1]}
+    mean = {
+        name: torch.stack([n * grads[name] for n, (_, grads) in zip(weights, alone, strict=True)]).sum(0)
+        for name in alone[0][1]
+    }
     came, grads = trainer.gradients(batches)
     look = "what the loss is divided by: the labels of all micro-batches and ranks, also where one has none"
     # Sums of as many terms in another order.
