@@ -12,7 +12,7 @@ from seqtrain.audit.subject import Subject
 
 # The last entry of a record: the logits.
 LOGITS = ""
-# How many times the noise two right ways to compute the same may lie apart; the noise is what one rounding of each weight
+# How many times the noise two right ways to compute the same may lie apart; noise is what one rounding of each weight
 # does. Of 19 families of transformers, right ways lay within 2.2 times of it, wrong ones more than 16,000.
 ROUNDINGS = 64
 # Without a network to move weights of, half of float32's digits of the largest logit.
