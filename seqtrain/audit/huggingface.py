@@ -36,7 +36,7 @@ def of_huggingface(model: nn.Module) -> Subject:
             model(tokens, attention_mask=mask, use_cache=False, **_positions(model, mask)).logits
         ),
         packed={name: _packer(model, keys) for name, keys in PACKED.items()},
-        cast=lambda dtype: Subject(**_plain(_saved(model, dtype=dtype))),
+        cast=lambda dtype: Subject(**_plain(_saved(model, dtype=dtype, experts_implementation="eager"))),
         trainer=Trainer(
             start=trainer.start,
             step=trainer.step,

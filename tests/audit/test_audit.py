@@ -4,11 +4,15 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from seqtrain.audit import Subject, audit
+import seqtrain
+from seqtrain.audit import Subject, audit, of_huggingface
+from seqtrain.models import LanguageModel, ModelConfig
+from seqtrain.parallel import SequenceContext
+from seqtrain.testing import boundaries
 from tests.audit.hybrid import subject
 from tests.command_cases import run_command
 from tests.models.family_cases import make
-from tests.models.transformers_families import FAMILIES
+from tests.models.transformers_families import FAMILIES, small
 
 # By fault: the check that finds it, and a part of what it names.
 FAULTS = {
@@ -90,3 +94,58 @@ def test_what_a_function_lacks_is_not_checked():
     assert report.passed == ["future", "batch"]
     assert report.unchecked["left padding"] == "no such function (padded=)"
     assert not report.findings
+
+
+@pytest.mark.all
+def test_a_model_of_ours_keeps_all_of_it():
+    """Also its FLOPs, as its mixers and operators declare them."""
+    torch.manual_seed(0)
+    layers = ("gated_delta_net", "sliding_attention", "mamba2")
+    model = LanguageModel(ModelConfig(layers=layers, depth=3, width=32, heads=2), {}, 41)
+
+    def forward(tokens, state=None, **options):
+        return model(tokens, state=state, all_logits=True, **options)
+
+    def packed(tokens, lengths):
+        return forward(tokens, sequence=SequenceContext(cu_seqlens=boundaries(lengths)))[0]
+
+    calls = {"forward": lambda tokens: forward(tokens)[0], "step": forward, "packed": {"cu_seqlens": packed}}
+    report = audit(Subject(**calls, vocabulary=41, module=model, flops=model.flops))
+    assert not report.findings, str(report)
+    assert set(report.unchecked) == {"left padding", "gates", "loss denominator", "resume"}
+
+
+POSITIONS, SEQ_IDX = "documents by position_ids", "documents by seq_idx"
+FORMS = {POSITIONS, SEQ_IDX, "documents by cu_seq_lens"}
+PREFILL, PADDING = {"chunked prefill"}, {"left padding"}
+KEPT, GATES = {"gates kept"}, {"gates kept", "gates computed"}
+# What is found of each family as transformers ships it; docs/howto/audit.md has it as a table.
+SHIPPED = {
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"), {POSITIONS} | KEPT),
+    "kimi_linear": FORMS - {SEQ_IDX} | KEPT,
+    "bailing_hybrid": FORMS - {SEQ_IDX},
+    "mamba": FORMS | GATES | PREFILL | PADDING,
+    "falcon_mamba": FORMS | GATES | PREFILL,
+    "jamba": FORMS | GATES | PREFILL,
+    "mamba2": FORMS | GATES,
+    **dict.fromkeys(("bamba", "falcon_h1", "nemotron_h", "granitemoehybrid", "zamba2"), FORMS - {SEQ_IDX} | GATES),
+    "lfm2": FORMS - {SEQ_IDX},
+    "recurrent_gemma": FORMS | GATES | PREFILL | PADDING,
+    "minimax": FORMS,
+    "xlstm": FORMS | PADDING,
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", SHIPPED)
+def test_families_as_transformers_ships_them(family):
+    """Under our operators none leaks documents; the rest stays as it is."""
+    # xLSTM's cache has queries' width rounded up to 64.
+    options = {"hidden_size": 128, "num_heads": 2} if family == "xlstm" else {}
+    model = small(family, **options)
+    report = audit(of_huggingface(model))
+    assert {each.check for each in report.findings} == SHIPPED[family], str(report)
+    with seqtrain.accelerate_hf(model) as done:
+        report = audit(of_huggingface(model))
+    expected = SHIPPED[family] - FORMS if done.replaced else SHIPPED[family]
+    assert {each.check for each in report.findings} == expected, str(report)

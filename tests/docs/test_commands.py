@@ -63,7 +63,13 @@ def python_blocks(page):
 
 
 COMMANDS = {page: lines for page in PAGES if (lines := shell_lines(page))}
-WITH_PYTHON = ("README.md", "docs/howto/python.md", "docs/conversion.md", "docs/howto/pretrained.md")
+WITH_PYTHON = (
+    "README.md",
+    "docs/howto/python.md",
+    "docs/conversion.md",
+    "docs/howto/pretrained.md",
+    "docs/howto/audit.md",
+)
 
 
 @pytest.fixture
