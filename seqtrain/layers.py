@@ -1,7 +1,7 @@
 """Public parts of layers: norms, gates, short convolution, projections, rotary embedding, feature maps."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -186,6 +186,17 @@ class LowRank(nn.Sequential):
         last = self[-1]
         assert isinstance(last, nn.Linear)
         return last.bias
+
+
+class Adapters(nn.ModuleList):
+    """A `LowRank` for each of a projection's outputs, side by side: what a layer adds to a projection it shares."""
+
+    def __init__(self, width: int, sizes: Sequence[int], rank: int):
+        super().__init__(LowRank(width, rank, size) for size in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[...,width]` -> `[...,sum(sizes)]`."""
+        return torch.cat([each(x) for each in self], -1)
 
 
 def positions(x: Tensor, past: Tensor | None, sequence: SequenceContext) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 
 from seqtrain.errors import ConfigError
-from seqtrain.layers import upcast
+from seqtrain.layers import Adapters, upcast
 from seqtrain.models.spiking import Spikes
 from seqtrain.validation import AUTO, OrAuto
 
@@ -76,7 +76,8 @@ class MLP(nn.Module):
     """`W3 (f(W1 x) * W2 x)` (Shazeer 2020, arXiv 2002.05202), W1 and W2 one matrix; `W3 f(W1 x)` without a gate.
 
     `gate_scale`, `out_scale`: factors on `W1 x` and on the result. `spike_rate`: where it is not 0, what enters both
-    matrices is turned into spike counts first (see `Spikes`).
+    matrices is turned into spike counts first (see `Spikes`). `adapter_rank`: of what is added to `W1 x` and `W2 x`
+    where layers share them; 0: nothing.
     """
 
     def __init__(
@@ -90,22 +91,26 @@ class MLP(nn.Module):
         gate_scale: float = 1.0,
         out_scale: float = 1.0,
         spike_rate: float = 0.0,
+        adapter_rank: int = 0,
     ):
         super().__init__()
         self.activation, self.gated = activation, gated
         self.gate_scale, self.out_scale = gate_scale, out_scale
         self.enter = Spikes(spike_rate) if spike_rate else nn.Identity()
         self.up = nn.Linear(width, (1 + gated) * hidden, bias=bias)
+        self.adapter = Adapters(width, [self.up.out_features], adapter_rank) if adapter_rank else None
         self.leave = Spikes(spike_rate) if spike_rate else nn.Identity()
         self.out = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.leave(activated(self.up(self.enter(x)), self.activation, self.gated, self.gate_scale))
+        x = self.enter(x)
+        up = self.up(x) if self.adapter is None else self.up(x) + self.adapter(x)
+        x = self.leave(activated(up, self.activation, self.gated, self.gate_scale))
         return self.out(x) if self.out_scale == 1 else self.out(x) * self.out_scale
 
     def flops(self, tokens: int) -> int:
         """Forward pass: those of the matrix products."""
-        return 2 * tokens * (self.up.weight.numel() + self.out.weight.numel())
+        return 2 * tokens * sum(weight.numel() for weight in self.parameters() if weight.dim() == 2)
 
 
 def activated(up: Tensor, activation: Activation, gated: bool, gate_scale: float = 1.0) -> Tensor:

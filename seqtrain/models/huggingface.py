@@ -38,6 +38,11 @@ class SeqtrainForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         config.check()
         self.model = config.build()
+        names: dict[nn.Parameter, str] = {}
+        for name, weight in self.model.named_parameters(remove_duplicate=False):
+            # What several layers share, beside the head's.
+            if name != "head.weight" and names.setdefault(weight, name) != name:
+                self._tied_weights_keys = {**self._tied_weights_keys, f"model.{name}": f"model.{names[weight]}"}
         self.post_init()
 
     @classmethod

@@ -5,7 +5,7 @@ A block is a mixer over time, then an MLP over channels, each normalised before 
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -19,7 +19,9 @@ from seqtrain.errors import ConfigError
 from seqtrain.kernels.linear_cross_entropy import linear_cross_entropy, soft_cap
 from seqtrain.layers import RMSNorm, ShortConvolution
 from seqtrain.mixers import MIXERS, WHOLE, LayerShape, Mixer, State
+from seqtrain.mixers.common.attention import SoftmaxAttention
 from seqtrain.models.feed_forward import MLP, Activation, MoE, RouterConfig
+from seqtrain.models.shared import PREFIX, SharedBlock, SharedConfig
 from seqtrain.parallel.scan import checkpoint_contexts
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.validation import validate
@@ -73,6 +75,7 @@ class ModelConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     # Mean spikes per value where the MLP computes on spike counts (SpikingBrain); 0: no spikes, plain activations.
     spike_rate: Annotated[float, Field(ge=0)] = 0.0
+    shared: SharedConfig = field(default_factory=SharedConfig)
     # True: the head uses the embedding's matrix, which saves vocab * width parameters.
     tie_embeddings: bool = True
     # True: a block's activations are computed again in the backward pass instead of kept.
@@ -122,7 +125,8 @@ class ModelConfig:
     @property
     def period(self) -> int:
         """After so many layers they begin anew."""
-        return math.lcm(len(self.layers), len(self.groups), len(self.mlps), len(self.norms), len(self.sum_scales))
+        patterns = (self.layers, self.groups, self.mlps, self.norms, self.sum_scales, self.shared.layers)
+        return math.lcm(*map(len, patterns))
 
 
 class Block(nn.Module):
@@ -131,7 +135,8 @@ class Block(nn.Module):
     `norms`: where it normalises: what enters a part (pre), what leaves it (post), both, or the stream that a part reads
     and is added to (stream: DeepNorm, arXiv 2203.00555). `scales`: see `ModelConfig.sum_scales`. With a `group` the
     mixer runs on groups of so many tokens, counted from the document's start, which know nothing of each other (the
-    linear group RNN of LION, arXiv 2407.18232); 0: on the whole sequence.
+    linear group RNN of LION, arXiv 2407.18232); 0: on the whole sequence. `shared`: what adds to
+    what the mixer is given.
     """
 
     def __init__(
@@ -143,6 +148,7 @@ class Block(nn.Module):
         norms: Norms = "pre",
         group: int = 0,
         scales: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0),
+        shared: SharedBlock | None = None,
     ):
         super().__init__()
         self.group, self.norms, self.scales = group, norms, scales
@@ -151,6 +157,7 @@ class Block(nn.Module):
             places = {"both": ("pre", "post"), "stream": ("pre",)}.get(norms, (norms,))
             return norm() if part is not None and place in places else nn.Identity()
 
+        self.shared = shared
         self.mixer_norm = norm_at("pre", mixer)
         self.mixer: Mixer | None = mixer
         self.mixer_post_norm = norm_at("post", mixer)
@@ -159,19 +166,38 @@ class Block(nn.Module):
         self.mlp_post_norm = norm_at("post", mlp)
 
     def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        sequence: SequenceContext = WHOLE,
+        first: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """`x: [B,T,D]`, or `[B,D]` for one token per row, and the layer's state -> the same after the block."""
-        x, state = self.mix(x, state, sequence)
+        """`x: [B,T,D]`, or `[B,D]` for one token per row, and the layer's state -> the same after the block.
+
+        `first`: what entered the first block, for a shared one; None: x.
+        """
+        x, state = self.mix(x, state, sequence, first)
         return self.feed(x), state
 
-    def mix(self, x: Tensor, state: State | None = None, sequence: SequenceContext = WHOLE) -> tuple[Tensor, State]:
+    def mix(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        sequence: SequenceContext = WHOLE,
+        first: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
         """The first part of `forward`: over time."""
         if self.mixer is None:
             return x, {}
-        entered = self.mixer_norm(x)
+        given, kept = x, {}
+        if self.shared is not None:
+            past = {name.removeprefix(PREFIX): each for name, each in (state or {}).items() if name.startswith(PREFIX)}
+            added, after = self.shared(x, x if first is None else first, past, sequence)
+            given, kept = x + added, {PREFIX + name: each for name, each in after.items()}
+        entered = self.mixer_norm(given)
         mixed, state = self._mixed(entered, state, sequence)
-        return self._sum(x, entered, self.mixer_post_norm(mixed), *self.scales[:2]), state
+        return self._sum(x, entered, self.mixer_post_norm(mixed), *self.scales[:2]), state | kept
 
     def feed(self, x: Tensor) -> Tensor:
         """The second part of `forward`: over channels."""
@@ -201,7 +227,8 @@ class Block(nn.Module):
         if self.mixer is None:
             return 0
         whole, rest = divmod(tokens, self.group) if self.group else (0, tokens)
-        return whole * self.mixer.flops(self.group) + self.mixer.flops(rest)
+        shared = 0 if self.shared is None else self.shared.flops(tokens)
+        return whole * self.mixer.flops(self.group) + self.mixer.flops(rest) + shared
 
     def mlp_flops(self, tokens: int) -> int:
         """Forward pass of what works on channels."""
@@ -211,7 +238,8 @@ class Block(nn.Module):
         """Bytes of one row's state after `tokens` tokens; in groups, of the longest unfinished group."""
         if self.mixer is None:
             return 0
-        return self.mixer.state_bytes(self.group - 1) + 8 if self.group else self.mixer.state_bytes(tokens)
+        shared = 0 if self.shared is None else self.shared.attention.state_bytes(tokens)
+        return shared + (self.mixer.state_bytes(self.group - 1) + 8 if self.group else self.mixer.state_bytes(tokens))
 
 
 class Head(nn.Module):
@@ -257,7 +285,8 @@ class LanguageModel(nn.Module):
         self.config = config
         self.vocab_size = vocab_size = config.vocab_size or vocab_size
         self.embedding = nn.Embedding(vocab_size, config.width)
-        norm = partial(RMSNorm, config.width, config.norm_eps, zero_centered=config.norm_zero_centered)
+        norms = partial(RMSNorm, eps=config.norm_eps, zero_centered=config.norm_zero_centered)
+        norm, shared = partial(norms, config.width), _build_shared(config, mixers, norms)
         self.blocks: Any = nn.ModuleList(
             Block(
                 _build_mixer(config, mixers, index),
@@ -266,6 +295,7 @@ class LanguageModel(nn.Module):
                 norms=config.norms[index % len(config.norms)],
                 group=config.groups[index % len(config.groups)],
                 scales=config.scales(index),
+                shared=shared.get(index),
             )
             for index in range(config.depth)
         )
@@ -296,11 +326,11 @@ class LanguageModel(nn.Module):
             if isinstance(module, MoE):
                 for weight in (module.up, module.down):
                     nn.init.normal_(weight, std=deviation, generator=generator)
-        for module in self.modules():
-            if isinstance(module, Mixer | MLP | MoE) and module.out is not None:
-                # So many sums of independent terms keep the residual stream at the size of one (GPT-2).
-                last = module.last if isinstance(module, MoE) else module.out.weight
-                last.div_((2 * self.config.depth) ** 0.5)
+        parts = [part for part in self.modules() if isinstance(part, Mixer | MLP | MoE) and part.out is not None]
+        # What layers share is scaled once.
+        for last in dict.fromkeys(part.last if isinstance(part, MoE) else part.out.weight for part in parts):
+            # So many sums of independent terms keep the residual stream at the size of one (GPT-2).
+            last.div_((2 * self.config.depth) ** 0.5)
 
     def forward(
         self,
@@ -343,9 +373,10 @@ class LanguageModel(nn.Module):
         past: Iterable[State | None] = [None] * len(self.blocks) if state is None else state
         x, after = tokens if tokens.is_floating_point() else self.embedding(tokens), []  # B T D
         x = x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
+        first = x if any(block.shared is not None for block in self.blocks) else None
         for block, before in zip(self.blocks, past, strict=True):
             watch(x)
-            x, new = self._run(block, x, before, sequence)
+            x, new = self._run(block, x, before, sequence, first)
             # Training drops states at once: those of full attention are as long as the sequence.
             if keep_state:
                 after.append(new)
@@ -357,13 +388,15 @@ class LanguageModel(nn.Module):
         """One token for each row: `tokens: int64 [B]` -> `([B,vocab], state)`."""
         return self(tokens, state=state, sequence=sequence)
 
-    def _run(self, block: nn.Module, x: Tensor, state: State | None, sequence: SequenceContext) -> tuple[Tensor, State]:
+    def _run(
+        self, block: nn.Module, x: Tensor, state: State | None, sequence: SequenceContext, first: Tensor | None
+    ) -> tuple[Tensor, State]:
         if not (self.config.activation_checkpointing and torch.is_grad_enabled()):
-            return block(x, state, sequence=sequence)
+            return block(x, state, sequence=sequence, first=first)
         contexts: dict[str, Any] = {"context_fn": checkpoint_contexts} if sequence.sends else {}
         # Nothing in a block draws random numbers, so their state needs no saving.
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, **contexts}
-        return checkpoint(block, x, state, sequence=sequence, **options)
+        return checkpoint(block, x, state, sequence=sequence, first=first, **options)
 
     def parameter_count(self) -> int:
         """Numbers that are learned, those that two modules share counted once."""
@@ -413,15 +446,40 @@ def _build_mixer(config: ModelConfig, mixers: Mapping[str, Any], index: int) -> 
     return mixer
 
 
+def _build_shared(
+    config: ModelConfig, mixers: Mapping[str, Any], norm: Callable[[int], nn.Module]
+) -> dict[int, SharedBlock]:
+    """The shared block of each layer that has one."""
+    shared, found, made = config.shared, {}, {}
+    for index in range(config.depth):
+        if not (number := shared.block(index)):
+            continue
+        own = mixers[shared.mixer] if shared.mixer in mixers else default_config(shared.mixer)
+        if not isinstance(own, SoftmaxAttention.Config):
+            raise ConfigError(f"model.shared.mixer={shared.mixer}: must be one of softmax attention")
+        if config.mixer(index) == "none" or config.groups[index % len(config.groups)]:
+            raise ConfigError(f"model.shared.layers={list(shared.layers)}: layer {index} needs a mixer, and no groups")
+        own = replace(own, out_width=config.width)
+        mixer = mixer_class(shared.mixer)(own, LayerShape(2 * config.width, config.heads, index, config.depth))
+        found[index] = SharedBlock(mixer, _mlp(config, adapter_rank=shared.adapter_rank), norm, config.width)
+        if number in made:
+            found[index].hold(made[number])
+        made.setdefault(number, found[index])
+    return found
+
+
+def _mlp(config: ModelConfig, **options: Any) -> MLP:
+    shape: dict[str, Any] = {"activation": config.activation, "gated": config.mlp_gated, "bias": config.mlp_bias}
+    shape |= {"gate_scale": config.mlp_gate_scale, "out_scale": config.mlp_out_scale, "spike_rate": config.spike_rate}
+    return MLP(config.width, config.hidden, **shape, **options)
+
+
 def _build_mlp(config: ModelConfig, index: int) -> nn.Module | None:
     kind = config.mlp(index)
     if kind == "none":
         return None
-    shape: dict[str, Any] = {"activation": config.activation, "gated": config.mlp_gated}
     if kind == "mlp":
-        shape |= {"bias": config.mlp_bias, "spike_rate": config.spike_rate}
-        shape |= {"gate_scale": config.mlp_gate_scale, "out_scale": config.mlp_out_scale}
-        return MLP(config.width, config.hidden, **shape)
+        return _mlp(config)
     if not config.experts:
         raise ConfigError(f"model.mlps={list(config.mlps)}: a layer has routed experts; say how many: model.experts=")
     return MoE(
@@ -432,5 +490,6 @@ def _build_mlp(config: ModelConfig, index: int) -> nn.Module | None:
         router=config.router,
         shared=config.shared_expert_width,
         latent=config.expert_latent,
-        **shape,
+        activation=config.activation,
+        gated=config.mlp_gated,
     )

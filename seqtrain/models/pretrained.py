@@ -209,15 +209,16 @@ def fill(
 
 def materialize(model: LanguageModel, stored: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> None:
     """From the meta device to memory, NaN everywhere; what is tied stays tied. `stored`: dtypes for `dtype` None."""
+    made: dict[Tensor, nn.Parameter] = {}
     for path, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            kind = dtype or stored.get(f"{path}.{name}", torch.float32)
-            empty = torch.full(parameter.shape, torch.nan, dtype=kind)
-            setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+            if parameter not in made:
+                kind = dtype or stored.get(f"{path}.{name}", torch.float32)
+                empty = torch.full(parameter.shape, torch.nan, dtype=kind)
+                made[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            setattr(module, name, made[parameter])
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
-    if model.config.tie_embeddings:
-        model.head.weight = model.embedding.weight
 
 
 def places_of(model: LanguageModel, source: Source) -> dict[str, list[Piece]]:

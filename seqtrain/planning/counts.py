@@ -149,11 +149,18 @@ class ModelCounter:
         whole, config, trace = self.model, self.model.config, self._tracer
         batch = MicroBatch(tokens, rows, self.dtype, self.backend)
         parts: list[PartCounts] = []
+        # What several parts hold is the first one's.
+        counted: set[nn.Parameter] = set()
 
         def add(layer: int, part: str, modules: list[nn.Module], flops: float, traced: Traced, **more: Any) -> None:
             # Each product of the forward pass has two in the backward pass, one for each factor.
             numbers: dict[str, Any] = {"forward_flops": flops, "backward_flops": 2 * flops}
-            numbers["parameters"] = sum(weight.numel() for module in modules for weight in module.parameters())
+            own = {weight for module in modules for weight in module.parameters()}
+            numbers["parameters"] = sum(weight.numel() for weight in own - counted)
+            if layer >= 0:
+                again = sum(weight.nbytes for weight in own & counted)
+                traced = dataclasses.replace(traced, gradient_bytes=traced.gradient_bytes - again)
+            counted.update(own)
             parts.append(PartCounts(**vars(traced), layer=layer, part=part, **numbers, **more))
 
         embedding = trace.embedding(batch)
@@ -166,12 +173,12 @@ class ModelCounter:
         for index, block in enumerate(whole.blocks):
             if block.mixer is not None:
                 modules, kind = [block.mixer, block.mixer_norm, block.mixer_post_norm], trace.kind(index)
+                modules += [block.shared] if block.shared is not None else []
                 flops, states = float(rows * block.mixer_flops(tokens)), block.state_bytes(tokens)
                 add(index, "mixer", modules, flops, mixers[kind], kind=kind[0], state_bytes=states)
             if block.mlp is not None:
                 modules, flops = [block.mlp, block.mlp_norm, block.mlp_post_norm], float(rows * block.mlp_flops(tokens))
                 add(index, "mlp", modules, flops, mlps[config.mlp(index)])
-        head = [] if config.tie_embeddings else [whole.head]
         loss_flops = 2.0 * rows * tokens * config.width * whole.vocab_size
-        add(-1, "loss", [whole.norm, *head], loss_flops, trace.loss(batch))
+        add(-1, "loss", [whole.norm, whole.head], loss_flops, trace.loss(batch))
         return ModelCounts(tuple(parts), tokens, rows, self.dtype, rows * tokens * config.width * 4)

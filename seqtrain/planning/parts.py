@@ -57,6 +57,10 @@ class Exchange:
         return Exchange(shape, self.item, self.near * rows, self.spread * rows)
 
 
+# The name of a layer's mixer, the tokens of its groups, whether it has a shared block.
+Kind = tuple[str, int, bool]
+
+
 @dataclass(frozen=True)
 class RecordingContext(SequenceContext):
     """A whole sequence that notes its operators' windows, and what they would exchange if it were sharded."""
@@ -121,11 +125,12 @@ class PartTracer:
             cache(self._loss),
         )
 
-    def kind(self, index: int) -> tuple[str, int]:
-        """What makes a layer's mixer do the same as another's: its name, and the tokens of its groups."""
-        return self.model.config.mixer(index), self.model.blocks[index].group
+    def kind(self, index: int) -> Kind:
+        """What makes a layer's mixer do the same as another's: its name, the tokens of its groups, a shared block."""
+        block = self.model.blocks[index]
+        return self.model.config.mixer(index), block.group, block.shared is not None
 
-    def mixer(self, kind: tuple[str, int], batch: MicroBatch) -> Traced:
+    def mixer(self, kind: Kind, batch: MicroBatch) -> Traced:
         """A layer's mixer with its norm and its sum with the residual stream."""
         trace = partial(self._cached_mixer, kind)
         mixer = _at(batch, trace, self._lengths(kind, batch, self._short(batch)))
@@ -149,7 +154,7 @@ class PartTracer:
     def embedding(self, batch: MicroBatch) -> Traced:
         return _trace(self.model.embedding, lambda table, x: table(_indices(x)), 0, batch)
 
-    def _mixer(self, kind: tuple[str, int], batch: MicroBatch) -> Traced:
+    def _mixer(self, kind: Kind, batch: MicroBatch) -> Traced:
         sequence = RecordingContext(backend=batch.backend)
 
         def run(block: Any, x: Tensor) -> Tensor:
@@ -169,7 +174,7 @@ class PartTracer:
         """Tokens of the first of the two sequences that are traced instead of a long one."""
         return min(MOST, max(LEAST, 2 ** round(math.log2(NUMBERS / batch.rows / self.width))))
 
-    def _lengths(self, kind: tuple[str, int], batch: MicroBatch, least: int) -> tuple[int, ...]:
+    def _lengths(self, kind: Kind, batch: MicroBatch, least: int) -> tuple[int, ...]:
         """Two lengths, from `least` on, at which the mixer does what it does for the batch, but less of it; or none."""
         low, high = _doubled(least)
         if batch.tokens <= high:
@@ -184,7 +189,8 @@ class PartTracer:
         mixer = self.mixers[kind].mixer
         first, second, flops = (mixer.flops(length) for length in (low, high, batch.tokens))
         line = first + (second - first) * (batch.tokens - low) / (high - low)
-        return (low, high) if mixer.constant_state and abs(flops - line) <= 1e-6 * line else ()
+        constant = mixer.constant_state and self.mixers[kind].shared is None
+        return (low, high) if constant and abs(flops - line) <= 1e-6 * line else ()
 
 
 def _doubled(length: int) -> tuple[int, int]:

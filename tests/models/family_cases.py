@@ -78,6 +78,12 @@ MINIMAX = {
     # Its cache forgets the window.
     "use_cache": False,
 }  # fmt: skip
+ZAMBA2 = {
+    "layers_block_type": ["linear_attention", *3 * ["hybrid"], "linear_attention", "hybrid"], "num_hidden_layers": 6,
+    "num_mem_blocks": 2, "use_shared_attention_adapter": True, "adapter_rank": 5, "use_mem_rope": True,
+    "num_key_value_heads": 6, "mamba_d_state": 10, "mamba_d_conv": 3, "mamba_ngroups": 3, "n_mamba_heads": 6,
+    "chunk_size": 16, "add_bias_linear": True,
+}  # fmt: skip
 # By a name of ours: what transformers calls the family's classes, and its config.
 CASES = {
     "llama": ("Llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
@@ -120,6 +126,11 @@ CASES = {
     "mamba": ("Mamba", {**MAMBA, "use_conv_bias": False}),
     "falcon_mamba": ("FalconMamba", {**MAMBA, "mixer_rms_eps": 1e-3}),
     "jamba": ("Jamba", JAMBA),
+    "zamba2": ("Zamba2", ZAMBA2),
+    "zamba2_plain": (
+        "Zamba2",
+        {**ZAMBA2, "num_key_value_heads": 2, "use_shared_attention_adapter": False, "use_mem_rope": False},
+    ),
     "bamba": ("Bamba", {**MAMBA2, "attn_layer_indices": [1, 3], "mlp_bias": True}),
     "granitemoehybrid": ("GraniteMoeHybrid", GRANITE),
     "granite_dense": (
@@ -134,6 +145,7 @@ CASES = {
 }
 # Classes whose configs have no such key.
 LACKING = {
+    "Zamba2": ("head_dim",),
     "RecurrentGemma": ("head_dim",),
     "Lfm2": ("rms_norm_eps",),
     "Phi3": ("head_dim",),

@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor, nn
 
 from seqtrain.kernels import softmax_attention
-from seqtrain.layers import RMSNorm, positions, rotate
+from seqtrain.layers import Adapters, RMSNorm, positions, rotate
 from seqtrain.mixers.common.base import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 
@@ -56,6 +56,10 @@ class SoftmaxAttention(Mixer):
         scale: NonNegativeFloat = 0.0
         # What these scores stay below in size, softly (Gemma 2); 0: unbounded.
         score_cap: NonNegativeFloat = 0.0
+        # Channels of what leaves the layer; 0: as many as enter it.
+        out_width: NonNegativeInt = 0
+        # Rank of what is added to each projection where layers share these (Zamba2); 0: nothing.
+        adapter_rank: NonNegativeInt = 0
 
     # Keys a query sees, its own included; None for all.
     window: int | None = None
@@ -73,8 +77,9 @@ class SoftmaxAttention(Mixer):
         # Of queries, keys, values and, where there is one, the gate.
         self.channels = [inner, *2 * (self.groups * self.key,), *config.output_gate * (inner,)]
         self.qkv = nn.Linear(shape.width, sum(self.channels), bias=config.qkv_bias)
+        self.adapter = Adapters(shape.width, self.channels, config.adapter_rank) if config.adapter_rank else None
         self.q_norm, self.k_norm = self.norm(shape.heads), self.norm(self.groups)
-        self.out = nn.Linear(inner, shape.width, bias=config.out_bias)
+        self.out = nn.Linear(inner, config.out_width or shape.width, bias=config.out_bias)
 
     def check_rotation(self) -> None:
         """Raises `ConfigError` where positions can't rotate a head's channels."""
@@ -123,7 +128,8 @@ class SoftmaxAttention(Mixer):
 
         Queries and keys are normalised where so configured, and not yet rotated.
         """
-        q, k, v, *gate = self.qkv(x).split(self.channels, 2)
+        projected = self.qkv(x) if self.adapter is None else self.qkv(x) + self.adapter(x)
+        q, k, v, *gate = projected.split(self.channels, 2)
         heads = (-1, self.key)
         if self.config.qk_norm_over == "all":
             q, k = self.q_norm(q).unflatten(2, heads), self.k_norm(k).unflatten(2, heads)

@@ -16,7 +16,7 @@ FAMILIES: Mapping[str, str] = {
     **dict.fromkeys(("olmo2", "olmo3", "olmo_hybrid"), "olmo"),
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_moe"), "qwen"),
     **dict.fromkeys(("mamba", "falcon_mamba", "mamba2"), "mamba"),
-    **dict.fromkeys(("bamba", "granitemoehybrid", "falcon_h1", "nemotron_h", "jamba"), "mamba_hybrid"),
+    **dict.fromkeys(("bamba", "granitemoehybrid", "falcon_h1", "nemotron_h", "jamba", "zamba2"), "mamba_hybrid"),
     "minimax": "minimax",
 }
 

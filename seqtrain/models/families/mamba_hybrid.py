@@ -1,7 +1,7 @@
-"""Hybrids of Mamba and softmax attention: Bamba, Granite 4, Falcon-H1, Nemotron-H, Jamba."""
+"""Hybrids of Mamba and softmax attention: Bamba, Granite 4, Falcon-H1, Nemotron-H, Jamba, Zamba2."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from seqtrain.mixers import MIXERS
@@ -26,6 +26,7 @@ from seqtrain.models.families.dense import FULL
 from seqtrain.models.families.mamba import mamba2_pieces, mamba_pieces, stack_pieces, step_limits
 from seqtrain.models.feed_forward import MoE, RouterConfig
 from seqtrain.models.language_model import LanguageModel
+from seqtrain.models.shared import SharedConfig
 
 MAMBA2 = "mamba2"
 
@@ -68,7 +69,7 @@ class Bamba(Family):
     def attention(self, config: Any, where: object, **others: Any) -> Any:
         """The config of softmax layers, and `others` of its fields."""
         _, shared, head = heads_of(config, where)
-        biased = bool(config.attention_bias)
+        biased = bool(getattr(config, "attention_bias", False))
         fields = {"query_group": shared, "head_width": head, "qkv_bias": biased, "out_bias": biased}
         turned = {} if "rope_width" in others else rotation(config, where, head)
         return MIXERS.get(FULL).Config(**fields, **turned, **others)
@@ -294,7 +295,89 @@ class Jamba(Bamba):
         yield from feed_forward_pieces(f"{theirs}.feed_forward", ours, part, MoENames(router="router"))
 
 
+@dataclass(frozen=True)
+class Zamba2(Bamba):
+    """Mamba-2 layers; before some of them a block of attention and an MLP that several share, with adapters."""
+
+    def architecture(self, config: Any, where: object) -> Architecture:
+        uses, counts = self.uses(config), config.num_mem_blocks
+        blocks = [1 + uses.index(index) % counts if index in uses else 0 for index in range(config.num_hidden_layers)]
+        rank = config.adapter_rank if config.use_shared_attention_adapter else 0
+        _, _, head = heads_of(config, where)
+        fixed = {} if config.use_mem_rope else {"rope_width": 0}
+        attention = self.attention(config, where, scale=(head / 2) ** -0.5, adapter_rank=rank, **fixed)
+        others = {
+            "mlps": ("none",),
+            "mlp_bias": config.add_bias_linear,
+            "activation": activation(config, where),
+            "shared": SharedConfig(layers=tuple(blocks), mixer=FULL, adapter_rank=config.adapter_rank),
+        }
+        mixers = {MAMBA2: self.mamba(config, where), FULL: attention}
+        shape = model_config(config, where, [MAMBA2] * config.num_hidden_layers, **others)
+        return Architecture(shape, mixers if uses else {MAMBA2: mixers[MAMBA2]}, config.vocab_size)
+
+    def uses(self, config: Any) -> list[int]:
+        """The layers that have a shared block."""
+        return [index for index, kind in enumerate(config.layers_block_type) if kind == "hybrid"]
+
+    def mamba(self, config: Any, where: object, **others: Any) -> Any:
+        return MIXERS.get(MAMBA2).Config(
+            heads=config.n_mamba_heads,
+            head_width=config.mamba_headdim,
+            state=config.mamba_d_state,
+            groups=config.mamba_ngroups,
+            conv_width=config.mamba_d_conv,
+            # transformers has this and the convolution's bias in any case.
+            norm_eps=1e-5,
+            in_bias=config.add_bias_linear,
+            out_bias=config.add_bias_linear,
+            step_min=config.time_step_min,
+            **others,
+        )
+
+    def pieces(self, config: Any, model: LanguageModel) -> Iterator[Piece]:
+        yield from outer_pieces(model, norm="final_layernorm")
+        uses = self.uses(config)
+        for index, block in enumerate(model.blocks):
+            theirs, ours = f"model.layers.{index}", f"blocks.{index}"
+            if index in uses:
+                yield from self.shared_pieces(config, index, model)
+                yield from plain(f"{theirs}.linear", f"{ours}.shared.out", block.shared.out)
+                theirs = f"{theirs}.mamba_decoder"
+            yield from plain(f"{theirs}.input_layernorm", f"{ours}.mixer_norm", block.mixer_norm)
+            yield from mamba2_pieces(f"{theirs}.mamba", f"{ours}.mixer", block.mixer)
+
+    def shared_pieces(self, config: Any, index: int, model: LanguageModel) -> Iterator[Piece]:
+        """A shared block as it stands in layer `index`, with the adapters of all layers that use it."""
+        uses, theirs = self.uses(config), f"model.layers.{index}.shared_transformer"
+        number, count = uses.index(index) % config.num_mem_blocks, config.num_mem_blocks
+        ours, shared = f"blocks.{uses[number]}.shared", model.blocks[index].shared
+        yield from plain(f"{theirs}.input_layernorm", f"{ours}.attention_norm", shared.attention_norm)
+        yield from attention_pieces(f"{theirs}.self_attn", f"{ours}.attention", shared.attention)
+        yield from plain(f"{theirs}.pre_ff_layernorm", f"{ours}.mlp_norm", shared.mlp_norm)
+        yield from plain(f"{theirs}.feed_forward.gate_up_proj", f"{ours}.mlp.up", shared.mlp.up)
+        yield from plain(f"{theirs}.feed_forward.down_proj", f"{ours}.mlp.out", shared.mlp.out)
+        for use in range(number, len(uses), count):
+            place, shared = f"blocks.{uses[use]}.shared", model.blocks[uses[use]].shared
+            names = [f"self_attn.linear_{name}_adapter_list" for name in "qkv"]
+            for part, files in (("attention", names), ("mlp", ["feed_forward.gate_up_proj_adapter_list"])):
+                for which, adapter in enumerate(shared.get_submodule(part).adapter or ()):
+                    for step, layer in enumerate(adapter):
+                        name = f"{theirs}.{files[which]}.{use}.{step}"
+                        yield from plain(name, f"{place}.{part}.adapter.{which}.{step}", layer)
+
+    def fitted(self, places: dict[str, list[Piece]], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
+        """Files have what layers share in the first of them, or in each."""
+        known = {repr([replace(piece, theirs="") for piece in places[name]]) for name in shapes if name in places}
+        return {
+            name: pieces
+            for name, pieces in places.items()
+            if name in shapes or repr([replace(piece, theirs="") for piece in pieces]) not in known
+        }
+
+
 FAMILIES = {
+    "zamba2": Zamba2(),
     "bamba": Bamba(),
     "granitemoehybrid": Granite(),
     "falcon_h1": FalconH1(),
