@@ -32,17 +32,16 @@ class SeqtrainForCausalLM(PreTrainedModel, GenerationMixin):
     # A state can't be taken back: assisted decoding is refused.
     _is_stateful = True
     _supports_sdpa = True
-    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012 (transformers' own form)
 
     def __init__(self, config: SeqtrainConfig):
         super().__init__(config)
         config.check()
         self.model = config.build()
         names: dict[nn.Parameter, str] = {}
-        for name, weight in self.model.named_parameters(remove_duplicate=False):
-            # What several layers share, beside the head's.
-            if name != "head.weight" and names.setdefault(weight, name) != name:
-                self._tied_weights_keys = {**self._tied_weights_keys, f"model.{name}": f"model.{names[weight]}"}
+        shared = self.model.named_parameters(prefix="model", remove_duplicate=False)
+        self._tied_weights_keys = {
+            name: first for name, weight in shared if (first := names.setdefault(weight, name)) != name
+        }
         self.post_init()
 
     @classmethod

@@ -36,12 +36,13 @@ class SeqtrainConfig(PreTrainedConfig):
     @staticmethod
     def of(model: ModelConfig, mixers: Mapping[str, Any], vocab_size: int, **others: Any) -> "SeqtrainConfig":
         """The config of a model; `others`: special tokens and the rest of what Hugging Face knows of any model."""
-        used = {name: asdict(mixers[name]) for name in sorted(set(model.layers) & set(mixers))}
+        used = {name: asdict(mixers[name]) for name in sorted(set(model.mixers) & set(mixers))}
         config = SeqtrainConfig(
             model=json.loads(json.dumps(asdict(model))),
             mixers=json.loads(json.dumps(used)),
             vocab_size=vocab_size,
-            tie_word_embeddings=model.tie_embeddings,
+            # To transformers this says whether anything is tied.
+            tie_word_embeddings=model.tie_embeddings or any(model.shared.layers),
             **others,
         )
         config.architecture_sha256 = config.fingerprint()

@@ -112,6 +112,12 @@ class ModelConfig:
         """The name of layer `index`'s mixer."""
         return self.layers[index % len(self.layers)]
 
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The names of all mixers, in the order in which layers first have them."""
+        shared = (self.shared.mixer,) if any(self.shared.layers) else ()
+        return tuple(name for name in dict.fromkeys((*self.layers, *shared)) if name != "none")
+
     def mlp(self, index: int) -> str:
         """What follows it."""
         kinds = ("moe",) if self.experts and self.mlps == ("mlp",) else self.mlps

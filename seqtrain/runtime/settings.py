@@ -210,7 +210,7 @@ def typed_pretrain_config(values: Mapping[str, Any]) -> PretrainConfig:
         name: validate(mixer_class(name).Config, section, prefix=f"mixer.{name}.")
         for name, section in values.get("mixer", {}).items()
     }
-    used = [name for name in dict.fromkeys(typed.model.layers) if name != "none"]
+    used = typed.model.mixers
     for name in used:
         try:
             mixers[name] = mixers[name] if name in mixers else default_config(name)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
+from seqtrain.models.shared import SharedConfig
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.planning import parts
 from seqtrain.planning.counts import ModelCounter
@@ -132,6 +133,7 @@ def test_executed_flops_are_those_of_the_chunk_forms(name):
 
 
 WHOLE = {(True, "groups"), (False, "tie_embeddings")}
+SHARED = SharedConfig(layers=(0, 1), mixer="sliding_attention", adapter_rank=3)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,8 @@ WHOLE = {(True, "groups"), (False, "tie_embeddings")}
     [
         pytest.param(again, fields, marks=pytest.mark.all if (again, *fields) in WHOLE else pytest.mark.full)
         for again in (False, True)
-        for fields in ({}, {"tie_embeddings": False}, {"groups": (0, 24)})
+        # What enters a layer with a shared block is not kept, but counted: of use where all else is computed again.
+        for fields in ({}, {"tie_embeddings": False}, {"groups": (0, 24)}, *again * ({"shared": SHARED},))
     ],
 )
 def test_the_parts_make_the_whole(checkpointing, fields):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from seqtrain.data import Batch
+from seqtrain.models.shared import SharedConfig
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime import segmented
 from seqtrain.runtime.evaluation import _score
@@ -17,6 +18,7 @@ from tests.parallel.shard_cases import Cut
 ROW = Cut((0, 201), (0, 13, 14, 40, 119, 161, 201))
 ONE = Cut((0, 150), (0, 150))
 HYBRID = ("gated_delta_net", "sliding_attention", "s5", "attention", "rwkv6")
+SHARED = SharedConfig(layers=(0, 1, 1, 0, 0), adapter_rank=3)
 EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -72,7 +74,9 @@ def test_any_number_of_segments(cut, segments):
     assert_same(streamed(model, cut, segments=segments), in_one_piece(model, cut))
 
 
-@pytest.mark.parametrize("fields", [{"groups": (7, 0, 64)}, {"activation_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"groups": (7, 0, 64)}, {"activation_checkpointing": True, "shared": SHARED}], ids=str
+)
 def test_groups_of_tokens_and_recomputed_blocks(fields):
     model = build(HYBRID, **fields).double()
     assert_same(streamed(model), in_one_piece(model))

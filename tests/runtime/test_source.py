@@ -22,10 +22,13 @@ from tests.runtime.runtime_cases import as_it_was_at, change, folder_of, losses,
 VOCAB = 300
 
 
+FAMILIES = [pytest.param("qwen3_next", marks=pytest.mark.all), pytest.param("zamba2", marks=pytest.mark.full)]
+
+
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
+def source(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("source") / "model"
-    make("qwen3_next", vocab_size=VOCAB).save_pretrained(folder)
+    make(getattr(request, "param", "qwen3_next"), vocab_size=VOCAB).save_pretrained(folder)
     return folder
 
 
@@ -46,7 +49,7 @@ def test_it_begins_where_the_source_is(tmp_path, source):
     assert abs(losses(config)[0] - losses(new)[0]) > 1e-3
 
 
-@pytest.mark.all
+@pytest.mark.parametrize("source", FAMILIES, indirect=True)
 def test_every_layout_and_segments_give_the_same(tmp_path, source):
     base = continuing(tmp_path, source, checkpoint={"every": 0})
     cases = {
@@ -62,7 +65,7 @@ def test_every_layout_and_segments_give_the_same(tmp_path, source):
         assert losses(config) == pytest.approx(losses(base), rel=1e-5), name
 
 
-@pytest.mark.all
+@pytest.mark.parametrize("source", FAMILIES, indirect=True)
 def test_it_goes_on_and_becomes_what_it_was(tmp_path, source):
     config = continuing(tmp_path, source, checkpoint={"every": 2})
     train_on(config)

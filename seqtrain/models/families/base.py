@@ -168,8 +168,8 @@ def network(
     config: Any, where: object, layers: Sequence[str], mixers: Mapping[str, Any], **others: Any
 ) -> Architecture:
     """The network of these layers, with `others` of `ModelConfig`'s fields; of `mixers` those a layer has."""
-    used = {name: mixers[name] for name in dict.fromkeys(layers) if name in mixers}
-    return Architecture(model_config(config, where, layers, **others), used, config.vocab_size)
+    model = model_config(config, where, layers, **others)
+    return Architecture(model, {name: mixers[name] for name in model.mixers if name in mixers}, config.vocab_size)
 
 
 def common_keys(model: LanguageModel) -> dict[str, Any]:

@@ -313,8 +313,7 @@ class Zamba2(Bamba):
             "shared": SharedConfig(layers=tuple(blocks), mixer=FULL, adapter_rank=config.adapter_rank),
         }
         mixers = {MAMBA2: self.mamba(config, where), FULL: attention}
-        shape = model_config(config, where, [MAMBA2] * config.num_hidden_layers, **others)
-        return Architecture(shape, mixers if uses else {MAMBA2: mixers[MAMBA2]}, config.vocab_size)
+        return network(config, where, [MAMBA2] * config.num_hidden_layers, mixers, **others)
 
     def uses(self, config: Any) -> list[int]:
         """The layers that have a shared block."""
