@@ -5,7 +5,7 @@ A block is a mixer over time, then an MLP over channels, each normalised before 
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -456,7 +456,9 @@ def _build_shared(
     config: ModelConfig, mixers: Mapping[str, Any], norm: Callable[[int], nn.Module]
 ) -> dict[int, SharedBlock]:
     """The shared block of each layer that has one."""
-    shared, found, made = config.shared, {}, {}
+    shared = config.shared
+    found: dict[int, SharedBlock] = {}
+    made: dict[int, SharedBlock] = {}
     for index in range(config.depth):
         if not (number := shared.block(index)):
             continue
@@ -465,8 +467,8 @@ def _build_shared(
             raise ConfigError(f"model.shared.mixer={shared.mixer}: must be one of softmax attention")
         if config.mixer(index) == "none" or config.groups[index % len(config.groups)]:
             raise ConfigError(f"model.shared.layers={list(shared.layers)}: layer {index} needs a mixer, and no groups")
-        own = replace(own, out_width=config.width)
-        mixer = mixer_class(shared.mixer)(own, LayerShape(2 * config.width, config.heads, index, config.depth))
+        shape = LayerShape(2 * config.width, config.heads, index, config.depth, out=config.width)
+        mixer = mixer_class(shared.mixer)(own, shape)
         found[index] = SharedBlock(mixer, _mlp(config, adapter_rank=shared.adapter_rank), norm, config.width)
         if number in made:
             found[index].hold(made[number])

@@ -56,8 +56,6 @@ class SoftmaxAttention(Mixer):
         scale: NonNegativeFloat = 0.0
         # What these scores stay below in size, softly (Gemma 2); 0: unbounded.
         score_cap: NonNegativeFloat = 0.0
-        # Channels of what leaves the layer; 0: as many as enter it.
-        out_width: NonNegativeInt = 0
         # Rank of what is added to each projection where layers share these (Zamba2); 0: nothing.
         adapter_rank: NonNegativeInt = 0
 
@@ -79,7 +77,7 @@ class SoftmaxAttention(Mixer):
         self.qkv = nn.Linear(shape.width, sum(self.channels), bias=config.qkv_bias)
         self.adapter = Adapters(shape.width, self.channels, config.adapter_rank) if config.adapter_rank else None
         self.q_norm, self.k_norm = self.norm(shape.heads), self.norm(self.groups)
-        self.out = nn.Linear(inner, config.out_width or shape.width, bias=config.out_bias)
+        self.out = nn.Linear(inner, shape.out or shape.width, bias=config.out_bias)
 
     def check_rotation(self) -> None:
         """Raises `ConfigError` where positions can't rotate a head's channels."""

@@ -16,12 +16,16 @@ WHOLE = SequenceContext()
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of a layer and its position in the stack: model width D, heads H, index from 0, number of layers."""
+    """Sizes of a layer and its position in the stack: model width D, heads H, index from 0, number of layers.
+
+    `out`: channels of what leaves it, where a shared block has it; 0: as many as enter.
+    """
 
     width: int
     heads: int
     index: int = 0
     depth: int = 1
+    out: int = 0
 
 
 @dataclass_transform(frozen_default=True)
