@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 from seqtrain.errors import ConfigError
 from seqtrain.layers import Adapters, upcast
 from seqtrain.models.spiking import Spikes
+from seqtrain.parallel.experts import on_dealt_experts, own_experts
 from seqtrain.validation import AUTO, OrAuto
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -154,6 +156,8 @@ class MoE(nn.Module):
                 f"model.router.bias_rate={router.bias_rate}: there is no bias; set model.router.bias=true"
             )
         self.experts, self.chosen, self.config = experts, chosen, router
+        # Over whose ranks the experts are dealt; None: all are here.
+        self.group: dist.ProcessGroup | None = None
         # Of the last forward pass in training, until it is taken.
         self.routed: Routed | None = None
         self.activation, self.gated = activation, gated
@@ -167,6 +171,13 @@ class MoE(nn.Module):
         self.out = nn.Linear(latent, width, bias=False) if latent else nn.Identity()
         self.shared = MLP(width, shared, activation=activation, gated=gated) if shared else None
         self.shared_gate = nn.Linear(width, 1, bias=False) if shared and router.shared_gate else None
+
+    def deal(self, group: dist.ProcessGroup) -> list[nn.Parameter]:
+        """Keeps this rank's experts of those that the ranks of `group` share; returns the parameters that shrink."""
+        self.group = group
+        for weight in (self.up, self.down):
+            weight.data = own_experts(weight.data, group)
+        return [self.up, self.down]
 
     @property
     def last(self) -> Tensor:
@@ -221,18 +232,25 @@ class MoE(nn.Module):
         return routed
 
     def work(self, rows: Tensor, weights: Tensor, chosen: Tensor, counts: Tensor) -> Tensor:
-        """The weighted sum of what each row's experts make of it: rows `[n,D]`, sorted by expert, one product each."""
+        """The weighted sum of what each row's experts make of it: rows `[n,D]`, brought to the experts sorted."""
         order = chosen.flatten().argsort(stable=True)
         token = order // self.chosen
-        parts = rows[token].split(counts.tolist())
+        if self.group is None:
+            made = self.run_experts(rows[token], counts)
+        else:
+            made = on_dealt_experts(rows[token], counts, self.run_experts, group=self.group)
+        weighted = made * weights.flatten()[order, None]
+        return torch.zeros_like(rows, dtype=weighted.dtype).index_add(0, token, weighted)
+
+    def run_experts(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """What this rank's experts make of `rows: [n,D]`, the next `counts[e]` of them for each."""
         # A rank without rows runs all on none, so that it has gradients as the others do.
         made = [
             F.linear(activated(F.linear(part, up), self.activation, self.gated), down)
-            for part, up, down in zip(parts, self.up.unbind(), self.down.unbind(), strict=True)
+            for part, up, down in zip(rows.split(counts.tolist()), self.up.unbind(), self.down.unbind(), strict=True)
             if len(part) or not len(rows)
         ]
-        weighted = torch.cat(made) * weights.flatten()[order, None]
-        return torch.zeros_like(rows, dtype=weighted.dtype).index_add(0, token, weighted)
+        return torch.cat(made)
 
     def flops(self, tokens: int) -> int:
         """Forward pass: the matrix products of the router, the chosen experts and the shared one."""

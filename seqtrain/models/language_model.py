@@ -395,11 +395,12 @@ class LanguageModel(nn.Module):
         return self(tokens, state=state, sequence=sequence)
 
     def _run(
-        self, block: nn.Module, x: Tensor, state: State | None, sequence: SequenceContext, first: Tensor | None
+        self, block: Any, x: Tensor, state: State | None, sequence: SequenceContext, first: Tensor | None
     ) -> tuple[Tensor, State]:
         if not (self.config.activation_checkpointing and torch.is_grad_enabled()):
             return block(x, state, sequence=sequence, first=first)
-        contexts: dict[str, Any] = {"context_fn": checkpoint_contexts} if sequence.sends else {}
+        dealt = isinstance(block.mlp, MoE) and block.mlp.group is not None
+        contexts: dict[str, Any] = {"context_fn": checkpoint_contexts} if sequence.sends or dealt else {}
         # Nothing in a block draws random numbers, so their state needs no saving.
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, **contexts}
         return checkpoint(block, x, state, sequence=sequence, first=first, **options)

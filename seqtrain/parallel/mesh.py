@@ -19,7 +19,8 @@ class Mesh:
     """This rank's place among `data_ranks x sequence_ranks`.
 
     Sequence-parallel ranks are neighbors, and so are on one machine wherever a machine has room for them.
-    `group`: those that hold this rank's sequence, in order of time; None where a sequence is held whole.
+    `group`: those that hold this rank's sequence, in order of time; None where a sequence is held whole. `experts`:
+    neighbors over which experts are dealt, whatever tokens they hold; None where each rank has all.
     """
 
     data_rank: int
@@ -29,32 +30,45 @@ class Mesh:
     group: dist.ProcessGroup | None
     # Schedule of the scans.
     algorithm: Algorithm
+    experts: dist.ProcessGroup | None = None
 
 
 @contextmanager
 def form_mesh(
-    world: dist.ProcessGroup, *, sequence: int, algorithm: Algorithm, device: torch.device, timeout_seconds: int
+    world: dist.ProcessGroup,
+    *,
+    sequence: int,
+    experts: int = 1,
+    algorithm: Algorithm,
+    device: torch.device,
+    timeout_seconds: int,
 ) -> Iterator[Mesh]:
     """The ranks of `world` as a mesh of sequences over `sequence` ranks each, as long as the context is open.
+
+    `experts`: ranks over which experts are dealt.
 
     All ranks of `world` call it and leave it together, since groups are formed and scans are measured. Where it is
     left with an error the groups are left too: another rank may be gone, and nothing that waits for it would return.
     """
     rank, ranks = world.rank(), world.size()
-    assert ranks % sequence == 0, (ranks, sequence)
-    group = None
-    if sequence > 1:
-        timeout = datetime.timedelta(seconds=timeout_seconds)
-        # Every rank takes part in forming every group of neighbors.
-        for first in range(0, ranks, sequence):
-            formed = dist.new_group(list(range(first, first + sequence)), timeout=timeout)
-            group = formed if first <= rank < first + sequence else group
+    group, dealt = (_neighbors(rank, ranks, size, timeout_seconds) for size in (sequence, experts))
     if group is not None and len(candidates(algorithm)) > 1:
         # Now, when all ranks are here with nothing else to do; in the first layer others would compute meanwhile.
         costs_of(engine_of(group.group_name), device)
-    yield Mesh(rank // sequence, ranks // sequence, rank % sequence, sequence, group, algorithm)
-    if group is not None:
-        flush_scans(group)
+    yield Mesh(rank // sequence, ranks // sequence, rank % sequence, sequence, group, algorithm, dealt)
+    for formed in filter(None, (group, dealt)):
+        flush_scans(formed)
         # A neighbor may still be reading what this rank has sent.
         dist.barrier(world)
-        dist.destroy_process_group(group)
+        dist.destroy_process_group(formed)
+
+
+def _neighbors(rank: int, ranks: int, size: int, timeout_seconds: int) -> dist.ProcessGroup | None:
+    """The group of so many neighbors that `rank` is one of; None for one. Every rank calls."""
+    assert ranks % size == 0, (ranks, size)
+    if size == 1:
+        return None
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    # Every rank takes part in forming every group.
+    formed = [dist.new_group(list(range(first, first + size)), timeout=timeout) for first in range(0, ranks, size)]
+    return formed[rank // size]

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from seqtrain.runtime.dealt import Dealt
 from seqtrain.runtime.optimizer_state import OptimizerState
 from seqtrain.runtime.optimizers import build_optimizer, set_learning_rate
 from seqtrain.runtime.ranks import Ranks
@@ -69,23 +71,41 @@ class Engine:
     optimizer_state.py needs; `optimizer_state` is what a checkpoint holds besides the weights.
     """
 
-    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: PretrainConfig, ranks: Ranks):
-        """`groups`: the parameters to train, as `parameter_groups` gives them. Every rank builds its own."""
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        config: PretrainConfig,
+        ranks: Ranks,
+        *,
+        experts: dist.ProcessGroup | None = None,
+    ):
+        """`groups`: the parameters to train, as `parameter_groups` gives them. Every rank builds its own.
+
+        `experts`: ranks over which the model's routed experts are dealt; of the others this rank drops the weights.
+        """
         prepare_environment(ranks)
         import deepspeed
 
+        self._dealt = Dealt(model, experts)
         self.module = model.to(ranks.device)
         self.stage = config.parallel.zero_stage
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(
-                groups, config.optimizer, finite=self.stage == 0, clipping=config.train.gradient_clipping
-            ),
-            config=_deepspeed_config(config, ranks.device),
-            dist_init_required=False,
+        optimizer = build_optimizer(
+            self._dealt.groups(groups),
+            config.optimizer,
+            finite=self.stage == 0,
+            clipping=config.train.gradient_clipping,
+            experts=experts,
         )
+        with self._dealt.told(model):
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=_deepspeed_config(config, ranks.device),
+                dist_init_required=False,
+            )
         self.model: nn.Module = self.deepspeed
-        self.optimizer_state = OptimizerState(self.deepspeed, self.stage, config.optimizer)
+        self.optimizer_state = OptimizerState(self.deepspeed, self.stage, config.optimizer, self._dealt)
         log.info(
             "engine: DeepSpeed %s, ZeRO %d, %s over %d x %d ranks (data x sequence, %s), optimizer %s of %s",
             deepspeed.__version__,
@@ -138,10 +158,11 @@ class Engine:
             yield
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter once, by name: the float32 weight in its full shape. A collective in stage 3."""
+        """Every parameter once, by name: the float32 weight in its full shape. A collective in stage 3, and of experts
+        that are dealt."""
         for name, parameter in self.module.named_parameters():
             if self.stage < 3:
-                yield name, parameter.detach()
+                yield name, self._dealt.whole(name, parameter.detach())
                 continue
             from deepspeed.runtime.zero import GatheredParameters
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from seqtrain.runtime.dealt import Dealt
 from seqtrain.runtime.optimizers import OPTIMIZERS, OptimizerConfig
 
 Moments = dict[str, Tensor]
@@ -19,10 +20,11 @@ Moments = dict[str, Tensor]
 class OptimizerState:
     """The state inside the optimizer of a DeepSpeed engine of ZeRO `stage`; only this class reads and writes it."""
 
-    def __init__(self, engine: Any, stage: int, config: OptimizerConfig):
+    def __init__(self, engine: Any, stage: int, config: OptimizerConfig, dealt: Dealt):
+        """`dealt`: of which weights this rank has its experts' part."""
         self.moments = OPTIMIZERS[config.name].moments
         self._by_torch = config.implementation == "torch"
-        self._stage = stage
+        self._stage, self._dealt = stage, dealt
         self._zero = engine.optimizer
         # The optimizer that ZeRO wraps.
         self._inner = engine.optimizer.optimizer if stage else engine.optimizer
@@ -39,10 +41,12 @@ class OptimizerState:
         """The moments of a weight, in its full shape. A collective in stages 1 to 3; a step must have been taken."""
         parameter = self._parameters[name]
         if self._stage == 0:
-            return {key: self._inner.state[parameter][key] for key in self.moments}
-        from deepspeed.utils import safe_get_full_optimizer_state
+            found = {key: self._inner.state[parameter][key] for key in self.moments}
+        else:
+            from deepspeed.utils import safe_get_full_optimizer_state
 
-        return {key: safe_get_full_optimizer_state(parameter, key) for key in self.moments}
+            found = {key: safe_get_full_optimizer_state(parameter, key) for key in self.moments}
+        return {key: self._dealt.whole(name, value) for key, value in found.items()}
 
     def link(self) -> None:
         """Lets ZeRO 1 and 2 find the moments of every weight; before they are read or set.
@@ -68,7 +72,7 @@ class OptimizerState:
         self.link()
         for name, values in moments:
             for key in self.moments:
-                self._set(self._parameters[name], key, values[key])
+                self._set(self._parameters[name], key, self._dealt.own(name, values[key]))
 
     def _set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         if self._stage == 0:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.distributed as dist
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -70,6 +71,8 @@ class FiniteStep:
     param_groups: list[dict[str, Any]]
     # Largest norm of the gradient; 0 doesn't clip.
     clipping = 0.0
+    # Ranks among which dealt experts, the groups called `moe`, are all there are; None for none.
+    experts: dist.ProcessGroup | None = None
     # Whether the last step was left out.
     overflow = False
     # Norm of the last gradient, before clipping.
@@ -78,6 +81,8 @@ class FiniteStep:
     def step(self, closure: None = None) -> None:
         weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in weights])
+        if self.experts is not None:
+            norm = self._norm_with_dealt(self.experts)
         self._global_grad_norm = norm.item()
         self.overflow = not bool(torch.isfinite(norm))
         if self.overflow:
@@ -86,15 +91,34 @@ class FiniteStep:
             nn.utils.clip_grads_with_norm_(weights, self.clipping, norm)
         super().step()  # type: ignore[misc]
 
+    def _norm_with_dealt(self, experts: dist.ProcessGroup) -> Tensor:
+        """The gradient's norm where some weights are parts: theirs is summed over the ranks that have the others."""
+        norms = [
+            nn.utils.get_total_norm(
+                [p.grad for group in self.param_groups if ("moe" in group) == dealt for p in group["params"]]
+            )
+            for dealt in (False, True)
+        ]
+        dist.all_reduce(square := norms[1].square(), group=experts)
+        return (norms[0].square() + square).sqrt()
+
 
 def build_optimizer(
-    groups: list[dict[str, Any]], config: OptimizerConfig, *, finite: bool, clipping: float
+    groups: list[dict[str, Any]],
+    config: OptimizerConfig,
+    *,
+    finite: bool,
+    clipping: float,
+    experts: dist.ProcessGroup | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer of `groups`, as `parameter_groups` makes them; `finite`: as a `FiniteStep` that clips."""
+    """The optimizer of `groups`, as `parameter_groups` makes them; `finite`: as a `FiniteStep` that clips.
+
+    `experts`: see `FiniteStep`.
+    """
     optimizer = OPTIMIZERS[config.name]
     cls = optimizer.implementations[config.implementation]()
     if finite:
-        cls = type(f"Finite{cls.__name__}", (FiniteStep, cls), {"clipping": clipping})
+        cls = type(f"Finite{cls.__name__}", (FiniteStep, cls), {"clipping": clipping, "experts": experts})
     options: dict[str, Any] = {name: vars(config)[name] for name in optimizer.options}
     return cls(groups, lr=config.lr, **options)  # type: ignore[call-arg]
 

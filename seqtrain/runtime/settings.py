@@ -1,5 +1,6 @@
 """What a run can be told: one frozen dataclass a section, and the rules that hold between sections."""
 
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -79,6 +80,8 @@ class ParallelConfig:
     data: Annotated[Positive, OrAuto] = AUTO
     # Sequence-parallel (context-parallel) ranks of a group: each holds a piece of every sequence.
     sequence: Positive = 1
+    # Ranks over which routed experts are dealt: each has so small a part of them, and tokens travel. 1: each has all.
+    experts: Positive = 1
     # What DeepSpeed divides over all ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights.
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     # How states travel between sequence-parallel ranks; `auto` takes the cheapest by costs measured at the start.
@@ -291,8 +294,27 @@ def check(config: PretrainConfig) -> None:
     check_source(config.data, sequence_length=config.train.sequence_length)
     _check_batch(config)
     _check_ranks(config)
+    _check_experts(config)
     _check_device(config)
     _check_model(config)
+
+
+def _check_experts(config: PretrainConfig) -> None:
+    parallel, model = config.parallel, config.model
+    if parallel.experts == 1:
+        return
+    key = f"parallel.experts={parallel.experts}"
+    if not model.experts:
+        raise ConfigError(f"{key}: the model has no routed experts; use parallel.experts=1, or set model.experts=")
+    for number, name in ((model.experts, "model.experts"), (parallel.ranks, "parallel.data x parallel.sequence")):
+        if number % parallel.experts:
+            fitting = math.gcd(model.experts, parallel.ranks)
+            raise ConfigError(f"{key}: must divide {name}={number}; use {fitting}, or a divisor of it")
+    if parallel.zero_stage == 3:
+        raise ConfigError(
+            f"{key}: DeepSpeed doesn't divide dealt experts as well, parallel.zero_stage=3; "
+            "use parallel.zero_stage=2 or less, or parallel.experts=1"
+        )
 
 
 def _check_model(config: PretrainConfig) -> None:

@@ -85,6 +85,7 @@ def train(session: Session, ranks: Ranks, *, poll: Callable[[], None] = lambda: 
             form_mesh(
                 ranks.group,
                 sequence=parallel.sequence,
+                experts=parallel.experts,
                 algorithm=parallel.algorithm,
                 device=ranks.device,
                 timeout_seconds=session.config.runtime.collective_timeout_seconds,
@@ -171,7 +172,7 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
         trainable.load()
     # Counted now: in ZeRO 3 a rank will hold only its part of each.
     parameters = sum(p.numel() for p in trainable.model.parameters())
-    engine = Engine(trainable.model, trainable.groups, config, ranks)
+    engine = Engine(trainable.model, trainable.groups, config, ranks, experts=mesh.experts)
     if found:
         found.restore_optimizer(engine)
     progress = found.progress if found else Progress()

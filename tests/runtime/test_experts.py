@@ -90,6 +90,11 @@ def test_a_step_is_that_of_one_rank(config, layouts):
     assert truth["balance_loss"] > 1.0
     assert 0.5 <= truth["largest_expert_share"] <= 1.0
     assert any(bias.abs().sum() > 0 for name, bias in weights(config).items() if name.endswith("mlp.bias"))
+    assert_all_same(config, others)
+
+
+def assert_all_same(config: PretrainConfig, others: list[PretrainConfig]) -> None:
+    [truth] = records(config)
     for each in others:
         assert_same_step(each, config)
         [record] = records(each)
@@ -98,6 +103,40 @@ def test_a_step_is_that_of_one_rank(config, layouts):
         for name, bias in weights(config).items():
             if name.endswith("mlp.bias"):
                 assert torch.equal(weights(each)[name], bias), name
+
+
+def dealt(data: int, sequence: int, stage: int, experts: int) -> dict[str, int]:
+    return {**grid(data, sequence, stage), "experts": experts}
+
+
+@pytest.mark.parametrize(
+    "meshes",
+    in_tiers(
+        [(1, 2, 1, 2), (2, 1, 0, 2)],
+        [(2, 1, 2, 2), (2, 2, 1, 2), (2, 2, 2, 4), (4, 1, 1, 2), (1, 4, 0, 4), (4, 1, 0, 2)],
+    ),
+)
+def test_dealt_experts_are_those_of_one_rank(config, meshes):
+    others = [change(config, f"{mesh}", parallel=dealt(*mesh)) for mesh in meshes]
+    train_on(config, *others)
+    assert_all_same(config, others)
+
+
+@pytest.mark.all
+def test_checkpoints_of_dealt_experts(config):
+    """Whole weights, resumed bit for bit, and on any other ranks."""
+    clipped = {"steps": 4, "gradient_clipping": 0.5}
+    longer = change(config, train=clipped, checkpoint={"every": 2}, parallel=dealt(2, 1, 1, 2))
+    alone = change(longer, "alone", parallel=dealt(1, 1, 1, 1))
+    train_on(longer, alone)
+    assert losses(longer) == pytest.approx(losses(alone), rel=1e-5)
+    meshes = {"again": (2, 1, 1, 2), "none": (1, 1, 0, 1), "stage 0": (1, 2, 0, 2)}
+    resumed = {name: as_it_was_at(longer, 2, name, parallel=dealt(*mesh)) for name, mesh in meshes.items()}
+    train_on(*resumed.values())
+    for name, weight in weights(longer).items():
+        assert torch.equal(weights(resumed["again"])[name], weight), name
+    for each in resumed.values():
+        assert losses(each) == pytest.approx(losses(alone), rel=1e-5)
 
 
 @pytest.mark.full

@@ -1,0 +1,68 @@
+"""Experts dealt over ranks, as DeepSpeed is told of them: whose gradients are averaged with whose."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from seqtrain.errors import ConfigError
+from seqtrain.models.feed_forward import MoE
+from seqtrain.parallel.experts import all_experts, own_experts
+
+
+class Dealt:
+    """Which parameters of a model are parts: each rank of `group` has its experts. None: all are whole."""
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None):
+        self.group = group
+        layers = [module for module in model.modules() if isinstance(module, MoE)] if group is not None else []
+        parts = {weight for layer in layers for weight in layer.deal(group)} if group is not None else set()
+        self.names = {name for name, parameter in model.named_parameters() if parameter in parts}
+        self._parts = parts
+        if group is not None:
+            # What DeepSpeed calls the groups of so many neighbors.
+            self._name = f"ep_size_{group.size()}"
+            for part in parts:
+                part.allreduce, part.group_name = False, self._name  # type: ignore[attr-defined]
+
+    def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The optimizer's, parts in groups of their own: ZeRO divides them over the ranks that have the same ones."""
+        if self.group is None:
+            return groups
+        whole = [{**each, "params": [p for p in each["params"] if p not in self._parts]} for each in groups]
+        marks = {"moe": True, "name": self._name}
+        parts = [{**each, **marks, "params": [p for p in each["params"] if p in self._parts]} for each in groups]
+        if not any(each["params"] for each in parts):
+            raise ConfigError(f"parallel.experts={self.group.size()}: no routed experts are trained; use 1")
+        return [each for each in (*whole, *parts) if each["params"]]
+
+    @contextmanager
+    def told(self, model: nn.Module) -> Iterator[None]:
+        """While DeepSpeed makes its engine of `model`: it looks for a layer of its own, which forms groups.
+
+        Theirs are over the same neighbors; gradients of parts are summed over the others, and divided by all ranks.
+        """
+        if self.group is None:
+            yield
+            return
+        from deepspeed.moe.layer import MoE as DeepSpeedMoE
+
+        ranks = self.group.size()
+        # It prints what it forms.
+        with redirect_stdout(io.StringIO()):
+            model.told = DeepSpeedMoE(hidden_size=1, expert=nn.Identity(), num_experts=ranks, ep_size=ranks)
+            try:
+                yield
+            finally:
+                del model.told
+
+    def whole(self, name: str, value: Tensor) -> Tensor:
+        """`value`, of the shape of this rank's parameter `name`, for all experts. A collective where it is a part."""
+        return all_experts(value, self.group) if self.group is not None and name in self.names else value
+
+    def own(self, name: str, value: Tensor) -> Tensor:
+        """The reverse."""
+        return own_experts(value, self.group) if self.group is not None and name in self.names else value
