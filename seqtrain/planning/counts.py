@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from seqtrain.models import LanguageModel, ModelConfig
+from seqtrain.models.feed_forward import MoE
 from seqtrain.planning.parts import MicroBatch, PartTracer, Traced
 
 
@@ -23,7 +24,8 @@ class PartCounts(Traced):
     `layer`: from 0; -1 outside of the layers. `part`: "embedding", "mixer", "mlp" or "loss" (with the last norm and the
     head). `kind`: the mixer's name, or "". `parameters`: numbers the part alone holds. `forward_flops`,
     `backward_flops`: the model's own (a multiply-add is two), each operator's recurrence counted as it is defined.
-    `state_bytes`: of one row after the tokens, as generation carries it.
+    `state_bytes`: of one row after the tokens, as generation carries it. `experts`: of the parameters, those of routed
+    experts; `routed_bytes`: of the tokens' copies that these work on.
     """
 
     layer: int
@@ -33,6 +35,8 @@ class PartCounts(Traced):
     forward_flops: float
     backward_flops: float
     state_bytes: int = 0
+    experts: int = 0
+    routed_bytes: float = 0.0
 
     @property
     def saved_bytes(self) -> float:
@@ -44,7 +48,7 @@ class PartCounts(Traced):
         backward = self.backward.times(rows)
         # The gradients of weights do not grow with the rows.
         backward.kept -= (rows - 1) * self.gradient_bytes
-        numbers = ("forward_flops", "backward_flops", "executed_forward", "executed_backward")
+        numbers = ("forward_flops", "backward_flops", "executed_forward", "executed_backward", "routed_bytes")
         return dataclasses.replace(
             self,
             **{name: getattr(self, name) * rows for name in numbers},
@@ -67,6 +71,11 @@ class ModelCounts:
     @property
     def parameters(self) -> int:
         return sum(part.parameters for part in self.parts)
+
+    @property
+    def experts(self) -> int:
+        """Of the parameters, those of routed experts."""
+        return sum(part.experts for part in self.parts)
 
     @property
     def state_bytes(self) -> int:
@@ -178,7 +187,12 @@ class ModelCounter:
                 add(index, "mixer", modules, flops, mixers[kind], kind=kind[0], state_bytes=states)
             if block.mlp is not None:
                 modules, flops = [block.mlp, block.mlp_norm, block.mlp_post_norm], float(rows * block.mlp_flops(tokens))
-                add(index, "mlp", modules, flops, mlps[config.mlp(index)])
+                routed: dict[str, Any] = {}
+                if isinstance(block.mlp, MoE):
+                    experts = block.mlp.up.numel() + block.mlp.down.numel()
+                    copies = rows * tokens * block.mlp.chosen
+                    routed = {"experts": experts, "routed_bytes": 4.0 * copies * block.mlp.up.shape[2]}
+                add(index, "mlp", modules, flops, mlps[config.mlp(index)], **routed)
         loss_flops = 2.0 * rows * tokens * config.width * whole.vocab_size
         add(-1, "loss", [whole.norm, whole.head], loss_flops, trace.loss(batch))
         return ModelCounts(tuple(parts), tokens, rows, self.dtype, rows * tokens * config.width * 4)

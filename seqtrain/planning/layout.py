@@ -127,7 +127,8 @@ def read_cluster(cluster: str) -> ClusterFile:
 @dataclass(frozen=True)
 class Layout:
     """How a step is divided: groups of ranks `data`, ranks per sequence `sequence`, ZeRO's `stage`, whether layers are
-    recomputed (`checkpointing`), rows at once (`micro_batch`), rows of the whole step (`batch`).
+    recomputed (`checkpointing`), rows at once (`micro_batch`), rows of the whole step (`batch`), ranks over which
+    experts are dealt (`experts`).
     """
 
     data: int
@@ -136,6 +137,7 @@ class Layout:
     checkpointing: bool
     micro_batch: int
     batch: int
+    experts: int = 1
 
     @property
     def ranks(self) -> int:
@@ -148,7 +150,8 @@ class Layout:
 
     def __str__(self) -> str:
         again = ", recomputed" * self.checkpointing
-        return f"{self.data} x {self.sequence}, ZeRO {self.stage}, {self.micro_batch}/{self.batch} rows{again}"
+        dealt = f", experts over {self.experts}" if self.experts > 1 else ""
+        return f"{self.data} x {self.sequence}, ZeRO {self.stage}, {self.micro_batch}/{self.batch} rows{again}{dealt}"
 
     def of_rounds(self, rounds: int) -> "Layout":
         """With a batch of so many micro-batches."""
@@ -157,9 +160,9 @@ class Layout:
     def overrides(self) -> list[str]:
         """The launcher's words for it."""
         keys = ["parallel.data", "parallel.sequence", "parallel.zero_stage", "model.activation_checkpointing"]
-        keys += ["train.micro_batch_size", "train.batch_size"]
-        values = astuple(self)
-        return [f"{key}={str(value).lower()}" for key, value in zip(keys, values, strict=True)]
+        keys += ["train.micro_batch_size", "train.batch_size", "parallel.experts"]
+        values = astuple(self) if self.experts > 1 else astuple(self)[:-1]
+        return [f"{key}={str(value).lower()}" for key, value in zip(keys, values, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -211,9 +214,8 @@ def predict(
     compute = compute_seconds(counts, machine, checkpointing=layout.checkpointing, shards=layout.sequence)
     compute = {name: crowd * seconds for name, seconds in compute.items()}
     exchanged, reduced = communication_seconds(counts, layout, cluster, sum(compute.values()), scheme)
-    once = {"gradient exchange": reduced, "optimizer": crowd * machine.optimizer * counts.parameters}
-    if layout.stage:
-        once["optimizer"] /= layout.ranks
+    updated = counts.parameters / layout.ranks if layout.stage else held_parameters(counts, layout)
+    once = {"gradient exchange": reduced, "optimizer": crowd * machine.optimizer * updated}
     room = machine.memory / here if machine.shared else machine.memory
     return Prediction(layout, compute | exchanged, once, memory_bytes(counts, layout, machine), room)
 
@@ -266,7 +268,7 @@ def communication_seconds(
 ) -> tuple[dict[str, float], float]:
     """Seconds that exchanges add to `compute` seconds of a micro-batch, and those of the gradients' own."""
     exchanges = [exchange for part in counts.parts for exchange in part.exchanges]
-    depth, numbers = max(1, len(counts.layers)), 4.0 * counts.parameters
+    depth, numbers = max(1, len(counts.layers)), 4.0 * held_parameters(counts, layout)
     scans = [(exchange.shape, exchange.item) for exchange in exchanges if exchange.shape is not None]
     shape, item = max(
         scans,
@@ -281,7 +283,7 @@ def communication_seconds(
         float(simulate(cluster, each, scheme, ranks=ranks, replicas=layout.ranks // ranks)[0])
         for each in (bare, gathering, reducing)
     )
-    # Halo and KV exchanges, which are not overlapped: forward, and their gradients backward.
+    # Exchanges of halos, keys and values, and tokens for experts, not overlapped: forward, and gradients backward.
     costs = cluster.between if 0 < cluster.node < layout.sequence else cluster.inside
     others, far = 0.0, layout.sequence - 1
     for exchange in exchanges if far else ():
@@ -289,6 +291,12 @@ def communication_seconds(
             others += costs.latency + exchange.near * costs.byte
         if exchange.spread:
             others += 2 * costs.latency * far + exchange.spread * far / layout.sequence * costs.byte
+    # Tokens to experts and back; their counts go first.
+    costs = cluster.between if 0 < cluster.node < layout.experts else cluster.inside
+    away = layout.experts - 1
+    for part in counts.parts if away else ():
+        if part.experts:
+            others += 3 * costs.latency * away + 2 * part.routed_bytes * away / layout.experts * costs.byte
     exchanged = {
         "sequence exchange": max(0.0, passes - compute) + 2 * others,
         "weights gathered": with_weights - passes,
@@ -296,19 +304,27 @@ def communication_seconds(
     return exchanged, whole - with_weights
 
 
+def held_parameters(counts: ModelCounts, layout: Layout) -> float:
+    """Numbers that a rank's weights have, before ZeRO divides anything: of dealt experts its own alone."""
+    return counts.parameters - counts.experts * (1 - 1 / layout.experts)
+
+
 def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[str, float]:
     """Bytes of one rank at the peak of a step, by kind."""
     again, own = layout.checkpointing, 1 / layout.ranks
-    size = 4.0 * counts.parameters
+    # What ZeRO divides is, in all, the same with dealt experts.
+    size, divided = 4.0 * held_parameters(counts, layout), 4.0 * counts.parameters * own
     whole, kept = counts.peak_bytes(checkpointing=again), counts.saved_bytes(checkpointing=again)
     bucket = min(size, 4.0 * BUCKET) if layout.ranks > 1 or layout.stage else 0.0
-    weights = size * own if layout.stage == 3 else size
+    weights = divided if layout.stage == 3 else size
     gathered = size / max(1, len(counts.layers)) * 2 if layout.stage == 3 else 0.0
     # ZeRO keeps a float32 copy of its part next to the weights, and the reduced gradients of its part.
-    moments = size * 3 * own if layout.stage else size * 2
-    reduced = size * own if layout.stage else 0.0
+    moments = divided * 3 if layout.stage else size * 2
+    reduced = divided if layout.stage else 0.0
     # From stage 2 on a rank's gradients leave with each bucket; the peak counts all of them.
-    fewer = min(whole - kept, size * (1 - own)) if layout.stage >= 2 else 0.0
+    fewer = min(whole - kept, size - divided) if layout.stage >= 2 else 0.0
+    # Those of experts on other ranks, which are counted with the part they would be of.
+    fewer += 4.0 * counts.parameters - size
     kinds = {
         "program": machine.base,
         "weights": weights + gathered,

@@ -83,7 +83,12 @@ def layouts_of(config: PretrainConfig, ranks: int, step_tokens: int = 0) -> list
 
     step_tokens: 0 for the run's own batch, or the most of any other. Raises `ConfigError` where there is none.
     """
-    train = config.train
+    train, experts = config.train, config.parallel.experts
+    if ranks % experts or config.model.experts % experts:
+        raise ConfigError(
+            f"parallel.experts={experts}: must divide {ranks} ranks and model.experts={config.model.experts}; "
+            f"use {math.gcd(ranks, config.model.experts)}, or a divisor of it"
+        )
     sharded = [n for n in _powers_of_two(min(ranks, train.sequence_length)) if ranks % n == 0]
     most = max(step_tokens // train.sequence_length, ranks // sharded[-1])
     found = []
@@ -92,8 +97,8 @@ def layouts_of(config: PretrainConfig, ranks: int, step_tokens: int = 0) -> list
         batches = [data * n for n in _powers_of_two(most // data)] if step_tokens else [train.batch_size]
         for batch in (each for each in batches if each % data == 0):
             micros = [n for n in _powers_of_two(batch // data) if batch % (data * n) == 0]
-            for micro, stage, again in product(micros, range(4), (False, True)):
-                found.append(Layout(data, sequence, stage, again, micro, batch))
+            for micro, stage, again in product(micros, range(3 if experts > 1 else 4), (False, True)):
+                found.append(Layout(data, sequence, stage, again, micro, batch, experts))
     if not found:
         raise ConfigError(
             f"train.batch_size={train.batch_size}: no layout of {ranks} ranks divides it; use a multiple of the data "

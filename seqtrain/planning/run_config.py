@@ -34,6 +34,7 @@ def layout_of(config: PretrainConfig) -> Layout:
         config.model.activation_checkpointing,
         micro_batch(config),
         config.train.batch_size,
+        parallel.experts,
     )
 
 

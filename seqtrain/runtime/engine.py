@@ -106,14 +106,16 @@ class Engine:
             )
         self.model: nn.Module = self.deepspeed
         self.optimizer_state = OptimizerState(self.deepspeed, self.stage, config.optimizer, self._dealt)
+        dealt = f", experts over {experts.size()}" if experts is not None else ""
         log.info(
-            "engine: DeepSpeed %s, ZeRO %d, %s over %d x %d ranks (data x sequence, %s), optimizer %s of %s",
+            "engine: DeepSpeed %s, ZeRO %d, %s over %d x %d ranks (data x sequence, %s)%s, optimizer %s of %s",
             deepspeed.__version__,
             self.stage,
             config.train.dtype,
             config.parallel.data,
             config.parallel.sequence,
             ranks.device.type,
+            dealt,
             config.optimizer.name,
             config.optimizer.implementation,
         )

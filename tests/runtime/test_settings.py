@@ -34,6 +34,15 @@ RAY = {"name": "ray"}
         ),
         ({"model": {"width": 10**8}}, "model.depth=2 model.width=100000000: the weights alone are .* any has, 1.0e"),
         ({"model": {"width": 10**15}}, "model.width=1000000000000000: a block can't be made"),
+        ({"runtime": RAY, "parallel": {"data": 2, "experts": 2}}, "parallel.experts=2: .*no routed experts; use .*=1"),
+        (
+            {"runtime": RAY, "parallel": {"data": 4, "experts": 4}, "model": {"experts": 6}},
+            "parallel.experts=4: must divide model.experts=6; use 2",
+        ),
+        (
+            {"runtime": RAY, "parallel": {"data": 2, "experts": 2, "zero_stage": 3}, "model": {"experts": 6}},
+            "parallel.experts=2: .*parallel.zero_stage=3; use parallel.zero_stage=2 or less",
+        ),
         ({"train": {"batch_size": 10**9}}, r"train.batch_size=1000000000: with .* has 3.2e\+10 tokens; at most"),
     ],
 )
