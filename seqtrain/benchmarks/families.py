@@ -30,20 +30,41 @@ from seqtrain.report import in_a_line, machine, show_table, write_results
 
 DELTA = {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
-MAMBA2 = {"mamba_n_heads": 16, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_n_groups": 1}
-# By `model_type`: what transformers calls its classes, and what of its config the common sizes do not say.
+MAMBA2 = {"mamba_n_heads": 16, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1}
+# By `model_type`: what transformers calls its classes, and what of its config the common sizes do not say: the shape of
+# a published model (of the smallest where they differ), brought to a width of 512.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "qwen3": ("Qwen3", {"head_dim": 64}),
     "olmo_hybrid": ("OlmoHybrid", DELTA),
     "qwen3_next": ("Qwen3Next", {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 256, "head_dim": 64}),
     "mamba": ("Mamba", {"state_size": 16}),
-    "mamba2": ("Mamba2", {"num_heads": 16, "head_dim": 64, "state_size": 64, "n_groups": 1}),
-    "falcon_h1": ("FalconH1", {**MAMBA2, "mamba_d_ssm": 1024, "head_dim": 64}),
+    "mamba2": ("Mamba2", {"num_heads": 16, "head_dim": 64, "state_size": 128, "n_groups": 1}),
+    # Falcon-H1-0.5B: attention half as wide as the model.
+    "falcon_h1": (
+        "FalconH1",
+        {
+            **MAMBA2,
+            "mamba_d_ssm": 768,
+            "mamba_n_heads": 12,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 64,
+            "intermediate_size": 1024,
+        },
+    ),
     "bamba": ("Bamba", MAMBA2),
+    # Nemotron-H-8B: one layer in thirteen is attention, here one in eight.
     "nemotron_h": (
         "NemotronH",
-        {"mamba_num_heads": 16, "mamba_head_dim": 64, "ssm_state_size": 64, "n_groups": 1, "head_dim": 64},
+        {
+            "hybrid_override_pattern": "M-M-M*M-",
+            "mamba_num_heads": 16,
+            "mamba_head_dim": 64,
+            "ssm_state_size": 128,
+            "n_groups": 1,
+            "head_dim": 64,
+        },
     ),
 }
 
@@ -108,6 +129,8 @@ def both(name: str, settings: Settings) -> tuple[torch.nn.Module, torch.nn.Modul
     kind, own = FAMILIES[name]
     sizes = {"hidden_size": settings.width, "vocab_size": settings.vocab, "num_hidden_layers": settings.depth}
     sizes |= {"intermediate_size": 3 * settings.width, "num_attention_heads": 8, "num_key_value_heads": 4}
+    if pattern := own.get("hybrid_override_pattern"):
+        own = own | {"hybrid_override_pattern": (pattern * settings.depth)[: settings.depth]}
     sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if name in ("mamba", "mamba2"):
         sizes = {key: size for key, size in sizes.items() if "intermediate" not in key and "head" not in key}

@@ -115,10 +115,7 @@ def export(student: LanguageModel, architecture: Architecture, source: Source, f
     with replacing(folder) as unfinished:
         unfinished.mkdir()
         as_huggingface(student, architecture.mixers, **tokens).save_pretrained(unfinished)
-        if source.path.is_dir():
-            copy_companions(source.path, unfinished)
-        elif (tokenizer := source.tokenizer()) is not None:
-            tokenizer.save_pretrained(unfinished)
+        copy_companions(source.path, unfinished)
 
 
 class Parts(nn.Module):

@@ -31,6 +31,7 @@ class Operator:
 
     op: Any
     function: type[torch.autograd.Function]
+    forward: Forward
     results: int
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
@@ -38,7 +39,8 @@ class Operator:
         # Kernels read memory, which fake tensors (`seqtrain.planning.trace`) do not have; the operator knows shapes.
         if torch.compiler.is_compiling() or any(isinstance(x, FakeTensor) for x in arguments):
             return _tuple(self.op(*arguments))[: self.results]
-        return self.function.apply(*arguments)
+        # An `autograd.Function` takes 50 microseconds even where nothing is recorded, which decoding would notice.
+        return self.function.apply(*arguments) if torch.is_grad_enabled() else self.forward(*arguments)[: self.results]
 
 
 def differentiable(
@@ -102,7 +104,7 @@ def differentiable(
         def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
             return tuple(backward(*_recall(ctx, given)))
 
-    return Operator(op, Eager, results)
+    return Operator(op, Eager, forward, results)
 
 
 def constant(function: F) -> F:

@@ -34,14 +34,15 @@ class Origin:
     """What exporting a model needs besides its weights.
 
     `config`: the folder's config.json. `shapes`, `dtypes` (None where quantized), `files`: of each tensor, by its name.
-    `folder`: None for a GGUF file, whose model is written as the Hugging Face folder it could have come from.
+    `source`: the folder or GGUF file, None for a model made here. A GGUF file's model is written as the Hugging Face
+    folder it could have come from.
     """
 
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, torch.dtype | None]
     files: Mapping[str, str]
-    folder: Path | None
+    source: Path | None
 
 
 def from_pretrained(
@@ -270,7 +271,7 @@ def origin_of(source: Source) -> Origin:
 
         config = source.config.to_dict()
         config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
-        return Origin(config, source.shapes, dict.fromkeys(source.shapes, torch.float32), source.places, None)
+        return Origin(config, source.shapes, dict.fromkeys(source.shapes, torch.float32), source.places, source.path)
     config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
     return Origin(
         config, source.shapes, {name: REAL.get(kind) for name, kind in source.kinds.items()}, source.places, source.path
@@ -288,8 +289,8 @@ def write_folder(model: LanguageModel, origin: Origin, folder: Path) -> None:
         sizes = sum((folder / file).stat().st_size for file in set(origin.files.values()))
         index = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(origin.files.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    if origin.folder is not None:
-        copy_companions(origin.folder, folder)
+    if origin.source is not None:
+        copy_companions(origin.source, folder)
 
 
 @torch.no_grad()
@@ -314,7 +315,7 @@ def _carried(origin: Origin, names: set[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     example = min(names)
     for file in sorted({origin.files[name] for name in names}):
-        path = None if origin.folder is None else origin.folder / file
+        path = None if origin.source is None else origin.source / file
         if path is None or not path.is_file():
             raise CheckpointError(f"{path}: is gone, and with it {example}, which the export has to carry along")
         with open_weights(path) as opened:
@@ -345,7 +346,11 @@ def family_of_config(config: Mapping[str, Any]) -> tuple[Family, Any]:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copies tokenizer, chat template and generation config."""
+    """Copies tokenizer, chat template and generation config of a folder, or writes the tokenizer of a GGUF file."""
+    if not source.is_dir():
+        if (tokenizer := open_source(str(source)).tokenizer()) is not None:
+            tokenizer.save_pretrained(folder)
+        return
     for file in {found for pattern in CARRIED for found in source.glob(pattern) if found.is_file()}:
         copy = folder / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)

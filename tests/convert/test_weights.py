@@ -17,9 +17,10 @@ from seqtrain.convert.sources import open_source
 from seqtrain.convert.weights import export, load_student
 from seqtrain.errors import CheckpointError, SeqtrainError
 from seqtrain.memory import AnonymousPeak
-from seqtrain.models.pretrained import load_weights
+from seqtrain.models.pretrained import from_pretrained, load_weights, save_pretrained
+from seqtrain.models.source import Source
 from tests.command_cases import refused
-from tests.convert.convert_cases import COMMON, FAMILIES, TINY, read_teacher, some_tokens, write_gguf
+from tests.convert.convert_cases import COMMON, FAMILIES, TINY, read_teacher, save_tokenizer, some_tokens, write_gguf
 
 
 @torch.no_grad()
@@ -44,6 +45,18 @@ def test_a_gguf_file_holds_the_same_model(transformers_on_disk, tmp_path, kind):
     tokens = some_tokens(1, 40)
     came = logits_of(read_teacher(tmp_path / "model.gguf"), tokens)
     torch.testing.assert_close(came, theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gguf_file_s_tokenizer_is_written_beside_the_model(transformers_on_disk, tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    theirs, _ = transformers_on_disk("smollm2")
+    write_gguf(theirs, tmp_path / "model.gguf")
+    save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    monkeypatch.setattr(Source, "tokenizer", lambda self: tokenizer)
+    save_pretrained(from_pretrained(tmp_path / "model.gguf"), tmp_path / "written")
+    assert AutoTokenizer.from_pretrained(tmp_path / "written").get_vocab() == tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize(("quantization", "step"), [("F16", 2**-11), ("BF16", 2**-8), ("Q8_0", 1 / 127)])

@@ -12,6 +12,7 @@ import torch
 
 from seqtrain.kernels import delta_rule, linear_attention, tensor_attention
 from seqtrain.kernels.dispatch import reset_backend_choice
+from seqtrain.kernels.gated_norm import native as norm
 from seqtrain.kernels.native import build, cut, recurrence
 from seqtrain.kernels.native import tensor_attention as native
 from seqtrain.kernels.segments import by_segment
@@ -168,6 +169,7 @@ def test_a_forked_process_computes_too(monkeypatch):
 def test_both_sides_agree_on_the_call():
     assert build.library().seqtrain_call_size() == ctypes.sizeof(recurrence._Call)
     assert build.library().seqtrain_tensor_call_size() == ctypes.sizeof(native._Call)
+    assert build.library().seqtrain_norm_call_size() == ctypes.sizeof(norm._Call)
 
 
 @pytest.mark.parametrize(("key_width", "value_width"), [(1, 1), (6, 16), (4, 33)])
@@ -291,3 +293,18 @@ def test_a_prebuilt_library_that_does_not_load_is_compiled_instead(fresh, monkey
     with caplog.at_level(logging.INFO, "seqtrain.kernels"):
         assert "needs a C++ compiler" in build.unavailable()
     assert "native kernels: x86-64-v3.so can't be loaded" in caplog.text
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_parts_of_a_projection_are_read_where_they_lie(name):
+    mixed = torch.randn(2, 70, 56, generator=torch.Generator().manual_seed(0)).sigmoid()
+    v, key, gates = mixed.split([32, 16, 8], 2)
+    # One key and one query for all heads.
+    parts = [x[:, :, None].expand(-1, -1, 4, -1) for x in key.split(8, 2)] + [v.unflatten(2, (4, 8))]
+    parts += [gates[:, :, :4]] if name == "delta_rule" else []
+    found = []
+    for each in (parts, [x.contiguous() for x in parts]):
+        leaves = [x.detach().requires_grad_() for x in each]
+        out, state = OPERATORS[name](*leaves, backend="native")
+        found.append((out, state, *torch.autograd.grad(out.square().sum() + state.sum(), leaves)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

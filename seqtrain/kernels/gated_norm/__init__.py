@@ -14,7 +14,7 @@ Activation = Literal["silu", "sigmoid"]
     arguments={"x": "... H V", "weight": ("V", "H V"), "gate": "... H V"},
     out="... H V",
     flops=lambda **_: 0,
-    backends=("reference", "chunked", "triton"),
+    backends=("reference", "chunked", "native", "triton"),
 )
 def gated_norm(
     x: Tensor,
@@ -54,3 +54,9 @@ def reference(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, silu: 
         wide, factor = wide * factor, torch.ones_like(wide)
     size = (wide.square().mean(-1, keepdim=True) + eps).sqrt()
     return (wide / size * weight * factor).to(x.dtype)
+
+
+def by_token(x: Tensor) -> Tensor:
+    """`[...,H,V]` -> `[N,H*V]`; a slice of a wider projection stays where it is."""
+    flat = x.flatten(-2).flatten(0, -2) if x.dim() > 2 else x.flatten()[None]
+    return flat if flat.stride(1) == 1 else flat.contiguous()

@@ -14,9 +14,12 @@ namespace seqtrain {
 
 enum class Kind : int64_t { kAbsent = 0, kFloat = 1, kBFloat16 = 2 };
 
+// Numbers from a token to the next, and from a head to the next: inputs are read where they lie, in a projection of which
+// they are a part, or one row for many heads.
 struct Array {
   void* data;
   Kind kind;
+  int64_t token, head;
 };
 
 static int64_t padded(int64_t size) { return (size + kBlock - 1) / kBlock * kBlock; }

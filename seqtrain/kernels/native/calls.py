@@ -8,22 +8,40 @@ from torch import Tensor
 
 # What the library reads and writes; `Kind` of arrays.h.
 KINDS = {torch.float32: 1, torch.bfloat16: 2}
+_OF_ARRAY = ("data", "kind", "token", "head")
 
 
 class Array(ctypes.Structure):
-    """`Array` of arrays.h: where a contiguous tensor lies, and its dtype. The tensor must outlive the call."""
+    """`Array` of arrays.h: where a tensor lies, and its dtype. The tensor must outlive the call."""
 
-    _fields_ = [("data", ctypes.c_void_p), ("kind", ctypes.c_int64)]
+    _fields_ = [(name, ctypes.c_int64 if index else ctypes.c_void_p) for index, name in enumerate(_OF_ARRAY)]
 
     @classmethod
-    def of(cls, tensor: Tensor | None) -> "Array":
-        return cls(None, 0) if tensor is None else cls(tensor.data_ptr(), KINDS[tensor.dtype])
+    def of(cls, tensor: Tensor | None, token: int = 0, head: int = 0) -> "Array":
+        """`token`, `head`: strides, of what is not contiguous throughout."""
+        return cls(None, 0) if tensor is None else cls(tensor.data_ptr(), KINDS[tensor.dtype], token, head)
+
+    @classmethod
+    def strided(cls, tensor: Tensor | None) -> "Array":
+        """Of `[B,T,H,...]` as `by_token` gives it."""
+        return cls(None, 0) if tensor is None else cls.of(tensor, *tensor.stride()[1:3])
 
 
 def fields(arrays: str, pointers: str, numbers: str) -> list[tuple[str, Any]]:
     """Those of a call, by name: arrays, addresses, numbers, and its scale; mirrors a struct of the library's."""
     kinds = ((arrays, Array), (pointers, ctypes.c_void_p), (numbers, ctypes.c_int64), ("scale", ctypes.c_double))
     return [(name, kind) for names, kind in kinds for name in names.split()]
+
+
+def by_token(*tensors: Tensor | None) -> list[Any]:
+    """`[B,T,H,...]`, in which all tokens are as far apart and a head's numbers lie side by side: views, or copies."""
+    return [x if x is None or _regular(x) else x.contiguous() for x in tensors]
+
+
+def _regular(x: Tensor) -> bool:
+    # What there is none of, as the output of a call without queries, has no dimensions either.
+    rows = x.dim() > 2 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+    return rows and (x.dim() == 3 or x.stride(3) == 1)
 
 
 def contiguous(*tensors: Tensor | None) -> list[Any]:

@@ -186,19 +186,18 @@ class Worker : InDocument {
   }
 
   // Rows [padded(tokens), padded width] of chunk n, with zeros for padding.
-  void take_rows(int64_t n, const Array& from, int64_t width, int64_t column, int columns, int to_width, float factor,
-                 float* to) const {
+  void take_rows(int64_t n, const Array& from, int64_t column, int columns, int to_width, float factor, float* to) const {
     const int count = tokens(n), rows = static_cast<int>(padded(count));
     for (int i = 0; i < count; ++i) {
       float* row = to + int64_t(i) * to_width;
-      widen(from, place(n, i) * width + column, columns, factor, row);
+      widen(from, (start_ + n * chunk_ + i) * from.token + head_ * from.head + column, columns, factor, row);
       if (columns < to_width) std::memset(row + columns, 0, sizeof(float) * (to_width - columns));
     }
     std::memset(to + int64_t(count) * to_width, 0, sizeof(float) * (rows - count) * to_width);
   }
 
   void take_values(int64_t n, const Array& from, float factor, float* to) const {
-    take_rows(n, from, call_.value, first_column_, columns_, width_, factor, to);
+    take_rows(n, from, first_column_, columns_, width_, factor, to);
   }
 
   void put_value(int64_t n, int i, const float* rows, const Array& to, float factor) const {
@@ -220,11 +219,11 @@ class Worker : InDocument {
     const int rows = static_cast<int>(padded(tokens(n))), reads = delta_ ? 2 : reads_;
     Chunk chunk{rows, reads, writes_, x_, nullptr, nullptr, nullptr, {pairs_[0], pairs_[1]}};
     const int key = static_cast<int>(call_.key);
-    if (reads_) take_rows(n, call_.q, key, 0, key, key_, static_cast<float>(call_.scale), x_);
-    if (writes_) take_rows(n, call_.k, key, 0, key, key_, 1, x_ + int64_t(rows) * key_);
-    if (delta_) take_rows(n, call_.beta, 1, 0, 1, 1, 1, beta_);
-    if (call_.decay == DecayKind::kScalar) take_rows(n, call_.log_decay, 1, 0, 1, 1, 1, log_);
-    if (call_.decay == DecayKind::kChannel) take_rows(n, call_.log_decay, key, 0, key, key_, 1, log_);
+    if (reads_) take_rows(n, call_.q, 0, key, key_, static_cast<float>(call_.scale), x_);
+    if (writes_) take_rows(n, call_.k, 0, key, key_, 1, x_ + int64_t(rows) * key_);
+    if (delta_) take_rows(n, call_.beta, 0, 1, 1, 1, beta_);
+    if (call_.decay == DecayKind::kScalar) take_rows(n, call_.log_decay, 0, 1, 1, 1, log_);
+    if (call_.decay == DecayKind::kChannel) take_rows(n, call_.log_decay, 0, key, key_, 1, log_);
     return chunk;
   }
 

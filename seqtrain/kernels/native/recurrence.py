@@ -13,7 +13,7 @@ from seqtrain.kernels.chunk_form import chunk_length
 from seqtrain.kernels.custom_ops import differentiable
 from seqtrain.kernels.native import cut
 from seqtrain.kernels.native.build import library
-from seqtrain.kernels.native.calls import KINDS, Array, check, contiguous, fields, find_boundaries
+from seqtrain.kernels.native.calls import KINDS, Array, by_token, check, fields, find_boundaries
 from seqtrain.kernels.operator import Inputs
 
 # Numbers that the recomputed chunks between two saved states may take: 1 MB, half of a usual second-level cache.
@@ -90,7 +90,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     is v and what q reads.
     """
     *tensors, cu_seqlens, scale, keep = arguments
-    q, k, v, beta, log_decay, state = contiguous(*tensors)
+    (q, k, v, beta, log_decay), state = by_token(*tensors[:5]), tensors[5].contiguous()
     out, final_state, checkpoints = _shapes(*arguments)
     call = _describe(q, k, v, beta, log_decay, scale)
     boundaries = find_boundaries(v, cu_seqlens)
@@ -112,18 +112,19 @@ def _backward(
     arguments: tuple[Any, ...], kept: tuple[Tensor, ...], gradients: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
     q, k, v, beta, log_decay, _, cu_seqlens, scale, _ = arguments
-    q, k, v, beta, log_decay, d_out, d_final = contiguous(q, k, v, beta, log_decay, *gradients)
+    q, k, v, beta, log_decay, d_out = by_token(q, k, v, beta, log_decay, gradients[0])
+    d_final = gradients[1].contiguous()
     call = _describe(q, k, v, beta, log_decay, scale)
     boundaries = find_boundaries(v, cu_seqlens)
     _set_documents(call, boundaries, v.shape[2])
-    d_v, d_state = d_out if k is None else torch.empty_like(v), torch.empty_like(d_final)
+    d_v, d_state = d_out.contiguous() if k is None else v.new_empty(v.shape), torch.empty_like(d_final)
     blocks = call.value_blocks
     parts = [
         None if x is None else x.new_empty(blocks, *x.shape, dtype=x.dtype if blocks == 1 else torch.float32)
         for x in (q, k, beta, log_decay)
     ]
     call.d_q, call.d_k, call.d_beta, call.d_log = (Array.of(x) for x in parts)
-    call.d_out, call.d_v = Array.of(d_out), Array.of(None if k is None else d_v)
+    call.d_out, call.d_v = Array.strided(d_out), Array.of(None if k is None else d_v)
     call.d_final, call.d_state = d_final.data_ptr(), d_state.data_ptr()
     call.checkpoints = kept[0].data_ptr()
     check(library().seqtrain_backward(ctypes.byref(call)))
@@ -161,7 +162,7 @@ def _describe(
 ) -> _Call:
     key = next(x.shape[3] for x in (q, k) if x is not None)
     call = _Call(scale=scale, tokens=v.shape[0] * v.shape[1], heads=v.shape[2], key=key, value=v.shape[3])
-    call.q, call.k, call.v, call.beta, call.log_decay = (Array.of(x) for x in (q, k, v, beta, log_decay))
+    call.q, call.k, call.v, call.beta, call.log_decay = (Array.strided(x) for x in (q, k, v, beta, log_decay))
     call.decay = 0 if log_decay is None else log_decay.dim() - 2
     call.chunk, call.every = _group(call.key, call.value)
     return call
