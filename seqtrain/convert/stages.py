@@ -14,11 +14,12 @@ from torch import Tensor
 
 from seqtrain.convert.settings import ConvertConfig, StageConfig
 from seqtrain.convert.tasks import Distillation, Pair, Transfer
-from seqtrain.convert.weights import mapped, merged_weights, model_from, write_tensors
+from seqtrain.convert.weights import mapped, model_from, write_tensors
 from seqtrain.data import prepare
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.files import Manifest, sha256_of
 from seqtrain.models import LanguageModel
+from seqtrain.models.lora import merge_adapters
 from seqtrain.runtime import PretrainConfig, check, checkpoint, run
 from seqtrain.runtime.optimizers import OptimizerConfig
 from seqtrain.runtime.run_folder import plain
@@ -217,12 +218,12 @@ class Training:
         """The student's changed weights under their own names, and what merging adapters did to the logits."""
         pair, lora = task.pair, task.stage.trainable == "lora"
         before = mapped(pair.files)
-        found = merged_weights(student) if lora else dict(student.named_parameters())
-        found = {name: value for name, value in found.items() if not torch.equal(value, before[name])}
-        if not lora:
-            return found, {}
         tokens = torch.arange(PROBE)[None] * 7919 % pair.student.vocab_size
-        expected = student(tokens, all_logits=True)[0]
+        expected = student(tokens, all_logits=True)[0] if lora else None
+        merge_adapters(student)
+        found = {name: value for name, value in student.named_parameters() if not torch.equal(value, before[name])}
+        if expected is None:
+            return found, {}
         merged = model_from(pair.student, pair.files, own=found)
         merged.load_state_dict(found, strict=False)
         about = {"merging_changed_logits_by": relative_error(merged(tokens, all_logits=True)[0], expected)}

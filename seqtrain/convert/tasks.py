@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from seqtrain.convert.architecture import Architecture, layers_alone
 from seqtrain.convert.losses import distillation_sum, mean_square_sum, relative_error_sum, with_gradients
 from seqtrain.convert.settings import StageConfig
-from seqtrain.convert.weights import add_adapters, model_from
+from seqtrain.convert.weights import model_from, recipe_targets
 from seqtrain.data import WHOLE_BATCH, Batch, BatchSlice, open_corpus
 from seqtrain.files import replacing, sha256_of
 from seqtrain.mixers import WHOLE
 from seqtrain.models import LanguageModel
+from seqtrain.models.lora import add_adapters
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime.optimizers import parameter_groups
 from seqtrain.runtime.run_folder import plain
@@ -139,7 +140,9 @@ class Distillation:
             rates |= dict.fromkeys((set(names) if stage.trainable == "all" else inside) - new, stage.lr)
         student = model_from(self.pair.student, self.pair.files, own=[name for name, rate in rates.items() if rate])
         if lora:
-            add_adapters(student, rank=stage.lora_rank, alpha=stage.lora_alpha, targets=stage.lora_targets)
+            add_adapters(
+                student, recipe_targets(student, stage.lora_targets), rank=stage.lora_rank, alpha=stage.lora_alpha
+            )
             rates |= {name: stage.lr for name, parameter in student.named_parameters() if parameter.requires_grad}
         return student, _groups(student, rates, config)
 

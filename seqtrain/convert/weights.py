@@ -1,12 +1,8 @@
-"""Models with weights: of a source, tensor by tensor, nothing left out; mapped from files; exported to a folder.
-
-LoRA adapters (arXiv 2106.09685) are peft's, on the parts of fused matrices too; they are merged in float32.
-"""
+"""Models with weights: of a source, tensor by tensor, nothing left out; mapped from files; exported to a folder."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,17 +13,9 @@ from seqtrain.files import replacing
 from seqtrain.mixers.common.attention import SoftmaxAttention
 from seqtrain.models import LanguageModel
 from seqtrain.models.architecture import Architecture
+from seqtrain.models.families import Piece
 from seqtrain.models.pretrained import copy_companions, load_weights
 from seqtrain.models.source import Source
-
-# By the name a recipe calls it: the module of a block, or the part of a fused one.
-TARGETS: Mapping[str, str] = {
-    **{name: f"mixer.qkv.{name}" for name in ("q", "k", "v")},
-    "out": "mixer.out",
-    "gate": "mlp.up.gate",
-    "up": "mlp.up.value",
-    "down": "mlp.out",
-}
 
 
 def load_student(
@@ -55,19 +43,6 @@ def teacher_sharing(student: LanguageModel, architecture: Architecture) -> Langu
     own = dict(student.named_parameters(remove_duplicate=False))
     teacher.load_state_dict({name: own[name] for name in teacher.state_dict()}, assign=True)
     return teacher.eval()
-
-
-def fused_rows(model: LanguageModel) -> dict[str, dict[str, slice]]:
-    """For each fused matrix, the rows of its parts by name."""
-    rows: dict[str, dict[str, slice]] = {}
-    hidden = model.config.hidden
-    for index, block in enumerate(model.blocks):
-        mixer: nn.Module = block.mixer
-        assert isinstance(mixer, SoftmaxAttention), f"layer {index} has no projections to take over: {mixer}"
-        parts = zip(("q", "k", "v"), pairwise(accumulate(mixer.channels, initial=0)), strict=False)
-        rows[f"blocks.{index}.mixer.qkv"] = {name: slice(*part) for name, part in parts}
-        rows[f"blocks.{index}.mlp.up"] = {"gate": slice(0, hidden), "value": slice(hidden, 2 * hidden)}
-    return rows
 
 
 def model_from(architecture: Architecture, files: Iterable[Path], *, own: Iterable[str] = ()) -> LanguageModel:
@@ -118,61 +93,17 @@ def export(student: LanguageModel, architecture: Architecture, source: Source, f
         copy_companions(source.path, unfinished)
 
 
-class Parts(nn.Module):
-    """A fused matrix as one `nn.Linear` for each of its parts, which share its memory: peft adapts whole modules."""
-
-    def __init__(self, fused: nn.Linear, rows: Mapping[str, slice]):
-        super().__init__()
-        self.names = tuple(rows)
-        for name, part in rows.items():
-            with torch.device("meta"):
-                linear = nn.Linear(fused.in_features, part.stop - part.start, bias=fused.bias is not None)
-            linear.weight = nn.Parameter(fused.weight.detach()[part], requires_grad=False)
-            if fused.bias is not None:
-                linear.bias = nn.Parameter(fused.bias.detach()[part], requires_grad=False)
-            self.add_module(name, linear)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.get_submodule(name)(x) for name in self.names], -1)
-
-
-def add_adapters(model: LanguageModel, *, rank: int, alpha: int, targets: Sequence[str]) -> None:
-    """Puts an adapter on each of `targets` in every block; afterwards they alone require gradients.
-
-    `A` is drawn from torch's own generator, `B` is zero: the model computes what it did. Raises `ConfigError`.
-    """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise ConfigError("recipe: trainable=lora needs peft: pip install 'seqtrain[convert]'") from None
-    names = [f"blocks.{index}.{TARGETS[target]}" for index in range(len(model.blocks)) for target in targets]
-    for name, rows in fused_rows(model).items():
-        if any(target.startswith(f"{name}.") for target in names):
-            parent, _, child = name.rpartition(".")
-            fused: Any = model.get_submodule(name)
-            setattr(model.get_submodule(parent), child, Parts(fused, rows))
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), model)
-
-
-@torch.no_grad()
-def merged_weights(model: LanguageModel) -> dict[str, Tensor]:
-    """The model's weights under the names it had before `add_adapters`, each adapter added to its matrix in float32."""
-    from peft.tuners.lora import Linear as LoraLinear
-
-    found: dict[str, Tensor] = {}
-    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
-    for name, parameter in model.named_parameters():
-        owner = next((path for path in adapted if name.startswith(f"{path}.")), None)
-        if owner is None:
-            found[name] = parameter
-        elif name == f"{owner}.base_layer.weight":
-            found[f"{owner}.weight"] = parameter.float() + adapted[owner].get_delta_weight("default").float()
-        elif name == f"{owner}.base_layer.bias":
-            found[f"{owner}.bias"] = parameter
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Parts):
-            for kind in ("weight", "bias"):
-                parts = [found.pop(f"{name}.{part}.{kind}", None) for part in module.names]
-                if held := [part for part in parts if part is not None]:
-                    found[f"{name}.{kind}"] = torch.cat(held)
+def recipe_targets(model: LanguageModel, targets: Sequence[str]) -> dict[str, list[Piece]]:
+    """The rows of each matrix of every block that recipes call one of `targets`: q, k, v, out, gate, up or down."""
+    hidden, found = model.config.hidden, {}
+    for index, block in enumerate(model.blocks):
+        mixer: nn.Module = block.mixer
+        assert isinstance(mixer, SoftmaxAttention), f"layer {index} has no projections to take over: {mixer}"
+        parts = zip(("q", "k", "v"), pairwise(accumulate(mixer.channels, initial=0)), strict=False)
+        places: dict[str, tuple[str, slice | None]] = {name: ("mixer.qkv", slice(*part)) for name, part in parts}
+        places |= {"out": ("mixer.out", None), "gate": ("mlp.up", slice(0, hidden))}
+        places |= {"up": ("mlp.up", slice(hidden, 2 * hidden)), "down": ("mlp.out", None)}
+        for name in (name for name in places if name in targets):
+            path, rows = places[name]
+            found[f"blocks.{index}.{name}"] = [Piece(name, f"blocks.{index}.{path}.weight", rows)]
     return found

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -122,12 +122,15 @@ class Checkpoint:
         return self.manifest.progress
 
     @torch.no_grad()
-    def load_weights(self, model: nn.Module) -> None:
-        """Copies the weights into `model`. Raises `CheckpointError` naming the first tensor that doesn't fit."""
+    def load_weights(self, model: nn.Module, *, frozen: Collection[str] = ()) -> None:
+        """Copies the weights into `model`, all but those called `frozen`.
+
+        Raises `CheckpointError` naming the first tensor that doesn't fit.
+        """
         own = model.state_dict()
         with open_weights(self.folder / WEIGHTS) as stored:
             names = set(stored.keys())
-            if differing := sorted(names ^ set(_untied(model))):
+            if differing := sorted(names ^ set(_held(model, frozen))):
                 raise CheckpointError(f"{self.folder}: {differing[0]} is not in both the checkpoint and the model")
             for name in sorted(names):
                 value = stored.get_tensor(name)
@@ -162,9 +165,11 @@ def save(
     keep: int,
     fingerprint: dict[str, Any],
     tracking_id: str,
+    frozen: Collection[str] = (),
 ) -> Path:
     """Writes a checkpoint below `root` and drops all but the newest `keep`. All ranks call it; returns its folder.
 
+    `frozen`: names of weights that it does not hold.
     Raises on every rank: `CheckpointError` when one can't write, `FencedError` when another start has taken over.
     """
     folder = root / _name(progress.step)
@@ -191,7 +196,7 @@ def save(
     everyone(lambda: _clear(root, partial, lease), first_only=True)
     entries = {
         name: entry
-        for each in everyone(lambda: _write_own(engine, partial, progress, ranks))
+        for each in everyone(lambda: _write_own(engine, partial, progress, ranks, frozen))
         for name, entry in each.items()
     }
     manifest = CheckpointManifest(
@@ -246,12 +251,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _write_own(engine: Engine, partial: Path, progress: Progress, ranks: Ranks) -> dict[str, FileEntry]:
+def _write_own(
+    engine: Engine, partial: Path, progress: Progress, ranks: Ranks, frozen: Collection[str]
+) -> dict[str, FileEntry]:
     """Writes this rank's files; gives their manifest entries. Nothing is written before the last exchange."""
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     # Gathering is a collective, so every rank walks over all weights and keeps its own.
-    for name, whole in engine.weights():
+    for name, whole in engine.weights(besides=frozen):
         if ranks.first:
             weights[name] = _kept(whole)
     optimizer = engine.optimizer_state
@@ -263,7 +270,7 @@ def _write_own(engine: Engine, partial: Path, progress: Progress, ranks: Ranks) 
             moments |= {f"{name}:{key}": _kept(whole) for key, whole in whole_moments.items()}
     if ranks.first:
         state = engine.module.state_dict()
-        weights |= {name: _kept(state[name]) for name in _untied(engine.module) if name not in weights}
+        weights |= {name: _kept(state[name]) for name in _held(engine.module, frozen) if name not in weights}
     written = {}
     for name, tensors in {WEIGHTS: weights, f"optimizer-{ranks.rank:05d}.safetensors": moments}.items():
         if tensors:
@@ -278,10 +285,11 @@ def _kept(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True).contiguous()
 
 
-def _untied(model: nn.Module) -> list[str]:
+def _held(model: nn.Module, frozen: Collection[str]) -> list[str]:
     """Names of the tensors a checkpoint holds: parameters, each once however many modules share it, and buffers."""
     parameters = {name for name, _ in model.named_parameters()}
     every_parameter = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters -= set(frozen)
     return [name for name in model.state_dict() if name in parameters or name not in every_parameter]
 
 

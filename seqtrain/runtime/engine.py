@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -159,10 +159,14 @@ class Engine:
         with GatheredParameters(parameters, modifier_rank=0):
             yield
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter once, by name: the float32 weight in its full shape. A collective in stage 3, and of experts
-        that are dealt."""
+    def weights(self, *, besides: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter but those called `besides` once, by name: the float32 weight in its full shape.
+
+        A collective in stage 3, and of experts that are dealt.
+        """
         for name, parameter in self.module.named_parameters():
+            if name in besides:
+                continue
             if self.stage < 3:
                 yield name, self._dealt.whole(name, parameter.detach())
                 continue

@@ -22,6 +22,7 @@ from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.run_folder import RunFolder
 from seqtrain.runtime.settings import PretrainConfig, typed_pretrain_config
+from seqtrain.runtime.source import build_model, frozen_weights, load_source
 from seqtrain.validation import FilePath, validate
 
 
@@ -97,8 +98,10 @@ def open_run(path: Path) -> tuple[PretrainConfig, LanguageModel, Tokenizer]:
             f"{newest.folder}: was trained with another tokenizer than data.tokenizer={config.data.tokenizer} is now "
             f"({made_with[:12]}, now {tokenizer.identity[:12]}); put the old one back"
         )
-    model = LanguageModel(config.model, config.mixer, tokenizer.vocab_size)
-    newest.load_weights(model)
+    model = build_model(config, tokenizer.vocab_size)
+    if frozen := frozen_weights(config, model):
+        load_source(config, model, sha256=newest.manifest.trajectory["lora"]["source_sha256"])
+    newest.load_weights(model, frozen=frozen)
     return config, model.eval(), tokenizer
 
 

@@ -75,8 +75,10 @@ def describe(summary: dict[str, Any], output_dir: str) -> str:
     resume = command_line("pretrain", f"run={output_dir}")
     if summary["stopped"]:
         return f"stopped after step {summary['steps']}; to resume: {resume}"
+    whole, trained = summary["parameters"], summary["trained_parameters"]
+    some = f", {trained:,} of them trained" if trained < whole else ""
     lines = [
-        f"{summary['steps']} steps, {summary['parameters']:,} parameters",
+        f"{summary['steps']} steps, {whole:,} parameters{some}",
         f"{summary['tokens_per_second']:,.0f} tokens/s, at most {summary['peak_memory_bytes'] / 2**30:.2f} GiB a rank",
     ]
     if summary["held_out_bits_per_byte"] is not None:

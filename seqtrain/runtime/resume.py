@@ -15,6 +15,7 @@ from seqtrain.config import read_run_config
 from seqtrain.errors import CheckpointError, ConfigError, FencedError
 from seqtrain.files import replace_file
 from seqtrain.models.language_model import ModelConfig, mixer_class
+from seqtrain.models.source import open_source
 from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.lease import Lease, saved_step, take
 from seqtrain.runtime.run_folder import RunFolder, as_record, plain, read_lines
@@ -28,12 +29,15 @@ log = logging.getLogger("seqtrain.runtime")
 SEGMENTATION = ("micro_batch_size", "segment_tokens", "segment_gradients")
 # Keys of `data` that say where text and tokenizer lie; `content` says what they are.
 PLACES = ("path", "held_out_path", "tokenizer")
+# What a run without adapters says of them.
+NO_LORA = {"rank": 0}
 
 
 def fingerprint(config: PretrainConfig, content: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What decides which numbers come out, whoever computes them and in however many pieces.
 
-    `content`: what `Corpus.content` says of the text and its tokenizer, where they have been read.
+    `content`: what `Corpus.content` says of the text and its tokenizer, where they have been read. With it comes the
+    hash of the weights that adapters are for, which no checkpoint holds.
     """
     values = {
         "model": plain(config.model),
@@ -43,11 +47,14 @@ def fingerprint(config: PretrainConfig, content: Mapping[str, str] | None = None
         "schedule": plain(config.schedule),
         "train": plain(config.train),
         "seed": config.seed,
+        "lora": plain(config.lora) if config.lora.rank else NO_LORA,
     }
     for key in ("cache_dir", "verify", "shard_tokens"):
         del values["data"][key]
     if content:
         values["data"]["content"] = dict(content)
+        if config.lora.rank:
+            values["lora"] = {**values["lora"], "source_sha256": open_source(config.source).sha256()}
     # Truncated gradients depend on where a row is cut into segments; exact ones don't.
     truncated = config.train.segment_gradients == "truncated" and segments(config) > 1
     pieces: tuple[str, ...] = () if truncated else SEGMENTATION
@@ -88,6 +95,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, steps_done
 def _with_defaults(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """A fingerprint with what its network's keys say that were added after it was taken: their defaults."""
     found = dict(values)
+    if "train" in found:
+        found.setdefault("lora", NO_LORA)
     with suppress(ConfigError):
         if "model" in found:
             found["model"] = plain(validate(ModelConfig, found["model"]))

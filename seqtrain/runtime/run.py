@@ -15,7 +15,6 @@ from seqtrain.errors import Interrupted
 from seqtrain.files import read_json
 from seqtrain.kernels.dispatch import reset_backend_choice
 from seqtrain.kernels.native import build as native
-from seqtrain.models import LanguageModel
 from seqtrain.report import announced
 from seqtrain.runtime import ray_launcher
 from seqtrain.runtime.lease import Lease
@@ -27,6 +26,7 @@ from seqtrain.runtime.resume import begin, check_resumable, claimed, refuse_fore
 from seqtrain.runtime.run_folder import RunFolder, log_to, warn_on_stderr
 from seqtrain.runtime.settings import PretrainConfig, check, resolve
 from seqtrain.runtime.signals import listening
+from seqtrain.runtime.source import build_model
 from seqtrain.runtime.task import Callback, Pretraining, Task
 from seqtrain.runtime.tracking import tracked, tracking_id
 from seqtrain.runtime.worker import Session, train
@@ -172,5 +172,7 @@ def _finished_summary(config: PretrainConfig, folder: RunFolder) -> dict[str, An
 
 def _describe_model(config: PretrainConfig, vocab_size: int) -> str:
     with torch.device("meta"):
-        model = LanguageModel(config.model, config.mixer, vocab_size)
-    return f"model: {model.parameter_count():,} parameters, with a vocabulary of {model.vocab_size:,}"
+        model = build_model(config, vocab_size)
+    whole, trained = model.parameter_count(), sum(x.numel() for x in model.parameters() if x.requires_grad)
+    numbers = f"{whole:,}" if trained == whole else f"{trained:,} trainable of {whole:,}"
+    return f"model: {numbers} parameters, with a vocabulary of {model.vocab_size:,}"

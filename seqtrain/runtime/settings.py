@@ -17,6 +17,7 @@ from seqtrain.data import DataConfig, check_source
 from seqtrain.errors import ConfigError
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.models.language_model import default_config, mixer_class
+from seqtrain.models.lora import LoraConfig
 from seqtrain.parallel import Algorithm
 from seqtrain.runtime.optimizers import OptimizerConfig
 from seqtrain.runtime.schedule import ScheduleConfig
@@ -165,6 +166,8 @@ class PretrainConfig:
 
     # A pretrained model to continue, in place of a new one: a Hugging Face folder, or a GGUF file.
     source: FilePath = ""
+    # Adapters to train in place of the source's weights (LoRA).
+    lora: LoraConfig = field(default_factory=LoraConfig)
     # The network: layers, depth, width.
     model: ModelConfig = field(default_factory=ModelConfig)
     # The `Config` of each mixer by name; those that model.layers names are used.
@@ -205,6 +208,7 @@ def typed_pretrain_config(values: Mapping[str, Any]) -> PretrainConfig:
     is that of `source` where there is one; a run that has begun keeps it in its config.
     """
     typed = validate(PretrainConfig, {**values, "mixer": {}})
+    _check_lora(typed)
     if typed.source and not typed.model.vocab_size:
         from seqtrain.runtime.source import with_network_of_source
 
@@ -292,6 +296,7 @@ def _one_thread() -> Iterator[None]:
 def check(config: PretrainConfig) -> None:
     """Raises `ConfigError` for the first rule between keys that `config` breaks."""
     check_source(config.data, sequence_length=config.train.sequence_length)
+    _check_lora(config)
     _check_batch(config)
     _check_ranks(config)
     _check_experts(config)
@@ -315,6 +320,13 @@ def _check_experts(config: PretrainConfig) -> None:
             f"{key}: DeepSpeed doesn't divide dealt experts as well, parallel.zero_stage=3; "
             "use parallel.zero_stage=2 or less, or parallel.experts=1"
         )
+
+
+def _check_lora(config: PretrainConfig) -> None:
+    if config.lora.rank and not config.source:
+        raise ConfigError(f"lora.rank={config.lora.rank}: adapters are for a pretrained model; name one: source=")
+    if config.lora.rank and (rate := config.model.router.bias_rate) not in (AUTO, 0):
+        raise ConfigError(f"model.router.bias_rate={rate}: with lora.rank all weights stay as they are; leave it out")
 
 
 def _check_model(config: PretrainConfig) -> None:

@@ -11,7 +11,8 @@ import torch
 from seqtrain.errors import ConfigError
 from seqtrain.models.feed_forward import RouterConfig
 from seqtrain.models.language_model import LanguageModel, ModelConfig
-from seqtrain.models.pretrained import architecture_of, fill, origin_of, places_of, write_folder
+from seqtrain.models.lora import add_adapters, chosen, targets_of, write_adapter
+from seqtrain.models.pretrained import architecture_of, copy_companions, fill, origin_of, places_of, write_folder
 from seqtrain.models.source import open_source
 from seqtrain.validation import AUTO
 
@@ -45,8 +46,9 @@ def with_network_of_source(config: "PretrainConfig") -> "PretrainConfig":
     if data.tokenizer == "bytes" and source.tokenizer() is not None:
         data = replace(data, tokenizer=config.source)
     model = replace(found.model, vocab_size=found.vocab_size, **own)
-    # What is wrong with the files is known before anything starts.
+    # What is wrong with the files, or with names of matrices, is known before anything starts.
     places_of(found.build(), source)
+    add_own_adapters(config, found.build())
     return replace(config, model=model, mixer=dict(found.mixers), data=data)
 
 
@@ -55,10 +57,35 @@ def _changed(config: Any, plain: Any, besides: tuple[str, ...]) -> dict[str, Any
     return {key: came for key, came in vars(config).items() if key not in besides and came != vars(plain)[key]}
 
 
+def build_model(config: "PretrainConfig", vocab_size: int) -> LanguageModel:
+    """The network of a run, new, with its adapters if it trains these. Raises `ConfigError`."""
+    model = LanguageModel(config.model, config.mixer, vocab_size)
+    add_own_adapters(config, model)
+    return model
+
+
+def add_own_adapters(config: "PretrainConfig", model: LanguageModel) -> None:
+    """Puts the adapters that `config.lora` asks for on `model`, which alone require gradients then; or does nothing."""
+    lora = config.lora
+    if lora.rank:
+        source = open_source(config.source)
+        there = targets_of(model, source.family, source.config)
+        add_adapters(model, chosen(there, lora.targets, config.source), rank=lora.rank, alpha=lora.alpha)
+
+
+def frozen_weights(config: "PretrainConfig", model: LanguageModel) -> frozenset[str]:
+    """Names of the parameters of a run's model that are those of its source, and that no checkpoint holds."""
+    named = model.named_parameters() if config.lora.rank else ()
+    return frozenset(name for name, parameter in named if not parameter.requires_grad)
+
+
 @torch.no_grad()
-def load_source(config: "PretrainConfig", model: LanguageModel) -> None:
-    """Copies the weights of `config.source` into `model`. Raises `CheckpointError`."""
-    source, began = open_source(config.source), time.monotonic()
+def load_source(config: "PretrainConfig", model: LanguageModel, *, sha256: str = "") -> None:
+    """Copies the weights of `config.source` into `model`. Raises `CheckpointError`.
+
+    `sha256`: what they must have; "" trusts the files.
+    """
+    source, began = open_source(config.source, sha256), time.monotonic()
     carried = fill(model, source, places_of(model, source))
     quantized = f", dequantized from {source.quantized}" if source.quantized else ""
     log.info("source: %s read in %.1f s%s", source.path, time.monotonic() - began, quantized)
@@ -69,6 +96,14 @@ def load_source(config: "PretrainConfig", model: LanguageModel) -> None:
 def type_of_source(config: "PretrainConfig") -> str:
     """The Hugging Face type of `config.source`."""
     return str(open_source(config.source).config.model_type)
+
+
+def write_own_adapter(config: "PretrainConfig", model: LanguageModel, folder: Path) -> None:
+    """Writes the adapters of a run into the empty `folder` as PEFT has them, and the source's tokenizer."""
+    source = open_source(config.source)
+    write_adapter(model, source.family, source.config, folder, base=config.source)
+    if source.path.is_dir():
+        copy_companions(source.path, folder)
 
 
 def write_as_source(config: "PretrainConfig", model: LanguageModel, folder: Path) -> None:

@@ -47,8 +47,9 @@ class TrainState:
     metrics: MetricsFile | None
     # Lets the driver look at what was written, where it is this process.
     poll: Callable[[], None]
-    # Numbers the model learns, all ranks together.
+    # Numbers the model has, all ranks together, and those of them that are trained.
     parameters: int
+    trained: int
     # Step of the newest checkpoint.
     saved_step: int
 

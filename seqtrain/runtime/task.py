@@ -10,10 +10,9 @@ from typing import Any, Literal, Protocol
 from torch import nn
 
 from seqtrain.data import WHOLE_BATCH, Batch, BatchSlice, open_corpus
-from seqtrain.models import LanguageModel
 from seqtrain.runtime.optimizers import parameter_groups
 from seqtrain.runtime.settings import PretrainConfig, micro_batch
-from seqtrain.runtime.source import load_source
+from seqtrain.runtime.source import build_model, frozen_weights, load_source
 
 
 class TrainingData(Protocol):
@@ -40,7 +39,8 @@ class Trainable:
 
     `model(tokens, labels, sequence=)` is the loss, a scalar summed over the labels that count. `groups`: the
     optimizer's, as `parameter_groups` makes them. `held_out`: what the model is scored on; None for no score.
-    `load`: gives the model the weights it begins with, where no checkpoint does; None where it has them.
+    `load`: gives the model the weights it begins with, where no checkpoint does; None where it has them. `frozen`:
+    names of weights that it always gives, for no checkpoint holds them.
     """
 
     model: nn.Module
@@ -48,6 +48,7 @@ class Trainable:
     batches: TrainingData
     held_out: HeldOut | None = None
     load: Callable[[], None] | None = None
+    frozen: frozenset[str] = frozenset()
 
 
 class Task(Protocol):
@@ -71,9 +72,10 @@ class Pretraining:
 
     def build(self, config: PretrainConfig, corpus: Path) -> Trainable:
         opened = open_corpus(corpus, config.data)
-        model = LanguageModel(config.model, config.mixer, opened.vocab_size)
+        model = build_model(config, opened.vocab_size)
         return Trainable(
             model=model,
+            frozen=frozen_weights(config, model),
             load=partial(load_source, config, model) if config.source else None,
             groups=parameter_groups(model.parameters(), config.optimizer.weight_decay),
             batches=opened.training_batches(

@@ -25,7 +25,7 @@ from seqtrain.runtime.experts import Experts
 from seqtrain.runtime.lease import Lease, succeed
 from seqtrain.runtime.metrics import MetricsFile
 from seqtrain.runtime.ranks import Ranks, is_lost_peer
-from seqtrain.runtime.resume import check_fits, fingerprint, refuse_lost_checkpoints
+from seqtrain.runtime.resume import NO_LORA, check_fits, fingerprint, refuse_lost_checkpoints
 from seqtrain.runtime.run_folder import RunFolder
 from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.runtime.step import TrainState, train_step
@@ -166,12 +166,13 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
     torch.manual_seed(config.seed)
     trainable = session.task.build(config, session.corpus)
     found = ranks.from_first(_newest(session) if ranks.first else None)
-    if found:
-        found.load_weights(trainable.model)
-    elif trainable.load is not None:
+    if trainable.load is not None and (trainable.frozen or not found):
         trainable.load()
+    if found:
+        found.load_weights(trainable.model, frozen=trainable.frozen)
     # Counted now: in ZeRO 3 a rank will hold only its part of each.
     parameters = sum(p.numel() for p in trainable.model.parameters())
+    trained = sum(p.numel() for p in trainable.model.parameters() if p.requires_grad)
     engine = Engine(trainable.model, trainable.groups, config, ranks, experts=mesh.experts)
     if found:
         found.restore_optimizer(engine)
@@ -205,6 +206,7 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
         metrics=metrics,
         poll=poll,
         parameters=parameters,
+        trained=trained,
         saved_step=progress.step if found and found.folder.parent == folder.checkpoints else -1,
     )
 
@@ -221,8 +223,8 @@ def _newest(session: Session) -> Checkpoint | None:
     # The weights must fit; steps, data and learning rate may be new ones.
     other = checkpoints.read(Path(resume))
     before = other.manifest.trajectory
-    for part in ("model", "mixer"):
-        check_fits(other.folder, {part: before[part]}, {part: now[part]})
+    for part in ("model", "mixer", "lora"):
+        check_fits(other.folder, {part: before.get(part, NO_LORA)}, {part: now[part]})
     return other
 
 
@@ -241,6 +243,7 @@ def _save(session: Session, state: TrainState) -> None:
             keep=state.config.checkpoint.keep,
             fingerprint=session.fingerprint,
             tracking_id=session.tracking_id,
+            frozen=state.trainable.frozen,
         )
     state.saved_step = step
 
@@ -259,6 +262,7 @@ def _write_outcome(state: TrainState, *, stopped: bool, scores: Scores | None) -
         "stopped": stopped,
         "steps": state.progress.step,
         "parameters": state.parameters,
+        "trained_parameters": state.trained,
         "skipped_steps": state.progress.skipped,
         "total_tokens": state.progress.tokens,
         "peak_memory_bytes": int(peak),

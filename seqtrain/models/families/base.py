@@ -63,7 +63,8 @@ class Family:
 
     `carried`: beginnings of names of tensors that transformers' own class ignores (multi-token prediction, vision):
     they are kept as they are and written back. `ignored`: ends of names of tensors that follow from the config.
-    `renamed`: parts of names that files have for those in the table, which are transformers' own.
+    `renamed`: parts of names that files have for those in the table, which are transformers' own. `unadapted`: ends of
+    names of modules whose adapters PEFT refuses or transformers does not see.
     """
 
     carried: tuple[str, ...] = ()
@@ -72,6 +73,7 @@ class Family:
     # The key of config.json whose object describes the text model of a larger one; empty: the config is the model's.
     nested: str = field(default="", kw_only=True)
     renamed: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
+    unadapted: tuple[str, ...] = field(default=(), kw_only=True)
 
     def canonical(self, name: str) -> str:
         """The table's name of a tensor that a file calls `name`."""

@@ -131,8 +131,10 @@ def mamba_pieces(theirs: str, ours: str, mixer: Any) -> Iterator[Piece]:
 
 # As the files of its authors call it.
 RENAMED = (("backbone.embedding.", "backbone.embeddings."),)
+# transformers takes their weights in place of calling them, where an adapter is not seen.
+UNADAPTED = (".out_proj", ".dt_proj")
 FAMILIES = {
-    "mamba": Mamba(renamed=RENAMED),
-    "falcon_mamba": Mamba(norms="plain", renamed=RENAMED),
-    "mamba2": Mamba2(renamed=RENAMED),
+    "mamba": Mamba(renamed=RENAMED, unadapted=UNADAPTED),
+    "falcon_mamba": Mamba(norms="plain", renamed=RENAMED, unadapted=UNADAPTED),
+    "mamba2": Mamba2(renamed=RENAMED, unadapted=UNADAPTED),
 }

@@ -23,7 +23,7 @@ from seqtrain.models.families.base import (
     rotation,
 )
 from seqtrain.models.families.dense import FULL
-from seqtrain.models.families.mamba import mamba2_pieces, mamba_pieces, stack_pieces, step_limits
+from seqtrain.models.families.mamba import UNADAPTED, mamba2_pieces, mamba_pieces, stack_pieces, step_limits
 from seqtrain.models.feed_forward import MoE, RouterConfig
 from seqtrain.models.language_model import LanguageModel
 from seqtrain.models.shared import SharedConfig
@@ -379,7 +379,7 @@ FAMILIES = {
     "zamba2": Zamba2(),
     "bamba": Bamba(),
     "granitemoehybrid": Granite(),
-    "falcon_h1": FalconH1(),
-    "nemotron_h": NemotronH(("mtp.",), renamed=(("backbone.", "model."),)),
-    "jamba": Jamba(),
+    "falcon_h1": FalconH1(unadapted=UNADAPTED),
+    "nemotron_h": NemotronH(("mtp.",), renamed=(("backbone.", "model."),), unadapted=UNADAPTED),
+    "jamba": Jamba(unadapted=(".dt_proj",)),
 }

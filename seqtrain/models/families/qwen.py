@@ -155,8 +155,10 @@ def gated_attention_pieces(theirs: str, ours: str, mixer: Any) -> Iterator[Piece
 
 # Multi-token prediction and what sees pictures.
 EXTRA = ("mtp.", "model.visual.", "visual.")
+# Of these names PEFT makes experts' of old files, wherever they stand.
+EXPERTS = (".gate_proj", ".up_proj", ".down_proj")
 FAMILIES = {
-    "qwen3_next": Qwen(EXTRA, fused=True),
+    "qwen3_next": Qwen(EXTRA, fused=True, unadapted=EXPERTS),
     **{name: Qwen(EXTRA) for name in ("qwen3_5_text", "qwen3_5_moe_text")},
     **{name: Qwen(EXTRA, nested="text_config", prefix="model.language_model.") for name in ("qwen3_5", "qwen3_5_moe")},
 }
