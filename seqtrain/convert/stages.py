@@ -221,7 +221,9 @@ class Training:
         tokens = torch.arange(PROBE)[None] * 7919 % pair.student.vocab_size
         expected = student(tokens, all_logits=True)[0] if lora else None
         merge_adapters(student)
-        found = {name: value for name, value in student.named_parameters() if not torch.equal(value, before[name])}
+        found: dict[str, Tensor] = {
+            name: value for name, value in student.named_parameters() if not torch.equal(value, before[name])
+        }
         if expected is None:
             return found, {}
         merged = model_from(pair.student, pair.files, own=found)

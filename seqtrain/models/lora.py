@@ -69,7 +69,7 @@ class AdaptedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        self.adapters = nn.ModuleDict()
+        self.adapters: Any = nn.ModuleDict()
         self.pieces: list[Piece] = []
 
     def add(self, adapter: Adapter, pieces: Sequence[Piece]) -> None:
@@ -141,7 +141,7 @@ def targets_of(model: LanguageModel, family: Family, config: Any) -> dict[str, l
     }
     found = {}
     for name, pieces in by_tensor(family.pieces(config, model)).items():
-        simple = all(each.ours in linears and not (each.lifted or each.columns) for each in pieces)
+        simple = all(each.ours in linears and not (each.lifted or each.shape) for each in pieces)
         if name.endswith(".weight") and simple and not _module(name).endswith(family.unadapted):
             found[_module(name)] = pieces
     return found
@@ -195,13 +195,13 @@ def write_adapter(model: LanguageModel, family: Family, config: Any, folder: Pat
 
     `family`, `config`: as in `targets_of`. `base`: where the model they are for lies.
     """
-    adapters = {module.name: module for module in model.modules() if isinstance(module, Adapter)}
+    adapters: dict[str, Any] = {module.name: module for module in model.modules() if isinstance(module, Adapter)}
     tensors = {
         f"base_model.model.{name}.{part}.weight": adapter.get_submodule(part).weight.detach().contiguous()
         for name, adapter in adapters.items()
         for part in ("lora_A", "lora_B")
     }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})  # type: ignore[arg-type]
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     example = next(iter(adapters.values()))
     others = {_module(name) for name in by_tensor(family.pieces(config, model))} - set(adapters)
     told = {

@@ -5,7 +5,7 @@ runs, and is found by tracing. Everything is for `rows` sequences of `tokens` to
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +22,18 @@ class PartCounts(Traced):
     """One part of the model, its norm and the sum with the residual stream included.
 
     `layer`: from 0; -1 outside of the layers. `part`: "embedding", "mixer", "mlp" or "loss" (with the last norm and the
-    head). `kind`: the mixer's name, or "". `parameters`: numbers the part alone holds. `forward_flops`,
-    `backward_flops`: the model's own (a multiply-add is two), each operator's recurrence counted as it is defined.
-    `state_bytes`: of one row after the tokens, as generation carries it. `experts`: of the parameters, those of routed
-    experts; `routed_bytes`: of the tokens' copies that these work on.
+    head). `kind`: the mixer's name, or "". `parameters`: numbers the part alone holds, of which `trained` are.
+    `forward_flops`, `backward_flops`: the model's own (a multiply-add is two), each operator's recurrence counted as it
+    is defined; products of adapters, a few percent, are among those that run alone. `state_bytes`: of one row after the
+    tokens, as generation carries it. `experts`: of the parameters, those of routed experts; `routed_bytes`: of the
+    tokens' copies that these work on.
     """
 
     layer: int
     part: str
     kind: str = ""
     parameters: int
+    trained: int
     forward_flops: float
     backward_flops: float
     state_bytes: int = 0
@@ -76,6 +78,15 @@ class ModelCounts:
     def experts(self) -> int:
         """Of the parameters, those of routed experts."""
         return sum(part.experts for part in self.parts)
+
+    @property
+    def trained(self) -> int:
+        return sum(part.trained for part in self.parts)
+
+    @property
+    def frozen(self) -> int:
+        """Parameters that are not trained."""
+        return self.parameters - self.trained
 
     @property
     def state_bytes(self) -> int:
@@ -136,7 +147,8 @@ class ModelCounter:
     """Counts a `LanguageModel` of these arguments for any number of tokens; its parts are traced once.
 
     `dtype`: of matrix products, float32 or bfloat16 (by autocast); weights are float32. `backend`: of the operators, as
-    the CPU would choose them. Raises `ConfigError` where the model's own rules are broken.
+    the CPU would choose them. `adapt` puts adapters on the model, if any. Raises `ConfigError` where the model's own
+    rules are broken.
     """
 
     def __init__(
@@ -147,29 +159,35 @@ class ModelCounter:
         *,
         dtype: torch.dtype = torch.float32,
         backend: str = "auto",
+        adapt: Callable[[LanguageModel], None] = lambda model: None,
     ) -> None:
         with torch.device("meta"):
             self.model = LanguageModel(model, mixers, vocab_size)
+            adapt(self.model)
         self.dtype, self.backend = dtype, backend
         self._tracer = PartTracer(self.model)
 
     def count(self, tokens: int, rows: int = 1) -> ModelCounts:
         """`rows` sequences of `tokens` tokens, forward and backward."""
         whole, config, trace = self.model, self.model.config, self._tracer
+        adapted = not whole.embedding.weight.requires_grad
         batch = MicroBatch(tokens, rows, self.dtype, self.backend)
         parts: list[PartCounts] = []
         # What several parts hold is the first one's.
         counted: set[nn.Parameter] = set()
 
         def add(layer: int, part: str, modules: list[nn.Module], flops: float, traced: Traced, **more: Any) -> None:
-            # Each product of the forward pass has two in the backward pass, one for each factor.
-            numbers: dict[str, Any] = {"forward_flops": flops, "backward_flops": 2 * flops}
             own = {weight for module in modules for weight in module.parameters()}
-            numbers["parameters"] = sum(weight.numel() for weight in own - counted)
+            numbers: dict[str, Any] = {"parameters": sum(weight.numel() for weight in own - counted)}
+            numbers["trained"] = sum(weight.numel() for weight in own - counted if weight.requires_grad)
             if layer >= 0:
-                again = sum(weight.nbytes for weight in own & counted)
+                again = sum(weight.nbytes for weight in own & counted if weight.requires_grad)
                 traced = dataclasses.replace(traced, gradient_bytes=traced.gradient_bytes - again)
             counted.update(own)
+            # Each product of the forward pass has two in the backward pass, one for each factor that has a gradient. Of
+            # a mixer, some are none with weights.
+            frozen = min(flops, 2.0 * rows * tokens * _frozen(modules)) if part == "mixer" else flops * adapted
+            numbers |= {"forward_flops": flops, "backward_flops": 2 * flops - frozen}
             parts.append(PartCounts(**vars(traced), layer=layer, part=part, **numbers, **more))
 
         embedding = trace.embedding(batch)
@@ -196,3 +214,9 @@ class ModelCounter:
         loss_flops = 2.0 * rows * tokens * config.width * whole.vocab_size
         add(-1, "loss", [whole.norm, whole.head], loss_flops, trace.loss(batch))
         return ModelCounts(tuple(parts), tokens, rows, self.dtype, rows * tokens * config.width * 4)
+
+
+def _frozen(modules: list[nn.Module]) -> int:
+    """Numbers of the matrices in `modules` that are not trained."""
+    linears = {each for module in modules for each in module.modules() if isinstance(each, nn.Linear)}
+    return sum(linear.weight.numel() for linear in linears if not linear.weight.requires_grad)

@@ -64,7 +64,9 @@ def rows_of(counts: ModelCounts) -> list[dict[str, Any]]:
 
 def totals(counts: ModelCounts) -> dict[str, float]:
     """The whole model, with and without activation checkpointing."""
-    found = {name: getattr(counts, name) for name in ("parameters", "forward_flops", "step_flops", "state_bytes")}
+    found = {
+        name: getattr(counts, name) for name in ("parameters", "trained", "forward_flops", "step_flops", "state_bytes")
+    }
     found["tokens"] = counts.tokens * counts.rows
     for name in ("executed_flops", "saved_bytes", "peak_bytes"):
         for suffix in ("", "_checkpointed"):
@@ -75,10 +77,11 @@ def totals(counts: ModelCounts) -> dict[str, float]:
 def sentences(whole: dict[str, float]) -> list[str]:
     """The totals in words."""
     again = "with activation checkpointing"
-    size = 4 * whole["parameters"] / MIB
+    size, trained = 4 * whole["parameters"] / MIB, 4 * whole["trained"] / MIB
+    some = f", {whole['trained']:,.0f} of them trained" if trained < size else ""
     return [
-        f"{whole['parameters']:,.0f} parameters, {size:,.1f} MiB in float32; with gradients and AdamW's moments "
-        f"{4 * size:,.1f} MiB before ZeRO divides them",
+        f"{whole['parameters']:,.0f} parameters{some}, {size:,.1f} MiB in float32; with gradients and AdamW's moments "
+        f"{size + 3 * trained:,.1f} MiB before ZeRO divides them",
         f"{whole['tokens']:,.0f} tokens at once: {whole['step_flops'] / 1e9:,.2f} GFLOP of the model forward and "
         f"backward; {whole['executed_flops'] / 1e9:,.2f} in products that run, "
         f"{whole['executed_flops_checkpointed'] / 1e9:,.2f} {again}",

@@ -214,7 +214,7 @@ def predict(
     compute = compute_seconds(counts, machine, checkpointing=layout.checkpointing, shards=layout.sequence)
     compute = {name: crowd * seconds for name, seconds in compute.items()}
     exchanged, reduced = communication_seconds(counts, layout, cluster, sum(compute.values()), scheme)
-    updated = counts.parameters / layout.ranks if layout.stage else held_parameters(counts, layout)
+    updated = counts.trained / layout.ranks if layout.stage else held_parameters(counts, layout) - counts.frozen
     once = {"gradient exchange": reduced, "optimizer": crowd * machine.optimizer * updated}
     room = machine.memory / here if machine.shared else machine.memory
     return Prediction(layout, compute | exchanged, once, memory_bytes(counts, layout, machine), room)
@@ -278,7 +278,7 @@ def communication_seconds(
     ranks = layout.sequence if scans else 1
     bare = Work(depth, compute / depth / 3, compute / depth * 2 / 3, shape, item=item)
     gathering = replace(bare, parameter_bytes=numbers / depth if layout.stage == 3 and layout.ranks > 1 else 0.0)
-    reducing = replace(gathering, gradient_bytes=numbers if layout.ranks > 1 else 0.0)
+    reducing = replace(gathering, gradient_bytes=4.0 * counts.trained if layout.ranks > 1 else 0.0)
     passes, with_weights, whole = (
         float(simulate(cluster, each, scheme, ranks=ranks, replicas=layout.ranks // ranks)[0])
         for each in (bare, gathering, reducing)
@@ -313,16 +313,17 @@ def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[
     """Bytes of one rank at the peak of a step, by kind."""
     again, own = layout.checkpointing, 1 / layout.ranks
     # What ZeRO divides is, in all, the same with dealt experts.
-    size, divided = 4.0 * held_parameters(counts, layout), 4.0 * counts.parameters * own
+    size, divided = 4.0 * held_parameters(counts, layout), 4.0 * counts.trained * own
+    trained = size - 4.0 * counts.frozen
     whole, kept = counts.peak_bytes(checkpointing=again), counts.saved_bytes(checkpointing=again)
-    bucket = min(size, 4.0 * BUCKET) if layout.ranks > 1 or layout.stage else 0.0
-    weights = divided if layout.stage == 3 else size
+    bucket = min(trained, 4.0 * BUCKET) if layout.ranks > 1 or layout.stage else 0.0
+    weights = 4.0 * counts.parameters * own if layout.stage == 3 else size
     gathered = size / max(1, len(counts.layers)) * 2 if layout.stage == 3 else 0.0
     # ZeRO keeps a float32 copy of its part next to the weights, and the reduced gradients of its part.
-    moments = divided * 3 if layout.stage else size * 2
+    moments = divided * 3 if layout.stage else trained * 2
     reduced = divided if layout.stage else 0.0
     # From stage 2 on a rank's gradients leave with each bucket; the peak counts all of them.
-    fewer = min(whole - kept, size - divided) if layout.stage >= 2 else 0.0
+    fewer = min(whole - kept, trained - divided) if layout.stage >= 2 else 0.0
     # Those of experts on other ranks, which are counted with the part they would be of.
     fewer += 4.0 * counts.parameters - size
     kinds = {

@@ -216,7 +216,9 @@ def _trace(on_meta: nn.Module, run: Callable[[Any, Tensor], Tensor], width: int,
             gc.collect()
         d_out = torch.empty_like(out)
         with tracer.record() as backward:
-            torch.autograd.backward(out, d_out)
+            # An embedding that is not trained has no backward pass.
+            if out.requires_grad:
+                torch.autograd.backward(out, d_out)
     gc.unfreeze()
     made = sum(weight.grad.nbytes for weight in module.parameters() if weight.grad is not None)
     return Traced(forward, backward, forward.flops, backward.flops, made)

@@ -1,6 +1,7 @@
 """The run that a command line of launch/pretrain.py describes, and its counts."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from omegaconf import OmegaConf
@@ -11,6 +12,7 @@ from seqtrain.planning.counts import ModelCounter, ModelCounts
 from seqtrain.planning.layout import Layout
 from seqtrain.runtime import PretrainConfig
 from seqtrain.runtime.settings import micro_batch, typed_pretrain_config
+from seqtrain.runtime.source import add_own_adapters
 
 
 def last_of_each(*words: str) -> list[str]:
@@ -46,6 +48,7 @@ def counter_of(config: PretrainConfig, vocab_size: int = 0) -> ModelCounter:
         vocab_size or load_tokenizer(config.data).vocab_size,
         dtype=getattr(torch, config.train.dtype),
         backend=config.kernels.backend,
+        adapt=partial(add_own_adapters, config),
     )
 
 

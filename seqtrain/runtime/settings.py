@@ -327,6 +327,8 @@ def _check_lora(config: PretrainConfig) -> None:
         raise ConfigError(f"lora.rank={config.lora.rank}: adapters are for a pretrained model; name one: source=")
     if config.lora.rank and (rate := config.model.router.bias_rate) not in (AUTO, 0):
         raise ConfigError(f"model.router.bias_rate={rate}: with lora.rank all weights stay as they are; leave it out")
+    if config.lora.rank and config.parallel.experts > 1:
+        raise ConfigError(f"parallel.experts={config.parallel.experts}: with lora.rank no experts are trained; use 1")
 
 
 def _check_model(config: PretrainConfig) -> None:

@@ -7,6 +7,8 @@ import torch
 
 from seqtrain.mixers import MIXERS
 from seqtrain.models import ModelConfig
+from seqtrain.models.families import Piece
+from seqtrain.models.lora import add_adapters
 from seqtrain.parallel.schedules.links import Cluster, Costs
 from seqtrain.planning.counts import ModelCounter
 from seqtrain.planning.layout import Layout, Machine, compute_seconds, memory_bytes, predict
@@ -18,9 +20,10 @@ CLUSTER = Cluster(LINKS, LINKS)
 MACHINE = Machine(name="by hand", memory=1e9, processors=4, base=5e6)
 
 
-def count(rows=1):
+def count(rows=1, **options):
     config = ModelConfig(layers=("gated_delta_net", "attention"), depth=2, width=32, heads=2)
-    return ModelCounter(config, {name: MIXERS.get(name).Config() for name in config.layers}, 50).count(64, rows)
+    mixers = {name: MIXERS.get(name).Config() for name in config.layers}
+    return ModelCounter(config, mixers, 50, **options).count(64, rows)
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +148,18 @@ def test_more_rows_are_in_proportion(counts):
     shapes = [[each.shape for part in one.parts for each in part.exchanges] for one in (times, direct)]
     assert [s.state_numbers for s in shapes[0] if s] == [s.state_numbers for s in shapes[1] if s]
     assert times.dtype == torch.float32
+
+
+def test_adapters_alone_have_gradients_and_moments(counts):
+    def adapt(model):
+        add_adapters(model, {"out": [Piece("out.weight", "blocks.1.mixer.out.weight")]}, rank=4, alpha=4)
+
+    adapted = count(adapt=adapt)
+    assert adapted.trained == 4 * (32 + 32) == adapted.parameters - counts.parameters
+    assert counts.trained == counts.parameters
+    before, after = (memory_bytes(each, changed(stage=1), MACHINE) for each in (counts, adapted))
+    assert after["optimizer"] == 3 * 4 * adapted.trained < before["optimizer"]
+    assert after["weights"] == 4 * adapted.parameters
+    assert sum(part.gradient_bytes for part in adapted.parts) == 4 * adapted.trained
+    # One product backward for each forward where the weights stay as they are, and two in what has none.
+    assert counts.forward_flops < adapted.step_flops - adapted.forward_flops < 2 * counts.forward_flops
