@@ -278,7 +278,7 @@ def communication_seconds(
     ranks = layout.sequence if scans else 1
     bare = Work(depth, compute / depth / 3, compute / depth * 2 / 3, shape, item=item)
     gathering = replace(bare, parameter_bytes=numbers / depth if layout.stage == 3 and layout.ranks > 1 else 0.0)
-    reducing = replace(gathering, gradient_bytes=4.0 * counts.trained if layout.ranks > 1 else 0.0)
+    reducing = replace(gathering, gradient_bytes=numbers - 4.0 * counts.frozen if layout.ranks > 1 else 0.0)
     passes, with_weights, whole = (
         float(simulate(cluster, each, scheme, ranks=ranks, replicas=layout.ranks // ranks)[0])
         for each in (bare, gathering, reducing)
