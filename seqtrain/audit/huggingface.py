@@ -1,7 +1,6 @@
 """A transformers model as a subject: what its Trainer, generation and collator do with it."""
 
 import inspect
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from seqtrain.audit.subject import MicroBatch, Subject, Trainer
-from seqtrain.errors import ConfigError
 from seqtrain.testing import boundaries
 
 # Tokens of a row, and of a chunk where no config says it: there is to be more than one.
 TOKENS, CHUNK = 101, 64
-# A model of a config alone, or too large, has at most so many layers of a kind, experts, and tokens in its vocabulary.
-EXPERTS, VOCABULARY = 8, 1024
 
 
 def of_huggingface(model: nn.Module) -> Subject:
@@ -181,72 +177,3 @@ class _HuggingFaceTrainer:
         run = self._run(model)
         run.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
         return run
-
-
-def open_folder(path: str, most_parameters: float) -> tuple[Any, str]:
-    """The transformers model of a folder or config.json in float32, and a line on what was made of it.
-
-    Without weights, or with more than `most_parameters`, it is a small random one of that config. Raises `ConfigError`.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    place = Path(path).expanduser()
-    file = place / "config.json" if place.is_dir() else place
-    if not file.is_file():
-        raise ConfigError(f"model={path}: no folder with a config.json, and no such file")
-    try:
-        config = AutoConfig.from_pretrained(file, trust_remote_code=False, local_files_only=True)
-        config = config.get_text_config()
-        whole = _empty(config)
-    except Exception as error:
-        raise ConfigError(f"model={path}: {' '.join(str(error).split())[:300]}") from error
-    size = sum(each.numel() for each in whole.parameters())
-    weights = sorted([*file.parent.glob("*.safetensors"), *file.parent.glob("*.bin")])
-    if weights and place.is_dir() and size <= most_parameters:
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, local_files_only=True)
-        return model.eval(), f"{type(model).__name__}, {size:,} parameters, with the folder's weights"
-    small = type(config).from_dict(_shortened(config.to_dict()))
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
-    _stir(model)
-    count = sum(each.numel() for each in model.parameters())
-    why = f"{size:,} are too many here" if weights else "no weights"
-    return model.eval(), f"{type(model).__name__}, {count:,} random parameters ({why}; {_changes(config, small)})"
-
-
-def _empty(config: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
-def _stir(model: nn.Module) -> None:
-    """Moves weights off their initial constants, where zeros and ones hide what they multiply."""
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight), alpha=0.02)
-
-
-def _shortened(values: dict[str, Any]) -> dict[str, Any]:
-    """The config with the first layers that show every kind, fewer experts and tokens."""
-    found = dict(values)
-    depth = values.get("num_hidden_layers") or 0
-    lists = [key for key, each in values.items() if isinstance(each, list) and len(each) == depth and depth]
-    kinds = [tuple(str(values[key][index]) for key in lists) for index in range(depth)]
-    least = max((kinds.index(kind) + 1 for kind in set(kinds)), default=depth) if lists else min(depth, 4)
-    found["num_hidden_layers"] = least = min(depth, max(least, 2))
-    found |= {key: values[key][:least] for key in lists}
-    found["vocab_size"] = min(values["vocab_size"], VOCABULARY)
-    found |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if isinstance(values.get(key), int) and values[key] > EXPERTS and (values.get("n_group") or 1) == 1:
-            found[key] = max(EXPERTS, values.get("num_experts_per_tok") or 0)
-    return json.loads(json.dumps(found))
-
-
-def _changes(config: Any, small: Any) -> str:
-    before, after = config.to_dict(), small.to_dict()
-    keys = ("num_hidden_layers", "vocab_size", "num_experts", "num_local_experts", "n_routed_experts")
-    told = [f"{key} {before[key]} -> {after[key]}" for key in keys if key in before and before[key] != after.get(key)]
-    return ", ".join(told) or "as the config says"

@@ -5,9 +5,9 @@
     python tools/audit.py model=path/to/SmolLM2-135M/config.json accelerate=true
 
 A folder with weights is audited with these; a folder or file with a config alone, or a model with more than
-`most_parameters`, as a small random one of that config. What is found is one line each: the check, the module in which
-it is first visible, and where to look. Exit status: 1 with findings, 0 without. For functions of your own, and
-trainers: `seqtrain.audit.audit`.
+`most_parameters`, as a small random one of that config, and the first line says how small. What is found is one line
+each: the check, the module in which it is first visible, and where to look. Exit status: 1 with findings, 0 without.
+For functions of your own, and trainers: `seqtrain.audit.audit`.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import Annotated
 from pydantic import Field
 
 from seqtrain.audit import CHECKS, audit, of_huggingface
-from seqtrain.audit.huggingface import open_folder
+from seqtrain.audit.folder import open_folder
 from seqtrain.config import read_settings
 from seqtrain.errors import ConfigError, unknown_name
 from seqtrain.report import say
