@@ -29,12 +29,14 @@ class MLSTM(LinearMixer):
         gate_cap: Annotated[float, Field(gt=0, le=30)] = 15.0
         # Initial bias of input gates, before the exponential; xLSTM-7B takes -10, nearly shut, against spikes.
         input_bias: Annotated[float, Field(ge=-15, le=15)] = 0.0
+        # Added to the variance in the norm of heads.
+        norm_eps: PositiveFloat = 1e-6
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
         self.gates = nn.Linear(shape.width, 2 * shape.heads)  # input gates, then forget gates
         self.gate = nn.Linear(shape.width, self.inner, bias=False)
-        self.norm = HeadLayerNorm(self.inner)
+        self.norm = HeadLayerNorm(self.inner, eps=config.norm_eps)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -84,6 +84,12 @@ ZAMBA2 = {
     "num_key_value_heads": 6, "mamba_d_state": 10, "mamba_d_conv": 3, "mamba_ngroups": 3, "n_mamba_heads": 6,
     "chunk_size": 16, "add_bias_linear": True,
 }  # fmt: skip
+XLSTM = {
+    "num_heads": 6, "v_dim_factor": 1.5, "gate_soft_cap": 8.0, "output_logit_soft_cap": 5.0, "norm_eps": 1e-4,
+    "ffn_round_up_to_multiple_of": 7, "chunk_size": 16,
+    # Its cache takes widths of whole multiples of 64 alone.
+    "use_cache": False,
+}  # fmt: skip
 # By a name of ours: what transformers calls the family's classes, and its config.
 CASES = {
     "llama": ("Llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
@@ -125,6 +131,7 @@ CASES = {
     "mamba2": ("Mamba2", PURE_MAMBA2),
     "mamba": ("Mamba", {**MAMBA, "use_conv_bias": False}),
     "falcon_mamba": ("FalconMamba", {**MAMBA, "mixer_rms_eps": 1e-3}),
+    "xlstm": ("xLSTM", XLSTM),
     "jamba": ("Jamba", JAMBA),
     "zamba2": ("Zamba2", ZAMBA2),
     "zamba2_plain": (

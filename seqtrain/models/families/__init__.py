@@ -18,6 +18,7 @@ FAMILIES: Mapping[str, str] = {
     **dict.fromkeys(("mamba", "falcon_mamba", "mamba2"), "mamba"),
     **dict.fromkeys(("bamba", "granitemoehybrid", "falcon_h1", "nemotron_h", "jamba", "zamba2"), "mamba_hybrid"),
     "minimax": "minimax",
+    "xlstm": "xlstm",
 }
 
 
