@@ -244,6 +244,12 @@ class MoE(nn.Module):
 
     def run_experts(self, rows: Tensor, counts: Tensor) -> Tensor:
         """What this rank's experts make of `rows: [n,D]`, the next `counts[e]` of them for each."""
+        dtype = _grouped_dtype(rows, self.up, self.down)
+        if dtype is not None:
+            ends = counts.cumsum(0).to(torch.int32)
+            up, down = (weight.to(dtype).transpose(1, 2) for weight in (self.up, self.down))
+            inner = activated(F.grouped_mm(rows.to(dtype), up, offs=ends), self.activation, self.gated)
+            return F.grouped_mm(inner, down, offs=ends)
         # A rank without rows runs all on none, so that it has gradients as the others do.
         made = [
             F.linear(activated(F.linear(part, up), self.activation, self.gated), down)
@@ -257,6 +263,24 @@ class MoE(nn.Module):
         experts = self.chosen * (self.up[0].numel() + self.down[0].numel())
         others = sum(each.weight.numel() for each in self.modules() if isinstance(each, nn.Linear))
         return 2 * tokens * (experts + others)
+
+
+def _grouped_dtype(rows: Tensor, up: Tensor, down: Tensor) -> torch.dtype | None:
+    """In what torch's grouped product multiplies them; None where it can't, or isn't known to be faster.
+
+    On one core, forward and backward, it took 9 to 65% less time than a product an expert (8 experts of 256 channels, 256
+    of 32); padding each to as many rows took between 55% less and 28% more.
+    """
+    device = rows.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+    known = {"cpu": torch.float32, "cuda": torch.bfloat16}
+    if dtype != known.get(device) or is_fake(rows) or torch.compiler.is_compiling() or not len(rows):
+        return None
+    if device == "cuda" and torch.cuda.get_device_capability(rows.device) < (8, 0):
+        return None
+    # Rows of every factor begin at multiples of 16 bytes.
+    aligned = all(size * dtype.itemsize % 16 == 0 for size in (*up.shape[1:], *down.shape[1:]))
+    return dtype if aligned and hasattr(F, "grouped_mm") else None
 
 
 def _counts(chosen: Tensor, experts: int) -> Tensor:

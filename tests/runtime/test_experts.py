@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from seqtrain.errors import ConfigError
 from seqtrain.models import LanguageModel, ModelConfig
-from seqtrain.models.feed_forward import RouterConfig
+from seqtrain.models.feed_forward import MoE, RouterConfig, activated
 from seqtrain.parallel.mesh import Mesh
 from seqtrain.runtime.checkpoint import find
 from seqtrain.runtime.experts import Experts
@@ -69,6 +69,25 @@ def test_losses_of_routers(score):
     assert came.item() == pytest.approx(expected.item(), rel=1e-6)
     ours, truth = (torch.autograd.grad(x, moe.router.weight, retain_graph=True)[0] for x in (came, expected))
     assert torch.allclose(ours, truth, atol=1e-7)
+
+
+@pytest.mark.parametrize("hidden", [12, 13])
+def test_each_expert_is_the_mlp_of_its_tokens(hidden):
+    """One grouped product of all, or, where sizes are odd, one product of each."""
+    torch.manual_seed(0)
+    moe = MoE(16, hidden, experts=6, chosen=2, router=RouterConfig())
+    for weight in (moe.up, moe.down):
+        torch.nn.init.normal_(weight)
+    rows = torch.randn(9, 16, requires_grad=True)
+    # One without any.
+    counts = torch.tensor([2, 0, 4, 1, 1, 1])
+    made, d_made = moe.run_experts(rows, counts), torch.randn(9, 16)
+    parts = zip(rows.split(counts.tolist()), moe.up, moe.down, strict=True)
+    truth = torch.cat([activated(part @ up.T, "silu", True) @ down.T for part, up, down in parts])
+    torch.testing.assert_close(made, truth, rtol=1e-5, atol=1e-5)
+    leaves = (rows, moe.up, moe.down)
+    for came, expected in zip(*(torch.autograd.grad(y, leaves, d_made) for y in (made, truth)), strict=True):
+        torch.testing.assert_close(came, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_rate_without_a_bias_is_refused():
