@@ -27,6 +27,8 @@ CARRIED = (
 )  # fmt: skip
 WEIGHTS = "model.safetensors"
 HEAD = "lm_head.weight"
+# What modules hold that is no part of the network.
+APART = ("training", "chunk")
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _traits(module: nn.Module | None) -> dict[str, Any]:
     if module is None:
         return {"module": "none"}
     plain = {key: value for key, value in vars(module).items() if isinstance(value, int | float | str | bool | tuple)}
-    found = {"module": type(module).__name__} | {key: value for key, value in plain.items() if key != "training"}
+    found = {"module": type(module).__name__} | {key: value for key, value in plain.items() if key not in APART}
     shapes = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
     options = {}
     if isinstance(module, Mixer):
