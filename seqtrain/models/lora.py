@@ -22,6 +22,7 @@ from seqtrain.models.families import Family, Piece
 from seqtrain.models.feed_forward import MoE
 from seqtrain.models.language_model import LanguageModel
 from seqtrain.models.pretrained import by_tensor, shape_of
+from seqtrain.models.shared import SharedBlock
 
 # An adapter's matrices by the name of the module they belong to, as the pieces of that module's weight say.
 Targets = Mapping[str, Sequence[Piece]]
@@ -130,14 +131,16 @@ def _module(tensor: str) -> str:
 def targets_of(model: LanguageModel, family: Family, config: Any) -> dict[str, list[Piece]]:
     """The matrices of a model of `family`, which transformers' `config` describes, that can have an adapter.
 
-    They are those whose rows are rows of an `nn.Linear` of ours, but for routers, which are computed otherwise, and
-    for what the family says; by the names of transformers' modules.
+    They are those whose rows are rows of an `nn.Linear` of ours, but for routers, which are computed otherwise, blocks
+    that layers share, and what the family says; by the names of transformers' modules.
     """
-    routers = {id(module.router) for module in model.modules() if isinstance(module, MoE)}
+    without = {id(module.router) for module in model.modules() if isinstance(module, MoE)}
+    shared = (module for module in model.modules() if isinstance(module, SharedBlock))
+    without |= {id(part) for block in shared for part in block.modules()}
     linears = {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module) not in routers
+        if isinstance(module, nn.Linear) and id(module) not in without
     }
     found = {}
     for name, pieces in by_tensor(family.pieces(config, model)).items():
