@@ -31,7 +31,7 @@ class Settings:
     # Whether seqtrain's operators are put under it first, as seqtrain.accelerate_hf does.
     accelerate: bool = False
     # Parameters up to which the folder's own weights are audited.
-    most_parameters: Annotated[float, Field(gt=0)] = 1.5e8
+    most_parameters: Annotated[float, Field(gt=0)] = 5e7
 
 
 def main(arguments: list[str]) -> int:
