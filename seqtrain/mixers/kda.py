@@ -1,10 +1,10 @@
 """Kimi Delta Attention (Kimi Linear, 2025, arXiv 2510.26692, section 3): the delta rule with a per-channel decay."""
 
 import torch
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeInt, NonPositiveFloat
 from torch import Tensor, nn
 
-from seqtrain.layers import LowRank, reset_decay_rate, reset_step_bias, step_sizes
+from seqtrain.layers import LowRank, reset_decay_rate, reset_step_bias, step_sizes, upcast
 from seqtrain.mixers import LayerShape
 from seqtrain.mixers.common.delta import DeltaMixer
 from seqtrain.mixers.gated_delta_net import GatedDeltaRecurrence
@@ -31,16 +31,24 @@ class KDA(DeltaMixer):
     class Config(DeltaMixer.Config):
         # Rank of the two matrices that make the decay and the output gate; 0: the width of a value head.
         gate_rank: NonNegativeInt = 0
+        # False: one matrix makes each of them, of full rank (Ling 3).
+        low_rank: bool = True
+        # Bound of the decay's logarithm, which then is this times sigmoid(A (W x + b)); 0: none (Ling 3 has -5).
+        log_decay_bound: NonPositiveFloat = 0.0
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
         if self.key_heads != shape.heads:
             raise self.config_error("key_heads", config.key_heads, "each head has a decay of its own")
         rank, keys = config.gate_rank or self.value, shape.heads * self.key
-        self.decay = LowRank(shape.width, rank, keys)
+
+        def projection(out: int) -> nn.Module:
+            return LowRank(shape.width, rank, out) if config.low_rank else nn.Linear(shape.width, out, bias=False)
+
+        self.decay = projection(keys)
         self.rate_log = nn.Parameter(torch.empty(shape.heads))
         self.step_bias = nn.Parameter(torch.empty(keys))
-        self.gate = LowRank(shape.width, rank, self.inner)
+        self.gate = projection(self.inner)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -48,5 +56,7 @@ class KDA(DeltaMixer):
         reset_step_bias(self.step_bias, generator)
 
     def log_decay(self, x: Tensor) -> Tensor:
-        step = step_sizes(self.decay(x), self.step_bias).unflatten(2, (self.shape.heads, self.key))
-        return -self.rate_log.exp()[:, None] * step  # B T H K
+        rate, heads = self.rate_log.exp()[:, None], (self.shape.heads, self.key)
+        if bound := self.config.log_decay_bound:
+            return bound * torch.sigmoid(rate * (upcast(self.decay(x)) + self.step_bias).unflatten(2, heads))
+        return -rate * step_sizes(self.decay(x), self.step_bias).unflatten(2, heads)  # B T H K

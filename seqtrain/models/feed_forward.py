@@ -244,6 +244,10 @@ class MoE(nn.Module):
 
     def run_experts(self, rows: Tensor, counts: Tensor) -> Tensor:
         """What this rank's experts make of `rows: [n,D]`, the next `counts[e]` of them for each."""
+        if (room := _with_room(rows, counts)) is not None:
+            place, counts = room
+            filled = rows.new_zeros(int(counts.sum()), rows.shape[1]).index_copy(0, place, rows)
+            return self.run_experts(filled, counts)[place]
         dtype = _grouped_dtype(rows, self.up, self.down)
         if dtype is not None:
             ends = counts.cumsum(0).to(torch.int32)
@@ -281,6 +285,18 @@ def _grouped_dtype(rows: Tensor, up: Tensor, down: Tensor) -> torch.dtype | None
     # Rows of every factor begin at multiples of 16 bytes.
     aligned = all(size * dtype.itemsize % 16 == 0 for size in (*up.shape[1:], *down.shape[1:]))
     return dtype if aligned and hasattr(F, "grouped_mm") else None
+
+
+def _with_room(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Where experts' rows lie once none has fewer than four, and how many each has; None where all have.
+
+    Products of fewer rows are rounded otherwise on CPUs (MKL): others' choices would change what a token gets.
+    """
+    short = (counts > 0) & (counts < 4)
+    if rows.device.type != "cpu" or is_fake(rows) or not short.any():
+        return None
+    added = (4 - counts).where(short, 0)
+    return torch.arange(len(rows)) + (added.cumsum(0) - added).repeat_interleave(counts), counts + added
 
 
 def _counts(chosen: Tensor, experts: int) -> Tensor:

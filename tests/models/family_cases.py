@@ -90,6 +90,17 @@ XLSTM = {
     # Its cache takes widths of whole multiples of 64 alone.
     "use_cache": False,
 }  # fmt: skip
+LATENT = {
+    "layer_types": LAYERS, "num_key_value_heads": 6, "kv_lora_rank": 20, "qk_rope_head_dim": 8, "v_head_dim": 12,
+    "qk_nope_head_dim": 10, "attention_bias": True, "num_local_experts": 6, "num_experts_per_tok": 2, "n_group": 3,
+    "topk_group": 2, "moe_intermediate_size": 12, "n_shared_experts": 2, "first_k_dense_replace": 1,
+}  # fmt: skip
+KIMI = {**LATENT, "q_lora_rank": 14, "linear_head_dim": 10, "linear_num_heads": 4, "linear_conv_kernel_dim": 3}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.9}
+BAILING = {
+    **LATENT,
+    "head_dim": 10, "short_conv_kernel_size": 3, "rope_parameters": {"rope_theta": 5e4, "mscale_all_dim": 0.7, **YARN},
+}  # fmt: skip
 # By a name of ours: what transformers calls the family's classes, and its config.
 CASES = {
     "llama": ("Llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
@@ -148,6 +159,9 @@ CASES = {
     "falcon_h1": ("FalconH1", FALCON_H1),
     "falcon_h1_plain": ("FalconH1", {**MAMBA2, "mamba_d_ssm": 72, "mamba_proj_bias": False}),
     "minimax": ("MiniMax", MINIMAX),
+    "kimi_linear": ("KimiLinear", KIMI),
+    "bailing_hybrid": ("BailingHybrid", BAILING),
+    "bailing_plain": ("BailingHybrid", {**BAILING, "kda_safe_gate": False, "rope_parameters": None}),
     "qwen3_5_moe": ("Qwen3_5Moe", {**DELTA, **EXPERTS, "partial_rotary_factor": 0.4}),
 }
 # Classes whose configs have no such key.
@@ -160,6 +174,7 @@ LACKING = {
     "Olmo3": ("head_dim",),
     "OlmoHybrid": ("head_dim",),
     "Qwen2": ("head_dim",),
+    "KimiLinear": ("head_dim",),
 }
 # Text models of larger ones have configs of their own name.
 CONFIGS = {"Gemma3": "Gemma3TextConfig", "Qwen3_5": "Qwen3_5TextConfig", "Qwen3_5Moe": "Qwen3_5MoeTextConfig"}

@@ -21,7 +21,17 @@ from tests.models.tiny import assert_same_gradients
 
 # One case of each part in the tier of changes, more in CI's; the grid by hand.
 QUICK = ("qwen3_next", "falcon_h1")
-CI = ("olmo_hybrid", "nemotron_h", "jamba", "gemma3_text", "recurrent_gemma", "lfm2", "phi3")
+CI = (
+    "olmo_hybrid",
+    "nemotron_h",
+    "jamba",
+    "gemma3_text",
+    "recurrent_gemma",
+    "lfm2",
+    "phi3",
+    "minimax",
+    "bailing_hybrid",
+)
 TIERS = {name: () if name in QUICK else pytest.mark.all if name in CI else pytest.mark.full for name in CASES}
 families = pytest.mark.parametrize("name", [pytest.param(name, marks=tier) for name, tier in TIERS.items()])
 LIMIT = 1e-5

@@ -12,7 +12,7 @@ from seqtrain.errors import ConfigError
 from seqtrain.mixers.common.attention import SoftmaxAttention
 from seqtrain.mixers.gated_delta_net import GatedDeltaNet
 from seqtrain.models.architecture import Architecture
-from seqtrain.models.feed_forward import MLP, MoE
+from seqtrain.models.feed_forward import MLP, MoE, RouterConfig
 from seqtrain.models.language_model import LanguageModel, ModelConfig
 
 # Rows of a tensor: all of them, some, or some in an order of their own.
@@ -172,6 +172,18 @@ def network(
     """The network of these layers, with `others` of `ModelConfig`'s fields; of `mixers` those a layer has."""
     model = model_config(config, where, layers, **others)
     return Architecture(model, {name: mixers[name] for name in model.mixers if name in mixers}, config.vocab_size)
+
+
+def sigmoid_router(config: Any) -> RouterConfig:
+    """The router of DeepSeek-V3 and those after it, by the keys that all of them have."""
+    return RouterConfig(
+        score="sigmoid",
+        normalize=config.norm_topk_prob,
+        scale=float(config.routed_scaling_factor),
+        bias=True,
+        groups=config.n_group,
+        chosen_groups=config.topk_group,
+    )
 
 
 def common_keys(model: LanguageModel) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from seqtrain.models.families.base import (
     plain,
     require,
     rotation,
+    sigmoid_router,
 )
 from seqtrain.models.families.dense import FULL
 from seqtrain.models.families.mamba import UNADAPTED, mamba2_pieces, mamba_pieces, stack_pieces, step_limits
@@ -201,14 +202,7 @@ class NemotronH(Bamba):
             "expert_width": config.moe_intermediate_size,
             "shared_expert_width": config.moe_shared_expert_intermediate_size,
             "expert_latent": config.moe_latent_size or 0,
-            "router": RouterConfig(
-                score="sigmoid",
-                normalize=config.norm_topk_prob,
-                scale=float(config.routed_scaling_factor),
-                bias=True,
-                groups=config.n_group,
-                chosen_groups=config.topk_group,
-            ),
+            "router": sigmoid_router(config),
         }
 
     def mamba(self, config: Any, where: object, **others: Any) -> Any:
