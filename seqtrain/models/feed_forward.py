@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 from seqtrain.errors import ConfigError
 from seqtrain.layers import Adapters, upcast
 from seqtrain.models.spiking import Spikes
-from seqtrain.parallel.experts import on_dealt_experts, own_experts
+from seqtrain.parallel.experts import dispatch_and_combine, local_experts
 from seqtrain.validation import AUTO, OrAuto
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -156,7 +156,7 @@ class MoE(nn.Module):
                 f"model.router.bias_rate={router.bias_rate}: there is no bias; set model.router.bias=true"
             )
         self.experts, self.chosen, self.config = experts, chosen, router
-        # Over whose ranks the experts are dealt; None: all are here.
+        # Over whose ranks the experts are sharded; None: all are here.
         self.group: dist.ProcessGroup | None = None
         # Of the last forward pass in training, until it is taken.
         self.routed: Routed | None = None
@@ -172,11 +172,11 @@ class MoE(nn.Module):
         self.shared = MLP(width, shared, activation=activation, gated=gated) if shared else None
         self.shared_gate = nn.Linear(width, 1, bias=False) if shared and router.shared_gate else None
 
-    def deal(self, group: dist.ProcessGroup) -> list[nn.Parameter]:
+    def shard_experts(self, group: dist.ProcessGroup) -> list[nn.Parameter]:
         """Keeps this rank's experts of those that the ranks of `group` share; returns the parameters that shrink."""
         self.group = group
         for weight in (self.up, self.down):
-            weight.data = own_experts(weight.data, group)
+            weight.data = local_experts(weight.data, group)
         return [self.up, self.down]
 
     @property
@@ -238,7 +238,7 @@ class MoE(nn.Module):
         if self.group is None:
             made = self.run_experts(rows[token], counts)
         else:
-            made = on_dealt_experts(rows[token], counts, self.run_experts, group=self.group)
+            made = dispatch_and_combine(rows[token], counts, self.run_experts, group=self.group)
         weighted = made * weights.flatten()[order, None]
         return torch.zeros_like(rows, dtype=weighted.dtype).index_add(0, token, weighted)
 

@@ -399,8 +399,8 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, State]:
         if not (self.config.activation_checkpointing and torch.is_grad_enabled()):
             return block(x, state, sequence=sequence, first=first)
-        dealt = isinstance(block.mlp, MoE) and block.mlp.group is not None
-        contexts: dict[str, Any] = {"context_fn": checkpoint_contexts} if sequence.sends or dealt else {}
+        sharded = isinstance(block.mlp, MoE) and block.mlp.group is not None
+        contexts: dict[str, Any] = {"context_fn": checkpoint_contexts} if sequence.sends or sharded else {}
         # Nothing in a block draws random numbers, so their state needs no saving.
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, **contexts}
         return checkpoint(block, x, state, sequence=sequence, first=first, **options)

@@ -1,4 +1,4 @@
-"""Experts dealt over the ranks of a group: rows travel to the rank that has their expert, and back."""
+"""Experts sharded over the ranks of a group: rows travel to the rank that has their expert, and back."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from seqtrain.parallel.exchange import exchange
 Work = Callable[[Tensor, Tensor], Tensor]
 
 
-def on_dealt_experts(rows: Tensor, counts: Tensor, work: Work, *, group: dist.ProcessGroup) -> Tensor:
+def dispatch_and_combine(rows: Tensor, counts: Tensor, work: Work, *, group: dist.ProcessGroup) -> Tensor:
     """`work(rows, counts)` where each of P ranks has the next E / P experts and runs `work` with those alone.
 
     `rows: [n,D]`, sorted by expert; `counts`: int64 `[E]`, how many each has. Returns `[n,D]`, differentiable. Every
@@ -34,12 +34,12 @@ def on_dealt_experts(rows: Tensor, counts: Tensor, work: Work, *, group: dist.Pr
     return exchange(back, come_numbers, to_numbers, group=group, agreed=f"made {width}").view(-1, width)
 
 
-def own_experts(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+def local_experts(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Of `[E,...]`, an entry an expert, a copy of this rank's part, the next E / P of P ranks."""
     return whole.chunk(group.size())[group.rank()].clone()
 
 
-def all_experts(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather_experts(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The reverse; all ranks of `group` call it."""
     parts = [torch.empty_like(own) for _ in range(group.size())]
     dist.all_gather(parts, own.contiguous(), group=group)

@@ -20,7 +20,7 @@ class Mesh:
 
     Sequence-parallel ranks are neighbors, and so are on one machine wherever a machine has room for them.
     `group`: those that hold this rank's sequence, in order of time; None where a sequence is held whole. `experts`:
-    neighbors over which experts are dealt, whatever tokens they hold; None where each rank has all.
+    neighbors over which experts are sharded, whatever tokens they hold; None where each rank has all.
     """
 
     data_rank: int
@@ -45,18 +45,18 @@ def form_mesh(
 ) -> Iterator[Mesh]:
     """The ranks of `world` as a mesh of sequences over `sequence` ranks each, as long as the context is open.
 
-    `experts`: ranks over which experts are dealt.
+    `experts`: ranks over which experts are sharded.
 
     All ranks of `world` call it and leave it together, since groups are formed and scans are measured. Where it is
     left with an error the groups are left too: another rank may be gone, and nothing that waits for it would return.
     """
     rank, ranks = world.rank(), world.size()
-    group, dealt = (_neighbors(rank, ranks, size, timeout_seconds) for size in (sequence, experts))
+    group, owners = (_neighbors(rank, ranks, size, timeout_seconds) for size in (sequence, experts))
     if group is not None and len(candidates(algorithm)) > 1:
         # Now, when all ranks are here with nothing else to do; in the first layer others would compute meanwhile.
         costs_of(engine_of(group.group_name), device)
-    yield Mesh(rank // sequence, ranks // sequence, rank % sequence, sequence, group, algorithm, dealt)
-    for formed in filter(None, (group, dealt)):
+    yield Mesh(rank // sequence, ranks // sequence, rank % sequence, sequence, group, algorithm, owners)
+    for formed in filter(None, (group, owners)):
         flush_scans(formed)
         # A neighbor may still be reading what this rank has sent.
         dist.barrier(world)

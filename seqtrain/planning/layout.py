@@ -128,7 +128,7 @@ def read_cluster(cluster: str) -> ClusterFile:
 class Layout:
     """How a step is divided: groups of ranks `data`, ranks per sequence `sequence`, ZeRO's `stage`, whether layers are
     recomputed (`checkpointing`), rows at once (`micro_batch`), rows of the whole step (`batch`), ranks over which
-    experts are dealt (`experts`).
+    experts are sharded (`experts`).
     """
 
     data: int
@@ -150,8 +150,8 @@ class Layout:
 
     def __str__(self) -> str:
         again = ", recomputed" * self.checkpointing
-        dealt = f", experts over {self.experts}" if self.experts > 1 else ""
-        return f"{self.data} x {self.sequence}, ZeRO {self.stage}, {self.micro_batch}/{self.batch} rows{again}{dealt}"
+        over = f", experts over {self.experts}" if self.experts > 1 else ""
+        return f"{self.data} x {self.sequence}, ZeRO {self.stage}, {self.micro_batch}/{self.batch} rows{again}{over}"
 
     def of_rounds(self, rounds: int) -> "Layout":
         """With a batch of so many micro-batches."""
@@ -305,14 +305,14 @@ def communication_seconds(
 
 
 def held_parameters(counts: ModelCounts, layout: Layout) -> float:
-    """Numbers that a rank's weights have, before ZeRO divides anything: of dealt experts its own alone."""
+    """Numbers that a rank's weights have, before ZeRO divides anything: of sharded experts its own alone."""
     return counts.parameters - counts.experts * (1 - 1 / layout.experts)
 
 
 def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[str, float]:
     """Bytes of one rank at the peak of a step, by kind."""
     again, own = layout.checkpointing, 1 / layout.ranks
-    # What ZeRO divides is, in all, the same with dealt experts.
+    # What ZeRO divides is, in all, the same with sharded experts.
     size, divided = 4.0 * held_parameters(counts, layout), 4.0 * counts.trained * own
     trained = size - 4.0 * counts.frozen
     whole, kept = counts.peak_bytes(checkpointing=again), counts.saved_bytes(checkpointing=again)

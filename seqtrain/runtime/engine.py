@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from seqtrain.runtime.dealt import Dealt
+from seqtrain.runtime.expert_parallel import ExpertParallel
 from seqtrain.runtime.optimizer_state import OptimizerState
 from seqtrain.runtime.optimizers import build_optimizer, set_learning_rate
 from seqtrain.runtime.ranks import Ranks
@@ -82,22 +82,22 @@ class Engine:
     ):
         """`groups`: the parameters to train, as `parameter_groups` gives them. Every rank builds its own.
 
-        `experts`: ranks over which the model's routed experts are dealt; of the others this rank drops the weights.
+        `experts`: ranks over which the model's routed experts are sharded; of the others this rank drops the weights.
         """
         prepare_environment(ranks)
         import deepspeed
 
-        self._dealt = Dealt(model, experts)
+        self._expert_parallel = ExpertParallel(model, experts)
         self.module = model.to(ranks.device)
         self.stage = config.parallel.zero_stage
         optimizer = build_optimizer(
-            self._dealt.groups(groups),
+            self._expert_parallel.groups(groups),
             config.optimizer,
             finite=self.stage == 0,
             clipping=config.train.gradient_clipping,
             experts=experts,
         )
-        with self._dealt.told(model):
+        with self._expert_parallel.announced(model):
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
@@ -105,8 +105,8 @@ class Engine:
                 dist_init_required=False,
             )
         self.model: nn.Module = self.deepspeed
-        self.optimizer_state = OptimizerState(self.deepspeed, self.stage, config.optimizer, self._dealt)
-        dealt = f", experts over {experts.size()}" if experts is not None else ""
+        self.optimizer_state = OptimizerState(self.deepspeed, self.stage, config.optimizer, self._expert_parallel)
+        experts_over = f", experts over {experts.size()}" if experts is not None else ""
         log.info(
             "engine: DeepSpeed %s, ZeRO %d, %s over %d x %d ranks (data x sequence, %s)%s, optimizer %s of %s",
             deepspeed.__version__,
@@ -115,7 +115,7 @@ class Engine:
             config.parallel.data,
             config.parallel.sequence,
             ranks.device.type,
-            dealt,
+            experts_over,
             config.optimizer.name,
             config.optimizer.implementation,
         )
@@ -162,13 +162,13 @@ class Engine:
     def weights(self, *, besides: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """Every parameter but those called `besides` once, by name: the float32 weight in its full shape.
 
-        A collective in stage 3, and of experts that are dealt.
+        A collective in stage 3, and of sharded experts.
         """
         for name, parameter in self.module.named_parameters():
             if name in besides:
                 continue
             if self.stage < 3:
-                yield name, self._dealt.whole(name, parameter.detach())
+                yield name, self._expert_parallel.whole(name, parameter.detach())
                 continue
             from deepspeed.runtime.zero import GatheredParameters
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqtrain.runtime.dealt import Dealt
+from seqtrain.runtime.expert_parallel import ExpertParallel
 from seqtrain.runtime.optimizers import OPTIMIZERS, OptimizerConfig
 
 Moments = dict[str, Tensor]
@@ -20,11 +20,11 @@ Moments = dict[str, Tensor]
 class OptimizerState:
     """The state inside the optimizer of a DeepSpeed engine of ZeRO `stage`; only this class reads and writes it."""
 
-    def __init__(self, engine: Any, stage: int, config: OptimizerConfig, dealt: Dealt):
-        """`dealt`: of which weights this rank has its experts' part."""
+    def __init__(self, engine: Any, stage: int, config: OptimizerConfig, experts: ExpertParallel):
+        """`experts`: of which weights this rank has its experts' part."""
         self.moments = OPTIMIZERS[config.name].moments
         self._by_torch = config.implementation == "torch"
-        self._stage, self._dealt = stage, dealt
+        self._stage, self._expert_parallel = stage, experts
         self._zero = engine.optimizer
         # The optimizer that ZeRO wraps.
         self._inner = engine.optimizer.optimizer if stage else engine.optimizer
@@ -46,7 +46,7 @@ class OptimizerState:
             from deepspeed.utils import safe_get_full_optimizer_state
 
             found = {key: safe_get_full_optimizer_state(parameter, key) for key in self.moments}
-        return {key: self._dealt.whole(name, value) for key, value in found.items()}
+        return {key: self._expert_parallel.whole(name, value) for key, value in found.items()}
 
     def link(self) -> None:
         """Lets ZeRO 1 and 2 find the moments of every weight; before they are read or set.
@@ -72,7 +72,7 @@ class OptimizerState:
         self.link()
         for name, values in moments:
             for key in self.moments:
-                self._set(self._parameters[name], key, self._dealt.own(name, values[key]))
+                self._set(self._parameters[name], key, self._expert_parallel.own(name, values[key]))
 
     def _set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         if self._stage == 0:

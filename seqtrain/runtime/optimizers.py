@@ -71,7 +71,7 @@ class FiniteStep:
     param_groups: list[dict[str, Any]]
     # Largest norm of the gradient; 0 doesn't clip.
     clipping = 0.0
-    # Ranks among which dealt experts, the groups called `moe`, are all there are; None for none.
+    # Ranks among which sharded experts, the groups called `moe`, are all there are; None for none.
     experts: dist.ProcessGroup | None = None
     # Whether the last step was left out.
     overflow = False
@@ -95,9 +95,9 @@ class FiniteStep:
         """The gradient's norm where some weights are parts: theirs is summed over the ranks that have the others."""
         norms = [
             nn.utils.get_total_norm(
-                [p.grad for group in self.param_groups if ("moe" in group) == dealt for p in group["params"]]
+                [p.grad for group in self.param_groups if ("moe" in group) == sharded for p in group["params"]]
             )
-            for dealt in (False, True)
+            for sharded in (False, True)
         ]
         dist.all_reduce(square := norms[1].square(), group=experts)
         return (norms[0].square() + square).sqrt()

@@ -81,7 +81,7 @@ class ParallelConfig:
     data: Annotated[Positive, OrAuto] = AUTO
     # Sequence-parallel (context-parallel) ranks of a group: each holds a piece of every sequence.
     sequence: Positive = 1
-    # Ranks over which routed experts are dealt: each has so small a part of them, and tokens travel. 1: each has all.
+    # Ranks over which routed experts are sharded: each has so small a part of them, and tokens travel. 1: each has all.
     experts: Positive = 1
     # What DeepSpeed divides over all ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights.
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
@@ -317,7 +317,7 @@ def _check_experts(config: PretrainConfig) -> None:
             raise ConfigError(f"{key}: must divide {name}={number}; use {fitting}, or a divisor of it")
     if parallel.zero_stage == 3:
         raise ConfigError(
-            f"{key}: DeepSpeed doesn't divide dealt experts as well, parallel.zero_stage=3; "
+            f"{key}: DeepSpeed doesn't divide sharded experts as well, parallel.zero_stage=3; "
             "use parallel.zero_stage=2 or less, or parallel.experts=1"
         )
 

@@ -124,7 +124,7 @@ def assert_all_same(config: PretrainConfig, others: list[PretrainConfig]) -> Non
                 assert torch.equal(weights(each)[name], bias), name
 
 
-def dealt(data: int, sequence: int, stage: int, experts: int) -> dict[str, int]:
+def parallel(data: int, sequence: int, stage: int, experts: int) -> dict[str, int]:
     return {**grid(data, sequence, stage), "experts": experts}
 
 
@@ -136,7 +136,7 @@ def dealt(data: int, sequence: int, stage: int, experts: int) -> dict[str, int]:
     ),
 )
 def test_dealt_experts_are_those_of_one_rank(config, meshes):
-    others = [change(config, f"{mesh}", parallel=dealt(*mesh)) for mesh in meshes]
+    others = [change(config, f"{mesh}", parallel=parallel(*mesh)) for mesh in meshes]
     train_on(config, *others)
     assert_all_same(config, others)
 
@@ -145,12 +145,12 @@ def test_dealt_experts_are_those_of_one_rank(config, meshes):
 def test_checkpoints_of_dealt_experts(config):
     """Whole weights, resumed bit for bit, and on any other ranks."""
     clipped = {"steps": 4, "gradient_clipping": 0.5}
-    longer = change(config, train=clipped, checkpoint={"every": 2}, parallel=dealt(2, 1, 1, 2))
-    alone = change(longer, "alone", parallel=dealt(1, 1, 1, 1))
+    longer = change(config, train=clipped, checkpoint={"every": 2}, parallel=parallel(2, 1, 1, 2))
+    alone = change(longer, "alone", parallel=parallel(1, 1, 1, 1))
     train_on(longer, alone)
     assert losses(longer) == pytest.approx(losses(alone), rel=1e-5)
     meshes = {"again": (2, 1, 1, 2), "none": (1, 1, 0, 1), "stage 0": (1, 2, 0, 2)}
-    resumed = {name: as_it_was_at(longer, 2, name, parallel=dealt(*mesh)) for name, mesh in meshes.items()}
+    resumed = {name: as_it_was_at(longer, 2, name, parallel=parallel(*mesh)) for name, mesh in meshes.items()}
     train_on(*resumed.values())
     for name, weight in weights(longer).items():
         assert torch.equal(weights(resumed["again"])[name], weight), name

@@ -1,4 +1,4 @@
-"""Experts dealt over ranks, as DeepSpeed is told of them: whose gradients are averaged with whose."""
+"""Experts sharded over ranks, as DeepSpeed is told of them: whose gradients are averaged with whose."""
 
 import io
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from seqtrain.errors import ConfigError
 from seqtrain.models.feed_forward import MoE
-from seqtrain.parallel.experts import all_experts, own_experts
+from seqtrain.parallel.experts import gather_experts, local_experts
 
 
-class Dealt:
+class ExpertParallel:
     """Which parameters of a model are parts: each rank of `group` has its experts. None: all are whole."""
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None):
         self.group = group
         layers = [module for module in model.modules() if isinstance(module, MoE)] if group is not None else []
-        parts = {weight for layer in layers for weight in layer.deal(group)} if group is not None else set()
+        parts = {weight for layer in layers for weight in layer.shard_experts(group)} if group is not None else set()
         self.names = {name for name, parameter in model.named_parameters() if parameter in parts}
         self._parts = parts
         if group is not None:
@@ -40,7 +40,7 @@ class Dealt:
         return [each for each in (*whole, *parts) if each["params"]]
 
     @contextmanager
-    def told(self, model: nn.Module) -> Iterator[None]:
+    def announced(self, model: nn.Module) -> Iterator[None]:
         """While DeepSpeed makes its engine of `model`: it looks for a layer of its own, which forms groups.
 
         Theirs are over the same neighbors; gradients of parts are summed over the others, and divided by all ranks.
@@ -53,16 +53,16 @@ class Dealt:
         ranks = self.group.size()
         # It prints what it forms.
         with redirect_stdout(io.StringIO()):
-            model.told = DeepSpeedMoE(hidden_size=1, expert=nn.Identity(), num_experts=ranks, ep_size=ranks)
+            model.marker = DeepSpeedMoE(hidden_size=1, expert=nn.Identity(), num_experts=ranks, ep_size=ranks)
             try:
                 yield
             finally:
-                del model.told
+                del model.marker
 
     def whole(self, name: str, value: Tensor) -> Tensor:
         """`value`, of the shape of this rank's parameter `name`, for all experts. A collective where it is a part."""
-        return all_experts(value, self.group) if self.group is not None and name in self.names else value
+        return gather_experts(value, self.group) if self.group is not None and name in self.names else value
 
     def own(self, name: str, value: Tensor) -> Tensor:
         """The reverse."""
-        return own_experts(value, self.group) if self.group is not None and name in self.names else value
+        return local_experts(value, self.group) if self.group is not None and name in self.names else value
