@@ -18,7 +18,7 @@ EXTRAS = {
         "datasets", "deepspeed", "hydra", "matplotlib", "omegaconf", "psutil", "pyarrow", "ray", "rich",
         "tensorboardX", "tokenizers", "transformers", "wandb", "yaml",
     ),
-    "convert": ("gguf", "peft"),
+    "convert": ("gguf",),
     "eval": ("lm_eval",),
 }  # fmt: skip
 
