@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from seqtrain.models.config import ModelConfig
 from seqtrain.models.generation import generate
-from seqtrain.models.language_model import LanguageModel, ModelConfig
+from seqtrain.models.language_model import LanguageModel
 
 __all__ = ["LanguageModel", "ModelConfig", "from_pretrained", "generate", "save_pretrained"]
 

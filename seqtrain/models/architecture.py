@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from seqtrain.models.language_model import LanguageModel, ModelConfig
+from seqtrain.models.config import ModelConfig
+from seqtrain.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 from seqtrain.errors import CheckpointError
-from seqtrain.models.language_model import LanguageModel, ModelConfig, mixer_class
+from seqtrain.models.config import ModelConfig, mixer_class
+from seqtrain.models.language_model import LanguageModel
 from seqtrain.validation import validate
 
 

@@ -14,7 +14,7 @@ import yaml
 from seqtrain.config import read_run_config
 from seqtrain.errors import CheckpointError, ConfigError, FencedError
 from seqtrain.files import replace_file
-from seqtrain.models.language_model import ModelConfig, mixer_class
+from seqtrain.models.config import ModelConfig, mixer_class
 from seqtrain.models.source import open_source
 from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.lease import Lease, saved_step, take

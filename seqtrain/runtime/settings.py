@@ -16,7 +16,7 @@ from pydantic import Field
 from seqtrain.data import DataConfig, check_source
 from seqtrain.errors import ConfigError
 from seqtrain.models import LanguageModel, ModelConfig
-from seqtrain.models.language_model import default_config, mixer_class
+from seqtrain.models.config import default_config, mixer_class
 from seqtrain.models.lora import LoraConfig
 from seqtrain.parallel import Algorithm
 from seqtrain.runtime.optimizers import OptimizerConfig

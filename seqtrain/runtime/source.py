@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from seqtrain.errors import ConfigError
+from seqtrain.models.config import ModelConfig
 from seqtrain.models.feed_forward import RouterConfig
-from seqtrain.models.language_model import LanguageModel, ModelConfig
+from seqtrain.models.language_model import LanguageModel
 from seqtrain.models.lora import add_adapters, chosen, targets_of, write_adapter
 from seqtrain.models.pretrained import architecture_of, copy_companions, fill, origin_of, places_of, write_folder
 from seqtrain.models.source import open_source

@@ -10,8 +10,8 @@ from seqtrain.config import compose_config, conf_dir
 from seqtrain.layers import RMSNorm
 from seqtrain.mixers import MIXERS, LayerShape
 from seqtrain.models import LanguageModel, ModelConfig, generate
+from seqtrain.models.block import Block
 from seqtrain.models.feed_forward import MLP
-from seqtrain.models.language_model import Block
 from seqtrain.models.spiking import Spikes, spike_counts, spike_statistics
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.testing import boundaries, relative_error

@@ -12,8 +12,9 @@ from seqtrain.errors import ConfigError
 from seqtrain.mixers.common.attention import SoftmaxAttention
 from seqtrain.mixers.gated_delta_net import GatedDeltaNet
 from seqtrain.models.architecture import Architecture
+from seqtrain.models.config import ModelConfig
 from seqtrain.models.feed_forward import MLP, MoE, RouterConfig
-from seqtrain.models.language_model import LanguageModel, ModelConfig
+from seqtrain.models.language_model import LanguageModel
 
 # Rows of a tensor: all of them, some, or some in an order of their own.
 Rows = slice | Tensor | None

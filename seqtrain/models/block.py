@@ -1,0 +1,212 @@
+"""A layer: a mixer over time, then an MLP or experts over channels, each with its norm and added to the stream."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from seqtrain.errors import ConfigError
+from seqtrain.mixers import WHOLE, LayerShape, Mixer, State
+from seqtrain.mixers.common.attention import SoftmaxAttention
+from seqtrain.models.config import ModelConfig, Norms, default_config, mixer_class
+from seqtrain.models.feed_forward import MLP, MoE
+from seqtrain.models.shared import PREFIX, SharedBlock
+from seqtrain.parallel.sequence import SequenceContext
+
+
+class Block(nn.Module):
+    """`x + mixer(norm(x))`, then `x + feed_forward(norm(x))`; either may be missing.
+
+    `norms`: where it normalises: what enters a part (pre), what leaves it (post), both, or the stream that a part reads
+    and is added to (stream: DeepNorm, arXiv 2203.00555). `scales`: see `ModelConfig.sum_scales`. With a `group` the
+    mixer runs on groups of so many tokens, counted from the document's start, which know nothing of each other (the
+    linear group RNN of LION, arXiv 2407.18232); 0: on the whole sequence. `shared`: what adds to
+    what the mixer is given.
+    """
+
+    def __init__(
+        self,
+        mixer: Mixer | None,
+        mlp: nn.Module | None,
+        norm: Callable[[], nn.Module],
+        *,
+        norms: Norms = "pre",
+        group: int = 0,
+        scales: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0),
+        shared: SharedBlock | None = None,
+    ):
+        super().__init__()
+        self.group, self.norms, self.scales = group, norms, scales
+
+        def norm_at(place: Norms, part: nn.Module | None) -> nn.Module:
+            places = {"both": ("pre", "post"), "stream": ("pre",)}.get(norms, (norms,))
+            return norm() if part is not None and place in places else nn.Identity()
+
+        self.shared = shared
+        self.mixer_norm = norm_at("pre", mixer)
+        self.mixer: Mixer | None = mixer
+        self.mixer_post_norm = norm_at("post", mixer)
+        self.mlp_norm = norm_at("pre", mlp)
+        self.mlp: Any = mlp
+        self.mlp_post_norm = norm_at("post", mlp)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        sequence: SequenceContext = WHOLE,
+        first: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """`x: [B,T,D]`, or `[B,D]` for one token per row, and the layer's state -> the same after the block.
+
+        `first`: what entered the first block, for a shared one; None: x.
+        """
+        x, state = self.mix(x, state, sequence, first)
+        return self.feed(x), state
+
+    def mix(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        sequence: SequenceContext = WHOLE,
+        first: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """The first part of `forward`: over time."""
+        if self.mixer is None:
+            return x, {}
+        given, kept = x, {}
+        if self.shared is not None:
+            past = {name.removeprefix(PREFIX): each for name, each in (state or {}).items() if name.startswith(PREFIX)}
+            added, after = self.shared(x, x if first is None else first, past, sequence)
+            given, kept = x + added, {PREFIX + name: each for name, each in after.items()}
+        entered = self.mixer_norm(given)
+        mixed, state = self._mixed(entered, state, sequence)
+        return self._sum(x, entered, self.mixer_post_norm(mixed), *self.scales[:2]), state | kept
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The second part of `forward`: over channels."""
+        if self.mlp is None:
+            return x
+        entered = self.mlp_norm(x)
+        return self._sum(x, entered, self.mlp_post_norm(self.mlp(entered)), *self.scales[2:])
+
+    def _sum(self, x: Tensor, entered: Tensor, y: Tensor, kept: float, added: float) -> Tensor:
+        stream = entered if self.norms == "stream" else x
+        return (stream if kept == 1 else kept * stream) + (y if added == 1 else added * y)
+
+    def _mixed(self, x: Tensor, state: State | None, sequence: SequenceContext) -> tuple[Tensor, State]:
+        assert self.mixer is not None
+        mix: Callable[..., tuple[Tensor, State]] = self.mixer if x.dim() == 3 else self.mixer.step
+        if not self.group:
+            return mix(x, state, sequence=sequence)
+        # The mixer's state is that of the unfinished group; the tokens seen, int64 `[B]`, say how far it is.
+        past = dict(state or {})
+        seen = past.pop("seen", None)
+        _, after = sequence.count(seen, x.shape[0], x.shape[1] if x.dim() == 3 else 1, x.device)
+        mixed, state = mix(x, past or None, sequence=sequence.grouped(self.group, seen))
+        return mixed, state | {"seen": after}
+
+    def mixer_flops(self, tokens: int) -> int:
+        """Forward pass of the mixer over one sequence."""
+        if self.mixer is None:
+            return 0
+        whole, rest = divmod(tokens, self.group) if self.group else (0, tokens)
+        shared = 0 if self.shared is None else self.shared.flops(tokens)
+        return whole * self.mixer.flops(self.group) + self.mixer.flops(rest) + shared
+
+    def mlp_flops(self, tokens: int) -> int:
+        """Forward pass of what works on channels."""
+        return 0 if self.mlp is None else self.mlp.flops(tokens)
+
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes of one row's state after `tokens` tokens; in groups, of the longest unfinished group."""
+        if self.mixer is None:
+            return 0
+        shared = 0 if self.shared is None else self.shared.attention.state_bytes(tokens)
+        return shared + (self.mixer.state_bytes(self.group - 1) + 8 if self.group else self.mixer.state_bytes(tokens))
+
+
+def build_blocks(config: ModelConfig, mixers: Mapping[str, Any], norm: Callable[[int], nn.Module]) -> Iterator[Block]:
+    """The blocks of `config`, in their order. `mixers`: see `LanguageModel`; `norm`: of so many channels.
+
+    Raises `ConfigError`.
+    """
+    shared = _shared(config, mixers, norm)
+    for index in range(config.depth):
+        yield Block(
+            _mixer(config, mixers, index),
+            _feed_forward(config, index),
+            partial(norm, config.width),
+            norms=config.norms[index % len(config.norms)],
+            group=config.groups[index % len(config.groups)],
+            scales=config.scales(index),
+            shared=shared.get(index),
+        )
+
+
+def _mixer(config: ModelConfig, mixers: Mapping[str, Any], index: int) -> Mixer | None:
+    name = config.mixer(index)
+    if name == "none":
+        return None
+    own = mixers[name] if name in mixers else default_config(name)
+    heads = getattr(own, "heads", 0) or config.heads
+    mixer = mixer_class(name)(own, LayerShape(config.width, heads, index, config.depth))
+    if mixer.grouped and (size := config.groups[index % len(config.groups)]):
+        raise ConfigError(
+            f"model.groups={list(config.groups)}: layer {index}, {name}, has groups of its own and can't have "
+            f"these of {size} tokens: put 0 in that place, or another layer"
+        )
+    if not mixer.causal:
+        raise ConfigError(f"model.layers={name}: sees tokens to come, which a language model must not, as configured")
+    return mixer
+
+
+def _shared(config: ModelConfig, mixers: Mapping[str, Any], norm: Callable[[int], nn.Module]) -> dict[int, SharedBlock]:
+    """The shared block of each layer that has one."""
+    shared = config.shared
+    found: dict[int, SharedBlock] = {}
+    made: dict[int, SharedBlock] = {}
+    for index in range(config.depth):
+        if not (number := shared.block(index)):
+            continue
+        own = mixers[shared.mixer] if shared.mixer in mixers else default_config(shared.mixer)
+        if not isinstance(own, SoftmaxAttention.Config):
+            raise ConfigError(f"model.shared.mixer={shared.mixer}: must be one of softmax attention")
+        if config.mixer(index) == "none" or config.groups[index % len(config.groups)]:
+            raise ConfigError(f"model.shared.layers={list(shared.layers)}: layer {index} needs a mixer, and no groups")
+        shape = LayerShape(2 * config.width, config.heads, index, config.depth, out=config.width)
+        mixer = mixer_class(shared.mixer)(own, shape)
+        found[index] = SharedBlock(mixer, _mlp(config, adapter_rank=shared.adapter_rank), norm, config.width)
+        if number in made:
+            found[index].hold(made[number])
+        made.setdefault(number, found[index])
+    return found
+
+
+def _mlp(config: ModelConfig, **options: Any) -> MLP:
+    shape: dict[str, Any] = {"activation": config.activation, "gated": config.mlp_gated, "bias": config.mlp_bias}
+    shape |= {"gate_scale": config.mlp_gate_scale, "out_scale": config.mlp_out_scale, "spike_rate": config.spike_rate}
+    return MLP(config.width, config.hidden, **shape, **options)
+
+
+def _feed_forward(config: ModelConfig, index: int) -> nn.Module | None:
+    kind = config.mlp(index)
+    if kind == "none":
+        return None
+    if kind == "mlp":
+        return _mlp(config)
+    if not config.experts:
+        raise ConfigError(f"model.mlps={list(config.mlps)}: a layer has routed experts; say how many: model.experts=")
+    return MoE(
+        config.width,
+        config.expert_width or config.hidden,
+        experts=config.experts,
+        chosen=config.experts_per_token,
+        router=config.router,
+        shared=config.shared_expert_width,
+        latent=config.expert_latent,
+        activation=config.activation,
+        gated=config.mlp_gated,
+    )

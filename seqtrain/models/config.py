@@ -1,0 +1,137 @@
+"""The keys under `model.`, and which configs mixers have where nothing is said of them."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from seqtrain.errors import ConfigError
+from seqtrain.mixers import MIXERS, Mixer
+from seqtrain.models.feed_forward import Activation, RouterConfig
+from seqtrain.models.shared import SharedConfig
+
+Norms = Literal["pre", "post", "both", "stream"]
+Positive = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The keys under `model.`; the files in `conf/model/` hold one ready choice each."""
+
+    # Rows of embedding and head, at least as many as the tokenizer has ids; 0: as many.
+    vocab_size: Annotated[int, Field(ge=0)] = 0
+    # Names of mixers (files in seqtrain/mixers/), repeated over the depth; none: a layer without one.
+    layers: Annotated[tuple[str, ...], Field(min_length=1)] = ("gated_delta_net",)
+    # Number of blocks.
+    depth: Annotated[int, Field(gt=0)] = 12
+    # Channels of the residual stream.
+    width: Annotated[int, Field(gt=0)] = 768
+    # Heads of every mixer; must divide width.
+    heads: Annotated[int, Field(gt=0)] = 12
+    # Tokens in the groups each layer is confined to, repeated over the depth; 0: the whole sequence.
+    groups: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    # Hidden channels of the MLP over width, rounded to a multiple of 8 channels.
+    mlp_ratio: Annotated[float, Field(gt=0)] = 2.6667
+    # Hidden channels of the MLP; 0: as mlp_ratio says.
+    mlp_width: Annotated[int, Field(ge=0)] = 0
+    # What follows the mixer of each layer, repeated over the depth: an MLP, routed experts (moe), or nothing (none).
+    mlps: Annotated[tuple[Literal["mlp", "moe", "none"], ...], Field(min_length=1)] = ("mlp",)
+    # What MLPs and experts apply to their hidden channels; relu2 is the square of relu.
+    activation: Activation = "silu"
+    # True: it is applied to one half, which multiplies the other (SwiGLU); False: to all.
+    mlp_gated: bool = True
+    # True: matrices of the MLP have biases.
+    mlp_bias: bool = False
+    # Factor on what an MLP applies its activation to.
+    mlp_gate_scale: Annotated[float, Field(gt=0)] = 1.0
+    # Factor on what leaves an MLP.
+    mlp_out_scale: Annotated[float, Field(gt=0)] = 1.0
+    # Routed experts in a mixture-of-experts layer; 0: none. All layers have them unless mlps says which.
+    experts: Annotated[int, Field(ge=0)] = 0
+    # Experts that work on each token.
+    experts_per_token: Annotated[int, Field(gt=0)] = 2
+    # Hidden channels of an expert; 0: of the MLP.
+    expert_width: Annotated[int, Field(ge=0)] = 0
+    # Hidden channels of the expert that works on every token; 0: none.
+    shared_expert_width: Annotated[int, Field(ge=0)] = 0
+    # Channels that experts work on, by a projection before and after them; 0: of the residual stream.
+    expert_latent: Annotated[int, Field(ge=0)] = 0
+    router: RouterConfig = field(default_factory=RouterConfig)
+    # Mean spikes per value where the MLP computes on spike counts (SpikingBrain); 0: no spikes, plain activations.
+    spike_rate: Annotated[float, Field(ge=0)] = 0.0
+    shared: SharedConfig = field(default_factory=SharedConfig)
+    # True: the head uses the embedding's matrix, which saves vocab * width parameters.
+    tie_embeddings: bool = True
+    # True: a block's activations are computed again in the backward pass instead of kept.
+    activation_checkpointing: bool = False
+    # Tokens whose logits exist at one time in the loss.
+    loss_chunk: Annotated[int, Field(gt=0)] = 1024
+    # Where each layer normalises, repeated over the depth: what enters mixer and MLP (pre), what leaves them (post), or
+    # the residual stream itself before each of them (stream).
+    norms: Annotated[tuple[Norms, ...], Field(min_length=1)] = ("pre",)
+    # Added to the mean square in the norms of the residual stream.
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    # True: these norms multiply by 1 + weight (Gemma).
+    norm_zero_centered: bool = False
+    # Factors on embeddings, on what each mixer and MLP adds, and on logits.
+    embedding_scale: Annotated[float, Field(gt=0)] = 1.0
+    residual_scale: Annotated[float, Field(gt=0)] = 1.0
+    logit_scale: Annotated[float, Field(gt=0)] = 1.0
+    # Factors of each layer's sums, repeated over the depth: on the stream and on what the mixer adds, on the stream and
+    # on what the MLP adds (alpha and beta of DeepNorm).
+    sum_scales: Annotated[tuple[tuple[Positive, Positive, Positive, Positive], ...], Field(min_length=1)] = (
+        (1.0, 1.0, 1.0, 1.0),
+    )
+    # What logits stay below in size, softly (Gemma 2); 0: unbounded.
+    logit_cap: Annotated[float, Field(ge=0)] = 0.0
+    # Standard deviation of initial weights; those that write to the residual stream have it over sqrt(2 * depth).
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+
+    @property
+    def hidden(self) -> int:
+        """Hidden channels of the MLP."""
+        return self.mlp_width or max(8, round(self.mlp_ratio * self.width / 8) * 8)
+
+    def mixer(self, index: int) -> str:
+        """The name of layer `index`'s mixer."""
+        return self.layers[index % len(self.layers)]
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The names of all mixers, in the order in which layers first have them."""
+        shared = (self.shared.mixer,) if any(self.shared.layers) else ()
+        return tuple(name for name in dict.fromkeys((*self.layers, *shared)) if name != "none")
+
+    def mlp(self, index: int) -> str:
+        """What follows it."""
+        kinds = ("moe",) if self.experts and self.mlps == ("mlp",) else self.mlps
+        return kinds[index % len(kinds)]
+
+    def scales(self, index: int) -> tuple[float, float, float, float]:
+        """The factors of its two sums: on stream and mixer, on stream and MLP."""
+        stream, mixer, stream_again, mlp = self.sum_scales[index % len(self.sum_scales)]
+        return stream, mixer * self.residual_scale, stream_again, mlp * self.residual_scale
+
+    @property
+    def period(self) -> int:
+        """After so many layers they begin anew."""
+        patterns = (self.layers, self.groups, self.mlps, self.norms, self.sum_scales, self.shared.layers)
+        return math.lcm(*map(len, patterns))
+
+
+def default_config(mixer: str) -> Any:
+    """The `Config` of the mixer of that name, all fields as they are by default. Raises `ConfigError`."""
+    cls = mixer_class(mixer)
+    try:
+        return cls.Config()
+    except TypeError as error:
+        raise ConfigError(f"mixer.{mixer}: has no defaults ({error}); write conf/mixer/{mixer}.yaml") from error
+
+
+def mixer_class(name: str) -> type[Mixer]:
+    """The mixer that layers called `name` have: what comes before a dot, as in `attention.local`. Raises `ConfigError`.
+
+    So layers of one mixer can have configs of their own.
+    """
+    return MIXERS.get(name.partition(".")[0])
