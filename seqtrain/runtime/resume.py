@@ -81,7 +81,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, steps_done
     A schedule that gave the `steps_done` first steps the same learning rates is no difference: so a run is made longer.
     Neither is another place of the same text or tokenizer.
     """
-    before, now = _without_places(_with_defaults(before), now), _without_places(now, before)
+    before, now = _without_places(_with_defaults(before, now), now), _without_places(now, before)
     if steps_done and _learning_rates(before, steps_done) == _learning_rates(now, steps_done):
         before = {
             **before,
@@ -92,10 +92,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, steps_done
     return list(_differences(before, now, ""))
 
 
-def _with_defaults(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A fingerprint with what its network's keys say that were added after it was taken: their defaults."""
+def _with_defaults(values: Mapping[str, Any], now: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A fingerprint with what keys of `now` say that were added after it was taken: their defaults."""
     found = dict(values)
-    if "train" in found:
+    if "lora" in now:
         found.setdefault("lora", NO_LORA)
     with suppress(ConfigError):
         if "model" in found:
