@@ -16,7 +16,7 @@ import pytest
 from seqtrain.errors import DataError
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.testing import rank_outcomes
-from seqtrain.runtime import ray_launcher, run, task, worker
+from seqtrain.runtime import ray_launcher, run, source, worker
 from seqtrain.runtime.lease import succeed
 from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ranks import is_lost_peer
@@ -136,7 +136,7 @@ class Failing(LanguageModel):
 @pytest.mark.all
 @pytest.mark.parametrize("way", ["forward", "backward", "death"])
 def test_a_rank_that_fails_ends_those_that_wait_for_its_states(tmp_path, monkeypatch, way):
-    monkeypatch.setattr(task, "LanguageModel", Failing)
+    monkeypatch.setattr(source, "LanguageModel", Failing)
     monkeypatch.setattr(Failing, "way", way)
     config = small_config(tmp_path, parallel={"sequence": 2}, checkpoint={"every": 0})
     session = session_for(config)

@@ -7,7 +7,7 @@ import torch
 
 from seqtrain.errors import CheckpointError, SeqtrainError
 from seqtrain.models import LanguageModel
-from seqtrain.runtime import task, worker
+from seqtrain.runtime import source, worker
 from seqtrain.runtime.checkpoint import find
 from seqtrain.runtime.optimizers import OPTIMIZERS, Optimizer
 from tests.runtime.runtime_cases import (
@@ -88,7 +88,7 @@ class Faulty(LanguageModel):
 
 
 def break_passes(monkeypatch, **fields) -> None:
-    monkeypatch.setattr(task, "LanguageModel", type("Faulty", (Faulty,), fields))
+    monkeypatch.setattr(source, "LanguageModel", type("Faulty", (Faulty,), fields))
 
 
 @pytest.mark.parametrize("of_gradient", [False, True])
