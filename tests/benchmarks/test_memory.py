@@ -18,7 +18,7 @@ def run(*arguments, status=0):
     return done, json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.all
+@pytest.mark.full
 def test_a_step_is_measured_held_to_a_limit_and_less_with_checkpointing():
     sizes = ("tokens=2048", "depth=6", "documents=3")
     done, kept = run(*sizes, "activation_checkpointing=false", "limit_gib=0.01", status=1)

@@ -44,6 +44,7 @@ def test_every_operator_is_compared_in_both_directions_and_rivals_for_gpus_are_n
     assert {name for name, reason in report["skipped"].items() if reason == "is for cuda"} == gpu
 
 
+@pytest.mark.all
 def test_lists_are_swept_each_with_each(tmp_path):
     sizes = ("tokens=32", "heads=2", "key_width=8", "value_width=[0,4]", "dtype=[float32,bfloat16]", "rounds=1")
     done = run_command("bench-operators", *sizes, "operators=[diagonal_scan]", "threads=[1]", f"output_dir={tmp_path}")
@@ -61,7 +62,7 @@ def bench(folder, *settings):
     return done.out, json.loads((folder / "all_scan.json").read_text())["rows"]
 
 
-@pytest.mark.all
+@pytest.mark.full
 def test_every_method_is_measured_over_every_rank_count_and_form(tmp_path):
     printed, rows = bench(tmp_path, "ranks=[2,3]", "state_kib=[6]", "tokens=8", "form=[dense,channel]")
     found = {}

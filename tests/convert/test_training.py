@@ -115,8 +115,15 @@ def trained(session):
     return load_file(found.folder / checkpoint.WEIGHTS)
 
 
-@pytest.mark.all
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "transfer_then_kl"])  # README's, in tests/docs
+@pytest.mark.parametrize(
+    "recipe",
+    # transfer_then_kl is README's, in tests/docs.
+    [
+        pytest.param(name, marks=pytest.mark.all if name in ("liger", "lolcats") else pytest.mark.full)
+        for name in RECIPES
+        if name != "transfer_then_kl"
+    ],
+)
 def test_a_recipe_runs_from_beginning_to_end(source, tmp_path, recipe):
     chosen = ["target=liger_gla"] if recipe == "liger" else ["target=gla", "keep=[1]"]
     config = settings(source, tmp_path, recipe, *chosen, steps=12)
@@ -171,7 +178,7 @@ def test_a_training_killed_inside_a_layer_resumes_to_the_same_weights(source, tm
     assert came == expected
 
 
-@pytest.mark.all
+@pytest.mark.full
 def test_layers_one_by_one_from_kept_inputs_are_those_trained_together(source, tmp_path):
     together = only(settings(source, tmp_path / "all", "transfer_then_kl", "target=gla"), "transfer")
     alone = only(dataclasses.replace(together, output_dir=str(tmp_path / "one")), "transfer", layers_at_once=1)

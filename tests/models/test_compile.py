@@ -55,6 +55,7 @@ def test_packed_documents_of_any_number(compiler):
     assert len(graphs) == 1
 
 
+@pytest.mark.full
 def test_recomputed_blocks_and_a_number_of_documents_that_changes(compiler):
     compile_, graphs = compiler
     model = build(("gated_delta_net", "s5"), width=32, activation_checkpointing=True)
@@ -65,6 +66,7 @@ def test_recomputed_blocks_and_a_number_of_documents_that_changes(compiler):
     assert len(graphs) == 2
 
 
+@pytest.mark.full
 def test_rows_without_documents(compiler):
     compile_, graphs = compiler
     model = build(HYBRID, width=32)

@@ -135,14 +135,14 @@ def parallel(data: int, sequence: int, stage: int, experts: int) -> dict[str, in
         [(2, 1, 2, 2), (2, 2, 1, 2), (2, 2, 2, 4), (4, 1, 1, 2), (1, 4, 0, 4), (4, 1, 0, 2)],
     ),
 )
-def test_dealt_experts_are_those_of_one_rank(config, meshes):
+def test_sharded_experts_are_those_of_one_rank(config, meshes):
     others = [change(config, f"{mesh}", parallel=parallel(*mesh)) for mesh in meshes]
     train_on(config, *others)
     assert_all_same(config, others)
 
 
 @pytest.mark.all
-def test_checkpoints_of_dealt_experts(config):
+def test_checkpoints_of_sharded_experts(config):
     """Whole weights, resumed bit for bit, and on any other ranks."""
     clipped = {"steps": 4, "gradient_clipping": 0.5}
     longer = change(config, train=clipped, checkpoint={"every": 2}, parallel=parallel(2, 1, 1, 2))

@@ -62,7 +62,7 @@ def test_losses_are_the_same_for_every_rank_count_and_zero_stage(tmp_path, grids
         assert score(config) == pytest.approx(score(expected), abs=1e-5), config.parallel
 
 
-@pytest.mark.parametrize("stages", in_tiers((1, 3), (0, 2)))
+@pytest.mark.parametrize("stages", in_tiers((3,), (0, 1, 2)))
 def test_recomputed_blocks_have_the_same_losses_in_every_stage(tmp_path, stages):
     layers = ("gated_delta_net", "gla", "hgrn2", "s5", "tensor_attention", "sliding_attention")
     base = small_config(tmp_path, *layers, train={"steps": 3}, checkpoint={"every": 0}, parallel=grid(2, 1, 0))

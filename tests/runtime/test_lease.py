@@ -131,6 +131,7 @@ def replaced(root: Path) -> None:
     assert leases._create(root, held, leases.Holder("other", [Process.this()], 9.0, time.time()))
 
 
+@pytest.mark.all
 def test_a_start_that_slept_before_it_began_changes_nothing(tmp_path, monkeypatch):
     """It is replaced while it reads the text; the other has not begun either, or has."""
     config = small_config(tmp_path)

@@ -13,7 +13,7 @@ from seqtrain import cli
 from seqtrain.kernels.inspect import examples as kernel_examples
 
 
-@pytest.mark.all
+@pytest.mark.full
 def test_every_target_and_direction_has_a_row_and_bytes_stand_next_to_their_floor(tmp_path):
     # As from a process that interprets: the command compiles all the same.
     command = [sys.executable, "tools/kernel_report.py", "examples=[gated_norm V=128]", f"output_dir={tmp_path}"]
