@@ -279,10 +279,12 @@ def communication_seconds(
     bare = Work(depth, compute / depth / 3, compute / depth * 2 / 3, shape, item=item)
     gathering = replace(bare, parameter_bytes=numbers / depth if layout.stage == 3 and layout.ranks > 1 else 0.0)
     reducing = replace(gathering, gradient_bytes=numbers - 4.0 * counts.frozen if layout.ranks > 1 else 0.0)
-    passes, with_weights, whole = (
-        float(simulate(cluster, each, scheme, ranks=ranks, replicas=layout.ranks // ranks)[0])
-        for each in (bare, gathering, reducing)
-    )
+    # Without ZeRO-3 the first two are one.
+    simulated = {
+        each: float(simulate(cluster, each, scheme, ranks=ranks, replicas=layout.ranks // ranks)[0])
+        for each in {bare, gathering, reducing}
+    }
+    passes, with_weights, whole = (simulated[each] for each in (bare, gathering, reducing))
     # Exchanges of halos, keys and values, and tokens for experts, not overlapped: forward, and gradients backward.
     costs = cluster.between if 0 < cluster.node < layout.sequence else cluster.inside
     others, far = 0.0, layout.sequence - 1

@@ -30,11 +30,9 @@ from seqtrain import report
 from seqtrain.config import split_settings
 from seqtrain.errors import ConfigError
 from seqtrain.parallel.schedules.links import Cluster
-from seqtrain.planning.calibrate import calibrate
 from seqtrain.planning.cases import CASES, LAYOUTS, Case, layout_words
 from seqtrain.planning.counts import ModelCounter
 from seqtrain.planning.layout import Layout, Machine, Prediction, predict, read_cluster
-from seqtrain.planning.layout_runs import QUIET, measure_layout
 from seqtrain.planning.run_config import count_run, counter_of, last_of_each, layout_of, read_run, shard_tokens
 from seqtrain.planning.scaling import Scheme
 from seqtrain.runtime import PretrainConfig
@@ -316,6 +314,9 @@ def as_record(one: Prediction) -> dict[str, Any]:
 
 def calibrate_here(settings: Settings, mixers: Iterable[str]) -> str:
     """Measures this machine into `here.yaml`, whose path it returns."""
+    # It starts ranks, which a plan does not: 2 s of imports, here as in `check`.
+    from seqtrain.planning.calibrate import calibrate
+
     machine, costs = calibrate(tuple(mixers))
     path = Path(settings.output_dir) / "here.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -329,6 +330,8 @@ CHECK_COLUMNS = ("layout", "step", "predicted", "error", "peak MiB", "predicted"
 
 def check(settings: Settings) -> int:
     """Measures every layout of `LAYOUTS` and compares it with its prediction; status 1 where these are not close."""
+    from seqtrain.planning.layout_runs import QUIET, measure_layout
+
     chosen = [layout_words(*layout, settings.shorter) for layout in LAYOUTS[: settings.layouts or len(LAYOUTS)]]
     configs = [read_run([*QUIET, *words]) for words in chosen]
     default = settings.cluster == Settings.cluster
