@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -76,7 +77,11 @@ def test_a_death_is_one_line_and_leaves_no_process(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_reaches_the_child_and_ends_the_start_in_one_line(tmp_path, number):
+def test_a_signal_reaches_the_child_and_ends_the_start_in_one_line(tmp_path, number, request):
+    # Whoever started the suite may have ignored it, as nohup does.
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    request.addfinalizer(partial(signal.signal, number, signal.signal(number, usual)))
+
     def wait() -> int:
         print("started", file=sys.stderr)
         time.sleep(60)
