@@ -18,15 +18,15 @@ class ExpertParallel:
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None):
         self.group = group
-        layers = [module for module in model.modules() if isinstance(module, MoE)] if group is not None else []
-        parts = {weight for layer in layers for weight in layer.shard_experts(group)} if group is not None else set()
-        self.names = {name for name, parameter in model.named_parameters() if parameter in parts}
-        self._parts = parts
+        self._parts: set[nn.Parameter] = set()
         if group is not None:
+            layers = [module for module in model.modules() if isinstance(module, MoE)]
+            self._parts.update(weight for layer in layers for weight in layer.shard_experts(group))
             # What DeepSpeed calls the groups of so many neighbors.
             self._name = f"ep_size_{group.size()}"
-            for part in parts:
+            for part in self._parts:
                 part.allreduce, part.group_name = False, self._name  # type: ignore[attr-defined]
+        self._names = {name for name, parameter in model.named_parameters() if parameter in self._parts}
 
     def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The optimizer's, parts in groups of their own: ZeRO divides them over the ranks that have the same ones."""
@@ -61,8 +61,8 @@ class ExpertParallel:
 
     def whole(self, name: str, value: Tensor) -> Tensor:
         """`value`, of the shape of this rank's parameter `name`, for all experts. A collective where it is a part."""
-        return gather_experts(value, self.group) if self.group is not None and name in self.names else value
+        return gather_experts(value, self.group) if self.group is not None and name in self._names else value
 
     def own(self, name: str, value: Tensor) -> Tensor:
         """The reverse."""
-        return local_experts(value, self.group) if self.group is not None and name in self.names else value
+        return local_experts(value, self.group) if self.group is not None and name in self._names else value

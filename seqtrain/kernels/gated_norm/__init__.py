@@ -56,7 +56,7 @@ def reference(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, silu: 
     return (wide / size * weight * factor).to(x.dtype)
 
 
-def by_token(x: Tensor) -> Tensor:
+def token_rows(x: Tensor) -> Tensor:
     """`[...,H,V]` -> `[N,H*V]`; a slice of a wider projection stays where it is."""
     flat = x.flatten(-2).flatten(0, -2) if x.dim() > 2 else x.flatten()[None]
     return flat if flat.stride(1) == 1 else flat.contiguous()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from seqtrain.kernels.custom_ops import differentiable
-from seqtrain.kernels.gated_norm import by_token
+from seqtrain.kernels.gated_norm import token_rows
 from seqtrain.kernels.native.build import library, unavailable
 from seqtrain.kernels.native.calls import KINDS, Array, check, fields
 
@@ -70,7 +70,7 @@ def _describe(
     x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, silu: bool, gate_first: bool
 ) -> tuple[_Call, Any]:
     """The call, and what must outlive it."""
-    x, gate, weight = by_token(x), None if gate is None else by_token(gate), weight.contiguous()
+    x, gate, weight = token_rows(x), None if gate is None else token_rows(gate), weight.contiguous()
     tokens = x.shape[0]
     boundaries = (ctypes.c_int64 * 2)(0, tokens)
     call = _Call(scale=eps, documents=1, parts=max(1, min(_PARTS, tokens // _TOKENS)), threads=torch.get_num_threads())

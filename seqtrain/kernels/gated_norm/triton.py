@@ -7,7 +7,7 @@ from torch import Tensor
 
 from seqtrain.kernels import gpu
 from seqtrain.kernels.custom_ops import differentiable
-from seqtrain.kernels.gated_norm import by_token, gated_norm
+from seqtrain.kernels.gated_norm import gated_norm, token_rows
 from seqtrain.kernels.gpu import Launch, unavailable
 from seqtrain.kernels.inspect.examples import Example
 
@@ -55,7 +55,7 @@ def _forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, silu: b
     (out,) = _shapes(x)
     if not x.numel():
         return (out,)
-    x, gate = by_token(x), None if gate is None else by_token(gate)
+    x, gate = token_rows(x), None if gate is None else token_rows(gate)
     launch, rows, groups, flags = _call(x, weight, out, silu, gate_first)
     numbers = (rows, x.stride(0), 0 if gate is None else gate.stride(0), eps)
     with gpu.on_device(x):
@@ -74,7 +74,7 @@ def _backward(
     d_gate = None if gate is None else gate.new_empty(gate.shape)
     if not x.numel():
         return dx, torch.zeros_like(weight), d_gate, None, None, None
-    x, gate = by_token(x), None if gate is None else by_token(gate)
+    x, gate = token_rows(x), None if gate is None else token_rows(gate)
     launch, rows, groups, flags = _call(x, weight, dx, silu, gate_first)
     # As many programs as fill a GPU: each writes sums for the weight.
     tiles = -(-rows // launch.sizes["BR"])

@@ -8,13 +8,12 @@ from torch import Tensor
 
 # What the library reads and writes; `Kind` of arrays.h.
 KINDS = {torch.float32: 1, torch.bfloat16: 2}
-_OF_ARRAY = ("data", "kind", "token", "head")
 
 
 class Array(ctypes.Structure):
     """`Array` of arrays.h: where a tensor lies, and its dtype. The tensor must outlive the call."""
 
-    _fields_ = [(name, ctypes.c_int64 if index else ctypes.c_void_p) for index, name in enumerate(_OF_ARRAY)]
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("kind", "token", "head"))]
 
     @classmethod
     def of(cls, tensor: Tensor | None, token: int = 0, head: int = 0) -> "Array":
