@@ -19,6 +19,9 @@ def main() -> int:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(__doc__)
+            return 0
         print(f"lm-eval can't be imported ({error}): pip install 'seqtrain[eval]'", file=sys.stderr)
         return 2
     cli_evaluate()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +98,12 @@ def test_without_the_extra_it_says_what_to_install(tmp_path):
     result = evaluate("--help", PYTHONPATH=str(tmp_path))
     assert result.returncode == 2
     assert result.stderr == "lm-eval can't be imported (no such thing): pip install 'seqtrain[eval]'\n"
+
+
+def test_help_needs_no_harness(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert ended.value.code == 0
+    assert "pip install 'seqtrain[eval]'" in capsys.readouterr().out
