@@ -1,9 +1,11 @@
 """Text to token shards to batches, or a synthetic task in their place."""
 
-from seqtrain.data.batches import WHOLE_BATCH, Batch, Batches, BatchSlice, EvaluationBatches, TokenStream
+from seqtrain.data.batches import WHOLE_BATCH, Batch, Batches, BatchSlice, EvaluationBatches
 from seqtrain.data.bigram import bigram_bits_per_byte
 from seqtrain.data.config import DataConfig
 from seqtrain.data.corpus import Corpus, check_source, open_corpus, prepare
+from seqtrain.data.packing import Packing
+from seqtrain.data.stream import TokenStream
 from seqtrain.data.synthetic import SyntheticBatches, SyntheticCorpus
 from seqtrain.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -15,6 +17,7 @@ __all__ = [
     "Corpus",
     "DataConfig",
     "EvaluationBatches",
+    "Packing",
     "SyntheticBatches",
     "SyntheticCorpus",
     "TokenStream",

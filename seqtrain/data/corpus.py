@@ -10,11 +10,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from seqtrain.data.batches import Batches, EvaluationBatches, TokenStream
+from seqtrain.data.batches import Batches, EvaluationBatches
 from seqtrain.data.config import DataConfig
 from seqtrain.data.ingest import BIGRAMS, check_first_documents, content_key, ingest, left_out, open_sources
+from seqtrain.data.packing import ShuffledWindows, Windows
 from seqtrain.data.shards import MANIFEST, REBUILD, VERSION, CorpusManifest, Shard, SplitEntry, inside
 from seqtrain.data.sources import SOURCES, Source
+from seqtrain.data.stream import TokenStream
 from seqtrain.data.synthetic import TASKS, SyntheticCorpus
 from seqtrain.data.tokenizer import Tokenizer, load_tokenizer
 from seqtrain.errors import ConfigError, DataError, SeqtrainError, unknown_name
@@ -41,14 +43,15 @@ class Corpus:
 
     def training_batches(self, *, seed: int, sequence_length: int, batch_size: int) -> Batches:
         """The batches of a run; `batch_size`: sequences in a step, all ranks together."""
-        sizes = {"sequence_length": sequence_length, "batch_size": batch_size}
-        return Batches(self.train, seed=seed, reset_at_documents=self.reset_at_documents, **sizes)
+        packing = ShuffledWindows(self.train, length=sequence_length, seed=seed)
+        return Batches(packing, batch_size=batch_size, reset_at_documents=self.reset_at_documents)
 
     def held_out_batches(self, *, sequence_length: int, batch_size: int, max_tokens: int) -> EvaluationBatches:
         """What a model is scored on: at most about `max_tokens` tokens, 0 for all."""
-        sizes = {"sequence_length": sequence_length, "batch_size": batch_size}
-        limit = -(-max_tokens // sequence_length)
-        return EvaluationBatches(self.held_out, reset_at_documents=self.reset_at_documents, limit=limit, **sizes)
+        packing, limit = Windows(self.held_out, length=sequence_length), -(-max_tokens // sequence_length)
+        return EvaluationBatches(
+            packing, batch_size=batch_size, reset_at_documents=self.reset_at_documents, limit=limit
+        )
 
     @property
     def bigrams(self) -> Path:

@@ -1,12 +1,21 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from seqtrain.data import Batches, BatchSlice, EvaluationBatches, prepare
-from seqtrain.data.batches import permute, window_at
+from seqtrain.data.packing import ShuffledWindows, Windows, permute
 from seqtrain.errors import ConfigError, DataError
+
+
+def evaluation(stream, length, **options):
+    return EvaluationBatches(Windows(stream, length=length), **options)
+
+
+def start_of(batches, sample):
+    return batches.row(sample).spans[0].start
 
 
 def by_hand(stream, start, length):
@@ -26,7 +35,7 @@ def by_hand(stream, start, length):
 
 @pytest.mark.parametrize("length", [1, 7, 64, 999])
 def test_rows_labels_and_boundaries_against_a_loop_over_tokens(corpus, length):
-    batches = EvaluationBatches(corpus.held_out, sequence_length=length, batch_size=2)
+    batches = evaluation(corpus.held_out, length, batch_size=2)
     for index in {0, len(batches) // 2, len(batches) - 1}:
         batch = batches.at(index)
         tokens, labels, boundaries = [], [], [0]
@@ -46,8 +55,8 @@ def test_rows_labels_and_boundaries_against_a_loop_over_tokens(corpus, length):
 
 
 def test_documents_can_share_a_state(corpus):
-    whole = EvaluationBatches(corpus.held_out, sequence_length=1500, batch_size=2, reset_at_documents=False).at(0)
-    apart = EvaluationBatches(corpus.held_out, sequence_length=1500, batch_size=2).at(0)
+    whole = evaluation(corpus.held_out, 1500, batch_size=2, reset_at_documents=False).at(0)
+    apart = evaluation(corpus.held_out, 1500, batch_size=2).at(0)
     assert whole.cu_seqlens.tolist() == [0, 1500, 3000]
     assert len(apart.cu_seqlens) > 3
     assert torch.equal(whole.tokens, apart.tokens)
@@ -55,7 +64,7 @@ def test_documents_can_share_a_state(corpus):
 
 
 def training(corpus, seed=3, batch_size=8, length=50, **options):
-    return Batches(corpus.train, seed=seed, sequence_length=length, batch_size=batch_size, **options)
+    return Batches(ShuffledWindows(corpus.train, length=length, seed=seed), batch_size=batch_size, **options)
 
 
 def test_batches_follow_from_seed_and_step_alone(corpus, config):
@@ -72,7 +81,7 @@ def batches_of(corpus, kind, length):
     """Training batches, or those of evaluation, each of eight rows."""
     if kind == "train":
         return training(corpus, length=length)
-    return EvaluationBatches(corpus.held_out, sequence_length=length, batch_size=8)
+    return evaluation(corpus.held_out, length, batch_size=8)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -123,23 +132,24 @@ def test_a_part_reads_no_more_than_its_own_tokens(corpus, monkeypatch):
 
 def test_an_epoch_reads_every_window_once(corpus):
     batches = training(corpus, batch_size=1)
+    windows = batches.packing.rows(0)
     for epoch in range(2):
-        starts = sorted(batches._start(epoch * batches.windows + place) for place in range(batches.windows))
+        starts = sorted(start_of(batches, epoch * windows + place) for place in range(windows))
         assert set(np.diff(starts).tolist()) == {50}
         assert starts[0] >= 0
         assert starts[-1] + 50 <= corpus.train.tokens
-    assert batches.windows == corpus.train.tokens // 50
+    assert windows == corpus.train.tokens // 50
 
 
 def test_epochs_cut_at_other_places(corpus):
     batches = training(corpus, batch_size=1, length=1100)
-    assert len({batches._start(epoch * batches.windows) % 1100 for epoch in range(10)}) > 5
+    assert len({start_of(batches, epoch * batches.packing.rows(epoch)) % 1100 for epoch in range(10)}) > 5
 
 
 @pytest.mark.parametrize("length", [33, 500, 10_000])
 def test_evaluation_predicts_every_token_once(corpus, length):
     stream = corpus.held_out
-    batches = EvaluationBatches(stream, sequence_length=length, batch_size=4)
+    batches = evaluation(stream, length, batch_size=4)
     parts = [batches.at(index, BatchSlice(rank=rank, ranks=2)) for index in range(len(batches)) for rank in range(2)]
     assert {part.tokens.shape for part in parts} == {(1, 2 * length)}
     labels = torch.cat([part.labels for part in parts], dim=1)
@@ -151,14 +161,14 @@ def test_evaluation_predicts_every_token_once(corpus, length):
 
 
 def test_evaluation_of_a_few_windows_spreads_them(corpus):
-    batches = EvaluationBatches(corpus.held_out, sequence_length=20, batch_size=4, limit=10)
-    starts = [batches._start(sample) for sample in range(12)]
+    batches = evaluation(corpus.held_out, 20, batch_size=4, limit=10)
+    starts = [start_of(batches, sample) for sample in range(10)]
     assert len(batches) == 3
     assert starts[0] == 0
-    assert sorted(set(starts[:10])) == starts[:10]
+    assert sorted(set(starts)) == starts
     assert starts[9] > 0.8 * corpus.held_out.tokens
     # The rows beyond the limit are filling.
-    assert starts[10:] == [corpus.held_out.tokens] * 2
+    assert [batches.row(sample).spans for sample in (10, 11)] == [(), ()]
     assert batches.at(2, BatchSlice(rank=1, ranks=2)).label_count == 0
 
 
@@ -171,7 +181,7 @@ def test_a_tokenizer_that_normalises_is_scored_on_the_raw_text(config, tmp_path,
     corpus = prepare(replace(config, tokenizer=str(tmp_path / "tokenizer.json"), end_token="<|end|>"), progress=False)
     stream = corpus.held_out
     assert stream.byte_scale > 1.05
-    batches = EvaluationBatches(stream, sequence_length=100, batch_size=2)
+    batches = evaluation(stream, 100, batch_size=2)
     total = sum(batches.text_bytes(batches.at(index)) for index in range(len(batches)))
     assert total == pytest.approx(stream.predicted_bytes, rel=1e-9)
     assert total == pytest.approx(stream.bytes, rel=0.01)
@@ -198,4 +208,6 @@ def test_every_epoch_is_a_bijection_in_an_order_of_its_own(size):
 def test_the_order_is_pinned():
     # A change of the order silently breaks every run that is resumed.
     expected = [(0, 0), (0, 7), (0, 2), (0, 5), (0, 9), (0, 6), (0, 3), (0, 4), (0, 1), (0, 8), (1, 2), (1, 3)]
-    assert [window_at(sample, 10, 0) for sample in range(12)] == expected
+    packing = ShuffledWindows(SimpleNamespace(tokens=10), length=1, seed=0)
+    placed = [packing.locate(sample) for sample in range(12)]
+    assert [(epoch, packing.spans(epoch, row)[0].start) for epoch, row in placed] == expected

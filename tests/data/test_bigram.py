@@ -7,6 +7,7 @@ import pytest
 
 from seqtrain.data import DataConfig, EvaluationBatches, bigram_bits_per_byte, prepare
 from seqtrain.data.bigram import count_pairs, read_counts
+from seqtrain.data.packing import Windows
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def test_against_a_value_worked_out_by_hand(tiny):
 def test_nothing_held_out_is_no_batch_and_not_a_number(tiny):
     corpus = prepare(replace(tiny, held_out_path="", held_out=0.0), progress=False)
     assert math.isnan(bigram_bits_per_byte(corpus))
-    assert len(EvaluationBatches(corpus.held_out, sequence_length=20, batch_size=4)) == 0
+    assert len(EvaluationBatches(Windows(corpus.held_out, length=20), batch_size=4)) == 0
 
 
 def test_pairs_are_counted_across_pieces_but_not_across_documents():

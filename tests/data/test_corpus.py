@@ -137,7 +137,7 @@ def test_a_hugging_face_corpus_holds_the_same_text(config, bpe_folder, small_ste
 
 
 def test_more_shards_than_open_files(corpus, config, monkeypatch):
-    monkeypatch.setattr("seqtrain.data.batches.OPEN_SHARDS", 2)
+    monkeypatch.setattr("seqtrain.data.stream.OPEN_SHARDS", 2)
     few = open_corpus(corpus.folder, config).train
     for start in (0, few.tokens // 2, 0, few.tokens - 100):
         np.testing.assert_array_equal(few.read(start, start + 100), corpus.train.read(start, start + 100))
