@@ -33,6 +33,7 @@ from seqtrain.data.shards import (
 )
 from seqtrain.data.sources import SOURCES, Document, Source
 from seqtrain.data.sources._base import AROUND, PIECE_BYTES, Part
+from seqtrain.data.sources._compressed import compression
 from seqtrain.data.tokenizer import ByteTokenizer, Tokenizer
 from seqtrain.errors import DataError
 from seqtrain.files import replace_file, sha256_of, sync
@@ -48,15 +49,6 @@ BATCH_PIECES = 4096
 
 # Documents looked at before any is tokenized.
 FIRST_DOCUMENTS = 1000
-
-# What compressed files begin with.
-COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"PK\x03\x04": "zip",
-    b"\xfd7zXZ": "xz",
-    b"BZh": "bzip2",
-}
 
 Report = Callable[[float], None]
 
@@ -299,7 +291,7 @@ def _checked(config: DataConfig, document: Document, raw: bytes, offset: int) ->
     except UnicodeDecodeError as error:
         if config.invalid_utf8 == "replace":
             return raw.decode("utf-8", errors="replace").encode("utf-8")
-        if kind := next((kind for magic, kind in COMPRESSED.items() if not offset and raw.startswith(magic)), ""):
+        if kind := "" if offset else compression(raw):
             raise DataError(f"{document.name}: is {kind}-compressed; unpack it, or move it away") from None
         place = f"byte {offset + error.start} is 0x{raw[error.start]:02x}"
         way_out = "data.invalid_utf8=replace puts U+FFFD in its place"

@@ -77,10 +77,10 @@ def test_what_is_left_out_is_named_with_its_reason(folder, tmp_path, caplog):
 def test_other_files_than_a_source_reads_are_counted(folder):
     (folder / "a.jsonl").write_text(json.dumps({"text": "x"}))
     (folder / "B.JSONL").write_text(json.dumps({"text": "y"}))
-    (folder / "c.jsonl.gz").write_bytes(b"\x1f\x8b")
+    (folder / "c.jsonl.bz2").write_bytes(b"BZh")
     source = opened(folder, "jsonl")
     assert names(source) == ["B.JSONL", "a.jsonl"]
-    assert left_out(source) == {"not *.jsonl": ["a.txt", "b.txt", "c.jsonl.gz", "c.txt"]}
+    assert left_out(source) == {"not *.jsonl": ["a.txt", "b.txt", "c.jsonl.bz2", "c.txt"]}
     with refused("nothing to read in", DataError):
         opened(folder.parent / "beside", "jsonl")
 

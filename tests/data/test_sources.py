@@ -1,4 +1,7 @@
+import gzip
 import json
+import lzma
+import re
 import sysconfig
 from itertools import pairwise
 
@@ -16,6 +19,19 @@ from seqtrain.errors import ConfigError, DataError
 TEXTS = [f"row {number}: naïve 東京\n" * (number % 5) for number in range(200)]
 
 
+def zstd(data):
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+        stream.flush()
+        # Closing it closes the sink.
+        stream.close()
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS = {"gz": gzip.compress, "zst": zstd, "xz": lzma.compress}
+
+
 def write(kind, folder):
     """The same 200 texts in each form; returns what to put in data.path."""
     folder.mkdir(exist_ok=True)
@@ -26,6 +42,12 @@ def write(kind, folder):
         lines = [json.dumps({"text": text, "n": n}) + "\n" + "\n" * (n % 2) for n, text in enumerate(TEXTS)]
         for name, part in (("0.jsonl", lines[:70]), ("1.jsonl", lines[70:])):
             (folder / name).write_text("".join(part))
+    elif kind in COMPRESS:
+        lines = [json.dumps({"a": {"b": [0, text]}}) + "\n" + "\n" * (n % 2) for n, text in enumerate(TEXTS)]
+        for name, part in ((f"0.jsonl.{kind}", lines[:70]), (f"1.jsonl.{kind}", lines[70:])):
+            # Two streams in a file, as where something was appended.
+            halves = ("".join(part[:40]).encode(), "".join(part[40:]).encode())
+            (folder / name).write_bytes(b"".join(map(COMPRESS[kind], halves)))
     elif kind == "parquet":
         for name, texts in (("0.parquet", TEXTS[:70]), ("1.parquet", TEXTS[70:])):
             parquet.write_table(pyarrow.table({"text": texts}), folder / name, row_group_size=17)
@@ -34,8 +56,14 @@ def write(kind, folder):
     return str(folder)
 
 
+def config_of(kind, path, **fields):
+    if kind in COMPRESS:
+        return DataConfig(source="jsonl", path=path, text_field="a.b.1", **fields)
+    return DataConfig(source=kind, path=path, **fields)
+
+
 def source(kind, path, **fields):
-    return open_sources(DataConfig(source=kind, path=path, **fields))[0]
+    return open_sources(config_of(kind, path, **fields))[0]
 
 
 def text_of(document):
@@ -45,7 +73,7 @@ def text_of(document):
 KINDS = ["text", "jsonl", "parquet", "huggingface"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *COMPRESS])
 def test_documents_come_in_order_and_can_be_entered_anywhere(kind, tmp_path):
     opened = source(kind, write(kind, tmp_path / kind))
     documents = list(opened.documents())
@@ -56,9 +84,9 @@ def test_documents_come_in_order_and_can_be_entered_anywhere(kind, tmp_path):
     assert sum(document.units for document in documents) == pytest.approx(opened.total, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *COMPRESS])
 def test_a_whole_corpus_holds_every_text_once(kind, tmp_path):
-    config = DataConfig(source=kind, path=write(kind, tmp_path / kind), cache_dir=str(tmp_path / "cache"), held_out=0.3)
+    config = config_of(kind, write(kind, tmp_path / kind), cache_dir=str(tmp_path / "cache"), held_out=0.3)
     corpus = prepare(config, progress=False)
     assert corpus.train.bytes + corpus.held_out.bytes == sum(len(text.encode()) for text in TEXTS)
     assert corpus.manifest.empty_documents == 40
@@ -228,6 +256,31 @@ def test_errors_of_tables(tmp_path):
     assert "not a dataset that save_to_disk wrote" in ingest_error(tmp_path, source="huggingface", path=path)
     (tmp_path / "hf" / "state.json").unlink()
     assert "not a dataset that save_to_disk wrote" in ingest_error(tmp_path, source="huggingface", path=path)
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+def test_a_damaged_compressed_file_is_named(tmp_path, kind):
+    write(kind, tmp_path / "rows")
+    file = tmp_path / "rows" / f"1.jsonl.{kind}"
+    file.write_bytes(file.read_bytes()[:-30])
+    options = {"source": "jsonl", "path": str(tmp_path / "rows"), "text_field": "a.b.1"}
+    assert f"{file}: damaged {({'gz': 'gzip', 'zst': 'zstd'}).get(kind, kind)}, at byte " in ingest_error(
+        tmp_path, **options
+    )
+
+
+def test_fields_within_fields(tmp_path):
+    rows = [{"a": {"b": [{"c": text}], "d": 1}, "x.y": text} for text in TEXTS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "hf")
+    for kind, path in (("jsonl", "rows.jsonl"), ("parquet", "rows.parquet"), ("huggingface", "hf")):
+        for field in ("a.b.0.c", "x.y"):
+            opened = source(kind, str(tmp_path / path), text_field=field)
+            assert [text_of(document) for document in opened.documents()] == TEXTS
+        for field in ("a.e", "a.b.1.c", "a.d.f", "x.z"):
+            message = ingest_error(tmp_path, source=kind, path=str(tmp_path / path), text_field=field)
+            assert re.search(rf"{path}.*: no (field|column) '{field}'.*; set data.text_field$", message)
 
 
 def test_a_dataset_of_several_splits_asks_for_one(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from seqtrain.data.config import DataConfig
-from seqtrain.data.sources._files import Found, ending_in, matching, readable, some, walk
+from seqtrain.data.sources._files import Found, ending, ending_in, matching, readable, some, walk
 from seqtrain.errors import ConfigError, DataError
 
 # Text is read and tokenized in pieces of at most this many bytes, so that no document decides the memory used.
@@ -97,8 +97,8 @@ class Source:
 
     # What `total` counts: "bytes" or "rows".
     unit: ClassVar[str] = "bytes"
-    # Files taken from a folder: those whose name ends so.
-    suffix: ClassVar[str] = ""
+    # Files taken from a folder: those whose name ends so, or in one of these ways.
+    suffix: ClassVar[str | tuple[str, ...]] = ""
 
     def __init__(self, config: DataConfig, part: Part):
         self.config = config
@@ -106,7 +106,7 @@ class Source:
         self.root, found = self.find()
         self.files, self.left_out = found.files, found.left_out
         if not self.files:
-            wanted = f"data.source={config.source} looks for *{self.suffix}"
+            wanted = f"data.source={config.source} looks for {ending(self.suffix)}"
             raise DataError(f"{part.key}: nothing to read in {self.root}{self.passed_over}; {wanted}")
         if closed := [file for file in self.files if not os.access(file, os.R_OK)]:
             where = readable(str(closed[0].parent))
@@ -166,6 +166,26 @@ class Source:
         data = text.encode("utf-8", errors="surrogatepass")
         share = int.from_bytes(hashlib.sha256(data).digest()[:8]) / 2**64
         return RowDocument(name, share < self.part.held_out, len(data), units, data)
+
+
+def within(entry: object, path: str, where: str) -> object:
+    """What the row `entry` holds at `path`: a field's name, or names of fields and places in lists joined by dots.
+
+    Raises `DataError` for a field that isn't there; `where`: the row, as in `FILE:7: the line`.
+    """
+    if isinstance(entry, dict) and path in entry:
+        return entry[path]
+    name, _, holder = where.rpartition(": ")
+    for part in path.split("."):
+        if isinstance(entry, list) and part.isdecimal() and int(part) < len(entry):
+            entry = entry[int(part)]
+        elif isinstance(entry, dict) and part in entry:
+            entry = entry[part]
+        else:
+            came = f"fields {sorted(entry)[:8]}" if isinstance(entry, dict) else f"a {type(entry).__name__}"
+            raise DataError(f"{name}: no field {path!r}, {holder} holds {came}; set data.text_field")
+        holder = part
+    return entry
 
 
 def _places(piece: bytes) -> Iterator[int]:

@@ -55,9 +55,14 @@ def some(paths: Iterable[Path]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
-def ending_in(suffix: str) -> Choice:
-    """Files whose names end so, in capitals or not."""
-    return lambda path: "" if path.lower().endswith(suffix) else f"not *{suffix}"
+def ending(suffix: str | tuple[str, ...]) -> str:
+    """Names that end so, or in one of several ways, as they are told."""
+    return f"*{suffix if isinstance(suffix, str) else suffix[0]}"
+
+
+def ending_in(suffix: str | tuple[str, ...]) -> Choice:
+    """Files whose names end so, or in one of several ways, in capitals or not."""
+    return lambda path: "" if path.lower().endswith(suffix) else f"not {ending(suffix)}"
 
 
 def walk(root: Path, choice: Choice, skip: frozenset[str] = frozenset()) -> Found:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seqtrain.data.sources._base import Document, Source
+from seqtrain.data.sources._columns import inner, outer
 from seqtrain.data.sources._files import Found
 from seqtrain.errors import DataError
 
@@ -17,7 +18,7 @@ ROWS = 64
 
 
 class HuggingFaceDataset(Source):
-    """`data.path`: a folder written by `Dataset.save_to_disk`; the text is the column `data.text_field`.
+    """`data.path`: a folder written by `Dataset.save_to_disk`; the text is the column `data.text_field`, or in it.
 
     For a folder of several splits give one of them, and another as `data.held_out_path` if wanted. Rows are held out
     by a hash of their text otherwise. Nothing is downloaded.
@@ -47,7 +48,10 @@ class HuggingFaceDataset(Source):
             self._checked("its rows", lambda: dataset.data.table)
         for start in range(skip, len(dataset), ROWS):
             rows = self._checked(f"row {start} and on", partial(dataset.__getitem__, slice(start, start + ROWS)))
-            for row, text in enumerate(rows.column(self.config.text_field).to_pylist(), start=start):
+            texts = inner(
+                rows.column(0), self.config.text_field, rows.column_names[0], f"{self.root}: row {start} and on"
+            )
+            for row, text in enumerate(texts.to_pylist(), start=start):
                 yield self.row(f"{self.root}: row {row}", text, 1)
 
     def _checked(self, place: str, read: Callable[[], "pyarrow.Table"]) -> "pyarrow.Table":
@@ -69,7 +73,4 @@ class HuggingFaceDataset(Source):
         # What its files hold is taken as it comes.
         except Exception as error:
             raise DataError(f"{self.root}: not a dataset that save_to_disk wrote: {error}") from None
-        if self.config.text_field not in dataset.column_names:
-            came = f"no column {self.config.text_field!r}, only {dataset.column_names[:8]}"
-            raise DataError(f"{self.root}: {came}; set data.text_field")
-        return dataset.select_columns([self.config.text_field])
+        return dataset.select_columns([outer(self.config.text_field, dataset.column_names, str(self.root))])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seqtrain.data.sources._base import Document, Source
+from seqtrain.data.sources._columns import inner, outer
 from seqtrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ BUFFER = 2**18
 
 
 class Parquet(Source):
-    """`data.path`: a file, a folder (its `*.parquet`) or a pattern; the text is the column `data.text_field`.
+    """`data.path`: a file, a folder (its `*.parquet`) or a pattern; the text is the column `data.text_field`, or in it.
 
     Rows are held out by a hash of their text.
     """
@@ -46,9 +47,11 @@ class Parquet(Source):
         first = bisect_right(ends, skip)
         row = ends[first] - sizes[first] if first < len(ends) else 0
         groups = list(range(first, len(sizes)))
-        batches = table.iter_batches(ROWS, row_groups=groups, columns=[self.config.text_field])
+        path = self.config.text_field
+        name = outer(path, table.schema_arrow.names, str(file))
+        batches = table.iter_batches(ROWS, row_groups=groups, columns=[name])
         while (batch := _next(batches, f"{file}: row {row}")) is not None:
-            for value in batch.column(0):
+            for value in inner(batch.column(0), path, name, f"{file}: row {row} and on"):
                 if row >= skip:
                     yield self.row(f"{file}: row {row}", self._text(f"{file}: row {row}", value), 1)
                 row += 1
@@ -70,9 +73,7 @@ class Parquet(Source):
             table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER)
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{file}: not a parquet file: {error}") from None
-        columns = table.schema_arrow.names
-        if self.config.text_field not in columns:
-            raise DataError(f"{file}: no column {self.config.text_field!r}, only {columns[:8]}; set data.text_field")
+        outer(self.config.text_field, table.schema_arrow.names, str(file))
         return table
 
 
