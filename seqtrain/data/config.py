@@ -27,7 +27,7 @@ class DataConfig:
     # Text of its own for evaluation, in the same form as `path`; `held_out` then has no effect. Empty: a share of
     # `path`.
     held_out_path: FilePath = ""
-    # Name of the field or column that holds the text (jsonl, parquet, huggingface).
+    # Name of the field or column that holds the text (jsonl, parquet, huggingface), or the way to it: `a.b.0.c`.
     text_field: str = "text"
     # Bytes that are not UTF-8: stop with an error, or put U+FFFD in their place.
     invalid_utf8: Literal["error", "replace"] = "error"

@@ -51,5 +51,5 @@ def _decompressed(kind: str, raw: IO[bytes]) -> Any:
     if kind == "zstd":
         import pyarrow
 
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"))  # type: ignore[arg-type]
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"))
     return raw
