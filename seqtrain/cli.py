@@ -7,6 +7,7 @@ A command's module is imported when it runs: help, a composed config and a wrong
 
 import ast
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -104,6 +105,9 @@ def run(name: str, arguments: Sequence[str] | None = None) -> int:
 
     # Whether there is a GPU is then asked without preparing this process for one, which may fork.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    # Of other libraries, neither bars for what takes a moment nor a warning that nothing follows from.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "accelerator" not in str(record.msg))
 
     def work() -> int:
         if "." not in name and name not in COMMANDS:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -340,8 +340,20 @@ def _fresh_folder(config: DictConfig, overrides: Sequence[str]) -> Iterator[str]
 
 def _parse(name: str, arguments: Sequence[str]) -> argparse.Namespace:
     """`arguments` as Hydra's flags and overrides, with text put in quotes."""
-    parsed: argparse.Namespace = get_args_parser().parse_args(arguments)
+    parsed = _flags(arguments)
     parsed.overrides = quote_text(_without_null(parsed.overrides), _value_types(name), sweep=parsed.multirun)
+    return parsed
+
+
+def _flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """Hydra's flags, wherever they stand among the overrides. Raises `ConfigError` for others."""
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help says what there is")
+
+    parser = get_args_parser()
+    parser.error = refuse
+    parsed: argparse.Namespace = parser.parse_intermixed_args(arguments)
     return parsed
 
 
@@ -354,7 +366,7 @@ def check_keys(name: str, arguments: Sequence[str]) -> None:
 
 def asks_for_text(arguments: Sequence[str]) -> bool:
     """Whether `arguments` ask for help, a composed config or the like instead of a run."""
-    asked = get_args_parser().parse_args(arguments)
+    asked = _flags(arguments)
     return any((asked.help, asked.hydra_help, asked.cfg, asked.info, asked.shell_completion))
 
 

@@ -251,7 +251,7 @@ def test_a_program_runs_in_its_output_folder(conf, start):
 
 
 def test_a_sweep_runs_every_point_and_returns_the_worst_status(conf, start, capsys):
-    assert start("--multirun", "train.steps=20,30", "train.dtype=float32") == 3
+    assert start("train.steps=20,30", "--multirun", "train.dtype=float32") == 3
     assert written(conf) == {"out/0/done": "20", "out/1/done": "30"}
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("point ")] == [

@@ -44,7 +44,6 @@ def main(arguments: list[str]) -> int:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     model, about = open_folder(settings.model, settings.most_parameters)
     if settings.accelerate:
         from seqtrain.models.accelerate import accelerate_hf

@@ -96,7 +96,6 @@ def main(arguments: list[str]) -> int:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(settings.threads or torch.get_num_threads())
     about = machine() | {"transformers": transformers.__version__}
     print(in_a_line(about), flush=True)

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers.utils.logging import disable_progress_bar
 
 from seqtrain.config import launch
 from seqtrain.convert import verify
@@ -65,8 +64,6 @@ def start(config: ConvertConfig) -> int:
 
 
 def _convert_and_tell(config: ConvertConfig) -> int:
-    # Bars for what takes a moment.
-    disable_progress_bar()
     console, stages = Console(stderr=True), [""]
     with console.status("") as status:
 

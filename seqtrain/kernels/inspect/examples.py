@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import seqtrain.kernels
 from seqtrain.kernels.inspect.targets import use_target
@@ -46,13 +47,14 @@ class Example:
     tokens: tuple[int, int] = (128, 256)
 
     def inputs(self, tokens: int, seed: int = 0) -> dict[str, Tensor]:
-        """CPU tensors for the call: normal numbers (at most 0 in `log_*`) that ask for gradients; integers 0."""
+        """CPU tensors for the call that ask for gradients: normal numbers, `log_*` at most 0, `k` of norm 1; integers 0."""
         generator = torch.Generator().manual_seed(seed)
         letters = {**self.sizes, "T": tokens}
         tensors = {}
         for name, (shape, dtype) in self.tensors.items():
             x = torch.randn([letters[letter] for letter in shape.split()], generator=generator)
             x = -x.abs() if name.startswith("log_") else x
+            x = F.normalize(x, dim=-1) if name == "k" else x
             kind = getattr(torch, dtype)
             real = kind.is_floating_point or kind.is_complex
             tensors[name] = x.to(kind).requires_grad_() if real else torch.zeros_like(x, dtype=kind)
