@@ -47,7 +47,7 @@ class Example:
     tokens: tuple[int, int] = (128, 256)
 
     def inputs(self, tokens: int, seed: int = 0) -> dict[str, Tensor]:
-        """CPU tensors for the call that ask for gradients: normal numbers, `log_*` at most 0, `k` of norm 1; integers 0."""
+        """CPU tensors that ask for gradients: normal numbers, `log_*` at most 0, `k` of norm 1; integers 0."""
         generator = torch.Generator().manual_seed(seed)
         letters = {**self.sizes, "T": tokens}
         tensors = {}
