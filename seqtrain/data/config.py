@@ -41,5 +41,10 @@ class DataConfig:
     shard_tokens: Annotated[int, Field(gt=0)] = 2**25
     # When shards are read whole to compare checksums: when first opened on this machine, always, or never.
     verify: Literal["first", "always", "never"] = "first"
+    # How documents become rows: stream, one after the other, cut where a row ends; best_fit, whole, each in the fullest
+    # row that has room for it; document, one a row. A document longer than a row is cut, what is left of rows padded.
+    packing: Literal["stream", "best_fit", "document"] = "stream"
+    # Documents in a row of best_fit, at most; 0 for any number.
+    documents_per_row: Annotated[int, Field(ge=0)] = 0
     # True: a document's start clears the state of every layer. False: only the start of a row does.
     reset_at_documents: bool = True

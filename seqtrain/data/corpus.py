@@ -13,7 +13,7 @@ from typing import Any
 from seqtrain.data.batches import Batches, EvaluationBatches
 from seqtrain.data.config import DataConfig
 from seqtrain.data.ingest import BIGRAMS, check_first_documents, content_key, ingest, left_out, open_sources
-from seqtrain.data.packing import ShuffledWindows, Windows
+from seqtrain.data.packing import Packing, Windows, make_packing
 from seqtrain.data.shards import MANIFEST, REBUILD, VERSION, CorpusManifest, Shard, SplitEntry, inside
 from seqtrain.data.sources import SOURCES, Source
 from seqtrain.data.stream import TokenStream
@@ -36,22 +36,24 @@ class Corpus:
     tokenizer: Tokenizer
     train: TokenStream
     held_out: TokenStream
-    # Whether a document's start clears the state of every layer.
-    reset_at_documents: bool
+    config: DataConfig
     # What of `data.path` was not read, and why, for a log; known where the text is.
     left_out: str = ""
 
     def training_batches(self, *, seed: int, sequence_length: int, batch_size: int) -> Batches:
         """The batches of a run; `batch_size`: sequences in a step, all ranks together."""
-        packing = ShuffledWindows(self.train, length=sequence_length, seed=seed)
-        return Batches(packing, batch_size=batch_size, reset_at_documents=self.reset_at_documents)
+        packing = make_packing(self.config, self.train, length=sequence_length, seed=seed)
+        if self.config.packing != "stream":
+            log.info("data.packing=%s: rows are %.1f%% full", self.config.packing, 100 * packing.fill)
+        return Batches(packing, batch_size=batch_size, reset_at_documents=self.config.reset_at_documents)
 
     def held_out_batches(self, *, sequence_length: int, batch_size: int, max_tokens: int) -> EvaluationBatches:
         """What a model is scored on: at most about `max_tokens` tokens, 0 for all."""
-        packing, limit = Windows(self.held_out, length=sequence_length), -(-max_tokens // sequence_length)
-        return EvaluationBatches(
-            packing, batch_size=batch_size, reset_at_documents=self.reset_at_documents, limit=limit
-        )
+        packing: Packing = Windows(self.held_out, length=sequence_length)
+        if self.config.packing != "stream":
+            packing = make_packing(self.config, self.held_out, length=sequence_length, seed=0)
+        limit, reset = -(-max_tokens // sequence_length), self.config.reset_at_documents
+        return EvaluationBatches(packing, batch_size=batch_size, reset_at_documents=reset, limit=limit)
 
     @property
     def bigrams(self) -> Path:
@@ -93,10 +95,17 @@ def check_source(config: DataConfig, *, sequence_length: int) -> None:
     """Raises `ConfigError` for an unknown `data.source`, and for a task's fields that are wrong or need longer rows."""
     if config.source in TASKS.names:
         SyntheticCorpus.of(config).task.check(sequence_length)
+        if config.packing != "stream":
+            raise ConfigError(f"data.packing={config.packing}: data.source={config.source} is a task, which fills rows")
     elif config.source not in SOURCES.names:
         raise ConfigError(unknown_name("data.source", config.source, [*SOURCES.names, *TASKS.names]))
     elif config.task:
         raise ConfigError(f"data.task.{next(iter(config.task))}: data.source={config.source} is text, not a task")
+    if config.documents_per_row and config.packing != "best_fit":
+        raise ConfigError(
+            f"data.documents_per_row={config.documents_per_row}: data.packing={config.packing} has no use for it; "
+            "use data.packing=best_fit"
+        )
 
 
 def prepare(config: DataConfig, *, progress: bool = True) -> Corpus | SyntheticCorpus:
@@ -166,7 +175,7 @@ def open_corpus(
     _verify(folder, manifest, [shard for shards in opened.values() for shard in shards], config.verify)
     streams = {name: TokenStream(name, split, opened[name], tokenizer) for name, split in splits.items()}
     train, held_out = streams["train"], streams["held_out"]
-    return Corpus(folder, manifest, tokenizer, train, held_out, config.reset_at_documents)
+    return Corpus(folder, manifest, tokenizer, train, held_out, config)
 
 
 def cache_folder(config: DataConfig) -> Path:

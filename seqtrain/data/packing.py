@@ -2,17 +2,24 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+import numpy as np
+
+from seqtrain.data.config import DataConfig
 from seqtrain.data.stream import TokenStream
 from seqtrain.errors import ConfigError, DataError
 
 # Rounds of the Feistel network; four make a pseudo-random permutation of a random round function.
 ROUNDS = 6
 MASK = 2**64 - 1
+# Documents that are packed together, and those of them that lie side by side in the stream.
+BLOCK = 2**18
+GROUP = 2**12
 
 
 class Span(NamedTuple):
@@ -45,6 +52,11 @@ class Packing:
     def locate(self, row: int) -> tuple[int, int]:
         """`(epoch, row in it)` of the `row`-th row that is read of the stream."""
         raise NotImplementedError
+
+    @property
+    def fill(self) -> float:
+        """The share of rows that is no padding."""
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,156 @@ class ShuffledWindows(Packing):
 
     def locate(self, row: int) -> tuple[int, int]:
         return divmod(row, self.rows())
+
+
+@dataclass(frozen=True)
+class BestFit(Packing):
+    """Whole documents, each in the fullest row that still has room for it; every epoch lays others together.
+
+    Best-fit decreasing: the longest documents come first (arXiv 2404.10830). An epoch reads every document once, in
+    blocks of `BLOCK` documents from `BLOCK / GROUP` places of the stream, and each block is planned when its first row
+    is read; to go on at a row, the blocks before it are planned again. A document longer than a row is cut into rows
+    and a rest, which is packed like a document. `documents_per_row`: at most so many; 0: no limit.
+    """
+
+    _: KW_ONLY
+    seed: int
+    documents_per_row: int = 0
+
+    def rows(self, epoch: int) -> int:
+        first, last = (number * self._blocks for number in (epoch, epoch + 1))
+        return self._end(last) - self._end(first)
+
+    def spans(self, epoch: int, row: int) -> Sequence[Span]:
+        row += self._end(epoch * self._blocks)
+        block = self._find(row)
+        return self._plan(block).row(row - self._end(block))
+
+    def locate(self, row: int) -> tuple[int, int]:
+        epoch = self._find(row) // self._blocks
+        return epoch, row - self._end(epoch * self._blocks)
+
+    @property
+    def fill(self) -> float:
+        """The share of the first block's rows that is no padding."""
+        plan = self._plan(0)
+        return float((plan.stops - plan.starts).sum() / (len(plan) * self.length))
+
+    @property
+    def _groups(self) -> int:
+        return math.ceil(self.stream.documents / GROUP)
+
+    @property
+    def _blocks(self) -> int:
+        """Blocks in an epoch."""
+        return math.ceil(self._groups * GROUP / BLOCK)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Rows up to the end of each block that was planned so far, counted over epochs."""
+        return []
+
+    def _end(self, block: int) -> int:
+        """The rows before `block`, counted over epochs."""
+        while len(self._ends) < block:
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(self._plan(len(self._ends))))
+        return self._ends[block - 1] if block else 0
+
+    def _find(self, row: int) -> int:
+        """The block that holds a row, both counted over epochs."""
+        while not self._ends or self._ends[-1] <= row:
+            self._end(len(self._ends) + 1)
+        return bisect_right(self._ends, row)
+
+    @cached_property
+    def _plan(self) -> "Callable[[int], _Plan]":
+        # Rows of two blocks are read at once where one ends; twice that for readers that are ahead.
+        return lru_cache(maxsize=4)(self._planned)
+
+    def _planned(self, number: int) -> "_Plan":
+        epoch, block = divmod(number, self._blocks)
+        key = round_keys(self.seed, epoch)[-1]
+        starts, stops = self._pieces(epoch, block)
+        rows = _best_fit(stops - starts, scrambled(len(starts), key), self.length, self.documents_per_row)
+        # Rows come in a random order, and so do documents in a row.
+        rows = scrambled(int(rows.max()) + 1, key).argsort(kind="stable")[rows]
+        order = np.lexsort((scrambled(len(starts), key ^ MASK), rows))
+        return _Plan(starts[order], stops[order], np.bincount(rows).cumsum())
+
+    def _pieces(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where the documents of a block start and stop, those longer than a row in pieces."""
+        stream, edges = self.stream, []
+        for place in range(block * BLOCK // GROUP, min((block + 1) * BLOCK // GROUP, self._groups)):
+            first = permute(place, self._groups, self.seed, epoch) * GROUP
+            found = stream.document_starts(first, min(first + GROUP + 1, stream.documents))
+            edges.append(found if len(found) > GROUP else np.append(found, stream.tokens))
+        starts = np.concatenate([found[:-1] for found in edges])
+        stops = np.concatenate([found[1:] for found in edges])
+        pieces = -((starts - stops) // self.length)
+        nth = np.arange(pieces.sum()) - np.repeat(pieces.cumsum() - pieces, pieces)
+        starts = np.repeat(starts, pieces) + nth * self.length
+        return starts, np.minimum(starts + self.length, np.repeat(stops, pieces))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The rows of a block: pieces of the stream in the order of the rows; how many there are up to each row's end."""
+
+    starts: np.ndarray
+    stops: np.ndarray
+    ends: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def row(self, number: int) -> Sequence[Span]:
+        held = slice(int(self.ends[number - 1]) if number else 0, int(self.ends[number]))
+        return [Span(*piece) for piece in zip(self.starts[held].tolist(), self.stops[held].tolist(), strict=True)]
+
+
+def _best_fit(lengths: np.ndarray, ties: np.ndarray, capacity: int, most: int) -> np.ndarray:
+    """int64 `[pieces]`: the row of each, laid one after the other, long ones first, into the fullest row with room.
+
+    `ties` decides among equal lengths; `most`: pieces that a row takes, 0 for any number.
+    """
+    rows = np.empty(len(lengths), dtype=np.int64)
+    # Rows by the room they have left, and those rooms in order; how many pieces each row holds.
+    open_rows: dict[int, list[int]] = {}
+    rooms: list[int] = []
+    held: list[int] = []
+    order = np.lexsort((ties, -lengths))
+    for piece, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        place = bisect_left(rooms, length)
+        if place == len(rooms):
+            row, room = len(held), capacity - length
+            held.append(0)
+        else:
+            row, room = open_rows[rooms[place]].pop(), rooms[place] - length
+            if not open_rows[rooms[place]]:
+                del open_rows[rooms.pop(place)]
+        rows[piece] = row
+        held[row] += 1
+        if room and held[row] != most:
+            if room not in open_rows:
+                insort(rooms, room)
+            open_rows.setdefault(room, []).append(row)
+    return rows
+
+
+def scrambled(count: int, key: int) -> np.ndarray:
+    """uint64 `[count]`: random numbers, different ones, that `key` selects."""
+    values = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def make_packing(config: DataConfig, stream: TokenStream, *, length: int, seed: int) -> Packing:
+    """The packing that `data.packing` names, for training."""
+    if config.packing == "stream":
+        return ShuffledWindows(stream, length=length, seed=seed)
+    most = 1 if config.packing == "document" else config.documents_per_row
+    return BestFit(stream, length=length, seed=seed, documents_per_row=most)
 
 
 def permute(place: int, size: int, seed: int, epoch: int) -> int:

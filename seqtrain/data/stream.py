@@ -29,6 +29,7 @@ class TokenStream:
         self.predicted_bytes = (entry.token_bytes - entry.first_bytes) * self.byte_scale
         self._shards = shards
         self._ends = list(accumulate(shard.entry.tokens for shard in shards))
+        self._document_ends = list(accumulate(shard.entry.starts for shard in shards))
         self._maps = lru_cache(maxsize=OPEN_SHARDS)(lambda number: (shards[number].ids(), shards[number].starts()))
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -44,6 +45,18 @@ class TokenStream:
             starts = self._maps(number)[1]
             first, last = np.searchsorted(starts, [low, high])
             found.append(starts[first:last] + (self._ends[number] - self._shards[number].entry.tokens))
+        return np.concatenate(found)
+
+    def document_starts(self, first: int, stop: int) -> np.ndarray:
+        """int64 `[stop - first]`: the positions at which the documents `first <= number < stop` start, rising."""
+        assert 0 <= first <= stop <= self.documents, (first, stop, self.documents)
+        found = [np.empty(0, dtype=np.int64)]
+        while first < stop:
+            number = bisect_right(self._document_ends, first)
+            entry, end = self._shards[number].entry, self._document_ends[number]
+            base, last = end - entry.starts, min(stop, end)
+            found.append(self._maps(number)[1][first - base : last - base] + (self._ends[number] - entry.tokens))
+            first = last
         return np.concatenate(found)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:

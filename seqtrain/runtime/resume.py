@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from seqtrain.config import read_run_config
+from seqtrain.data import DataConfig
 from seqtrain.errors import CheckpointError, ConfigError, FencedError
 from seqtrain.files import replace_file
 from seqtrain.models.config import ModelConfig, mixer_class
@@ -97,6 +98,9 @@ def _with_defaults(values: Mapping[str, Any], now: Mapping[str, Any]) -> Mapping
     found = dict(values)
     if "lora" in now:
         found.setdefault("lora", NO_LORA)
+    if "data" in now and "data" in found:
+        defaults = plain(DataConfig())
+        found["data"] = {key: defaults[key] for key in now["data"] if key in defaults} | found["data"]
     with suppress(ConfigError):
         if "model" in found:
             found["model"] = plain(validate(ModelConfig, found["model"]))

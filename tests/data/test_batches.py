@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seqtrain.data import Batches, BatchSlice, EvaluationBatches, prepare
-from seqtrain.data.packing import ShuffledWindows, Windows, permute
+from seqtrain.data.packing import BestFit, ShuffledWindows, Windows, permute
 from seqtrain.errors import ConfigError, DataError
 
 
@@ -81,11 +81,13 @@ def batches_of(corpus, kind, length):
     """Training batches, or those of evaluation, each of eight rows."""
     if kind == "train":
         return training(corpus, length=length)
+    if kind == "best_fit":
+        return Batches(BestFit(corpus.train, length=length, seed=0), batch_size=8)
     return evaluation(corpus.held_out, length, batch_size=8)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-@pytest.mark.parametrize("kind", ["train", "held_out"])
+@pytest.mark.parametrize("kind", ["train", "held_out", "best_fit"])
 def test_the_union_over_ranks_and_micro_batches_is_the_same(corpus, ranks, kind):
     batches = batches_of(corpus, kind, 50)
     whole = batches.at(2)
@@ -103,10 +105,10 @@ def test_the_union_over_ranks_and_micro_batches_is_the_same(corpus, ranks, kind)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 400])
-@pytest.mark.parametrize("kind", ["train", "held_out"])
+@pytest.mark.parametrize("kind", ["train", "held_out", "best_fit"])
 def test_the_parts_of_a_row_are_the_row_cut_into_nearly_equal_pieces(corpus, parts, kind):
     batches = batches_of(corpus, kind, 47)
-    step = 3 if kind == "train" else len(batches) - 1  # some of it is filling
+    step = len(batches) - 1 if kind == "held_out" else 3  # some of it is filling
     whole = batches.at(step, BatchSlice(rank=1, ranks=2))
     pieces = [batches.at(step, BatchSlice(rank=1, ranks=2, part=part, parts=parts)) for part in range(parts)]
     offsets = pieces[0].offsets
@@ -211,3 +213,69 @@ def test_the_order_is_pinned():
     packing = ShuffledWindows(SimpleNamespace(tokens=10), length=1, seed=0)
     placed = [packing.locate(sample) for sample in range(12)]
     assert [(epoch, packing.spans(epoch, row)[0].start) for epoch, row in placed] == expected
+
+
+class Lengths:
+    """A stream of documents of these lengths, as far as packing reads one."""
+
+    name = "train"
+
+    def __init__(self, lengths):
+        self.edges = np.concatenate([[0], np.cumsum(lengths)])
+        self.documents, self.tokens = len(lengths), int(self.edges[-1])
+
+    def document_starts(self, first, stop):
+        return self.edges[first:stop]
+
+
+def long_tailed(count, mean=6.0):
+    return np.maximum(np.random.default_rng(0).lognormal(mean, 1.2, count), 2).astype(np.int64)
+
+
+@pytest.mark.parametrize("most", [0, 1, 3])
+def test_best_fit_reads_every_token_once_an_epoch(monkeypatch, most):
+    monkeypatch.setattr("seqtrain.data.packing.GROUP", 8)
+    monkeypatch.setattr("seqtrain.data.packing.BLOCK", 64)
+    stream, length = Lengths(long_tailed(300, mean=4.0)), 100
+    packing = BestFit(stream, length=length, seed=5, documents_per_row=most)
+    again, number = BestFit(stream, length=length, seed=5, documents_per_row=most), 0
+    for epoch in range(3):
+        read = np.zeros(stream.tokens, dtype=int)
+        for row in range(packing.rows(epoch)):
+            assert packing.locate(number) == (epoch, row)
+            spans = packing.spans(epoch, row)
+            assert sum(stop - start for start, stop in spans) <= length
+            assert 1 <= len(spans) <= (most or length)
+            for start, stop in spans:
+                read[start:stop] += 1
+                # Pieces are cut from a document's start, and so only long documents are cut.
+                begin = stream.edges[np.searchsorted(stream.edges, start, side="right") - 1]
+                assert (start - begin) % length == 0
+                assert stop - start == length or stop in stream.edges
+            number += 1
+        assert (read == 1).all()
+    # The same rows for one who begins in the midst.
+    assert again.spans(*again.locate(number - 1)) == packing.spans(*packing.locate(number - 1))
+    assert packing.spans(0, 0) != packing.spans(1, 0)
+
+
+def test_best_fit_fills_rows_of_a_long_tailed_corpus():
+    lengths = long_tailed(3000)
+    for length in (512, 2048):
+        packing = BestFit(Lengths(lengths), length=length, seed=0)
+        assert packing.fill == lengths.sum() / (packing.rows(0) * length) > 0.99
+    single = BestFit(Lengths(lengths), length=512, seed=0, documents_per_row=1)
+    assert single.rows(0) == (-(-lengths // 512)).sum()
+
+
+def test_padded_rows_end_in_a_document_without_labels(corpus):
+    packing = BestFit(corpus.train, length=700, seed=0, documents_per_row=1)
+    batch = Batches(packing, batch_size=4).at(0)
+    for number in range(4):
+        [(start, stop)] = packing.spans(0, number)
+        row = slice(700 * number, 700 * (number + 1))
+        tokens, labels, _ = by_hand(corpus.train, start, stop - start)
+        assert batch.tokens[0, row].tolist() == tokens + [256] * (700 - len(tokens))
+        assert batch.labels[0, row].tolist() == labels + [-100] * (700 - len(labels))
+        assert 700 * number + stop - start in batch.cu_seqlens.tolist()
+    assert any(stop - start < 700 for row in range(4) for start, stop in packing.spans(0, row))

@@ -51,6 +51,8 @@ def test_answers_are_counted_where_they_are_asked():
         ({"source": "parity", "task": {"bits": 2}}, "config key 'data.task.bits' is unknown"),
         ({"source": "mqra"}, "data.source 'mqra' is unknown; did you mean 'mqar'? Known: huggingface, induction, "),
         ({"source": "stdlib", "task": {"pairs": 2}}, "data.task.pairs: data.source=stdlib is text, not a task"),
+        ({"source": "parity", "packing": "best_fit"}, "data.packing=best_fit: data.source=parity is a task"),
+        ({"documents_per_row": 2}, "data.documents_per_row=2: data.packing=stream has no use for it"),
     ],
 )
 def test_a_task_that_does_not_fit_is_refused_before_anything_starts(tmp_path, data, message):
