@@ -86,7 +86,7 @@ def _rows(found: Definition, prefix: str, *, skip: Mapping[str, Any] = types.Map
     cls = getattr(import_module(found.module.name), outer)
     for name in inner:
         cls = getattr(cls, name)
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = {name.rstrip("_"): hint for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
     for name, key in found.keys().items():
         if key.nested and name not in skip:
             yield from _rows(key.nested, f"{prefix}{name}.")

@@ -44,7 +44,7 @@ def validate(cls: type[T], values: Mapping[str, Any], *, prefix: str = "") -> T:
     A key that is a word of Python, such as `as`, is that of the field `as_`.
     `prefix` is put before the keys that errors name. Raises `ConfigError` for the first key that is wrong.
     """
-    values = {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in values.items()}
+    values = _with_fields(cls, values)
     for key, allowed in _unknown_keys(cls, values, prefix):
         raise ConfigError(unknown_name("config key", key, allowed))
     for key, number in _numbers(values, prefix):
@@ -54,6 +54,15 @@ def validate(cls: type[T], values: Mapping[str, Any], *, prefix: str = "") -> T:
         return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         raise ConfigError(_explain_value(error, prefix)) from error
+
+
+def _with_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with names of fields for keys, those of nested dataclasses, too."""
+    fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
+    named = {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in values.items()}
+    nested = {key for key, value in named.items() if isinstance(value, Mapping) and isinstance(fields.get(key), type)}
+    nested = {key for key in nested if dataclasses.is_dataclass(fields[key])}
+    return {key: _with_fields(fields[key], value) if key in nested else value for key, value in named.items()}
 
 
 def _numbers(values: Any, key: str) -> Iterator[tuple[str, int | float]]:
@@ -69,7 +78,7 @@ def _unknown_keys(cls: type, values: Mapping[str, Any], prefix: str) -> Iterator
     fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in fields:
-            yield prefix + key, [prefix + name for name in fields]
+            yield (prefix + key).rstrip("_"), [(prefix + name).rstrip("_") for name in fields]
         elif dataclasses.is_dataclass(fields[key]) and isinstance(value, Mapping):
             yield from _unknown_keys(fields[key], value, f"{prefix}{key}.")
         elif isinstance(value, Mapping) and get_origin(fields[key]) is Mapping:

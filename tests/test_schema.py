@@ -1,7 +1,5 @@
 """Dataclasses read from their source are the dataclasses that Python makes of it."""
 
-import dataclasses
-import json
 from dataclasses import MISSING
 
 import pytest
@@ -11,6 +9,7 @@ from seqtrain.config_reference import PAGE, write_reference
 from seqtrain.mixers import MIXERS
 from seqtrain.profiling import ProfileConfig
 from seqtrain.runtime.generate import GenerateConfig
+from seqtrain.runtime.run_folder import plain
 from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.schema import definition, mixer_definition, mixer_names
 from seqtrain.validation import validate
@@ -50,10 +49,6 @@ def test_fields_are_read_with_their_comments(tmp_path, monkeypatch):
     assert keys["needed"].default is MISSING
     inner = {"width": 16, "names": ["a"]}
     assert config.defaults() == {**inner, "inner": inner, "many": {"x": 1}, "depth": 3}
-
-
-def plain(value):
-    return json.loads(json.dumps(dataclasses.asdict(value)))
 
 
 @pytest.mark.parametrize("name", MIXERS.names)

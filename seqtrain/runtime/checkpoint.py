@@ -166,10 +166,11 @@ def save(
     fingerprint: dict[str, Any],
     tracking_id: str,
     frozen: Collection[str] = (),
+    never_dropped: int = -1,
 ) -> Path:
     """Writes a checkpoint below `root` and drops all but the newest `keep`. All ranks call it; returns its folder.
 
-    `frozen`: names of weights that it does not hold.
+    `frozen`: names of weights that it does not hold. `never_dropped`: the step of one that stays.
     Raises on every rank: `CheckpointError` when one can't write, `FencedError` when another start has taken over.
     """
     folder = root / _name(progress.step)
@@ -210,7 +211,8 @@ def save(
         epoch=lease.epoch,
         versions=versions(),
     )
-    everyone(lambda: _commit(manifest, partial, folder, lease, keep=keep), first_only=True)
+    everyone(lambda: _commit(manifest, partial, folder, lease), first_only=True)
+    everyone(lambda: _drop_oldest(root, lease, keep=keep, never_dropped=never_dropped), first_only=True)
     return folder
 
 
@@ -223,8 +225,8 @@ def _clear(root: Path, partial: Path, lease: Lease) -> None:
     partial.mkdir(parents=True)
 
 
-def _commit(manifest: CheckpointManifest, partial: Path, folder: Path, lease: Lease, *, keep: int) -> None:
-    """Makes the checkpoint in `partial` visible as `folder`, and drops the oldest."""
+def _commit(manifest: CheckpointManifest, partial: Path, folder: Path, lease: Lease) -> None:
+    """Makes the checkpoint in `partial` visible as `folder`."""
     replace(manifest, sha256=manifest.signature()).write(partial / MANIFEST)
     lease.check()
     if folder.exists():
@@ -235,10 +237,14 @@ def _commit(manifest: CheckpointManifest, partial: Path, folder: Path, lease: Le
             os.rename(folder, folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex[:8]}"))
     publish(partial, folder)
     lease.note_saved(manifest.progress.step)
-    for old in listed(folder.parent)[keep:]:
-        lease.check()
-        shutil.rmtree(old.folder)
     log.info("checkpoint: %s", folder)
+
+
+def _drop_oldest(root: Path, lease: Lease, *, keep: int, never_dropped: int) -> None:
+    for old in listed(root)[keep:]:
+        if old.progress.step != never_dropped:
+            lease.check()
+            shutil.rmtree(old.folder)
 
 
 @cache
@@ -293,15 +299,19 @@ def _held(model: nn.Module, frozen: Collection[str]) -> list[str]:
     return [name for name in model.state_dict() if name in parameters or name not in every_parameter]
 
 
-def find(root: Path) -> Checkpoint | None:
-    """The newest checkpoint below `root` that is whole, or None. Warns about each newer one that is damaged."""
+def find(root: Path, *, but: Callable[[Checkpoint], bool] = lambda each: False) -> Checkpoint | None:
+    """The newest checkpoint below `root` that is whole, or None. Warns about each newer one that is damaged.
+
+    `but`: says which ones are passed over.
+    """
 
     def skip(error: CheckpointError) -> None:
         log.warning("%s; trying the checkpoint before", error)
 
     for found in listed(root, damaged=skip):
         try:
-            return read(found.folder)
+            if not but(found):
+                return read(found.folder)
         except CheckpointError as error:
             skip(error)
     return None

@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from seqtrain.models.source import open_source
 from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.lease import Lease, saved_step, take
 from seqtrain.runtime.run_folder import RunFolder, as_record, plain, read_lines
-from seqtrain.runtime.schedule import ScheduleConfig, learning_rate
+from seqtrain.runtime.schedule import CONSTANT, ScheduleConfig, digest, learning_rate, plateau
 from seqtrain.runtime.settings import PretrainConfig, micro_batch, segments
 from seqtrain.validation import validate
 
@@ -34,11 +34,13 @@ PLACES = ("path", "held_out_path", "tokenizer")
 NO_LORA = {"rank": 0}
 
 
-def fingerprint(config: PretrainConfig, content: Mapping[str, str] | None = None) -> dict[str, Any]:
+def fingerprint(
+    config: PretrainConfig, content: Mapping[str, str] | None = None, norms: Sequence[float] = ()
+) -> dict[str, Any]:
     """What decides which numbers come out, whoever computes them and in however many pieces.
 
     `content`: what `Corpus.content` says of the text and its tokenizer, where they have been read. With it comes the
-    hash of the weights that adapters are for, which no checkpoint holds.
+    hash of the weights that adapters are for, which no checkpoint holds. `norms`: what `gradient_norms` gives.
     """
     values = {
         "model": plain(config.model),
@@ -56,6 +58,8 @@ def fingerprint(config: PretrainConfig, content: Mapping[str, str] | None = None
         values["data"]["content"] = dict(content)
         if config.lora.rank:
             values["lora"] = {**values["lora"], "source_sha256": open_source(config.source).sha256()}
+    if norms:
+        values["schedule"] |= {"from": "", "norms": digest(norms)}
     # Truncated gradients depend on where a row is cut into segments; exact ones don't.
     truncated = config.train.segment_gradients == "truncated" and segments(config) > 1
     pieces: tuple[str, ...] = () if truncated else SEGMENTATION
@@ -69,10 +73,12 @@ def fingerprint(config: PretrainConfig, content: Mapping[str, str] | None = None
 
 
 def _without_unused(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A fingerprint without `schedule.decay_fraction` where it has no effect: its default was another one once."""
+    """A fingerprint without keys of `schedule` that have no effect: they had other defaults once, or were not there."""
     schedule = dict(values.get("schedule", {}))
     if schedule.get("name") != "wsd":
         schedule.pop("decay_fraction", None)
+    if schedule.get("name") != "refined" or not (schedule.get("from") or schedule.get("norms")):
+        schedule = {key: value for key, value in schedule.items() if key not in ("from", "norm")}
     return {**values, **({"schedule": schedule} if schedule else {})}
 
 
@@ -80,16 +86,19 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, steps_done
     """`key=BEFORE, now AFTER` for every value in which two fingerprints differ.
 
     A schedule that gave the `steps_done` first steps the same learning rates is no difference: so a run is made longer.
-    Neither is another place of the same text or tokenizer.
+    Neither are more steps where both have their peak rate after these. Nor is another place of the same text or
+    tokenizer.
     """
     before, now = _without_places(_with_defaults(before, now), now), _without_places(now, before)
-    if steps_done and _learning_rates(before, steps_done) == _learning_rates(now, steps_done):
+    if steps_done and _learning_rates(before, steps_done) == _learning_rates(now, steps_done) != []:
         before = {
             **before,
             "schedule": now["schedule"],
             "train": before["train"] | {"steps": now["train"]["steps"]},
             "optimizer": before["optimizer"] | {"lr": now["optimizer"]["lr"]},
         }
+    elif steps_done and _longer(before, now) and all(_on_plateau(each, steps_done) for each in (before, now)):
+        before = {**before, "train": before["train"] | {"steps": now["train"]["steps"]}}
     return list(_differences(before, now, ""))
 
 
@@ -119,7 +128,36 @@ def _without_places(values: Mapping[str, Any], other: Mapping[str, Any]) -> Mapp
     return {**values, "data": data} if "data" in values else values
 
 
+def _longer(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether `now` asks for more steps at a constant rate than `before`."""
+    names = {each.get("schedule", {}).get("name") for each in (before, now)}
+    return len(names) == 1 and names <= set(CONSTANT) and now["train"]["steps"] > before["train"]["steps"]
+
+
+def _on_plateau(fingerprint: Mapping[str, Any], step: int) -> bool:
+    first, last = plateau(validate(ScheduleConfig, fingerprint["schedule"]), fingerprint["train"]["steps"])
+    return first <= step <= last
+
+
+def put_off(checkpoint: checkpoints.Checkpoint, now: Mapping[str, Any]) -> bool:
+    """Whether `checkpoint` lies in a decay that a run with the fingerprint `now`, a longer one, begins later."""
+    before = checkpoint.manifest.trajectory
+    if not _longer(before, now):
+        return False
+    _, last = plateau(validate(ScheduleConfig, before["schedule"]), before["train"]["steps"])
+    return checkpoint.progress.step > last
+
+
+def newest_of(root: Path, now: Mapping[str, Any]) -> checkpoints.Checkpoint | None:
+    """The checkpoint below `root`, by the manifests, that a run with the fingerprint `now` goes on from."""
+    found = checkpoints.listed(root)
+    return next((each for each in found if not put_off(each, now)), next(iter(found), None))
+
+
 def _learning_rates(fingerprint: Mapping[str, Any], count: int) -> list[float]:
+    """Those of the first steps; none where more than the fingerprint decides them."""
+    if "norms" in fingerprint["schedule"]:
+        return []
     schedule, steps = validate(ScheduleConfig, fingerprint["schedule"]), fingerprint["train"]["steps"]
     peak = fingerprint["optimizer"]["lr"]
     return [learning_rate(schedule, peak=peak, steps=steps, step=step) for step in range(min(count, steps))]
@@ -151,7 +189,7 @@ def refuse_foreign(folder: RunFolder, config: PretrainConfig) -> None:
     if resume not in ("auto", "never"):
         now["checkpoint"] = {"resume": resume}
     before = _same_keys(read_run_config(folder.path, key="output_dir"), now)
-    newest = checkpoints.latest(folder.checkpoints)
+    newest = newest_of(folder.checkpoints, now)
     if found := differences(before, now, steps_done=newest.progress.step if newest else 0):
         recipe = f", or start a new run from its weights: output_dir=NEW checkpoint.resume={newest and newest.folder}"
         raise ConfigError(
@@ -224,7 +262,7 @@ def check_resumable(folder: RunFolder, config: PretrainConfig, now: Mapping[str,
 
     `now`: the run's fingerprint. Says on the log what is missing that a run goes on without.
     """
-    newest = checkpoints.latest(folder.checkpoints)
+    newest = newest_of(folder.checkpoints, now)
     resume = config.checkpoint.resume
     if newest:
         check_fits(newest.folder, newest.manifest.trajectory, now, steps_done=newest.progress.step)
@@ -248,6 +286,14 @@ def check_resumable(folder: RunFolder, config: PretrainConfig, now: Mapping[str,
         log.warning("%s: was made with %s; the last bits of the losses may differ", newest.folder, changed)
     if newest.folder.parent == folder.checkpoints:
         _warn_of_lost_metrics(folder, step)
+        if (last := checkpoints.latest(folder.checkpoints)) and last.progress.step > step:
+            log.warning(
+                "train.steps=%d: goes on from step %d, before the decay of the shorter run; those after it, up to %d, "
+                "are done again",
+                steps,
+                step,
+                last.progress.step,
+            )
 
 
 def refuse_lost_checkpoints(folder: RunFolder) -> None:

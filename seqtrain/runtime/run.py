@@ -24,6 +24,7 @@ from seqtrain.runtime.ranks import form_group, pick_device
 from seqtrain.runtime.report import write_report
 from seqtrain.runtime.resume import begin, check_resumable, claimed, refuse_foreign, what_is_kept
 from seqtrain.runtime.run_folder import RunFolder, log_to, warn_on_stderr
+from seqtrain.runtime.schedule import gradient_norms, keep_norms
 from seqtrain.runtime.settings import PretrainConfig, check, resolve
 from seqtrain.runtime.signals import listening
 from seqtrain.runtime.source import build_model
@@ -82,6 +83,7 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
     with claimed(folder, name, lease_seconds=config.runtime.lease_seconds, began=folder.starts) as lease:
         # As it is now that nobody else writes here.
         refuse_foreign(folder, config)
+        norms = gradient_norms(config.schedule, folder)
         corpus = prepare(config.data)
         session = Session(
             config,
@@ -92,10 +94,12 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
             corpus.content,
             task=task,
             callback=callback,
+            norms=norms,
         )
         check_resumable(folder, config, session.fingerprint)
         # Reading text takes long: the folder may be another's by now.
         lease.check()
+        keep_norms(norms, config.schedule, folder)
         begin(folder, config)
         log_to(folder.log)
         reset_backend_choice()

@@ -25,6 +25,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.summary = path / "summary.json"
         self.loss_curve = path / "loss.png"
+        # The gradient norms of another run that the learning rate follows.
+        self.schedule = path / "schedule.json"
         self.log = path / "run.log"
         # One line each time the ranks began to train, with the step they began at.
         self.starts = path / "starts.jsonl"
@@ -33,10 +35,11 @@ class RunFolder:
 
 
 def plain(value: Any) -> Any:
-    """`value`, a config dataclass or a dict of them, as dicts, lists and scalars."""
+    """`value`, a config dataclass or a dict of them, as dicts, lists and scalars; `from` for the field `from_`."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
-    return json.loads(json.dumps(asdict(value)))
+    typed = asdict(value, dict_factory=lambda items: {key.rstrip("_"): item for key, item in items})
+    return json.loads(json.dumps(typed))
 
 
 def as_record(line: bytes) -> dict[str, Any] | None:

@@ -52,6 +52,8 @@ class TrainState:
     trained: int
     # Step of the newest checkpoint.
     saved_step: int
+    # Shape of a refined schedule.
+    refined: list[float]
 
     @cached_property
     def segments(self) -> int:
@@ -101,7 +103,8 @@ def train_step(state: TrainState) -> Record | None:
     # No layer draws anything today. Here a resumed run would draw the same; a run on another mesh would need draws that
     # follow from a token's place in the global batch.
     torch.manual_seed(hash((config.seed, index, ranks.rank)))
-    rate = learning_rate(config.schedule, peak=config.optimizer.lr, steps=config.train.steps, step=index)
+    peak, steps = config.optimizer.lr, config.train.steps
+    rate = learning_rate(config.schedule, peak=peak, steps=steps, step=index, refined=state.refined)
     engine.set_learning_rate(rate)
     # The loss is the mean over the labels of the global batch, all ranks together.
     labels = max(labels, 1)

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from seqtrain.runtime.experts import Experts
 from seqtrain.runtime.lease import Lease, succeed
 from seqtrain.runtime.metrics import MetricsFile
 from seqtrain.runtime.ranks import Ranks, is_lost_peer
-from seqtrain.runtime.resume import NO_LORA, check_fits, fingerprint, refuse_lost_checkpoints
+from seqtrain.runtime.resume import NO_LORA, check_fits, fingerprint, put_off, refuse_lost_checkpoints
 from seqtrain.runtime.run_folder import RunFolder
+from seqtrain.runtime.schedule import CONSTANT, NORMS, plateau, refine
 from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.runtime.step import TrainState, train_step
 from seqtrain.runtime.task import Callback, Pretraining, Task
@@ -51,6 +52,8 @@ class Session:
     content: dict[str, str] = field(default_factory=dict)
     task: Task = field(default_factory=Pretraining)
     callback: Callback = field(default_factory=Callback)
+    # Gradient norms of another run that a refined schedule goes by.
+    norms: tuple[float, ...] = ()
 
     @property
     def folder(self) -> RunFolder:
@@ -65,7 +68,7 @@ class Session:
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What decides which numbers come out; checkpoints made with other values are refused."""
-        return fingerprint(self.config, self.content) | self.task.fingerprint()
+        return fingerprint(self.config, self.content, self.norms) | self.task.fingerprint()
 
 
 def train(session: Session, ranks: Ranks, *, poll: Callable[[], None] = lambda: None) -> None:
@@ -134,7 +137,7 @@ def _train_on(session: Session, state: TrainState) -> None:
             state.metrics.write(record)
         state.poll()
         _stop_after_nonfinite_steps(state)
-        if due(config.checkpoint.every):
+        if due(config.checkpoint.every) or step == _decay_begins(config):
             _save(session, state)
     if scores is None and not stopped:
         # The run was stopped after its last step and before it was scored.
@@ -149,6 +152,11 @@ def _train_on(session: Session, state: TrainState) -> None:
 def _evaluate(state: TrainState) -> Scores | None:
     with state.callback.phase("evaluation"):
         return evaluate(state)
+
+
+def _decay_begins(config: PretrainConfig) -> int:
+    """The step whose checkpoint a longer run may go on from; -1 for none."""
+    return plateau(config.schedule, config.train.steps)[1] if config.schedule.name in CONSTANT else -1
 
 
 def _stop_after_nonfinite_steps(state: TrainState) -> None:
@@ -208,13 +216,15 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
         parameters=parameters,
         trained=trained,
         saved_step=progress.step if found and found.folder.parent == folder.checkpoints else -1,
+        refined=refine(session.norms, config.train.steps, power=NORMS[config.schedule.norm][1]),
     )
 
 
 def _newest(session: Session) -> Checkpoint | None:
     """The checkpoint to resume from: the run's own newest one, else the one `checkpoint.resume` names."""
     resume, now = session.config.checkpoint.resume, session.fingerprint
-    if own := checkpoints.find(session.folder.checkpoints):
+    root = session.folder.checkpoints
+    if own := checkpoints.find(root, but=partial(put_off, now=now)) or checkpoints.find(root):
         check_fits(own.folder, own.manifest.trajectory, now, steps_done=own.progress.step)
         return own
     refuse_lost_checkpoints(session.folder)
@@ -244,6 +254,7 @@ def _save(session: Session, state: TrainState) -> None:
             fingerprint=session.fingerprint,
             tracking_id=session.tracking_id,
             frozen=state.trainable.frozen,
+            never_dropped=_decay_begins(state.config),
         )
     state.saved_step = step
 

@@ -155,7 +155,9 @@ def test_an_exported_run_is_the_same_model_to_transformers(finished, tmp_path):
     [
         # Both rise over ten steps, and fall after the 50th.
         ("wsd", {"steps": 200, "warmup_fraction": 0.05, "decay_fraction": 0.1}, True),
-        ("wsd", {"steps": 200}, False),
+        # They rise over 10 and 20, or 60.
+        ("wsd", {"steps": 200}, True),
+        ("wsd", {"steps": 600}, False),
         ("cosine", {"steps": 200, "warmup_fraction": 0.05}, False),
         ("cosine", {}, True),
     ],
