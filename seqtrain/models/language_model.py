@@ -32,13 +32,21 @@ class Head(nn.Module):
         super().__init__()
         self.weight = weight
         self.chunk, self.scale, self.cap = chunk, scale, cap
+        # Where a list, each call with labels adds the loss of every token, float32 `[n]`.
+        self.losses: list[Tensor] | None = None
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """`[...,D]` -> float32 logits `[...,vocab]`, or the loss summed over labels that are not -100."""
         hidden = hidden if self.scale == 1 else hidden * self.scale
         if labels is not None:
             rows = hidden.flatten(0, -2)
-            return linear_cross_entropy(rows, self.weight, labels.flatten(), chunk=self.chunk, cap=self.cap)
+            losses = None
+            if self.losses is not None:
+                losses = torch.zeros(len(rows), device=rows.device)
+                self.losses.append(losses)
+            return linear_cross_entropy(
+                rows, self.weight, labels.flatten(), chunk=self.chunk, cap=self.cap, losses=losses
+            )
         return soft_cap(F.linear(hidden, self.weight).to(torch.promote_types(hidden.dtype, torch.float32)), self.cap)
 
 

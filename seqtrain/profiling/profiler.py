@@ -26,6 +26,7 @@ from seqtrain.profiling.parts import (
     seconds_by_part,
 )
 from seqtrain.runtime.engine import step_calls
+from seqtrain.runtime.measures import matrix_flops
 from seqtrain.runtime.task import Callback, Phase
 
 Step = Literal["warm-up", "plain", "profiled", "memory"]
@@ -37,8 +38,6 @@ ENGINE_PARTS = {
     # Autograd outside the modules that are parts: the graph's ends, the sums where paths meet.
     "autograd": Part("other", BACKWARD),
 }
-# Side of the square matrices whose product the peak is measured with.
-PEAK_SIDES = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -198,18 +197,3 @@ def plain_profile(profile: RankProfile) -> dict[str, Any]:
         values["memory"] = asdict(replace(memory, layers=Counter(), layers_most=Counter())) | {"layers": layers}
         del values["memory"]["layers_most"]
     return values
-
-
-def matrix_flops(device: torch.device, dtype: torch.dtype, *, seconds: float) -> float:
-    """Operations per second of the fastest of many products of square matrices, measured for `seconds`."""
-    side = PEAK_SIDES[device.type]
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    times: list[float] = []
-    began = time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - began < seconds:
-        start = time.perf_counter()
-        torch.mm(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 2 * side**3 / min(times)

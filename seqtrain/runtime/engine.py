@@ -19,6 +19,8 @@ from seqtrain.runtime.settings import PretrainConfig, micro_batch, micro_batches
 
 log = logging.getLogger("seqtrain.runtime")
 
+# Of a weight in a step: its gradient squared and in absolute value, and its change squared, each summed.
+Sizes = tuple[float, float, float]
 # An object or module, and the name of its function.
 Place = tuple[Any, str]
 PARAMETERS, GRADIENTS, OPTIMIZER, BUFFERS = "parameters", "gradients", "optimizer", "buffers"
@@ -87,7 +89,10 @@ class Engine:
         prepare_environment(ranks)
         import deepspeed
 
-        self._expert_parallel = ExpertParallel(model, experts)
+        self._expert_parallel, self._ranks = ExpertParallel(model, experts), ranks
+        # Where a dict, the step made next adds what this rank's pieces of the weights say, by name; no weight's pieces
+        # overlap, so that their sums over the ranks are those of the whole.
+        self.sizes: dict[str, Sizes] | None = None
         self.module = model.to(ranks.device)
         self.stage = config.parallel.zero_stage
         optimizer = build_optimizer(
@@ -137,7 +142,38 @@ class Engine:
 
     def step(self) -> None:
         """After every backward pass: the last of a step's changes the weights, unless a gradient isn't finite."""
+        if self.sizes is None or not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()
+            return
+        pieces = {name: (weight, gradient) for name, weight, gradient in self._pieces() if weight.numel()}
+        before = [weight.clone() for weight, _ in pieces.values()]
+        # Before the step, which clips.
+        gradients = [gradient for _, gradient in pieces.values()]
+        found = [torch._foreach_norm(gradients, 2), torch._foreach_norm(gradients, 1)]
         self.deepspeed.step()
+        after = {name: weight for name, weight, _ in self._pieces(gradients=False) if weight.numel()}
+        torch._foreach_sub_(before, [after[name] for name in pieces])
+        found.append(torch._foreach_norm(before, 2))
+        for name, row in zip(pieces, torch.stack([torch.stack(each) for each in found], 1).tolist(), strict=True):
+            self.sizes[name] = (row[0] ** 2, row[1], row[2] ** 2)
+
+    def _pieces(self, *, gradients: bool = True) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """What this rank alone holds, or alone looks at, of each trained weight and of its gradient, both flat."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
+
+        for name, weight in self.module.named_parameters():
+            if not weight.requires_grad:
+                continue
+            if self.stage == 0:
+                own = self._expert_parallel.share(name, weight.numel(), self._ranks)
+                whole = weight.grad if gradients else weight
+                yield name, weight.detach().flatten()[own], whole.flatten()[own]
+            elif self.stage == 3:
+                piece = safe_get_local_fp32_param(weight)
+                yield name, piece.flatten(), safe_get_local_grad(weight).flatten() if gradients else piece
+            elif (held := vars(weight)["_hp_mapping"]) is not None:
+                gradient = held.get_lp_grad_fragment(vars(weight)["_index_in_param_group"]) if gradients else None
+                yield name, held.hp_fragment, held.hp_fragment if gradient is None else gradient.flatten()
 
     def last_step(self) -> tuple[float, bool]:
         """The gradient's norm before clipping in the step just made, and whether the step was taken.

@@ -8,9 +8,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from seqtrain.data.batches import even_offsets
 from seqtrain.errors import ConfigError
 from seqtrain.models.feed_forward import MoE
 from seqtrain.parallel.experts import gather_experts, local_experts
+from seqtrain.runtime.ranks import Ranks
 
 
 class ExpertParallel:
@@ -58,6 +60,12 @@ class ExpertParallel:
                 yield
             finally:
                 del model.marker
+
+    def share(self, name: str, numbers: int, ranks: Ranks) -> slice:
+        """Which of the parameter's `numbers` are this rank's, where those who have the same ones divide them."""
+        others = self.group.size() if self.group is not None and name in self._names else 1
+        offsets = even_offsets(numbers, ranks.count // others)
+        return slice(*offsets[ranks.rank // others :][:2])
 
     def whole(self, name: str, value: Tensor) -> Tensor:
         """`value`, of the shape of this rank's parameter `name`, for all experts. A collective where it is a part."""

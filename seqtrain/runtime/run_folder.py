@@ -25,6 +25,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.summary = path / "summary.json"
         self.loss_curve = path / "loss.png"
+        # What was measured of the run's parts.
+        self.figures = path / "figures.png"
         # The gradient norms of another run that the learning rate follows.
         self.schedule = path / "schedule.json"
         self.log = path / "run.log"

@@ -129,6 +129,14 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class MetricsConfig:
+    """What metrics.jsonl says besides a step's loss and speed."""
+
+    # Steps between two that are measured: gradients, updates and losses by part, memory, MFU; 0: none.
+    every: Count = 10
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     """Where figures go besides metrics.jsonl."""
 
@@ -181,6 +189,7 @@ class PretrainConfig:
     parallel: ParallelConfig = ParallelConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
     tracking: TrackingConfig = TrackingConfig()
     sample: SampleConfig = SampleConfig()
     kernels: KernelsConfig = KernelsConfig()

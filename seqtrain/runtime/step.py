@@ -17,6 +17,7 @@ from seqtrain.runtime.checkpoint import Progress
 from seqtrain.runtime.engine import Engine
 from seqtrain.runtime.experts import Experts
 from seqtrain.runtime.lease import Lease
+from seqtrain.runtime.measures import Measures
 from seqtrain.runtime.metrics import MetricsFile, Record, Within, write_within
 from seqtrain.runtime.ranks import Ranks
 from seqtrain.runtime.schedule import learning_rate
@@ -40,6 +41,7 @@ class TrainState:
     mesh: Mesh
     engine: Engine
     experts: Experts
+    measures: Measures
     trainable: Trainable
     callback: Callback
     progress: Progress
@@ -106,6 +108,7 @@ def train_step(state: TrainState) -> Record | None:
     peak, steps = config.optimizer.lr, config.train.steps
     rate = learning_rate(config.schedule, peak=peak, steps=steps, step=index, refined=state.refined)
     engine.set_learning_rate(rate)
+    state.measures.begin(index + 1)
     # The loss is the mean over the labels of the global batch, all ranks together.
     labels = max(labels, 1)
     weight = ranks.count * state.segments * len(batches) / labels
@@ -120,6 +123,7 @@ def train_step(state: TrainState) -> Record | None:
         loss = engine.model(batch.tokens, batch.labels, sequence=state.sequence(batch))
         engine.backward(loss + routers * state.experts.loss(), weight=weight)
         engine.step()
+        state.measures.count(batch, state.mesh.sequence_rank)
         loss_sum += loss.detach()
         # Its graph, before the next forward pass makes another.
         del loss
@@ -130,7 +134,7 @@ def train_step(state: TrainState) -> Record | None:
     tokens = config.train.batch_size * config.train.sequence_length
     state.progress = state.progress.after(taken=taken, tokens=tokens)
     seconds = time.perf_counter() - started
-    return {
+    record = {
         "step": state.progress.step,
         "loss": loss_total / labels,
         "tokens": tokens,
@@ -142,6 +146,7 @@ def train_step(state: TrainState) -> Record | None:
         "skipped": not taken,
         **routed,
     }
+    return state.measures.finish(record)
 
 
 def _train_segments(state: TrainState, batch: Batch, weight: float, routers: float, number: int, rows: int) -> Tensor:
@@ -161,4 +166,5 @@ def _train_segments(state: TrainState, batch: Batch, weight: float, routers: flo
         if state.metrics:
             write_within(state.lease, Within(state.progress.step, done + number * of, rows * of))
             state.poll()
+    state.measures.count(batch, 0, backwards=gradients == "exact")
     return torch.stack(losses).sum()

@@ -15,7 +15,6 @@ import torch
 
 from seqtrain.errors import SeqtrainError
 from seqtrain.files import create_new, replace_file
-from seqtrain.memory import peak_resident_bytes
 from seqtrain.parallel.mesh import Mesh, form_mesh
 from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.checkpoint import Checkpoint, Progress
@@ -23,6 +22,7 @@ from seqtrain.runtime.engine import Engine
 from seqtrain.runtime.evaluation import Scores, evaluate
 from seqtrain.runtime.experts import Experts
 from seqtrain.runtime.lease import Lease, succeed
+from seqtrain.runtime.measures import Measures, peak_bytes
 from seqtrain.runtime.metrics import MetricsFile
 from seqtrain.runtime.ranks import Ranks, is_lost_peer
 from seqtrain.runtime.resume import NO_LORA, check_fits, fingerprint, put_off, refuse_lost_checkpoints
@@ -208,6 +208,7 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
         mesh=mesh,
         engine=engine,
         experts=Experts(engine.module, mesh, ranks.device),
+        measures=Measures(config, engine, ranks, trained=trained / parameters),
         trainable=trainable,
         callback=session.callback,
         progress=progress,
@@ -261,11 +262,7 @@ def _save(session: Session, state: TrainState) -> None:
 
 def _write_outcome(state: TrainState, *, stopped: bool, scores: Scores | None) -> None:
     """Writes outcome.json for the driver: what only the ranks know."""
-    device = state.ranks.device
-    # Most memory a process held: on the GPU, or resident on the CPU.
-    peak = state.ranks.largest(
-        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
-    )
+    peak = state.ranks.largest(peak_bytes(state.ranks.device))
     if not state.metrics:
         return
     state.metrics.close()

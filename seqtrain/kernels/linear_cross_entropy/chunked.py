@@ -8,20 +8,28 @@ from torch import Tensor
 
 from seqtrain.kernels.linear_cross_entropy import IGNORED, soft_cap
 
-# `softmax(logits, labels, need_gradient)`: the sum of losses of `logits [n,vocab]` in the softmax's dtype, and the
+# `softmax(logits, labels, need_gradient)`: the losses `[n]` of `logits [n,vocab]` in the softmax's dtype, and the
 # gradient of the logits in theirs; it may spoil them.
 Softmax = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
-def run(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, cap: float) -> Tensor:
+def run(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, cap: float, losses: Tensor | None = None) -> Tensor:
     """See `linear_cross_entropy`."""
-    return chunk_by_chunk(hidden, weight, labels, chunk, cap, softmax)
+    return chunk_by_chunk(hidden, weight, labels, chunk, cap, losses, softmax)
 
 
-def chunk_by_chunk(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, cap: float, softmax: Softmax) -> Tensor:
+def chunk_by_chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk: int,
+    cap: float,
+    losses: Tensor | None,
+    softmax: Softmax,
+) -> Tensor:
     """`run`, with a softmax of one's own."""
     grads = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, cap, softmax, *grads)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, cap, losses, softmax, *grads)
 
 
 def softmax(logits: Tensor, labels: Tensor, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -35,10 +43,10 @@ def softmax(logits: Tensor, labels: Tensor, need_gradient: bool) -> tuple[Tensor
     chosen = logits.gather(1, label)
     logits.exp_()
     total = logits.sum(1, keepdim=True)
-    loss = ((total.log() - chosen) * counted).sum()
+    losses = ((total.log() - chosen) * counted)[:, 0]
     if not need_gradient:
-        return loss, None
-    return loss, logits.mul_(counted / total).scatter_add_(1, label, -counted.to(logits.dtype)).to(product)
+        return losses, None
+    return losses, logits.mul_(counted / total).scatter_add_(1, label, -counted.to(logits.dtype)).to(product)
 
 
 def _loss_and_gradients(
@@ -47,6 +55,7 @@ def _loss_and_gradients(
     labels: Tensor,
     chunk: int,
     cap: float,
+    losses: Tensor | None,
     softmax: Softmax,
     need_hidden: bool,
     need_weight: bool,
@@ -66,7 +75,9 @@ def _loss_and_gradients(
         slope = 1 - (logits / cap).square() if cap else None
         of_chunk, d_logits = softmax(logits, labels[start : start + chunk], need_hidden or need_weight)
         # Not in place: compiled by PyTorch 2.11, a result born without a gradient would have none.
-        loss = loss + of_chunk
+        loss = loss + of_chunk.sum()
+        if losses is not None:
+            losses[start : start + chunk] = of_chunk
         if d_logits is None:
             continue
         if slope is not None:
@@ -95,4 +106,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Scaled before rounding: a bfloat16 scale would put up to 0.4% on every gradient.
         d_hidden = None if d_hidden is None else (d_hidden.to(scale.dtype) * scale).to(d_hidden.dtype)
         d_weight = None if d_weight is None else (d_weight * scale).to(ctx.weight_dtype)
-        return d_hidden, d_weight, *6 * (None,)
+        return d_hidden, d_weight, *7 * (None,)

@@ -31,15 +31,15 @@ EXAMPLES = (
 )
 
 
-def run(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, cap: float) -> Tensor:
+def run(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, cap: float, losses: Tensor | None = None) -> Tensor:
     """See `linear_cross_entropy`."""
-    return chunk_by_chunk(hidden, weight, labels, chunk, cap, _softmax)
+    return chunk_by_chunk(hidden, weight, labels, chunk, cap, losses, _softmax)
 
 
 def _softmax(logits: Tensor, labels: Tensor, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
     logits = logits.contiguous()
     losses = (_losses_op if torch.compiler.is_compiling() else _losses)(logits, labels, need_gradient)
-    return losses.sum(), logits if need_gradient else None
+    return losses, logits if need_gradient else None
 
 
 def _losses(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:

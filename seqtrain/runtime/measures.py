@@ -1,0 +1,136 @@
+"""What a step says of its parts, now and then: gradients and updates by group of weights, losses by place."""
+
+import time
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from seqtrain.data.batches import IGNORED, Batch
+from seqtrain.memory import peak_resident_bytes
+from seqtrain.models import LanguageModel
+from seqtrain.models.language_model import Head
+from seqtrain.runtime.engine import Engine, Sizes
+from seqtrain.runtime.metrics import Record
+from seqtrain.runtime.ranks import Ranks
+from seqtrain.runtime.settings import PretrainConfig
+
+# Side of the square matrices whose product the peak is measured with, and seconds for which a run measures it.
+PEAK_SIDES, PEAK_SECONDS = {"cpu": 1024, "cuda": 8192}, 0.05
+
+
+def group_of(name: str) -> str:
+    """The group that the weight `name` of a language model counts in."""
+    words = name.split(".")
+    if words[0] in ("embedding", "head"):
+        return words[0]
+    if any("norm" in word for word in words):
+        return "norms"
+    return next((group for word, group in (("mlp", "mlp"), ("mixer", "mixers")) if word in words), "other")
+
+
+def place_in_document(batch: Batch, part: int) -> Tensor:
+    """int64 `[n]`: how many tokens of its document are before each token of `batch`, part `part` of a packed row."""
+    places = torch.arange(batch.offsets[part], batch.offsets[part + 1])
+    starts = batch.cu_seqlens.long().unique()
+    return places - starts[torch.searchsorted(starts, places, right=True) - 1]
+
+
+class Measures:
+    """Takes the figures of those steps that have them; what a step computes is the same with and without."""
+
+    def __init__(self, config: PretrainConfig, engine: Engine, ranks: Ranks, *, trained: float):
+        """`trained`: share of the model's numbers."""
+        self.every, self.engine, self.ranks = config.metrics.every, engine, ranks
+        model, length = engine.module, config.train.sequence_length
+        self._head = next((module for module in model.modules() if isinstance(module, Head)), None)
+        # Of a token: forward, backward to what entered, and to the weights that are trained. MFU is of language models.
+        self._flops = (2 + trained) * model.flops(length) / length if isinstance(model, LanguageModel) else 0.0
+        self._dtype = getattr(torch, config.train.dtype)
+        # Bin k holds the places from 2^(k-1) on.
+        self._edges = 2 ** torch.arange(max(length - 1, 0).bit_length())
+        self._sums = torch.zeros(2, len(self._edges) + 1, dtype=torch.float64)
+        self._peak_flops = 0.0
+        self._on = False
+
+    def begin(self, step: int) -> None:
+        """Before the passes of `step`, of which the first is 1."""
+        self._on = bool(self.every) and step % self.every == 0
+        self.engine.sizes = {} if self._on else None
+        self._sums.zero_()
+        if self._head is not None:
+            self._head.losses = [] if self._on else None
+
+    def count(self, batch: Batch, part: int, *, backwards: bool = False) -> None:
+        """After the passes over `batch`. `backwards`: its segments were run from last to first."""
+        if not self._on or self._head is None or not self._head.losses:
+            return
+        order = -1 if backwards else 1
+        losses = torch.cat(self._head.losses[::order]).cpu().double()
+        self._head.losses.clear()
+        counted = (batch.labels.flatten() != IGNORED).cpu()
+        bins = torch.bucketize(place_in_document(batch, part), self._edges, right=True)
+        self._sums[0].index_add_(0, bins, losses)
+        self._sums[1].index_add_(0, bins, counted.double())
+
+    def finish(self, record: Record) -> Record:
+        """`record`, that of the step, with what was measured. A collective of all ranks."""
+        if not self._on:
+            return record
+        device = self.ranks.device
+        self._peak_flops = self._peak_flops or matrix_flops(device, self._dtype, seconds=PEAK_SECONDS)
+        sizes = by_group(self.engine.sizes or {}, self.engine.optimizer_state.names)
+        memory = self.ranks.largest(peak_bytes(device))
+        flat = [value for each in sizes.values() for value in each]
+        *flat, peak = self.ranks.sum(*flat, *self._sums.flatten().tolist(), self._peak_flops)
+        shared = iter(flat)
+        found: Record = {}
+        lengths = 0.0
+        for group in sizes:
+            squares, length, moved = (next(shared) for _ in range(3))
+            lengths += length
+            found |= {f"grad_norm/{group}": squares**0.5, f"update_norm/{group}": moved**0.5}
+        losses, counts = torch.tensor(list(shared)).view_as(self._sums).tolist()
+        found |= {
+            f"loss_at/{name}": loss / count
+            for name, loss, count in zip(self._bins(), losses, counts, strict=True)
+            if count
+        }
+        mfu = self._flops * record["tokens_per_second"] / peak
+        return record | {"grad_norm_l1": lengths, "peak_memory_bytes": int(memory), "mfu": mfu} | found
+
+    def _bins(self) -> Iterable[str]:
+        for first, next_first in zip([0, *self._edges.tolist()], [*self._edges.tolist(), None], strict=True):
+            last = 2 * first - 1 if next_first is None else next_first - 1
+            yield f"{first}-{last}" if last > first else f"{first}"
+
+
+def by_group(sizes: Mapping[str, Sizes], names: Iterable[str]) -> dict[str, Sizes]:
+    """What `sizes` says of each weight, summed by group; with all groups of `names`."""
+    found: dict[str, Sizes] = {group_of(name): (0.0, 0.0, 0.0) for name in names}
+    for name, (squares, length, moved) in sizes.items():
+        before = found[group_of(name)]
+        found[group_of(name)] = (before[0] + squares, before[1] + length, before[2] + moved)
+    return found
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory this process has held: on the GPU, or resident on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
+
+
+def matrix_flops(device: torch.device, dtype: torch.dtype, *, seconds: float) -> float:
+    """Operations per second of the fastest of many products of square matrices, measured for `seconds`."""
+    side = PEAK_SIDES[device.type]
+    # The run's own draws stay as they are.
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * side**3 / min(times)

@@ -1,0 +1,99 @@
+"""Figures by part of the model and of the data: those of a plain loop on one rank, whatever the layout."""
+
+import pytest
+import torch
+
+from seqtrain.data import open_corpus
+from seqtrain.data.batches import IGNORED
+from seqtrain.models import LanguageModel
+from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.runtime.measures import group_of
+from seqtrain.runtime.optimizers import build_optimizer, parameter_groups, set_learning_rate
+from seqtrain.runtime.schedule import learning_rate
+from tests.runtime.runtime_cases import (
+    change,
+    grid,
+    losses,
+    records,
+    session_for,
+    short_documents,
+    small_config,
+    train_on,
+)
+
+LAYOUTS = {
+    "alone": {"parallel": grid(1, 1, 0)},
+    "zero 1": {"parallel": grid(2, 1, 1)},
+    "sequence, zero 2": {"parallel": grid(1, 2, 2)},
+    "zero 3": {"parallel": grid(2, 1, 3)},
+    "zero 0": {"parallel": grid(1, 2, 0)},
+    "segments": {"train": {"segment_tokens": 15}, "parallel": grid(1, 1, 1)},
+}
+
+
+def plainly(config) -> dict[str, float]:
+    """The figures of the first step, from whole gradients and the losses of single tokens."""
+    session = session_for(config)
+    corpus = open_corpus(session.corpus, config.data)
+    torch.manual_seed(config.seed)
+    model = LanguageModel(config.model, config.mixer, corpus.vocab_size)
+    sizes = {"sequence_length": config.train.sequence_length, "batch_size": config.train.batch_size}
+    batch = corpus.training_batches(seed=config.seed, **sizes).at(0)
+    sequence = SequenceContext(cu_seqlens=batch.cu_seqlens)
+    optimizer = build_optimizer(parameter_groups(model.parameters(), 0.1), config.optimizer, finite=True, clipping=1.0)
+    rate = learning_rate(config.schedule, peak=config.optimizer.lr, steps=config.train.steps, step=0)
+    set_learning_rate(optimizer.param_groups, rate)
+    (model(batch.tokens, batch.labels, sequence=sequence) / batch.label_count).backward()
+    logits = model(batch.tokens, sequence=sequence, all_logits=True)[0][0]
+    terms = torch.nn.functional.cross_entropy(logits, batch.labels[0], reduction="none").tolist()
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    optimizer.step()
+    found, places = {"grad_norm_l1": sum(each.abs().sum() for each in gradients.values()).item()}, {}
+    for group in {group_of(name) for name in before}:
+        names = [name for name in before if group_of(name) == group]
+        moved = [dict(model.named_parameters())[name] - before[name] for name in names]
+        found[f"grad_norm/{group}"] = torch.cat([gradients[name].flatten() for name in names]).norm().item()
+        found[f"update_norm/{group}"] = torch.cat([each.flatten() for each in moved]).norm().item()
+    starts, place = set(batch.cu_seqlens.tolist()), 0
+    for token, loss in enumerate(terms):
+        place = 0 if token in starts else place + 1
+        if batch.labels[0, token] != IGNORED:
+            first = 2 ** (place.bit_length() - 1) if place else 0
+            name = f"{first}-{2 * first - 1}" if first > 1 else f"{first}"
+            places.setdefault(f"loss_at/{name}", []).append(loss)
+    return found | {name: sum(each) / len(each) for name, each in places.items()}
+
+
+@pytest.mark.all
+def test_measured_parts_are_those_of_a_plain_loop_in_every_layout(tmp_path):
+    base = small_config(
+        tmp_path,
+        *("gated_delta_net", "attention"),
+        data={"path": short_documents(tmp_path / "short")},
+        train={"steps": 2, "sequence_length": 37},
+        schedule={"warmup_fraction": 0.0},
+        evaluation={"max_tokens": 148},
+        checkpoint={"every": 0},
+        metrics={"every": 1},
+    )
+    configs = {name: change(base, name.replace(" ", "-"), **sections) for name, sections in LAYOUTS.items()}
+    silent = change(configs["alone"], "silent", metrics={"every": 0})
+    train_on(*configs.values(), silent)
+    expected = plainly(base)
+    groups = {name for name in expected if name.startswith("update_norm/")}
+    assert groups == {f"update_norm/{group}" for group in ("embedding", "mixers", "mlp", "norms")}
+    assert len(expected) > 12
+    for layout, config in configs.items():
+        first, second = records(config)
+        came = {name: first[name] for name in expected}
+        assert came == pytest.approx(expected, rel=2e-4), layout
+        assert {name for name in first if "/" in name} == {name for name in expected if "/" in name}
+        squares = sum(first[name] ** 2 for name in first if name.startswith("grad_norm/"))
+        assert squares**0.5 == pytest.approx(first["grad_norm"], rel=1e-5), layout
+        assert second["grad_norm_l1"] != first["grad_norm_l1"]
+        assert 0 < first["mfu"] < 1
+        assert first["peak_memory_bytes"] > 2**20
+    # To look changes nothing.
+    assert losses(silent) == losses(configs["alone"])
+    assert "mfu" not in records(silent)[0]
