@@ -16,6 +16,7 @@ from seqtrain.convert.settings import ConvertConfig, StageConfig
 from seqtrain.convert.tasks import Distillation, Pair, Transfer
 from seqtrain.convert.weights import mapped, model_from, write_tensors
 from seqtrain.data import prepare
+from seqtrain.data.config import WITHOUT_EFFECT
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.files import Manifest, sha256_of
 from seqtrain.models import LanguageModel
@@ -279,7 +280,7 @@ class Training:
 def fingerprint(config: ConvertConfig, source_sha256: str) -> dict[str, Any]:
     """What decides the outcome of a training: two with the same fingerprint come to the same weights."""
     told = {key: plain(getattr(config, key)) for key in ("recipe", "layer", "data")}
-    for key in ("cache_dir", "verify", "shard_tokens"):
+    for key in WITHOUT_EFFECT:
         del told["data"][key]
     hashed = {
         key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for key, value in told.items()

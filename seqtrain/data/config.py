@@ -5,7 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from seqtrain.validation import FilePath
+from seqtrain.validation import AUTO, FilePath, OrAuto
+
+# Keys that decide nothing of what a run reads.
+WITHOUT_EFFECT = ("cache_dir", "verify", "shard_tokens", "workers")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class DataConfig:
     end_token: str = ""
     # Where token shards are kept between runs. Empty: the user's cache folder.
     cache_dir: FilePath = ""
+    # Processes that turn text into tokens; the result is the same however many. auto: the machine's cores.
+    workers: Annotated[int, Field(gt=0, le=4096), OrAuto] = AUTO
     # Tokens per shard; an interrupted ingestion resumes after the last finished shard.
     shard_tokens: Annotated[int, Field(gt=0)] = 2**25
     # When shards are read whole to compare checksums: when first opened on this machine, always, or never.

@@ -12,9 +12,10 @@ from typing import Any
 
 from seqtrain.data.batches import Batches, EvaluationBatches
 from seqtrain.data.config import DataConfig
-from seqtrain.data.ingest import BIGRAMS, check_first_documents, content_key, ingest, left_out, open_sources
+from seqtrain.data.ingest import Text, check_first_documents, ingest, left_out, open_sources
+from seqtrain.data.manifest import BIGRAMS, MANIFEST, REBUILD, VERSIONS, CorpusManifest, ShardIndex
 from seqtrain.data.packing import Packing, Windows, make_packing
-from seqtrain.data.shards import MANIFEST, REBUILD, VERSION, CorpusManifest, Shard, SplitEntry, inside
+from seqtrain.data.pool import Pools, local_pools
 from seqtrain.data.sources import SOURCES, Source
 from seqtrain.data.stream import TokenStream
 from seqtrain.data.synthetic import TASKS, SyntheticCorpus
@@ -108,22 +109,25 @@ def check_source(config: DataConfig, *, sequence_length: int) -> None:
         )
 
 
-def prepare(config: DataConfig, *, progress: bool = True) -> Corpus | SyntheticCorpus:
+def prepare(config: DataConfig, *, progress: bool = True, pools: Pools | None = None) -> Corpus | SyntheticCorpus:
     """The task `config` names, or its corpus: made now, finished if a run was stopped in the middle, or opened.
 
     Corpora lie in `data.cache_dir` under a key of the text's files, the tokenizer and the settings, so changed text
     makes a new one. Processes that want the same one at once wait for the first. `progress` shows a bar on stderr
-    while text is read. Raises `ConfigError` or `DataError`, naming the key or the file.
+    while text is read; `pools`: who reads it, by default processes of this machine. Raises `ConfigError` or
+    `DataError`, naming the key or the file.
     """
     if config.source in TASKS.names:
         return SyntheticCorpus.of(config)
     sources, tokenizer = _opened(config)
-    key = content_key(config, sources, tokenizer)
-    folder = cache_folder(config) / f"{config.source}-{key[:16]}"
+    text = Text(config, sources, tokenizer)
+    folder, before = (cache_folder(config) / f"{config.source}-{key[:16]}" for key in (text.key, text.undivided_key))
+    if not (folder / MANIFEST).exists() and (before / MANIFEST).exists():
+        folder = before
     if not (folder / MANIFEST).exists():
         with _locked(folder), _bar(sources[0].unit, sum(s.total for s in sources), show=progress) as report:
             if not (folder / MANIFEST).exists():
-                ingest(config, sources, tokenizer, folder, key, report)
+                ingest(text, folder, report, pools or local_pools(config.workers))
     corpus = open_corpus(folder, config, tokenizer=tokenizer)
     assert isinstance(corpus, Corpus)
     return replace(corpus, left_out=left_out(sources))
@@ -160,9 +164,9 @@ def open_corpus(
     folder = Path(folder)
     tokenizer = tokenizer or load_tokenizer(config)
     manifest = CorpusManifest.read(folder / MANIFEST)
-    if manifest.version != VERSION:
+    if manifest.version not in VERSIONS:
         raise DataError(
-            f"{folder / MANIFEST}: version {manifest.version}, this seqtrain reads {VERSION}; delete the folder"
+            f"{folder / MANIFEST}: version {manifest.version}, this seqtrain reads {VERSIONS}; delete the folder"
         )
     if manifest.tokenizer.identity != tokenizer.identity:
         raise DataError(
@@ -170,12 +174,12 @@ def open_corpus(
             f"({manifest.tokenizer.name}, {manifest.tokenizer.vocab_size} ids) "
             f"than data.tokenizer={config.tokenizer} ({tokenizer.vocab_size} ids)"
         )
-    splits = {"train": manifest.train, "held_out": manifest.held_out}
-    opened = {name: _open_shards(folder, name, split, tokenizer) for name, split in splits.items()}
-    _verify(folder, manifest, [shard for shards in opened.values() for shard in shards], config.verify)
-    streams = {name: TokenStream(name, split, opened[name], tokenizer) for name, split in splits.items()}
-    train, held_out = streams["train"], streams["held_out"]
-    return Corpus(folder, manifest, tokenizer, train, held_out, config)
+    streams = {}
+    for name, split in (("train", manifest.train), ("held_out", manifest.held_out)):
+        shards = ShardIndex.open(folder, name, split, tokenizer.vocab_size)
+        streams[name] = TokenStream(name, split, shards, tokenizer)
+    _verify(folder, manifest, [stream.shards for stream in streams.values()], config.verify)
+    return Corpus(folder, manifest, tokenizer, streams["train"], streams["held_out"], config)
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -187,29 +191,21 @@ def cache_folder(config: DataConfig) -> Path:
     return Path(platformdirs.user_cache_dir("seqtrain"))
 
 
-def _open_shards(folder: Path, name: str, split: SplitEntry, tokenizer: Tokenizer) -> list[Shard]:
-    shards = [Shard.open(folder, entry, tokenizer.vocab_size) for entry in split.shards]
-    came = (sum(shard.entry.tokens for shard in shards), sum(shard.entry.starts for shard in shards))
-    if came != (split.tokens, split.documents):
-        raise DataError(
-            f"{folder / MANIFEST}: {name} has {split.tokens} tokens in {split.documents} documents, its shards {came}"
-        )
-    return shards
-
-
-def _verify(folder: Path, manifest: CorpusManifest, shards: list[Shard], when: str) -> None:
+def _verify(folder: Path, manifest: CorpusManifest, indexes: list[ShardIndex], when: str) -> None:
     if when == "never":
         return
     stamps = Stamps.read(folder / VERIFIED).files if (folder / VERIFIED).exists() else {}
-    stats = {shard.path.name: shard.path.stat() for shard in shards}
-    now = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-    for shard in shards:
-        if when == "always" or stamps.get(shard.path.name) != now[shard.path.name]:
-            shard.verify()
-    counts = inside(folder, BIGRAMS)
-    if not (
-        counts.exists() and counts.stat().st_size <= LARGEST_RECORD and sha256_of(counts) == manifest.bigrams_sha256
-    ):
+    now = {}
+    for index in indexes:
+        for number in range(len(index)):
+            shard = index.shard(number)
+            status = shard.path.stat()
+            now[shard.path.name] = (status.st_size, status.st_mtime_ns)
+            if when == "always" or stamps.get(shard.path.name) != now[shard.path.name]:
+                shard.verify()
+    counts = folder / BIGRAMS
+    small = counts.is_file() and not counts.is_symlink() and counts.stat().st_size <= LARGEST_RECORD
+    if not (small and sha256_of(counts) == manifest.bigrams_sha256):
         raise DataError(f"{counts}: missing, or not what {MANIFEST} says; delete {folder} to rebuild the corpus")
     if now != stamps and os.access(folder, os.W_OK):
         Stamps(now).write(folder / VERIFIED)

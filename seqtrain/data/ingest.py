@@ -1,74 +1,62 @@
 """Text to shards: stopped at any instant, it resumes at the last finished group and ends in the very same bytes.
 
-A group is one training and one held-out shard written together. When both together are full, they are made
-durable, and `progress.json` names them with the place in the text at which the next group starts. Anything else in
-the folder is a leftover.
+The text is divided into sections, each of which becomes groups of shards of its own, one after the other; who makes
+them, and how many at once, changes nothing. A group is one training and one held-out shard written together. When both
+together are full, they are made durable, and the log names them with the place in the text at which the next group
+starts. Anything else in the folder is a leftover.
 """
 
 import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from seqtrain.data.bigram import SHAPE, count_pairs, read_counts
+from seqtrain.data.bigram import SHAPE
 from seqtrain.data.config import DataConfig
-from seqtrain.data.shards import (
+from seqtrain.data.groups import (
+    BATCH_BYTES,
+    BATCH_PIECES,
+    SPLITS,
+    Job,
+    Report,
+    counts_name,
+    make_group,
+    make_group_alone,
+    read_counts,
+)
+from seqtrain.data.manifest import (
+    BIGRAMS,
+    INDEX,
     MANIFEST,
-    PROGRESS,
     VERSION,
     CorpusManifest,
-    Cursor,
-    IngestProgress,
-    Shard,
-    ShardWriter,
     SourceEntry,
     SplitEntry,
     TokenizerEntry,
+    write_index,
 )
-from seqtrain.data.sources import SOURCES, Document, Source
+from seqtrain.data.pool import Pool, Pools
+from seqtrain.data.progress import PROGRESS, Group, ProgressLog, SectionState
+from seqtrain.data.sections import Section, divide, section_bytes
+from seqtrain.data.sources import SOURCES, Source
 from seqtrain.data.sources._base import AROUND, PIECE_BYTES, Part
-from seqtrain.data.sources._compressed import compression
 from seqtrain.data.tokenizer import ByteTokenizer, Tokenizer
 from seqtrain.errors import DataError
-from seqtrain.files import replace_file, sha256_of, sync
+from seqtrain.files import replace_file, sha256_of
 
 log = logging.getLogger("seqtrain.data")
 
-BIGRAMS = "bigrams.npy"
-# Text tokenized in one go. Groups end between batches, so this and the shard size decide where, never how often we
-# stopped.
-BATCH_BYTES = 2**21
-# A batch of many short rows ends here: each takes memory besides its text.
-BATCH_PIECES = 4096
-
+# What content keys say in place of a version, as long as the same text gives the same shards.
+LAYOUT = 1
 # Documents looked at before any is tokenized.
 FIRST_DOCUMENTS = 1000
-
-Report = Callable[[float], None]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of one document. `before`: some of the text in front of it; `after`: where ingesting resumes."""
-
-    document: Document
-    data: bytes
-    before: bytes
-    previous: int
-    last: bool
-    after: Cursor
-
-    @property
-    def units(self) -> float:
-        if self.document.size == 0:
-            return self.document.units
-        return self.document.units * len(self.data) / self.document.size
 
 
 def open_sources(config: DataConfig) -> list[Source]:
@@ -103,238 +91,198 @@ def _nothing_held_out(config: DataConfig, documents: int) -> DataError:
     )
 
 
-def content_key(config: DataConfig, sources: list[Source], tokenizer: Tokenizer) -> str:
-    """A hash of all that decides the shards: the text's files (name, size, time), the tokenizer, the settings."""
-    settings = [config.source, config.held_out, config.text_field, config.invalid_utf8, config.shard_tokens]
-    # Bytes are their own tokens wherever text is cut; other corpora were cut without looking around once.
-    cut = [] if isinstance(tokenizer, ByteTokenizer) else [AROUND]
-    parts = [VERSION, PIECE_BYTES, BATCH_BYTES, BATCH_PIECES, tokenizer.identity, settings, *cut]
-    content = json.dumps([parts, [source.fingerprint() for source in sources]])
-    return hashlib.sha256(content.encode()).hexdigest()
+@dataclass(frozen=True)
+class Text:
+    """What becomes a corpus. `fingerprints`: of the sources, as they were when it was looked at."""
+
+    config: DataConfig
+    sources: list[Source]
+    tokenizer: Tokenizer
+    fingerprints: list[list[tuple[str, int, int]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fingerprints", [source.fingerprint() for source in self.sources])
+
+    @property
+    def section_bytes(self) -> int:
+        """As `sections.section_bytes`."""
+        total = sum(size for each in self.fingerprints for _, size, _ in each)
+        return section_bytes(total, self.config.shard_tokens)
+
+    @property
+    def key(self) -> str:
+        """A hash of all that decides the shards: the text's files (name, size, time), the tokenizer, the settings."""
+        divided = {"section_bytes": self.section_bytes} if self.section_bytes else {}
+        return self._key(*([divided] if divided else []))
+
+    @property
+    def undivided_key(self) -> str:
+        """The key of the same text in one piece, as all were once."""
+        return self._key()
+
+    def _key(self, *division: dict[str, int]) -> str:
+        config = self.config
+        settings = [config.source, config.held_out, config.text_field, config.invalid_utf8, config.shard_tokens]
+        # Bytes are their own tokens wherever text is cut; other corpora were cut without looking around once.
+        cut = [] if isinstance(self.tokenizer, ByteTokenizer) else [AROUND]
+        batches = [PIECE_BYTES, BATCH_BYTES, BATCH_PIECES]
+        parts = [LAYOUT, *batches, self.tokenizer.identity, settings, *cut, *division]
+        return hashlib.sha256(json.dumps([parts, self.fingerprints]).encode()).hexdigest()
+
+    def job(self, folder: Path, sections: list[Section], state: SectionState) -> Job:
+        """What makes the next group of a section."""
+        section = sections[state.section]
+        number = f"{state.groups:05d}" if len(sections) == 1 else f"{section.number:05d}-{state.groups:05d}"
+        names = {split: f"{split}-{number}.bin" for split in SPLITS}
+        own = [_part(source, part, section) for part, source in enumerate(self.sources)]
+        return Job(self.config, own, self.tokenizer.identity, folder, section, state, names)
 
 
-def ingest(
-    config: DataConfig, sources: list[Source], tokenizer: Tokenizer, folder: Path, key: str, report: Report
-) -> None:
+def _part(source: Source, part: int, section: Section) -> Source:
+    """Source number `part` with the files of a section only."""
+    begin, end = section.begin, section.end
+    first = begin.place.file if part == begin.part else 0
+    last = end.place.file if part == end.part else len(source.files) - 1
+    return source.between(first, last if begin.part <= part <= end.part else first - 1)
+
+
+def ingest(text: Text, folder: Path, report: Report, pools: Pools) -> None:
     """Makes the corpus in `folder`, or resumes making it. `report` is told the units of text done so far.
 
-    The caller holds the folder's lock. Raises `DataError` for text that can't be read, and where a split stays empty.
+    `pools`: the processes that make the groups. The caller holds the folder's lock. Raises `DataError` for text that
+    can't be read, and where a split stays empty.
     """
-    progress = _resume(folder, key, tokenizer)
+    progress = _resume(folder, text.key)
+    sections = divide(text.sources, text.section_bytes, text.tokenizer.ends_token)
     report(progress.units)
-    group = _Group(folder, progress, tokenizer)
-    done = progress.units
-    try:
-        for batch in _batches(config, sources, progress.cursor, tokenizer):
-            group.add(batch)
-            done += sum(piece.units for piece in batch)
-            report(done)
-            if group.tokens >= config.shard_tokens:
-                progress = group.commit(batch[-1].after, done)
-                group = _Group(folder, progress, tokenizer)
-        if group.tokens:
-            progress = group.commit(group.cursor, done)
-        progress = replace(progress, empty_documents=group.empty)
-    finally:
-        group.abandon()
-    _finish(config, sources, tokenizer, folder, progress)
+    todo = deque(number for number in range(len(sections)) if number not in progress.whole)
+    running: dict[Future[Group], int] = {}
+    with pools(len(todo)) as pool:
+        while todo or running:
+            while todo and len(running) < (pool.workers if pool else 1):
+                number = todo.popleft()
+                state = progress.states.get(number) or SectionState(number, sections[number].begin)
+                running[_begun(text, text.job(folder, sections, state), progress, report, pool)] = number
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                number, group = running.pop(future), future.result()
+                progress.append(group)
+                (folder / counts_name(number, group.state.groups - 1)).unlink(missing_ok=True)
+                report(progress.units)
+                if not group.state.whole:
+                    todo.appendleft(number)
+    _finish(text, folder, progress)
 
 
-def _resume(folder: Path, key: str, tokenizer: Tokenizer) -> IngestProgress:
+def _begun(text: Text, job: Job, progress: ProgressLog, report: Report, pool: Pool | None) -> "Future[Group]":
+    """The group that `job` makes: by a process of the pool, or made here and now."""
+    if pool:
+        return pool.submit(make_group_alone, job)
+    before = progress.units - job.state.units
+    made: Future[Group] = Future()
+    made.set_result(make_group(job, text.tokenizer, lambda units: report(before + units)))
+    return made
+
+
+def _resume(folder: Path, key: str) -> ProgressLog:
     """What is finished in `folder`, which is created; leftovers of a run that was stopped are removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    progress = IngestProgress.read(folder / PROGRESS) if (folder / PROGRESS).exists() else IngestProgress(key)
-    if progress.key != key:
-        raise DataError(f"{folder / PROGRESS}: belongs to another corpus; delete the folder and run again")
-    kept = {PROGRESS, _counts_name(progress.groups)}
-    for entry in progress.train.shards + progress.held_out.shards:
-        kept.add(Shard.open(folder, entry, tokenizer.vocab_size).path.name)
-    for file in folder.iterdir():
-        if file.name not in kept:
-            file.unlink()
-    if progress.groups:
-        log.info("data: resuming %s after %d finished groups of shards", folder.name, progress.groups)
+    progress = ProgressLog(folder, key)
+    newest: dict[int, int] = {}
+    kept = {PROGRESS}
+    for group in progress.groups():
+        kept |= {shard.file for shard in group.shards.values()}
+        newest[group.state.section] = group.state.groups
+    kept |= {counts_name(*counted) for counted in newest.items()}
+    found = {file.name for file in folder.iterdir()}
+    for name in found - kept:
+        (folder / name).unlink()
+    if missing := sorted(kept - found):
+        raise DataError(f"{folder / missing[0]}: missing, though {PROGRESS} names it; delete {folder} and run again")
+    if newest:
+        log.info("data: resuming %s after %d finished groups of shards", folder.name, sum(newest.values()))
     return progress
 
 
-class _Group:
-    """The two shards being written, and everything counted with them."""
-
-    def __init__(self, folder: Path, progress: IngestProgress, tokenizer: Tokenizer):
-        self.folder = folder
-        self.progress = progress
-        self.tokenizer = tokenizer
-        self.cursor = progress.cursor
-        self.empty = progress.empty_documents
-        counts = (
-            read_counts(folder / _counts_name(progress.groups)) if progress.groups else np.zeros((2, *SHAPE), np.int64)
-        )
-        self.splits = {
-            "train": _SplitWriter("train", self, progress.train, counts[0]),
-            "held_out": _SplitWriter("held_out", self, progress.held_out, counts[1]),
-        }
-
-    @property
-    def tokens(self) -> int:
-        return sum(split.writer.tokens for split in self.splits.values() if split.writer)
-
-    def add(self, batch: list[Piece]) -> None:
-        filled = [piece for piece in batch if piece.document.size]
-        self.empty += len(batch) - len(filled)
-        ids = self.tokenizer.encode_pieces([piece.data for piece in filled], [piece.before for piece in filled])
-        for split, held_out in (("train", False), ("held_out", True)):
-            chosen = [(p, i) for p, i in zip(filled, ids, strict=True) if p.document.held_out is held_out]
-            if chosen:
-                self.splits[split].add(chosen)
-        self.cursor = batch[-1].after
-
-    def commit(self, cursor: Cursor, units: float) -> IngestProgress:
-        """Makes shards and counts durable, then says so in `progress.json`: until then nothing has happened."""
-        groups = self.progress.groups + 1
-        entries = {name: split.close() for name, split in self.splits.items()}
-        counts = io.BytesIO()
-        np.save(counts, np.stack([split.bigrams for split in self.splits.values()]), allow_pickle=False)
-        replace_file(self.folder / _counts_name(groups), counts.getvalue())
-        progress = IngestProgress(
-            self.progress.key, groups, cursor, self.empty, units, entries["train"], entries["held_out"]
-        )
-        sync(self.folder)
-        progress.write(self.folder / PROGRESS)
-        (self.folder / _counts_name(groups - 1)).unlink(missing_ok=True)
-        return progress
-
-    def abandon(self) -> None:
-        for split in self.splits.values():
-            if split.writer:
-                split.writer.abandon()
-
-
-class _SplitWriter:
-    def __init__(self, name: str, group: _Group, entry: SplitEntry, bigrams: np.ndarray):
-        self.file = group.folder / f"{name}-{group.progress.groups:05d}.bin"
-        self.tokenizer = group.tokenizer
-        self.entry = entry
-        self.bigrams = bigrams
-        self.writer: ShardWriter | None = None
-
-    def add(self, pieces: list[tuple[Piece, np.ndarray]]) -> None:
-        if self.writer is None:
-            self.writer = ShardWriter(self.file, self.tokenizer.vocab_size)
-        end = np.array([self.tokenizer.end])
-        parts = [part for piece, ids in pieces for part in ((ids, end) if piece.last else (ids,))]
-        lengths = np.array([len(ids) + piece.last for piece, ids in pieces])
-        first = np.array([piece.previous < 0 for piece, _ in pieces])
-        ids = np.concatenate(parts)
-        starts = (np.cumsum(lengths) - lengths)[first]
-        self.writer.append(ids, starts)
-        self.bigrams += count_pairs([(piece.data, piece.previous, piece.last) for piece, _ in pieces])
-        self.entry = replace(
-            self.entry,
-            documents=self.entry.documents + len(starts),
-            tokens=self.entry.tokens + len(ids),
-            bytes=self.entry.bytes + sum(len(piece.data) for piece, _ in pieces),
-            token_bytes=self.entry.token_bytes + self.tokenizer.byte_count(ids),
-            first_bytes=self.entry.first_bytes + self.tokenizer.byte_count(ids[starts]),
-            content=_chained(self.entry.content, [piece for piece, _ in pieces]),
-        )
-
-    def close(self) -> SplitEntry:
-        if self.writer is None:
-            return self.entry
-        return replace(self.entry, shards=[*self.entry.shards, self.writer.close()])
-
-
-def _chained(content: str, pieces: list[Piece]) -> str:
-    """The hash of text whose first part has the hash `content`, and which goes on with `pieces`."""
-    digest = hashlib.sha256(content.encode())
-    for piece in pieces:
-        digest.update(piece.data + bytes([piece.last]))
-    return digest.hexdigest()
-
-
-def _batches(config: DataConfig, sources: list[Source], cursor: Cursor, tokenizer: Tokenizer) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    room = BATCH_BYTES
-    for piece in _pieces(config, sources, cursor, tokenizer):
-        batch.append(piece)
-        room -= len(piece.data)
-        if room <= 0 or len(batch) >= BATCH_PIECES:
-            yield batch
-            batch, room = [], BATCH_BYTES
-    if batch:
-        yield batch
-
-
-def _pieces(config: DataConfig, sources: list[Source], cursor: Cursor, tokenizer: Tokenizer) -> Iterator[Piece]:
-    """Every piece from `cursor` on; an empty document is one piece without text."""
-    for part in range(cursor.part, len(sources)):
-        for number, document in enumerate(sources[part].documents(cursor.document), start=cursor.document):
-            after = Cursor(part, number + 1)
-            if document.size == 0:
-                yield Piece(document, b"", b"", -1, True, after)
-            previous = cursor.previous
-            for raw, offset in document.pieces(cursor.offset, ends=tokenizer.ends_token):
-                start = offset - len(raw)
-                data = _checked(config, document, raw, start)
-                before = document.read(max(0, start - AROUND), min(start, AROUND)) if start else b""
-                last = offset >= document.size
-                resumed = after if last else Cursor(part, number, offset, data[-1])
-                yield Piece(document, data, before, previous, last, resumed)
-                previous = data[-1]
-            cursor = after
-        cursor = Cursor(part + 1)
-
-
-def _checked(config: DataConfig, document: Document, raw: bytes, offset: int) -> bytes:
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if config.invalid_utf8 == "replace":
-            return raw.decode("utf-8", errors="replace").encode("utf-8")
-        if kind := "" if offset else compression(raw):
-            raise DataError(f"{document.name}: is {kind}-compressed; unpack it, or move it away") from None
-        place = f"byte {offset + error.start} is 0x{raw[error.start]:02x}"
-        way_out = "data.invalid_utf8=replace puts U+FFFD in its place"
-        raise DataError(f"{document.name}: not UTF-8: {place}; {way_out}") from None
-    return raw
-
-
-def _finish(
-    config: DataConfig, sources: list[Source], tokenizer: Tokenizer, folder: Path, progress: IngestProgress
-) -> None:
+def _finish(text: Text, folder: Path, progress: ProgressLog) -> None:
+    config, tokenizer = text.config, text.tokenizer
     where = config.path or config.source
-    if not progress.train.documents:
-        raise DataError(f"data.path: no text to train on in {where} ({progress.empty_documents} empty documents)")
-    if not progress.held_out.documents and (config.held_out or config.held_out_path):
-        raise _nothing_held_out(config, progress.train.documents)
-    if content_key(config, sources, tokenizer) != progress.key:
+    entries, empty = _totals(progress)
+    if not entries["train"].documents:
+        raise DataError(f"data.path: no text to train on in {where} ({empty} empty documents)")
+    if not entries["held_out"].documents and (config.held_out or config.held_out_path):
+        raise _nothing_held_out(config, entries["train"].documents)
+    if [source.fingerprint() for source in text.sources] != text.fingerprints:
         raise DataError(f"data.path: {where} changed while it was read; run again")
-    # A copy, for a run stopped here must find the counts again.
-    replace_file(folder / BIGRAMS, (folder / _counts_name(progress.groups)).read_bytes())
+    _sum_counts(folder, sorted(progress.whole))
+    for split in SPLITS:
+        entries[split] = replace(entries[split], index_sha256=_write_index(folder, split, progress))
     manifest = CorpusManifest(
         version=VERSION,
         key=progress.key,
-        source=SourceEntry(config.source, sum(len(source.files) for source in sources)),
+        source=SourceEntry(config.source, sum(map(len, text.fingerprints))),
         tokenizer=TokenizerEntry(Path(config.tokenizer).name, tokenizer.identity, tokenizer.vocab_size, tokenizer.end),
-        empty_documents=progress.empty_documents,
-        train=progress.train,
-        held_out=progress.held_out,
+        empty_documents=empty,
         bigrams_sha256=sha256_of(folder / BIGRAMS),
+        **entries,
     )
     manifest.write(folder / MANIFEST)
-    documents = progress.train.documents + progress.held_out.documents
-    told = left_out(sources)
+    documents = sum(entry.documents for entry in entries.values())
+    told = left_out(text.sources)
     log.log(
         logging.WARNING if told else logging.INFO,
         "data: read %d documents of %d files, and %d empty ones%s",
         documents,
         manifest.source.files,
-        progress.empty_documents,
+        empty,
         told,
     )
-    (folder / _counts_name(progress.groups)).unlink()
+    for file in folder.glob(counts_name("*", "*")):
+        file.unlink()
     (folder / PROGRESS).unlink()
 
 
-def _counts_name(groups: int) -> str:
-    return f"bigrams-{groups:05d}.npy"
+def _totals(progress: ProgressLog) -> tuple[dict[str, SplitEntry], int]:
+    """What all sections hold together, by split, and how many empty documents there were."""
+    sums = {split: np.zeros(5, np.int64) for split in SPLITS}
+    contents: dict[str, dict[int, str]] = {split: {} for split in SPLITS}
+    empty = 0
+    for group in progress.groups():
+        state = group.state
+        if not state.whole:
+            continue
+        empty += state.empty_documents
+        for split, entry in zip(SPLITS, (state.train, state.held_out), strict=True):
+            sums[split] += (entry.documents, entry.tokens, entry.bytes, entry.token_bytes, entry.first_bytes)
+            contents[split][state.section] = entry.content
+    return {split: SplitEntry(*map(int, sums[split]), _joined(contents[split])) for split in SPLITS}, empty
+
+
+def _joined(contents: dict[int, str]) -> str:
+    """The hash of the text of all sections, from theirs."""
+    if len(contents) == 1:
+        return contents[0]
+    digest = hashlib.sha256()
+    for number in sorted(contents):
+        digest.update(contents[number].encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _write_index(folder: Path, split: str, progress: ProgressLog) -> str:
+    """Writes the index of a split, its shards in the order of the text; gives its checksum."""
+    count = sum(split in group.shards for group in progress.groups())
+    rows, numbers = np.zeros(count, INDEX), np.zeros((count, 4), np.int64)
+    found = ((group.state, group.shards[split]) for group in progress.groups() if split in group.shards)
+    for place, (state, shard) in enumerate(found):
+        rows[place] = (0, 0, shard.file.encode(), shard.sha256.encode())
+        numbers[place] = (state.section, state.groups, shard.tokens, shard.starts)
+    order = np.lexsort((numbers[:, 1], numbers[:, 0]))
+    return write_index(folder, split, numbers[order, 2], numbers[order, 3], rows[order])
+
+
+def _sum_counts(folder: Path, sections: list[int]) -> None:
+    """Writes the counts of byte pairs of the whole corpus."""
+    files = {int(file.name.split("-")[1]): file for file in folder.glob(counts_name("*", "*"))}
+    counts = sum((read_counts(files[number]) for number in sections), np.zeros((2, *SHAPE), np.int64))
+    content = io.BytesIO()
+    np.save(content, counts, allow_pickle=False)
+    replace_file(folder / BIGRAMS, content.getvalue())

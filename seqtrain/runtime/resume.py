@@ -13,6 +13,7 @@ import yaml
 
 from seqtrain.config import read_run_config
 from seqtrain.data import DataConfig
+from seqtrain.data.config import WITHOUT_EFFECT
 from seqtrain.errors import CheckpointError, ConfigError, FencedError
 from seqtrain.files import replace_file
 from seqtrain.models.config import ModelConfig, mixer_class
@@ -52,7 +53,7 @@ def fingerprint(
         "seed": config.seed,
         "lora": plain(config.lora) if config.lora.rank else NO_LORA,
     }
-    for key in ("cache_dir", "verify", "shard_tokens"):
+    for key in WITHOUT_EFFECT:
         del values["data"][key]
     if content:
         values["data"]["content"] = dict(content)

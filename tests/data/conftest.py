@@ -48,12 +48,12 @@ def bpe_folder(tmp_path_factory):
 @pytest.fixture
 def small_steps(monkeypatch):
     """Tiny pieces and batches, so that a small text passes through many of them, and documents span shards."""
-    from seqtrain.data import ingest
+    from seqtrain.data import groups, ingest
     from seqtrain.data.sources import _base
 
     monkeypatch.setattr(_base, "PIECE_BYTES", 200)
     monkeypatch.setattr(ingest, "PIECE_BYTES", 200)
-    monkeypatch.setattr(ingest, "BATCH_BYTES", 700)
+    monkeypatch.setattr(groups, "BATCH_BYTES", 700)
 
 
 @pytest.fixture

@@ -78,9 +78,11 @@ def test_documents_come_in_order_and_can_be_entered_anywhere(kind, tmp_path):
     opened = source(kind, write(kind, tmp_path / kind))
     documents = list(opened.documents())
     assert [text_of(document) for document in documents] == TEXTS
+    places = [*(document.place for document in documents), documents[-1].next_place]
     for skip in (0, 1, 17, 69, 70, 71, 150, 199, 200):
-        names = [document.name for document in opened.documents(skip)]
-        assert names == [document.name for document in documents][skip:]
+        entered = list(opened.documents(places[skip]))
+        assert [text_of(document) for document in entered] == TEXTS[skip:]
+        assert [document.place for document in entered] == places[skip:-1]
     assert sum(document.units for document in documents) == pytest.approx(opened.total, rel=0.02)
 
 
@@ -144,7 +146,7 @@ def test_one_file_is_cut_at_a_line_end(tmp_path):
     assert text_of(train) + text_of(tail) == file.read_text()
     assert text_of(train).endswith("\n")
     assert tail.size / file.stat().st_size == pytest.approx(0.1, abs=0.02)
-    assert [d.name for d in source("text", str(file), held_out=0.1).documents(1)] == [tail.name]
+    assert [d.name for d in source("text", str(file), held_out=0.1).documents(tail.place)] == [tail.name]
     # Without lines it is not cut inside a character.
     file.write_text("東" * 1000, encoding="utf-8")
     for held_out in (0.1, 0.2, 0.25, 0.33):
@@ -175,7 +177,7 @@ def test_patterns_hidden_files_and_suffixes(tmp_path):
 @pytest.mark.parametrize("text", [b"a\n" * 500, "東".encode() * 400, b"\x80" * 1000, "ab\n東京".encode() * 100])
 def test_pieces_join_to_the_text_from_any_boundary(text, monkeypatch):
     monkeypatch.setattr(base, "PIECE_BYTES", 100)
-    document = base.RowDocument("x", False, len(text), 1.0, text)
+    document = base.RowDocument("x", False, len(text), 1.0, base.START, base.START, text)
     pieces = list(document.pieces())
     assert b"".join(piece for piece, _ in pieces) == text
     assert all(0 < len(piece) <= 100 for piece, _ in pieces)

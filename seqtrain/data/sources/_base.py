@@ -1,12 +1,13 @@
 """What every source of text is: an ordered list of documents that can be entered anywhere and read piece by piece."""
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, Self
 
 from seqtrain.data.config import DataConfig
 from seqtrain.data.sources._files import Found, ending, ending_in, matching, readable, some, walk
@@ -35,27 +36,58 @@ class Part:
     held_out: float
 
 
+class Place(NamedTuple):
+    """Where a document begins: in which of a source's files, and at which byte or row of it."""
+
+    file: int = 0
+    at: int = 0
+
+
+START = Place()
+
+
+class Cursor(NamedTuple):
+    """Where reading goes on: `offset` bytes into the document at `place` of source `part`.
+
+    `part`: 0 `data.path`, 1 `data.held_out_path`. `previous`: the byte before, or -1 at a document's start.
+    """
+
+    part: int = 0
+    place: Place = START
+    offset: int = 0
+    previous: int = -1
+
+
 @dataclass(frozen=True)
 class Document:
-    """One text, read by byte offset. `units` is its share of `Source.total`, for the progress bar."""
+    """One text, read by byte offset. `units` is its share of `Source.total`, for the progress bar.
+
+    `place`: where it begins; `next_place`: where whoever has read it goes on.
+    """
 
     name: str
     held_out: bool
     size: int
     units: float
+    place: Place
+    next_place: Place
 
     def read(self, offset: int, count: int) -> bytes:
         """At most `count` bytes of the text from `offset`."""
         raise NotImplementedError
 
-    def pieces(self, offset: int = 0, *, ends: Ends = lambda before, after: True) -> Iterator[tuple[bytes, int]]:
+    def pieces(
+        self, offset: int = 0, stop: int | None = None, *, ends: Ends = lambda before, after: True
+    ) -> Iterator[tuple[bytes, int]]:
         """`(bytes, offset after them)` from `offset` on: cut at line ends where possible, never in a character.
 
-        `ends(before, after)`: whether text may be cut between two stretches of it. Where nothing within `LONGEST_PIECE`
-        pieces may be cut, as within a token repeated over megabytes, raises `DataError`.
+        `stop`: where the last one ends, by default at the text's end. `ends(before, after)`: whether text may be cut
+        between two stretches of it. Where nothing within `LONGEST_PIECE` pieces may be cut, as within a token repeated
+        over megabytes, raises `DataError`.
         """
-        while offset < self.size:
-            piece = self._piece(offset, ends)
+        stop = self.size if stop is None else stop
+        while offset < stop:
+            piece = self._piece(offset, stop, ends)
             if not piece:
                 raise DataError(
                     f"{self.name}: ends at byte {offset} of {self.size}; it changed while it was read; rerun"
@@ -63,8 +95,14 @@ class Document:
             offset += len(piece)
             yield piece, offset
 
-    def _piece(self, offset: int, ends: Ends) -> bytes:
-        left = self.size - offset
+    def cut(self, offset: int, ends: Ends) -> int:
+        """The end of the piece that begins at the first character from `offset` on: text may be cut there, too."""
+        start = self.read(offset, 4)
+        offset += next((place for place, byte in enumerate(start) if byte & 0xC0 != 0x80), len(start))
+        return offset + len(self._piece(offset, self.size, ends))
+
+    def _piece(self, offset: int, stop: int, ends: Ends) -> bytes:
+        left = stop - offset
         size = PIECE_BYTES
         while size < min(left, LONGEST_PIECE * PIECE_BYTES):
             data = self.read(offset, size + AROUND)
@@ -105,6 +143,8 @@ class Source:
         self.part = part
         self.root, found = self.find()
         self.files, self.left_out = found.files, found.left_out
+        # The number of the first of `files` among those there are.
+        self.first_file = 0
         if not self.files:
             wanted = f"data.source={config.source} looks for {ending(self.suffix)}"
             raise DataError(f"{part.key}: nothing to read in {self.root}{self.passed_over}; {wanted}")
@@ -123,9 +163,28 @@ class Source:
         told = [f"{len(paths)} {reason} ({some(paths)})" for reason, paths in sorted(self.left_out.items())]
         return f", left out: {'; '.join(told)}" if told else ""
 
-    def documents(self, skip: int = 0) -> Iterator[Document]:
-        """All documents but the first `skip`, in order."""
+    def documents(self, start: Place = START) -> Iterator[Document]:
+        """The documents from that at `start` on, in order."""
         raise NotImplementedError
+
+    def stretches(self, size: int, ends: Ends) -> Iterator[tuple[Cursor, int]]:
+        """Where reading may begin, in order, and how many bytes follow up to the next: the files.
+
+        Sources that can be entered within a file give places about `size` bytes apart. `ends`: as in `pieces`.
+        """
+        for number, file in self.numbered():
+            yield Cursor(place=Place(number)), file.stat().st_size
+
+    def numbered(self, first: int = 0) -> Iterator[tuple[int, Path]]:
+        """The files from number `first` on, with their numbers."""
+        skipped = max(first - self.first_file, 0)
+        return enumerate(self.files[skipped:], self.first_file + skipped)
+
+    def between(self, first: int, last: int) -> Self:
+        """The same source knowing of its files `first` to `last` only, as one sends it to another process."""
+        part = copy.copy(self)
+        part.files, part.first_file = self.files[first - self.first_file : last + 1 - self.first_file], first
+        return part
 
     def find(self) -> tuple[Path, Found]:
         """The folder everything lies in, and what is found in it."""
@@ -155,7 +214,7 @@ class Source:
         stats = ((file, file.stat()) for file in self.files)
         return [(self.name(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
-    def row(self, name: str, text: object, units: float) -> RowDocument:
+    def row(self, name: str, text: object, units: float, place: Place, next_place: Place) -> RowDocument:
         """A document from one row. Equal texts always fall on the same side of the split."""
         if not isinstance(text, str):
             came = "nothing" if text is None else type(text).__name__
@@ -165,7 +224,7 @@ class Source:
         # A lone surrogate (JSON can write one) is no character; replacing is decided where bytes are checked.
         data = text.encode("utf-8", errors="surrogatepass")
         share = int.from_bytes(hashlib.sha256(data).digest()[:8]) / 2**64
-        return RowDocument(name, share < self.part.held_out, len(data), units, data)
+        return RowDocument(name, share < self.part.held_out, len(data), units, place, next_place, data)
 
 
 def within(entry: object, path: str, where: str) -> object:

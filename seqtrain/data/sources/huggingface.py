@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from seqtrain.data.sources._base import Document, Source
+from seqtrain.data.sources._base import START, Cursor, Document, Ends, Place, Source
 from seqtrain.data.sources._columns import inner, outer
 from seqtrain.data.sources._files import Found
 from seqtrain.errors import DataError
@@ -41,18 +41,27 @@ class HuggingFaceDataset(Source):
     def total(self) -> int:
         return len(self._open())
 
-    def documents(self, skip: int = 0) -> Iterator[Document]:
+    def documents(self, start: Place = START) -> Iterator[Document]:
         dataset = self._open().with_format("arrow")
         # Its rows are picked by numbers, which would be followed before anything can be checked.
         if dataset._indices is not None:
             self._checked("its rows", lambda: dataset.data.table)
-        for start in range(skip, len(dataset), ROWS):
-            rows = self._checked(f"row {start} and on", partial(dataset.__getitem__, slice(start, start + ROWS)))
-            texts = inner(
-                rows.column(0), self.config.text_field, rows.column_names[0], f"{self.root}: row {start} and on"
-            )
-            for row, text in enumerate(texts.to_pylist(), start=start):
-                yield self.row(f"{self.root}: row {row}", text, 1)
+        for first in range(start.at, len(dataset), ROWS):
+            rows = self._checked(f"row {first} and on", partial(dataset.__getitem__, slice(first, first + ROWS)))
+            where = f"{self.root}: row {first} and on"
+            texts = inner(rows.column(0), self.config.text_field, rows.column_names[0], where)
+            for row, text in enumerate(texts.to_pylist(), start=first):
+                yield self.row(f"{self.root}: row {row}", text, 1, Place(0, row), Place(0, row + 1))
+
+    def stretches(self, size: int, ends: Ends) -> Iterator[tuple[Cursor, int]]:
+        rows, whole = len(self._open()), sum(length for _, length in super().stretches(size, ends))
+        step = max(1, rows * size // max(whole, 1))
+        for row in range(0, rows, step):
+            yield Cursor(place=Place(0, row)), whole * min(step, rows - row) // rows
+
+    def between(self, first: int, last: int) -> Self:
+        # Its files are those of one table.
+        return self
 
     def _checked(self, place: str, read: Callable[[], "pyarrow.Table"]) -> "pyarrow.Table":
         """What `read` gives, as arrow itself believes it: what lies where a damaged file says may end the process."""

@@ -6,7 +6,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seqtrain.data.sources._base import Document, Source
+from seqtrain.data.sources._base import START, Cursor, Document, Ends, Place, Source
 from seqtrain.data.sources._columns import inner, outer
 from seqtrain.errors import DataError
 
@@ -31,16 +31,23 @@ class Parquet(Source):
     def total(self) -> int:
         return sum(self._open(file).metadata.num_rows for file in self.files)
 
-    def documents(self, skip: int = 0) -> Iterator[Document]:
-        for file in self.files:
-            table = self._open(file)
-            if skip >= table.metadata.num_rows:
-                skip -= table.metadata.num_rows
-                continue
-            yield from self._rows(file, table, skip)
-            skip = 0
+    def documents(self, start: Place = START) -> Iterator[Document]:
+        for number, file in self.numbered(start.file):
+            yield from self._rows(number, file, self._open(file), start.at if number == start.file else 0)
 
-    def _rows(self, file: Path, table: "pyarrow.parquet.ParquetFile", skip: int) -> Iterator[Document]:
+    def stretches(self, size: int, ends: Ends) -> Iterator[tuple[Cursor, int]]:
+        for (cursor, whole), (number, file) in zip(super().stretches(size, ends), self.numbered(), strict=True):
+            if whole < 2 * size:
+                yield cursor, whole
+                continue
+            # Its row groups: they are read from their start.
+            metadata, row = self._open(file).metadata, 0
+            for group in range(metadata.num_row_groups):
+                rows = metadata.row_group(group).num_rows
+                yield cursor._replace(place=Place(number, row)), whole * rows // max(metadata.num_rows, 1)
+                row += rows
+
+    def _rows(self, number: int, file: Path, table: "pyarrow.parquet.ParquetFile", skip: int) -> Iterator[Document]:
         sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
         # Row groups before the first wanted row are never read.
         ends = list(accumulate(sizes))
@@ -53,7 +60,8 @@ class Parquet(Source):
         while (batch := _next(batches, f"{file}: row {row}")) is not None:
             for value in inner(batch.column(0), path, name, f"{file}: row {row} and on"):
                 if row >= skip:
-                    yield self.row(f"{file}: row {row}", self._text(f"{file}: row {row}", value), 1)
+                    here = f"{file}: row {row}"
+                    yield self.row(here, self._text(here, value), 1, Place(number, row), Place(number, row + 1))
                 row += 1
 
     def _text(self, name: str, value: "pyarrow.Scalar") -> object:

@@ -5,9 +5,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from seqtrain.data.config import DataConfig
-from seqtrain.data.sources._base import PIECE_BYTES, Document, Part, Source
+from seqtrain.data.sources._base import PIECE_BYTES, START, Cursor, Document, Ends, Part, Place, Source
 from seqtrain.errors import DataError
 
 
@@ -37,21 +38,39 @@ class TextFiles(Source):
     def __init__(self, config: DataConfig, part: Part):
         super().__init__(config, part)
         self._held_out_names = self._choose()
+        # A single file: where its held-out tail begins; -1 where whole files are held out.
+        self._cut = self._tail(self.files[0]) if len(self.files) == 1 and 0 < part.held_out < 1 else -1
 
-    def documents(self, skip: int = 0) -> Iterator[Document]:
-        if len(self.files) == 1 and 0 < self.part.held_out < 1:
-            yield from self._halves(self.files[0])[skip:]
+    def documents(self, start: Place = START) -> Iterator[Document]:
+        if self._cut >= 0:
+            yield from (document for document in self._halves(self.files[0]) if document.place >= start)
             return
-        for file in self.files[skip:]:
+        for number, file in self.numbered(start.file):
             name, size = self.name(file), file.stat().st_size
-            yield FileDocument(str(file), name in self._held_out_names, size, size, file)
+            held_out = name in self._held_out_names
+            yield FileDocument(str(file), held_out, size, size, Place(number), Place(number + 1), file)
+
+    def stretches(self, size: int, ends: Ends) -> Iterator[tuple[Cursor, int]]:
+        for document in self.documents():
+            offset, previous = 0, -1
+            for near in range(size, document.size - size // 2, size):
+                if (cut := document.cut(near, ends)) >= document.size:
+                    break
+                yield Cursor(0, document.place, offset, previous), cut - offset
+                offset, previous = cut, document.read(cut - 1, 1)[0]
+            yield Cursor(0, document.place, offset, previous), document.size - offset
+
+    def between(self, first: int, last: int) -> Self:
+        part = super().between(first, last)
+        part._held_out_names = self._held_out_names & {self.name(file) for file in part.files}
+        return part
 
     def _halves(self, file: Path) -> list[FileDocument]:
-        size = file.stat().st_size
-        cut = self._tail(file, size)
+        size, cut = file.stat().st_size, self._cut
+        tail = f"{file} from byte {cut}"
         return [
-            FileDocument(str(file), False, cut, cut, file),
-            FileDocument(f"{file} from byte {cut}", True, size - cut, size - cut, file, cut),
+            FileDocument(str(file), False, cut, cut, Place(), Place(0, cut), file),
+            FileDocument(tail, True, size - cut, size - cut, Place(0, cut), Place(1), file, cut),
         ]
 
     def _choose(self) -> frozenset[str]:
@@ -71,8 +90,9 @@ class TextFiles(Source):
                 room -= sizes[name]
         return frozenset(chosen or {min(filled, key=lambda name: sizes[name])})
 
-    def _tail(self, file: Path, size: int) -> int:
+    def _tail(self, file: Path) -> int:
         """The byte at which the held-out tail starts: the first line end after the wanted place, or that place."""
+        size = file.stat().st_size
         wanted = int(size * (1 - self.part.held_out))
         with file.open("rb") as opened:
             opened.seek(wanted)

@@ -1,0 +1,131 @@
+"""Processes that tokenize: those of this machine; others stand behind the same two names."""
+
+import os
+import pickle
+import queue
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, TypeVar
+
+from seqtrain.errors import DataError, SeqtrainError
+from seqtrain.validation import AUTO
+
+T = TypeVar("T")
+
+# What a process of a pool runs. Its threads are the processes beside it.
+SERVE = [sys.executable, "-c", "from seqtrain.data.pool import serve; serve()"]
+ALONE = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+class Pool(Protocol):
+    """So many processes that call what is submitted: a function of a module, and plain values."""
+
+    workers: int
+
+    def submit(self, function: Callable[[Any], T], argument: Any, /) -> "Future[T]":
+        """Calls `function(argument)` in one of them."""
+        ...
+
+
+# Given how many processes can be of use: a pool, or None for this process alone.
+Pools = Callable[[int], AbstractContextManager[Pool | None]]
+
+
+def local_pools(wanted: int | str) -> Pools:
+    """Processes of this machine, as many as are wanted; `auto`: as many as it has cores."""
+
+    @contextmanager
+    def pools(most: int) -> Iterator[Pool | None]:
+        # Each takes seconds to start, so two sections at least for each.
+        workers = min(_cores(), most // 2) if wanted == AUTO else min(int(wanted), most)
+        if workers < 2:
+            yield None
+            return
+        pool = Processes(workers)
+        try:
+            yield pool
+        finally:
+            pool.end()
+
+    return pools
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Processes:
+    """A pool of processes that are told what to call through pipes.
+
+    In place of multiprocessing's: a process with threads is not forked, the program that called needs no guarded main
+    module, and when this process ends, however it ends, each of them does after its call.
+    """
+
+    def __init__(self, workers: int):
+        self.workers = workers
+        environment = os.environ | ALONE | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        # In a group of their own: what is typed at a terminal is for the process that started them.
+        self._processes = [
+            subprocess.Popen(
+                SERVE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+            )
+            for _ in range(workers)
+        ]
+        self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+        for process in self._processes:
+            self._idle.put(process)
+        self._threads = ThreadPoolExecutor(workers, "tokenize")
+
+    def submit(self, function: Callable[[Any], T], argument: Any, /) -> "Future[T]":
+        return self._threads.submit(self._call, function, argument)
+
+    def _call(self, function: Callable[[Any], T], argument: Any) -> T:
+        process = self._idle.get()
+        assert process.stdin
+        assert process.stdout
+        try:
+            pickle.dump((function, argument), process.stdin)
+            process.stdin.flush()
+            failed, value = pickle.load(process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            raise DataError(
+                f"data.workers={self.workers}: a process that tokenized text ended (status {process.wait()}), as when "
+                "memory runs out; finished shards are kept; rerun to resume, with fewer"
+            ) from None
+        finally:
+            self._idle.put(process)
+        if failed:
+            raise value
+        result: T = value
+        return result
+
+    def end(self) -> None:
+        """Ends the processes, whatever they are at."""
+        for process in self._processes:
+            process.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            # Closes its pipes, too.
+            process.communicate()
+
+
+def serve() -> None:
+    """Calls what comes through stdin until that is closed; results go to what was stdout, what is printed to stderr."""
+    calls, results = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    while True:
+        try:
+            function, argument = pickle.load(calls)
+        except EOFError:
+            return
+        try:
+            told = (False, function(argument))
+        except SeqtrainError as error:
+            told = (True, error)
+        except Exception as error:
+            told = (True, RuntimeError(f"{type(error).__name__}: {error}"))
+        pickle.dump(told, results)
+        results.flush()
