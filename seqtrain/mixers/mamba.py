@@ -5,6 +5,7 @@ as many times what a layer keeps else as a state has numbers.
 """
 
 import math
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from seqtrain.kernels import diagonal_scan
 from seqtrain.layers import RMSNorm, ShortConvolution, reset_step_bias, step_sizes, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
+from seqtrain.parallel.recompute import kept
 from seqtrain.parallel.scan import checkpoint_contexts
 
 
@@ -90,7 +92,9 @@ class Mamba(Mixer):
         if not torch.is_grad_enabled():
             return selective_scan(*inputs)
         contexts: dict[str, Any] = {"context_fn": checkpoint_contexts} if inputs[-1].sends else {}
-        return checkpoint(selective_scan, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
+        scan = partial(checkpoint, selective_scan, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
+        found: tuple[Tensor, Tensor] = kept(scan, inputs[:-1])
+        return found
 
 
 def selective_scan(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from seqtrain.errors import ConfigError
@@ -12,6 +13,7 @@ from seqtrain.mixers.common.attention import SoftmaxAttention
 from seqtrain.models.config import ModelConfig, Norms, default_config, mixer_class
 from seqtrain.models.feed_forward import MLP, MoE
 from seqtrain.models.shared import PREFIX, SharedBlock
+from seqtrain.parallel.recompute import Keep, recomputed
 from seqtrain.parallel.sequence import SequenceContext
 
 
@@ -22,7 +24,7 @@ class Block(nn.Module):
     and is added to (stream: DeepNorm, arXiv 2203.00555). `scales`: see `ModelConfig.sum_scales`. With a `group` the
     mixer runs on groups of so many tokens, counted from the document's start, which know nothing of each other (the
     linear group RNN of LION, arXiv 2407.18232); 0: on the whole sequence. `shared`: what adds to
-    what the mixer is given.
+    what the mixer is given. `again`: parts that are computed again in the backward pass, see `ModelConfig.recompute`.
     """
 
     def __init__(
@@ -35,9 +37,10 @@ class Block(nn.Module):
         group: int = 0,
         scales: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0),
         shared: SharedBlock | None = None,
+        again: frozenset[str] = frozenset(),
     ):
         super().__init__()
-        self.group, self.norms, self.scales = group, norms, scales
+        self.group, self.norms, self.scales, self.again = group, norms, scales, again
 
         def norm_at(place: Norms, part: nn.Module | None) -> nn.Module:
             places = {"both": ("pre", "post"), "stream": ("pre",)}.get(norms, (norms,))
@@ -81,16 +84,42 @@ class Block(nn.Module):
             past = {name.removeprefix(PREFIX): each for name, each in (state or {}).items() if name.startswith(PREFIX)}
             added, after = self.shared(x, x if first is None else first, past, sequence)
             given, kept = x + added, {PREFIX + name: each for name, each in after.items()}
-        entered = self.mixer_norm(given)
-        mixed, state = self._mixed(entered, state, sequence)
-        return self._sum(x, entered, self.mixer_post_norm(mixed), *self.scales[:2]), state | kept
+        entered = self.mixer_norm(given) if self.norms == "stream" else given
+        last = self._last(self.mixer_post_norm, self.mixer.out)
+        mixed, state = self._part(self._mix_part, "projection", sequence.sends, last, entered, state, sequence)
+        return self._sum(x, entered, mixed, *self.scales[:2]), state | kept
 
     def feed(self, x: Tensor) -> Tensor:
         """The second part of `forward`: over channels."""
         if self.mlp is None:
             return x
-        entered = self.mlp_norm(x)
-        return self._sum(x, entered, self.mlp_post_norm(self.mlp(entered)), *self.scales[2:])
+        entered = self.mlp_norm(x) if self.norms == "stream" else x
+        last = self._last(self.mlp_post_norm, self.mlp.out if isinstance(self.mlp, MLP) else None)
+        fed = self._part(self._feed_part, "mlp", self.mlp.sends, last, entered)
+        return self._sum(x, entered, fed, *self.scales[2:])
+
+    def _part(
+        self, function: Callable[..., Any], name: str, sends: bool, last: nn.Module | None, *arguments: Any
+    ) -> Any:
+        """`function(*arguments)`, computed again in the backward pass where `again` has its name, or norms."""
+        if not torch.is_grad_enabled() or self.again.isdisjoint((name, "norm")):
+            return function(*arguments)
+        whole: Keep = "operators" if name == "projection" else "sent"
+        return recomputed(
+            function, *arguments, keep=whole if name in self.again else "products", sends=sends, last=last
+        )
+
+    def _mix_part(self, x: Tensor, state: State | None, sequence: SequenceContext) -> tuple[Tensor, State]:
+        mixed, state = self._mixed(x if self.norms == "stream" else self.mixer_norm(x), state, sequence)
+        return self.mixer_post_norm(mixed), state
+
+    def _feed_part(self, x: Tensor) -> Tensor:
+        fed: Tensor = self.mlp_post_norm(self.mlp(x if self.norms == "stream" else self.mlp_norm(x)))
+        return fed
+
+    def _last(self, norm: nn.Module, out: nn.Module | None) -> nn.Module | None:
+        """What writes to the residual stream: nothing needs its result but a norm."""
+        return out if isinstance(out, nn.Linear) and isinstance(norm, nn.Identity) else None
 
     def _sum(self, x: Tensor, entered: Tensor, y: Tensor, kept: float, added: float) -> Tensor:
         stream = entered if self.norms == "stream" else x
@@ -143,6 +172,7 @@ def build_blocks(config: ModelConfig, mixers: Mapping[str, Any], norm: Callable[
             group=config.groups[index % len(config.groups)],
             scales=config.scales(index),
             shared=shared.get(index),
+            again=config.recomputed,
         )
 
 

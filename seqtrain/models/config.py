@@ -12,6 +12,8 @@ from seqtrain.models.feed_forward import Activation, RouterConfig
 from seqtrain.models.shared import SharedConfig
 
 Norms = Literal["pre", "post", "both", "stream"]
+# Parts of a block whose activations can be computed again.
+Recomputed = Literal["norm", "mlp", "projection", "block"]
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -65,6 +67,10 @@ class ModelConfig:
     tie_embeddings: bool = True
     # True: a block's activations are computed again in the backward pass instead of kept.
     activation_checkpointing: bool = False
+    # Parts of a block that are computed again instead: norms with activations and gates (norm: all but products and
+    # operators), the MLP or experts (mlp), a mixer's projections and convolutions (projection: all but its operators);
+    # block: as activation_checkpointing.
+    recompute: tuple[Recomputed, ...] = ()
     # Tokens whose logits exist at one time in the loss.
     loss_chunk: Annotated[int, Field(gt=0)] = 1024
     # Where each layer normalises, repeated over the depth: what enters mixer and MLP (pre), what leaves them (post), or
@@ -87,6 +93,12 @@ class ModelConfig:
     logit_cap: Annotated[float, Field(ge=0)] = 0.0
     # Standard deviation of initial weights; those that write to the residual stream have it over sqrt(2 * depth).
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
+
+    @property
+    def recomputed(self) -> frozenset[str]:
+        """The parts of a block that are computed again; of the whole block, `block` alone."""
+        whole = self.activation_checkpointing or "block" in self.recompute
+        return frozenset(["block"]) if whole else frozenset(self.recompute)
 
     @property
     def hidden(self) -> int:

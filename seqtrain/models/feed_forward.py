@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -81,6 +81,9 @@ class MLP(nn.Module):
     matrices is turned into spike counts first (see `Spikes`). `adapter_rank`: of what is added to `W1 x` and `W2 x`
     where layers share them; 0: nothing.
     """
+
+    # Whether ranks exchange anything in it.
+    sends: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -178,6 +181,11 @@ class MoE(nn.Module):
         for weight in (self.up, self.down):
             weight.data = local_experts(weight.data, group)
         return [self.up, self.down]
+
+    @property
+    def sends(self) -> bool:
+        """Whether ranks exchange anything in it."""
+        return self.group is not None
 
     @property
     def last(self) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from seqtrain.errors import ConfigError
 from seqtrain.kernels.linear_cross_entropy import linear_cross_entropy, soft_cap
@@ -17,7 +16,7 @@ from seqtrain.mixers import WHOLE, Mixer, State
 from seqtrain.models.block import build_blocks
 from seqtrain.models.config import ModelConfig
 from seqtrain.models.feed_forward import MLP, MoE
-from seqtrain.parallel.scan import checkpoint_contexts
+from seqtrain.parallel.recompute import recomputed
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.validation import validate
 
@@ -167,13 +166,11 @@ class LanguageModel(nn.Module):
     def _run(
         self, block: Any, x: Tensor, state: State | None, sequence: SequenceContext, first: Tensor | None
     ) -> tuple[Tensor, State]:
-        if not (self.config.activation_checkpointing and torch.is_grad_enabled()):
-            return block(x, state, sequence=sequence, first=first)
-        sharded = isinstance(block.mlp, MoE) and block.mlp.group is not None
-        contexts: dict[str, Any] = {"context_fn": checkpoint_contexts} if sequence.sends or sharded else {}
-        # Nothing in a block draws random numbers, so their state needs no saving.
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, **contexts}
-        return checkpoint(block, x, state, sequence=sequence, first=first, **options)
+        run = partial(block, sequence=sequence, first=first)
+        if "block" not in self.config.recomputed or not torch.is_grad_enabled():
+            return run(x, state)
+        sends = sequence.sends or (block.mlp is not None and block.mlp.sends)
+        return recomputed(run, x, state, keep="sent", sends=sends)
 
     def parameter_count(self) -> int:
         """Numbers that are learned, those that two modules share counted once."""

@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
+
+from seqtrain.kernels import short_convolution
+from seqtrain.parallel.recompute import kept
 
 State = dict[str, Tensor]
 
@@ -29,6 +33,14 @@ class SequenceContext:
         self, operator: Any, *tensors: Tensor | None, initial_state: Any = None, **options: Any
     ) -> tuple[Tensor, Any]:
         """`operator(*tensors, ...)` on this sequence: `(out, final_state)`, one state per document (or row)."""
+        call = partial(self._run, operator, *tensors, initial_state=initial_state, **options)
+        found: tuple[Tensor, Any] = kept(call, (*tensors, *options.values()), cheap=operator is short_convolution)
+        return found
+
+    def _run(
+        self, operator: Any, *tensors: Tensor | None, initial_state: Any = None, **options: Any
+    ) -> tuple[Tensor, Any]:
+        """What `run` does on this kind of sequence."""
         return operator(
             *tensors, initial_state=initial_state, cu_seqlens=self.cu_seqlens, backend=self.backend, **options
         )
@@ -192,7 +204,7 @@ class GroupedSequence(SequenceContext):
     size: int
     past: Tensor | None
 
-    def run(
+    def _run(
         self, operator: Any, *tensors: Tensor | None, initial_state: Any = None, **options: Any
     ) -> tuple[Tensor, Any]:
         given, options = operator.arranged(tensors, options)
@@ -244,7 +256,7 @@ class ContinuedSequence(SequenceContext):
         assert documents.cu_seqlens is not None
         return cls(cu_seqlens=documents.cu_seqlens, backend=documents.backend, documents=documents)
 
-    def run(
+    def _run(
         self, operator: Any, *tensors: Tensor | None, initial_state: Any = None, **options: Any
     ) -> tuple[Tensor, Any]:
         kind = SPLITS[type(operator.time)]

@@ -131,7 +131,7 @@ class ShardedSequence(SequenceContext):
         """
         return first_tokens(self.offsets, self.boundaries, count, given)
 
-    def run(self, operator: Any, *tensors: Any, initial_state: Any = None, **options: Any) -> tuple[Tensor, Any]:
+    def _run(self, operator: Any, *tensors: Any, initial_state: Any = None, **options: Any) -> tuple[Tensor, Any]:
         """`operator(*tensors, ...)` as on the whole row: `(out, final_state)`, out for this rank's tokens.
 
         What travels depends on the operator's `time`: a scan of affine maps, past inputs, keys and values, or else its

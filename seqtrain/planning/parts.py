@@ -155,13 +155,16 @@ class PartTracer:
         return _trace(self.model.embedding, lambda table, x: table(_indices(x)), 0, batch)
 
     def _mixer(self, kind: Kind, batch: MicroBatch) -> Traced:
-        sequence = RecordingContext(backend=batch.backend)
+        sequence, noted = RecordingContext(backend=batch.backend), {}
 
         def run(block: Any, x: Tensor) -> Tensor:
-            return block.mix(x, None, sequence)[0]
+            out: Tensor = block.mix(x, None, sequence)[0]
+            # As they are now: what is computed again sends nothing.
+            noted.update(exchanges=tuple(sequence.exchanges), windows=tuple(sequence.windows))
+            return out
 
         traced = _trace(self.mixers[kind], run, self.width, batch)
-        return dataclasses.replace(traced, exchanges=tuple(sequence.exchanges), windows=tuple(sequence.windows))
+        return dataclasses.replace(traced, **noted)
 
     def _mlp(self, kind: str, batch: MicroBatch) -> Traced:
         return _trace(self.mlps[kind], lambda block, x: block.feed(x), self.width, batch)

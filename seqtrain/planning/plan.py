@@ -241,6 +241,9 @@ def plan(settings: Settings, overrides: list[str]) -> int:
     step_tokens = 0 if own_batch else settings.step_tokens or preset.batch_size * preset.sequence_length
     ranks = settings.nodes * (settings.ranks or machine.processors)
     layouts = as_given(layouts_of(config, ranks, step_tokens), given)
+    if config.model.recompute:
+        # The counts are of what it names.
+        layouts = [layout for layout in layouts if layout.checkpointing == ("block" in config.model.recomputed)]
     with report.announced(f"counting the model's work, {len(layouts)} layouts on {ranks} ranks"):
         found = search(config, counter_of(config, settings.vocab_size), layouts, machine, cluster)
     best = found[0].layout

@@ -33,7 +33,7 @@ def layout_of(config: PretrainConfig) -> Layout:
         parallel.data,
         parallel.sequence,
         parallel.zero_stage,
-        config.model.activation_checkpointing,
+        "block" in config.model.recomputed,
         micro_batch(config),
         config.train.batch_size,
         parallel.experts,

@@ -103,7 +103,7 @@ def count_step(config: PretrainConfig, *, vocab_size: int) -> StepWork:
     """What a step of the run has to compute, all ranks together, as if every sequence were one document."""
     counts = count_run(config, vocab_size=vocab_size, shards=1)
     rows = config.train.batch_size
-    executed = counts.executed_flops(checkpointing=config.model.activation_checkpointing)
+    executed = counts.executed_flops(checkpointing="block" in config.model.recomputed)
     if segments(config) > 1 and config.train.segment_gradients == "exact":
         # The pass that finds the states at the boundaries between segments.
         executed += sum(part.executed_forward for part in counts.parts if part.layer >= 0)
@@ -113,7 +113,9 @@ def count_step(config: PretrainConfig, *, vocab_size: int) -> StepWork:
 def describe(config: dict[str, Any]) -> str:
     """The run in a line."""
     model, train, parallel = config["model"], config["train"], config["parallel"]
-    again = ", activations checkpointed" if model["activation_checkpointing"] else ""
+    again = "".join(
+        f", {part} recomputed" for part in (model["activation_checkpointing"] * ["block"] or model["recompute"])
+    )
     return (
         f"{model['depth']} layers of {'+'.join(model['layers'])}, width {model['width']}, "
         f"{train['batch_size']} x {train['sequence_length']} tokens per step, {train['dtype']}{again}, "

@@ -29,6 +29,8 @@ log = logging.getLogger("seqtrain.runtime")
 
 # Keys of `train` that say in which pieces the same numbers are computed.
 SEGMENTATION = ("micro_batch_size", "segment_tokens", "segment_gradients")
+# Keys of `model` that say what is computed twice: the numbers are the same bits.
+RECOMPUTATION = ("activation_checkpointing", "recompute")
 # Keys of `data` that say where text and tokenizer lie; `content` says what they are.
 PLACES = ("path", "held_out_path", "tokenizer")
 # What a run without adapters says of them.
@@ -44,7 +46,7 @@ def fingerprint(
     hash of the weights that adapters are for, which no checkpoint holds. `norms`: what `gradient_norms` gives.
     """
     values = {
-        "model": plain(config.model),
+        "model": _without_recomputation(plain(config.model)),
         "mixer": {name: plain(config.mixer[name]) for name in sorted(config.mixer)},
         "data": plain(config.data),
         "optimizer": plain(config.optimizer),
@@ -71,6 +73,10 @@ def fingerprint(
     for key in ("max_nonfinite_steps", *pieces):
         del values["train"][key]
     return _without_unused(values)
+
+
+def _without_recomputation(model: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in model.items() if key not in RECOMPUTATION}
 
 
 def _without_unused(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +119,7 @@ def _with_defaults(values: Mapping[str, Any], now: Mapping[str, Any]) -> Mapping
         found["data"] = {key: defaults[key] for key in now["data"] if key in defaults} | found["data"]
     with suppress(ConfigError):
         if "model" in found:
-            found["model"] = plain(validate(ModelConfig, found["model"]))
+            found["model"] = _without_recomputation(plain(validate(ModelConfig, found["model"])))
         if "mixer" in found:
             mixers = found["mixer"].items()
             found["mixer"] = {name: plain(validate(mixer_class(name).Config, own)) for name, own in mixers}

@@ -136,10 +136,10 @@ def test_no_layer_draws_random_numbers():
 
 
 @pytest.mark.all
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_scan_a_layer_and_direction(checkpointing):
+@pytest.mark.parametrize("recompute", [(), ("norm",), ("mlp", "projection"), ("block",)], ids=",".join)
+def test_one_scan_a_layer_and_direction(recompute):
     cut, layers = CUTS["across three ranks"], ("gated_delta_net", "gla", "s5", "mamba", "tensor_attention", "attention")
-    model = build(layers, activation_checkpointing=checkpointing)
+    model = build(layers, recompute=recompute)
     found = run_ranks(cut.ranks, lambda rank: on_rank(model, cut, dist.group.WORLD))
     assert [scans for _, _, scans in found] == [2 * (len(layers) - 1)] * cut.ranks
     assert_same_gradients(found[0], on_whole_row(layers, cut))

@@ -132,6 +132,19 @@ def test_executed_flops_are_those_of_the_chunk_forms(name):
     assert counts.executed_flops(checkpointing=True) > counts.executed_flops(checkpointing=False)
 
 
+def traced_whole(config, mixers):
+    """What the forward pass of 200 tokens did, and what both passes."""
+    tracer = Tracer()
+    with torch.device("meta"):
+        whole = LanguageModel(config, mixers, VOCAB)
+    model, tokens = tracer.module(whole), torch.zeros(1, 200, dtype=torch.int64)
+    with tracer, tracer.record() as both:
+        with tracer.record() as forward:
+            loss = model(tokens, tokens)
+        loss.backward()
+    return forward, both
+
+
 WHOLE = {(True, "groups"), (False, "tie_embeddings")}
 SHARED = SharedConfig(layers=(0, 1), mixer="sliding_attention", adapter_rank=3)
 
@@ -150,18 +163,33 @@ def test_the_parts_make_the_whole(checkpointing, fields):
     config = config_of(*names, depth=5, activation_checkpointing=checkpointing, **fields)
     mixers = mixers_of(*names)
     counts = count_model(config, mixers, VOCAB, tokens=200)
-    tracer = Tracer()
-    with torch.device("meta"):
-        whole = LanguageModel(config, mixers, VOCAB)
-    model, tokens = tracer.module(whole), torch.zeros(1, 200, dtype=torch.int64)
-    with tracer, tracer.record() as both:
-        with tracer.record() as forward:
-            loss = model(tokens, tokens)
-        loss.backward()
+    forward, both = traced_whole(config, mixers)
     assert counts.saved_bytes(checkpointing=checkpointing) == pytest.approx(forward.kept, rel=1e-3)
     assert counts.peak_bytes(checkpointing=checkpointing) == pytest.approx(both.peak, rel=0.02)
     if checkpointing:
         assert counts.saved_bytes(checkpointing=True) < 0.4 * counts.saved_bytes(checkpointing=False)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        ("norm", "mlp", "projection"),
+        *(pytest.param(each, marks=pytest.mark.full) for each in (("norm",), ("mlp",), ("projection",))),
+    ],
+    ids=",".join,
+)
+def test_the_parts_make_the_whole_where_some_are_recomputed(recompute):
+    names = ("gla", "sliding_attention", "s5")
+    config, mixers = config_of(*names, depth=5, recompute=recompute), mixers_of(*names)
+    counts, kept = (
+        count_model(each, mixers, VOCAB, tokens=200) for each in (config, dataclasses.replace(config, recompute=()))
+    )
+    forward, both = traced_whole(config, mixers)
+    assert counts.saved_bytes(checkpointing=False) == pytest.approx(forward.kept, rel=1e-3)
+    assert counts.peak_bytes(checkpointing=False) == pytest.approx(both.peak, rel=0.02)
+    assert counts.saved_bytes(checkpointing=False) < kept.saved_bytes(checkpointing=False)
+    assert [part.exchanges for part in counts.parts] == [part.exchanges for part in kept.parts]
 
 
 @pytest.mark.all

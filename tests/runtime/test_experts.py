@@ -27,7 +27,7 @@ from tests.runtime.runtime_cases import (
 )
 
 ROUTER = {"bias": True, "bias_rate": 0.01, "balance": 0.5, "z_loss": 0.1}
-EXPERTS = {"experts": 4, "expert_width": 12, "shared_expert_width": 8, "activation_checkpointing": True}
+EXPERTS = {"experts": 4, "expert_width": 12, "shared_expert_width": 8, "recompute": ("norm", "projection")}
 
 
 @pytest.fixture

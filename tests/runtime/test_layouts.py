@@ -62,17 +62,20 @@ def test_losses_are_the_same_for_every_rank_count_and_zero_stage(tmp_path, grids
         assert score(config) == pytest.approx(score(expected), abs=1e-5), config.parallel
 
 
-@pytest.mark.parametrize("stages", in_tiers((3,), (0, 1, 2)))
-def test_recomputed_blocks_have_the_same_losses_in_every_stage(tmp_path, stages):
+@pytest.mark.parametrize(
+    "cases",
+    in_tiers([(3, ("block",)), (3, ("norm", "mlp", "projection"))], [(stage, ("norm",)) for stage in STAGES]),
+)
+def test_recomputed_parts_have_the_same_losses_in_every_stage(tmp_path, cases):
     layers = ("gated_delta_net", "gla", "hgrn2", "s5", "tensor_attention", "sliding_attention")
     base = small_config(tmp_path, *layers, train={"steps": 3}, checkpoint={"every": 0}, parallel=grid(2, 1, 0))
-    recomputed = [
-        change(base, f"{stage}", model={"activation_checkpointing": True}, parallel=grid(2, 1, stage))
-        for stage in stages
+    again = [
+        change(base, f"{number}", model={"recompute": recompute}, parallel=grid(2, 1, stage))
+        for number, (stage, recompute) in enumerate(cases)
     ]
-    train_on(base, *recomputed)
-    for config in recomputed:
-        assert losses(config) == pytest.approx(losses(base), abs=1e-5), config.parallel
+    train_on(base, *again)
+    for config in again:
+        assert losses(config) == pytest.approx(losses(base), abs=1e-5), config
 
 
 @pytest.mark.all

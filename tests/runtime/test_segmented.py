@@ -75,7 +75,13 @@ def test_any_number_of_segments(cut, segments):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"groups": (7, 0, 64)}, {"activation_checkpointing": True, "shared": SHARED}], ids=str
+    "fields",
+    [
+        {"groups": (7, 0, 64)},
+        {"activation_checkpointing": True, "shared": SHARED},
+        {"recompute": ("norm", "projection")},
+    ],
+    ids=str,
 )
 def test_groups_of_tokens_and_recomputed_blocks(fields):
     model = build(HYBRID, **fields).double()
