@@ -85,6 +85,11 @@ COMMANDS = {
     "inspect": Command(
         "seqtrain.planning.inspect_model", "count parameters, FLOPs, state and activation bytes", prefix="inspect."
     ),
+    "inspect-data": Command(
+        "seqtrain.planning.inspect_data",
+        "show rows as the model sees them, and count what is odd",
+        prefix="inspect.",
+    ),
     "audit": Command("seqtrain.audit.run", "check a model of transformers for leaks, wrong caches and the like"),
     "simulate": Command("seqtrain.planning.simulate_scaling", "simulate steps with one sequence over many ranks"),
     "bench-operators": Command("seqtrain.benchmarks.operators", "time operators against others"),
