@@ -2,6 +2,7 @@
 
     python tools/sharpness.py run=runs/mine
     python tools/sharpness.py run=runs/mine data=training rows=8 samples=16 'steps=[200,400]'
+    python tools/sharpness.py run=runs/mine output_dir=outputs/sharpness_mine
 
 The Hessian is that of the mean loss over `rows` rows, in the weights that are trained. It is never formed: its product
 with a vector is the difference of two gradients, at the weights a little to either side, in float64, which needs one
