@@ -128,6 +128,14 @@ class Engine:
     def set_learning_rate(self, rate: float) -> None:
         set_learning_rate(self.deepspeed.optimizer.param_groups, rate)
 
+    def set_passes(self, backward: int) -> None:
+        """How many backward passes the next step has."""
+        engine = self.deepspeed
+        if backward != engine.gradient_accumulation_steps():
+            engine.set_train_batch_size(engine.train_micro_batch_size_per_gpu() * engine.dp_world_size * backward)
+            # A step ends where their count is a multiple.
+            engine.micro_steps = 0
+
     def backward(self, loss_sum: Tensor, *, weight: float) -> None:
         """Adds the gradients of `loss_sum` (a scalar, summed over tokens) times `weight`.
 
@@ -142,10 +150,15 @@ class Engine:
 
     def step(self) -> None:
         """After every backward pass: the last of a step's changes the weights, unless a gradient isn't finite."""
-        if self.sizes is None or not self.deepspeed.is_gradient_accumulation_boundary():
+        measured = self.sizes is not None and self.deepspeed.is_gradient_accumulation_boundary()
+        self._measured_step() if measured else self.deepspeed.step()
+
+    def _measured_step(self) -> None:
+        assert self.sizes is not None
+        pieces = {name: (weight, gradient) for name, weight, gradient in self._pieces() if weight.numel()}
+        if not pieces:
             self.deepspeed.step()
             return
-        pieces = {name: (weight, gradient) for name, weight, gradient in self._pieces() if weight.numel()}
         before = [weight.clone() for weight, _ in pieces.values()]
         # Before the step, which clips.
         gradients = [gradient for _, gradient in pieces.values()]
@@ -164,14 +177,13 @@ class Engine:
         for name, weight in self.module.named_parameters():
             if not weight.requires_grad:
                 continue
-            if self.stage == 0:
+            if self.stage == 0 and (gradient := weight.grad if gradients else weight) is not None:
                 own = self._expert_parallel.share(name, weight.numel(), self._ranks)
-                whole = weight.grad if gradients else weight
-                yield name, weight.detach().flatten()[own], whole.flatten()[own]
+                yield name, weight.detach().flatten()[own], gradient.flatten()[own]
             elif self.stage == 3:
                 piece = safe_get_local_fp32_param(weight)
                 yield name, piece.flatten(), safe_get_local_grad(weight).flatten() if gradients else piece
-            elif (held := vars(weight)["_hp_mapping"]) is not None:
+            elif self.stage and (held := vars(weight)["_hp_mapping"]) is not None:
                 gradient = held.get_lp_grad_fragment(vars(weight)["_index_in_param_group"]) if gradients else None
                 yield name, held.hp_fragment, held.hp_fragment if gradient is None else gradient.flatten()
 

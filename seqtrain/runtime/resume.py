@@ -80,13 +80,17 @@ def _without_recomputation(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_unused(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A fingerprint without keys of `schedule` that have no effect: they had other defaults once, or were not there."""
+    """A fingerprint without keys that have no effect: they had other defaults once, or were not there."""
     schedule = dict(values.get("schedule", {}))
     if schedule.get("name") != "wsd":
         schedule.pop("decay_fraction", None)
     if schedule.get("name") != "refined" or not (schedule.get("from") or schedule.get("norms")):
         schedule = {key: value for key, value in schedule.items() if key not in ("from", "norm")}
-    return {**values, **({"schedule": schedule} if schedule else {})}
+    train = dict(values.get("train", {}))
+    if not train.get("batch_warmup"):
+        train = {key: value for key, value in train.items() if key not in ("batch_warmup", "batch_warmup_steps")}
+    kept = {"schedule": schedule, "train": train}
+    return {**values, **{key: value for key, value in kept.items() if value}}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, steps_done: int = 0) -> list[str]:

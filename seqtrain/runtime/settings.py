@@ -47,6 +47,10 @@ class TrainConfig:
     sequence_length: Positive = 1024
     # Sequences in a step, all ranks together.
     batch_size: Positive = 8
+    # Sequences in a step while the batch warms up, before batch_size: each for an equal share of batch_warmup_steps.
+    batch_warmup: tuple[Positive, ...] = ()
+    # Steps, from the first on, over which the batch warms up.
+    batch_warmup_steps: Count = 0
     # Most sequences that run through the model at once on a rank, or on the sequence-parallel ranks of one group: fewer
     # take less memory. auto: as many as divide a group's sequences, 8 at most.
     micro_batch_size: Annotated[Positive, OrAuto] = AUTO
@@ -244,7 +248,7 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     if parallel.data == AUTO:
         parallel = replace(parallel, data=_data_ranks(config))
     if train.micro_batch_size == AUTO:
-        train = replace(train, micro_batch_size=_largest_divisor(train.batch_size // parallel.data, limit=8))
+        train = replace(train, micro_batch_size=_largest_divisor(unit(train) // parallel.data, limit=8))
     if runtime.cpus_per_worker in (AUTO, 0):
         inline, cores = runtime.name == "inline", os.cpu_count() or 1
         threads = torch.get_num_threads() if inline else max(1, cores // parallel.ranks)
@@ -265,7 +269,7 @@ def _data_ranks(config: PretrainConfig) -> int:
     gpus = torch.cuda.device_count() if runtime.device != "cpu" else 0
     # More processes on a CPU take more memory and no less time: the other cores are threads.
     there = gpus or min(2, os.cpu_count() or 1)
-    return _largest_divisor(config.train.batch_size, limit=there // sequence)
+    return _largest_divisor(unit(config.train), limit=there // sequence)
 
 
 def _largest_divisor(number: int, *, limit: int) -> int:
@@ -381,7 +385,8 @@ def _check_batch(config: PretrainConfig) -> None:
         raise ConfigError(
             f"train.batch_size={batch}: must be a multiple of parallel.data={ranks}; use {-(-batch // ranks) * ranks}"
         )
-    if batch % (ranks * micro_batch(config)):
+    _check_warmup(config)
+    if not config.train.batch_warmup and batch % (ranks * micro_batch(config)):
         raise ConfigError(
             f"train.batch_size={batch}: must be a multiple of parallel.data x train.micro_batch_size = "
             f"{ranks} x {micro}; use {-(-batch // (ranks * micro)) * ranks * micro}, or other sizes"
@@ -403,13 +408,58 @@ def _check_batch(config: PretrainConfig) -> None:
         )
 
 
+def _check_warmup(config: PretrainConfig) -> None:
+    train, ranks = config.train, config.parallel.data
+    key = f"train.batch_warmup={list(train.batch_warmup)}"
+    if not train.batch_warmup and not train.batch_warmup_steps:
+        return
+    if not 0 < len(train.batch_warmup) <= train.batch_warmup_steps:
+        raise ConfigError(
+            f"{key}: needs a step or more for each size, not train.batch_warmup_steps={train.batch_warmup_steps} in "
+            "all; name both, or none"
+        )
+    for size in train.batch_warmup:
+        if size % ranks:
+            raise ConfigError(
+                f"{key}: {size} must be a multiple of parallel.data={ranks}; use {-(-size // ranks) * ranks}"
+            )
+    if unit(train) % (ranks * micro_batch(config)):
+        raise ConfigError(
+            f"{key}: with train.batch_size={train.batch_size} all are multiples of {unit(train)}, which must be one of "
+            f"parallel.data x train.micro_batch_size = {ranks} x {micro_batch(config)}; use "
+            f"train.micro_batch_size={math.gcd(micro_batch(config), unit(train) // ranks)}, or other sizes"
+        )
+
+
+def unit(train: TrainConfig) -> int:
+    """Sequences of which the batch of every step is a multiple: what the data is read in."""
+    return math.gcd(train.batch_size, *train.batch_warmup)
+
+
+def units(train: TrainConfig, step: int) -> range:
+    """Which of them `step` (0 is the first) reads: a step goes on where the one before ended."""
+    sizes, over = train.batch_warmup, train.batch_warmup_steps
+    # Where each size begins to be used, and the last one of all.
+    starts = [-(-over * number // len(sizes)) for number in range(len(sizes) + 1)] if sizes else [0]
+    first = size = 0
+    for size, start, end in zip((*sizes, train.batch_size), starts, (*starts[1:], step + 1), strict=True):
+        if step < end:
+            first += size * (step - start)
+            break
+        first += size * (end - start)
+    return range(first // unit(train), (first + size) // unit(train))
+
+
 def micro_batch(config: PretrainConfig) -> int:
     """Sequences a group of ranks runs through the model at once: as asked for, or all it has where that is fewer."""
-    return min(config.train.micro_batch_size, config.train.batch_size // config.parallel.data)
+    return min(config.train.micro_batch_size, unit(config.train) // config.parallel.data)
 
 
 def micro_batches(config: PretrainConfig) -> int:
-    """How many batches go through the model one after the other in a step: steps of gradient accumulation."""
+    """How many batches go through the model one after the other in a step: steps of gradient accumulation.
+
+    While the batch warms up, fewer.
+    """
     return config.train.batch_size // (config.parallel.data * micro_batch(config))
 
 

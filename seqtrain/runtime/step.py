@@ -22,7 +22,7 @@ from seqtrain.runtime.metrics import MetricsFile, Record, Within, write_within
 from seqtrain.runtime.ranks import Ranks
 from seqtrain.runtime.schedule import learning_rate
 from seqtrain.runtime.segmented import cut, passes, segment_losses
-from seqtrain.runtime.settings import PretrainConfig, micro_batches, segments
+from seqtrain.runtime.settings import PretrainConfig, micro_batch, segments, unit, units
 from seqtrain.runtime.signals import stop_requested
 from seqtrain.runtime.task import Callback, Trainable
 
@@ -62,10 +62,15 @@ class TrainState:
         """Pieces in which a row runs through the model, one after the other."""
         return segments(self.config)
 
-    @cached_property
-    def micro_batches(self) -> int:
-        """How many batches a rank runs through the model one after the other in a step."""
-        return micro_batches(self.config)
+    def read(self, step: int) -> list[Batch]:
+        """What this rank runs through the model in `step`, one after the other."""
+        train, rows = self.config.train, unit(self.config.train)
+        of = rows // (self.config.parallel.data * micro_batch(self.config))
+        return [
+            self.trainable.batches.at(index, self.slice(number, of)).to(self.ranks.device)
+            for index in units(train, step)
+            for number in range(of)
+        ]
 
     def stop_requested(self) -> bool:
         """Whether this rank knows of a request to stop."""
@@ -95,10 +100,7 @@ def train_step(state: TrainState) -> Record | None:
     config, ranks, engine, index = state.config, state.ranks, state.engine, state.progress.step
     started = time.perf_counter()
     with state.callback.phase("data"):
-        batches = [
-            state.trainable.batches.at(index, state.slice(number, state.micro_batches)).to(ranks.device)
-            for number in range(state.micro_batches)
-        ]
+        batches = state.read(index)
     labels, stopping = ranks.sum(sum(batch.label_count for batch in batches), state.stop_requested())
     if stopping:
         return None
@@ -108,6 +110,7 @@ def train_step(state: TrainState) -> Record | None:
     peak, steps = config.optimizer.lr, config.train.steps
     rate = learning_rate(config.schedule, peak=peak, steps=steps, step=index, refined=state.refined)
     engine.set_learning_rate(rate)
+    engine.set_passes(len(batches) * state.segments)
     state.measures.begin(index + 1)
     # The loss is the mean over the labels of the global batch, all ranks together.
     labels = max(labels, 1)
@@ -131,7 +134,7 @@ def train_step(state: TrainState) -> Record | None:
     grad_norm, taken = engine.last_step()
     routed = state.experts.finish_step(engine, ranks, taken=taken, micro_batches=micro_batches)
 
-    tokens = config.train.batch_size * config.train.sequence_length
+    tokens = len(units(config.train, index)) * unit(config.train) * config.train.sequence_length
     state.progress = state.progress.after(taken=taken, tokens=tokens)
     seconds = time.perf_counter() - started
     record = {

@@ -11,7 +11,7 @@ from torch import nn
 
 from seqtrain.data import WHOLE_BATCH, Batch, BatchSlice, open_corpus
 from seqtrain.runtime.optimizers import parameter_groups
-from seqtrain.runtime.settings import PretrainConfig, micro_batch
+from seqtrain.runtime.settings import PretrainConfig, micro_batch, unit
 from seqtrain.runtime.source import build_model, frozen_weights, load_source
 
 
@@ -79,7 +79,7 @@ class Pretraining:
             load=partial(load_source, config, model) if config.source else None,
             groups=parameter_groups(model.parameters(), config.optimizer.weight_decay),
             batches=opened.training_batches(
-                seed=config.seed, sequence_length=config.train.sequence_length, batch_size=config.train.batch_size
+                seed=config.seed, sequence_length=config.train.sequence_length, batch_size=unit(config.train)
             ),
             held_out=opened.held_out_batches(
                 sequence_length=config.train.sequence_length,

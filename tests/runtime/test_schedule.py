@@ -9,10 +9,13 @@ import pytest
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.runtime.resume import check_resumable, fingerprint, refuse_foreign
 from seqtrain.runtime.schedule import NORMS, ScheduleConfig, gradient_norms, keep_norms, learning_rate, refine
+from seqtrain.runtime.settings import check, unit, units
+from tests.command_cases import refused
 from tests.runtime.runtime_cases import (
     as_it_was_at,
     change,
     folder_of,
+    grid,
     losses,
     records,
     session_for,
@@ -155,3 +158,56 @@ def test_a_refined_run_resumes_without_the_run_it_was_refined_from(tmp_path):
     shutil.rmtree(first.output_dir)
     train_on(session(resumed))
     assert losses(resumed) == losses(again)
+
+
+def test_a_step_reads_on_where_the_one_before_ended(tmp_path):
+    train = small_config(tmp_path, train={"batch_size": 12, "batch_warmup": (2, 6), "batch_warmup_steps": 5}).train
+    assert unit(train) == 2
+    read = [list(units(train, step)) for step in range(9)]
+    assert [2 * len(each) for each in read] == [2, 2, 2, 6, 6, 12, 12, 12, 12]
+    assert [index for each in read for index in each] == list(range(sum(map(len, read))))
+    plain = change(small_config(tmp_path), train={"batch_size": 12}).train
+    assert (unit(plain), units(plain, 7)) == (12, range(7, 8))
+
+
+@pytest.mark.parametrize(
+    ("train", "parallel", "said"),
+    [
+        (
+            {"batch_warmup": (2, 3), "batch_warmup_steps": 4},
+            2,
+            "3 must be a multiple of parallel.data=2; use 4",
+        ),
+        ({"batch_warmup": (4,), "batch_warmup_steps": 4, "micro_batch_size": 3}, 1, "3; use train.micro_batch_size=1"),
+        ({"batch_warmup": (2, 4), "batch_warmup_steps": 1}, 1, "more for each size, not train.batch_warmup_steps=1"),
+        ({"batch_warmup_steps": 1}, 1, "train.batch_warmup=[]: needs a step or more"),
+    ],
+)
+def test_sizes_of_a_warm_up_that_do_not_divide_are_one_line(tmp_path, train, parallel, said):
+    config = small_config(tmp_path, train=train, parallel={"data": parallel}, runtime={"name": "ray"})
+    with refused(said):
+        check(config)
+
+
+@pytest.mark.all
+def test_a_batch_that_warms_up_reads_the_same_rows_in_every_layout(tmp_path):
+    base = small_config(
+        tmp_path,
+        schedule={"name": "constant", "warmup_fraction": 0.0},
+        train={"batch_warmup": (2, 4), "batch_warmup_steps": 4, "micro_batch_size": 2},
+        parallel=grid(1, 1, 0),
+        checkpoint={"every": 3},
+    )
+    small = change(base, "small", train={"batch_size": 2, "batch_warmup": (), "batch_warmup_steps": 0})
+    others = [change(base, f"{case}", parallel=grid(*case)) for case in ((2, 1, 2), (1, 2, 1), (2, 1, 3))]
+    cut = change(base, "cut", train={"segment_tokens": 24})
+    train_on(base, small, cut, *others)
+    assert [record["tokens"] for record in records(base)] == [32 * size for size in (2, 2, 4, 4, 8, 8)]
+    assert records(base)[-1]["total_tokens"] == 32 * 28
+    assert losses(base)[:2] == losses(small)[:2]
+    for config in (cut, *others):
+        assert losses(config) == pytest.approx(losses(base), rel=1e-5), config.output_dir
+    resumed = as_it_was_at(base, 3, "resumed")
+    train_on(resumed)
+    assert losses(resumed) == losses(base)
+    assert "batch_warmup" not in fingerprint(small)["train"]
