@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import seqtrain
 from seqtrain.mixers import MIXERS
 from seqtrain.models import ModelConfig
 from seqtrain.models.huggingface import SeqtrainForCausalLM
 from seqtrain.models.huggingface_config import SeqtrainConfig
 from tests.convert.convert_cases import COMMON, save_tokenizer
+from tests.runtime.runtime_cases import small_config, train_on
 
 pytestmark = pytest.mark.all
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
@@ -91,6 +93,28 @@ def test_the_harness_finds_the_models_own_likelihoods(tmp_path):
         right += likelihoods.index(max(likelihoods)) == doc["answer"]
     (results,) = (tmp_path / "out").rglob("results_*.json")
     assert json.loads(results.read_text())["results"]["letters"]["acc,none"] == pytest.approx(right / len(DOCS))
+
+
+def test_a_run_is_exported_in_place_of_its_folder(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    prepare = runpy.run_path(str(TOOL))["prepare"]
+    config = small_config(tmp_path, train={"steps": 1})
+    train_on(config)
+    ours, exported, tokens = seqtrain.load(config.output_dir).model, tmp_path / "exported", torch.arange(20)[None]
+    words = ["evaluate.py", f"run={config.output_dir}", "--tasks", "letters"]
+    assert prepare(words, exported) == 0
+    assert words == ["evaluate.py", "--model", "hf", "--model_args", f"pretrained={exported}", "--tasks", "letters"]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(exported)(tokens).logits
+        assert torch.allclose(theirs, ours(tokens, all_logits=True)[0], atol=1e-5)
+    (tmp_path / "converted").mkdir()
+    (tmp_path / "converted" / "model").symlink_to(exported)
+    for folder, becomes in (("exported", "exported"), ("converted", "converted/model"), ("out", "again")):
+        words = ["--model_args", f"pretrained={tmp_path / folder},dtype=float32"]
+        assert prepare(words, tmp_path / "again") == 0
+        assert words == ["--model_args", f"pretrained={tmp_path / becomes},dtype=float32"]
+    assert prepare([f"pretrained={config.output_dir}"], exported) == 2, "what is there is not written over"
 
 
 def test_without_the_extra_it_says_what_to_install(tmp_path):
