@@ -96,7 +96,8 @@ def _draw_memory(axes: "Axes", records: Sequence[Record]) -> None:
 def _draw_norms(prefix: str, label: str) -> Callable[["Axes", Sequence[Record]], None]:
     def draw(axes: "Axes", records: Sequence[Record]) -> None:
         for name in _names(records, prefix):
-            _line(axes, records, name, label=name.partition("/")[2])
+            # Where the rate is 0, nothing changes, and 0 has no logarithm.
+            _line(axes, [each for each in records if each.get(name)], name, label=name.partition("/")[2])
         axes.set(ylabel=label, yscale="log")
         axes.legend(fontsize=8)
 

@@ -127,8 +127,9 @@ def measure(
     product, generator = hessian_product(loss, weights), torch.Generator().manual_seed(settings.seed)
     size = sum(weight.numel() for weight in weights)
     start = torch.randn(size, generator=generator, dtype=torch.float64)
-    limits = {"iterations": settings.iterations, "tolerance": settings.tolerance}
-    eigenvalue, products = largest_eigenvalue(product, start, **limits)
+    eigenvalue, products = largest_eigenvalue(
+        product, start, iterations=settings.iterations, tolerance=settings.tolerance
+    )
     trace, error = hutchinson(product, size, samples=settings.samples, generator=generator)
     with torch.no_grad():
         value = float(loss())
@@ -143,7 +144,7 @@ def hessian_product(loss: Callable[[], Tensor], weights: Sequence[nn.Parameter])
         with torch.no_grad():
             before = [weight.clone() for weight in weights]
             for weight, piece in zip(weights, pieces, strict=True):
-                weight += piece.view_as(weight)
+                weight.add_(piece.view_as(weight))
         found = torch.autograd.grad(loss(), weights, allow_unused=True)
         with torch.no_grad():
             for weight, old in zip(weights, before, strict=True):

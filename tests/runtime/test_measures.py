@@ -7,8 +7,10 @@ from seqtrain.data import open_corpus
 from seqtrain.data.batches import IGNORED
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.runtime import pictures
 from seqtrain.runtime.measures import group_of
 from seqtrain.runtime.optimizers import build_optimizer, parameter_groups, set_learning_rate
+from seqtrain.runtime.pictures import draw_figures
 from seqtrain.runtime.schedule import learning_rate
 from tests.runtime.runtime_cases import (
     change,
@@ -97,3 +99,27 @@ def test_measured_parts_are_those_of_a_plain_loop_in_every_layout(tmp_path):
     # To look changes nothing.
     assert losses(silent) == losses(configs["alone"])
     assert "mfu" not in records(silent)[0]
+
+
+def test_every_figure_is_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: drawn.append(figure))
+    plain = {"loss": 1.0, "lr": 0.1, "tokens_per_second": 9.0}
+    measured = {
+        "mfu": 0.3,
+        "peak_memory_bytes": 2**30,
+        "grad_norm/mlp": 1.0,
+        "update_norm/mlp": 0.1,
+        "loss_of/code": 2.0,
+    }
+    places = {"loss_at/16-31": 1.0, "loss_at/0": 4.0, "loss_at/2-3": 2.0}
+    draw_figures([{"step": 1, **plain}], tmp_path / "figures.png")
+    assert not drawn, "nothing was measured"
+    rows = [{"step": step, **plain, **(measured | places if step % 2 == 0 else {})} for step in range(1, 9)]
+    draw_figures(rows, tmp_path / "figures.png")
+    [figure] = drawn
+    axes = {each.get_ylabel(): each for each in figure.axes}
+    assert len(axes) == 8, "the learning rate, speed, MFU, memory, two norms, the loss by place and by source"
+    assert all(line.get_xydata().size for each in axes.values() for line in each.get_lines())
+    last = axes["loss, nats per token"].get_lines()[-1]
+    assert last.get_xydata().tolist() == [[0, 4], [2, 2], [16, 1]]
