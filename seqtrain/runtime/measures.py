@@ -17,16 +17,16 @@ from seqtrain.runtime.settings import PretrainConfig
 
 # Side of the square matrices whose product the peak is measured with, and seconds for which a run measures it.
 PEAK_SIDES, PEAK_SECONDS = {"cpu": 1024, "cuda": 8192}, 0.05
+# Groups of weights by what is in their names, besides the norms.
+GROUPS = {"embedding": "embedding", "head": "head", "mlp": "mlp", "mixer": "mixers"}
 
 
 def group_of(name: str) -> str:
     """The group that the weight `name` of a language model counts in."""
     words = name.split(".")
-    if words[0] in ("embedding", "head"):
-        return words[0]
     if any("norm" in word for word in words):
         return "norms"
-    return next((group for word, group in (("mlp", "mlp"), ("mixer", "mixers")) if word in words), "other")
+    return next((group for word, group in GROUPS.items() if word in words), "other")
 
 
 def place_in_document(batch: Batch, part: int) -> Tensor:
@@ -79,25 +79,21 @@ class Measures:
             return record
         device = self.ranks.device
         self._peak_flops = self._peak_flops or matrix_flops(device, self._dtype, seconds=PEAK_SECONDS)
-        sizes = by_group(self.engine.sizes or {}, self.engine.optimizer_state.names)
+        groups = by_group(self.engine.sizes or {}, self.engine.optimizer_state.names)
+        sizes = [value for each in groups.values() for value in each]
         memory = self.ranks.largest(peak_bytes(device))
-        flat = [value for each in sizes.values() for value in each]
-        *flat, peak = self.ranks.sum(*flat, *self._sums.flatten().tolist(), self._peak_flops)
-        shared = iter(flat)
-        found: Record = {}
-        lengths = 0.0
-        for group in sizes:
-            squares, length, moved = (next(shared) for _ in range(3))
-            lengths += length
+        peak, *shared = self.ranks.sum(self._peak_flops, *sizes, *self._sums.flatten().tolist())
+        found: Record = {"peak_memory_bytes": int(memory)}
+        if self._flops:
+            found["mfu"] = self._flops * record["tokens_per_second"] / peak
+        found["grad_norm_l1"] = sum(shared[1 : len(sizes) : 3])
+        for group, squares, moved in zip(groups, shared[0 : len(sizes) : 3], shared[2 : len(sizes) : 3], strict=True):
             found |= {f"grad_norm/{group}": squares**0.5, f"update_norm/{group}": moved**0.5}
-        losses, counts = torch.tensor(list(shared)).view_as(self._sums).tolist()
-        found |= {
-            f"loss_at/{name}": loss / count
-            for name, loss, count in zip(self._bins(), losses, counts, strict=True)
-            if count
-        }
-        mfu = self._flops * record["tokens_per_second"] / peak
-        return record | {"grad_norm_l1": lengths, "peak_memory_bytes": int(memory), "mfu": mfu} | found
+        bins = self._sums.shape[1]
+        for name, loss, count in zip(self._bins(), shared[len(sizes) : -bins], shared[-bins:], strict=True):
+            if count:
+                found[f"loss_at/{name}"] = loss / count
+        return record | found
 
     def _bins(self) -> Iterable[str]:
         for first, next_first in zip([0, *self._edges.tolist()], [*self._edges.tolist(), None], strict=True):

@@ -11,6 +11,8 @@ from seqtrain.runtime.metrics import Record
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# What every measured step says.
+MEASURED = "peak_memory_bytes"
 # Lines of a picture that compare times of a run: so many parts of it, each a mean.
 PARTS = 4
 
@@ -47,7 +49,7 @@ def draw_figures(records: list[Record], path: Path) -> None:
 
     Does nothing where no step was measured.
     """
-    if not any("mfu" in record for record in records):
+    if not any(MEASURED in record for record in records):
         return
     panels = [_draw_rate, _draw_speed, _draw_memory, _draw_norms("grad_norm", "gradient's norm, before clipping")]
     panels += [_draw_norms("update_norm", "norm of a step's change"), _draw_places]
@@ -107,7 +109,7 @@ def _draw_norms(prefix: str, label: str) -> Callable[["Axes", Sequence[Record]],
 def _draw_places(axes: "Axes", records: Sequence[Record]) -> None:
     names = _names(records, "loss_at")
     places = [int(name.partition("/")[2].partition("-")[0]) for name in names]
-    measured = [record for record in records if "mfu" in record]
+    measured = [record for record in records if MEASURED in record]
     size = math.ceil(len(measured) / PARTS)
     for number, first in enumerate(range(0, len(measured), size)):
         part = measured[first : first + size]
