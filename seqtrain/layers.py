@@ -150,6 +150,16 @@ def token_shift(x: Tensor, past: Tensor | None, sequence: SequenceContext) -> tu
     return sequence.run(short_convolution, x, taps, initial_state=past)
 
 
+def fused(linear: nn.Linear, rows: Sequence[int]) -> nn.Linear:
+    """`linear`, several projections in one, told how many rows each has: to some optimizers each is a matrix.
+
+    A head of queries, keys or values is a projection of its own. Negative numbers: rows that make gates, which none is.
+    """
+    assert sum(map(abs, rows)) == linear.out_features, (rows, linear)
+    linear.fused_rows = tuple(rows)  # type: ignore[assignment]
+    return linear
+
+
 class HeadProjections(nn.Module):
     """One matrix, then (where `conv_width > 0`) one short convolution with SiLU, split into tensors of heads."""
 
@@ -158,7 +168,8 @@ class HeadProjections(nn.Module):
         super().__init__()
         self.heads = heads if isinstance(heads, tuple) else (heads,) * len(widths)
         self.channels = [count * part for count, part in zip(self.heads, widths, strict=True)]
-        self.linear = nn.Linear(width, sum(self.channels), bias=False)
+        rows = [part for count, part in zip(self.heads, widths, strict=True) for _ in range(count)]
+        self.linear = fused(nn.Linear(width, sum(self.channels), bias=False), rows)
         self.conv = ShortConvolution(sum(self.channels), conv_width) if conv_width else None
 
     def forward(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
 from seqtrain.kernels.dispatch import full_precision
-from seqtrain.layers import HeadNorm, upcast
+from seqtrain.layers import HeadNorm, fused, upcast
 from seqtrain.mixers import LayerShape, Past, SequenceContext, State
 from seqtrain.mixers.common.linear import LinearMixer
 
@@ -62,7 +62,8 @@ class DyDiLA(LinearMixer):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        self.redundant = nn.Linear(shape.width, 2 * config.projections * shape.heads * self.key, bias=False)
+        rows = 2 * config.projections * shape.heads * (self.key,)
+        self.redundant = fused(nn.Linear(shape.width, sum(rows), bias=False), rows)
         self.routes = PROJECTIONS * [config.projections] + (POWERS + SHARES) * [config.factors]
         self.router = nn.Linear(shape.width, sum(self.routes), bias=False)
         self.powers = nn.Parameter(torch.empty(POWERS * config.factors))

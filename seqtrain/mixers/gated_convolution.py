@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor, nn
 
-from seqtrain.layers import ShortConvolution
+from seqtrain.layers import ShortConvolution, fused
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 
@@ -20,7 +20,8 @@ class GatedConvolution(Mixer):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        self.parts = nn.Linear(shape.width, 3 * shape.width, bias=config.bias)  # b, c, v
+        rows = (-shape.width, -shape.width, shape.width)
+        self.parts = fused(nn.Linear(shape.width, 3 * shape.width, bias=config.bias), rows)  # b, c, v
         self.conv = ShortConvolution(shape.width, config.conv_width, bias=config.bias, activation="none")
         self.out = nn.Linear(shape.width, shape.width, bias=config.bias)
 

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.kernels import diagonal_scan
-from seqtrain.layers import NORM_EPS, upcast
+from seqtrain.layers import NORM_EPS, fused, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 # Where in its share of [0, 1] a layer's bound starts: low, since the paper's first layer has none.
@@ -42,7 +42,8 @@ class HGRN(Mixer):
         super().__init__(config, shape)
         self.hidden = self.hidden_channels(config.expand)
         # Candidate (real, imaginary), forget gate, and the output gate of both parts.
-        self.parts = nn.Linear(shape.width, 5 * self.hidden, bias=True)
+        rows = (self.hidden, self.hidden, -self.hidden, -2 * self.hidden)
+        self.parts = fused(nn.Linear(shape.width, 5 * self.hidden, bias=True), rows)
         self.bound = nn.Parameter(torch.empty(self.hidden))
         self.theta = nn.Parameter(torch.empty(self.hidden))
         self.norm = WideLayerNorm(2 * self.hidden, eps=NORM_EPS)

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.kernels import softmax_attention
-from seqtrain.layers import RMSNorm, positions, rotate
+from seqtrain.layers import RMSNorm, fused, positions, rotate
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.attention import attend
 
@@ -57,12 +57,14 @@ class LatentAttention(Mixer):
             came = f"[{len(config.rope_stretch)} numbers]"
             raise self.config_error("rope_stretch", came, f"{self.shared} shared channels have {self.shared // 2}")
         heads, width, rank = shape.heads, shape.width, config.query_rank
-        last = nn.Linear(rank or width, heads * (self.key + self.shared), bias=False)
+        query = heads * (self.key + self.shared)
+        last = fused(nn.Linear(rank or width, query, bias=False), heads * (self.key + self.shared,))
         first = (nn.Linear(width, rank, bias=config.bias), RMSNorm(rank)) if rank else ()
         self.query = nn.Sequential(*first, last)
-        self.latent = nn.Linear(width, self.rank + self.shared, bias=config.bias)
+        self.latent = fused(nn.Linear(width, self.rank + self.shared, bias=config.bias), (self.rank, self.shared))
         self.norm = RMSNorm(self.rank)
-        self.expand = nn.Linear(self.rank, heads * (self.key + self.value), bias=False)
+        keys_and_values = nn.Linear(self.rank, heads * (self.key + self.value), bias=False)
+        self.expand = fused(keys_and_values, heads * (self.key, self.value))
         self.gate = nn.Linear(width, heads, bias=False) if config.output_gate else None
         self.out = nn.Linear(heads * self.value, width, bias=config.bias)
 

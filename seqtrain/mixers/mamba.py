@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from seqtrain.kernels import diagonal_scan
-from seqtrain.layers import RMSNorm, ShortConvolution, reset_step_bias, step_sizes, upcast
+from seqtrain.layers import RMSNorm, ShortConvolution, fused, reset_step_bias, step_sizes, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.parallel.recompute import kept
 from seqtrain.parallel.scan import checkpoint_contexts
@@ -51,9 +51,9 @@ class Mamba(Mixer):
         self.inner = config.inner_width or self.hidden_channels(config.expand)
         rank = config.rank or math.ceil(shape.width / 16)
         self.parts = [rank, config.state, config.state]  # dt, B, C
-        self.project = nn.Linear(shape.width, 2 * self.inner, bias=config.bias)
+        self.project = fused(nn.Linear(shape.width, 2 * self.inner, bias=config.bias), (self.inner, -self.inner))
         self.conv = ShortConvolution(self.inner, config.conv_width, bias=config.conv_bias)
-        self.select = nn.Linear(self.inner, sum(self.parts), bias=False)
+        self.select = fused(nn.Linear(self.inner, sum(self.parts), bias=False), self.parts)
         self.time_step = nn.Linear(rank, self.inner, bias=False)
         self.step_bias = nn.Parameter(torch.empty(self.inner))
         self.rate_log = nn.Parameter(torch.empty(self.inner * config.state))

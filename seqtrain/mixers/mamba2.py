@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor, nn
 
 from seqtrain.kernels import linear_attention
-from seqtrain.layers import RMSNorm, ShortConvolution, reset_decay_rate, reset_step_bias, step_sizes
+from seqtrain.layers import RMSNorm, ShortConvolution, fused, reset_decay_rate, reset_step_bias, step_sizes
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.recurrence import Heads, LinearRecurrence, RecurrenceOptions, StepDecay
 
@@ -66,7 +66,9 @@ class Mamba2(Mixer):
         self.inner = shape.heads * self.value
         self.parts = [self.inner, config.groups * config.state, config.groups * config.state]  # x, B, C
         self.channels = sum(self.parts)
-        self.project = nn.Linear(shape.width, self.inner + self.channels + shape.heads, bias=config.in_bias)
+        # z, heads of x, groups of B and C, step sizes.
+        rows = (-self.inner, *shape.heads * (self.value,), *2 * config.groups * (config.state,), -shape.heads)
+        self.project = fused(nn.Linear(shape.width, sum(map(abs, rows)), bias=config.in_bias), rows)
         self.conv = ShortConvolution(self.channels, config.conv_width, bias=config.conv_bias)
         self.rate_log = nn.Parameter(torch.empty(shape.heads))
         self.step_bias = nn.Parameter(torch.empty(shape.heads))

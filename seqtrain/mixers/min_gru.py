@@ -8,7 +8,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.kernels import diagonal_scan
-from seqtrain.layers import upcast
+from seqtrain.layers import fused, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 
@@ -29,7 +29,7 @@ class MinGRU(Mixer):
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
         self.hidden = self.hidden_channels(config.expand)
-        self.parts = nn.Linear(shape.width, 2 * self.hidden, bias=False)
+        self.parts = fused(nn.Linear(shape.width, 2 * self.hidden, bias=False), (-self.hidden, self.hidden))
         self.out = nn.Linear(self.hidden, shape.width, bias=False)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:

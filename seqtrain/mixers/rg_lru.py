@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.kernels import diagonal_scan
-from seqtrain.layers import ShortConvolution, positions, upcast
+from seqtrain.layers import ShortConvolution, fused, positions, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 # The paper's c: log a = -c softplus(L) r.
@@ -55,7 +55,7 @@ class RGLRU(Mixer):
         super().__init__(config, shape)
         self.head = config.head_width or self.part_of_width(config.expand, "expand")
         self.hidden = shape.heads * self.head
-        self.parts = nn.Linear(shape.width, 2 * self.hidden, bias=True)
+        self.parts = fused(nn.Linear(shape.width, 2 * self.hidden, bias=True), (-self.hidden, self.hidden))
         self.conv = ShortConvolution(self.hidden, config.conv_width, bias=True, activation="none")
         self.input_gate = BlockLinear(shape.heads, self.head)
         self.decay_gate = BlockLinear(shape.heads, self.head)

@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from seqtrain.kernels import softmax_attention
-from seqtrain.layers import ShortConvolution, positions, rotate
+from seqtrain.layers import ShortConvolution, fused, positions, rotate
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.attention import attend
 
@@ -57,7 +57,8 @@ class TCNCA(Mixer):
             for layer in range(config.conv_depth)
         )
         self.v = nn.Linear(width, inner, bias=False)
-        self.parts = nn.Linear(width, keys + inner + 2 * width, bias=False)  # of c: z, g, h, f
+        rows = (keys, -inner, width, -width)
+        self.parts = fused(nn.Linear(width, keys + inner + 2 * width, bias=False), rows)  # of c: z, g, h, f
         self.scales = nn.Parameter(torch.empty(2 * keys))
         self.shifts = nn.Parameter(torch.empty(2 * keys))
         self.out = nn.Linear(inner, width, bias=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 
 from seqtrain.errors import ConfigError
-from seqtrain.layers import Adapters, upcast
+from seqtrain.layers import Adapters, fused, upcast
 from seqtrain.models.spiking import Spikes
 from seqtrain.parallel.experts import dispatch_and_combine, local_experts
 from seqtrain.validation import AUTO, OrAuto
@@ -102,7 +102,7 @@ class MLP(nn.Module):
         self.activation, self.gated = activation, gated
         self.gate_scale, self.out_scale = gate_scale, out_scale
         self.enter = Spikes(spike_rate) if spike_rate else nn.Identity()
-        self.up = nn.Linear(width, (1 + gated) * hidden, bias=bias)
+        self.up = fused(nn.Linear(width, (1 + gated) * hidden, bias=bias), (1 + gated) * (hidden,))
         self.adapter = Adapters(width, [self.up.out_features], adapter_rank) if adapter_rank else None
         self.leave = Spikes(spike_rate) if spike_rate else nn.Identity()
         self.out = nn.Linear(hidden, width, bias=bias)

@@ -19,6 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from seqtrain.errors import CheckpointError, SeqtrainError
 from seqtrain.files import Manifest, publish, sha256_of, sync
 from seqtrain.runtime.engine import Engine
 from seqtrain.runtime.lease import Lease
+from seqtrain.runtime.optimizer_state import IN_TRAINING
 from seqtrain.runtime.ranks import Ranks
 from seqtrain.weights import check_finite, open_weights
 
@@ -122,9 +125,10 @@ class Checkpoint:
         return self.manifest.progress
 
     @torch.no_grad()
-    def load_weights(self, model: nn.Module, *, frozen: Collection[str] = ()) -> None:
+    def load_weights(self, model: nn.Module, *, frozen: Collection[str] = (), training: bool = False) -> None:
         """Copies the weights into `model`, all but those called `frozen`.
 
+        `training`: those it is trained on with, where the optimizer averages them for all other use.
         Raises `CheckpointError` naming the first tensor that doesn't fit.
         """
         own = model.state_dict()
@@ -139,20 +143,24 @@ class Checkpoint:
                     raise CheckpointError(f"{self.folder}: {name} has shape {came}, the model wants {wanted}")
                 own[name].copy_(value)
                 check_finite(self.folder, name, own[name])
+        for name, state in self._optimizer_states() if training else ():
+            if IN_TRAINING in state:
+                own[name].copy_(state[IN_TRAINING])
 
     def restore_optimizer(self, engine: Engine) -> None:
         """Gives the optimizer of `engine` the moments and the step count. All ranks call it."""
-        state = engine.optimizer_state
         if self.progress.taken:
-            state.restore(self._moments(state.moments), steps_taken=self.progress.taken)
+            engine.optimizer_state.restore(self._optimizer_states(), steps_taken=self.progress.taken)
 
-    def _moments(self, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def _optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """By weight, as `OptimizerState.own` named it; of a weight of several ranks each its part."""
         for file in self.manifest.files:
             if file == WEIGHTS:
                 continue
             with open_weights(self.folder / file) as stored:
-                for name in sorted({key.rpartition(":")[0] for key in stored.keys()}):  # noqa: SIM118
-                    yield name, {key: stored.get_tensor(f"{name}:{key}") for key in keys}
+                names = sorted(key.rpartition(":")[::2] for key in stored.keys())  # noqa: SIM118
+                for name, keys in groupby(names, key=itemgetter(0)):
+                    yield name, {key: stored.get_tensor(f"{name}:{key}") for _, key in keys}
 
 
 def save(
@@ -267,13 +275,8 @@ def _write_own(
     for name, whole in engine.weights(besides=frozen):
         if ranks.first:
             weights[name] = _kept(whole)
-    optimizer = engine.optimizer_state
     if progress.taken:
-        optimizer.link()
-    for index, name in enumerate(optimizer.names if progress.taken else []):
-        whole_moments = optimizer.whole(name)
-        if index % ranks.count == ranks.rank:
-            moments |= {f"{name}:{key}": _kept(whole) for key, whole in whole_moments.items()}
+        moments = {key: _kept(whole) for key, whole in engine.optimizer_state.own(ranks.rank, ranks.count)}
     if ranks.first:
         state = engine.module.state_dict()
         weights |= {name: _kept(state[name]) for name in _held(engine.module, frozen) if name not in weights}

@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from seqtrain.models.matrices import matrices_of
 from seqtrain.runtime.expert_parallel import ExpertParallel
 from seqtrain.runtime.optimizer_state import OptimizerState
-from seqtrain.runtime.optimizers import build_optimizer, set_learning_rate
+from seqtrain.runtime.optimizers import OPTIMIZERS, build_optimizer, set_learning_rate
 from seqtrain.runtime.ranks import Ranks
 from seqtrain.runtime.settings import PretrainConfig, micro_batch, micro_batches, segments
+from seqtrain.runtime.whole_matrices import place_blocks, split_groups
 
 log = logging.getLogger("seqtrain.runtime")
 
@@ -46,6 +48,8 @@ def prepare_environment(ranks: Ranks) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # Which optimizers ZeRO runs is ours to know.
+    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     _import_muon()
     # Reading the table would make DeepSpeed try a compiler on every operator it has.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
@@ -95,8 +99,10 @@ class Engine:
         self.sizes: dict[str, Sizes] | None = None
         self.module = model.to(ranks.device)
         self.stage = config.parallel.zero_stage
+        # Before ZeRO cuts them.
+        matrices = matrices_of(model) if OPTIMIZERS[config.optimizer.name].matrix_options is not None else {}
         optimizer = build_optimizer(
-            self._expert_parallel.groups(groups),
+            self._expert_parallel.groups(split_groups(groups, matrices) if matrices else groups),
             config.optimizer,
             finite=self.stage == 0,
             clipping=config.train.gradient_clipping,
@@ -109,6 +115,8 @@ class Engine:
                 config=_deepspeed_config(config, ranks.device),
                 dist_init_required=False,
             )
+        if matrices:
+            place_blocks(self.deepspeed.optimizer, self.stage, matrices, config.optimizer)
         self.model: nn.Module = self.deepspeed
         self.optimizer_state = OptimizerState(self.deepspeed, self.stage, config.optimizer, self._expert_parallel)
         experts_over = f", experts over {experts.size()}" if experts is not None else ""
@@ -207,11 +215,24 @@ class Engine:
         with GatheredParameters(parameters, modifier_rank=0):
             yield
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """In it, weights are those the model is used with: averages, where the optimizer has such. A collective."""
+        changed = self.optimizer_state.average()
+        try:
+            yield
+        finally:
+            self.optimizer_state.put_back(changed)
+
     def weights(self, *, besides: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """Every parameter but those called `besides` once, by name: the float32 weight in its full shape.
 
-        A collective in stage 3, and of sharded experts.
+        Where the optimizer averages weights, those. A collective in stage 3, and of sharded experts.
         """
+        with self.averaged():
+            yield from self._weights(besides)
+
+    def _weights(self, besides: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.module.named_parameters():
             if name in besides:
                 continue
@@ -237,7 +258,12 @@ def _deepspeed_config(config: PretrainConfig, device: torch.device) -> dict[str,
         "sequence_parallel_size": config.parallel.sequence,
         # In stage 0 the optimizer clips, see FiniteStep.
         "gradient_clipping": config.train.gradient_clipping if stage else 0.0,
-        "zero_optimization": {"stage": stage, "overlap_comm": device.type == "cuda"},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": device.type == "cuda",
+            # Where a group counts its steps, stage 3 may not make several of one.
+            **({"sub_group_size": 10**15} if OPTIMIZERS[config.optimizer.name].numbers else {}),
+        },
         "zero_allow_untested_optimizer": True,
         # Not `bf16.enabled`, which would round every weight, the gates' decays too, before it makes its float32 copy.
         # No module is "safe" for lower precision, so that gradients and gathered weights travel in float32.

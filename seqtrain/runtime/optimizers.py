@@ -3,6 +3,7 @@
 A new one is its name and fields in `OptimizerConfig`, and an entry of `OPTIMIZERS`.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
+from seqtrain.errors import ConfigError
+from seqtrain.runtime.run_folder import plain
+
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -19,18 +23,30 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig:
     """The rule that turns gradients into new weights."""
 
-    # The rule's name.
-    name: Literal["adamw"] = "adamw"
-    # Who computes it: torch.optim, or DeepSpeed's fused kernel (which needs a C++ compiler at the first start).
+    # The rule's name. muon, soap, aro and dct_adamw are for matrices, and leave all else to adamw.
+    name: Literal["adamw", "muon", "soap", "lion", "aro", "dct_adamw", "schedule_free"] = "adamw"
+    # Who computes it: plain PyTorch, or for adamw DeepSpeed's fused kernel (which needs a C++ compiler at the first
+    # start).
     implementation: Literal["torch", "deepspeed"] = "torch"
     # Highest learning rate, reached after the warm-up.
     lr: Annotated[float, Field(ge=0)] = 1e-3
-    # Decay rates of the running means of gradient and squared gradient, a step.
+    # Decay rates of the running means of gradient and squared gradient, a step. lion: of its update and its mean;
+    # schedule_free: the first is the share of averaged weights in those that gradients are taken at.
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     # Added to the root of the squared gradient.
     eps: Annotated[float, Field(gt=0)] = 1e-8
     # Share of a weight taken off each step, times the learning rate; matrices only.
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    # muon, aro: decay rate of the running mean of a matrix's gradient, a step.
+    momentum: Decay = 0.95
+    # muon: number format of the products that orthogonalize.
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    # soap: steps between two changes of the bases.
+    precondition_every: Annotated[int, Field(gt=0)] = 10
+    # soap: sides of a matrix up to this size have a basis, two square matrices of that size.
+    precondition_up_to: Annotated[int, Field(gt=0)] = 1024
+    # dct_adamw: columns of a matrix's cosine transform that are kept.
+    rank: Annotated[int, Field(gt=0)] = 128
 
 
 @dataclass(frozen=True)
@@ -38,12 +54,20 @@ class Optimizer:
     """`options`: the fields of `OptimizerConfig` it is built with, besides the learning rate.
 
     `moments`: its float32 tensors of a weight's shape, by their key in its state. `implementations`: imports its class,
-    by `optimizer.implementation`.
+    by `optimizer.implementation`. `numbers`: what else of a group follows from the steps before. `averages`: whether
+    the model is used with averages of the weights in training, as those of `ScheduleFreeAdamW`. `matrix_options`: the
+    fields read by its rule for whole matrices, which `matrix_rules` has; None where there is none. `module`: what must
+    be there; `package`: how pip brings it.
     """
 
     options: tuple[str, ...]
     moments: tuple[str, ...]
     implementations: Mapping[str, Callable[[], type[torch.optim.Optimizer]]]
+    numbers: tuple[str, ...] = ()
+    averages: bool = False
+    matrix_options: tuple[str, ...] | None = None
+    module: str = ""
+    package: str = ""
 
 
 def _fused_adam() -> type[torch.optim.Optimizer]:
@@ -52,13 +76,93 @@ def _fused_adam() -> type[torch.optim.Optimizer]:
     return FusedAdam
 
 
+def _lion() -> type[torch.optim.Optimizer]:
+    from pytorch_optimizer import Lion
+
+    return type("Lion", (StepOfSome, Lion), {})
+
+
+def _schedule_free() -> type[torch.optim.Optimizer]:
+    from pytorch_optimizer import ScheduleFreeAdamW
+
+    return type("ScheduleFreeAdamW", (StepOfSome, ScheduleFreeAdamW), {})
+
+
+def _whole_matrices() -> type[torch.optim.Optimizer]:
+    from seqtrain.runtime.whole_matrices import WholeMatrices
+
+    return WholeMatrices
+
+
+def _of_matrices(*options: str, module: str = "", package: str = "") -> Optimizer:
+    return Optimizer(
+        options=("betas", "eps"),
+        moments=("exp_avg", "exp_avg_sq"),
+        implementations={"torch": _whole_matrices},
+        matrix_options=options,
+        module=module,
+        package=package,
+    )
+
+
+FROM_PYTORCH_OPTIMIZER = {"module": "pytorch_optimizer", "package": "'pytorch-optimizer>=4.1,<5'"}
 OPTIMIZERS = {
     "adamw": Optimizer(
         options=("betas", "eps"),
         moments=("exp_avg", "exp_avg_sq"),
         implementations={"torch": lambda: torch.optim.AdamW, "deepspeed": _fused_adam},
     ),
+    "muon": _of_matrices("momentum", "dtype", module="torch.optim._muon", package="'torch>=2.9'"),
+    "soap": _of_matrices("precondition_every", "precondition_up_to", **FROM_PYTORCH_OPTIMIZER),
+    "aro": _of_matrices("momentum"),
+    # What the package depends on is for others of its optimizers, and needs CUDA's compiler.
+    "dct_adamw": _of_matrices(
+        "rank", module="ista_daslab_optimizers", package="--no-deps ista-daslab-optimizers==1.1.15"
+    ),
+    "lion": Optimizer(
+        options=("betas",), moments=("exp_avg",), implementations={"torch": _lion}, **FROM_PYTORCH_OPTIMIZER
+    ),
+    "schedule_free": Optimizer(
+        options=("betas", "eps"),
+        moments=("z", "exp_avg_sq"),
+        implementations={"torch": _schedule_free},
+        numbers=("weight_sum", "lr_max"),
+        averages=True,
+        **FROM_PYTORCH_OPTIMIZER,
+    ),
 }
+
+
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Raises `ConfigError` where nobody can compute what is asked for."""
+    optimizer = OPTIMIZERS[config.name]
+    if config.implementation not in optimizer.implementations:
+        came = f"optimizer.implementation={config.implementation}"
+        raise ConfigError(f"{came}: has no {config.name}; use optimizer.implementation=torch")
+    if optimizer.module and not importlib.util.find_spec(optimizer.module):
+        raise ConfigError(f"optimizer.name={config.name}: needs another package: pip install {optimizer.package}")
+
+
+def used_options(config: OptimizerConfig) -> dict[str, Any]:
+    """The fields of `config` that its optimizer reads, as plain values."""
+    optimizer = OPTIMIZERS[config.name]
+    used = ("name", "implementation", "lr", "weight_decay", *optimizer.options, *(optimizer.matrix_options or ()))
+    return {name: value for name, value in plain(config).items() if name in used}
+
+
+class StepOfSome:
+    """Mixed into an optimizer that counts the steps of its groups: those that are empty now have none.
+
+    ZeRO 3 puts a group's weights in for the group's own step, and takes them out again.
+    """
+
+    param_groups: list[dict[str, Any]]
+
+    def step(self, closure: None = None) -> None:
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if group["params"]]
+        super().step()  # type: ignore[misc]
+        self.param_groups = groups
 
 
 class FiniteStep:

@@ -20,6 +20,7 @@ from seqtrain.models.config import ModelConfig, mixer_class
 from seqtrain.models.source import open_source
 from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.lease import Lease, saved_step, take
+from seqtrain.runtime.optimizers import used_options
 from seqtrain.runtime.run_folder import RunFolder, as_record, plain, read_lines
 from seqtrain.runtime.schedule import CONSTANT, ScheduleConfig, digest, learning_rate, plateau
 from seqtrain.runtime.settings import PretrainConfig, micro_batch, segments
@@ -49,7 +50,7 @@ def fingerprint(
         "model": _without_recomputation(plain(config.model)),
         "mixer": {name: plain(config.mixer[name]) for name in sorted(config.mixer)},
         "data": plain(config.data),
-        "optimizer": plain(config.optimizer),
+        "optimizer": used_options(config.optimizer),
         "schedule": plain(config.schedule),
         "train": plain(config.train),
         "seed": config.seed,

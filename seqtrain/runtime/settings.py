@@ -19,7 +19,7 @@ from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.models.config import default_config, mixer_class
 from seqtrain.models.lora import LoraConfig
 from seqtrain.parallel import Algorithm
-from seqtrain.runtime.optimizers import OptimizerConfig
+from seqtrain.runtime.optimizers import OptimizerConfig, check_optimizer
 from seqtrain.runtime.schedule import ScheduleConfig
 from seqtrain.runtime.segmented import Gradients
 from seqtrain.validation import AUTO, FilePath, OrAuto, validate
@@ -310,6 +310,7 @@ def check(config: PretrainConfig) -> None:
     """Raises `ConfigError` for the first rule between keys that `config` breaks."""
     check_source(config.data, sequence_length=config.train.sequence_length)
     _check_lora(config)
+    check_optimizer(config.optimizer)
     _check_batch(config)
     _check_ranks(config)
     _check_experts(config)

@@ -150,7 +150,7 @@ def _train_on(session: Session, state: TrainState) -> None:
 
 
 def _evaluate(state: TrainState) -> Scores | None:
-    with state.callback.phase("evaluation"):
+    with state.callback.phase("evaluation"), state.engine.averaged():
         return evaluate(state)
 
 
@@ -177,7 +177,7 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
     if trainable.load is not None and (trainable.frozen or not found):
         trainable.load()
     if found:
-        found.load_weights(trainable.model, frozen=trainable.frozen)
+        found.load_weights(trainable.model, frozen=trainable.frozen, training=True)
     # Counted now: in ZeRO 3 a rank will hold only its part of each.
     parameters = sum(p.numel() for p in trainable.model.parameters())
     trained = sum(p.numel() for p in trainable.model.parameters() if p.requires_grad)
@@ -236,6 +236,9 @@ def _newest(session: Session) -> Checkpoint | None:
     before = other.manifest.trajectory
     for part in ("model", "mixer", "lora"):
         check_fits(other.folder, {part: before.get(part, NO_LORA)}, {part: now[part]})
+    # So must the optimizer's state.
+    names = [{"optimizer": {"name": each["optimizer"]["name"]}} for each in (before, now)]
+    check_fits(other.folder, *names)
     return other
 
 

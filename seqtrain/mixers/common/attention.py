@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor, nn
 
 from seqtrain.kernels import softmax_attention
-from seqtrain.layers import Adapters, RMSNorm, positions, rotate
+from seqtrain.layers import Adapters, RMSNorm, fused, positions, rotate
 from seqtrain.mixers.common.base import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 
@@ -74,7 +74,8 @@ class SoftmaxAttention(Mixer):
         inner = shape.heads * self.key
         # Of queries, keys, values and, where there is one, the gate.
         self.channels = [inner, *2 * (self.groups * self.key,), *config.output_gate * (inner,)]
-        self.qkv = nn.Linear(shape.width, sum(self.channels), bias=config.qkv_bias)
+        rows = [*(shape.heads + 2 * self.groups) * (self.key,), *config.output_gate * (-inner,)]
+        self.qkv = fused(nn.Linear(shape.width, sum(self.channels), bias=config.qkv_bias), rows)
         self.adapter = Adapters(shape.width, self.channels, config.adapter_rank) if config.adapter_rank else None
         self.q_norm, self.k_norm = self.norm(shape.heads), self.norm(self.groups)
         self.out = nn.Linear(inner, shape.out or shape.width, bias=config.out_bias)
