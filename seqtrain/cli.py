@@ -94,6 +94,7 @@ COMMANDS = {
     "simulate": Command("seqtrain.planning.simulate_scaling", "simulate steps with one sequence over many ranks"),
     "bench-operators": Command("seqtrain.benchmarks.operators", "time operators against others"),
     "bench-all-scan": Command("seqtrain.benchmarks.all_scan", "time ways to hand states from rank to rank"),
+    "compare-optimizers": Command("seqtrain.benchmarks.optimizers", "compare optimizers on the same text and time"),
     "bench-training": Command("seqtrain.benchmarks.training", "compare the throughput of training runs"),
     "bench-families": Command("seqtrain.benchmarks.families", "time a pretrained family's step against transformers"),
     "bench-memory": Command("seqtrain.benchmarks.memory", "measure the peak memory of one step on one long sequence"),

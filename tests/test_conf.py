@@ -7,9 +7,9 @@ from seqtrain.config import compose_config, conf_dir
 from seqtrain.models import LanguageModel
 from seqtrain.runtime import read_pretrain_config
 
-GROUPS = ("model", "data", "schedule", "tracking", "experiment")
+GROUPS = ("model", "data", "optimizer", "schedule", "tracking", "experiment")
 CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((conf_dir() / group).glob("[!_]*.yaml"))]
-NAMES = ["optimizer=adamw", "schedule=cosine", "runtime=ray", "runtime=inline"]
+NAMES = ["optimizer=adamw", "optimizer=muon", "schedule=cosine", "runtime=ray", "runtime=inline"]
 
 
 def read(*overrides):

@@ -207,7 +207,7 @@ def test_what_was_chosen_is_noted_and_null_means_none(conf):
         ("train.stepz=1", "'train.stepz' is unknown; did you mean 'train.steps'? Known: train.dtype, train.steps"),
         ("trian.steps=1", "config key 'trian' is unknown; did you mean 'train'? Known: "),
         ("optimzer=adamw", "config key 'optimzer' is unknown; did you mean 'optimizer'? Known: "),
-        ("optimizer=adamv", "optimizer= 'adamv' is unknown; did you mean 'adamw'? Known: adamw, quick"),
+        ("optimizer=adamv", "optimizer= 'adamv' is unknown; did you mean 'adamw'? Known: adamw, aro, "),
         ("mixer.s5.block=1", "config key 'mixer.s5.block' is unknown; did you mean 'mixer.s5.blocks'? Known: "),
         ("train.steps=[1", "train.steps=[1: "),
         ("train.steps=${nothing}", "train.steps: ${nothing} names no key"),

@@ -19,8 +19,8 @@ from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.models.config import default_config, mixer_class
 from seqtrain.models.lora import LoraConfig
 from seqtrain.parallel import Algorithm
-from seqtrain.runtime.optimizers import OptimizerConfig, check_optimizer
-from seqtrain.runtime.schedule import ScheduleConfig
+from seqtrain.runtime.optimizers import OPTIMIZERS, OptimizerConfig, check_optimizer
+from seqtrain.runtime.schedule import ScheduleConfig, learning_rate
 from seqtrain.runtime.segmented import Gradients
 from seqtrain.validation import AUTO, FilePath, OrAuto, validate
 
@@ -311,11 +311,25 @@ def check(config: PretrainConfig) -> None:
     check_source(config.data, sequence_length=config.train.sequence_length)
     _check_lora(config)
     check_optimizer(config.optimizer)
+    _check_averages(config)
     _check_batch(config)
     _check_ranks(config)
     _check_experts(config)
     _check_device(config)
     _check_model(config)
+
+
+def _check_averages(config: PretrainConfig) -> None:
+    if not OPTIMIZERS[config.optimizer.name].averages:
+        return
+    key, steps, schedule = f"optimizer.name={config.optimizer.name}", config.train.steps, config.schedule
+    if learning_rate(schedule, peak=1.0, steps=steps, step=steps - 1) < 1:
+        raise ConfigError(
+            f"{key}: it averages weights in place of a rate that falls, as that of schedule.name={schedule.name} does; "
+            "use schedule.name=wsd schedule.decay_fraction=0"
+        )
+    if not config.optimizer.betas[0]:
+        raise ConfigError(f"optimizer.betas={list(config.optimizer.betas)}: {key} needs the first above 0; use 0.9")
 
 
 def _check_experts(config: PretrainConfig) -> None:

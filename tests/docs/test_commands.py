@@ -29,6 +29,7 @@ ELSEWHERE = {
     "python launch/pretrain.py 'model.layers=[qrnn]'": "tests/launch runs that example",
     "ray start": "needs nodes",
     "pip install": "CI's quickstart installs",
+    "python tools/compare_optimizers.py": "takes hours; tests/benchmarks runs it in small",
 }
 NEEDS_NODES = "FIRST_NODE"
 MODEL = ["model.depth=2", "model.width=32", "model.heads=2"]
