@@ -133,7 +133,8 @@ def dct_adamw(weight: nn.Parameter, config: "OptimizerConfig") -> torch.optim.Op
 def dct_class() -> Any:
     """ISTA's DCTAdamW, which is plain PyTorch, without the rest of its package, which needs CUDA to be imported.
 
-    Matrices of one size have one cosine transform.
+    Matrices of one size have one cosine transform. In 1.1.15 moments are rotated into their own memory, which reads
+    what it has overwritten: that is mended.
     """
     name = "ista_daslab_optimizers"
     if name not in sys.modules:
@@ -141,7 +142,12 @@ def dct_class() -> Any:
         assert spec is not None
         package = sys.modules[name] = ModuleType(name)
         package.__path__ = list(spec.submodule_search_locations or ())
-    from ista_daslab_optimizers.fft_low_rank.dct_adamw import DCTAdamW
+    from ista_daslab_optimizers.fft_low_rank.dct_adamw import DCTAdamW, FFTLowRankProjector
+
+    def rotate(projector: Any, rotation: Tensor, moment: Tensor) -> None:
+        moment.copy_(moment @ rotation if projector.is_right_proj else rotation @ moment)
+
+    FFTLowRankProjector.rotate_subspace = rotate
 
     class SharedTransform(DCTAdamW):  # type: ignore[misc, valid-type]
         made: ClassVar[dict[tuple[Any, ...], Tensor]] = {}
