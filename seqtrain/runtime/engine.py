@@ -17,7 +17,7 @@ from seqtrain.runtime.optimizer_state import OptimizerState
 from seqtrain.runtime.optimizers import OPTIMIZERS, build_optimizer, set_learning_rate
 from seqtrain.runtime.ranks import Ranks
 from seqtrain.runtime.settings import PretrainConfig, micro_batch, micro_batches, segments
-from seqtrain.runtime.whole_matrices import place_blocks, split_groups
+from seqtrain.runtime.whole_matrices import WholeMatrices, place_blocks, split_groups
 
 log = logging.getLogger("seqtrain.runtime")
 
@@ -305,6 +305,7 @@ def held_tensors(engine: Engine) -> dict[str, list[Tensor]]:
     """
     model, zero = engine.module, engine.deepspeed.optimizer
     inner = zero if isinstance(zero, torch.optim.Optimizer) else zero.optimizer
+    matrices = inner.held.values() if isinstance(inner, WholeMatrices) else ()
     weights = list(model.parameters())
     own = vars(zero) if inner is not zero else {}
     return {
@@ -316,6 +317,7 @@ def held_tensors(engine: Engine) -> dict[str, list[Tensor]]:
         ],
         OPTIMIZER: [
             *_tensors_in([dict(state) for state in inner.state.values()]),
+            *_tensors_in([each.state() for held in matrices for _, each in held.updated]),
             *_tensors_in([group["params"] for group in inner.param_groups]),
         ],
         BUFFERS: [*model.buffers(), *_tensors_in(list(own.values()))],

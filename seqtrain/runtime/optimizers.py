@@ -105,7 +105,7 @@ def _of_matrices(*options: str, module: str = "", package: str = "") -> Optimize
     )
 
 
-FROM_PYTORCH_OPTIMIZER = {"module": "pytorch_optimizer", "package": "'pytorch-optimizer>=4.1,<5'"}
+FROM_PYTORCH_OPTIMIZER: dict[str, Any] = {"module": "pytorch_optimizer", "package": "'pytorch-optimizer>=4.1,<5'"}
 OPTIMIZERS = {
     "adamw": Optimizer(
         options=("betas", "eps"),

@@ -20,7 +20,7 @@ from seqtrain.models.config import default_config, mixer_class
 from seqtrain.models.lora import LoraConfig
 from seqtrain.parallel import Algorithm
 from seqtrain.runtime.optimizers import OPTIMIZERS, OptimizerConfig, check_optimizer
-from seqtrain.runtime.schedule import ScheduleConfig, learning_rate
+from seqtrain.runtime.schedule import ScheduleConfig
 from seqtrain.runtime.segmented import Gradients
 from seqtrain.validation import AUTO, FilePath, OrAuto, validate
 
@@ -322,11 +322,10 @@ def check(config: PretrainConfig) -> None:
 def _check_averages(config: PretrainConfig) -> None:
     if not OPTIMIZERS[config.optimizer.name].averages:
         return
-    key, steps, schedule = f"optimizer.name={config.optimizer.name}", config.train.steps, config.schedule
-    if learning_rate(schedule, peak=1.0, steps=steps, step=steps - 1) < 1:
+    key, name = f"optimizer.name={config.optimizer.name}", config.schedule.name
+    if name != "constant":
         raise ConfigError(
-            f"{key}: it averages weights in place of a rate that falls, as that of schedule.name={schedule.name} does; "
-            "use schedule.name=wsd schedule.decay_fraction=0"
+            f"{key}: averages weights in place of a rate that falls, as schedule.name={name}; use constant"
         )
     if not config.optimizer.betas[0]:
         raise ConfigError(f"optimizer.betas={list(config.optimizer.betas)}: {key} needs the first above 0; use 0.9")

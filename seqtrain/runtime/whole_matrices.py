@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class WholeMatrices(torch.optim.AdamW):
     `held`: what is needed to update each tensor of those groups; by `place_blocks`, once ZeRO has made its tensors.
     """
 
-    held: Mapping[Tensor, "HeldBlocks"]
+    held: Mapping[Tensor, "HeldBlocks"] = MappingProxyType({})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
