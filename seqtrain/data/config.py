@@ -30,6 +30,10 @@ class DataConfig:
     # Text of its own for evaluation, in the same form as `path`; `held_out` then has no effect. Empty: a share of
     # `path`.
     held_out_path: FilePath = ""
+    # Chat: roles whose turns are learned; on all else there is no loss.
+    train_roles: list[str] = field(default_factory=lambda: ["assistant"])
+    # Chat: how turns become text. Empty: the tokenizer's own template; chatml, or a file with a template in Jinja.
+    chat_template: FilePath = ""
     # Name of the field or column that holds the text (jsonl, parquet, huggingface), or the way to it: `a.b.0.c`.
     text_field: str = "text"
     # Bytes that are not UTF-8: stop with an error, or put U+FFFD in their place.

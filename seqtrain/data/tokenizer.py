@@ -3,8 +3,9 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class Tokenizer:
     end: int
     identity: str
     token_bytes: np.ndarray
+    # The files' own form in transformers, with its chat template and the names of its special tokens; None for none.
+    described: Any = None
 
     def encode_pieces(self, pieces: Sequence[bytes], before: Sequence[bytes] = ()) -> list[np.ndarray]:
         """The ids of several pieces of UTF-8 text, without any mark added.
@@ -38,6 +41,10 @@ class Tokenizer:
 
     def ends_token(self, before: bytes, after: bytes) -> bool:
         """Whether a token ends between two stretches of text, whatever stands further away."""
+        raise NotImplementedError
+
+    def encode_marked(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The ids of texts in which marks such as `<|im_end|>` are marks, and the character each begins at."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -69,6 +76,10 @@ class ByteTokenizer(Tokenizer):
 
     def encode_pieces(self, pieces: Sequence[bytes], before: Sequence[bytes] = ()) -> list[np.ndarray]:
         return [np.frombuffer(piece, dtype=np.uint8) for piece in pieces]
+
+    def encode_marked(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        found = [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+        return [(ids, np.cumsum(ids & 0xC0 != 0x80) - 1) for ids in found]
 
     def ends_token(self, before: bytes, after: bytes) -> bool:
         return True
@@ -129,6 +140,17 @@ class HuggingFaceTokenizer(Tokenizer):
         alone, whole = self._ids(heads), self._ids([each + tail for each in heads])
         return all(np.array_equal(a, w[: len(a)]) for a, w in zip(alone, whole, strict=True))
 
+    def encode_marked(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        encodings = self._marking.encode_batch(list(texts), add_special_tokens=False)
+        return [(np.array(each.ids), np.array([first for first, _ in each.offsets])) for each in encodings]
+
+    @cached_property
+    def _marking(self) -> Any:
+        from tokenizers import Tokenizer as Backend
+
+        # Whether marks are text is no part of what is written.
+        return Backend.from_str(self._backend.to_str())
+
     def _ids(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
@@ -137,14 +159,21 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def as_huggingface(self) -> Any:
+        tokenizer = _fast(self._backend, self._backend.id_to_token(self.end))
+        if self.described is not None:
+            tokenizer.chat_template = self.described.chat_template
+        return tokenizer
+
+    @cached_property
+    def described(self) -> Any:
+        if self._path.suffix == ".gguf":
+            return _of_gguf(self._path, self._path.stat().st_mtime_ns)
         from transformers import PreTrainedTokenizerFast
 
-        tokenizer = _fast(self._backend, self._backend.id_to_token(self.end))
-        folder = self._path if self._path.is_dir() else self._path.parent
         # Chat templates are in one of several files, or in several.
         with suppress(OSError, ValueError):
-            tokenizer.chat_template = PreTrainedTokenizerFast.from_pretrained(folder).chat_template
-        return tokenizer
+            return PreTrainedTokenizerFast.from_pretrained(self._path if self._path.is_dir() else self._path.parent)
+        return None
 
 
 def _text(data: bytes) -> str:
@@ -187,10 +216,10 @@ def _read(path: Path) -> tuple[Any, str]:
             f'data.tokenizer: {path} does not exist; give "bytes", a folder or a tokenizer.json (nothing is downloaded)'
         )
     if path.suffix == ".gguf":
-        return _convert(path.parent, gguf_file=path.name)
+        return _convert(path, lambda: _of_gguf(path, path.stat().st_mtime_ns))
     folder, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
     if not file.is_file():
-        return _convert(folder)
+        return _convert(folder, lambda: _transformers(folder))
     from tokenizers import Tokenizer as Backend
 
     # The library makes room for every id up to the largest.
@@ -204,12 +233,10 @@ def _read(path: Path) -> tuple[Any, str]:
     return backend, _eos_token(folder)
 
 
-def _convert(folder: Path, **options: str) -> tuple[Any, str]:
+def _convert(folder: Path, read: Callable[[], Any]) -> tuple[Any, str]:
     """A tokenizer in an older form (vocabulary and merges, sentencepiece) or a GGUF file, through transformers."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        tokenizer = read()
     # Files of any content end in any kind of error.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -220,6 +247,18 @@ def _convert(folder: Path, **options: str) -> tuple[Any, str]:
     if backend is None:
         raise ConfigError(f"data.tokenizer: {folder} has no fast form; save it as tokenizer.json first")
     return backend, tokenizer.eos_token or ""
+
+
+def _transformers(folder: Path, **options: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+
+
+@lru_cache(maxsize=1)
+def _of_gguf(path: Path, changed: int) -> Any:
+    """The tokenizer of a GGUF file that was `changed` at this time: to read one takes many seconds."""
+    return _transformers(path.parent, gguf_file=path.name)
 
 
 def _eos_token(folder: Path) -> str:
