@@ -133,6 +133,7 @@ def _read(stream: TokenStream, start: int, stop: int) -> tuple[np.ndarray, np.nd
     labels[: held - start - 1] = ids[1:]
     # A document's first token follows on nothing.
     labels[stream.starts(start + 1, held) - start - 1] = IGNORED
+    labels[: held - start - 1][~stream.counted(start + 1, held)] = IGNORED
     return ids[: stop - start], labels
 
 

@@ -34,7 +34,7 @@ class BadConversation(Exception):
 
     def __init__(self, reason: str, came: object = ""):
         super().__init__(f"{reason}{f' ({came})' if came else ''}")
-        self.reason = reason
+        self.reason, self.came = reason, str(came)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from seqtrain.data.batches import Batches, EvaluationBatches
+from seqtrain.data.chat import KNOWN_ROLES
 from seqtrain.data.config import DataConfig
 from seqtrain.data.ingest import Text, check_first_documents, ingest, left_out, open_sources
-from seqtrain.data.manifest import BIGRAMS, MANIFEST, REBUILD, VERSIONS, CorpusManifest, ShardIndex
+from seqtrain.data.manifest import BIGRAMS, MANIFEST, REBUILD, VERSIONS, CorpusManifest, ShardIndex, told_problems
 from seqtrain.data.packing import Packing, Windows, make_packing
 from seqtrain.data.pool import Pools, local_pools
 from seqtrain.data.sources import SOURCES, Source
@@ -80,7 +81,8 @@ class Corpus:
     def about(self) -> str:
         """What a log says of it."""
         held_out = f"{self.held_out.tokens} held out, {self.manifest.empty_documents} empty documents"
-        return f"{self.folder}, {self.train.tokens} tokens to train on, {held_out}{self.left_out}"
+        problems = told_problems(self.manifest.problems)
+        return f"{self.folder}, {self.train.tokens} tokens to train on, {held_out}{self.left_out}{problems}"
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ def check_source(config: DataConfig, *, sequence_length: int) -> None:
         raise ConfigError(unknown_name("data.source", config.source, [*SOURCES.names, *TASKS.names]))
     elif config.task:
         raise ConfigError(f"data.task.{next(iter(config.task))}: data.source={config.source} is text, not a task")
+    if config.source == "chat" and (not config.train_roles or set(config.train_roles) - set(KNOWN_ROLES)):
+        raise ConfigError(f"data.train_roles={config.train_roles}: takes one or more of {', '.join(KNOWN_ROLES)}")
     if config.documents_per_row and config.packing != "best_fit":
         raise ConfigError(
             f"data.documents_per_row={config.documents_per_row}: data.packing={config.packing} has no use for it; "

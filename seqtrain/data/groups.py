@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -67,6 +68,14 @@ class Piece:
         return self.document.units * len(self.data) / self.document.size
 
 
+class Encoded(NamedTuple):
+    """A piece with its ids; `counted`: which of them are predicted, None for all."""
+
+    piece: Piece
+    ids: np.ndarray
+    counted: np.ndarray | None
+
+
 def make_group(job: Job, tokenizer: Tokenizer, report: Report = lambda units: None) -> Group:
     """Makes the next group of a section durable; `report` is told the units of the section that are done."""
     group = _GroupWriter(job, tokenizer)
@@ -104,6 +113,7 @@ class _GroupWriter:
         self.tokenizer = tokenizer
         self.cursor = job.state.cursor
         self.empty, self.units = job.state.empty_documents, job.state.units
+        self.problems = dict(job.state.problems)
         section, groups = job.section.number, job.state.groups
         counts = read_counts(job.folder / counts_name(section, groups)) if groups else np.zeros((2, *SHAPE), int)
         entries = (job.state.train, job.state.held_out)
@@ -119,9 +129,13 @@ class _GroupWriter:
     def add(self, batch: list[Piece]) -> None:
         filled = [piece for piece in batch if piece.document.size]
         self.empty += len(batch) - len(filled)
-        ids = self.tokenizer.encode_pieces([piece.data for piece in filled], [piece.before for piece in filled])
+        for document in (piece.document for piece in batch if piece.previous < 0):
+            for reason, came in document.problems.items():
+                count, example = self.problems.get(reason, (0, f"{document.name}{came and f' ({came})'}"))
+                self.problems[reason] = (count + 1, example)
+        encoded = [Encoded(*each) for each in zip(filled, *_encoded(self.tokenizer, filled), strict=True)]
         for split, held_out in (("train", False), ("held_out", True)):
-            chosen = [(p, i) for p, i in zip(filled, ids, strict=True) if p.document.held_out is held_out]
+            chosen = [each for each in encoded if each.piece.document.held_out is held_out]
             if chosen:
                 self.splits[split].add(chosen)
         self.cursor = batch[-1].after
@@ -137,7 +151,8 @@ class _GroupWriter:
         sync(self.folder)
         train, held_out = (split.entry for split in self.splits.values())
         section = self.state.section
-        state = SectionState(section, self.cursor, groups, whole, self.empty, self.units, train, held_out)
+        counted = (self.empty, self.problems, self.units, train, held_out)
+        state = SectionState(section, self.cursor, groups, whole, *counted)
         return Group(state, shards)
 
     def abandon(self) -> None:
@@ -154,26 +169,48 @@ class _SplitWriter:
         self.bigrams = bigrams
         self.writer: ShardWriter | None = None
 
-    def add(self, pieces: list[tuple[Piece, np.ndarray]]) -> None:
+    def add(self, encoded: list[Encoded]) -> None:
         if self.writer is None:
             self.writer = ShardWriter(self.file, self.tokenizer.vocab_size)
-        end = np.array([self.tokenizer.end])
-        parts = [part for piece, ids in pieces for part in ((ids, end) if piece.last else (ids,))]
-        lengths = np.array([len(ids) + piece.last for piece, ids in pieces])
-        first = np.array([piece.previous < 0 for piece, _ in pieces])
-        ids = np.concatenate(parts)
+        pieces = [each.piece for each in encoded]
+        lengths = np.array([len(each.ids) for each in encoded])
+        first = np.array([piece.previous < 0 for piece in pieces])
+        ids = np.concatenate([each.ids for each in encoded])
         starts = (np.cumsum(lengths) - lengths)[first]
-        self.writer.append(ids, starts)
-        self.bigrams += count_pairs([(piece.data, piece.previous, piece.last) for piece, _ in pieces])
+        counted = [each.counted for each in encoded if each.counted is not None]
+        self.writer.append(ids, starts, np.concatenate(counted) if counted else None)
+        self.bigrams += count_pairs([(piece.data, piece.previous, piece.last) for piece in pieces])
+        # Marks of a conversation are no text.
+        size = self.tokenizer.byte_count(ids) if counted else sum(len(piece.data) for piece in pieces)
         self.entry = replace(
             self.entry,
             documents=self.entry.documents + len(starts),
             tokens=self.entry.tokens + len(ids),
-            bytes=self.entry.bytes + sum(len(piece.data) for piece, _ in pieces),
+            bytes=self.entry.bytes + size,
             token_bytes=self.entry.token_bytes + self.tokenizer.byte_count(ids),
             first_bytes=self.entry.first_bytes + self.tokenizer.byte_count(ids[starts]),
-            content=_chained(self.entry.content, [piece for piece, _ in pieces]),
+            content=_chained(self.entry.content, pieces),
         )
+
+
+def _encoded(tokenizer: Tokenizer, pieces: list[Piece]) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+    """The ids of each piece, a document's last with its `end`; and which of them are predicted, None where all are."""
+    if all(piece.document.learned is None for piece in pieces):
+        found = tokenizer.encode_pieces([piece.data for piece in pieces], [piece.before for piece in pieces])
+        ends = [np.array([tokenizer.end] if piece.last else [], dtype=np.int64) for piece in pieces]
+        return [np.concatenate(parts) for parts in zip(found, ends, strict=True)], [None] * len(pieces)
+    ids, counted = [], []
+    texts = [piece.data.decode("utf-8") for piece in pieces]
+    for piece, text, (own, begins) in zip(pieces, texts, tokenizer.encode_marked(texts), strict=True):
+        spans = piece.document.learned or ()
+        learned = np.zeros(len(text), dtype=bool)
+        for start, stop in spans:
+            learned[start:stop] = True
+        # A last turn that has no mark of its own ends with the document.
+        marked = (tokenizer.token_bytes[own[begins >= spans[-1][0]]] == 0).any()
+        ids.append(np.append(own, tokenizer.end))
+        counted.append(np.append(learned[begins], learned[-1] and not marked))
+    return ids, counted
 
 
 def _chained(content: str, pieces: list[Piece]) -> str:

@@ -40,6 +40,7 @@ from seqtrain.data.manifest import (
     SourceEntry,
     SplitEntry,
     TokenizerEntry,
+    told_problems,
     write_index,
 )
 from seqtrain.data.pool import Pool, Pools
@@ -123,6 +124,7 @@ class Text:
     def _key(self, *division: dict[str, int]) -> str:
         config = self.config
         settings = [config.source, config.held_out, config.text_field, config.invalid_utf8, config.shard_tokens]
+        settings += self.sources[0].settings
         # Bytes are their own tokens wherever text is cut; other corpora were cut without looking around once.
         cut = [] if isinstance(self.tokenizer, ByteTokenizer) else [AROUND]
         batches = [PIECE_BYTES, BATCH_BYTES, BATCH_PIECES]
@@ -207,8 +209,10 @@ def _finish(text: Text, folder: Path, progress: ProgressLog) -> None:
     config, tokenizer = text.config, text.tokenizer
     where = config.path or config.source
     entries, empty = _totals(progress)
+    problems = _problems(progress)
+    told = left_out(text.sources) + told_problems(problems)
     if not entries["train"].documents:
-        raise DataError(f"data.path: no text to train on in {where} ({empty} empty documents)")
+        raise DataError(f"data.path: no text to train on in {where} ({empty} empty documents{told})")
     if not entries["held_out"].documents and (config.held_out or config.held_out_path):
         raise _nothing_held_out(config, entries["train"].documents)
     if [source.fingerprint() for source in text.sources] != text.fingerprints:
@@ -223,11 +227,11 @@ def _finish(text: Text, folder: Path, progress: ProgressLog) -> None:
         tokenizer=TokenizerEntry(Path(config.tokenizer).name, tokenizer.identity, tokenizer.vocab_size, tokenizer.end),
         empty_documents=empty,
         bigrams_sha256=sha256_of(folder / BIGRAMS),
+        problems=problems,
         **entries,
     )
     manifest.write(folder / MANIFEST)
     documents = sum(entry.documents for entry in entries.values())
-    told = left_out(text.sources)
     log.log(
         logging.WARNING if told else logging.INFO,
         "data: read %d documents of %d files, and %d empty ones%s",
@@ -255,6 +259,17 @@ def _totals(progress: ProgressLog) -> tuple[dict[str, SplitEntry], int]:
             sums[split] += (entry.documents, entry.tokens, entry.bytes, entry.token_bytes, entry.first_bytes)
             contents[split][state.section] = entry.content
     return {split: SplitEntry(*map(int, sums[split]), _joined(contents[split])) for split in SPLITS}, empty
+
+
+def _problems(progress: ProgressLog) -> dict[str, tuple[int, str]]:
+    """Those of all documents together, by reason, with the first one's name."""
+    found = {group.state.section: group.state.problems for group in progress.groups() if group.state.whole}
+    problems: dict[str, tuple[int, str]] = {}
+    for number in sorted(found):
+        for reason, (count, example) in found[number].items():
+            before, first = problems.get(reason, (0, example))
+            problems[reason] = (before + count, first)
+    return problems
 
 
 def _joined(contents: dict[int, str]) -> str:

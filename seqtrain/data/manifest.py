@@ -5,7 +5,7 @@ however many shards it has.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,7 +64,11 @@ class TokenizerEntry:
 
 @dataclass(frozen=True)
 class CorpusManifest(Manifest):
-    """What a whole corpus says of itself. `bigrams_sha256`: checksum of the byte-bigram counts next to it."""
+    """What a whole corpus says of itself.
+
+    `bigrams_sha256`: checksum of the byte-bigram counts next to it. `problems`: of documents, by reason, how many have
+    it, and the first.
+    """
 
     remedy = REBUILD
 
@@ -76,6 +80,13 @@ class CorpusManifest(Manifest):
     train: SplitEntry
     held_out: SplitEntry
     bigrams_sha256: str
+    problems: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+
+def told_problems(problems: Mapping[str, tuple[int, str]]) -> str:
+    """What is wrong with documents, to be added to a sentence; empty where nothing is."""
+    found = [f"{count} {reason} (as {example})" for reason, (count, example) in sorted(problems.items())]
+    return f", conversations {'; '.join(found)}" if found else ""
 
 
 class ShardIndex:

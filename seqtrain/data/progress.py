@@ -25,7 +25,8 @@ NOTHING = SplitEntry()
 class SectionState:
     """Where a section of the text stands after `groups` groups: where it goes on, and everything counted in it so far.
 
-    `units`: of the sources that are done, for the progress bar. `whole`: there is no more of it.
+    `problems`: of documents, by reason, how many have it, and the first. `units`: of the sources that are done, for the
+    progress bar. `whole`: there is no more of it.
     """
 
     section: int
@@ -33,6 +34,7 @@ class SectionState:
     groups: int = 0
     whole: bool = False
     empty_documents: int = 0
+    problems: dict[str, tuple[int, str]] = field(default_factory=dict)
     units: float = 0.0
     train: SplitEntry = NOTHING
     held_out: SplitEntry = NOTHING

@@ -3,10 +3,11 @@
 A shard has a header, token ids, and where documents start, in one file that is read through a memory map.
 
     bytes 0-7   magic b"seqtrain"       8-11 version        12-15 bytes per id (2, 4)       16-23 tokens
-    24-31       document starts         32-39 vocab_size    40-63 zero
-    64-         ids, little endian, padded with zeros to a multiple of 8; then the starts, int64, rising
+    24-31       document starts         32-39 vocab_size    40-47 changes       48-63 zero
+    64-         ids, little endian, padded with zeros to a multiple of 8; then the starts and the changes, int64, rising
 
-A start is a position in this shard. A document may continue in the next shard: only its start is written.
+A start is a position in this shard. A document may continue in the next shard: only its start is written. Tokens are
+predicted up to the first change, from the second to the third, and so on; text has none.
 """
 
 import mmap
@@ -25,7 +26,7 @@ from seqtrain.files import publish, sha256_of
 
 MAGIC = b"seqtrain"
 SHARD_VERSION = 1
-HEADER = struct.Struct("<8sIIQQQ24x")
+HEADER = struct.Struct("<8sIIQQQQ16x")
 # Ids looked at in one go when a shard is checked.
 CHECKED = 2**20
 
@@ -80,9 +81,18 @@ class ShardWriter:
         # They follow the ids in the file; of tiny documents they would take more memory than all else.
         self._starts_file = self._unfinished.with_suffix(".starts.tmp")
         self._opened_starts = self._starts_file.open("w+b")
+        # Where tokens begin and cease to be predicted; whether the last one is.
+        self._changes: list[np.ndarray] = []
+        self._counted = True
 
-    def append(self, ids: np.ndarray, starts: np.ndarray) -> None:
-        """Adds `ids`, of which those at the positions `starts` begin a document."""
+    def append(self, ids: np.ndarray, starts: np.ndarray, counted: np.ndarray | None = None) -> None:
+        """Adds `ids`, of which those at the positions `starts` begin a document.
+
+        `counted`: bool, which of them are predicted; by default, all.
+        """
+        if counted is not None:
+            self._changes.append(np.flatnonzero(np.diff(counted, prepend=self._counted)).astype("<i8") + self.tokens)
+            self._counted = bool(counted[-1])
         self._opened.write(ids.astype(self._dtype).tobytes())
         self._opened_starts.write((starts.astype("<i8") + self.tokens).tobytes())
         self.tokens += len(ids)
@@ -94,8 +104,11 @@ class ShardWriter:
         self._opened.write(bytes(offset - self._opened.tell()))
         self._opened_starts.seek(0)
         shutil.copyfileobj(self._opened_starts, self._opened)
+        for changes in self._changes:
+            self._opened.write(changes.tobytes())
         self._opened.seek(0)
-        fields = (MAGIC, SHARD_VERSION, self._dtype.itemsize, self.tokens, self.starts, self.vocab_size)
+        count = sum(map(len, self._changes))
+        fields = (MAGIC, SHARD_VERSION, self._dtype.itemsize, self.tokens, self.starts, self.vocab_size, count)
         self._opened.write(HEADER.pack(*fields))
         self.abandon()
         self._starts_file.unlink()
@@ -132,7 +145,9 @@ class Shard:
             status = os.fstat(opened)
             if not stat.S_ISREG(status.st_mode):
                 raise _foreign(path)
-            _check_size(path, entry, vocab_size, status.st_size)
+            header = os.pread(opened, HEADER.size, 0)
+            changes = HEADER.unpack(header)[-1] if len(header) == HEADER.size else 0
+            _check_size(path, entry, vocab_size, status.st_size - 8 * changes)
             shard = cls(path, entry, vocab_size, mmap.mmap(opened, 0, access=mmap.ACCESS_READ))
         finally:
             os.close(opened)
@@ -149,6 +164,19 @@ class Shard:
         # Where there are none, the offset is the file's end, which numpy refuses.
         return np.frombuffer(self.content, "<i8", self.entry.starts, offset) if self.entry.starts else NO_STARTS
 
+    def changes(self) -> np.ndarray:
+        """Positions in this shard at which tokens cease to be predicted, and are again, in turn: int64, rising."""
+        _, offset = _layout(self.entry.tokens, self.entry.starts, id_type(self.vocab_size).itemsize)
+        return np.frombuffer(self.content, "<i8", -1, offset) if offset < len(self.content) else NO_STARTS
+
+    def counted(self, start: int, stop: int) -> np.ndarray:
+        """bool `[stop - start]`: whether the tokens at `start <= position < stop` are predicted."""
+        changes = self.changes()
+        before, upto = np.searchsorted(changes, [start, stop])
+        changed = np.zeros(stop - start, dtype=np.int64)
+        changed[changes[before:upto] - start] = 1
+        return (before + changed.cumsum()) % 2 == 0
+
     def verify(self) -> None:
         """Reads the whole shard: checksum, ids below the vocabulary, starts that rise. Raises `DataError`."""
         came = sha256_of(self.path)
@@ -163,14 +191,14 @@ class Shard:
                 place = at + int(np.argmax(foreign))
                 offset = HEADER.size + place * ids.itemsize
                 raise _error(self.path, f"id {ids[place]} at byte {offset}, but ids are below {self.vocab_size}")
-        starts = self.starts()
-        rising = all((np.diff(starts[at : at + CHECKED + 1]) > 0).all() for at in range(0, len(starts), CHECKED))
-        if len(starts) and not (rising and starts[0] >= 0 and starts[-1] < self.entry.tokens):
-            raise _error(self.path, "document starts do not rise inside the shard")
+        for what, places in (("document starts", self.starts()), ("changes", self.changes())):
+            rising = all((np.diff(places[at : at + CHECKED + 1]) > 0).all() for at in range(0, len(places), CHECKED))
+            if len(places) and not (rising and places[0] >= 0 and places[-1] < self.entry.tokens):
+                raise _error(self.path, f"{what} do not rise inside the shard")
 
     def _check_header(self) -> None:
         fields = HEADER.unpack(self.content[: HEADER.size])
-        magic, version, came_itemsize, tokens, starts, vocab_size = fields
+        magic, version, came_itemsize, tokens, starts, vocab_size, _ = fields
         itemsize = id_type(self.vocab_size).itemsize
         if magic != MAGIC:
             raise _error(self.path, f"not a token shard: it starts with {magic!r}")

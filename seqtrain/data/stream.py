@@ -47,6 +47,11 @@ class TokenStream:
             found.append(starts[first:last] + self.shards.first(number))
         return np.concatenate(found)
 
+    def counted(self, start: int, stop: int) -> np.ndarray:
+        """bool `[stop - start]`: whether the tokens at `start <= position < stop` are predicted; all are of text."""
+        found = [self._opened(number).counted(low, high) for number, low, high in self._pieces(start, stop)]
+        return np.concatenate(found) if found else np.empty(0, dtype=bool)
+
     def document_starts(self, first: int, stop: int) -> np.ndarray:
         """int64 `[stop - first]`: the positions at which the documents `first <= number < stop` start, rising."""
         assert 0 <= first <= stop <= self.documents, (first, stop, self.documents)

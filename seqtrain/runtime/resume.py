@@ -33,7 +33,7 @@ SEGMENTATION = ("micro_batch_size", "segment_tokens", "segment_gradients")
 # Keys of `model` that say what is computed twice: the numbers are the same bits.
 RECOMPUTATION = ("activation_checkpointing", "recompute")
 # Keys of `data` that say where text and tokenizer lie; `content` says what they are.
-PLACES = ("path", "held_out_path", "tokenizer")
+PLACES = ("path", "held_out_path", "tokenizer", "chat_template")
 # What a run without adapters says of them.
 NO_LORA = {"rank": 0}
 

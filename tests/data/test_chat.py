@@ -1,14 +1,16 @@
 """Chat templates of three formats, written after their documentation, against masks made by hand."""
 
 import json
+import re
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from seqtrain.data import DataConfig, load_tokenizer
+from seqtrain.data import DataConfig, load_tokenizer, prepare
 from seqtrain.data.chat import CHATML, BadConversation, conversation, load_chat_template, tools_of
-from seqtrain.errors import ConfigError
+from seqtrain.errors import ConfigError, DataError
 
 # https://llama.meta.com/docs/model-cards-and-prompt-formats/meta-llama-3
 LLAMA3 = (
@@ -168,3 +170,76 @@ def test_a_template_that_is_missing_or_wrong_is_one_line(tmp_path, monkeypatch, 
     (tmp_path / "bad.jinja").write_text("{{ bos_token }}\n{% for m in messages %}{{ m.content ")
     with pytest.raises(ConfigError, match=message):
         load_chat_template(DataConfig(**options))
+
+
+def write_conversations(folder, kind):
+    """Ten conversations that can be learned from, with tools and parts, and four that can't."""
+    good = [turns(("user", f"the {number}"), ("assistant", f"alpha {number}\n" * (number + 1))) for number in range(10)]
+    bad = [[], turns(("narrator", "Q")), turns(("user", "Q")), turns(("user", ""), ("assistant", "A"))]
+    rows = [{"id": place, "messages": talk} for place, talk in enumerate([*good[:5], *bad, *good[5:]])]
+    if kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "talk.parquet", row_group_size=4)
+    else:
+        (folder / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return good
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_loss_is_on_assistants_tokens_only(named, tmp_path_factory, caplog, kind):
+    caplog.set_level("INFO", logger="seqtrain.data")
+    folder, tokenizer = tmp_path_factory.mktemp("chat"), named[1]
+    good = write_conversations(folder, kind)
+    config = DataConfig(
+        source="chat", path=str(folder), tokenizer=str(tokenizer), packing="best_fit", held_out=0.0,
+        cache_dir=str(folder / "cache"),
+    )  # fmt: skip
+    corpus = prepare(config, progress=False)
+    reasons = {reason: count for reason, (count, _) in corpus.manifest.problems.items()}
+    assert reasons == {
+        "without turns": 1, "with an unknown role": 1, "with an empty turn": 1,
+        "without a turn of assistant after the first": 1,
+    }  # fmt: skip
+    assert re.search(r"1 with an unknown role \(as .*talk\.(jsonl:7|parquet: row 6) \(narrator\)\)", caplog.text)
+    described, expected = corpus.tokenizer.described, []
+    for question, answer in good:
+        prompt = described.apply_chat_template([question], add_generation_prompt=True, return_dict=False)
+        expected.append(described.apply_chat_template([question, answer], return_dict=False)[len(prompt) :])
+    batches = corpus.training_batches(seed=0, sequence_length=128, batch_size=1)
+    answers = []
+    for row in range(batches.packing.rows(0)):
+        batch = batches.at(row)
+        for start, stop in pairwise(batch.cu_seqlens.tolist()):
+            labels = batch.labels[0, start:stop].tolist()
+            answers.append([label for label in labels if label != -100])
+    assert sorted(filter(None, answers)) == sorted(expected)
+    assert corpus.train.bytes == corpus.manifest.train.token_bytes
+
+
+def test_an_answer_without_a_mark_of_its_own_ends_with_the_document(tmp_path):
+    write_conversations(tmp_path, "jsonl")
+    config = DataConfig(
+        source="chat", path=str(tmp_path), chat_template="chatml", held_out=0.0, cache_dir=str(tmp_path / "cache")
+    )
+    stream = prepare(config, progress=False).train
+    ids, counted = stream.read(0, stream.tokens), stream.counted(0, stream.tokens)
+    starts = [*stream.starts(0, stream.tokens).tolist(), stream.tokens]
+    for number, (start, stop) in enumerate(pairwise(starts)):
+        said = bytes(ids[start:stop][counted[start:stop]][:-1].tolist()).decode()
+        assert said == f"alpha {number}\n" * (number + 1) + "<|im_end|>\n"
+        assert counted[stop - 1]
+        assert ids[stop - 1] == 256
+    # Anywhere, and across the shards' pieces, the same.
+    assert (np.concatenate([stream.counted(at, at + 1) for at in range(200)]) == counted[:200]).all()
+
+
+def test_a_corpus_without_a_conversation_says_why(tmp_path):
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"conversations": [{"from": "human", "value": "Q"}]}))
+    config = DataConfig(source="chat", path=str(tmp_path), chat_template="chatml", cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=r"no text to train on .* 1 without a turn of assistant after the first \(as "):
+        prepare(config, progress=False)
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"text": "Q"}))
+    with pytest.raises(DataError, match=r"no field 'messages', the line holds fields \['text'\]; set data.text_field"):
+        prepare(config, progress=False)

@@ -3,8 +3,8 @@
 import copy
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
@@ -71,6 +71,10 @@ class Document:
     units: float
     place: Place
     next_place: Place
+    # Of a conversation, the characters that are predicted, `start <= place < stop`; None: all are.
+    learned: tuple[tuple[int, int], ...] | None = field(default=None, kw_only=True)
+    # What of it is left out, by reason, with a remark.
+    problems: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     def read(self, offset: int, count: int) -> bytes:
         """At most `count` bytes of the text from `offset`."""
@@ -86,6 +90,10 @@ class Document:
         over megabytes, raises `DataError`.
         """
         stop = self.size if stop is None else stop
+        if self.learned is not None and offset < stop:
+            # Its marks are no text that could be cut anywhere.
+            yield self.read(offset, stop - offset), stop
+            return
         while offset < stop:
             piece = self._piece(offset, stop, ends)
             if not piece:
@@ -165,15 +173,25 @@ class Source:
 
     def documents(self, start: Place = START) -> Iterator[Document]:
         """The documents from that at `start` on, in order."""
+        for number, file in self.numbered(start.file):
+            yield from self.documents_of(file, Place(number, start.at if number == start.file else 0))
+
+    def documents_of(self, file: Path, start: Place) -> Iterator[Document]:
+        """Those of one file."""
         raise NotImplementedError
 
     def stretches(self, size: int, ends: Ends) -> Iterator[tuple[Cursor, int]]:
-        """Where reading may begin, in order, and how many bytes follow up to the next: the files.
+        """Where reading may begin, in order, and how many bytes follow up to the next.
 
         Sources that can be entered within a file give places about `size` bytes apart. `ends`: as in `pieces`.
         """
         for number, file in self.numbered():
-            yield Cursor(place=Place(number)), file.stat().st_size
+            for place, length in self.stretches_of(file, Place(number), size):
+                yield Cursor(place=place), length
+
+    def stretches_of(self, file: Path, start: Place, size: int) -> Iterator[tuple[Place, int]]:
+        """Those of one file, which begins at `start`: it is one."""
+        yield start, file.stat().st_size
 
     def numbered(self, first: int = 0) -> Iterator[tuple[int, Path]]:
         """The files from number `first` on, with their numbers."""
@@ -213,6 +231,11 @@ class Source:
         """`(name, bytes, mtime in ns)` of every file: tells whether finished shards are still those of the text."""
         stats = ((file, file.stat()) for file in self.files)
         return [(self.name(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+
+    @property
+    def settings(self) -> list[object]:
+        """What decides its text besides files and the keys that all sources have: JSON."""
+        return []
 
     def row(self, name: str, text: object, units: float, place: Place, next_place: Place) -> RowDocument:
         """A document from one row. Equal texts always fall on the same side of the split."""

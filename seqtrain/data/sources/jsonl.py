@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from seqtrain.data.sources._base import START, Cursor, Document, Ends, Place, Source, within
+from seqtrain.data.sources._base import Document, Place, Source, within
 from seqtrain.data.sources._compressed import ENDINGS, compression, opened
 from seqtrain.errors import DataError
 
@@ -24,33 +24,31 @@ class JsonLines(Source):
 
     suffix = tuple(f".jsonl{ending}" for ending in ENDINGS)
 
-    def documents(self, start: Place = START) -> Iterator[Document]:
-        for number, file in self.numbered(start.file):
-            with opened(file) as (text, raw):
-                begun = at = start.at if number == start.file else 0
-                _enter(text, raw, at)
-                read = raw.tell()
-                for count in itertools.count(1):
-                    if not (line := text.readline(LONGEST_LINE + 1)):
-                        break
-                    place, at = Place(number, at), at + len(line)
-                    if not line.strip():
-                        continue
-                    # How many lines come before isn't known where the file is entered in the middle.
-                    name = f"{file}: byte {place.at}" if begun else f"{file}:{count}"
-                    # Of a compressed file, as much as has been read of it; that of a line isn't known.
-                    units = len(line) if text is raw else raw.tell() - read
-                    read += units
-                    yield self._parse(name, line, units, place, Place(number, at))
+    def documents_of(self, file: Path, start: Place) -> Iterator[Document]:
+        with opened(file) as (text, raw):
+            number, at = start
+            _enter(text, raw, at)
+            read = raw.tell()
+            for count in itertools.count(1):
+                if not (line := text.readline(LONGEST_LINE + 1)):
+                    break
+                place, at = Place(number, at), at + len(line)
+                if not line.strip():
+                    continue
+                # How many lines come before isn't known where the file is entered in the middle.
+                name = f"{file}: byte {place.at}" if start.at else f"{file}:{count}"
+                # Of a compressed file, as much as has been read of it; that of a line isn't known.
+                units = len(line) if text is raw else raw.tell() - read
+                read += units
+                yield self._parse(name, line, units, place, Place(number, at))
 
-    def stretches(self, size: int, ends: Ends) -> Iterator[tuple[Cursor, int]]:
-        for (cursor, whole), (number, file) in zip(super().stretches(size, ends), self.numbered(), strict=True):
-            at = 0
-            for cut in _line_starts(file, range(size, whole - size // 2, size)):
-                if at < cut < whole:
-                    yield cursor._replace(place=Place(number, at)), cut - at
-                    at = cut
-            yield cursor._replace(place=Place(number, at)), whole - at
+    def stretches_of(self, file: Path, start: Place, size: int) -> Iterator[tuple[Place, int]]:
+        whole = file.stat().st_size
+        for cut in _line_starts(file, range(size, whole - size // 2, size)):
+            if start.at < cut < whole:
+                yield start, cut - start.at
+                start = start._replace(at=cut)
+        yield start, whole - start.at
 
     def _parse(self, name: str, line: bytes, units: int, place: Place, next_place: Place) -> Document:
         if len(line) > LONGEST_LINE:
@@ -58,10 +56,17 @@ class JsonLines(Source):
                 f"{name}: the line is longer than {LONGEST_LINE} bytes; keep so long a document as a text file"
             )
         try:
-            # Numbers are not looked at, however long they are.
-            entry = json.loads(line, parse_int=len)
+            return self.document(name, self.loads(line), units, place, next_place)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{name}: not a line of JSON: {error}") from None
+
+    def loads(self, line: bytes) -> object:
+        """The object in a line."""
+        # Numbers are not looked at, however long they are.
+        return json.loads(line, parse_int=len)
+
+    def document(self, name: str, entry: object, units: float, place: Place, next_place: Place) -> Document:
+        """The document in the object of a line."""
         text = within(entry, self.config.text_field, f"{name}: the line")
         return self.row(name, text, units, place, next_place)
 

@@ -6,7 +6,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seqtrain.data.sources._base import START, Cursor, Document, Ends, Place, Source
+from seqtrain.data.sources._base import Document, Place, Source
 from seqtrain.data.sources._columns import inner, outer
 from seqtrain.errors import DataError
 
@@ -31,38 +31,19 @@ class Parquet(Source):
     def total(self) -> int:
         return sum(self._open(file).metadata.num_rows for file in self.files)
 
-    def documents(self, start: Place = START) -> Iterator[Document]:
-        for number, file in self.numbered(start.file):
-            yield from self._rows(number, file, self._open(file), start.at if number == start.file else 0)
+    def documents_of(self, file: Path, start: Place) -> Iterator[Document]:
+        table, path = self._open(file), self.config.text_field
+        column = outer(path, table.schema_arrow.names, str(file))
+        for first, batch in batches(file, table, [column], start.at):
+            for row, value in enumerate(inner(batch.column(0), path, column, f"{file}: row {first} and on"), first):
+                if row >= start.at:
+                    name = f"{file}: row {row}"
+                    here, after = start._replace(at=row), start._replace(at=row + 1)
+                    yield self.row(name, self._text(name, value), 1, here, after)
 
-    def stretches(self, size: int, ends: Ends) -> Iterator[tuple[Cursor, int]]:
-        for (cursor, whole), (number, file) in zip(super().stretches(size, ends), self.numbered(), strict=True):
-            if whole < 2 * size:
-                yield cursor, whole
-                continue
-            # Its row groups: they are read from their start.
-            metadata, row = self._open(file).metadata, 0
-            for group in range(metadata.num_row_groups):
-                rows = metadata.row_group(group).num_rows
-                yield cursor._replace(place=Place(number, row)), whole * rows // max(metadata.num_rows, 1)
-                row += rows
-
-    def _rows(self, number: int, file: Path, table: "pyarrow.parquet.ParquetFile", skip: int) -> Iterator[Document]:
-        sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
-        # Row groups before the first wanted row are never read.
-        ends = list(accumulate(sizes))
-        first = bisect_right(ends, skip)
-        row = ends[first] - sizes[first] if first < len(ends) else 0
-        groups = list(range(first, len(sizes)))
-        path = self.config.text_field
-        name = outer(path, table.schema_arrow.names, str(file))
-        batches = table.iter_batches(ROWS, row_groups=groups, columns=[name])
-        while (batch := _next(batches, f"{file}: row {row}")) is not None:
-            for value in inner(batch.column(0), path, name, f"{file}: row {row} and on"):
-                if row >= skip:
-                    here = f"{file}: row {row}"
-                    yield self.row(here, self._text(here, value), 1, Place(number, row), Place(number, row + 1))
-                row += 1
+    def stretches_of(self, file: Path, start: Place, size: int) -> Iterator[tuple[Place, int]]:
+        whole = file.stat().st_size
+        yield from [(start, whole)] if whole < 2 * size else row_groups(open_table(file), start, whole)
 
     def _text(self, name: str, value: "pyarrow.Scalar") -> object:
         try:
@@ -73,16 +54,45 @@ class Parquet(Source):
             raise DataError(f"{name}: not UTF-8 at byte {error.start}; data.invalid_utf8=replace takes it") from None
 
     def _open(self, file: Path) -> "pyarrow.parquet.ParquetFile":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            # Buffered: a page is held at a time, where the other ways hold the whole column of a row group.
-            table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{file}: not a parquet file: {error}") from None
+        table = open_table(file)
         outer(self.config.text_field, table.schema_arrow.names, str(file))
         return table
+
+
+def open_table(file: Path) -> "pyarrow.parquet.ParquetFile":
+    """A table whose rows are read as they are needed. Raises `DataError`."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # Buffered: a page is held at a time, where the other ways hold the whole column of a row group.
+        return pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a parquet file: {error}") from None
+
+
+def row_groups(table: "pyarrow.parquet.ParquetFile", start: Place, size: int) -> Iterator[tuple[Place, int]]:
+    """Where the row groups of a table of `size` bytes begin, and how long they are: they are read from their start."""
+    metadata = table.metadata
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        yield start, size * rows // max(metadata.num_rows, 1)
+        start = start._replace(at=start.at + rows)
+
+
+def batches(
+    file: Path, table: "pyarrow.parquet.ParquetFile", columns: list[str], wanted: int
+) -> "Iterator[tuple[int, pyarrow.RecordBatch]]":
+    """The rows from the row group of row `wanted` on, a few at a time, with the number of the first."""
+    sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+    # Row groups before the first wanted row are never read.
+    ends = list(accumulate(sizes))
+    first = bisect_right(ends, wanted)
+    row = ends[first] - sizes[first] if first < len(ends) else 0
+    found = table.iter_batches(ROWS, row_groups=list(range(first, len(sizes))), columns=columns)
+    while (batch := _next(found, f"{file}: row {row}")) is not None:
+        yield row, batch
+        row += batch.num_rows
 
 
 def _next(batches: "Iterator[pyarrow.RecordBatch]", place: str) -> "pyarrow.RecordBatch | None":
