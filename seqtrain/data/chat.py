@@ -63,19 +63,18 @@ class ChatTemplate:
         """The conversation as transformers writes it; `prompt`: and what asks for an answer."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        options: dict[str, Any] = {
+            "tools": list(tools) or None,
+            "chat_template": self.with_tools if tools else self.text,
+            "add_generation_prompt": prompt,
+        }
         try:
-            [text], _ = render_jinja_template(
-                conversations=[list(messages)],
-                tools=list(tools) or None,
-                chat_template=self.with_tools if tools else self.text,
-                add_generation_prompt=prompt,
-                **self.marks,
-            )
+            found: Any = render_jinja_template(conversations=[list(messages)], **options, **self.marks)
         # A template's own complaints, and whatever it runs into with turns it wasn't written for.
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BadConversation("that the template refuses", reason[:SHOWN]) from None
-        return str(text)
+        return str(found[0][0])
 
     def learn(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], roles: Sequence[str]) -> Rendered:
         """The conversation with the turns of `roles` to be learned, each up to its end. Raises `BadConversation`."""

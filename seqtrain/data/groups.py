@@ -199,7 +199,8 @@ def _encoded(tokenizer: Tokenizer, pieces: list[Piece]) -> tuple[list[np.ndarray
         found = tokenizer.encode_pieces([piece.data for piece in pieces], [piece.before for piece in pieces])
         ends = [np.array([tokenizer.end] if piece.last else [], dtype=np.int64) for piece in pieces]
         return [np.concatenate(parts) for parts in zip(found, ends, strict=True)], [None] * len(pieces)
-    ids, counted = [], []
+    ids: list[np.ndarray] = []
+    counted: list[np.ndarray | None] = []
     texts = [piece.data.decode("utf-8") for piece in pieces]
     for piece, text, (own, begins) in zip(pieces, texts, tokenizer.encode_marked(texts), strict=True):
         spans = piece.document.learned or ()

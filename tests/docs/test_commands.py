@@ -81,11 +81,14 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     texts = [f"{'Once upon a time there was a def main(x). ' * 40}{number}" for number in range(40)]
     lines = "\n".join(json.dumps({"text": text}) for text in texts)
+    answer = {"role": "assistant", "content": "Once upon a time."}
+    talks = [{"messages": [{"role": "user", "content": f"What, {number}?"}, answer]} for number in range(40)]
     for name, content in {
         "books/one.txt": "\n".join(texts),
         "books/two.txt": "\n".join(reversed(texts)),
         "logs/a.jsonl": lines,
         "corpus.jsonl": lines,
+        "chat.jsonl": "\n".join(map(json.dumps, talks)),
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
