@@ -3,7 +3,9 @@
 from seqtrain.data.batches import WHOLE_BATCH, Batch, Batches, BatchSlice, EvaluationBatches
 from seqtrain.data.bigram import bigram_bits_per_byte
 from seqtrain.data.config import DataConfig
-from seqtrain.data.corpus import Corpus, check_source, open_corpus, prepare
+from seqtrain.data.corpus import Corpus
+from seqtrain.data.entries import without_places
+from seqtrain.data.mixture import HeldOutParts, Mixture, check_source, open_corpus, prepare
 from seqtrain.data.packing import Packing
 from seqtrain.data.stream import TokenStream
 from seqtrain.data.synthetic import SyntheticBatches, SyntheticCorpus
@@ -17,6 +19,8 @@ __all__ = [
     "Corpus",
     "DataConfig",
     "EvaluationBatches",
+    "HeldOutParts",
+    "Mixture",
     "Packing",
     "SyntheticBatches",
     "SyntheticCorpus",
@@ -27,4 +31,5 @@ __all__ = [
     "load_tokenizer",
     "open_corpus",
     "prepare",
+    "without_places",
 ]

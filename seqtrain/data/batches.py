@@ -1,9 +1,10 @@
 """Rows of tokens as packed batches: what a step reads follows from the seed and its number alone."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import accumulate
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,13 +24,15 @@ class Batch:
     `tokens`, `labels`: int64 `[1, offsets[part + 1] - offsets[part]]`, all n where there is one part; a label is the
     token that follows in the same document, in this part or the next, -100 where none does.
     `offsets`: where the parts start in the row, and n. `cu_seqlens`: int32 `[N+1]` on the CPU, from 0 to n, the same
-    for every part: a boundary where one of the rows starts and, unless switched off, a document.
+    for every part: a boundary where one of the rows starts and, unless switched off, a document. `sources`: which of
+    the sources of a mixture each row is from.
     """
 
     tokens: Tensor
     labels: Tensor
     offsets: tuple[int, ...]
     cu_seqlens: Tensor
+    sources: tuple[int, ...] = ()
 
     @property
     def label_count(self) -> int:
@@ -85,28 +88,78 @@ def even_offsets(tokens: int, parts: int) -> tuple[int, ...]:
     return tuple(tokens * part // parts for part in range(parts + 1))
 
 
-@dataclass(frozen=True)
 class Row:
-    """What one row holds: spans of a stream laid end to end, and padding after them."""
+    """What one row holds, by positions in whatever it is taken from."""
+
+    # Whether it may be cut into shorter sequences.
+    divisible: ClassVar[bool] = True
+
+    def places(self) -> Iterable[tuple[int, Span]]:
+        """The stretches that lie in it, each with its place in the row; the rest is padding."""
+        raise NotImplementedError
+
+    def starts(self, start: int, stop: int) -> np.ndarray:
+        """int64: the positions `start <= position < stop` at which a document starts, rising."""
+        raise NotImplementedError
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """int64 `[stop - start]` each: the tokens at `start <= position < stop`, and their labels."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class StreamRow(Row):
+    """Spans of a stream laid end to end, and padding after them."""
 
     stream: TokenStream
     spans: Sequence[Span]
 
-    def places(self) -> Iterator[tuple[int, Span]]:
-        """Each span with its place in the row."""
+    def places(self) -> Iterable[tuple[int, Span]]:
         ends = accumulate(span.stop - span.start for span in self.spans)
         return ((end - span.stop + span.start, span) for span, end in zip(self.spans, ends, strict=True))
 
+    def starts(self, start: int, stop: int) -> np.ndarray:
+        return self.stream.starts(start, stop)
 
-def pack(rows: Sequence[Row], part: BatchSlice, *, length: int, reset_at_documents: bool) -> Batch:
-    """A part of the packed row in which `rows`, of `length` tokens each, lie end to end.
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        # One token more: it is the label of the last.
+        held = min(stop + 1, self.stream.tokens)
+        ids = self.stream.read(start, held)
+        labels = np.full(stop - start, IGNORED, dtype=np.int64)
+        labels[: held - start - 1] = ids[1:]
+        # A document's first token follows on nothing.
+        labels[self.stream.starts(start + 1, held) - start - 1] = IGNORED
+        labels[: held - start - 1][~self.stream.counted(start + 1, held)] = IGNORED
+        return ids[: stop - start], labels
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows of `length` tokens are laid end to end."""
+
+    length: int
+    # The id of what fills a row that is not full.
+    padding: int
+    # Whether a document's start clears the state of every layer.
+    reset_at_documents: bool = True
+    # `(step, length)`: lengths of the sequences into which rows are cut from that step on; none: rows stay whole.
+    lengths: Sequence[tuple[int, int]] = ()
+
+    def sequence_length(self, step: int) -> int:
+        """The length of the sequences in a row at `step`."""
+        return next((length for first, length in reversed(self.lengths) if first <= step), self.length)
+
+
+def pack(rows: Sequence[Row], part: BatchSlice, layout: Layout, *, step: int = 0) -> Batch:
+    """A part of the packed row in which `rows` lie end to end.
 
     Only this part's tokens are read; of the others, the places where documents start.
     """
+    length = layout.length
     offsets = even_offsets(len(rows) * length, part.parts)
     own = part.tokens(offsets)
     first, last = own.start, own.stop
-    tokens = np.full(last - first, rows[0].stream.tokenizer.end, dtype=np.int64)
+    tokens = np.full(last - first, layout.padding, dtype=np.int64)
     labels = np.full(last - first, IGNORED, dtype=np.int64)
     for number in range(first // length, -(-last // length)):
         for place, span in rows[number].places():
@@ -115,64 +168,84 @@ def pack(rows: Sequence[Row], part: BatchSlice, *, length: int, reset_at_documen
             if low < high:
                 held = slice(low - first, high - first)
                 start = span.start + low - place
-                tokens[held], labels[held] = _read(rows[number].stream, start, start + high - low)
+                tokens[held], labels[held] = rows[number].read(start, start + high - low)
     return Batch(
         tokens=torch.from_numpy(tokens)[None],
         labels=torch.from_numpy(labels)[None],
         offsets=offsets,
-        cu_seqlens=_boundaries(rows, length, reset_at_documents=reset_at_documents),
+        cu_seqlens=_boundaries(rows, layout, step),
     )
 
 
-def _read(stream: TokenStream, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens at `start <= position < stop`, and their labels."""
-    # One token more: it is the label of the last.
-    held = min(stop + 1, stream.tokens)
-    ids = stream.read(start, held)
-    labels = np.full(stop - start, IGNORED, dtype=np.int64)
-    labels[: held - start - 1] = ids[1:]
-    # A document's first token follows on nothing.
-    labels[stream.starts(start + 1, held) - start - 1] = IGNORED
-    labels[: held - start - 1][~stream.counted(start + 1, held)] = IGNORED
-    return ids[: stop - start], labels
-
-
-def _boundaries(rows: Sequence[Row], length: int, *, reset_at_documents: bool) -> Tensor:
-    """The boundaries of the whole packed row: where rows start and, if they reset the state, documents."""
-    boundaries = [0]
+def _boundaries(rows: Sequence[Row], layout: Layout, step: int) -> Tensor:
+    """The boundaries of the whole packed row: where sequences start and, if they reset the state, documents."""
+    length, boundaries = layout.length, [0]
     for number, row in enumerate(rows):
         begin, end = number * length, (number + 1) * length
-        if reset_at_documents:
+        inside: list[int] = []
+        if layout.reset_at_documents:
             for place, (start, stop) in row.places():
                 # Where a span ends, the next or the padding starts: a document of its own.
-                inner = row.stream.starts(start + 1, stop) - start
-                boundaries.extend(begin + place + at for at in (*inner.tolist(), stop - start) if place + at < length)
+                inner = row.starts(start + 1, stop) - start
+                inside.extend(place + at for at in (*inner.tolist(), stop - start) if place + at < length)
+        if row.divisible and (shorter := layout.sequence_length(step)) < length:
+            inside = sorted({*inside, *range(shorter, length, shorter)})
+        boundaries.extend(begin + at for at in inside)
         boundaries.append(end)
     return torch.tensor(boundaries, dtype=torch.int32)
 
 
+class RowBatches:
+    """Base of what gives batches of `batch_size` rows, all ranks together, one after the other."""
+
+    batch_size: int
+
+    @property
+    def layout(self) -> Layout:
+        """How its rows are laid end to end."""
+        raise NotImplementedError
+
+    def row(self, number: int) -> Row:
+        """The row `number`, counted over all batches."""
+        raise NotImplementedError
+
+    def at(self, index: int, part: BatchSlice = WHOLE_BATCH) -> Batch:
+        """A slice of batch `index`, from 0 on. All slices together are the same however many there are."""
+        rows = [self.row(index * self.batch_size + number) for number in part.rows(self.batch_size)]
+        return pack(rows, part, self.layout, step=index)
+
+    def epochs(self, batches: int) -> dict[str, float]:
+        """Of a mixture, how often the text of each source has been read after so many batches, by `epochs/NAME`."""
+        return {}
+
+
 @dataclass(frozen=True)
-class Batches:
-    """Training batches: each holds the next `batch_size` rows of a packing, all ranks together."""
+class Batches(RowBatches):
+    """Training batches: each holds the next `batch_size` rows of a packing."""
 
     packing: Packing
     _: KW_ONLY
     batch_size: int
-    # Whether a document's start clears the state of every layer.
+    # As those of a `Layout`.
     reset_at_documents: bool = True
+    lengths: Sequence[tuple[int, int]] = ()
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ConfigError(f"train.batch_size={self.batch_size}: at least 1 is needed")
 
-    def at(self, index: int, part: BatchSlice = WHOLE_BATCH) -> Batch:
-        """A slice of batch `index`, from 0 on. All slices together are the same however many there are."""
-        rows = [self.row(index * self.batch_size + number) for number in part.rows(self.batch_size)]
-        return pack(rows, part, length=self.packing.length, reset_at_documents=self.reset_at_documents)
+    @property
+    def layout(self) -> Layout:
+        end = self.packing.stream.tokenizer.end
+        return Layout(self.packing.length, end, self.reset_at_documents, self.lengths)
 
-    def row(self, number: int) -> Row:
-        """The row `number`, counted over all batches."""
-        return Row(self.packing.stream, self.packing.spans(*self.packing.locate(number)))
+    def row(self, number: int) -> StreamRow:
+        return StreamRow(self.packing.stream, self.packing.spans(*self.packing.locate(number)))
+
+    def epochs_of(self, rows: int) -> float:
+        """How often the stream has been read when `rows` rows have."""
+        epoch, row = self.packing.locate(rows)
+        return epoch + row / self.packing.rows(epoch)
 
 
 @dataclass(frozen=True)
@@ -202,9 +275,8 @@ class EvaluationBatches(Batches):
         stream = self.packing.stream
         return stream.tokenizer.byte_count(counted) * stream.byte_scale
 
-    def row(self, number: int) -> Row:
-        """The row `number`, counted over all batches."""
+    def row(self, number: int) -> StreamRow:
         stream = self.packing.stream
         if number >= self.taken:
-            return Row(stream, ())
-        return Row(stream, self.packing.spans(0, number * self.packing.rows(0) // self.taken))
+            return StreamRow(stream, ())
+        return StreamRow(stream, self.packing.spans(0, number * self.packing.rows(0) // self.taken))

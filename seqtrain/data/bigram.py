@@ -7,6 +7,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from seqtrain.data.corpus import Corpus
+    from seqtrain.data.mixture import Mixture
+    from seqtrain.data.synthetic import SyntheticCorpus
 
 # Counts are [256, 257]: by the byte before, and the byte that follows or, as 256, the document's end.
 SHAPE = (256, 257)
@@ -31,15 +33,16 @@ def count_pairs(pieces: list[tuple[bytes, int, bool]]) -> np.ndarray:
     return np.bincount(found, minlength=SHAPE[0] * SHAPE[1]).reshape(SHAPE)
 
 
-def bigram_bits_per_byte(corpus: "Corpus", *, smoothing: float = SMOOTHING) -> float:
+def bigram_bits_per_byte(corpus: "Corpus | SyntheticCorpus | Mixture", *, smoothing: float = SMOOTHING) -> float:
     """Bits a byte of the held-out text costs under a byte-bigram model fitted on the training text.
 
     `p(next | byte) = (count(byte, next) + smoothing) / (count(byte) + 257 * smoothing)`, where `next` is a byte or
     the end of the document. The same rule as for a model: a document's first byte is given, not predicted; its end is
     predicted, and stands for no byte. Costs nothing but this sum: the pairs were counted when the text was tokenized,
-    whatever the tokenizer. Not a number if nothing is held out.
+    whatever the tokenizer. Of a mixture, all its text counts alike. Not a number if nothing is held out.
     """
-    train, held_out = read_counts(corpus.bigrams)
+    counts = [read_counts(part.bigrams) for part in corpus.texts.values()]
+    train, held_out = np.sum(counts, axis=0) if counts else np.zeros((2, *SHAPE))
     probability = (train + smoothing) / (train.sum(1, keepdims=True) + SHAPE[1] * smoothing)
     predicted_bytes = held_out[:, :END].sum()
     if predicted_bytes == 0:

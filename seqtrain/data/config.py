@@ -19,6 +19,14 @@ class DataConfig:
     # synthetic task (a file in seqtrain/data/synthetic/), which is drawn as it is needed and has no use for the keys
     # of text and shards.
     source: str = "stdlib"
+    # A mixture, in place of `source` and `path`: each {KIND: PATH, weight: 0.7, name: NAME}, or {TASK: {KEY: VALUE}},
+    # with held_out, held_out_path, held_out_rows, text_field, invalid_utf8, train_roles, chat_template, packing and
+    # documents_per_row of their own where they differ. Weights are shares of the rows, relative to each other;
+    # [[0, 0.7], [1000, 0.3]] goes from one at a step to another at a step, straight between them.
+    sources: tuple[dict[str, Any], ...] = ()
+    # Lengths of sequences by step: [[0, 512], [2000, 1024]] cuts rows into sequences of 512 tokens, from step 2000 on
+    # of 1024. They divide train.sequence_length, the length of rows. Empty: a sequence is a row.
+    lengths: tuple[tuple[int, int], ...] = ()
     # Fields of the synthetic task's own `Config`; those left out have its defaults.
     task: dict[str, Any] = field(default_factory=dict)
     # Rows a synthetic task is scored on.

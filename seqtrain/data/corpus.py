@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -47,7 +47,8 @@ class Corpus:
         packing = make_packing(self.config, self.train, length=sequence_length, seed=seed)
         if self.config.packing != "stream":
             log.info("data.packing=%s: rows are %.1f%% full", self.config.packing, 100 * packing.fill)
-        return Batches(packing, batch_size=batch_size, reset_at_documents=self.config.reset_at_documents)
+        reset, lengths = self.config.reset_at_documents, self.config.lengths
+        return Batches(packing, batch_size=batch_size, reset_at_documents=reset, lengths=lengths)
 
     def held_out_batches(self, *, sequence_length: int, batch_size: int, max_tokens: int) -> EvaluationBatches:
         """What a model is scored on: at most about `max_tokens` tokens, 0 for all."""
@@ -56,6 +57,11 @@ class Corpus:
             packing = make_packing(self.config, self.held_out, length=sequence_length, seed=0)
         limit, reset = -(-max_tokens // sequence_length), self.config.reset_at_documents
         return EvaluationBatches(packing, batch_size=batch_size, reset_at_documents=reset, limit=limit)
+
+    @property
+    def texts(self) -> "Mapping[str, Corpus]":
+        """The corpora that it consists of, by the names of their sources, which one alone has none of."""
+        return {"": self}
 
     @property
     def bigrams(self) -> Path:

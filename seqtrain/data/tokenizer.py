@@ -202,7 +202,7 @@ def load_tokenizer(config: DataConfig) -> Tokenizer:
     """The tokenizer `data.tokenizer` names. Raises `ConfigError` if there is none such on disk, and for a task."""
     from seqtrain.data.synthetic import TASKS
 
-    if config.source in TASKS.names:
+    if config.source in TASKS.names and not config.sources:
         raise ConfigError(f"data.source={config.source}: tokens of a synthetic task stand for no text")
     if config.tokenizer == "bytes":
         return ByteTokenizer()

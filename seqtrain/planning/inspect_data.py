@@ -210,10 +210,10 @@ def draw(counts: Counts, title: str, path: Path) -> None:
 def count(config: PretrainConfig, batches: Any, tokenizer: Tokenizer, steps: int) -> Counts:
     """Counts over so many steps of the run, evenly spaced; 0: over all."""
     counts, whole = Counts(), config.train.steps
-    for number in range(taken := min(steps or whole, whole)):
-        batch = batches.at(number * whole // taken)
-        for row in pieces(batch, config.train.sequence_length):
-            counts.add(row, tokenizer)
+    for nth in range(taken := min(steps or whole, whole)):
+        batch = batches.at(nth * whole // taken)
+        for number, row in enumerate(pieces(batch, config.train.sequence_length)):
+            counts.add(row, tokenizer, batches.names[batch.sources[number]] if batch.sources else "")
     return counts
 
 

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqtrain.data import SyntheticBatches
+from seqtrain.data import HeldOutParts, SyntheticBatches
 from seqtrain.data.batches import IGNORED
 from seqtrain.models.spiking import spike_statistics
 from seqtrain.runtime.metrics import Within, write_within
 from seqtrain.runtime.segmented import Segment, States, alone, cut
 from seqtrain.runtime.step import TrainState
+from seqtrain.runtime.task import HeldOut
 
 # What a record says of an evaluation, by key: bits per byte for text, accuracy and nats per answer for a task.
 Scores = dict[str, float | None]
@@ -24,41 +25,68 @@ def evaluate(state: TrainState) -> Scores | None:
 
     `held_out_bits_per_byte`: bits the model needs for a byte of text, given the text before it in the same window;
     None where none is held out. Of a synthetic task instead `held_out_accuracy`, the share of answers that are the
-    likeliest token, and `held_out_loss`, nats per answer. Where activations are spike counts also `spike_sparsity`, the
-    share of them that are 0.
+    likeliest token, and `held_out_loss`, nats per answer. Of a mixture both, each over all sources that have it, and
+    those of each source with `/NAME` after the key. Where activations are spike counts also `spike_sparsity`, the share
+    of them that are 0.
     """
-    batches, ranks = state.trainable.held_out, state.ranks
-    if batches is None:
+    held_out, ranks = state.trainable.held_out, state.ranks
+    if held_out is None:
         return {"held_out_bits_per_byte": None}
-    answers = isinstance(batches, SyntheticBatches)
-    scores: Scores
+    parts = held_out.parts if isinstance(held_out, HeldOutParts) else {"": held_out}
+    total, done, found = sum(map(len, parts.values())), 0, []
     state.engine.model.train(False)
-    sums = [0.0, 0.0, 0.0, 0.0]
     try:
-        for index in range(len(batches)):
-            batch = batches.at(index, state.slice()).to(ranks.device)
-            segments = [Segment(batch.tokens, batch.labels, state.sequence(batch))]
-            if state.segments > 1:
-                segments = cut(batch, state.segments, backend=state.config.kernels.backend)
-            scored = _score(state.engine.model, segments, answers=answers)
-            *found, stopping = ranks.sum(*scored, batches.text_bytes(batch), state.stop_requested())
-            sums = [total + part for total, part in zip(sums, found, strict=True)]
-            if stopping:
+        for name, batches in parts.items():
+            sums = _score_all(state, batches, done=done, of=total)
+            if sums is None:
                 return None
-            if state.metrics:
-                write_within(state.lease, Within(state.progress.step, index + 1, len(batches), evaluation=True))
-                state.poll()
+            found.append((name, isinstance(batches, SyntheticBatches), sums))
+            done += len(batches)
     finally:
         state.engine.model.train()
-    nats, right, asked, text = sums
-    if answers:
-        scores = {"held_out_accuracy": right / asked, "held_out_loss": nats / asked}
-    else:
-        scores = {"held_out_bits_per_byte": nats / math.log(2) / text if text else None}
+    scores = _figures(found)
     if (spikes := spike_statistics(state.engine.module, reset=True)) is not None:
         values, zeros = ranks.sum(spikes.values, spikes.sparsity * spikes.values)
         scores["spike_sparsity"] = zeros / values
     return scores
+
+
+def _figures(found: list[tuple[str, bool, list[float]]]) -> Scores:
+    """What a record says of the parts that were scored: `(name, whether it is a task, sums of _score_all)`."""
+    scores: Scores = {}
+    for answers in (False, True):
+        chosen = [(name, sums) for name, task, sums in found if task == answers]
+        whole = [sum(column) for column in zip(*(sums for _, sums in chosen), strict=True)]
+        named = [(f"/{name}", sums) for name, sums in chosen if name]
+        for suffix, (nats, right, asked, text) in [("", whole), *named] if chosen else ():
+            if answers:
+                scores[f"held_out_accuracy{suffix}"] = right / asked
+                scores[f"held_out_loss{suffix}"] = nats / asked
+            else:
+                scores[f"held_out_bits_per_byte{suffix}"] = nats / math.log(2) / text if text else None
+    return scores or {"held_out_bits_per_byte": None}
+
+
+def _score_all(state: TrainState, batches: HeldOut, *, done: int, of: int) -> list[float] | None:
+    """Nats of all `batches`, right answers, answers asked for and bytes of text; None when a stop was requested.
+
+    `done` batches of `of` were scored before.
+    """
+    ranks, sums = state.ranks, [0.0, 0.0, 0.0, 0.0]
+    for index in range(len(batches)):
+        batch = batches.at(index, state.slice()).to(ranks.device)
+        segments = [Segment(batch.tokens, batch.labels, state.sequence(batch))]
+        if state.segments > 1:
+            segments = cut(batch, state.segments, backend=state.config.kernels.backend)
+        scored = _score(state.engine.model, segments, answers=isinstance(batches, SyntheticBatches))
+        *found, stopping = ranks.sum(*scored, batches.text_bytes(batch), state.stop_requested())
+        sums = [total + part for total, part in zip(sums, found, strict=True)]
+        if stopping:
+            return None
+        if state.metrics:
+            write_within(state.lease, Within(state.progress.step, done + index + 1, of, evaluation=True))
+            state.poll()
+    return sums
 
 
 def _score(model: nn.Module, segments: list[Segment], *, answers: bool) -> list[float]:

@@ -6,7 +6,7 @@ import math
 import signal
 from typing import Any
 
-from seqtrain.data import Corpus, SyntheticCorpus, bigram_bits_per_byte
+from seqtrain.data import Corpus, Mixture, SyntheticCorpus, bigram_bits_per_byte
 from seqtrain.report import write_json
 from seqtrain.runtime.checkpoint import listed
 from seqtrain.runtime.generate import Continuation, continue_text, open_run
@@ -25,7 +25,7 @@ WARM_UP_STEPS = 1
 def write_report(
     config: PretrainConfig,
     folder: RunFolder,
-    corpus: Corpus | SyntheticCorpus,
+    corpus: Corpus | SyntheticCorpus | Mixture,
     lease: Lease,
     *,
     stopped_by_signal: int = 0,
@@ -38,7 +38,7 @@ def write_report(
     outcome = json.loads(lease.current().outcome.read_text())
     records = read_lines(folder.metrics)
     # The tokens of a synthetic task are no text: nothing to compare bytes with, and nothing to read.
-    bigram = math.nan if isinstance(corpus, SyntheticCorpus) else bigram_bits_per_byte(corpus)
+    bigram = bigram_bits_per_byte(corpus)
     sample = ""
     if config.sample.tokens and not (outcome["stopped"] or isinstance(corpus, SyntheticCorpus)):
         _, model, tokenizer = open_run(folder.path)
@@ -50,6 +50,7 @@ def write_report(
         "stopped_by_signal": (stopped_by_signal or signal.SIGTERM) if outcome["stopped"] else 0,
         "tokens_per_second": tokens / seconds if seconds else None,
         "final_loss": records[-1]["loss"] if records else None,
+        **{key: value for key, value in (records[-1] if records else {}).items() if key.startswith("epochs/")},
         "bigram_bits_per_byte": bigram if math.isfinite(bigram) else None,
         "restarts": count_restarts(folder),
         "checkpoint": str(listed(folder.checkpoints)[0].folder),

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from seqtrain.config import read_run_config
-from seqtrain.data import DataConfig
+from seqtrain.data import DataConfig, without_places
 from seqtrain.data.config import WITHOUT_EFFECT
 from seqtrain.errors import CheckpointError, ConfigError, FencedError
 from seqtrain.files import replace_file
@@ -134,10 +134,17 @@ def _with_defaults(values: Mapping[str, Any], now: Mapping[str, Any]) -> Mapping
 def _without_places(values: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
     """`values` without the places of what both know the content of; without the content where only one knows it."""
     data = dict(values.get("data", {}))
-    content = data.get("content"), dict(other.get("data", {})).get("content")
-    for key in PLACES if all(content) else ("content",):
-        data.pop(key, None)
+    if data.get("content") and dict(other.get("data", {})).get("content"):
+        data = _unplaced(data)
+    else:
+        data.pop("content", None)
     return {**values, "data": data} if "data" in values else values
+
+
+def _unplaced(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `data` without the keys, also of sources of a mixture, that say where text and tokenizer lie."""
+    kept = {key: value for key, value in data.items() if key not in PLACES}
+    return kept | ({"sources": without_places(kept["sources"])} if "sources" in kept else {})
 
 
 def _longer(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -195,12 +202,14 @@ def refuse_foreign(folder: RunFolder, config: PretrainConfig) -> None:
         return
     now = fingerprint(config)
     # Whether they are the same text and tokenizer is known when they have been read.
-    for key in PLACES:
-        del now["data"][key]
+    now["data"] = _unplaced(now["data"])
     # `auto` resumes whatever is there, also a run that began from another's checkpoint.
     if resume not in ("auto", "never"):
         now["checkpoint"] = {"resume": resume}
-    before = _same_keys(read_run_config(folder.path, key="output_dir"), now)
+    before = read_run_config(folder.path, key="output_dir")
+    if isinstance(before.get("data"), dict):
+        before["data"] = _unplaced(before["data"])
+    before = _same_keys(before, now)
     newest = newest_of(folder.checkpoints, now)
     if found := differences(before, now, steps_done=newest.progress.step if newest else 0):
         recipe = f", or start a new run from its weights: output_dir=NEW checkpoint.resume={newest and newest.folder}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from seqtrain.data import Corpus, SyntheticCorpus, prepare
+from seqtrain.data import Corpus, Mixture, SyntheticCorpus, prepare
 from seqtrain.errors import Interrupted
 from seqtrain.files import read_json
 from seqtrain.kernels.dispatch import reset_backend_choice
@@ -104,7 +104,7 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
         log_to(folder.log)
         reset_backend_choice()
         log.info("data: %s", corpus.about)
-        _warn_of_few_tokens(config, corpus)
+        _warn_of_few_tokens(corpus)
         try:
             return _finished_summary(config, folder) or _follow(session, corpus, lease, launch)
         except KeyboardInterrupt as error:
@@ -113,7 +113,9 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
             ) from None
 
 
-def _follow(session: Session, corpus: Corpus | SyntheticCorpus, lease: Lease, launch: Launch) -> dict[str, Any]:
+def _follow(
+    session: Session, corpus: Corpus | SyntheticCorpus | Mixture, lease: Lease, launch: Launch
+) -> dict[str, Any]:
     """Has the ranks trained, and shows and tracks what they write; the summary."""
     config, folder = session.config, session.folder
     reader = MetricsReader(folder, lease)
@@ -145,14 +147,16 @@ def _follow(session: Session, corpus: Corpus | SyntheticCorpus, lease: Lease, la
     return summary
 
 
-def _warn_of_few_tokens(config: PretrainConfig, corpus: Corpus | SyntheticCorpus) -> None:
-    if isinstance(corpus, Corpus) and 0 < corpus.held_out.tokens < FEW_TOKENS:
-        log.warning(
-            "data.held_out=%s: only %d tokens are held out, too few for a score that means much; raise it, or name "
-            "other text as data.held_out_path",
-            config.data.held_out,
-            corpus.held_out.tokens,
-        )
+def _warn_of_few_tokens(corpus: Corpus | SyntheticCorpus | Mixture) -> None:
+    for name, text in corpus.texts.items():
+        if 0 < text.held_out.tokens < FEW_TOKENS:
+            log.warning(
+                "data.held_out=%s: only %d tokens%s are held out, too few for a score that means much; raise it, or "
+                "name other text as data.held_out_path",
+                text.config.held_out,
+                text.held_out.tokens,
+                f" of {name}" if name else "",
+            )
 
 
 def _finished_summary(config: PretrainConfig, folder: RunFolder) -> dict[str, Any] | None:

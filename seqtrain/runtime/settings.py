@@ -432,6 +432,8 @@ def _check_warmup(config: PretrainConfig) -> None:
             f"{key}: needs a step or more for each size, not train.batch_warmup_steps={train.batch_warmup_steps} in "
             "all; name both, or none"
         )
+    if config.data.lengths or any(isinstance(entry.get("weight"), list) for entry in config.data.sources):
+        raise ConfigError(f"{key}: data.lengths and weights that change count steps of one size; leave out one of them")
     for size in train.batch_warmup:
         if size % ranks:
             raise ConfigError(

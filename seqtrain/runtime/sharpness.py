@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from seqtrain.config import read_settings
-from seqtrain.data import Batch, open_corpus, prepare
+from seqtrain.data import Batch, HeldOutParts, open_corpus, prepare
 from seqtrain.errors import ConfigError
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.sequence import SequenceContext
@@ -108,6 +108,8 @@ def _batch(config: PretrainConfig, settings: Settings) -> Batch:
     if settings.data == "training":
         return corpus.training_batches(seed=config.seed, **sizes).at(0)
     held_out = corpus.held_out_batches(**sizes, max_tokens=0)
+    if isinstance(held_out, HeldOutParts):
+        raise ConfigError(f"data=held_out: run={settings.run} holds out text of several sources; use data=training")
     if held_out is None:
         raise ConfigError(f"data=held_out: run={settings.run} holds nothing out; use data=training")
     return held_out.at(0)

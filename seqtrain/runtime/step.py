@@ -147,6 +147,7 @@ def train_step(state: TrainState) -> Record | None:
         "step_seconds": seconds,
         "total_tokens": state.progress.tokens,
         "skipped": not taken,
+        **state.trainable.epochs(units(config.train, index).stop),
         **routed,
     }
     return state.measures.finish(record)

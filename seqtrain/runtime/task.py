@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from torch import nn
 
-from seqtrain.data import WHOLE_BATCH, Batch, BatchSlice, open_corpus
+from seqtrain.data import WHOLE_BATCH, Batch, BatchSlice, HeldOutParts, open_corpus
 from seqtrain.runtime.optimizers import parameter_groups
 from seqtrain.runtime.settings import PretrainConfig, micro_batch, unit
 from seqtrain.runtime.source import build_model, frozen_weights, load_source
@@ -40,15 +40,17 @@ class Trainable:
     `model(tokens, labels, sequence=)` is the loss, a scalar summed over the labels that count. `groups`: the
     optimizer's, as `parameter_groups` makes them. `held_out`: what the model is scored on; None for no score.
     `load`: gives the model the weights it begins with, where no checkpoint does; None where it has them. `frozen`:
-    names of weights that it always gives, for no checkpoint holds them.
+    names of weights that it always gives, for no checkpoint holds them. `epochs`: what a record says of how often the
+    text has been read after so many batches.
     """
 
     model: nn.Module
     groups: list[dict[str, Any]]
     batches: TrainingData
-    held_out: HeldOut | None = None
+    held_out: HeldOut | HeldOutParts | None = None
     load: Callable[[], None] | None = None
     frozen: frozenset[str] = frozenset()
+    epochs: Callable[[int], dict[str, float]] = lambda steps: {}
 
 
 class Task(Protocol):
@@ -73,14 +75,16 @@ class Pretraining:
     def build(self, config: PretrainConfig, corpus: Path) -> Trainable:
         opened = open_corpus(corpus, config.data)
         model = build_model(config, opened.vocab_size)
+        batches = opened.training_batches(
+            seed=config.seed, sequence_length=config.train.sequence_length, batch_size=unit(config.train)
+        )
         return Trainable(
             model=model,
             frozen=frozen_weights(config, model),
             load=partial(load_source, config, model) if config.source else None,
             groups=parameter_groups(model.parameters(), config.optimizer.weight_decay),
-            batches=opened.training_batches(
-                seed=config.seed, sequence_length=config.train.sequence_length, batch_size=unit(config.train)
-            ),
+            batches=batches,
+            epochs=batches.epochs,
             held_out=opened.held_out_batches(
                 sequence_length=config.train.sequence_length,
                 batch_size=micro_batch(config) * config.parallel.data,

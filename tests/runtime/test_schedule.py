@@ -189,6 +189,14 @@ def test_sizes_of_a_warm_up_that_do_not_divide_are_one_line(tmp_path, train, par
         check(config)
 
 
+def test_a_batch_that_warms_up_is_refused_where_steps_decide_the_data(tmp_path):
+    train = {"batch_warmup": (2, 4), "batch_warmup_steps": 4, "micro_batch_size": 1}
+    check(small_config(tmp_path, train=train))
+    for data in ({"lengths": ((0, 16),)}, {"path": "", "sources": ({"stdlib": None, "weight": [[0, 1]]},)}):
+        with refused("train.batch_warmup=[2, 4]: data.lengths and weights that change count steps of one size"):
+            check(small_config(tmp_path, train=train, data=data))
+
+
 @pytest.mark.all
 def test_a_batch_that_warms_up_reads_the_same_rows_in_every_layout(tmp_path):
     base = small_config(

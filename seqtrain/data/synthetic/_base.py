@@ -4,6 +4,7 @@ In the place of a corpus it draws rows when a batch is asked for, and keeps none
 """
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seqtrain.data.batches import IGNORED, WHOLE_BATCH, Batch, BatchSlice, even_offsets
+from seqtrain.data.batches import IGNORED, Batch, Layout, Row, RowBatches
 from seqtrain.data.config import DataConfig
+from seqtrain.data.packing import Span
 from seqtrain.errors import ConfigError
 from seqtrain.registry import Registry
 from seqtrain.validation import validate
@@ -114,6 +116,7 @@ class SyntheticCorpus:
     content: ClassVar[dict[str, str]] = {}
     # Its tokens are no text.
     bytes_per_token: ClassVar[None] = None
+    texts: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
     def of(cls, config: DataConfig) -> "SyntheticCorpus":
@@ -140,11 +143,26 @@ class SyntheticCorpus:
         return f"{self.task.name} {self.task.config}, {self.held_out_rows} rows held out"
 
 
-class SyntheticBatches:
-    """Batches of a task's rows: batch `index` holds rows `index * batch_size` on. `rows`: how many; 0: without end.
+@dataclass(frozen=True)
+class TaskRow(Row):
+    """One row of a task, int64 `[length]` each; it is a document of its own."""
 
-    Every row is a document of its own.
-    """
+    tokens: np.ndarray
+    labels: np.ndarray
+    divisible = False
+
+    def places(self) -> Sequence[tuple[int, Span]]:
+        return [(0, Span(0, len(self.tokens)))]
+
+    def starts(self, start: int, stop: int) -> np.ndarray:
+        return np.empty(0, dtype=np.int64)
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.tokens[start:stop], self.labels[start:stop]
+
+
+class SyntheticBatches(RowBatches):
+    """Batches of a task's rows: batch `index` holds rows `index * batch_size` on. `rows`: how many; 0: without end."""
 
     def __init__(self, task: Task, *, split: Split, seed: int, sequence_length: int, batch_size: int, rows: int = 0):
         task.check(sequence_length)
@@ -158,21 +176,15 @@ class SyntheticBatches:
     def __len__(self) -> int:
         return -(-self.taken // self.batch_size)
 
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.sequence_length, 0)
+
     def text_bytes(self, batch: Batch) -> float:
         """0: the tokens stand for no text."""
         return 0.0
 
-    def at(self, index: int, part: BatchSlice = WHOLE_BATCH) -> Batch:
-        """A slice of batch `index`, as in `Batches.at`."""
-        mine = part.rows(self.batch_size)
-        first = index * self.batch_size + mine.start
-        tokens, labels = examples(
-            self.task, length=self.sequence_length, seed=self.seed, first=first, count=len(mine), split=self.split
-        )
-        if self.taken:
-            # Rows beyond the last pad the batch; nothing is asked in them.
-            labels[max(self.taken - first, 0) :] = IGNORED
-        offsets = even_offsets(tokens.numel(), part.parts)
-        held = part.tokens(offsets)
-        boundaries = torch.arange(len(mine) + 1, dtype=torch.int32) * self.sequence_length
-        return Batch(tokens.view(1, -1)[:, held], labels.view(1, -1)[:, held], offsets, boundaries)
+    def row(self, number: int) -> TaskRow:
+        tokens, labels = self.task.example(self.sequence_length, stream(self.split, self.seed, number))
+        # Rows beyond the last pad the batch; nothing is asked in them.
+        return TaskRow(tokens, nothing_asked(self.sequence_length) if 0 < self.taken <= number else labels)
