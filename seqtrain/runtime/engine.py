@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from seqtrain.models.matrices import matrices_of
+from seqtrain.runtime.compilation import compile_model
 from seqtrain.runtime.expert_parallel import ExpertParallel
+from seqtrain.runtime.offload import offload_activations
 from seqtrain.runtime.optimizer_state import OptimizerState
 from seqtrain.runtime.optimizers import OPTIMIZERS, build_optimizer, set_learning_rate
 from seqtrain.runtime.ranks import Ranks
@@ -117,6 +119,9 @@ class Engine:
             )
         if matrices:
             place_blocks(self.deepspeed.optimizer, self.stage, matrices, config.optimizer)
+        compile_model(model, config.train.compile, sharded=config.parallel.sequence > 1)
+        if config.train.offload_activations and ranks.device.type == "cuda":
+            offload_activations(self.deepspeed)
         self.model: nn.Module = self.deepspeed
         self.optimizer_state = OptimizerState(self.deepspeed, self.stage, config.optimizer, self._expert_parallel)
         experts_over = f", experts over {experts.size()}" if experts is not None else ""

@@ -30,6 +30,10 @@ log = logging.getLogger("seqtrain.runtime")
 
 # Keys of `train` that say in which pieces the same numbers are computed.
 SEGMENTATION = ("micro_batch_size", "segment_tokens", "segment_gradients")
+# Keys of `train` that change no number.
+BESIDE = ("max_nonfinite_steps", "memory_budget", "offload_activations")
+# Keys of `train` that checkpoints made before there were any don't have, and their defaults.
+ADDED = (("compile", False),)
 # Keys of `model` that say what is computed twice: the numbers are the same bits.
 RECOMPUTATION = ("activation_checkpointing", "recompute")
 # Keys of `data` that say where text and tokenizer lie; `content` says what they are.
@@ -71,8 +75,11 @@ def fingerprint(
         # It is a micro-batch's.
         pieces = tuple(key for key in pieces if key != "micro_batch_size")
         values["train"]["micro_batch_size"] = micro_batch(config)
-    for key in ("max_nonfinite_steps", *pieces):
+    for key in (*BESIDE, *pieces):
         del values["train"][key]
+    for key, default in ADDED:
+        if values["train"][key] == default:
+            del values["train"][key]
     return _without_unused(values)
 
 

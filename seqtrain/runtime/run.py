@@ -85,6 +85,7 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
         refuse_foreign(folder, config)
         norms = gradient_norms(config.schedule, folder)
         corpus = prepare(config.data)
+        config, chosen = _within_budget(config, corpus.vocab_size)
         session = Session(
             config,
             corpus.folder.resolve(),
@@ -104,6 +105,8 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
         log_to(folder.log)
         reset_backend_choice()
         log.info("data: %s", corpus.about)
+        if chosen:
+            log.info(chosen)
         _warn_of_few_tokens(corpus)
         try:
             return _finished_summary(config, folder) or _follow(session, corpus, lease, launch)
@@ -111,6 +114,15 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
             raise Interrupted(
                 getattr(error, "number", signal.SIGINT), f"stopped at once; {what_is_kept(folder)}"
             ) from None
+
+
+def _within_budget(config: PretrainConfig, vocab_size: int) -> tuple[PretrainConfig, str]:
+    """See `planning.budget`, which is imported where there is one."""
+    if not config.train.memory_budget:
+        return config, ""
+    from seqtrain.planning.budget import within_budget
+
+    return within_budget(config, vocab_size)
 
 
 def _follow(

@@ -19,6 +19,7 @@ from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.models.config import default_config, mixer_class
 from seqtrain.models.lora import LoraConfig
 from seqtrain.parallel import Algorithm
+from seqtrain.runtime.compilation import Compile, check_compile
 from seqtrain.runtime.optimizers import OPTIMIZERS, OptimizerConfig, check_optimizer
 from seqtrain.runtime.schedule import ScheduleConfig
 from seqtrain.runtime.segmented import Gradients
@@ -60,6 +61,14 @@ class TrainConfig:
     segment_gradients: Gradients = "exact"
     # Number format of the matrix products. Weights and the optimizer's state are float32 in both.
     dtype: Literal["float32", "bfloat16"] = "float32"
+    # torch.compile of the model (true), or of its blocks (regions; of MLPs where parallel.sequence is more than 1): the
+    # last digits of losses may differ.
+    compile: Compile = False
+    # Bytes that a rank may hold, or up to 1 a share of its GPU's memory, or of the machine's divided by ranks: what is
+    # computed again for that is chosen (model.recompute, where that is empty). 0: no matter.
+    memory_budget: Rate = 0.0
+    # True: what the backward pass needs waits in the CPU's memory, not in the GPU's.
+    offload_activations: bool = False
     # Largest norm of a step's gradient, all weights together; 0 leaves gradients alone.
     gradient_clipping: Rate = 1.0
     # Steps in a row that may have a non-finite loss or gradient (they are skipped) before the run gives up.
@@ -316,6 +325,7 @@ def check(config: PretrainConfig) -> None:
     _check_ranks(config)
     _check_experts(config)
     _check_device(config)
+    check_compile(config)
     _check_model(config)
 
 
@@ -510,6 +520,11 @@ def _check_device(config: PretrainConfig) -> None:
         )
     if address or torch.cuda.is_available():
         return
+    if config.train.offload_activations:
+        raise ConfigError(
+            "train.offload_activations=true: torch sees no CUDA device here, and on CPUs activations are in the CPU's "
+            "memory already; leave it out"
+        )
     if config.runtime.device == "cuda":
         raise ConfigError("runtime.device=cuda: torch sees no CUDA device here; use runtime.device=auto")
     if config.kernels.backend == "triton":

@@ -14,6 +14,7 @@ from seqtrain.parallel.mesh import Mesh
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.sharded import ShardedSequence
 from seqtrain.runtime.checkpoint import Progress
+from seqtrain.runtime.compilation import mark_documents
 from seqtrain.runtime.engine import Engine
 from seqtrain.runtime.experts import Experts
 from seqtrain.runtime.lease import Lease
@@ -84,6 +85,8 @@ class TrainState:
     def sequence(self, batch: Batch) -> SequenceContext:
         """What the layers are told of a row that runs through the model in one piece."""
         mesh, backend = self.mesh, self.config.kernels.backend
+        if self.config.train.compile:
+            mark_documents(batch.cu_seqlens)
         if mesh.group is None:
             return SequenceContext(batch.cu_seqlens, backend)
         return ShardedSequence(
