@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from seqtrain.errors import ConfigError
 from seqtrain.kernels.linear_cross_entropy import linear_cross_entropy, soft_cap
-from seqtrain.layers import RMSNorm, ShortConvolution
+from seqtrain.layers import RMSNorm, ShortConvolution, upcast
 from seqtrain.mixers import WHOLE, Mixer, State
 from seqtrain.models.block import build_blocks
 from seqtrain.models.config import ModelConfig
@@ -147,6 +147,9 @@ class LanguageModel(nn.Module):
         """
         past: Iterable[State | None] = [None] * len(self.blocks) if state is None else state
         x, after = tokens if tokens.is_floating_point() else self.embedding(tokens), []  # B T D
+        if torch.is_autocast_enabled(x.device.type):
+            # Rows of bfloat16 weights begin a stream of float32 all the same.
+            x = upcast(x)
         x = x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
         first = x if any(block.shared is not None for block in self.blocks) else None
         for block, before in zip(self.blocks, past, strict=True):

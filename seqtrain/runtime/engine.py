@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,12 @@ log = logging.getLogger("seqtrain.runtime")
 Sizes = tuple[float, float, float]
 # An object or module, and the name of its function.
 Place = tuple[Any, str]
+# With float32 masters, and gradients summed in float32 over micro-batches and ranks.
+BFLOAT16_WEIGHTS = {
+    "bf16": {"enabled": True, "check_grad_overflow": True},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "communication_data_type": "fp32",
+}
 PARAMETERS, GRADIENTS, OPTIMIZER, BUFFERS = "parameters", "gradients", "optimizer", "buffers"
 
 
@@ -110,13 +116,18 @@ class Engine:
             clipping=config.train.gradient_clipping,
             experts=experts,
         )
-        with self._expert_parallel.announced(model):
+        self._masters = config.train.weights == "bfloat16"
+        whole = {name: p.detach().clone() for name, p in model.named_parameters()} if self._masters else {}
+        casting = _matrices_alone_cast() if self._masters else nullcontext()
+        with self._expert_parallel.announced(model), casting:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
                 config=_deepspeed_config(config, ranks.device),
                 dist_init_required=False,
             )
+        if self._masters:
+            self._restore_masters(whole)
         if matrices:
             place_blocks(self.deepspeed.optimizer, self.stage, matrices, config.optimizer)
         compile_model(model, config.train.compile, sharded=config.parallel.sequence > 1)
@@ -137,6 +148,14 @@ class Engine:
             config.optimizer.name,
             config.optimizer.implementation,
         )
+
+    def _restore_masters(self, whole: Mapping[str, Tensor]) -> None:
+        """Gives the optimizer float32 weights, of which DeepSpeed has made its own from what it had rounded."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter in self.module.named_parameters():
+            if name in whole and parameter.requires_grad:
+                safe_set_full_fp32_param(parameter, whole[name].to(parameter.device))
 
     def set_learning_rate(self, rate: float) -> None:
         set_learning_rate(self.deepspeed.optimizer.param_groups, rate)
@@ -241,6 +260,11 @@ class Engine:
         for name, parameter in self.module.named_parameters():
             if name in besides:
                 continue
+            if self._masters and parameter.requires_grad:
+                from deepspeed.utils import safe_get_full_fp32_param
+
+                yield name, safe_get_full_fp32_param(parameter)
+                continue
             if self.stage < 3:
                 yield name, self._expert_parallel.whole(name, parameter.detach())
                 continue
@@ -270,15 +294,36 @@ def _deepspeed_config(config: PretrainConfig, device: torch.device) -> dict[str,
             **({"sub_group_size": 10**15} if OPTIMIZERS[config.optimizer.name].numbers else {}),
         },
         "zero_allow_untested_optimizer": True,
-        # Not `bf16.enabled`, which would round every weight, the gates' decays too, before it makes its float32 copy.
+        # Not `bf16.enabled` but where it is asked for (`_matrices_alone_cast`): it would round every weight, the gates'
+        # decays too, before it makes its float32 copy.
         # No module is "safe" for lower precision, so that gradients and gathered weights travel in float32.
         "torch_autocast": {
             "enabled": config.train.dtype != "float32",
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],
         },
+        **(BFLOAT16_WEIGHTS if config.train.weights == "bfloat16" else {}),
         "steps_per_print": None,
     }
+
+
+@contextmanager
+def _matrices_alone_cast() -> Iterator[None]:
+    """In it, DeepSpeed's bfloat16 mode leaves vectors (norms, decays, step sizes) as they are: they have groups of their own."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    cast = DeepSpeedEngine._cast_module_mixed_precision
+
+    def cast_matrices(engine: Any, dtype: torch.dtype, *_: Any) -> None:
+        for parameter in engine.module.parameters():
+            if parameter.dim() >= 2:
+                parameter.data = parameter.data.to(dtype)
+
+    DeepSpeedEngine._cast_module_mixed_precision = cast_matrices
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._cast_module_mixed_precision = cast
 
 
 def step_calls(engine: Engine) -> list[tuple[Place, Literal["optimizer", "gradients", "autograd"]]]:

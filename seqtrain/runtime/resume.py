@@ -33,7 +33,7 @@ SEGMENTATION = ("micro_batch_size", "segment_tokens", "segment_gradients")
 # Keys of `train` that change no number.
 BESIDE = ("max_nonfinite_steps", "memory_budget", "offload_activations")
 # Keys of `train` that checkpoints made before there were any don't have, and their defaults.
-ADDED = (("compile", False),)
+ADDED = (("compile", False), ("weights", "float32"))
 # Keys of `model` that say what is computed twice: the numbers are the same bits.
 RECOMPUTATION = ("activation_checkpointing", "recompute")
 # Keys of `data` that say where text and tokenizer lie; `content` says what they are.

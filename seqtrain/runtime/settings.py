@@ -59,8 +59,11 @@ class TrainConfig:
     segment_tokens: Count = 0
     # Gradients between segments: exact (one more forward pass), or truncated (none crosses a segment's boundary).
     segment_gradients: Gradients = "exact"
-    # Number format of the matrix products. Weights and the optimizer's state are float32 in both.
+    # Number format of the matrix products. The optimizer's state is float32 in both.
     dtype: Literal["float32", "bfloat16"] = "float32"
+    # Number format of the matrices that the model computes with, of which the optimizer has float32 masters: half of
+    # their memory in bfloat16. Vectors (norms, decays, step sizes, biases) are float32 in both.
+    weights: Literal["float32", "bfloat16"] = "float32"
     # torch.compile of the model (true), or of its blocks (regions; of MLPs where parallel.sequence is more than 1): the
     # last digits of losses may differ.
     compile: Compile = False
@@ -326,6 +329,7 @@ def check(config: PretrainConfig) -> None:
     _check_experts(config)
     _check_device(config)
     check_compile(config)
+    _check_weights(config)
     _check_model(config)
 
 
@@ -357,6 +361,24 @@ def _check_experts(config: PretrainConfig) -> None:
             f"{key}: DeepSpeed doesn't divide sharded experts as well, parallel.zero_stage=3; "
             "use parallel.zero_stage=2 or less, or parallel.experts=1"
         )
+
+
+def _check_weights(config: PretrainConfig) -> None:
+    if config.train.weights == "float32":
+        return
+    parallel, key = config.parallel, "train.weights=bfloat16"
+    if config.train.dtype != "bfloat16":
+        raise ConfigError(f"{key}: products would be float32 all the same; set train.dtype=bfloat16, too")
+    if parallel.zero_stage != 2:
+        raise ConfigError(
+            f"{key}: DeepSpeed keeps float32 masters, gradients and vectors beside it in ZeRO 2 alone, not "
+            f"parallel.zero_stage={parallel.zero_stage}; use parallel.zero_stage=2"
+        )
+    if config.optimizer.name != "adamw":
+        raise ConfigError(f"{key}: is for optimizer=adamw, not {config.optimizer.name}; leave one of them out")
+    if parallel.experts > 1 or config.lora.rank:
+        other = f"parallel.experts={parallel.experts}" if parallel.experts > 1 else f"lora.rank={config.lora.rank}"
+        raise ConfigError(f"{key}: isn't offered with {other}; leave one of them out")
 
 
 def _check_lora(config: PretrainConfig) -> None:

@@ -49,7 +49,7 @@ def trained(config, backend):
         pytest.param("regions", "aot_eager", 1, marks=pytest.mark.all),
         *(
             pytest.param(*case, marks=pytest.mark.full)
-            for case in [(True, "aot_eager", 1), (True, "inductor", 1), ("regions", "inductor", 2)]
+            for case in [(True, "aot_eager", 1), ("regions", "aot_eager", 2)]
         ),
     ],
 )
