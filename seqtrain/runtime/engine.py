@@ -309,7 +309,7 @@ def _deepspeed_config(config: PretrainConfig, device: torch.device) -> dict[str,
 
 @contextmanager
 def _matrices_alone_cast() -> Iterator[None]:
-    """In it, DeepSpeed's bfloat16 mode leaves vectors (norms, decays, step sizes) as they are: they have groups of their own."""
+    """In it, DeepSpeed's bfloat16 mode leaves vectors (norms, decays) as they are: they have groups of their own."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     cast = DeepSpeedEngine._cast_module_mixed_precision
