@@ -5,9 +5,8 @@ makes the update, and sends each rank its stretch of the change. The state of a 
 is divided as ZeRO 1 divides AdamW's. In stage 0 nothing is divided: every rank updates all.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
@@ -73,28 +72,43 @@ class Span:
 class HeldBlocks:
     """The blocks in one tensor of the optimizer: a weight, or a rank's stretch of several.
 
-    `spans`: by rank of `group`, that of each block; None where every rank of it holds all.
+    `span(rank, index)`: what a rank of `group` has of a block; None where every rank has all.
     """
 
     def __init__(
-        self, blocks: list[Block], spans: list[list[Span]] | None, group: dist.ProcessGroup, config: OptimizerConfig
+        self,
+        blocks: list[Block],
+        span: Callable[[int, int], Span] | None,
+        group: dist.ProcessGroup,
+        config: OptimizerConfig,
     ):
-        self.blocks, self.spans, self.group = blocks, spans, group
-        self.rank, self.ranks = group.rank(), group.size()
-        self.owners = deal([block.cost for block in blocks], self.ranks)
+        self.blocks, self.divided, self.group = blocks, span is not None, group
+        rank, ranks = group.rank(), group.size()
+        owners = deal([block.cost for block in blocks], ranks)
         rule = RULES[config.name]
+        self._owned = [index for index, owner in enumerate(owners) if owner == rank]
         self.optimizers = {
             index: MatrixOptimizer(ADAMW if block.gate else rule, block.rows, block.columns, config)
             for index, block in enumerate(blocks)
-            if spans is None or self.owners[index] == self.rank
+            if not self.divided or owners[index] == rank
         }
+        if span is None:
+            return
+        # This rank's, in the order of owners; those of this rank's blocks, in the order of ranks.
+        dealt = sorted(range(len(blocks)), key=lambda index: owners[index])
+        self._own = [span(rank, index) for index in dealt]
+        self._of_owned = [(index, span(other, index)) for other in range(ranks) for index in self._owned]
+        # How many numbers go to each owner, and come from each rank.
+        self._to, self._come = [0] * ranks, [0] * ranks
+        for index, part in zip(dealt, self._own, strict=True):
+            self._to[owners[index]] += part.numbers
+        for number, (_, part) in enumerate(self._of_owned):
+            self._come[number // len(self._owned)] += part.numbers
 
     @property
     def owned(self) -> Iterator[tuple[Block, MatrixOptimizer]]:
         """The blocks whose state this rank saves."""
-        for index, optimizer in self.optimizers.items():
-            if self.owners[index] == self.rank:
-                yield self.blocks[index], optimizer
+        yield from ((self.blocks[index], self.optimizers[index]) for index in self._owned)
 
     @property
     def updated(self) -> Iterator[tuple[Block, MatrixOptimizer]]:
@@ -103,68 +117,45 @@ class HeldBlocks:
 
     def update(self, tensor: Tensor, *, rate: float, decay: float) -> None:
         """A step of the blocks in `tensor`, which has a gradient. All ranks of the group call it."""
-        gradients = self._whole_gradients(tensor.grad.flatten())  # type: ignore[union-attr]
+        gradient = tensor.grad.flatten()  # type: ignore[union-attr]
+        wholes = self._gathered(gradient) if self.divided else self._inside(gradient)
         changes = {
-            index: optimizer.change(gradients[index].view(optimizer.shape), rate).flatten()
+            index: optimizer.change(wholes[index].view(optimizer.shape), rate).flatten()
             for index, optimizer in self.optimizers.items()
         }
         tensor.mul_(1 - rate * decay)
         flat = tensor.view(-1)
-        for span, change in self._own_changes(changes):
-            flat[span.at : span.at + span.numbers] += change
+        if self.divided:
+            for span, change in self._scattered(changes, gradient):
+                flat[span.at : span.at + span.numbers] += change
+            return
+        for index, place in self._inside(flat).items():
+            place += changes[index]
 
-    def _whole_gradients(self, gradient: Tensor) -> dict[int, Tensor]:
-        """The flattened gradients of the blocks that this rank updates."""
-        if self.spans is None:
-            return {index: gradient[self._inside[index]] for index in self.optimizers}
-        own = self.spans[self.rank]
-        leaving = [
-            gradient[own[index].at : own[index].at + own[index].numbers]
-            for rank in range(self.ranks)
-            for index in self._owned_by(rank)
-        ]
-        come = self._exchange(leaving, to_owners=True)
-        whole = {index: gradient.new_empty(self.blocks[index].numbers) for index in self.optimizers}
-        mine = [self.spans[rank][index] for rank in range(self.ranks) for index in self.optimizers]
-        places = [index for _ in range(self.ranks) for index in self.optimizers]
-        for index, span, part in zip(places, mine, come.split([span.numbers for span in mine]), strict=True):
+    def _inside(self, flat: Tensor) -> dict[int, Tensor]:
+        """The blocks of a flattened weight that is whole."""
+        return {index: flat[block.start : block.start + block.numbers] for index, block in enumerate(self.blocks)}
+
+    def _gathered(self, gradient: Tensor) -> dict[int, Tensor]:
+        """The whole, flattened gradients of the blocks that this rank owns, from each rank's stretches."""
+        leaving = torch.cat([gradient[span.at : span.at + span.numbers] for span in self._own])
+        come = self._exchange(leaving, self._to, self._come)
+        whole = {index: gradient.new_empty(self.blocks[index].numbers) for index in self._owned}
+        parts = come.split([span.numbers for _, span in self._of_owned])
+        for (index, span), part in zip(self._of_owned, parts, strict=True):
             whole[index][span.begin : span.end] = part
         return whole
 
-    def _own_changes(self, changes: Mapping[int, Tensor]) -> Iterator[tuple[Span, Tensor]]:
-        """What each rank adds to its stretches, from the flattened changes of the blocks that this rank updates."""
-        if self.spans is None:
-            for index, change in changes.items():
-                inside = self._inside[index]
-                yield Span(0, len(change), inside.start), change
-            return
-        leaving = [
-            change[self.spans[rank][index].begin : self.spans[rank][index].end]
-            for rank in range(self.ranks)
-            for index, change in changes.items()
-        ]
-        come = self._exchange(leaving, to_owners=False)
-        mine = [self.spans[self.rank][index] for rank in range(self.ranks) for index in self._owned_by(rank)]
-        yield from zip(mine, come.split([span.numbers for span in mine]), strict=True)
+    def _scattered(self, changes: Mapping[int, Tensor], like: Tensor) -> Iterator[tuple[Span, Tensor]]:
+        """This rank's stretches of the changes that owners have made."""
+        # A rank may own none.
+        leaving = [like[:0], *(changes[index][span.begin : span.end] for index, span in self._of_owned)]
+        come = self._exchange(torch.cat(leaving), self._come, self._to)
+        yield from zip(self._own, come.split([span.numbers for span in self._own]), strict=True)
 
-    @cached_property
-    def _inside(self) -> list[slice]:
-        """Where each block is in a tensor that holds all."""
-        return [slice(block.start, block.start + block.numbers) for block in self.blocks]
-
-    def _owned_by(self, rank: int) -> list[int]:
-        return [index for index, owner in enumerate(self.owners) if owner == rank]
-
-    def _exchange(self, leaving: list[Tensor], *, to_owners: bool) -> Tensor:
-        """Sends a stretch of each block to its owner, or from it; `leaving`: by the rank they go to."""
-        assert self.spans is not None
-        # Numbers between this rank as holder of stretches and each rank as owner; and the other way.
-        holding = [sum(self.spans[self.rank][index].numbers for index in self._owned_by(r)) for r in range(self.ranks)]
-        owning = [sum(self.spans[r][index].numbers for index in self.optimizers) for r in range(self.ranks)]
-        send, receive = (holding, owning) if to_owners else (owning, holding)
-        flat = torch.cat(leaving)
-        arrived = flat.new_empty(sum(receive))
-        dist.all_to_all_single(arrived, flat, receive, send, group=self.group)
+    def _exchange(self, leaving: Tensor, to: list[int], come: list[int]) -> Tensor:
+        arrived = leaving.new_empty(sum(come))
+        dist.all_to_all_single(arrived, leaving, come, to, group=self.group)
         return arrived
 
 
@@ -183,22 +174,12 @@ def place_blocks(zero: Any, stage: int, matrices: Blocks, config: OptimizerConfi
     held = {}
     for number, tensor, weights, group in _tensors_of_matrices(zero, stage, inner):
         blocks = [block for weight in weights for block in matrices[weight]]
-        spans = None
-        if stage:
-            ranks = group.size()
-            if stage == 3:
-                stretches = _stretches_in_3(weights, ranks)
-            else:
-                stretches = _stretches_in_1(weights, zero.round_robin_bit16_offsets[number], tensor.numel(), ranks)
-            spans = [
-                [
-                    _part(stretch, block)
-                    for weight, stretch in zip(weights, own, strict=True)
-                    for block in matrices[weight]
-                ]
-                for own in stretches
-            ]
-        held[tensor] = HeldBlocks(blocks, spans, group, config)
+        stretch = None
+        if stage == 3:
+            stretch = _cut_one_by_one(weights)
+        elif stage:
+            stretch = _cut_in_a_row(weights, zero.round_robin_bit16_offsets[number], tensor.numel())
+        held[tensor] = HeldBlocks(blocks, stretch and _spans(blocks, weights, matrices, stretch), group, config)
     inner.held = held
 
 
@@ -234,33 +215,38 @@ def _same_experts(name: str) -> dist.ProcessGroup:
     return found
 
 
-def _stretches_in_1(weights: list[nn.Parameter], offsets: list[int], size: int, ranks: int) -> list[list[Span]]:
-    """By rank, its stretch of each flattened weight in ZeRO 1 and 2: they lie in one row, which is cut evenly."""
-
-    def within(place: int, weight: nn.Parameter) -> int:
-        return min(max(place, 0), weight.numel())
-
-    return [
-        [
-            Span(within(low - offset, weight), within(low + size - offset, weight), max(offset - low, 0))
-            for weight, offset in zip(weights, offsets, strict=True)
-        ]
-        for low in range(0, size * ranks, size)
-    ]
+# A rank, and which weight -> its stretch of the flattened weight.
+Stretch = Callable[[int, int], Span]
 
 
-def _stretches_in_3(weights: list[nn.Parameter], ranks: int) -> list[list[Span]]:
-    """By rank, its stretch of each flattened weight in ZeRO 3: each is cut evenly, and the pieces lie in a row."""
-    cut: list[Any] = list(weights)
-    pieces, sizes = [weight.ds_tensor.ds_numel for weight in cut], [weight.ds_numel for weight in cut]
+def _spans(blocks: list[Block], weights: list[nn.Parameter], matrices: Blocks, stretch: Stretch) -> Stretch:
+    """By rank and block what `stretch` says by rank and weight."""
+    inside = [number for number, weight in enumerate(weights) for _ in matrices[weight]]
+    return lambda rank, index: _part(stretch(rank, inside[index]), blocks[index])
+
+
+def _cut_in_a_row(weights: list[nn.Parameter], offsets: list[int], size: int) -> Stretch:
+    """ZeRO 1 and 2: weights lie in one row, of which each rank has the next `size` numbers."""
+    numbers = [weight.numel() for weight in weights]
+
+    def stretch(rank: int, weight: int) -> Span:
+        first = rank * size - offsets[weight]
+        begin, end = (min(max(place, 0), numbers[weight]) for place in (first, first + size))
+        return Span(begin, end, max(-first, 0))
+
+    return stretch
+
+
+def _cut_one_by_one(weights: list[Any]) -> Stretch:
+    """ZeRO 3: each weight is cut evenly, and a rank's pieces lie in a row."""
+    pieces, numbers = [weight.ds_tensor.ds_numel for weight in weights], [weight.ds_numel for weight in weights]
     places = list(accumulate(pieces, initial=0))
-    return [
-        [
-            Span(min(rank * piece, size), min((rank + 1) * piece, size), place)
-            for piece, size, place in zip(pieces, sizes, places, strict=False)
-        ]
-        for rank in range(ranks)
-    ]
+
+    def stretch(rank: int, weight: int) -> Span:
+        begin, end = (min(place * pieces[weight], numbers[weight]) for place in (rank, rank + 1))
+        return Span(begin, end, places[weight])
+
+    return stretch
 
 
 def _part(stretch: Span, block: Block) -> Span:
