@@ -8,7 +8,6 @@ from torch import Tensor
 
 from seqtrain.data.batches import IGNORED, Batch
 from seqtrain.memory import peak_resident_bytes
-from seqtrain.models import LanguageModel
 from seqtrain.models.language_model import Head
 from seqtrain.runtime.engine import Engine, Sizes
 from seqtrain.runtime.metrics import Record
@@ -39,13 +38,13 @@ def place_in_document(batch: Batch, part: int) -> Tensor:
 class Measures:
     """Takes the figures of those steps that have them; what a step computes is the same with and without."""
 
-    def __init__(self, config: PretrainConfig, engine: Engine, ranks: Ranks, *, trained: float):
-        """`trained`: share of the model's numbers."""
+    def __init__(self, config: PretrainConfig, engine: Engine, ranks: Ranks, *, trained: float, flops: float):
+        """`trained`: share of the model's numbers; `flops`: of a token's forward pass, 0 where they aren't known."""
         self.every, self.engine, self.ranks = config.metrics.every, engine, ranks
-        model, length = engine.module, config.train.sequence_length
-        self._head = next((module for module in model.modules() if isinstance(module, Head)), None)
+        length = config.train.sequence_length
+        self._head = next((module for module in engine.module.modules() if isinstance(module, Head)), None)
         # Of a token: forward, backward to what entered, and to the weights that are trained. MFU is of language models.
-        self._flops = (2 + trained) * model.flops(length) / length if isinstance(model, LanguageModel) else 0.0
+        self._flops = (2 + trained) * flops
         self._dtype = getattr(torch, config.train.dtype)
         # Bin k holds the places from 2^(k-1) on.
         self._edges = 2 ** torch.arange(max(length - 1, 0).bit_length())

@@ -37,6 +37,11 @@ class OptimizerState:
         # Those that the optimizer updates number by number.
         self._parameters = {name: p for name, p in self._trained.items() if name not in matrices}
 
+    @property
+    def names(self) -> list[str]:
+        """The weights that the optimizer updates, in the same order on every rank."""
+        return list(self._trained)
+
     def own(self, rank: int, ranks: int) -> Iterator[tuple[str, Tensor]]:
         """What this rank saves, as `NAME:KEY`, a weight's name and the state's, with its value.
 

@@ -15,6 +15,7 @@ import torch
 
 from seqtrain.errors import SeqtrainError
 from seqtrain.files import create_new, replace_file
+from seqtrain.models import LanguageModel
 from seqtrain.parallel.mesh import Mesh, form_mesh
 from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.checkpoint import Checkpoint, Progress
@@ -181,6 +182,8 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
     # Counted now: in ZeRO 3 a rank will hold only its part of each.
     parameters = sum(p.numel() for p in trainable.model.parameters())
     trained = sum(p.numel() for p in trainable.model.parameters() if p.requires_grad)
+    length = config.train.sequence_length
+    flops = trainable.model.flops(length) / length if isinstance(trainable.model, LanguageModel) else 0.0
     engine = Engine(trainable.model, trainable.groups, config, ranks, experts=mesh.experts)
     if found:
         found.restore_optimizer(engine)
@@ -208,7 +211,7 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
         mesh=mesh,
         engine=engine,
         experts=Experts(engine.module, mesh, ranks.device),
-        measures=Measures(config, engine, ranks, trained=trained / parameters),
+        measures=Measures(config, engine, ranks, trained=trained / parameters, flops=flops),
         trainable=trainable,
         callback=session.callback,
         progress=progress,
