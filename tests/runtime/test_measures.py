@@ -123,3 +123,14 @@ def test_every_figure_is_drawn(tmp_path, monkeypatch):
     assert all(line.get_xydata().size for each in axes.values() for line in each.get_lines())
     last = axes["loss, nats per token"].get_lines()[-1]
     assert last.get_xydata().tolist() == [[0, 4], [2, 2], [16, 1]]
+
+
+@pytest.mark.all
+def test_measured_parts_of_an_optimizer_of_whole_matrices(tmp_path):
+    base = small_config(tmp_path, optimizer={"name": "muon"}, train={"steps": 2}, metrics={"every": 2})
+    configs = [change(base, f"{case}", parallel=grid(*case)) for case in ((1, 1, 0), (2, 1, 1), (2, 1, 3))]
+    train_on(*configs)
+    expected, *others = [{key: value for key, value in records(config)[1].items() if "/" in key} for config in configs]
+    assert expected["update_norm/mixers"] > 0
+    for came in others:
+        assert came == pytest.approx(expected, rel=1e-2)
