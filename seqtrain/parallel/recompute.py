@@ -40,11 +40,12 @@ def recomputed(
     The gradients are the same bits. `sends`: whether ranks exchange anything in it. `last`: a module whose products,
     and those after it, nothing needs in the backward pass: they are not kept.
     """
-    part, options = function, {"context_fn": checkpoint_contexts} if sends else {}
+    part: Callable[..., Any] = function
+    options: dict[str, Any] = {"context_fn": checkpoint_contexts} if sends else {}
     if keep != "sent":
-        part = _Part(function, keep, last, _top_hooks())
+        part = own = _Part(function, keep, last, _top_hooks())
         if sends or keep == "products":
-            options = {"context_fn": partial(create_selective_checkpoint_contexts, part.policy)}
+            options = {"context_fn": partial(create_selective_checkpoint_contexts, own.policy)}
     # Nothing in a layer draws random numbers, so their state needs no saving.
     return checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
 
@@ -75,7 +76,7 @@ class _View(NamedTuple):
     slot: "_Slot"
     size: Sequence[int]
     stride: Sequence[int]
-    offset: int
+    offset: Any
 
 
 @dataclass
@@ -97,7 +98,8 @@ class _Part:
 
     def __init__(self, function: Callable[..., Any], keep: Keep, last: nn.Module | None, outer: Hooks | None):
         self._function, self._keep, self._last = function, keep, last
-        self._pack, self._unpack = outer or (lambda x: x, lambda x: x)
+        unchanged: Hooks = (lambda x: x, lambda x: x)
+        self._pack, self._unpack = outer or unchanged
         # Results of the operators that are kept, in their order, and how many have been given in this pass.
         self._results: list[Any] = []
         self._given, self._again = 0, False

@@ -37,4 +37,4 @@ def offload_activations(model: nn.Module) -> None:
         with Offloaded() if torch.is_grad_enabled() else nullcontext():
             return forward(*arguments, **options)
 
-    model.forward = offloaded  # type: ignore[method-assign]
+    model.forward = offloaded

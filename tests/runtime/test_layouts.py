@@ -9,7 +9,7 @@ from seqtrain.models import LanguageModel
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime.lease import newest
 from seqtrain.runtime.metrics import read_within
-from seqtrain.runtime.resume import fingerprint
+from seqtrain.runtime.resume import differences, fingerprint
 from seqtrain.runtime.settings import PretrainConfig, check, segments
 from tests.runtime.runtime_cases import (
     as_it_was_at,
@@ -176,6 +176,17 @@ def test_a_checkpoint_resumes_in_other_segments_and_truncated_ones_are_another_r
         train_on(as_it_was_at(cut, 2, "refused", train={"segment_gradients": "truncated"}))
     assert losses(truncated)[0] == pytest.approx(losses(whole)[0], rel=1e-5)
     assert losses(truncated)[1:] != pytest.approx(losses(whole)[1:], rel=1e-5)
+
+
+def test_a_run_goes_on_with_other_memory_and_not_with_other_numbers(tmp_path):
+    config = small_config(tmp_path)
+    before = fingerprint(config)
+    # As checkpoints have it that were made before there was a choice.
+    stored = before | {"model": before["model"] | {"activation_checkpointing": True}}
+    other = change(config, model={"recompute": ("norm",)}, train={"memory_budget": 0.5, "offload_activations": True})
+    assert differences(stored, fingerprint(other)) == []
+    narrow = fingerprint(change(config, train={"weights": "bfloat16", "compile": True}))
+    assert len(differences(stored, narrow)) == 2
 
 
 @pytest.mark.all
