@@ -28,7 +28,7 @@ from seqtrain.data import Batch, SyntheticCorpus, Tokenizer, prepare
 from seqtrain.data.batches import IGNORED
 from seqtrain.errors import ConfigError
 from seqtrain.planning.run_config import read_run
-from seqtrain.runtime.settings import PretrainConfig
+from seqtrain.runtime.settings import PretrainConfig, unit, units
 
 # Bytes of a character may lie in so many tokens.
 LONGEST_CHARACTER = 4
@@ -157,14 +157,14 @@ def spans(piece: Piece, tokenizer: Any, kind: str) -> str:
     return "".join(found)
 
 
-def show_rows(rows: list[list[Piece]], tokenizer: Tokenizer) -> str:
-    """HTML of rows, token by token."""
+def show_rows(rows: list[tuple[list[Piece], str]], tokenizer: Tokenizer) -> str:
+    """HTML of rows and their sources, token by token."""
     theirs = tokenizer.as_huggingface()
     found = [STYLE, report.text([LEGEND])]
-    for number, row in enumerate(rows):
+    for number, (row, source) in enumerate(rows):
         kinds = ["padding" if piece.padding(tokenizer.end) else "ab"[index % 2] for index, piece in enumerate(row)]
         body = "".join(spans(piece, theirs, kind) for piece, kind in zip(row, kinds, strict=True))
-        found.append(f'<p>row {number}</p>\n<div class="row">{body}</div>\n')
+        found.append(f'<p>row {number}{source and f" of {escape(source)}"}</p>\n<div class="row">{body}</div>\n')
     return "".join(found)
 
 
@@ -211,10 +211,17 @@ def count(config: PretrainConfig, batches: Any, tokenizer: Tokenizer, steps: int
     """Counts over so many steps of the run, evenly spaced; 0: over all."""
     counts, whole = Counts(), config.train.steps
     for nth in range(taken := min(steps or whole, whole)):
-        batch = batches.at(nth * whole // taken)
-        for number, row in enumerate(pieces(batch, config.train.sequence_length)):
-            counts.add(row, tokenizer, batches.names[batch.sources[number]] if batch.sources else "")
+        for row, source in rows_of_step(config, batches, nth * whole // taken):
+            counts.add(row, tokenizer, source)
     return counts
+
+
+def rows_of_step(config: PretrainConfig, batches: Any, step: int) -> Iterator[tuple[list[Piece], str]]:
+    """The rows that a step reads, and the source of each; empty where there is one."""
+    for index in units(config.train, step):
+        batch = batches.at(index)
+        for number, row in enumerate(pieces(batch, config.train.sequence_length)):
+            yield row, batches.names[batch.sources[number]] if batch.sources else ""
 
 
 def main(arguments: list[str]) -> int:
@@ -224,21 +231,19 @@ def main(arguments: list[str]) -> int:
     if isinstance(corpus, SyntheticCorpus):
         raise ConfigError(f"data.source={config.data.source}: a task has no text to look at; name data=text or another")
     length = config.train.sequence_length
-    batches = corpus.training_batches(seed=config.seed, sequence_length=length, batch_size=config.train.batch_size)
+    batches = corpus.training_batches(seed=config.seed, sequence_length=length, batch_size=unit(config.train))
     with report.announced("counting"):
         counts = count(config, batches, corpus.tokenizer, settings.steps)
     found = counts.totals()
     report.say(*sentences(found, counts.lengths))
-    rows = list(pieces(batches.at(settings.step), length))[: settings.rows or None]
+    rows = list(rows_of_step(config, batches, settings.step))[: settings.rows or None]
     folder = Path(settings.output_dir)
     report.write_results(folder / "inspect_data.json", settings, totals=found)
     title = f"{config.presets.get('data', 'data')}: rows of {length:,} tokens"
     draw(counts, title, folder / "inspect_data.png")
+    drawn = report.picture(folder / "inspect_data.png", title)
     sections = [
-        (
-            "All rows",
-            report.text(sentences(found, counts.lengths)) + report.picture(folder / "inspect_data.png", title),
-        ),
+        ("All rows", report.text(sentences(found, counts.lengths)) + drawn),
         (f"Step {settings.step}", show_rows(rows, corpus.tokenizer)),
     ]
     report.write_page(folder / "inspect_data.html", title, sections)
