@@ -26,7 +26,7 @@ from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime.optimizers import parameter_groups
 from seqtrain.runtime.run_folder import plain
 from seqtrain.runtime.settings import PretrainConfig
-from seqtrain.runtime.task import Trainable, TrainingData
+from seqtrain.runtime.task import Trainable, TrainingData, shards_to_verify
 
 ERRORS = {"relative": relative_error_sum, "mean_square": mean_square_sum}
 
@@ -84,7 +84,7 @@ class Transfer:
         groups = _groups(student, rates, config)
         mixers = {str(index): student.get_submodule(f"blocks.{index}.mixer") for index in self.layers}
         model = TransferModel(mixers, pair.load_teacher(), first=self.first, error=stage.error)
-        return Trainable(model, groups, self.data(config, corpus))
+        return Trainable(model, groups, self.data(config, corpus), to_verify=shards_to_verify(open_corpus(corpus, config.data)))
 
     def given(self, file: Path) -> "Transfer":
         """The same on the inputs in `file`, whose name says the layer."""
@@ -126,7 +126,8 @@ class Distillation:
         student, groups = self.student(config)
         teacher = self.pair.load_teacher() if self.stage.kl or self.stage.hidden else None
         model = DistilledModel(student, teacher, self.stage)
-        return Trainable(model, groups, training_data(config, corpus))
+        to_verify = shards_to_verify(open_corpus(corpus, config.data))
+        return Trainable(model, groups, training_data(config, corpus), to_verify=to_verify)
 
     def student(self, config: PretrainConfig) -> tuple[LanguageModel, list[dict[str, Any]]]:
         """The student as it is trained, with adapters where the stage has them, and the optimizer's groups."""

@@ -56,7 +56,8 @@ class DataConfig:
     workers: Annotated[int, Field(gt=0, le=4096), OrAuto] = AUTO
     # Tokens per shard; an interrupted ingestion resumes after the last finished shard.
     shard_tokens: Annotated[int, Field(gt=0)] = 2**25
-    # When shards are read whole to compare checksums: when first opened on this machine, always, or never.
+    # When shards are read whole to compare checksums: where they changed since that was last done, always, or never. Of
+    # more than 1 GiB the ranks do it while they train.
     verify: Literal["first", "always", "never"] = "first"
     # How documents become rows: stream, one after the other, cut where a row ends; best_fit, whole, each in the fullest
     # row that has room for it; document, one a row. A document longer than a row is cut, what is left of rows padded.

@@ -2,19 +2,27 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from seqtrain.data import verification
 from seqtrain.data.batches import Batches, EvaluationBatches
 from seqtrain.data.chat import KNOWN_ROLES
 from seqtrain.data.config import DataConfig
 from seqtrain.data.ingest import Text, check_first_documents, ingest, left_out, open_sources
-from seqtrain.data.manifest import BIGRAMS, MANIFEST, REBUILD, VERSIONS, CorpusManifest, ShardIndex, told_problems
+from seqtrain.data.manifest import (
+    BIGRAMS,
+    MANIFEST,
+    VERSIONS,
+    CorpusManifest,
+    ShardIndex,
+    index_file,
+    told_problems,
+)
 from seqtrain.data.packing import Packing, Windows, make_packing
 from seqtrain.data.pool import Pools, local_pools
 from seqtrain.data.sources import SOURCES, Source
@@ -22,11 +30,9 @@ from seqtrain.data.stream import TokenStream
 from seqtrain.data.synthetic import TASKS, SyntheticCorpus
 from seqtrain.data.tokenizer import Tokenizer, load_tokenizer
 from seqtrain.errors import ConfigError, DataError, SeqtrainError, unknown_name
-from seqtrain.files import LARGEST_RECORD, Manifest, sha256_of
+from seqtrain.files import LARGEST_RECORD, sha256_of
 
 log = logging.getLogger("seqtrain.data")
-
-VERIFIED = "verified.json"
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,17 @@ class Corpus:
         return {"": self}
 
     @property
+    def indexes(self) -> tuple[ShardIndex, ShardIndex]:
+        """The shards of both splits."""
+        return self.train.shards, self.held_out.shards
+
+    @property
+    def to_verify(self) -> tuple[ShardIndex, ...]:
+        """Shards that weren't verified when the corpus was opened, since they are too many, but are to be."""
+        large = sum(shards.bytes for shards in self.indexes) > verification.AT_ONCE
+        return self.indexes if large and self.config.verify != "never" else ()
+
+    @property
     def bigrams(self) -> Path:
         return self.folder / BIGRAMS
 
@@ -89,15 +106,6 @@ class Corpus:
         held_out = f"{self.held_out.tokens} held out, {self.manifest.empty_documents} empty documents"
         problems = told_problems(self.manifest.problems)
         return f"{self.folder}, {self.train.tokens} tokens to train on, {held_out}{self.left_out}{problems}"
-
-
-@dataclass(frozen=True)
-class Stamps(Manifest):
-    """Size and mtime in ns of the files whose checksums held when they were last read whole."""
-
-    remedy = REBUILD
-
-    files: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def check_source(config: DataConfig, *, sequence_length: int) -> None:
@@ -140,6 +148,8 @@ def prepare(config: DataConfig, *, progress: bool = True, pools: Pools | None = 
                 ingest(text, folder, report, pools or local_pools(config.workers))
     corpus = open_corpus(folder, config, tokenizer=tokenizer)
     assert isinstance(corpus, Corpus)
+    if corpus.to_verify:
+        _verify_index(corpus)
     return replace(corpus, left_out=left_out(sources))
 
 
@@ -166,8 +176,8 @@ def open_corpus(
 ) -> Corpus | SyntheticCorpus:
     """Opens the corpus in `folder` without looking at the text it came from, as workers on other machines do.
 
-    Sizes and headers of all shards are checked, checksums as `data.verify` says. Raises `DataError` naming the file.
-    A task has nothing there.
+    Checksums are compared as `data.verify` says; a shard's header and size when it is first read. Raises `DataError`
+    naming the file. A task has nothing there.
     """
     if config.source in TASKS.names:
         return SyntheticCorpus.of(config)
@@ -188,8 +198,12 @@ def open_corpus(
     for name, split in (("train", manifest.train), ("held_out", manifest.held_out)):
         shards = ShardIndex.open(folder, name, split, tokenizer.vocab_size)
         streams[name] = TokenStream(name, split, shards, tokenizer)
-    _verify(folder, manifest, [stream.shards for stream in streams.values()], config.verify)
-    return Corpus(folder, manifest, tokenizer, streams["train"], streams["held_out"], config)
+    corpus = Corpus(folder, manifest, tokenizer, streams["train"], streams["held_out"], config)
+    # Of what is large, ranks open what they read, and nothing else.
+    if config.verify != "never" and not corpus.to_verify:
+        _verify_index(corpus)
+        verification.verify_at_once(corpus.indexes, always=config.verify == "always")
+    return corpus
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -201,24 +215,15 @@ def cache_folder(config: DataConfig) -> Path:
     return Path(platformdirs.user_cache_dir("seqtrain"))
 
 
-def _verify(folder: Path, manifest: CorpusManifest, indexes: list[ShardIndex], when: str) -> None:
-    if when == "never":
-        return
-    stamps = Stamps.read(folder / VERIFIED).files if (folder / VERIFIED).exists() else {}
-    now = {}
-    for index in indexes:
-        for number in range(len(index)):
-            shard = index.shard(number)
-            status = shard.path.stat()
-            now[shard.path.name] = (status.st_size, status.st_mtime_ns)
-            if when == "always" or stamps.get(shard.path.name) != now[shard.path.name]:
-                shard.verify()
-    counts = folder / BIGRAMS
-    small = counts.is_file() and not counts.is_symlink() and counts.stat().st_size <= LARGEST_RECORD
-    if not (small and sha256_of(counts) == manifest.bigrams_sha256):
-        raise DataError(f"{counts}: missing, or not what {MANIFEST} says; delete {folder} to rebuild the corpus")
-    if now != stamps and os.access(folder, os.W_OK):
-        Stamps(now).write(folder / VERIFIED)
+def _verify_index(corpus: Corpus) -> None:
+    """Compares checksums of what a corpus has besides its shards. Raises `DataError`."""
+    folder, manifest = corpus.folder, corpus.manifest
+    splits = (("train", manifest.train), ("held_out", manifest.held_out))
+    entries = ((index_file(folder, split), entry.index_sha256) for split, entry in splits)
+    for file, checksum in ((folder / BIGRAMS, manifest.bigrams_sha256), *entries):
+        small = file.is_file() and not file.is_symlink() and file.stat().st_size <= LARGEST_RECORD
+        if checksum and not (small and sha256_of(file) == checksum):
+            raise DataError(f"{file}: missing, or not what {MANIFEST} says; delete {folder} to rebuild the corpus")
 
 
 @contextmanager

@@ -145,6 +145,7 @@ class _GroupWriter:
         """Makes shards and counts durable; they count once the log names them."""
         groups = self.state.groups + 1
         shards = {name: split.writer.close() for name, split in self.splits.items() if split.writer}
+        changed = {name: self.splits[name].file.stat().st_mtime_ns for name in shards}
         counts = io.BytesIO()
         np.savez_compressed(counts, counts=np.stack([split.bigrams for split in self.splits.values()]))
         replace_file(self.folder / counts_name(self.state.section, groups), counts.getvalue())
@@ -153,7 +154,7 @@ class _GroupWriter:
         section = self.state.section
         counted = (self.empty, self.problems, self.units, train, held_out)
         state = SectionState(section, self.cursor, groups, whole, *counted)
-        return Group(state, shards)
+        return Group(state, shards, changed)
 
     def abandon(self) -> None:
         for split in self.splits.values():
@@ -249,6 +250,8 @@ def _pieces(job: Job, tokenizer: Tokenizer) -> Iterator[Piece]:
             if stop < document.size:
                 return
             cursor = Cursor(part, document.next_place)
+            if cursor[:3] >= end[:3]:
+                return
         cursor = Cursor(part + 1)
 
 

@@ -49,6 +49,7 @@ from seqtrain.data.sections import Section, divide, section_bytes
 from seqtrain.data.sources import SOURCES, Source
 from seqtrain.data.sources._base import AROUND, PIECE_BYTES, Part
 from seqtrain.data.tokenizer import ByteTokenizer, Tokenizer
+from seqtrain.data.verification import write_stamps
 from seqtrain.errors import DataError
 from seqtrain.files import replace_file, sha256_of
 
@@ -217,7 +218,7 @@ def _finish(text: Text, folder: Path, progress: ProgressLog) -> None:
         raise _nothing_held_out(config, entries["train"].documents)
     if [source.fingerprint() for source in text.sources] != text.fingerprints:
         raise DataError(f"data.path: {where} changed while it was read; run again")
-    _sum_counts(folder, sorted(progress.whole))
+    _sum_counts(folder, progress)
     for split in SPLITS:
         entries[split] = replace(entries[split], index_sha256=_write_index(folder, split, progress))
     manifest = CorpusManifest(
@@ -285,19 +286,21 @@ def _joined(contents: dict[int, str]) -> str:
 def _write_index(folder: Path, split: str, progress: ProgressLog) -> str:
     """Writes the index of a split, its shards in the order of the text; gives its checksum."""
     count = sum(split in group.shards for group in progress.groups())
-    rows, numbers = np.zeros(count, INDEX), np.zeros((count, 4), np.int64)
-    found = ((group.state, group.shards[split]) for group in progress.groups() if split in group.shards)
-    for place, (state, shard) in enumerate(found):
+    rows, numbers = np.zeros(count, INDEX), np.zeros((count, 5), np.int64)
+    for place, group in enumerate(group for group in progress.groups() if split in group.shards):
+        state, shard = group.state, group.shards[split]
         rows[place] = (0, 0, shard.file.encode(), shard.sha256.encode())
-        numbers[place] = (state.section, state.groups, shard.tokens, shard.starts)
+        numbers[place] = (state.section, state.groups, shard.tokens, shard.starts, group.changed[split])
     order = np.lexsort((numbers[:, 1], numbers[:, 0]))
+    write_stamps(folder, split, numbers[order, 4])
     return write_index(folder, split, numbers[order, 2], numbers[order, 3], rows[order])
 
 
-def _sum_counts(folder: Path, sections: list[int]) -> None:
+def _sum_counts(folder: Path, progress: ProgressLog) -> None:
     """Writes the counts of byte pairs of the whole corpus."""
-    files = {int(file.name.split("-")[1]): file for file in folder.glob(counts_name("*", "*"))}
-    counts = sum((read_counts(files[number]) for number in sections), np.zeros((2, *SHAPE), np.int64))
+    counts = np.zeros((2, *SHAPE), np.int64)
+    for section, groups in progress.whole.items():
+        counts += read_counts(folder / counts_name(section, groups))
     content = io.BytesIO()
     np.save(content, counts, allow_pickle=False)
     replace_file(folder / BIGRAMS, content.getvalue())

@@ -4,6 +4,7 @@ An index is a `.npy` of one row a shard, in the order of the text. It is mapped,
 however many shards it has.
 """
 
+import mmap
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seqtrain.data.shards import Shard, ShardEntry, inside
+from seqtrain.data.shards import Shard, ShardEntry, id_type, inside
 from seqtrain.errors import DataError
 from seqtrain.files import Manifest, replacing, sha256_of
 
@@ -92,11 +93,13 @@ def told_problems(problems: Mapping[str, tuple[int, str]]) -> str:
 class ShardIndex:
     """Which shards a split lies in, in order. A shard is opened, and its header checked, when it is asked for."""
 
-    def __init__(self, folder: Path, rows: np.ndarray, vocab_size: int):
+    def __init__(self, folder: Path, split: str, rows: np.ndarray, vocab_size: int):
         self.folder = folder
+        self.split = split
         self.vocab_size = vocab_size
-        # As plain arrays: a look at a memmap's element costs ten times as much.
-        self._rows = np.asarray(rows)
+        # Numbers of those that were read from.
+        self.touched: set[int] = set()
+        self._rows = rows
         self._ends, self._starts_ends = self._rows["end"], self._rows["starts_end"]
 
     @classmethod
@@ -105,14 +108,12 @@ class ShardIndex:
         file = index_file(folder, split)
         if entry.index_sha256:
             try:
-                rows = np.load(file, mmap_mode="r", allow_pickle=False)
-                if rows.dtype != INDEX or rows.ndim != 1:
-                    raise ValueError(f"holds {rows.dtype}, not an index of shards")
+                rows = _mapped(file)
             except (OSError, ValueError, EOFError) as error:
                 raise DataError(f"{file}: can't be read ({error}); {REBUILD}") from None
         else:
             rows = _listed(folder, entry.shards)
-        index = cls(folder, rows, vocab_size)
+        index = cls(folder, split, rows, vocab_size)
         if index.totals != (entry.tokens, entry.documents):
             raise DataError(
                 f"{folder / MANIFEST}: {split} has {entry.tokens} tokens in {entry.documents} documents, its shards "
@@ -127,6 +128,12 @@ class ShardIndex:
     def totals(self) -> tuple[int, int]:
         """Tokens and document starts of all shards."""
         return (int(self._rows["end"][-1]), int(self._rows["starts_end"][-1])) if len(self) else (0, 0)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards, about."""
+        tokens, starts = self.totals
+        return tokens * id_type(self.vocab_size).itemsize + 8 * starts
 
     def find(self, position: int) -> int:
         """The number of the shard that holds the token at `position` of the split."""
@@ -170,6 +177,17 @@ def write_index(folder: Path, split: str, tokens: np.ndarray, starts: np.ndarray
     with replacing(file) as unfinished, unfinished.open("wb") as opened:
         np.save(opened, rows, allow_pickle=False)
     return sha256_of(file)
+
+
+def _mapped(file: Path) -> np.ndarray:
+    """The index in `file`, by one call of the file system; numpy's own way of mapping takes six."""
+    with file.open("rb") as opened:
+        np.lib.format.read_magic(opened)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(opened)
+        if dtype != INDEX or len(shape) != 1:
+            raise ValueError(f"holds {dtype} {list(shape)}, not an index of shards")
+        content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(content, INDEX, shape[0], opened.tell()) if shape[0] else np.zeros(0, INDEX)
 
 
 def _listed(folder: Path, shards: Sequence[ShardEntry]) -> np.ndarray:

@@ -121,11 +121,20 @@ def serve() -> None:
             function, argument = pickle.load(calls)
         except EOFError:
             return
+        told = pickle.dumps(attempt(function, argument))
         try:
-            told = (False, function(argument))
-        except SeqtrainError as error:
-            told = (True, error)
-        except Exception as error:
-            told = (True, RuntimeError(f"{type(error).__name__}: {error}"))
-        pickle.dump(told, results)
-        results.flush()
+            results.write(told)
+            results.flush()
+        except BrokenPipeError:
+            # Whoever asked has ended. What is left in the buffer would be tried again at the end.
+            os._exit(0)
+
+
+def attempt(function: Callable[[Any], T], argument: Any) -> tuple[bool, T | Exception]:
+    """Whether `function(argument)` fails, and its result or the error, as they can be sent to another process."""
+    try:
+        return False, function(argument)
+    except SeqtrainError as error:
+        return True, error
+    except Exception as error:
+        return True, RuntimeError(f"{type(error).__name__}: {error}")

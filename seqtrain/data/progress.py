@@ -42,10 +42,14 @@ class SectionState:
 
 @dataclass(frozen=True)
 class Group:
-    """One group that is durable: the state after it, and its shard of each split that got text."""
+    """One group that is durable: the state after it, and its shard of each split that got text.
+
+    `changed`: when each of them was written, in ns: until it changes, who wrote and read it back vouches for it.
+    """
 
     state: SectionState
     shards: dict[str, ShardEntry] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=dict)
 
 
 GROUP: TypeAdapter[Group] = TypeAdapter(Group)
@@ -60,9 +64,9 @@ class ProgressLog:
     def __init__(self, folder: Path, key: str):
         self.file = folder / PROGRESS
         self.key = key
-        # Of sections that have been begun and aren't whole; the numbers of those that are.
+        # Of sections that have been begun and aren't whole; of those that are, how many groups they have.
         self.states: dict[int, SectionState] = {}
-        self.whole: set[int] = set()
+        self.whole: dict[int, int] = {}
         # Of all sections together.
         self.units = 0.0
         if not self.file.exists():
@@ -84,7 +88,7 @@ class ProgressLog:
         before = self.states.pop(state.section, None)
         self.units += state.units - (before.units if before else 0)
         if state.whole:
-            self.whole.add(state.section)
+            self.whole[state.section] = state.groups
         else:
             self.states[state.section] = state
 

@@ -10,11 +10,13 @@ A start is a position in this shard. A document may continue in the next shard: 
 predicted up to the first change, from the second to the third, and so on; text has none.
 """
 
+import hashlib
 import mmap
 import os
 import shutil
 import stat
 import struct
+import threading
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,12 +125,13 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard, mapped; `content` is its file."""
+    """A finished shard, mapped; `content` is its file, `changed` when that last changed, in ns."""
 
     path: Path
     entry: ShardEntry
     vocab_size: int
     content: mmap.mmap
+    changed: int
 
     @classmethod
     def open(cls, folder: Path, entry: ShardEntry, vocab_size: int) -> "Shard":
@@ -148,7 +151,8 @@ class Shard:
             header = os.pread(opened, HEADER.size, 0)
             changes = HEADER.unpack(header)[-1] if len(header) == HEADER.size else 0
             _check_size(path, entry, vocab_size, status.st_size - 8 * changes)
-            shard = cls(path, entry, vocab_size, mmap.mmap(opened, 0, access=mmap.ACCESS_READ))
+            content = mmap.mmap(opened, 0, access=mmap.ACCESS_READ)
+            shard = cls(path, entry, vocab_size, content, status.st_mtime_ns)
         finally:
             os.close(opened)
         shard._check_header()
@@ -177,15 +181,33 @@ class Shard:
         changed[changes[before:upto] - start] = 1
         return (before + changed.cumsum()) % 2 == 0
 
-    def verify(self) -> None:
-        """Reads the whole shard: checksum, ids below the vocabulary, starts that rise. Raises `DataError`."""
-        came = sha256_of(self.path)
+    def verify(self, stop: threading.Event | None = None) -> bool:
+        """Reads the whole shard: checksum, ids below the vocabulary, starts that rise. Raises `DataError`.
+
+        False where `stop` was set before it was done.
+        """
+        digest = hashlib.sha256()
+        try:
+            # Not through the map: what is read there counts as this process's memory.
+            with self.path.open("rb") as opened:
+                while block := opened.read(CHECKED):
+                    digest.update(block)
+                    if stop and stop.is_set():
+                        return False
+        except OSError as error:
+            raise _error(self.path, f"can't be read ({error.strerror})") from None
+        came = digest.hexdigest()
         if came != self.entry.sha256:
             raise _error(
                 self.path, f"checksum is {came[:12]}, the manifest says {self.entry.sha256[:12]}: the file is damaged"
             )
+        self._check_values()
+        return True
+
+    def _check_values(self) -> None:
         ids = self.ids()
         for at in range(0, self.entry.tokens, CHECKED):
+            self._forget()
             foreign = ids[at : at + CHECKED] >= self.vocab_size
             if foreign.any():
                 place = at + int(np.argmax(foreign))
@@ -195,6 +217,12 @@ class Shard:
             rising = all((np.diff(places[at : at + CHECKED + 1]) > 0).all() for at in range(0, len(places), CHECKED))
             if len(places) and not (rising and places[0] >= 0 and places[-1] < self.entry.tokens):
                 raise _error(self.path, f"{what} do not rise inside the shard")
+        self._forget()
+
+    def _forget(self) -> None:
+        """Lets go of what was read through the map; it stays in the system's cache."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.content.madvise(mmap.MADV_DONTNEED)
 
     def _check_header(self) -> None:
         fields = HEADER.unpack(self.content[: HEADER.size])

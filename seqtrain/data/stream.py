@@ -6,6 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from seqtrain.data.manifest import ShardIndex, SplitEntry
+from seqtrain.data.shards import Shard
 from seqtrain.data.tokenizer import Tokenizer
 
 # Each open shard holds a file descriptor, of which a process may commonly have 1024.
@@ -27,7 +28,7 @@ class TokenStream:
         self.predicted_bytes = (entry.token_bytes - entry.first_bytes) * self.byte_scale
         self.shards = shards
         # By number, the newest: opened when first read.
-        self._opened = lru_cache(maxsize=OPEN_SHARDS)(shards.shard)
+        self._opened = lru_cache(maxsize=OPEN_SHARDS)(self._open)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """int64 `[stop - start]`: the ids at `start <= position < stop`, which must lie in the stream.
@@ -62,6 +63,10 @@ class TokenStream:
             found.append(self._opened(number).starts()[first - base : last - base] + self.shards.first(number))
             first = last
         return np.concatenate(found)
+
+    def _open(self, number: int) -> Shard:
+        self.shards.touched.add(number)
+        return self.shards.shard(number)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """`(shard, from, to)`, counted inside the shard, for every shard that `start` to `stop` touches."""

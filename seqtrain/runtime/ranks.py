@@ -3,11 +3,15 @@
 import atexit
 import datetime
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# What rank 0 says when it comes to an exchange that the others wait for; how long they do before they look again.
+READY, LOOK = "seqtrain/ready", datetime.timedelta(seconds=5)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,19 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
+
+    def from_first_in_time(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank, however long rank 0 takes to come to it: no exchange waits so long."""
+        store = dist.distributed_c10d._get_default_store()
+        ready = f"{READY}/{store.add(f'{READY}/calls/{self.rank}', 1)}"
+        if self.first:
+            store.set(ready, "")
+        arrived = self.first
+        while not arrived:
+            with suppress(dist.DistStoreError):
+                store.wait([ready], LOOK)
+                arrived = True
+        return self.from_first(value)
 
     def _reduce(self, values: tuple[float, ...], operation: Any) -> list[float]:
         packed = torch.tensor(values, dtype=torch.float64, device=self.device)

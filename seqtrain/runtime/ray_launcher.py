@@ -60,7 +60,7 @@ def launch(session: Session, poll: Callable[[], None], display: ProgressDisplay)
     running = True
     try:
         with announced("starting Ray", display.say), kept_handlers():
-            _start_ray(session.config)
+            start_ray(session.config)
         children = {process: process.name() for process in psutil.Process().children()}
         started = {process: name for process, name in children.items() if name in OWN_PROCESSES}
         began, starting = time.monotonic(), f"starting {session.config.parallel.ranks} workers"
@@ -103,8 +103,8 @@ def _private_folder() -> Path:
     return folder
 
 
-def _start_ray(config: PretrainConfig) -> None:
-    """Connects to `runtime.address`, or starts Ray on this machine, reachable from it only, and by this user."""
+def start_ray(config: PretrainConfig) -> None:
+    """Connects to `runtime.address`, or starts Ray on this machine, reachable from it only, and by this user; once."""
     # What stands in the environment must do so before the first import of Ray, which reads it then.
     if not config.runtime.address:
         # Bind to 127.0.0.1, not to every interface.
@@ -117,6 +117,8 @@ def _start_ray(config: PretrainConfig) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    if ray.is_initialized():
+        return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if config.runtime.address:
         options["address"] = config.runtime.address

@@ -21,6 +21,7 @@ from seqtrain.runtime.lease import Lease
 from seqtrain.runtime.metrics import MetricsReader, read_within
 from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ranks import form_group, pick_device
+from seqtrain.runtime.ray_ingest import ray_pools
 from seqtrain.runtime.report import write_report
 from seqtrain.runtime.resume import begin, check_resumable, claimed, refuse_foreign, what_is_kept
 from seqtrain.runtime.run_folder import RunFolder, log_to, warn_on_stderr
@@ -36,6 +37,8 @@ log = logging.getLogger("seqtrain.runtime")
 
 # Held-out tokens below which a score says little.
 FEW_TOKENS = 4096
+# Share of the time of training that evaluation may take before it is worth a word.
+LONG_EVALUATION = 0.05
 
 Launch = Callable[[Session, Callable[[], None], ProgressDisplay], None]
 
@@ -67,11 +70,11 @@ def _run_inline(config: PretrainConfig, task: Task, callback: Callback) -> dict[
     if ranks.first:
 
         def launch(session: Session, poll: Callable[[], None], _: ProgressDisplay) -> None:
-            train(ranks.from_first(session), ranks, poll=poll)
+            train(ranks.from_first_in_time(session), ranks, poll=poll)
 
         return _drive(config, task, callback, launch)
     with listening():
-        train(ranks.from_first(None), ranks)
+        train(ranks.from_first_in_time(None), ranks)
     return {}
 
 
@@ -84,7 +87,7 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
         # As it is now that nobody else writes here.
         refuse_foreign(folder, config)
         norms = gradient_norms(config.schedule, folder)
-        corpus = prepare(config.data)
+        corpus = prepare(config.data, pools=ray_pools(config))
         config, chosen = _within_budget(config, corpus.vocab_size)
         session = Session(
             config,
@@ -108,6 +111,7 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
         if chosen:
             log.info(chosen)
         _warn_of_few_tokens(corpus)
+        _warn_of_long_evaluation(config, corpus)
         try:
             return _finished_summary(config, folder) or _follow(session, corpus, lease, launch)
         except KeyboardInterrupt as error:
@@ -169,6 +173,27 @@ def _warn_of_few_tokens(corpus: Corpus | SyntheticCorpus | Mixture) -> None:
                 text.held_out.tokens,
                 f" of {name}" if name else "",
             )
+
+
+def _warn_of_long_evaluation(config: PretrainConfig, corpus: Corpus | SyntheticCorpus | Mixture) -> None:
+    every, most = config.evaluation.every, config.evaluation.max_tokens
+    if not 0 < every < config.train.steps:
+        return
+    held_out = sum(text.held_out.tokens for text in corpus.texts.values())
+    scored = min(most or held_out, held_out)
+    between = every * config.train.batch_size * config.train.sequence_length
+    # A forward pass, of which a step of training has about three.
+    if (share := scored / 3 / between) > LONG_EVALUATION:
+        log.warning(
+            "evaluation.max_tokens=%d: scoring %d held-out tokens takes about %.0f%% of the %d steps between; "
+            "evaluation.max_tokens=%d takes %.0f%%",
+            most,
+            scored,
+            100 * share,
+            every,
+            int(3 * LONG_EVALUATION * between),
+            100 * LONG_EVALUATION,
+        )
 
 
 def _finished_summary(config: PretrainConfig, folder: RunFolder) -> dict[str, Any] | None:

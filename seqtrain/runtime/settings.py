@@ -84,8 +84,8 @@ class EvaluationConfig:
 
     # Steps between two evaluations; 0 evaluates only after the last step.
     every: Count = 200
-    # Held-out tokens scored each time; 0 scores all of them.
-    max_tokens: Count = 0
+    # Most held-out tokens scored each time, spread evenly over them; 0 scores all of them.
+    max_tokens: Count = 10_000_000
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seqtrain.data import Batch, BatchSlice
+from seqtrain.data import Batch, BatchSlice, Verification
 from seqtrain.parallel.mesh import Mesh
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.sharded import ShardedSequence
@@ -21,6 +21,7 @@ from seqtrain.runtime.lease import Lease
 from seqtrain.runtime.measures import Measures
 from seqtrain.runtime.metrics import MetricsFile, Record, Within, write_within
 from seqtrain.runtime.ranks import Ranks
+from seqtrain.runtime.read_ahead import ReadAhead
 from seqtrain.runtime.schedule import learning_rate
 from seqtrain.runtime.segmented import cut, passes, segment_losses
 from seqtrain.runtime.settings import PretrainConfig, micro_batch, segments, unit, units
@@ -63,15 +64,25 @@ class TrainState:
         """Pieces in which a row runs through the model, one after the other."""
         return segments(self.config)
 
-    def read(self, step: int) -> list[Batch]:
-        """What this rank runs through the model in `step`, one after the other."""
+    @cached_property
+    def read(self) -> ReadAhead:
+        """Gives what this rank runs through the model in a step, one after the other."""
+        return ReadAhead(self._read, stop=self.config.train.steps)
+
+    def _read(self, step: int) -> list[Batch]:
         train, rows = self.config.train, unit(self.config.train)
         of = rows // (self.config.parallel.data * micro_batch(self.config))
         return [
-            self.trainable.batches.at(index, self.slice(number, of)).to(self.ranks.device)
+            self.trainable.batches.at(index, self.slice(number, of))
             for index in units(train, step)
             for number in range(of)
         ]
+
+    @cached_property
+    def verification(self) -> Verification:
+        """What this rank verifies of the data meanwhile."""
+        always = self.config.data.verify == "always"
+        return Verification(self.trainable.to_verify, rank=self.ranks.rank, ranks=self.ranks.count, always=always)
 
     def stop_requested(self) -> bool:
         """Whether this rank knows of a request to stop."""
@@ -103,7 +114,7 @@ def train_step(state: TrainState) -> Record | None:
     config, ranks, engine, index = state.config, state.ranks, state.engine, state.progress.step
     started = time.perf_counter()
     with state.callback.phase("data"):
-        batches = state.read(index)
+        batches = [batch.to(ranks.device) for batch in state.read(index)]
     labels, stopping = ranks.sum(sum(batch.label_count for batch in batches), state.stop_requested())
     if stopping:
         return None

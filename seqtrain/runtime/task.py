@@ -1,6 +1,6 @@
 """What a run trains and who watches, apart from how: the training loop knows nothing of their purpose."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +9,17 @@ from typing import Any, Literal, Protocol
 
 from torch import nn
 
-from seqtrain.data import WHOLE_BATCH, Batch, BatchSlice, HeldOutParts, open_corpus
+from seqtrain.data import (
+    WHOLE_BATCH,
+    Batch,
+    BatchSlice,
+    Corpus,
+    HeldOutParts,
+    Mixture,
+    ShardIndex,
+    SyntheticCorpus,
+    open_corpus,
+)
 from seqtrain.runtime.optimizers import parameter_groups
 from seqtrain.runtime.settings import PretrainConfig, micro_batch, unit
 from seqtrain.runtime.source import build_model, frozen_weights, load_source
@@ -39,6 +49,7 @@ class Trainable:
 
     `model(tokens, labels, sequence=)` is the loss, a scalar summed over the labels that count. `groups`: the
     optimizer's, as `parameter_groups` makes them. `held_out`: what the model is scored on; None for no score.
+    `to_verify`: shards to be verified meanwhile.
     `load`: gives the model the weights it begins with, where no checkpoint does; None where it has them. `frozen`:
     names of weights that it always gives, for no checkpoint holds them. `epochs`: what a record says of how often the
     text has been read after so many batches.
@@ -48,9 +59,15 @@ class Trainable:
     groups: list[dict[str, Any]]
     batches: TrainingData
     held_out: HeldOut | HeldOutParts | None = None
+    to_verify: Sequence[ShardIndex] = ()
     load: Callable[[], None] | None = None
     frozen: frozenset[str] = frozenset()
     epochs: Callable[[int], dict[str, float]] = lambda steps: {}
+
+
+def shards_to_verify(opened: Corpus | SyntheticCorpus | Mixture) -> list[ShardIndex]:
+    """What is too large to have been verified when it was opened, and is to be."""
+    return [shards for text in opened.texts.values() for shards in text.to_verify]
 
 
 class Task(Protocol):
@@ -90,6 +107,7 @@ class Pretraining:
                 batch_size=micro_batch(config) * config.parallel.data,
                 max_tokens=config.evaluation.max_tokens,
             ),
+            to_verify=shards_to_verify(opened),
         )
 
 

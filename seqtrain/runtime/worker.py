@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from seqtrain.errors import SeqtrainError
@@ -95,7 +96,9 @@ def train(session: Session, ranks: Ranks, *, poll: Callable[[], None] = lambda: 
                 timeout_seconds=session.config.runtime.collective_timeout_seconds,
             ) as mesh,
         ):
-            _train_on(session, _restore(session, ranks, mesh, lease, poll))
+            state = _restore(session, ranks, mesh, lease, poll)
+            with state.read.running(), state.verification.running():
+                _train_on(session, state)
     except Exception as error:
         if not is_lost_peer(error):
             _leave_error(lease, ranks.rank, error)
@@ -125,6 +128,7 @@ def _train_on(session: Session, state: TrainState) -> None:
     config, callback, scores, stopped = state.config, state.callback, None, False
     callback.begin(state)
     while state.progress.step < config.train.steps:
+        state.verification.check()
         with callback.phase("step"):
             record = train_step(state)
         if record is None:
@@ -144,10 +148,27 @@ def _train_on(session: Session, state: TrainState) -> None:
         # The run was stopped after its last step and before it was scored.
         scores = _evaluate(state)
         stopped = scores is None
+    if not stopped:
+        _verify_what_was_read(state)
     _save(session, state)
     _write_outcome(state, stopped=stopped, scores=scores)
     if not stopped:
         callback.end()
+
+
+def _verify_what_was_read(state: TrainState) -> None:
+    """No run ends on data that nobody has verified: what the ranks' threads didn't come to, they share out now."""
+    verification, ranks = state.verification, state.ranks
+    if not state.trainable.to_verify:
+        return
+    told = np.bitwise_or.reduce(ranks.gather(np.packbits(verification.state, axis=1)))
+    touched, right = np.unpackbits(told, axis=1, count=verification.state.shape[1])
+    left = np.flatnonzero(touched > right)
+    for first in range(ranks.rank, len(left) + ranks.rank, ranks.count):
+        verification.verify(left[first : first + 1])
+        verification.check()
+        # So that none waits longer for the others than one shard takes.
+        ranks.sum(0.0)
 
 
 def _evaluate(state: TrainState) -> Scores | None:

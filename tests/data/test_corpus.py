@@ -114,10 +114,10 @@ def test_another_tokenizer_is_refused(corpus, config, bpe_folder):
 
 
 def test_a_folder_that_cannot_be_written_is_opened_all_the_same(corpus, config, monkeypatch):
-    (corpus.folder / "verified.json").unlink()
+    (corpus.folder / "train.verified").unlink()
     monkeypatch.setattr(os, "access", lambda *arguments: False)
     open_corpus(corpus.folder, config)
-    assert not (corpus.folder / "verified.json").exists()
+    assert not (corpus.folder / "train.verified").exists()
 
 
 def test_a_hugging_face_corpus_holds_the_same_text(config, bpe_folder, small_steps):

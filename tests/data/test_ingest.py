@@ -18,7 +18,7 @@ from seqtrain.errors import ConfigError, DataError
 def content(cache):
     """Every file of the only corpus in `cache` that decides what is read, by name."""
     (folder,) = [entry for entry in cache.iterdir() if entry.is_dir()]
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "verified.json"}
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix != ".verified"}
 
 
 def prepare_and_die(config, instant):

@@ -1,6 +1,9 @@
 """Text divided into sections: the same tokens as in one piece, and the same files whoever makes them."""
 
 import json
+import random
+import shutil
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +15,7 @@ from seqtrain.data.sources import SOURCES
 from seqtrain.data.sources._base import Cursor
 from seqtrain.data.tokenizer import load_tokenizer
 from seqtrain.errors import DataError
+from seqtrain.files import sha256_of
 from tests.data.conftest import sentence
 from tests.data.test_ingest import content, forked, prepare_and_die
 
@@ -51,7 +55,7 @@ def written(kind, folder):
 
 def described(kind, path, tmp_path, **fields):
     source = "text" if kind in ("files", "file") else kind
-    fields = {"held_out": 0.2, "shard_tokens": 1200, "cache_dir": str(tmp_path / "cache")} | fields
+    fields = {"held_out": 0.2, "shard_tokens": 1200, "cache_dir": str(tmp_path / "cache"), "workers": 1} | fields
     return DataConfig(source=source, path=path, **fields)
 
 
@@ -101,7 +105,7 @@ def test_how_many_sections_a_text_has():
 def test_processes_make_the_same_files(tmp_path, monkeypatch):
     # Of other constants that are set here, processes beside this one know nothing.
     monkeypatch.setattr(sections, "SECTION_BYTES", 3000)
-    config = described("jsonl", written("jsonl", tmp_path / "text"), tmp_path, workers=1)
+    config = described("jsonl", written("jsonl", tmp_path / "text"), tmp_path)
     prepare(config, progress=False)
     prepare(replace(config, workers=2, cache_dir=str(tmp_path / "beside")), progress=False)
     assert content(tmp_path / "beside") == content(tmp_path / "cache")
@@ -139,8 +143,55 @@ def test_what_is_done_is_not_read_again(small_sections, tmp_path, monkeypatch):
     prepare(config, progress=False)
     assert read
     assert done
-    assert not [cursor for cursor in read if any(begin <= cursor < end for begin, end in done)]
+    # Of a section that is done the line before may be asked for what follows on it: its first.
+    assert not [cursor for cursor in read if any(begin < cursor < end for begin, end in done)]
     assert content(tmp_path / "cache") == content(tmp_path / "undisturbed")
+
+
+@pytest.mark.full
+def test_killed_at_twenty_moments_processes_make_the_same_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(sections, "SECTION_BYTES", 1000)
+    config = described("jsonl", written("jsonl", tmp_path / "text"), tmp_path, workers=2)
+    prepare(replace(config, workers=1, cache_dir=str(tmp_path / "undisturbed")), progress=False)
+    moments = 0
+    # Always a little later than before: each goes on where the one before was killed.
+    for instant in range(2, 200):
+        process = forked(prepare_and_die, config, instant // 3)
+        process.join()
+        if process.exitcode == 0:
+            break
+        moments += 1
+    print(f"killed {moments} times")
+    assert content(tmp_path / "cache") == content(tmp_path / "undisturbed")
+    assert moments >= 20
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_200_megabytes_by_1_2_and_4_processes(tmp_path):
+    path = large_text(tmp_path / "large.jsonl", 200 * 10**6)
+    found = {}
+    for workers in (1, 2, 4):
+        cache = tmp_path / f"cache-{workers}"
+        config = DataConfig(source="jsonl", path=str(path), cache_dir=str(cache), held_out=0.02, workers=workers)
+        began = time.perf_counter()
+        prepare(config, progress=False)
+        print(f"{workers} processes: {time.perf_counter() - began:.1f} s")
+        (folder,) = [entry for entry in cache.iterdir() if entry.is_dir()]
+        found[workers] = {file.name: sha256_of(file) for file in folder.iterdir() if file.suffix != ".verified"}
+        shutil.rmtree(cache)
+    assert len(found[1]) > 40
+    assert found[1] == found[2] == found[4]
+
+
+def large_text(file, size):
+    """JSON lines of made-up words, `size` bytes in all."""
+    words = [f"{sentence(seed, 300)} {seed}" for seed in range(500)]
+    chance = random.Random(0)
+    with file.open("w") as opened:
+        while opened.tell() < size:
+            opened.write(json.dumps({"text": " ".join(chance.choices(words, k=chance.randrange(9)))}) + "\n")
+    return file
 
 
 def finished(config, cache):
