@@ -201,6 +201,7 @@ class Source:
     def between(self, first: int, last: int) -> Self:
         """The same source knowing of its files `first` to `last` only, as one sends it to another process."""
         part = copy.copy(self)
+        part.left_out = {}
         part.files, part.first_file = self.files[first - self.first_file : last + 1 - self.first_file], first
         return part
 
