@@ -25,6 +25,7 @@ from seqtrain.data.manifest import (
 )
 from seqtrain.data.packing import Packing, Windows, make_packing
 from seqtrain.data.pool import Pools, local_pools
+from seqtrain.data.progress import PROGRESS
 from seqtrain.data.sources import SOURCES, Source
 from seqtrain.data.stream import TokenStream
 from seqtrain.data.synthetic import TASKS, SyntheticCorpus
@@ -146,6 +147,10 @@ def prepare(config: DataConfig, *, progress: bool = True, pools: Pools | None = 
         with _locked(folder), _bar(sources[0].unit, sum(s.total for s in sources), show=progress) as report:
             if not (folder / MANIFEST).exists():
                 ingest(text, folder, report, pools or local_pools(config.workers))
+    elif (folder / PROGRESS).exists():
+        # Whoever made it was stopped at the very end.
+        with _locked(folder):
+            tidy(folder)
     corpus = open_corpus(folder, config, tokenizer=tokenizer)
     assert isinstance(corpus, Corpus)
     if corpus.to_verify:

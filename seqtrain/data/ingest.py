@@ -114,7 +114,7 @@ class Text:
     @property
     def key(self) -> str:
         """A hash of all that decides the shards: the text's files (name, size, time), the tokenizer, the settings."""
-        divided = {"section_bytes": self.section_bytes} if self.section_bytes else {}
+        divided = {"sections": self.section_bytes} if self.section_bytes else {}
         return self._key(*([divided] if divided else []))
 
     @property
@@ -241,9 +241,14 @@ def _finish(text: Text, folder: Path, progress: ProgressLog) -> None:
         empty,
         told,
     )
+    tidy(folder)
+
+
+def tidy(folder: Path) -> None:
+    """Removes the notes that a whole corpus needs no more."""
     for file in folder.glob(counts_name("*", "*")):
-        file.unlink()
-    (folder / PROGRESS).unlink()
+        file.unlink(missing_ok=True)
+    (folder / PROGRESS).unlink(missing_ok=True)
 
 
 def _totals(progress: ProgressLog) -> tuple[dict[str, SplitEntry], int]:

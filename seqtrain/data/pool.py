@@ -5,9 +5,10 @@ import pickle
 import queue
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 from seqtrain.errors import DataError, SeqtrainError
@@ -113,21 +114,27 @@ class Processes:
 
 
 def serve() -> None:
-    """Calls what comes through stdin until that is closed; results go to what was stdout, what is printed to stderr."""
-    calls, results = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    """Calls what comes through stdin; results go to what was stdout, what is printed to stderr.
+
+    When stdin is closed, whoever asked has ended, and so does this process at once: another may be making the same.
+    """
+    coming, results = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    while True:
+    calls: queue.SimpleQueue[tuple[Callable[[Any], Any], Any]] = queue.SimpleQueue()
+
+    def read() -> None:
         try:
-            function, argument = pickle.load(calls)
+            while True:
+                calls.put(pickle.load(coming))
         except EOFError:
-            return
-        told = pickle.dumps(attempt(function, argument))
-        try:
-            results.write(told)
-            results.flush()
-        except BrokenPipeError:
-            # Whoever asked has ended. What is left in the buffer would be tried again at the end.
             os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        told = attempt(*calls.get())
+        with suppress(BrokenPipeError):
+            pickle.dump(told, results)
+            results.flush()
 
 
 def attempt(function: Callable[[Any], T], argument: Any) -> tuple[bool, T | Exception]:

@@ -41,7 +41,8 @@ def _begins(sources: Sequence[Source], size: int, ends: Ends) -> Iterator[Cursor
     room = size
     for part, source in enumerate(sources):
         for cursor, length in source.stretches(size, ends):
-            if room <= 0:
+            # Where it comes nearer to `size` without the next stretch, which may be as long as a section.
+            if room < min(size, length / 2):
                 yield cursor._replace(part=part)
                 room = size
             room -= length

@@ -161,6 +161,7 @@ def test_killed_at_twenty_moments_processes_make_the_same_files(tmp_path, monkey
         if process.exitcode == 0:
             break
         moments += 1
+    prepare(config, progress=False)
     print(f"killed {moments} times")
     assert content(tmp_path / "cache") == content(tmp_path / "undisturbed")
     assert moments >= 20
