@@ -13,7 +13,7 @@ from seqtrain.data import verification
 from seqtrain.data.batches import Batches, EvaluationBatches
 from seqtrain.data.chat import KNOWN_ROLES
 from seqtrain.data.config import DataConfig
-from seqtrain.data.ingest import Text, check_first_documents, ingest, left_out, open_sources
+from seqtrain.data.ingest import Text, check_first_documents, ingest, left_out, open_sources, tidy
 from seqtrain.data.manifest import (
     BIGRAMS,
     MANIFEST,
