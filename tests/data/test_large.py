@@ -54,7 +54,7 @@ def write_shard(folder, shards, number, start, stop):
     first, starts = shards.first(number), np.arange(STARTS, dtype="<i8") * (TOKENS // STARTS)
     low, high = max(start, first), min(stop, first + TOKENS)
     with (folder / shards.entry(number).file).open("wb") as file:
-        file.write(HEADER.pack(MAGIC, SHARD_VERSION, 2, TOKENS, STARTS, 257))
+        file.write(HEADER.pack(MAGIC, SHARD_VERSION, 2, TOKENS, STARTS, 257, 0))
         file.seek(HEADER.size + 2 * (low - first))
         file.write((np.arange(low, high) % 251).astype("<u2").tobytes())
         file.seek(HEADER.size + 2 * TOKENS)
