@@ -84,7 +84,9 @@ class Transfer:
         groups = _groups(student, rates, config)
         mixers = {str(index): student.get_submodule(f"blocks.{index}.mixer") for index in self.layers}
         model = TransferModel(mixers, pair.load_teacher(), first=self.first, error=stage.error)
-        return Trainable(model, groups, self.data(config, corpus), to_verify=shards_to_verify(open_corpus(corpus, config.data)))
+        return Trainable(
+            model, groups, self.data(config, corpus), to_verify=shards_to_verify(open_corpus(corpus, config.data))
+        )
 
     def given(self, file: Path) -> "Transfer":
         """The same on the inputs in `file`, whose name says the layer."""
