@@ -253,7 +253,7 @@ def tidy(folder: Path) -> None:
 
 def _totals(progress: ProgressLog) -> tuple[dict[str, SplitEntry], int]:
     """What all sections hold together, by split, and how many empty documents there were."""
-    sums = {split: np.zeros(5, np.int64) for split in SPLITS}
+    sums = {split: SplitEntry() for split in SPLITS}
     contents: dict[str, dict[int, str]] = {split: {} for split in SPLITS}
     empty = 0
     for group in progress.groups():
@@ -262,9 +262,19 @@ def _totals(progress: ProgressLog) -> tuple[dict[str, SplitEntry], int]:
             continue
         empty += state.empty_documents
         for split, entry in zip(SPLITS, (state.train, state.held_out), strict=True):
-            sums[split] += (entry.documents, entry.tokens, entry.bytes, entry.token_bytes, entry.first_bytes)
+            sums[split] = _added(sums[split], entry)
             contents[split][state.section] = entry.content
-    return {split: SplitEntry(*map(int, sums[split]), _joined(contents[split])) for split in SPLITS}, empty
+    return {split: replace(sums[split], content=_joined(contents[split])) for split in SPLITS}, empty
+
+
+def _added(a: SplitEntry, b: SplitEntry) -> SplitEntry:
+    return SplitEntry(
+        documents=a.documents + b.documents,
+        tokens=a.tokens + b.tokens,
+        bytes=a.bytes + b.bytes,
+        token_bytes=a.token_bytes + b.token_bytes,
+        first_bytes=a.first_bytes + b.first_bytes,
+    )
 
 
 def _problems(progress: ProgressLog) -> dict[str, tuple[int, str]]:

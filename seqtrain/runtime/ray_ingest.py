@@ -43,7 +43,7 @@ class RayTasks:
 
         there = int(ray.cluster_resources().get("CPU", 1))
         self.workers = max(1, min(there if wanted == AUTO else int(wanted), most))
-        self._attempt = ray.remote(num_cpus=1, max_retries=RETRIES)(attempt)
+        self._attempt: Any = ray.remote(num_cpus=1, max_retries=RETRIES)(attempt)
         self._running: dict[Future[Any], Any] = {}
 
     def submit(self, function: Callable[[Any], T], argument: Any, /) -> "Future[T]":

@@ -12,7 +12,7 @@ import pytest
 from seqtrain.data import DataConfig, ingest, prepare, sections
 from seqtrain.data.progress import ProgressLog
 from seqtrain.data.sources import SOURCES
-from seqtrain.data.sources._base import Cursor, Place
+from seqtrain.data.sources._base import Place
 from seqtrain.data.tokenizer import load_tokenizer
 from seqtrain.errors import DataError
 from seqtrain.files import sha256_of
@@ -129,7 +129,7 @@ def test_what_is_done_is_not_read_again(small_sections, tmp_path, monkeypatch):
 
     def noted(self, *arguments):
         for document in documents(self, *arguments):
-            read.append(Cursor(0, document.place))
+            read.append(document.place)
             yield document
 
     monkeypatch.setattr(kind, "documents", noted)
@@ -143,14 +143,14 @@ def test_what_is_done_is_not_read_again(small_sections, tmp_path, monkeypatch):
     prepare(config, progress=False)
     assert read
     assert done
-    # Of a section that is done the line before may be asked for what follows on it: its first.
-    assert not [cursor for cursor in read if any(behind_first_line(begin) < cursor < end for begin, end in done)]
+    # Looked at again are the line in which a group ended, and the first of a section by those who end before it.
+    assert not [place for place in read if any(behind_first_line(begin) < place < end.place for begin, end in done)]
     assert content(tmp_path / "cache") == content(tmp_path / "undisturbed")
 
 
 def behind_first_line(begin):
-    """A cursor behind where the first line of a section can begin: up to two empty ones come before."""
-    return Cursor(begin.part, Place(begin.place.file, begin.place.at + 2))
+    """The last place where the first line of a section can begin: up to two empty ones come before."""
+    return Place(begin.place.file, begin.place.at + 2)
 
 
 @pytest.mark.full
