@@ -1,7 +1,7 @@
-"""What a step says of its parts, now and then: gradients and updates by group of weights, losses by place."""
+"""What a step says of its parts, now and then: gradients and updates by weights, losses by place and source."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,17 +38,31 @@ def place_in_document(batch: Batch, part: int) -> Tensor:
 class Measures:
     """Takes the figures of those steps that have them; what a step computes is the same with and without."""
 
-    def __init__(self, config: PretrainConfig, engine: Engine, ranks: Ranks, *, trained: float, flops: float):
-        """`trained`: share of the model's numbers; `flops`: of a token's forward pass, 0 where they aren't known."""
+    def __init__(
+        self,
+        config: PretrainConfig,
+        engine: Engine,
+        ranks: Ranks,
+        *,
+        trained: float,
+        flops: float,
+        sources: Sequence[str] = (),
+    ):
+        """`trained`: share of the model's numbers; `flops`: of a token's forward pass, 0 where they aren't known.
+
+        `sources`: names of a batch's.
+        """
         self.every, self.engine, self.ranks = config.metrics.every, engine, ranks
-        length = config.train.sequence_length
+        self._length = length = config.train.sequence_length
         self._head = next((module for module in engine.module.modules() if isinstance(module, Head)), None)
         # Of a token: forward, backward to what entered, and to the weights that are trained. MFU is of language models.
         self._flops = (2 + trained) * flops
         self._dtype = getattr(torch, config.train.dtype)
         # Bin k holds the places from 2^(k-1) on.
         self._edges = 2 ** torch.arange(max(length - 1, 0).bit_length())
-        self._sums = torch.zeros(2, len(self._edges) + 1, dtype=torch.float64)
+        self._columns = [*(f"loss_at/{name}" for name in self._bins()), *(f"loss_of/{name}" for name in sources)]
+        # Losses, and labels.
+        self._sums = torch.zeros(2, len(self._columns), dtype=torch.float64)
         self._peak_flops = 0.0
         self._on = False
 
@@ -68,9 +82,13 @@ class Measures:
         losses = torch.cat(self._head.losses[::order]).cpu().double()
         self._head.losses.clear()
         counted = (batch.labels.flatten() != IGNORED).cpu()
-        bins = torch.bucketize(place_in_document(batch, part), self._edges, right=True)
-        self._sums[0].index_add_(0, bins, losses)
-        self._sums[1].index_add_(0, bins, counted.double())
+        columns = [torch.bucketize(place_in_document(batch, part), self._edges, right=True)]
+        if batch.sources:
+            rows = torch.arange(batch.offsets[part], batch.offsets[part + 1]) // self._length
+            columns.append(len(self._edges) + 1 + torch.tensor(batch.sources)[rows])
+        for column in columns:
+            self._sums[0].index_add_(0, column, losses)
+            self._sums[1].index_add_(0, column, counted.double())
 
     def finish(self, record: Record) -> Record:
         """`record`, that of the step, with what was measured. A collective of all ranks."""
@@ -88,11 +106,9 @@ class Measures:
         found["grad_norm_l1"] = sum(shared[1 : len(sizes) : 3])
         for group, squares, moved in zip(groups, shared[0 : len(sizes) : 3], shared[2 : len(sizes) : 3], strict=True):
             found |= {f"grad_norm/{group}": squares**0.5, f"update_norm/{group}": moved**0.5}
-        bins = self._sums.shape[1]
-        for name, loss, count in zip(self._bins(), shared[len(sizes) : -bins], shared[-bins:], strict=True):
-            if count:
-                found[f"loss_at/{name}"] = loss / count
-        return record | found
+        columns = len(self._columns)
+        sums = zip(self._columns, shared[len(sizes) : -columns], shared[-columns:], strict=True)
+        return record | found | {name: loss / count for name, loss, count in sums if count}
 
     def _bins(self) -> Iterable[str]:
         for first, next_first in zip([0, *self._edges.tolist()], [*self._edges.tolist(), None], strict=True):

@@ -52,7 +52,7 @@ class Trainable:
     `to_verify`: shards to be verified meanwhile.
     `load`: gives the model the weights it begins with, where no checkpoint does; None where it has them. `frozen`:
     names of weights that it always gives, for no checkpoint holds them. `epochs`: what a record says of how often the
-    text has been read after so many batches.
+    text has been read after so many batches. `sources`: names of those that `Batch.sources` counts.
     """
 
     model: nn.Module
@@ -63,6 +63,7 @@ class Trainable:
     load: Callable[[], None] | None = None
     frozen: frozenset[str] = frozenset()
     epochs: Callable[[int], dict[str, float]] = lambda steps: {}
+    sources: tuple[str, ...] = ()
 
 
 def shards_to_verify(opened: Corpus | SyntheticCorpus | Mixture) -> list[ShardIndex]:
@@ -102,6 +103,7 @@ class Pretraining:
             groups=parameter_groups(model.parameters(), config.optimizer.weight_decay),
             batches=batches,
             epochs=batches.epochs,
+            sources=tuple(entry.name for entry in opened.entries) if isinstance(opened, Mixture) else (),
             held_out=opened.held_out_batches(
                 sequence_length=config.train.sequence_length,
                 batch_size=micro_batch(config) * config.parallel.data,

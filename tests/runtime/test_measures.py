@@ -21,6 +21,7 @@ from tests.runtime.runtime_cases import (
     short_documents,
     small_config,
     train_on,
+    write_text,
 )
 
 LAYOUTS = {
@@ -64,15 +65,21 @@ def plainly(config) -> dict[str, float]:
             first = 2 ** (place.bit_length() - 1) if place else 0
             name = f"{first}-{2 * first - 1}" if first > 1 else f"{first}"
             places.setdefault(f"loss_at/{name}", []).append(loss)
+            source = corpus.entries[batch.sources[token // config.train.sequence_length]].name
+            places.setdefault(f"loss_of/{source}", []).append(loss)
     return found | {name: sum(each) / len(each) for name, each in places.items()}
 
 
 @pytest.mark.all
 def test_measured_parts_are_those_of_a_plain_loop_in_every_layout(tmp_path):
+    sources = (
+        {"text": short_documents(tmp_path / "short"), "name": "short", "weight": 0.6},
+        {"text": str(write_text(tmp_path / "words")), "name": "words", "weight": 0.4},
+    )
     base = small_config(
         tmp_path,
         *("gated_delta_net", "attention"),
-        data={"path": short_documents(tmp_path / "short")},
+        data={"path": "", "sources": sources},
         train={"steps": 2, "sequence_length": 37},
         schedule={"warmup_fraction": 0.0},
         evaluation={"max_tokens": 148},
@@ -85,12 +92,13 @@ def test_measured_parts_are_those_of_a_plain_loop_in_every_layout(tmp_path):
     expected = plainly(base)
     groups = {name for name in expected if name.startswith("update_norm/")}
     assert groups == {f"update_norm/{group}" for group in ("embedding", "mixers", "mlp", "norms")}
-    assert len(expected) > 12
+    assert {name for name in expected if name.startswith("loss_of/")} == {"loss_of/short", "loss_of/words"}
     for layout, config in configs.items():
         first, second = records(config)
         came = {name: first[name] for name in expected}
         assert came == pytest.approx(expected, rel=2e-4), layout
-        assert {name for name in first if "/" in name} == {name for name in expected if "/" in name}
+        parts = {name for name in first if name.startswith(("grad_norm/", "update_norm/", "loss_at/", "loss_of/"))}
+        assert parts == {name for name in expected if "/" in name}
         squares = sum(first[name] ** 2 for name in first if name.startswith("grad_norm/"))
         assert squares**0.5 == pytest.approx(first["grad_norm"], rel=1e-5), layout
         assert second["grad_norm_l1"] != first["grad_norm_l1"]

@@ -29,7 +29,7 @@ def losses_of(config):
 def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("mixture")
     data = {"path": "", "sources": entries_of(write_text(root / "text"))}
-    config = small_config(root, evaluation={"every": 3}, data=data)
+    config = small_config(root, evaluation={"every": 3}, data=data, metrics={"every": 3})
     return config, on_ranks(1, lambda ranks: run(config))[0]
 
 
@@ -41,6 +41,8 @@ def test_a_run_tells_of_each_source(finished):
     scores += [f"held_out_{figure}{name}" for figure in ("accuracy", "loss") for name in ("", "/parity")]
     assert all(summary[key] == last[key] for key in [*scores, "epochs/files", "epochs/book"])
     assert min(last[key] for key in scores[1:3]) <= last[scores[0]] <= max(last[key] for key in scores[1:3])
+    losses = [last[f"loss_of/{name}"] for name in ("files", "book", "parity")]
+    assert min(losses) < last["loss"] < max(losses)
     # 48 rows of 32 tokens: 28 or 29 of the book, of a few thousand letters.
     assert last["epochs/book"] > 2 * last["epochs/files"] > 0
     assert summary["bigram_bits_per_byte"] < summary["held_out_bits_per_byte"]
