@@ -232,9 +232,7 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
         mesh=mesh,
         engine=engine,
         experts=Experts(engine.module, mesh, ranks.device),
-        measures=Measures(
-            config, engine, ranks, trained=trained / parameters, flops=flops, sources=trainable.sources
-        ),
+        measures=Measures(config, engine, ranks, trained=trained / parameters, flops=flops, sources=trainable.sources),
         trainable=trainable,
         callback=session.callback,
         progress=progress,
