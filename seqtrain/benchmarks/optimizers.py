@@ -188,7 +188,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     kinds = (("bits", "equal steps", 0.15), ("timed_bits", f"equal seconds ({rows[0]['seconds']:.0f} s)", -0.15))
     for key, label, shift in kinds:
         dots = [(bits, index + shift) for index, row in enumerate(reversed(rows)) for bits in row[key]]
-        axes.scatter(*zip(*dots, strict=True), label=label, s=24)
+        axes.scatter([bits for bits, _ in dots], [place for _, place in dots], label=label, s=24)
     axes.set_yticks(range(len(rows)), [row["optimizer"] for row in reversed(rows)])
     axes.set_xlabel("bits per byte of held-out text")
     axes.grid(axis="x", alpha=0.3)

@@ -1,6 +1,7 @@
 """Which weights of a network are matrices to an optimizer that works on whole ones, and which of their rows are one."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -56,9 +57,7 @@ def matrices_of(model: nn.Module) -> dict[nn.Parameter, list[Block]]:
     return found
 
 
-def _add(
-    found: dict[nn.Parameter, list[Block]], name: str, weight: nn.Parameter, rows: tuple[int, ...], part: int = 0
-) -> None:
+def _add(found: dict[nn.Parameter, list[Block]], name: str, weight: Any, rows: tuple[int, ...], part: int = 0) -> None:
     """Notes the blocks of `weight`; `part`: which of equal parts of the whole it is. Negative `rows`: a gate's."""
     # A weight that layers share is noted once.
     if not weight.requires_grad or weight in found:

@@ -46,7 +46,7 @@ class Float32Muon(torch.optim.Optimizer):
     """torch.optim.Muon with its products in the gradient's own format, where torch rounds to bfloat16."""
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for weight in group["params"]:
                 mean = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
@@ -71,7 +71,7 @@ def soap(weight: nn.Parameter, config: "OptimizerConfig") -> torch.optim.Optimiz
     """Adam in the eigenbases of Shampoo's preconditioners (Vyas et al. 2024, arXiv 2409.11321)."""
     from pytorch_optimizer import SOAP
 
-    return SOAP(  # type: ignore[no-any-return]
+    return SOAP(
         [weight],
         lr=config.lr,
         betas=config.betas,
@@ -100,7 +100,7 @@ class ARO(torch.optim.Optimizer):
     """
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for weight in group["params"]:
                 rows, columns = weight.shape
@@ -149,14 +149,14 @@ def dct_class() -> Any:
 
     FFTLowRankProjector.rotate_subspace = rotate
 
-    class SharedTransform(DCTAdamW):  # type: ignore[misc, valid-type]
+    class SharedTransform(DCTAdamW):
         made: ClassVar[dict[tuple[Any, ...], Tensor]] = {}
 
         def setup_Q(self, p: Tensor) -> None:
             key = min(p.shape), p.dtype, p.device
             if key not in self.made:
                 super().setup_Q(p)
-                self.made[key] = self.Q
+                self.made[key] = self.Q  # type: ignore[has-type]
             self.Q = self.made[key]
 
     return SharedTransform

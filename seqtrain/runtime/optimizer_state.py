@@ -134,7 +134,7 @@ class OptimizerState:
             # y = (1 - b) z + b x: the weights in training, of the steps' sum z and the average x.
             z, values = self._moment(parameter, "z"), parameter.data
             if self._stage == 3:
-                z, values = self._piece(parameter, z), parameter.ds_tensor  # type: ignore[attr-defined]
+                z, values = self._piece(parameter, z), parameter.ds_tensor
             changed.append((values, values.clone(), z))
         with self._weights_in_pieces():
             for values, _, z in changed:
