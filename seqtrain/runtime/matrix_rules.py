@@ -156,7 +156,7 @@ def dct_class() -> Any:
             key = min(p.shape), p.dtype, p.device
             if key not in self.made:
                 super().setup_Q(p)
-                self.made[key] = self.Q  # type: ignore[has-type]
+                self.made[key] = vars(self)["Q"]
             self.Q = self.made[key]
 
     return SharedTransform
