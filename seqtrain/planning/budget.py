@@ -1,6 +1,6 @@
 """What is computed again in the backward pass, so that a rank stays within `train.memory_budget`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import psutil
@@ -16,8 +16,11 @@ from seqtrain.runtime.settings import PretrainConfig, micro_batch, segments
 
 GIB = 2**30
 # Sets of `model.recompute` that differ, and whose parts each half of a block is made of, mixer and MLP.
-NOTHING, NORMS, PARTS = (), ("norm",), ("mlp", "projection")
-CHOICES: dict[tuple[Recomputed, ...], tuple[Sequence[str], Sequence[str]]] = {
+Parts = tuple[Recomputed, ...]
+NOTHING: Parts = ()
+NORMS: Parts = ("norm",)
+PARTS: Parts = ("mlp", "projection")
+CHOICES: dict[Parts, tuple[Parts, Parts]] = {
     (): (NOTHING, NOTHING),
     ("norm",): (NORMS, NORMS),
     ("mlp",): (NOTHING, PARTS),
@@ -36,7 +39,7 @@ PROGRAM, UNUSED_KEPT, UNUSED_PASSING = 0.25e9, 0.05, 0.2
 class Choice:
     """A set of `model.recompute`, the bytes that a rank holds with it at most, and how long a micro-batch takes."""
 
-    recompute: tuple[Recomputed, ...]
+    recompute: Parts
     bytes: float
     seconds: float
 
@@ -90,9 +93,9 @@ def choices(config: PretrainConfig, vocab_size: int) -> Iterator[Choice]:
         yield Choice(recompute, size, sum(compute_seconds(chosen, machine, checkpointing=whole).values()))
 
 
-def _count(config: PretrainConfig, parts: Sequence[str], vocab_size: int) -> ModelCounts:
+def _count(config: PretrainConfig, parts: Parts, vocab_size: int) -> ModelCounts:
     """Of what runs through the model at once on a rank."""
-    model = replace(config.model, activation_checkpointing=False, recompute=tuple(parts))
+    model = replace(config.model, activation_checkpointing=False, recompute=parts)
     pieces, rows = segments(config), micro_batch(config)
     tokens, rows = (
         (-(-rows * config.train.sequence_length // pieces), 1)

@@ -155,7 +155,8 @@ class PartTracer:
         return _trace(self.model.embedding, lambda table, x: table(_indices(x)), 0, batch)
 
     def _mixer(self, kind: Kind, batch: MicroBatch) -> Traced:
-        sequence, noted = RecordingContext(backend=batch.backend), {}
+        sequence = RecordingContext(backend=batch.backend)
+        noted: dict[str, Any] = {}
 
         def run(block: Any, x: Tensor) -> Tensor:
             out: Tensor = block.mix(x, None, sequence)[0]
