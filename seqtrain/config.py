@@ -168,7 +168,8 @@ def _offer_defaults(folder: Path) -> None:
                 store.store(group=group, name=option, node={"name": option})
     # A file in conf/fit serves all tasks, and another documents of every format.
     tasks = [path.stem for path in (Path(__file__).parent / "data" / "synthetic").glob("[!_]*.py")]
-    for fit, names in {"_task": tasks, "text": ["huggingface", "jsonl", "mixture", "parquet"]}.items():
+    texts = ["datatrove", "huggingface", "jsonl", "megatron", "mixture", "parquet"]
+    for fit, names in {"_task": tasks, "text": texts}.items():
         for name in names:
             store.store(group="fit", name=name, package="_global_", node={"defaults": [fit]})
     store.store(group="recipe", name="_stage", node=definition("seqtrain.convert.settings:StageConfig").defaults())

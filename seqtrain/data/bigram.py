@@ -39,8 +39,11 @@ def bigram_bits_per_byte(corpus: "Corpus | SyntheticCorpus | Mixture", *, smooth
     `p(next | byte) = (count(byte, next) + smoothing) / (count(byte) + 257 * smoothing)`, where `next` is a byte or
     the end of the document. The same rule as for a model: a document's first byte is given, not predicted; its end is
     predicted, and stands for no byte. Costs nothing but this sum: the pairs were counted when the text was tokenized,
-    whatever the tokenizer. Of a mixture, all its text counts alike. Not a number if nothing is held out.
+    whatever the tokenizer. Of a mixture, all its text counts alike. Not a number if nothing is held out, or
+    for tokens that are read in place: their text was not seen.
     """
+    if not all(part.manifest.bigrams_sha256 for part in corpus.texts.values()):
+        return float("nan")
     counts = [read_counts(part.bigrams) for part in corpus.texts.values()]
     train, held_out = np.sum(counts, axis=0) if counts else np.zeros((2, *SHAPE))
     probability = (train + smoothing) / (train.sum(1, keepdims=True) + SHAPE[1] * smoothing)

@@ -15,9 +15,9 @@ WITHOUT_EFFECT = ("cache_dir", "verify", "shard_tokens", "workers")
 class DataConfig:
     """Text or a task; each file in `conf/data/` is a choice."""
 
-    # Where text comes from: stdlib, text, jsonl, parquet or huggingface (a file in seqtrain/data/sources/); or a
-    # synthetic task (a file in seqtrain/data/synthetic/), which is drawn as it is needed and has no use for the keys
-    # of text and shards.
+    # Where text comes from: stdlib, text, jsonl, parquet, huggingface or chat (a file in seqtrain/data/sources/); or
+    # tokens, read in place: megatron or datatrove; or a synthetic task (a file in seqtrain/data/synthetic/), which is
+    # drawn as it is needed and has no use for the keys of text and shards.
     source: str = "stdlib"
     # A mixture, in place of `source` and `path`: each {KIND: PATH, weight: 0.7, name: NAME}, or {TASK: {KEY: VALUE}},
     # with held_out, held_out_path, held_out_rows, text_field, invalid_utf8, train_roles, chat_template, packing and

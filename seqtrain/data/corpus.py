@@ -27,8 +27,10 @@ from seqtrain.data.packing import Packing, Windows, make_packing
 from seqtrain.data.pool import Pools, local_pools
 from seqtrain.data.progress import PROGRESS
 from seqtrain.data.sources import SOURCES, Source
+from seqtrain.data.sources._tokens import TokenFiles
 from seqtrain.data.stream import TokenStream
 from seqtrain.data.synthetic import TASKS, SyntheticCorpus
+from seqtrain.data.token_files import StretchIndex, token_manifest
 from seqtrain.data.tokenizer import Tokenizer, load_tokenizer
 from seqtrain.errors import ConfigError, DataError, SeqtrainError, unknown_name
 from seqtrain.files import LARGEST_RECORD, sha256_of
@@ -139,6 +141,8 @@ def prepare(config: DataConfig, *, progress: bool = True, pools: Pools | None = 
     if config.source in TASKS.names:
         return SyntheticCorpus.of(config)
     sources, tokenizer = _opened(config)
+    if found := [source for source in sources if isinstance(source, TokenFiles)]:
+        return _in_place(config, found, tokenizer)
     text = Text(config, sources, tokenizer)
     folder, before = (cache_folder(config) / f"{config.source}-{key[:16]}" for key in (text.key, text.undivided_key))
     if not (folder / MANIFEST).exists() and (before / MANIFEST).exists():
@@ -158,6 +162,22 @@ def prepare(config: DataConfig, *, progress: bool = True, pools: Pools | None = 
     return replace(corpus, left_out=left_out(sources))
 
 
+def _in_place(config: DataConfig, sources: list[TokenFiles], tokenizer: Tokenizer) -> Corpus:
+    """The corpus whose tokens lie in `sources`; its folder holds only what it says of itself."""
+    files = [[str(source.root), *source.fingerprint()] for source in sources]
+    settings = [config.source, config.held_out, tokenizer.identity]
+    key = sha256(json.dumps([settings, files]).encode()).hexdigest()
+    folder = cache_folder(config) / f"{config.source}-{key[:16]}"
+    if not (folder / MANIFEST).exists():
+        with _locked(folder):
+            manifest = token_manifest(config, sources, tokenizer, key)
+            folder.mkdir(exist_ok=True)
+            manifest.write(folder / MANIFEST)
+    corpus = open_corpus(folder, config, tokenizer=tokenizer)
+    assert isinstance(corpus, Corpus)
+    return replace(corpus, left_out=left_out(list(sources)))
+
+
 def _opened(config: DataConfig) -> tuple[list[Source], Tokenizer]:
     """Text and tokenizer. Raises one error with all that can be known to be wrong before the text is read whole."""
     wrong: list[SeqtrainError] = []
@@ -165,7 +185,7 @@ def _opened(config: DataConfig) -> tuple[list[Source], Tokenizer]:
     for part in (open_sources, load_tokenizer):
         try:
             found.append(part(config))
-            if part is open_sources:
+            if part is open_sources and not isinstance(found[0][0], TokenFiles):
                 check_first_documents(config, found[0])
         except SeqtrainError as error:
             wrong.append(error)
@@ -199,9 +219,15 @@ def open_corpus(
             f"({manifest.tokenizer.name}, {manifest.tokenizer.vocab_size} ids) "
             f"than data.tokenizer={config.tokenizer} ({tokenizer.vocab_size} ids)"
         )
-    streams = {}
+    streams, kind = {}, SOURCES.get(config.source)
+    if issubclass(kind, TokenFiles):
+        # Nobody has checksums of all of them: each is compared with what it was when it is opened.
+        config = replace(config, verify="never")
     for name, split in (("train", manifest.train), ("held_out", manifest.held_out)):
-        shards = ShardIndex.open(folder, name, split, tokenizer.vocab_size)
+        if issubclass(kind, TokenFiles):
+            shards: ShardIndex = StretchIndex(kind, name, split)
+        else:
+            shards = ShardIndex.open(folder, name, split, tokenizer.vocab_size)
         streams[name] = TokenStream(name, split, shards, tokenizer)
     corpus = Corpus(folder, manifest, tokenizer, streams["train"], streams["held_out"], config)
     # Of what is large, ranks open what they read, and nothing else.

@@ -136,6 +136,9 @@ class HeldOutParts:
 
     parts: Mapping[str, EvaluationBatches | SyntheticBatches]
 
+    def __len__(self) -> int:
+        return sum(map(len, self.parts.values()))
+
 
 def check_source(config: DataConfig, *, sequence_length: int) -> None:
     """Raises `ConfigError` for unknown sources, and for fields of tasks that are wrong or need longer rows."""

@@ -33,11 +33,11 @@ def evaluate(state: TrainState) -> Scores | None:
     if held_out is None:
         return {"held_out_bits_per_byte": None}
     parts = held_out.parts if isinstance(held_out, HeldOutParts) else {"": held_out}
-    total, done, found = sum(map(len, parts.values())), 0, []
+    done, found = 0, []
     state.engine.model.train(False)
     try:
         for name, batches in parts.items():
-            sums = _score_all(state, batches, done=done, of=total)
+            sums = _score_all(state, batches, done=done, of=len(held_out))
             if sums is None:
                 return None
             found.append((name, isinstance(batches, SyntheticBatches), sums))

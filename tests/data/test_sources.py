@@ -100,7 +100,7 @@ def test_a_whole_corpus_holds_every_text_once(kind, tmp_path):
 
 
 def test_the_registry_finds_every_source():
-    assert SOURCES.names == ("chat", "huggingface", "jsonl", "parquet", "stdlib", "text")
+    assert SOURCES.names == ("chat", "datatrove", "huggingface", "jsonl", "megatron", "parquet", "stdlib", "text")
     with pytest.raises(ConfigError, match=r"data\.source 'jsnl' is unknown; did you mean 'jsonl'\?"):
         open_sources(DataConfig(source="jsnl"))
 

@@ -10,9 +10,11 @@ import uuid
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.command_cases import run_command
+from tests.data.test_token_files import write_datatrove, write_megatron
 
 pytestmark = pytest.mark.all
 
@@ -107,13 +109,16 @@ def make_teacher():
 
 
 def make_corpora():
-    """The texts as a parquet file and a Hugging Face dataset."""
+    """The texts as a parquet file and a Hugging Face dataset; tokens as others write them."""
     import datasets
 
     rows = datasets.Dataset.from_json("corpus.jsonl")
     Path("corpus").mkdir()
     rows.to_parquet("corpus/a.parquet")
     rows.save_to_disk("path/to/dataset")
+    tokens = [np.arange(300) % 90] * 40
+    write_megatron(Path("tokens/web_text_document"), tokens)
+    write_datatrove(Path("tokens/a.ds"), tokens)
 
 
 def make_runs():
