@@ -18,6 +18,7 @@ from seqtrain.convert.losses import distillation_sum, mean_square_sum, relative_
 from seqtrain.convert.settings import StageConfig
 from seqtrain.convert.weights import model_from, recipe_targets
 from seqtrain.data import WHOLE_BATCH, Batch, BatchSlice, open_corpus
+from seqtrain.errors import ConfigError
 from seqtrain.files import replacing, sha256_of
 from seqtrain.mixers import WHOLE
 from seqtrain.models import LanguageModel
@@ -231,6 +232,8 @@ def _groups(model: nn.Module, rates: Mapping[str, float], config: PretrainConfig
 
 def training_data(config: PretrainConfig, corpus: Path) -> TrainingData:
     """The tokens a stage trains on."""
+    if config.data.carry_rows > 1:
+        raise ConfigError(f"data.carry_rows={config.data.carry_rows}: a conversion takes rows one by one; use 1")
     opened = open_corpus(corpus, config.data)
     length, batch = config.train.sequence_length, config.train.batch_size
     return opened.training_batches(seed=config.seed, sequence_length=length, batch_size=batch)

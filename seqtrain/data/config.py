@@ -64,5 +64,8 @@ class DataConfig:
     packing: Literal["stream", "best_fit", "document"] = "stream"
     # Documents in a row of best_fit, at most; 0 for any number.
     documents_per_row: Annotated[int, Field(ge=0)] = 0
+    # Rows that follow on each other as one: a document longer than a row goes on in the next with its state, one longer
+    # than all of them is cut. 1: rows stand alone. train.micro_batch_size must be a multiple of it.
+    carry_rows: Annotated[int, Field(gt=0)] = 1
     # True: a document's start clears the state of every layer. False: only the start of a row does.
     reset_at_documents: bool = True

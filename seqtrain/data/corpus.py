@@ -117,6 +117,8 @@ def check_source(config: DataConfig, *, sequence_length: int) -> None:
         SyntheticCorpus.of(config).task.check(sequence_length)
         if config.packing != "stream":
             raise ConfigError(f"data.packing={config.packing}: data.source={config.source} is a task, which fills rows")
+        if config.carry_rows > 1:
+            raise ConfigError(f"data.carry_rows={config.carry_rows}: data.source={config.source} is a task; use 1")
     elif config.source not in SOURCES.names:
         raise ConfigError(unknown_name("data.source", config.source, [*SOURCES.names, *TASKS.names]))
     elif config.task:

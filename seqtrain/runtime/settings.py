@@ -437,6 +437,11 @@ def _check_batch(config: PretrainConfig) -> None:
             f"train.batch_size={batch}: must be a multiple of parallel.data x train.micro_batch_size = "
             f"{ranks} x {micro}; use {-(-batch // (ranks * micro)) * ranks * micro}, or other sizes"
         )
+    if micro_batch(config) % (carried := config.data.carry_rows):
+        raise ConfigError(
+            f"data.carry_rows={carried}: must divide the {micro_batch(config)} rows that pass the model at once, or "
+            f"they would be torn apart; use train.micro_batch_size={carried}, or other sizes"
+        )
     if segments(config) == 1:
         return
     parallel, key = config.parallel, f"train.segment_tokens={config.train.segment_tokens}"

@@ -92,9 +92,12 @@ class Pretraining:
 
     def build(self, config: PretrainConfig, corpus: Path) -> Trainable:
         opened = open_corpus(corpus, config.data)
+        # Rows that carry a state on are one: no layout tears them apart, and no state outlives a micro-batch.
+        carried = config.data.carry_rows
+        length = config.train.sequence_length * carried
         model = build_model(config, opened.vocab_size)
         batches = opened.training_batches(
-            seed=config.seed, sequence_length=config.train.sequence_length, batch_size=unit(config.train)
+            seed=config.seed, sequence_length=length, batch_size=unit(config.train) // carried
         )
         return Trainable(
             model=model,
@@ -105,8 +108,8 @@ class Pretraining:
             epochs=batches.epochs,
             sources=tuple(entry.name for entry in opened.entries) if isinstance(opened, Mixture) else (),
             held_out=opened.held_out_batches(
-                sequence_length=config.train.sequence_length,
-                batch_size=micro_batch(config) * config.parallel.data,
+                sequence_length=length,
+                batch_size=micro_batch(config) * config.parallel.data // carried,
                 max_tokens=config.evaluation.max_tokens,
             ),
             to_verify=shards_to_verify(opened),

@@ -7,10 +7,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from seqtrain.data import DataConfig, load_tokenizer, prepare
 from seqtrain.data.chat import CHATML, BadConversation, conversation, load_chat_template, tools_of
 from seqtrain.errors import ConfigError, DataError
+from seqtrain.mixers import MIXERS
+from seqtrain.models import LanguageModel, ModelConfig
+from seqtrain.parallel.sequence import SequenceContext
 
 # https://llama.meta.com/docs/model-cards-and-prompt-formats/meta-llama-3
 LLAMA3 = (
@@ -72,6 +76,7 @@ def named(request, bpe_folder, tmp_path):
     return request.param, tmp_path
 
 
+@pytest.mark.all
 def test_masks_of_three_formats_are_those_made_by_hand(named):
     name, folder = named
     config = DataConfig(tokenizer=str(folder))
@@ -93,6 +98,7 @@ def test_masks_of_three_formats_are_those_made_by_hand(named):
     assert np.flatnonzero(np.diff([False, *learned, False])).tolist() == ends
 
 
+@pytest.mark.all
 def test_bytes_have_chatml_where_it_is_asked_for():
     config = DataConfig(chat_template="chatml")
     rendered = load_chat_template(config).learn(turns(*TALK), [], ["user"])
@@ -103,6 +109,7 @@ def test_bytes_have_chatml_where_it_is_asked_for():
     assert [rendered.text[slice(*span)] for span in rendered.learned] == ["<|im_start|>user\n of 東京 <|im_end|>\n"]
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(
     ("template", "learned", "rewritten"),
     [
@@ -136,6 +143,7 @@ def test_usual_spellings_are_the_same_conversation():
     assert tools_of(None) == []
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(
     ("came", "reason"),
     [
@@ -157,6 +165,7 @@ def test_bad_conversations_are_named(came, reason):
     assert str(caught.value) == reason
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -187,6 +196,7 @@ def write_conversations(folder, kind):
     return good
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_loss_is_on_assistants_tokens_only(named, tmp_path_factory, caplog, kind):
     caplog.set_level("INFO", logger="seqtrain.data")
@@ -218,6 +228,7 @@ def test_loss_is_on_assistants_tokens_only(named, tmp_path_factory, caplog, kind
     assert corpus.train.bytes == corpus.manifest.train.token_bytes
 
 
+@pytest.mark.all
 def test_an_answer_without_a_mark_of_its_own_ends_with_the_document(tmp_path):
     write_conversations(tmp_path, "jsonl")
     config = DataConfig(
@@ -235,6 +246,7 @@ def test_an_answer_without_a_mark_of_its_own_ends_with_the_document(tmp_path):
     assert (np.concatenate([stream.counted(at, at + 1) for at in range(200)]) == counted[:200]).all()
 
 
+@pytest.mark.all
 def test_a_corpus_without_a_conversation_says_why(tmp_path):
     (tmp_path / "talk.jsonl").write_text(json.dumps({"conversations": [{"from": "human", "value": "Q"}]}))
     config = DataConfig(source="chat", path=str(tmp_path), chat_template="chatml", cache_dir=str(tmp_path / "cache"))
@@ -243,3 +255,27 @@ def test_a_corpus_without_a_conversation_says_why(tmp_path):
     (tmp_path / "talk.jsonl").write_text(json.dumps({"text": "Q"}))
     with pytest.raises(DataError, match=r"no field 'messages', the line holds fields \['text'\]; set data.text_field"):
         prepare(config, progress=False)
+
+
+@pytest.mark.all
+@torch.no_grad()
+def test_packing_changes_no_logit(tmp_path):
+    """Conversations packed into rows with padding have the logits, and the loss, that each has alone."""
+    write_conversations(tmp_path, "jsonl")
+    cache = str(tmp_path / "cache")
+    config = DataConfig(source="chat", path=str(tmp_path), chat_template="chatml", packing="best_fit", cache_dir=cache)
+    corpus = prepare(replace(config, held_out=0.0), progress=False)
+    batch = corpus.training_batches(seed=0, sequence_length=300, batch_size=2).at(0)
+    torch.manual_seed(0)
+    names = ("gated_delta_net", "attention")
+    shape = ModelConfig(layers=names, depth=2, width=16, heads=2)
+    model = LanguageModel(shape, {name: MIXERS.get(name).Config() for name in names}, corpus.vocab_size)
+    logits, _ = model(batch.tokens, sequence=SequenceContext(batch.cu_seqlens), all_logits=True)
+    total = 0.0
+    for start, stop in pairwise(batch.cu_seqlens.tolist()):
+        alone, _ = model(batch.tokens[:, start:stop], all_logits=True)
+        torch.testing.assert_close(logits[:, start:stop], alone, rtol=1e-4, atol=1e-5)
+        total += float(model(batch.tokens[:, start:stop], batch.labels[:, start:stop]))
+    assert len(batch.cu_seqlens) > 4
+    loss = model(batch.tokens, batch.labels, sequence=SequenceContext(batch.cu_seqlens))
+    assert float(loss) == pytest.approx(total, rel=1e-5)

@@ -123,6 +123,24 @@ def test_a_checkpoint_resumes_on_any_other_mesh_and_stage(hybrid):
 
 
 @pytest.mark.all
+@pytest.mark.parametrize("packing", ["stream", pytest.param("best_fit", marks=pytest.mark.full)])
+def test_rows_that_carry_states_on_are_the_same_on_any_mesh_and_after_a_resume(hybrid, packing):
+    hybrid = change(hybrid, data={"packing": packing})
+    sizes = {"sequence_length": 12, "batch_size": 8, "micro_batch_size": 4, "steps": 3}
+    alone = change(hybrid, data={"carry_rows": 2}, train=sizes, checkpoint={"every": 2})
+    sharded = change(alone, "sharded", parallel=grid(2, 2, 1))
+    cut = change(alone, "cut", data={"carry_rows": 1})
+    longer = change(cut, "longer", train={"sequence_length": 24, "batch_size": 4, "micro_batch_size": 2})
+    train_on(alone, longer, cut, sharded)
+    resumed = as_it_was_at(alone, 2, "resumed", parallel=grid(1, 2, 1), train={"micro_batch_size": 2})
+    train_on(resumed)
+    assert losses(alone) == losses(longer)
+    for config in (sharded, resumed):
+        assert losses(config) == pytest.approx(losses(alone), rel=1e-5)
+    assert losses(cut)[0] != pytest.approx(losses(alone)[0], rel=1e-3)
+
+
+@pytest.mark.all
 def test_a_rank_without_labels_adds_nothing(hybrid, tmp_path):
     folder = tmp_path / "letters"
     folder.mkdir()

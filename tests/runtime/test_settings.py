@@ -43,6 +43,10 @@ RAY = {"name": "ray"}
             {"runtime": RAY, "parallel": {"data": 2, "experts": 2, "zero_stage": 3}, "model": {"experts": 6}},
             "parallel.experts=2: .*parallel.zero_stage=3; use parallel.zero_stage=2 or less",
         ),
+        (
+            {"data": {"carry_rows": 3}, "train": {"batch_size": 8, "micro_batch_size": 4}},
+            "data.carry_rows=3: must divide the 4 rows .* use train.micro_batch_size=3",
+        ),
         ({"train": {"batch_size": 10**9}}, r"train.batch_size=1000000000: with .* has 3.2e\+10 tokens; at most"),
     ],
 )

@@ -53,6 +53,7 @@ def test_answers_are_counted_where_they_are_asked():
         ({"source": "stdlib", "task": {"pairs": 2}}, "data.task.pairs: data.source=stdlib is text, not a task"),
         ({"source": "parity", "packing": "best_fit"}, "data.packing=best_fit: data.source=parity is a task"),
         ({"documents_per_row": 2}, "data.documents_per_row=2: data.packing=stream has no use for it"),
+        ({"source": "chat", "train_roles": ["bot"]}, "data.train_roles=['bot']: takes one or more of system"),
     ],
 )
 def test_a_task_that_does_not_fit_is_refused_before_anything_starts(tmp_path, data, message):
