@@ -49,7 +49,7 @@ def test_answers_are_counted_where_they_are_asked():
     [
         ({"source": "mqar"}, "train.sequence_length=16: data.source=mqar with these data.task settings needs at least"),
         ({"source": "parity", "task": {"bits": 2}}, "config key 'data.task.bits' is unknown"),
-        ({"source": "mqra"}, "data.source 'mqra' is unknown; did you mean 'mqar'? Known: huggingface, induction, "),
+        ({"source": "mqra"}, "data.source 'mqra' is unknown; did you mean 'mqar'? Known: chat, "),
         ({"source": "stdlib", "task": {"pairs": 2}}, "data.task.pairs: data.source=stdlib is text, not a task"),
         ({"source": "parity", "packing": "best_fit"}, "data.packing=best_fit: data.source=parity is a task"),
         ({"documents_per_row": 2}, "data.documents_per_row=2: data.packing=stream has no use for it"),
