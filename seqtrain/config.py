@@ -353,7 +353,7 @@ def _flags(arguments: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"{message}; --help says what there is")
 
     parser = get_args_parser()
-    parser.error = refuse
+    parser.error = refuse  # type: ignore[method-assign]
     parsed: argparse.Namespace = parser.parse_intermixed_args(arguments)
     return parsed
 
