@@ -64,12 +64,13 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         options: dict[str, Any] = {
+            **self.marks,
             "tools": list(tools) or None,
             "chat_template": self.with_tools if tools else self.text,
             "add_generation_prompt": prompt,
         }
         try:
-            found: Any = render_jinja_template(conversations=[list(messages)], **options, **self.marks)
+            found: Any = render_jinja_template(conversations=[list(messages)], **options)
         # A template's own complaints, and whatever it runs into with turns it wasn't written for.
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -61,7 +61,7 @@ class StretchIndex(ShardIndex):
 
     def shard(self, number: int) -> Stretch:  # type: ignore[override]
         entry = self.shards[number]
-        file = _opened(self.kind, entry.file, entry.sha256)
+        file = _opened(self.kind, entry.file, entry.sha256)  # type: ignore[arg-type]
         # What is held out of a file is its end.
         first = file.tokens - entry.tokens if self.split == "held_out" else 0
         if first < 0 or _edges(self.kind.belonging(file.path)) != entry.sha256:
