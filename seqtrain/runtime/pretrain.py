@@ -83,7 +83,9 @@ def describe(summary: dict[str, Any], output_dir: str) -> str:
     ]
     if summary["held_out_bits_per_byte"] is not None:
         lines.append(f"held-out text: {summary['held_out_bits_per_byte']:.3f} bits per byte")
-        lines[-1] += f"; a byte bigram of the training text: {summary['bigram_bits_per_byte']:.3f}"
+        # Of token files nothing says which bytes follow on which.
+        if summary["bigram_bits_per_byte"] is not None:
+            lines[-1] += f"; a byte bigram of the training text: {summary['bigram_bits_per_byte']:.3f}"
     if summary["sample"]:
         lines += ["", "a sample:", summary["sample"], ""]
         lines.append(f"more of it: {command_line('generate', f'run={output_dir}')}")

@@ -63,7 +63,7 @@ def test_a_run_leaves_everything_the_readme_promises(tmp_path, text):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert {"config.yaml", "run.log", "checkpoints"} <= {path.name for path in folder.iterdir()}
     assert re.search("delta_rule: (native|chunked)", (folder / "run.log").read_text())
-    assert result.stdout.startswith("data=text model=hybrid_tiny optimizer=adamw schedule=cosine runtime=inline ")
+    assert result.stdout.startswith("data=text model=hybrid_tiny schedule=cosine optimizer=adamw runtime=inline ")
     written = yaml.safe_load((folder / "config.yaml").read_text())
     assert written["presets"]["experiment"] == "none"
     assert (written["parallel"]["data"], written["train"]["micro_batch_size"]) == (1, 2)

@@ -33,6 +33,9 @@ def trained(config, backend):
     session = session_for(config)
 
     def work(ranks):
+        # What tests before compiled in this process.
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         compile_ = nn.Module.compile
         nn.Module.compile = lambda self: compile_(self, backend=backend)
         train(session, ranks)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from seqtrain.data import Batches, open_corpus
+from seqtrain.data import open_corpus
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.sequence import SequenceContext
@@ -86,7 +86,7 @@ def test_loss_and_gradient_are_those_of_the_mean_over_all_predicted_tokens(tmp_p
     corpus = open_corpus(session.corpus, config.data)
     torch.manual_seed(config.seed)
     model = LanguageModel(config.model, config.mixer, corpus.tokenizer.vocab_size)
-    batch = Batches(corpus.train, seed=config.seed, sequence_length=32, batch_size=8).at(0)
+    batch = corpus.training_batches(seed=config.seed, sequence_length=32, batch_size=8).at(0)
     loss = model(batch.tokens, batch.labels, sequence=SequenceContext(cu_seqlens=batch.cu_seqlens)) / batch.label_count
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])

@@ -137,14 +137,19 @@ def test_a_start_that_slept_before_it_began_changes_nothing(tmp_path, monkeypatc
     config = small_config(tmp_path)
     folder = folder_of(config)
 
-    def prepare(data):
+    def prepare(data, *, pools):
         replaced(folder.epochs)
         folder.config.write_text("of the other")
         raise DataError("no text")
 
     running = importlib.import_module("seqtrain.runtime.run")
     real = running.prepare
-    for error, work in ((DataError, prepare), (FencedError, lambda data: replaced(folder.epochs) or real(data))):
+
+    def replace_and_prepare(data, **others):
+        replaced(folder.epochs)
+        return real(data, **others)
+
+    for error, work in ((DataError, prepare), (FencedError, replace_and_prepare)):
         monkeypatch.setattr(running, "prepare", work)
         if error is FencedError:
             take_now(folder.epochs).release()
