@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from seqtrain.data.shards import Shard, ShardEntry, id_type, inside
 from seqtrain.errors import DataError
@@ -172,11 +173,16 @@ def write_index(folder: Path, split: str, tokens: np.ndarray, starts: np.ndarray
 
     `tokens`, `starts`: int64 `[shards]`; `rows`: `INDEX` `[shards]` with names and checksums filled in.
     """
-    rows["end"], rows["starts_end"] = np.cumsum(tokens), np.cumsum(starts)
+    set_ends(rows, tokens, starts)
     file = index_file(folder, split)
     with replacing(file) as unfinished, unfinished.open("wb") as opened:
         np.save(opened, rows, allow_pickle=False)
     return sha256_of(file)
+
+
+def set_ends(rows: np.ndarray, tokens: ArrayLike, starts: ArrayLike) -> None:
+    """Writes into the rows of an index where each shard ends, counted in tokens and in document starts."""
+    rows["end"], rows["starts_end"] = (np.cumsum(numbers, dtype=np.int64) for numbers in (tokens, starts))
 
 
 def _mapped(file: Path) -> np.ndarray:
@@ -195,6 +201,5 @@ def _listed(folder: Path, shards: Sequence[ShardEntry]) -> np.ndarray:
     rows = np.zeros(len(shards), INDEX)
     rows["file"] = [inside(folder, shard.file).name.encode() for shard in shards]
     rows["sha256"] = [shard.sha256.encode() for shard in shards]
-    rows["end"] = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
-    rows["starts_end"] = np.cumsum([shard.starts for shard in shards], dtype=np.int64)
+    set_ends(rows, [shard.tokens for shard in shards], [shard.starts for shard in shards])
     return rows

@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -241,10 +241,7 @@ def _best_fit(lengths: np.ndarray, ties: np.ndarray, capacity: int, most: int) -
 
 def scrambled(count: int, key: int) -> np.ndarray:
     """uint64 `[count]`: random numbers, different ones, that `key` selects."""
-    values = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return _mix(np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key))
 
 
 def make_packing(config: DataConfig, stream: TokenStream, *, length: int, seed: int) -> Packing:
@@ -285,8 +282,11 @@ def _encrypt(value: int, half: int, keys: tuple[int, ...]) -> int:
     return left << half | right
 
 
-def _mix(value: int) -> int:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): each bit of the result depends on every bit."""
+def _mix(value: Any) -> Any:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): each bit of the result depends on every bit.
+
+    Of an int, or of each number of a uint64 array.
+    """
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
     return value ^ (value >> 31)

@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from seqtrain.data.config import DataConfig
-from seqtrain.data.manifest import VERSION, CorpusManifest, ShardIndex, SourceEntry, SplitEntry, TokenizerEntry
+from seqtrain.data.manifest import (
+    VERSION,
+    CorpusManifest,
+    ShardIndex,
+    SourceEntry,
+    SplitEntry,
+    TokenizerEntry,
+    set_ends,
+)
 from seqtrain.data.shards import ShardEntry
 from seqtrain.data.sources._tokens import TokenFile, TokenFiles
 from seqtrain.data.tokenizer import Tokenizer
@@ -54,8 +62,7 @@ class StretchIndex(ShardIndex):
 
     def __init__(self, kind: type[TokenFiles], split: str, entry: SplitEntry):
         rows = np.zeros(len(entry.shards), [("end", "<i8"), ("starts_end", "<i8")])
-        rows["end"] = np.cumsum([shard.tokens for shard in entry.shards], dtype=np.int64)
-        rows["starts_end"] = np.cumsum([shard.starts for shard in entry.shards], dtype=np.int64)
+        set_ends(rows, [shard.tokens for shard in entry.shards], [shard.starts for shard in entry.shards])
         super().__init__(Path(), split, rows, 0)
         self.kind, self.shards = kind, entry.shards
 

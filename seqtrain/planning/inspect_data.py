@@ -235,7 +235,8 @@ def main(arguments: list[str]) -> int:
     with report.announced("counting"):
         counts = count(config, batches, corpus.tokenizer, settings.steps)
     found = counts.totals()
-    report.say(*sentences(found, counts.lengths))
+    told = sentences(found, counts.lengths)
+    report.say(*told)
     rows = list(rows_of_step(config, batches, settings.step))[: settings.rows or None]
     folder = Path(settings.output_dir)
     report.write_results(folder / "inspect_data.json", settings, totals=found)
@@ -243,7 +244,7 @@ def main(arguments: list[str]) -> int:
     draw(counts, title, folder / "inspect_data.png")
     drawn = report.picture(folder / "inspect_data.png", title)
     sections = [
-        ("All rows", report.text(sentences(found, counts.lengths)) + drawn),
+        ("All rows", report.text(told) + drawn),
         (f"Step {settings.step}", show_rows(rows, corpus.tokenizer)),
     ]
     report.write_page(folder / "inspect_data.html", title, sections)
