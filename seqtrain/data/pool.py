@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 # What a process of a pool runs. Its threads are the processes beside it.
 SERVE = [sys.executable, "-c", "from seqtrain.data.pool import serve; serve()"]
-ALONE = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+ALONE = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
 
 
 class Pool(Protocol):
