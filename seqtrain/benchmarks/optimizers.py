@@ -8,24 +8,27 @@ First each optimizer's rate is tuned: of `factors` times its own, the one with w
 best. Then every seed is run at equal steps, and again with as many steps as fit into the seconds that the first
 optimizer's steps take; only steps count, not evaluation or what comes before them. Runs lie below `output_dir`; the
 same command goes on where it was stopped, and does nothing twice. Printed and left there: a table, `results.json`,
-`report.html` and `optimizers.png`. Seconds mean something only on a machine that does nothing else.
+`report.html` and `optimizers.png`. Seconds mean something only on a machine that does nothing else; with `clock=cpu`
+the processor's are compared, and others may work beside it.
 """
 
 import hashlib
+import json
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from seqtrain.benchmarks.commits import ROOT
 from seqtrain.config import compose_config, read_settings
 from seqtrain.errors import ConfigError, SeqtrainError
-from seqtrain.files import read_json
+from seqtrain.files import read_json, replace_file
 from seqtrain.report import (
     in_a_line,
     machine,
@@ -43,6 +46,8 @@ from seqtrain.runtime.run_folder import RunFolder, read_lines
 
 EQUAL, TIMED = ("bits/byte", "spread", "against"), ("bits/byte in time", "spread", "against")
 COLUMNS = ("optimizer", "rate", *EQUAL, "ms/step", "steps in time", *TIMED)
+# In a run's folder: what it took.
+CPU_SECONDS = "cpu_seconds.json"
 QUIET = ("evaluation.every=0", "checkpoint.every=0", "sample.tokens=0")
 
 
@@ -68,12 +73,15 @@ class Settings:
     common: tuple[str, ...] = ("train.steps=200",)
     # Share by which the first optimizer's bits per byte must be beaten at equal seconds, on average, for one to win.
     margin: float = 0.03
+    # Seconds that are compared: `wall`, as each step timed itself; `cpu`: the processor's over the run, less those of a
+    # run of one step (needs runtime=inline on a CPU).
+    clock: Literal["wall", "cpu"] = "wall"
     output_dir: str = "outputs/compare_optimizers"
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of a finished run: bits per byte of held-out text, and seconds of a step, the median but for the first few."""
+    """Of a finished run: bits per byte of held-out text, and seconds of a step."""
 
     bits: float
     step_seconds: float
@@ -87,6 +95,8 @@ class Runs:
         self.folder = Path(settings.output_dir).absolute()
         # Those of other settings are left alone.
         self.runs = self.folder / "runs" / hashlib.sha256(" ".join(settings.common).encode()).hexdigest()[:8]
+        if settings.clock == "cpu" and self.config(settings.optimizers[0]).runtime.name != "inline":
+            raise ConfigError("clock=cpu: counts processes that this one starts; set common=[runtime=inline, ...]")
 
     def config(self, name: str) -> Any:
         """What optimizer `name` is run with, but for rate, steps and seed."""
@@ -94,18 +104,29 @@ class Runs:
 
     def result(self, name: str, rate: float, seed: int, steps: int) -> Result:
         """Raises `SeqtrainError` where the run fails."""
+        folder = self._run(name, rate, seed, steps)
+        bits = read_json(folder.summary)["held_out_bits_per_byte"]
+        if bits is None:
+            raise ConfigError("common: nothing is held out to compare by; set data.held_out=")
+        if self.settings.clock == "cpu":
+            # The run of one step has everything else that a run has: start-up, evaluation, a checkpoint.
+            rest = _cpu_seconds(self._run(name, self.config(name).optimizer.lr, self.settings.tuning_seed, 1))
+            return Result(bits, (_cpu_seconds(folder) - rest) / max(1, steps - 1))
+        seconds = [record["step_seconds"] for record in read_lines(folder.metrics)]
+        return Result(bits, median(seconds[WARM_UP_STEPS:] or seconds))
+
+    def _run(self, name: str, rate: float, seed: int, steps: int) -> RunFolder:
         path = self.runs / f"{name}-{rate:.3g}-seed{seed}-{steps}"
         overrides = [f"optimizer={name}", *self.settings.common, *QUIET]
         overrides += [f"optimizer.lr={rate!r}", f"seed={seed}", f"train.steps={steps}", f"output_dir={path}"]
         folder = RunFolder(path)
         if not folder.summary.exists():
             print(f"{name}: rate {rate:.3g}, seed {seed}, {steps} steps", flush=True)
+            before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
             start(overrides)
-        bits = read_json(folder.summary)["held_out_bits_per_byte"]
-        if bits is None:
-            raise ConfigError("common: nothing is held out to compare by; set data.held_out=")
-        seconds = [record["step_seconds"] for record in read_lines(folder.metrics)]
-        return Result(bits, median(seconds[WARM_UP_STEPS:] or seconds))
+            spent = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before
+            replace_file(path / CPU_SECONDS, json.dumps(spent).encode())
+        return folder
 
     def tuned(self, name: str) -> float:
         """The rate with which the tuning seed comes out best."""
@@ -115,6 +136,10 @@ class Runs:
             return float(rates[0])
         seed, steps = self.settings.tuning_seed, config.train.steps
         return float(min(rates, key=lambda rate: self.result(name, rate, seed, steps).bits))
+
+
+def _cpu_seconds(folder: RunFolder) -> float:
+    return float(read_json(folder.path / CPU_SECONDS))
 
 
 def start(overrides: Sequence[str]) -> None:

@@ -31,10 +31,18 @@ def pretend(started):
     return start
 
 
-def test_equal_steps_and_equal_seconds(tmp_path, monkeypatch):
+def processor(started):
+    """Stands in for the processor's time of what was started: 7 s each, and each step but the first."""
+    return lambda _: (sum(7 + (steps - 1) * SPEED[name] for name, _, _, steps in started), 0.0)
+
+
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_equal_steps_and_equal_seconds(clock, tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(optimizers, "start", pretend(started))
-    words = ["optimizers=[adamw,muon]", "factors=[0.1,1]", "seeds=[0,1]", "common=[train.steps=20]"]
+    monkeypatch.setattr(optimizers.resource, "getrusage", processor(started))
+    common = "common=[train.steps=20,runtime=inline]"
+    words = ["optimizers=[adamw,muon]", "factors=[0.1,1]", "seeds=[0,1]", common, f"clock={clock}"]
     done = run_command("compare-optimizers", *words, f"output_dir={tmp_path}")
     assert done.status == 0, done.err
     results = json.loads((tmp_path / "results.json").read_text())
@@ -44,13 +52,21 @@ def test_equal_steps_and_equal_seconds(tmp_path, monkeypatch):
     assert muon["bits"] == pytest.approx([2.6, 2.601])
     assert muon["timed_bits"] == pytest.approx([2.7, 2.701])
     assert "muon beats adamw at equal seconds by 3.6% over 2 seeds, 20 s of steps each" in done.out
-    # Two of each tuned, two at equal steps, and muon's two at equal seconds: adamw's are those at equal steps.
-    assert len(started) == len(set(started)) == 10
+    # Two of each tuned, two at equal steps, and muon's two at equal seconds: adamw's are those at equal steps. By the
+    # processor's time one run of one step for each beside them.
+    runs = 12 if clock == "cpu" else 10
+    assert len(started) == len(set(started)) == runs
     assert (tmp_path / "optimizers.png").read_bytes()[:4] == b"\x89PNG"
     assert "muon beats adamw" in (tmp_path / "report.html").read_text()
     again = run_command("compare-optimizers", *words, "margin=0.05", f"output_dir={tmp_path}")
     assert "none beats adamw at equal seconds by 5%; the best, muon, needs -3.6%" in again.out
-    assert len(started) == 10, "what is done is not done again"
+    assert len(started) == runs, "what is done is not done again"
+
+
+def test_the_processors_time_of_other_processes_is_refused(tmp_path):
+    done = run_command("compare-optimizers", "clock=cpu", "common=[runtime=ray]", f"output_dir={tmp_path}")
+    assert done.status == 2
+    assert "clock=cpu" in done.err
 
 
 @pytest.mark.full
