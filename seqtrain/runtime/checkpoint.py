@@ -174,11 +174,11 @@ def save(
     fingerprint: dict[str, Any],
     tracking_id: str,
     frozen: Collection[str] = (),
-    never_dropped: int = -1,
+    for_good: Callable[[int], bool] = lambda step: False,
 ) -> Path:
     """Writes a checkpoint below `root` and drops all but the newest `keep`. All ranks call it; returns its folder.
 
-    `frozen`: names of weights that it does not hold. `never_dropped`: the step of one that stays.
+    `frozen`: names of weights that it does not hold. `for_good`: whether that of a step is never dropped.
     Raises on every rank: `CheckpointError` when one can't write, `FencedError` when another start has taken over.
     """
     folder = root / _name(progress.step)
@@ -220,7 +220,7 @@ def save(
         versions=versions(),
     )
     everyone(lambda: _commit(manifest, partial, folder, lease), first_only=True)
-    everyone(lambda: _drop_oldest(root, lease, keep=keep, never_dropped=never_dropped), first_only=True)
+    everyone(lambda: _drop_oldest(root, lease, keep=keep, for_good=for_good), first_only=True)
     return folder
 
 
@@ -248,9 +248,9 @@ def _commit(manifest: CheckpointManifest, partial: Path, folder: Path, lease: Le
     log.info("checkpoint: %s", folder)
 
 
-def _drop_oldest(root: Path, lease: Lease, *, keep: int, never_dropped: int) -> None:
+def _drop_oldest(root: Path, lease: Lease, *, keep: int, for_good: Callable[[int], bool]) -> None:
     for old in listed(root)[keep:]:
-        if old.progress.step != never_dropped:
+        if not for_good(old.progress.step):
             lease.check()
             shutil.rmtree(old.folder)
 

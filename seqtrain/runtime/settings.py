@@ -133,12 +133,20 @@ class RuntimeConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run's state is written, and from where it resumes."""
+    """When the run's state is written, how long it is kept, and from where it resumes."""
 
-    # Steps between two checkpoints; 0 writes one only at the end and when the run is asked to stop.
+    # Steps between two checkpoints; 0 writes none by steps: only by minutes, at the end and when asked to stop.
     every: Count = 200
+    # Minutes after which one is written, whatever `every` says; 0: none by the clock; auto: as often as loses the least
+    # to saves and failures (Young and Daly), from the measured cost of a save and mtbf_hours.
+    minutes: Annotated[Rate, OrAuto] = 0.0
+    # Hours from one failure of the run to the next (MTBF), for minutes=auto; the session's own failures are taken into
+    # account. auto: 8,000 divided by the ranks, 24 at most.
+    mtbf_hours: Annotated[float, Field(gt=0), OrAuto] = AUTO
     # Newest checkpoints kept. One alone could be damaged with nothing to fall back to.
     keep: Annotated[int, Field(ge=2)] = 2
+    # Steps between two checkpoints that are written in any case and kept for good; 0: none is.
+    keep_every: Count = 0
     # `auto` resumes from output_dir's newest whole checkpoint; `never` wants a fresh output_dir; a checkpoint's folder
     # starts a new run in output_dir from that one's weights, optimizer and step.
     resume: FilePath = "auto"

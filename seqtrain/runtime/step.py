@@ -13,6 +13,7 @@ from seqtrain.data import Batch, BatchSlice, Verification
 from seqtrain.parallel.mesh import Mesh
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.sharded import ShardedSequence
+from seqtrain.runtime.cadence import SaveClock
 from seqtrain.runtime.checkpoint import Progress
 from seqtrain.runtime.compilation import mark_documents
 from seqtrain.runtime.engine import Engine
@@ -56,8 +57,12 @@ class TrainState:
     trained: int
     # Step of the newest checkpoint.
     saved_step: int
+    # When one is due by the clock; rank 0's alone decides, before each step.
+    clock: SaveClock
     # Shape of a refined schedule.
     refined: list[float]
+    # Whether rank 0 wants a checkpoint after the current step.
+    save_due: bool = False
 
     @cached_property
     def segments(self) -> int:
@@ -115,9 +120,11 @@ def train_step(state: TrainState) -> Record | None:
     started = time.perf_counter()
     with state.callback.phase("data"):
         batches = [batch.to(ranks.device) for batch in state.read(index)]
-    labels, stopping = ranks.sum(sum(batch.label_count for batch in batches), state.stop_requested())
+    due = ranks.first and state.clock.due()
+    labels, stopping, due = ranks.sum(sum(batch.label_count for batch in batches), state.stop_requested(), due)
     if stopping:
         return None
+    state.save_due = bool(due)
     # No layer draws anything today. Here a resumed run would draw the same; a run on another mesh would need draws that
     # follow from a token's place in the global batch.
     torch.manual_seed(hash((config.seed, index, ranks.rank)))

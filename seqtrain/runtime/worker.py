@@ -19,6 +19,7 @@ from seqtrain.files import create_new, replace_file
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.mesh import Mesh, form_mesh
 from seqtrain.runtime import checkpoint as checkpoints
+from seqtrain.runtime.cadence import save_clock
 from seqtrain.runtime.checkpoint import Checkpoint, Progress
 from seqtrain.runtime.engine import Engine
 from seqtrain.runtime.evaluation import Scores, evaluate
@@ -142,7 +143,7 @@ def _train_on(session: Session, state: TrainState) -> None:
             state.metrics.write(record)
         state.poll()
         _stop_after_nonfinite_steps(state)
-        if due(config.checkpoint.every) or step == _decay_begins(config):
+        if state.save_due or due(config.checkpoint.every) or _kept_for_good(config, step):
             _save(session, state)
     if scores is None and not stopped:
         # The run was stopped after its last step and before it was scored.
@@ -176,9 +177,12 @@ def _evaluate(state: TrainState) -> Scores | None:
         return evaluate(state)
 
 
-def _decay_begins(config: PretrainConfig) -> int:
-    """The step whose checkpoint a longer run may go on from; -1 for none."""
-    return plateau(config.schedule, config.train.steps)[1] if config.schedule.name in CONSTANT else -1
+def _kept_for_good(config: PretrainConfig, step: int) -> bool:
+    """Whether the checkpoint of `step` stays: as asked for, or as a decay begins, where a longer run goes on from."""
+    every, rates = config.checkpoint.keep_every, config.schedule
+    if every and step % every == 0:
+        return True
+    return rates.name in CONSTANT and step == plateau(rates, config.train.steps)[1]
 
 
 def _stop_after_nonfinite_steps(state: TrainState) -> None:
@@ -223,6 +227,8 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
         }
         with folder.starts.open("a") as file:
             file.write(json.dumps(start) + "\n")
+    # After the line above, which counts this start.
+    clock = save_clock(config, folder, session.name)
     return TrainState(
         config=config,
         checkpoints=folder.checkpoints,
@@ -241,6 +247,7 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
         parameters=parameters,
         trained=trained,
         saved_step=progress.step if found and found.folder.parent == folder.checkpoints else -1,
+        clock=clock,
         refined=refine(session.norms, config.train.steps, power=NORMS[config.schedule.norm][1]),
     )
 
@@ -271,6 +278,7 @@ def _save(session: Session, state: TrainState) -> None:
     step = state.progress.step
     if step == state.saved_step:
         return
+    began = time.perf_counter()
     with state.callback.phase("checkpoint"):
         checkpoints.save(
             state.engine,
@@ -282,8 +290,9 @@ def _save(session: Session, state: TrainState) -> None:
             fingerprint=session.fingerprint,
             tracking_id=session.tracking_id,
             frozen=state.trainable.frozen,
-            never_dropped=_decay_begins(state.config),
+            for_good=partial(_kept_for_good, state.config),
         )
+    state.clock.saved(time.perf_counter() - began)
     state.saved_step = step
 
 
