@@ -121,10 +121,10 @@ def train_step(state: TrainState) -> Record | None:
     with state.callback.phase("data"):
         batches = [batch.to(ranks.device) for batch in state.read(index)]
     due = ranks.first and state.clock.due()
-    labels, stopping, due = ranks.sum(sum(batch.label_count for batch in batches), state.stop_requested(), due)
+    labels, stopping, agreed = ranks.sum(sum(batch.label_count for batch in batches), state.stop_requested(), due)
     if stopping:
         return None
-    state.save_due = bool(due)
+    state.save_due = bool(agreed)
     # No layer draws anything today. Here a resumed run would draw the same; a run on another mesh would need draws that
     # follow from a token's place in the global batch.
     torch.manual_seed(hash((config.seed, index, ranks.rank)))
