@@ -1,7 +1,6 @@
 """`metrics.jsonl`: one line per step, written by rank 0 and followed by whoever shows it."""
 
 import json
-import logging
 import math
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from seqtrain.files import replace_file
 from seqtrain.runtime.lease import EpochFolder, Lease
 from seqtrain.runtime.run_folder import RunFolder, as_record, read_lines
 
-log = logging.getLogger("seqtrain.runtime")
 
 Record = dict[str, Any]
 
@@ -53,7 +51,6 @@ class MetricsReader:
     def __init__(self, folder: RunFolder, lease: Lease):
         self.folder, self.lease = folder, lease
         self._starts = len(read_lines(folder.starts))
-        self._seen_start = False
         self._read = _bytes_up_to(folder.metrics, step=sys.maxsize)
 
     def new(self) -> Iterator[Record]:
@@ -63,9 +60,6 @@ class MetricsReader:
             if start["session"] != self.lease.session:
                 self.lease.check()
             self._starts += 1
-            if self._seen_start:
-                log.warning("a worker was lost; all have been started again, from step %d", start["step"])
-            self._seen_start = True
             self._read = _bytes_up_to(self.folder.metrics, start["step"])
         if not self.folder.metrics.exists():
             return

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -93,6 +94,33 @@ def form_group(device: torch.device, *, timeout_seconds: int) -> Ranks:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
         atexit.register(dist.destroy_process_group)
     return this_process(device)
+
+
+# Side of the product, and numbers summed over the ranks, by which a rank is checked before it joins.
+CHECKED_SIDE, CHECKED_NUMBERS = 512, 2**16
+# Memory without which no run comes far; the share of a GPU's that is free unless another process holds it.
+LEAST_MEMORY, LEAST_SHARE = 2**28, 0.5
+
+
+def check_health(ranks: Ranks) -> None:
+    """A collective that raises `RuntimeError` on a rank that lacks memory or computes or transfers wrong numbers."""
+    device = ranks.device
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        if free < LEAST_SHARE * total:
+            raise RuntimeError(f"{device} has {free / 2**30:.1f} of its {total / 2**30:.1f} GiB free; who holds them?")
+    elif (free := psutil.virtual_memory().available) < LEAST_MEMORY:
+        raise RuntimeError(f"{free / 2**20:.0f} MiB of memory are free on its machine")
+    # Whole numbers below 2^24 are exact in float32, in any order.
+    numbers = (torch.arange(CHECKED_SIDE**2, device=device) % 5).float().reshape(CHECKED_SIDE, CHECKED_SIDE)
+    product = float((numbers @ numbers).double().sum())
+    expected = float((numbers.double().sum(0) * numbers.double().sum(1)).sum())
+    if product != expected:
+        raise RuntimeError(f"a product of matrices sums to {product}, not {expected}: {device} is faulty")
+    told = torch.full((CHECKED_NUMBERS,), float(ranks.rank + 1), device=device)
+    dist.all_reduce(told, group=ranks.group)
+    if not bool((told == ranks.count * (ranks.count + 1) / 2).all()):
+        raise RuntimeError("a sum over the ranks came back wrong: the network or a processor is faulty")
 
 
 # Words of the transport in errors that torch raises as a plain RuntimeError.

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -22,11 +22,12 @@ import torch
 from seqtrain import errors
 from seqtrain.errors import ConfigError
 from seqtrain.report import announced
-from seqtrain.runtime.lease import has_ended
+from seqtrain.runtime.lease import EpochFolder, has_ended, saved_step
 from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ranks import pick_device, this_process
+from seqtrain.runtime.restarts import Failure, Restarts, read_places
 from seqtrain.runtime.resume import what_is_kept
-from seqtrain.runtime.run_folder import log_to
+from seqtrain.runtime.run_folder import log_to, read_lines
 from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.runtime.signals import kept_handlers
 from seqtrain.runtime.worker import Session, one_line, train
@@ -43,7 +44,7 @@ OWN_PROCESSES = ("gcs_server", "raylet")
 
 
 class WorkerError(RuntimeError):
-    """A rank failed with an error that a restart would not cure; the message is the rank's own."""
+    """The ranks failed, and another restart would not help; the message says how."""
 
 
 class RayEndedError(WorkerError):
@@ -53,9 +54,9 @@ class RayEndedError(WorkerError):
 def launch(session: Session, poll: Callable[[], None], display: ProgressDisplay) -> None:
     """Trains on `parallel.data x parallel.sequence` Ray workers; returns when they have finished or stopped.
 
-    `poll` is called a few times a second meanwhile; `display` is told what takes long before the first step. Raises a
-    rank's own `SeqtrainError`, or `WorkerError` for any other error of its own, at once; faults (a killed or
-    unreachable worker) only after `runtime.max_restarts` restarts.
+    `poll` is called a few times a second meanwhile; `display` is told what takes long before the first step, and of
+    restarts. Raises a rank's own `SeqtrainError` at once, and `WorkerError` for other failures that `Restarts` gives up
+    on.
     """
     running = True
     try:
@@ -63,20 +64,15 @@ def launch(session: Session, poll: Callable[[], None], display: ProgressDisplay)
             start_ray(session.config)
         children = {process: process.name() for process in psutil.Process().children()}
         started = {process: name for process, name in children.items() if name in OWN_PROCESSES}
-        began, starting = time.monotonic(), f"starting {session.config.parallel.ranks} workers"
-        display.say(f"{starting} ...")
 
-        def poll_and_say() -> None:
-            nonlocal starting
-            # They take an epoch of their own.
-            if starting and session.lease.current().number > session.epoch:
-                display.say(f"{starting}: {time.monotonic() - began:.0f} s")
-                starting = ""
+        def check_ray() -> None:
             poll()
             if ended := [name for process, name in started.items() if has_ended(process)]:
                 raise RayEndedError(f"Ray's {ended[0]} ended; {what_is_kept(session.folder)}")
 
-        _follow(session, _trainer(session), poll_and_say)
+        restarts = Restarts(session.config.runtime.max_restarts, saved=saved_step(session.lease.root))
+        while failure := _train_once(session, check_ray, display, restarts.left_out):
+            _restart_or_raise(session, restarts, failure)
     except RayEndedError:
         # Asked to end, Ray would wait a minute for the one that is gone.
         left = psutil.Process().children(recursive=True)
@@ -115,6 +111,7 @@ def start_ray(config: PretrainConfig) -> None:
     # The ranks keep the directory the program was started in, so that relative paths mean the same to them.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS))
     import ray
 
     if ray.is_initialized():
@@ -135,7 +132,62 @@ def start_ray(config: PretrainConfig) -> None:
     log.info("runtime: Ray %s on %s", ray.__version__, config.runtime.address or "this machine (127.0.0.1 only)")
 
 
-def _trainer(session: Session) -> "TorchTrainer":
+def _train_once(
+    session: Session, poll: Callable[[], None], display: ProgressDisplay, left_out: Sequence[str]
+) -> Failure | None:
+    """Starts a group of ranks and waits for its end; how it failed, if it did."""
+    before, began = session.lease.current().number, time.monotonic()
+    starting = f"starting {session.config.parallel.ranks} workers"
+    display.say(f"{starting} ...")
+
+    def has_begun() -> bool:
+        # The ranks take an epoch of their own.
+        return session.lease.current().number > before
+
+    def poll_and_say() -> None:
+        nonlocal starting
+        if starting and has_begun():
+            display.say(f"{starting}: {time.monotonic() - began:.0f} s")
+            starting = ""
+        poll()
+
+    failed = _follow(session, _trainer(session, f"{session.name}-{before}", left_out), poll_and_say)
+    if failed is None:
+        return None
+    log.info("Ray says: %s", failed)
+    if type(failed).__name__ in ("ActorDiedError", "ActorUnavailableError"):
+        raise WorkerError(f"a process of Ray's own ended; {what_is_kept(session.folder)}. {one_line(failed)[:300]}")
+    return _failure(session, failed, begun=has_begun())
+
+
+def _failure(session: Session, failed: BaseException, *, begun: bool) -> Failure:
+    """Who failed first, and how: what a rank has left, or else the first whose process ended."""
+    errors_of, epoch = getattr(failed, "worker_failures", {}), session.lease.current()
+    places = dict(enumerate(read_places(epoch.ranks) if begun else ()))
+    if begun and (left := _left_error(epoch)):
+        log.info("rank %d failed:\n%s", left["rank"], left["traceback"])
+        return Failure(f"failed: {left['line']}", left["rank"], places.get(left["rank"]), left["kind"], left["step"])
+    step = max((record["step"] for record in read_lines(session.folder.metrics)), default=-1) if begun else -1
+    ended = [rank for rank, error in errors_of.items() if type(error).__name__ == "WorkerHealthCheckFailedError"]
+    first = min(ended or errors_of, default=-1)
+    what = "ended without a word (killed, or out of memory)"
+    if not ended:
+        what = f"failed: {one_line(errors_of.get(first, failed))[:300]}"
+    return Failure(what, first, places.get(first), "", step)
+
+
+def _restart_or_raise(session: Session, restarts: Restarts, failure: Failure) -> None:
+    """Says what failed and from where the run goes on; raises `WorkerError` where it is not to."""
+    saved = saved_step(session.lease.root)
+    if reason := restarts.add(failure, saved=saved):
+        raise WorkerError(f"{failure}; {reason}; {what_is_kept(session.folder)}")
+    budget = f"restart {restarts.count} of {restarts.most} without a new checkpoint"
+    log.warning("%s; it goes on from step %d (%s)", failure, saved, budget)
+    time.sleep(restarts.pause)
+
+
+def _trainer(session: Session, name: str, left_out: Sequence[str]) -> "TorchTrainer":
+    """`name`: one used before would make Ray take up that one's records. `left_out`: nodes that are not used."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -155,14 +207,21 @@ def _trainer(session: Session) -> "TorchTrainer":
             num_workers=config.parallel.ranks,
             use_gpu=on_gpu,
             resources_per_worker={"CPU": config.runtime.cpus_per_worker, **({"GPU": 1} if on_gpu else {})},
+            label_selector=_elsewhere(left_out),
         ),
         run_config=RunConfig(
-            # A name used before would make Ray take up that run's records.
-            name=session.name,
+            name=name,
             storage_path=str(session.lease.own.ray),
-            failure_config=FailureConfig(max_failures=config.runtime.max_restarts),
+            # What is started again is decided here: Ray counts failures, not what came between them.
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
         ),
     )
+
+
+def _elsewhere(left_out: Sequence[str]) -> dict[str, str] | None:
+    """What makes Ray place workers on other nodes than these, if there are others."""
+    nodes = {node["NodeID"] for node in sys.modules["ray"].nodes() if node["Alive"]} if left_out else set()
+    return {"ray.io/node-id": f"!in({','.join(left_out)})"} if nodes - set(left_out) else None
 
 
 def _run_rank(arguments: dict[str, Session]) -> None:
@@ -176,8 +235,11 @@ def _run_rank(arguments: dict[str, Session]) -> None:
     train(session, ranks)
 
 
-def _follow(session: Session, trainer: "TorchTrainer", poll: Callable[[], None]) -> None:
-    """Runs the trainer in another thread, so that this one stays free for signals, and polls until it is done."""
+def _follow(session: Session, trainer: "TorchTrainer", poll: Callable[[], None]) -> BaseException | None:
+    """Runs the trainer in another thread, so that this one stays free for signals, and polls until it is done.
+
+    What it raises, if it does.
+    """
     failed: list[BaseException] = []
 
     def fit() -> None:
@@ -191,30 +253,25 @@ def _follow(session: Session, trainer: "TorchTrainer", poll: Callable[[], None])
     while thread.is_alive():
         thread.join(POLL_SECONDS)
         poll()
-        _raise_left_error(session)
+        _raise_mistake(session)
     poll()
-    _raise_left_error(session)
-    if failed and type(failed[0]).__name__ in ("ActorDiedError", "ActorUnavailableError"):
-        raise WorkerError(
-            f"a process of Ray's own ended; the last checkpoint is kept; rerun to resume from it. "
-            f"{one_line(failed[0])[:300]}"
-        )
-    if failed:
-        raise WorkerError(
-            f"the workers failed more than runtime.max_restarts={session.config.runtime.max_restarts} times; the last "
-            f"checkpoint is kept; rerun to resume from it. Last error: {one_line(failed[0])[:500]}"
-        ) from failed[0]
+    _raise_mistake(session)
+    return failed[0] if failed else None
 
 
-def _raise_left_error(session: Session) -> None:
-    """Raises what a rank of the group that trains now has left; what an earlier group says ends no run."""
-    file = session.lease.current().error
+def _left_error(epoch: EpochFolder) -> dict[str, Any] | None:
+    """What the first rank of a group to fail has left."""
     try:
-        left = json.loads(file.read_bytes())
+        left: dict[str, Any] = json.loads(epoch.error.read_bytes())
     except (FileNotFoundError, ValueError):
         # None, or one that is being written.
-        return
-    log.error("rank %d failed:\n%s", left["rank"], left["traceback"])
-    if left["kind"]:
+        return None
+    return left
+
+
+def _raise_mistake(session: Session) -> None:
+    """Raises a mistake of the user's that a rank of the group that trains now has met: a restart would, too."""
+    left = _left_error(session.lease.current())
+    if left and left["of_user"]:
+        log.info("rank %d failed:\n%s", left["rank"], left["traceback"])
         raise vars(errors).get(left["kind"], ConfigError)(left["line"])
-    raise WorkerError(f"rank {left['rank']}: {left['line']} (the traceback is in {session.folder.log})")

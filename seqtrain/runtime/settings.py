@@ -116,7 +116,7 @@ class RuntimeConfig:
 
     # `ray` starts them and starts them again after a fault; `inline` is this process, or the ranks torchrun started.
     name: Literal["ray", "inline"] = "ray"
-    # Restarts after killed or unreachable workers before the run gives up (ray only).
+    # Restarts without a new checkpoint between after which the run gives up (ray only).
     max_restarts: Count = 3
     # Ray cluster to use, `host:port`; empty starts one on this machine that listens on 127.0.0.1 only.
     address: str = ""

@@ -27,7 +27,8 @@ from seqtrain.runtime.experts import Experts
 from seqtrain.runtime.lease import Lease, succeed
 from seqtrain.runtime.measures import Measures, peak_bytes
 from seqtrain.runtime.metrics import MetricsFile
-from seqtrain.runtime.ranks import Ranks, is_lost_peer
+from seqtrain.runtime.ranks import Ranks, check_health, is_lost_peer
+from seqtrain.runtime.restarts import Place, note_places
 from seqtrain.runtime.resume import NO_LORA, check_fits, fingerprint, put_off, refuse_lost_checkpoints
 from seqtrain.runtime.run_folder import RunFolder
 from seqtrain.runtime.schedule import CONSTANT, NORMS, plateau, refine
@@ -80,12 +81,16 @@ def train(session: Session, ranks: Ranks, *, poll: Callable[[], None] = lambda: 
     Every rank calls it with the same `session`, in a process group that is already formed. Continues from the newest
     whole checkpoint in the run's folder. `poll` is called after each line of metrics, and each segment of a step.
     Raises `CheckpointError` for a checkpoint that doesn't fit, `FencedError` when another start has taken over,
-    `SeqtrainError` when too many steps in a row aren't finite. An error that a restart would meet again is left for the
-    driver before it is raised.
+    `SeqtrainError` when too many steps in a row aren't finite. An error of a rank's own is left for the driver before
+    it is raised.
     """
-    parallel = session.config.parallel
+    parallel, state = session.config.parallel, None
     lease = ranks.from_first(succeed(session.lease) if ranks.first else None)
+    places = ranks.gather(Place.here())
+    if ranks.first:
+        note_places(lease.own.ranks, places)
     try:
+        check_health(ranks)
         with (
             lease.renewed() if ranks.first else nullcontext(),
             form_mesh(
@@ -102,17 +107,24 @@ def train(session: Session, ranks: Ranks, *, poll: Callable[[], None] = lambda: 
                 _train_on(session, state)
     except Exception as error:
         if not is_lost_peer(error):
-            _leave_error(lease, ranks.rank, error)
+            _leave_error(lease, ranks.rank, error, step=state.progress.step if state else -1)
         raise
 
 
-def _leave_error(lease: Lease, rank: int, error: Exception) -> None:
+def _leave_error(lease: Lease, rank: int, error: Exception, *, step: int) -> None:
     """Writes error.json for the driver. The first rank to fail is the one that counts."""
-    kind = type(error).__name__ if isinstance(error, SeqtrainError) else ""
     text = "".join(traceback.format_exception(error))
     # Where another start has taken over, nobody would read it.
     if lease.own.path.is_dir():
-        left = {"rank": rank, "kind": kind, "line": one_line(error), "traceback": text}
+        of_user, kind = isinstance(error, SeqtrainError), type(error).__name__
+        left = {
+            "rank": rank,
+            "kind": kind,
+            "of_user": of_user,
+            "line": one_line(error),
+            "step": step,
+            "traceback": text,
+        }
         create_new(lease.own.error, json.dumps(left).encode())
 
 

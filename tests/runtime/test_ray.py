@@ -20,6 +20,7 @@ from seqtrain.runtime import ray_launcher, run, source, worker
 from seqtrain.runtime.lease import succeed
 from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ranks import is_lost_peer
+from seqtrain.runtime.restarts import Place, note_places
 from seqtrain.runtime.worker import Session, train
 from tests.runtime.runtime_cases import (
     change,
@@ -147,8 +148,8 @@ def test_a_rank_that_fails_ends_those_that_wait_for_its_states(tmp_path, monkeyp
         assert not session.lease.current().error.exists(), "Ray is to start the ranks again"
         return
     assert isinstance(failed.error, ZeroDivisionError)
-    with pytest.raises(ray_launcher.WorkerError, match=r"^rank 1: ZeroDivisionError: "):
-        ray_launcher._raise_left_error(session)
+    told = ray_launcher._left_error(session.lease.current())
+    assert (told["rank"], told["kind"], told["of_user"]) == (1, "ZeroDivisionError", False)
 
 
 @pytest.mark.all
@@ -166,10 +167,18 @@ def test_an_error_that_a_restart_would_meet_again_stops_at_once(tmp_path):
 def test_the_error_of_a_rank_reaches_the_driver_as_one_line(tmp_path):
     session = session_for(small_config(tmp_path))
     earlier, lease = succeed(session.lease), succeed(session.lease)
-    worker._leave_error(earlier, 0, ValueError("of a group that was replaced"))
-    ray_launcher._raise_left_error(session)
-    worker._leave_error(lease, 1, ZeroDivisionError("first\nline"))
-    worker._leave_error(lease, 0, ValueError("came later"))
+    worker._leave_error(earlier, 0, DataError("of a group that was replaced"), step=2)
+    ray_launcher._raise_mistake(session)
+    note_places(lease.own.ranks, [Place("a", 7, "n"), Place("b", 8, "m")])
+    worker._leave_error(lease, 1, ZeroDivisionError("first\nline"), step=3)
+    worker._leave_error(lease, 0, ValueError("came later"), step=3)
     assert "ZeroDivisionError" in json.loads(lease.own.error.read_text())["traceback"]
-    with pytest.raises(ray_launcher.WorkerError, match=r"^rank 1: ZeroDivisionError: first line \(the traceback is in"):
-        ray_launcher._raise_left_error(session)
+    ray_launcher._raise_mistake(session)
+    failure = ray_launcher._failure(session, RuntimeError("Ray's words"), begun=True)
+    assert str(failure) == "rank 1 (process 8 on b) failed: ZeroDivisionError: first line after step 3"
+    early = ray_launcher._failure(session, RuntimeError("no\nplace"), begun=False)
+    assert str(early) == "the group of ranks failed: RuntimeError: no place before its first step"
+    later = succeed(session.lease)
+    worker._leave_error(later, 0, DataError("the file is gone"), step=3)
+    with pytest.raises(DataError, match=r"^the file is gone$"):
+        ray_launcher._raise_mistake(session)
