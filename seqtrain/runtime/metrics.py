@@ -12,7 +12,6 @@ from seqtrain.files import replace_file
 from seqtrain.runtime.lease import EpochFolder, Lease
 from seqtrain.runtime.run_folder import RunFolder, as_record, read_lines
 
-
 Record = dict[str, Any]
 
 
