@@ -94,7 +94,7 @@ class Dying(Callback):
 
 @pytest.mark.full
 @pytest.mark.timeout(900)
-def test_six_deaths_with_progress_between_are_survived(tmp_path, capfd):
+def test_six_deaths_with_progress_between_are_survived(tmp_path):
     sizes = {"train": {"steps": 14}, "parallel": {"data": 2}, "checkpoint": {"every": 2}}
     config = small_config(tmp_path, runtime={"name": "ray", "max_restarts": 1}, **sizes)
     undisturbed = change(config, "undisturbed", runtime={"name": "inline"})
@@ -102,10 +102,13 @@ def test_six_deaths_with_progress_between_are_survived(tmp_path, capfd):
     summary = run(config, callback=Dying(tmp_path, {3, 5, 7, 9, 11, 13}))
     assert summary["restarts"] == 6
     assert losses(config) == losses(undisturbed)
-    told = [line for line in capfd.readouterr().err.splitlines() if "ended without a word" in line]
+    log = folder_of(config).log.read_text()
+    told = [line for line in log.splitlines() if "ended without a word" in line]
     assert len(told) == 6
-    assert all("WARNING: rank 1 (process " in line and "it goes on from step" in line for line in told), told
-    assert "Ray says" in folder_of(config).log.read_text()
+    assert all("WARNING seqtrain.runtime: rank 1 (process " in line and "goes on from step" in line for line in told), (
+        told
+    )
+    assert "Ray says" in log
 
 
 @pytest.mark.full
