@@ -39,6 +39,8 @@ log = logging.getLogger("seqtrain.runtime")
 
 # Seconds between two looks at what the ranks have written.
 POLL_SECONDS = 0.3
+# A setting that Ray's type stubs don't know.
+NO_RETRIES: dict[str, Any] = {"max_preemption_failures": 0}
 # What Ray starts on this machine before any worker.
 OWN_PROCESSES = ("gcs_server", "raylet")
 
@@ -207,21 +209,22 @@ def _trainer(session: Session, name: str, left_out: Sequence[str]) -> "TorchTrai
             num_workers=config.parallel.ranks,
             use_gpu=on_gpu,
             resources_per_worker={"CPU": config.runtime.cpus_per_worker, **({"GPU": 1} if on_gpu else {})},
-            label_selector=_elsewhere(left_out),
+            **_elsewhere(left_out),
         ),
         run_config=RunConfig(
             name=name,
             storage_path=str(session.lease.own.ray),
             # What is started again is decided here: Ray counts failures, not what came between them.
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+            failure_config=FailureConfig(max_failures=0, **NO_RETRIES),
         ),
     )
 
 
-def _elsewhere(left_out: Sequence[str]) -> dict[str, str] | None:
-    """What makes Ray place workers on other nodes than these, if there are others."""
+def _elsewhere(left_out: Sequence[str]) -> dict[str, Any]:
+    """The setting that makes Ray place workers on other nodes than these, if there are others."""
     nodes = {node["NodeID"] for node in sys.modules["ray"].nodes() if node["Alive"]} if left_out else set()
-    return {"ray.io/node-id": f"!in({','.join(left_out)})"} if nodes - set(left_out) else None
+    others = {"label_selector": {"ray.io/node-id": f"!in({','.join(left_out)})"}}
+    return others if nodes - set(left_out) else {}
 
 
 def _run_rank(arguments: dict[str, Session]) -> None:
