@@ -1,5 +1,7 @@
 """Continuing a prompt: the prompt in one forward pass, then one token at a time from the state."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
     stop: int | None = None,
+    agree: Callable[[Tensor], Tensor] = lambda token: token,
     sequence: SequenceContext = WHOLE,
 ) -> Tensor:
     """`prompt: int64 [B,T]`, T >= 1, rows of equal length -> the new tokens, int64 `[B, at most max_new_tokens]`.
@@ -26,7 +29,9 @@ def generate(
     `temperature`: logits are divided by it; 0 takes the likeliest token. `top_k`: only so many likeliest tokens may be
     drawn; 0: all. `top_p`: only the likeliest whose probabilities together reach it; 1: all. `generator`: on the
     model's device. `stop`: a token that ends its row; the row is filled up with it, and when every row has ended, so
-    does the work. The state does not grow with the tokens where all mixers' states are constant. Raises `ValueError`.
+    does the work. `agree`: gives for the tokens drawn, `[B]`, those that are taken: ranks that hold a model together
+    must go on with the same. The state does not grow with the tokens where all mixers' states are constant. Raises
+    `ValueError`.
     """
     if prompt.dim() != 2 or prompt.shape[1] == 0:
         raise ValueError(f"generate: prompt has shape {tuple(prompt.shape)}, expected [B, T] with T >= 1")
@@ -40,7 +45,7 @@ def generate(
     ended = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
     logits, state = model(prompt, sequence=sequence)
     for index in range(max_new_tokens):
-        token = choose_token(logits, temperature, top_k, top_p, generator)
+        token = agree(choose_token(logits, temperature, top_k, top_p, generator))
         if stop is not None:
             token = token.where(~ended, stop)
             ended |= token == stop

@@ -248,6 +248,31 @@ class Engine:
         finally:
             self.optimizer_state.put_back(changed)
 
+    @contextmanager
+    def as_saved(self) -> Iterator[Any]:
+        """In it, the module computes with the weights that a checkpoint holds: averages, in float32, not cast.
+
+        A collective; so is a call of the module in stage 3, which gathers it part by part, and of sharded experts.
+        """
+        with self.averaged():
+            self.model.train(False)
+            rounded = self._put_masters() if self._masters else {}
+            try:
+                yield self.module
+            finally:
+                for parameter, values in rounded.items():
+                    parameter.data = values
+                self.model.train()
+
+    def _put_masters(self) -> dict[nn.Parameter, Tensor]:
+        """Puts whole float32 weights in place of the rounded ones, which it gives."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        rounded = {parameter: parameter.data for parameter in self.module.parameters() if parameter.requires_grad}
+        for parameter in rounded:
+            parameter.data = safe_get_full_fp32_param(parameter)
+        return rounded
+
     def weights(self, *, besides: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """Every parameter but those called `besides` once, by name: the float32 weight in its full shape.
 

@@ -5,7 +5,7 @@ python launch/generate.py run=runs/mine prompt="Once upon a time" tokens=500
 python launch/generate.py run=runs/mine prompt="def main(" temperature=0 seed=1
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
+from torch import Tensor
 
 from seqtrain.config import launch, read_run_config
 from seqtrain.data import Tokenizer, load_tokenizer
@@ -107,20 +108,42 @@ def open_run(path: Path) -> tuple[PretrainConfig, LanguageModel, Tokenizer]:
 
 def continue_text(model: LanguageModel, tokenizer: Tokenizer, wish: Continuation, *, backend: str) -> str:
     """The prompt and what `model` continues it with; the same for the same weights and seed."""
+    return text_of(tokenizer, wish, continue_ids(model, prompt_ids(tokenizer, wish), wish, tokenizer.end, backend))
+
+
+def prompt_ids(tokenizer: Tokenizer, wish: Continuation) -> list[int]:
+    """What `continue_ids` continues. Without a prompt, the end of a document: what follows is the start of another."""
+    return tokenizer.encode(wish.prompt) or [tokenizer.end]
+
+
+def text_of(tokenizer: Tokenizer, wish: Continuation, ids: list[int]) -> str:
+    """The prompt and the text of what `continue_ids` gave."""
+    return wish.prompt + tokenizer.decode([token for token in ids if token != tokenizer.end])
+
+
+def continue_ids(
+    model: LanguageModel,
+    prompt: list[int],
+    wish: Continuation,
+    end: int,
+    backend: str,
+    *,
+    agree: Callable[[Tensor], Tensor] = lambda token: token,
+) -> list[int]:
+    """The tokens after `prompt`, up to that of the document's `end`. `agree`: as in `generate`."""
     if wish.tokens == 0:
-        return wish.prompt
-    # Without a prompt, what follows on the end of a document: the start of another.
-    prompt = tokenizer.encode(wish.prompt) or [tokenizer.end]
+        return []
+    device = next(model.parameters()).device
     new = generate(
         model,
-        torch.tensor([prompt]),
+        torch.tensor([prompt], device=device),
         max_new_tokens=wish.tokens,
         temperature=wish.temperature,
         top_k=wish.top_k,
         top_p=wish.top_p,
-        generator=torch.Generator().manual_seed(wish.seed),
-        stop=tokenizer.end,
+        generator=torch.Generator(device).manual_seed(wish.seed),
+        stop=end,
+        agree=agree,
         sequence=SequenceContext(backend=backend),
     )
-    ids = [token for token in new[0].tolist() if token != tokenizer.end]
-    return wish.prompt + tokenizer.decode(ids)
+    return list(new[0].tolist())

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 # What rank 0 says when it comes to an exchange that the others wait for; how long they do before they look again.
 READY, LOOK = "seqtrain/ready", datetime.timedelta(seconds=5)
@@ -47,6 +48,11 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
+
+    def copy_first(self, tensor: Tensor) -> Tensor:
+        """Puts rank 0's numbers into `tensor`, of the same shape on every rank, and gives it."""
+        dist.broadcast(tensor, src=0, group=self.group)
+        return tensor
 
     def from_first_in_time(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank, however long rank 0 takes to come to it: no exchange waits so long."""

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the summary, its pictures, a sample of text."""
+"""What a run leaves behind: the summary and its pictures."""
 
 import json
 import logging
@@ -9,7 +9,6 @@ from typing import Any
 from seqtrain.data import Corpus, Mixture, SyntheticCorpus, bigram_bits_per_byte
 from seqtrain.report import write_json
 from seqtrain.runtime.checkpoint import listed
-from seqtrain.runtime.generate import Continuation, continue_text, open_run
 from seqtrain.runtime.lease import Lease
 from seqtrain.runtime.metrics import count_restarts
 from seqtrain.runtime.pictures import draw_figures, draw_loss
@@ -32,18 +31,12 @@ def write_report(
 ) -> dict[str, Any]:
     """Writes `summary.json`, `loss.png` and `figures.png` from what the ranks left in `folder`; gives the summary.
 
-    `stopped_by_signal`: number of the signal that asked this process to stop, 0 without one. A run that was stopped has
-    little time left, so its summary comes without a sample of text.
+    `stopped_by_signal`: number of the signal that asked this process to stop, 0 without one.
     """
     outcome = json.loads(lease.current().outcome.read_text())
     records = read_lines(folder.metrics)
-    # The tokens of a synthetic task are no text: nothing to compare bytes with, and nothing to read.
+    # The tokens of a synthetic task are no text: nothing to compare bytes with.
     bigram = bigram_bits_per_byte(corpus)
-    sample = ""
-    if config.sample.tokens and not (outcome["stopped"] or isinstance(corpus, SyntheticCorpus)):
-        _, model, tokenizer = open_run(folder.path)
-        wish = Continuation(config.sample.prompt, config.sample.tokens, config.seed)
-        sample = continue_text(model, tokenizer, wish, backend=config.kernels.backend)
     counted = records[WARM_UP_STEPS:] or records
     tokens, seconds = (sum(record[key] for record in counted) for key in ("tokens", "step_seconds"))
     summary = outcome | {
@@ -54,7 +47,6 @@ def write_report(
         "bigram_bits_per_byte": bigram if math.isfinite(bigram) else None,
         "restarts": count_restarts(folder),
         "checkpoint": str(listed(folder.checkpoints)[0].folder),
-        "sample": sample,
     }
     lease.check()
     write_json(folder.summary, summary, allow_nan=False)

@@ -18,6 +18,8 @@ from seqtrain.data import (
     Mixture,
     ShardIndex,
     SyntheticCorpus,
+    Tokenizer,
+    load_tokenizer,
     open_corpus,
 )
 from seqtrain.runtime.optimizers import parameter_groups
@@ -52,7 +54,8 @@ class Trainable:
     `to_verify`: shards to be verified meanwhile.
     `load`: gives the model the weights it begins with, where no checkpoint does; None where it has them. `frozen`:
     names of weights that it always gives, for no checkpoint holds them. `epochs`: what a record says of how often the
-    text has been read after so many batches. `sources`: names of those that `Batch.sources` counts.
+    text has been read after so many batches. `sources`: names of those that `Batch.sources` counts. `tokenizer`: opens
+    that of the text the model can continue; None where it learns none.
     """
 
     model: nn.Module
@@ -64,6 +67,7 @@ class Trainable:
     frozen: frozenset[str] = frozenset()
     epochs: Callable[[int], dict[str, float]] = lambda steps: {}
     sources: tuple[str, ...] = ()
+    tokenizer: Callable[[], Tokenizer] | None = None
 
 
 def shards_to_verify(opened: Corpus | SyntheticCorpus | Mixture) -> list[ShardIndex]:
@@ -113,6 +117,7 @@ class Pretraining:
                 max_tokens=config.evaluation.max_tokens,
             ),
             to_verify=shards_to_verify(opened),
+            tokenizer=None if isinstance(opened, SyntheticCorpus) else partial(load_tokenizer, config.data),
         )
 
 

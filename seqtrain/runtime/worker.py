@@ -16,6 +16,7 @@ import torch
 
 from seqtrain.errors import SeqtrainError
 from seqtrain.files import create_new, replace_file
+from seqtrain.kernels import node_cache
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.mesh import Mesh, form_mesh
 from seqtrain.runtime import checkpoint as checkpoints
@@ -31,6 +32,7 @@ from seqtrain.runtime.ranks import Ranks, check_health, is_lost_peer
 from seqtrain.runtime.restarts import Place, note_places
 from seqtrain.runtime.resume import NO_LORA, check_fits, fingerprint, put_off, refuse_lost_checkpoints
 from seqtrain.runtime.run_folder import RunFolder
+from seqtrain.runtime.sample import sample
 from seqtrain.runtime.schedule import CONSTANT, NORMS, plateau, refine
 from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.runtime.step import TrainState, train_step
@@ -89,6 +91,8 @@ def train(session: Session, ranks: Ranks, *, poll: Callable[[], None] = lambda: 
     places = ranks.gather(Place.here())
     if ranks.first:
         note_places(lease.own.ranks, places)
+    if ranks.device.type == "cuda":
+        node_cache.share(nodes=len({place.host for place in places}))
     try:
         check_health(ranks)
         with (
@@ -311,6 +315,8 @@ def _save(session: Session, state: TrainState) -> None:
 def _write_outcome(state: TrainState, *, stopped: bool, scores: Scores | None) -> None:
     """Writes outcome.json for the driver: what only the ranks know."""
     peak = state.ranks.largest(peak_bytes(state.ranks.device))
+    # Who was stopped has little time left.
+    text = "" if stopped else sample(state)
     if not state.metrics:
         return
     state.metrics.close()
@@ -323,5 +329,6 @@ def _write_outcome(state: TrainState, *, stopped: bool, scores: Scores | None) -
         "total_tokens": state.progress.tokens,
         "peak_memory_bytes": int(peak),
         "held_out_bits_per_byte": None,
+        "sample": text,
     } | (scores or {})
     replace_file(state.lease.own.outcome, json.dumps(outcome).encode())
