@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -33,6 +34,17 @@ from seqtrain.schema import NAMED_GROUPS, PROGRAMS, conf_dir, definition, mixer_
 from seqtrain.validation import expand, validate
 
 T = TypeVar("T")
+
+
+def _installed(package: str) -> str:
+    """`${installed:torch}` in a YAML: the folder of an installed package, which is not imported."""
+    found = find_spec(package)
+    if found is None or found.origin is None:
+        raise ValueError(f"the package {package} is not installed")
+    return str(Path(found.origin).parent)
+
+
+OmegaConf.register_new_resolver("installed", _installed, replace=True)
 
 
 def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:

@@ -18,6 +18,7 @@ from seqtrain.convert.losses import distillation_sum, mean_square_sum, relative_
 from seqtrain.convert.settings import StageConfig
 from seqtrain.convert.weights import model_from, recipe_targets
 from seqtrain.data import WHOLE_BATCH, Batch, BatchSlice, open_corpus
+from seqtrain.data.batches import places_of
 from seqtrain.errors import ConfigError
 from seqtrain.files import replacing, sha256_of
 from seqtrain.mixers import WHOLE
@@ -252,4 +253,5 @@ class CachedInputs:
         batch, rows = self.batches.at(index, part), part.rows(self.batch_size)
         first = index * self.batch_size
         held = self.rows[first + rows.start : first + rows.stop].reshape(1, -1, self.rows.shape[2])
-        return replace(batch, tokens=torch.from_numpy(held[:, part.tokens(batch.offsets)].copy()))
+        own = [held[:, place.start : place.stop] for place in places_of(batch.offsets, part.part, part.parts)]
+        return replace(batch, tokens=torch.from_numpy(np.concatenate(own, 1)))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, islice, pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -19,13 +19,13 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows laid end to end in one packed row of n tokens, or one part of that row in time: what one forward pass reads.
+    """Rows laid end to end in one packed row of n tokens, or what a rank reads of that row.
 
-    `tokens`, `labels`: int64 `[1, offsets[part + 1] - offsets[part]]`, all n where there is one part; a label is the
-    token that follows in the same document, in this part or the next, -100 where none does.
-    `offsets`: where the parts start in the row, and n. `cu_seqlens`: int32 `[N+1]` on the CPU, from 0 to n, the same
-    for every part: a boundary where one of the rows starts and, unless switched off, a document. `sources`: which of
-    the sources of a mixture each row is from.
+    `tokens`, `labels`: int64 `[1, ...]`, those of one part, or of one in each segment of the row, end to end; a label
+    is the token that follows in the same document, here or elsewhere, -100 where none does.
+    `offsets`: where the parts start in the row, segment by segment, and n. `cu_seqlens`: int32 `[N+1]` on the CPU, from
+    0 to n, the same for every part: a boundary where one of the rows starts and, unless switched off, a document.
+    `sources`: which of the sources of a mixture each row is from.
     """
 
     tokens: Tensor
@@ -57,6 +57,8 @@ class BatchSlice:
     # Of the sequence-parallel ranks, which divide this packed row in time, this one.
     part: int = 0
     parts: int = 1
+    # Pieces of the packed row that run one after the other; the ranks divide each.
+    segments: int = 1
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.ranks, self
@@ -75,12 +77,19 @@ class BatchSlice:
         first = (self.micro_batch * self.ranks + self.rank) * size
         return range(first, first + size)
 
-    def tokens(self, offsets: tuple[int, ...]) -> slice:
-        """Which tokens of the packed row they are; `offsets`: where its parts start, and its end."""
-        return slice(offsets[self.part], offsets[self.part + 1])
+    def offsets(self, tokens: int) -> tuple[int, ...]:
+        """Where the parts of a packed row of so many tokens start, and its end."""
+        return even_offsets(tokens, self.parts * self.segments)
 
 
 WHOLE_BATCH = BatchSlice()
+
+
+def places_of(offsets: Sequence[int], part: int, parts: int) -> list[range]:
+    """The places in a row that part `part` of `parts` holds, a stretch a segment; `offsets`: as those of a `Batch`."""
+    if parts == 1:
+        return [range(offsets[-1])]
+    return [range(*pair) for pair in islice(pairwise(offsets), part, None, parts)]
 
 
 def even_offsets(tokens: int, parts: int) -> tuple[int, ...]:
@@ -156,9 +165,20 @@ def pack(rows: Sequence[Row], part: BatchSlice, layout: Layout, *, step: int = 0
     Only this part's tokens are read; of the others, the places where documents start.
     """
     length = layout.length
-    offsets = even_offsets(len(rows) * length, part.parts)
-    own = part.tokens(offsets)
-    first, last = own.start, own.stop
+    offsets = part.offsets(len(rows) * length)
+    held = [_read(rows, places, layout) for places in places_of(offsets, part.part, part.parts)]
+    tokens, labels = held[0] if len(held) == 1 else map(np.concatenate, zip(*held, strict=True))
+    return Batch(
+        tokens=torch.from_numpy(tokens)[None],
+        labels=torch.from_numpy(labels)[None],
+        offsets=offsets,
+        cu_seqlens=_boundaries(rows, layout, step),
+    )
+
+
+def _read(rows: Sequence[Row], places: range, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """int64 `[len(places)]` each: tokens and labels at these places of the packed row."""
+    first, last, length = places.start, places.stop, layout.length
     tokens = np.full(last - first, layout.padding, dtype=np.int64)
     labels = np.full(last - first, IGNORED, dtype=np.int64)
     for number in range(first // length, -(-last // length)):
@@ -169,12 +189,7 @@ def pack(rows: Sequence[Row], part: BatchSlice, layout: Layout, *, step: int = 0
                 held = slice(low - first, high - first)
                 start = span.start + low - place
                 tokens[held], labels[held] = rows[number].read(start, start + high - low)
-    return Batch(
-        tokens=torch.from_numpy(tokens)[None],
-        labels=torch.from_numpy(labels)[None],
-        offsets=offsets,
-        cu_seqlens=_boundaries(rows, layout, step),
-    )
+    return tokens, labels
 
 
 def _boundaries(rows: Sequence[Row], layout: Layout, step: int) -> Tensor:

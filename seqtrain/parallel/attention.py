@@ -39,7 +39,8 @@ class Keys(SplitInTime):
         """Initial states are of the same shape and lengths on every rank; full attention wants all rows to count.
 
         The state with a window is the one after this rank's last token. Without one it holds this rank's own keys and
-        values only, those of its last document: the whole past would be as large as the row.
+        values only, those of its last document: the whole past would be as large as the row. Where a sequence is
+        `continued` the last rank has all.
         The option `form` says how full attention is done; `"auto"`: by heads where H and G divide by the number of
         ranks, unless no document reaches farther to the left of a rank than a quarter of the longest part.
 
@@ -50,11 +51,8 @@ class Keys(SplitInTime):
         Raises `ValueError` for a form that can't be, and for a state with unequal lengths.
         """
         (q, k, v), state = call.tensors, call.initial_state
-        if state is not None:
-            # Ranks that don't read the state give it a zero gradient.
-            v = keep_in_graph(v, state["k"], state["v"])
         if call.options.get("window") is not None:
-            return _windowed(sequence, replace(call, tensors=(q, k, v)))
+            return _windowed(sequence, call)
         ranks, form = len(sequence.offsets) - 1, call.options.get("form", "auto")
         divides = q.shape[2] % ranks == 0 and k.shape[2] % ranks == 0
         if form == "heads" and not divides:
@@ -67,6 +65,8 @@ class Keys(SplitInTime):
         length = torch.full((k.shape[0],), end - start, dtype=torch.int64, device=k.device)
         own_keys = {"k": k[:, start:], "v": v[:, start:], "length": length}
         given, k, v = _joined(k, v, sequence, state)
+        if sequence.continued:
+            own_keys, q = _whole_past(own_keys, q, k, v, sequence, given)
         plan = _whole_documents(sequence, given)
         scores = {name: call.options[name] for name in ("scale", "score_cap") if name in call.options}
         longest = max(end - start for start, end in pairwise(plan.offsets))
@@ -122,8 +122,7 @@ class KeysAndSinks(SplitInTime):
         _, k, v = call.tensors[:3]
         window, sinks = call.options["window"], call.options.get("sinks", 0)
         past = _before(k, v, sequence, window, sinks, call.initial_state)
-        # Ranks that don't read the initial state give it a zero gradient.
-        owed = [part for state in (past, call.initial_state or {}) for part in state.values()]
+        owed = list(past.values())
         local, past = sequence.own_documents(past)
         out, state = call.run(sequence, past, local)
         # An output without tokens depends on nothing.
@@ -160,6 +159,17 @@ def _joined(k: Tensor, v: Tensor, sequence: ShardedSequence, state: State | None
     if sequence.rank == 0:
         k, v = torch.cat([state["k"].to(k.dtype), k], 1), torch.cat([state["v"].to(v.dtype), v], 1)
     return state["k"].shape[1], k, v
+
+
+def _whole_past(
+    own: State, q: Tensor, k: Tensor, v: Tensor, sequence: ShardedSequence, given: int
+) -> tuple[State, Tensor]:
+    """`own` with, on the last rank, what others hold of the same document before it, and `q`, on which that hangs."""
+    *firsts, last = sequence.offsets[:-1]
+    plan = HaloPlan((*firsts, min(sequence.boundaries[-2] or -given, last)), sequence.offsets, given)
+    before = {name: left_halo(x, plan, group=sequence.group) for name, x in (("k", k), ("v", v))}
+    state = {name: torch.cat([x.to(own[name].dtype), own[name]], 1) for name, x in before.items()}
+    return state | {"length": own["length"] + before["k"].shape[1]}, keep_in_graph(q, *before.values())
 
 
 @dataclass(frozen=True)

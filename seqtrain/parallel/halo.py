@@ -165,6 +165,4 @@ class PastInputsHalo(SplitInTime):
         past = past_inputs(call.tensors[0], count, sequence, initial)
         local, state = sequence.own_documents(past)
         out, states = call.run(sequence, state, local)
-        # Ranks that don't read the initial state give it a zero gradient.
-        out = keep_in_graph(out, past) if initial is None else keep_in_graph(out, past, initial)
-        return out, states if local is None else states[-1:]
+        return keep_in_graph(out, past), states if local is None else states[-1:]

@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from seqtrain.kernels import short_convolution
 from seqtrain.parallel.recompute import kept
+from seqtrain.parallel.scan import keep_in_graph
 
 State = dict[str, Tensor]
 
@@ -249,39 +250,54 @@ class ContinuedSequence(SequenceContext):
 
     # The same tokens with a state per document.
     documents: SequenceContext
+    # Whether a state that is given counts. Where the first document begins here it doesn't, and its gradient is zero.
+    continues: bool = True
 
     @classmethod
-    def of(cls, documents: SequenceContext) -> "ContinuedSequence":
+    def of(cls, documents: SequenceContext, *, continues: bool = True) -> "ContinuedSequence":
         """`documents`: these tokens by themselves, with boundaries `cu_seqlens` from 0 to their number."""
         assert documents.cu_seqlens is not None
-        return cls(cu_seqlens=documents.cu_seqlens, backend=documents.backend, documents=documents)
+        return cls(
+            cu_seqlens=documents.cu_seqlens, backend=documents.backend, documents=documents, continues=continues
+        )
 
     def _run(
         self, operator: Any, *tensors: Tensor | None, initial_state: Any = None, **options: Any
     ) -> tuple[Tensor, Any]:
-        kind = SPLITS[type(operator.time)]
-        if initial_state is not None:
-            initial_state = kind.continued(self, initial_state)
-        out, states = self.documents.run(operator, *tensors, initial_state=initial_state, **options)
+        kind, state = SPLITS[type(operator.time)], None
+        if initial_state is not None and self.continues:
+            state = kind.continued(self, initial_state)
+        out, states = self.documents.run(operator, *tensors, initial_state=state, **options)
+        if initial_state is not None and not self.continues:
+            out = keep_in_graph(out, *with_gradients(initial_state))
         return out, kind.last(states)
 
     def grouped(self, size: int, past: Tensor | None = None) -> "ContinuedSequence":
-        return replace(self, documents=self.documents.grouped(size, None if past is None else self.first(past)))
+        return replace(self, documents=self.documents.grouped(size, self._past(past)))
 
     def repeated(self, times: int) -> "ContinuedSequence":
-        return self.of(self.documents.repeated(times))
+        return self.of(self.documents.repeated(times), continues=self.continues)
 
     def reverse(self, x: Tensor) -> Tensor:
         raise ValueError("a row read piece by piece can't be reversed: a bidirectional layer needs it whole")
 
     def count(self, past: Tensor | None, batch: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        before, after = self.documents.count(None if past is None else self.first(past), batch, tokens, device)
+        before, after = self.documents.count(self._past(past), batch, tokens, device)
         return before, _last(after)
+
+    def _past(self, past: Tensor | None) -> Tensor | None:
+        """Tokens of each document seen before, `[N]`, from those of the first."""
+        return self.first(past) if past is not None and self.continues else None
 
     def first(self, state: Tensor) -> Tensor:
         """The state `[1,...]` of the first document as those of all, `[N,...]`: an empty past is zero everywhere."""
         assert self.cu_seqlens is not None
         return torch.cat([state, state.new_zeros(len(self.cu_seqlens) - 2, *state.shape[1:])])
+
+
+def with_gradients(state: Any) -> list[Tensor]:
+    """The tensors of a state that may have a gradient."""
+    return [part for part in tree_leaves(state) if part.is_floating_point() or part.is_complex()]
 
 
 def _last(states: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from seqtrain.kernels.segments import AffineScan
 from seqtrain.parallel.halo import HaloPlan, first_documents, first_tokens, tokens_before
 from seqtrain.parallel.scan import Algorithm, keep_in_graph, open_all_scan
-from seqtrain.parallel.sequence import SPLITS, Call, SequenceContext, SplitInTime, splits
+from seqtrain.parallel.sequence import SPLITS, Call, SequenceContext, SplitInTime, splits, with_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,13 @@ class ShardedSequence(SequenceContext):
     `cu_seqlens`: int `[N+1]`, document boundaries of the whole row (then B == 1), or None for B rows of one document
     each. `algorithm`: of the scans, see `all_scan`.
 
+    `continues`: whether a state that is given counts; it doesn't where it is another document's. `continued`: whether
+    another row goes on from the state after this one, and full attention's is wanted, too.
+
     States are those of one document (or of B rows): `initial_state`, given on every rank or on none, is read on the
-    group's first and continues the row's first document; the state that comes back is the one after this rank's last
-    token, so the last rank's is the whole row's. Raises `ValueError` for offsets that don't fit.
+    group's first, its whole numbers on all, and continues the row's first document; the state that comes back is the
+    one after this rank's last token, so the last rank's is the whole row's. Raises `ValueError` for offsets that don't
+    fit.
     """
 
     sends: ClassVar[bool] = True
@@ -42,6 +46,8 @@ class ShardedSequence(SequenceContext):
     group: dist.ProcessGroup
     offsets: tuple[int, ...]
     algorithm: Algorithm = "auto"
+    continues: bool = True
+    continued: bool = False
     # Boundaries of the documents that have tokens, on the host: from 0 to the row's length.
     boundaries: tuple[int, ...] = field(init=False, repr=False, compare=False)
     # Boundaries of the parts of documents that this rank holds, counted from its first token: at least two.
@@ -138,14 +144,24 @@ class ShardedSequence(SequenceContext):
         state from rank to rank.
         """
         given, others = operator.arranged(tensors, options)
-        return SPLITS[type(operator.time)].sharded(self, Call(operator, given, others, initial_state))
+        call = Call(operator, given, others, initial_state if self.continues else None)
+        out, final = SPLITS[type(operator.time)].sharded(self, call)
+        if initial_state is not None:
+            # Ranks that don't read it give it a zero gradient.
+            out = keep_in_graph(out, *with_gradients(initial_state))
+        return out, final
 
     def grouped(self, size: int, past: Tensor | None = None) -> "ShardedSequence":
-        if past is not None:
-            raise ValueError("grouped: groups of a sharded sequence have no past")
+        # Tokens of a group that began before the row.
+        begun = int(past[0]) % size if past is not None and self.continues else 0
         ends = [0, self.offsets[-1]] if self.cu_seqlens is None else self.cu_seqlens.tolist()
-        starts = [place for start, end in pairwise(ends) for place in range(start, end, size)]
-        return replace(self, cu_seqlens=torch.tensor([*starts, ends[-1]], dtype=torch.int32))
+        starts = [
+            max(place, start)
+            for start, end in pairwise(ends)
+            for place in range(start if start else -begun, end, size)
+        ]
+        boundaries = torch.tensor([*starts, ends[-1]], dtype=torch.int32)
+        return replace(self, cu_seqlens=boundaries, continues=self.continues and (past is None or begun > 0))
 
     def repeated(self, times: int) -> "ShardedSequence":
         offsets = tuple(times * offset for offset in self.offsets)
@@ -163,7 +179,7 @@ class ShardedSequence(SequenceContext):
         last = torch.tensor([max(self.end - 1, 0)], device=device)
         before, start = self._document_starts(index) == 0, self._document_starts(last)
         after = (self.end - start).expand(batch)
-        if past is None:
+        if past is None or not self.continues:
             return torch.zeros_like(index)[None], after
         return before * past[:, None], after + past * (start == 0)
 

@@ -11,7 +11,7 @@ from seqtrain.data import HeldOutParts, SyntheticBatches
 from seqtrain.data.batches import IGNORED
 from seqtrain.models.spiking import spike_statistics
 from seqtrain.runtime.metrics import Within, write_within
-from seqtrain.runtime.segmented import Segment, States, alone, cut
+from seqtrain.runtime.segmented import Segment, States, carried
 from seqtrain.runtime.step import TrainState
 from seqtrain.runtime.task import HeldOut
 
@@ -75,10 +75,7 @@ def _score_all(state: TrainState, batches: HeldOut, *, done: int, of: int) -> li
     ranks, sums = state.ranks, [0.0, 0.0, 0.0, 0.0]
     for index in range(len(batches)):
         batch = batches.at(index, state.slice()).to(ranks.device)
-        segments = [Segment(batch.tokens, batch.labels, state.sequence(batch))]
-        if state.segments > 1:
-            segments = cut(batch, state.segments, backend=state.config.kernels.backend)
-        scored = _score(state.engine.model, segments, answers=isinstance(batches, SyntheticBatches))
+        scored = _score(state.engine.model, state.cut(batch), answers=isinstance(batches, SyntheticBatches))
         *found, stopping = ranks.sum(*scored, batches.text_bytes(batch), state.stop_requested())
         sums = [total + part for total, part in zip(sums, found, strict=True)]
         if stopping:
@@ -91,19 +88,19 @@ def _score_all(state: TrainState, batches: HeldOut, *, done: int, of: int) -> li
 
 def _score(model: nn.Module, segments: list[Segment], *, answers: bool) -> list[float]:
     """Nats of a row, right answers and answers asked for; the two are 0 where the labels are no answers."""
-    carried: States | None = None
+    past: States | None = None
     sums = [0.0, 0.0, 0.0]
     for segment in segments:
-        options: dict[str, Any] = {"state": carried if segment.continues else None, "sequence": segment.sequence}
+        options: dict[str, Any] = {"state": past, "sequence": segment.sequence}
         keep = segment is not segments[-1]
         if answers:
-            logits, carried = model(segment.tokens, **options, all_logits=True)
+            logits, after = model(segment.tokens, **options, all_logits=True)
             found = _score_answers(logits, segment.labels)
         else:
             came = model(segment.tokens, segment.labels, **options, keep_state=keep)
-            loss, carried = came if keep else (came, None)
+            loss, after = came if keep else (came, None)
             found = [loss.item(), 0, 0]
-        carried = alone(carried) if keep and carried else None
+        past = carried(after, segment.group) if keep else None
         sums = [total + part for total, part in zip(sums, found, strict=True)]
     return sums
 

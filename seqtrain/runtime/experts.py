@@ -52,8 +52,7 @@ class Experts:
         self._had += own
         if not self.need_counts:
             return 0.0
-        counts = own.clone() if counts is None else counts
-        assert isinstance(counts, Tensor)
+        counts = (own if counts is None else torch.as_tensor(counts)).clone()
         if self._group is not None:
             dist.all_reduce(counts, group=self._group)
         assigned = counts.sum(1, keepdim=True)

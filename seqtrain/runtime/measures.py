@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from seqtrain.data.batches import IGNORED, Batch
+from seqtrain.data.batches import IGNORED, Batch, places_of
 from seqtrain.memory import peak_resident_bytes
 from seqtrain.models.language_model import Head
 from seqtrain.runtime.engine import Engine, Sizes
@@ -28,9 +28,8 @@ def group_of(name: str) -> str:
     return next((group for word, group in GROUPS.items() if word in words), "other")
 
 
-def place_in_document(batch: Batch, part: int) -> Tensor:
-    """int64 `[n]`: how many tokens of its document are before each token of `batch`, part `part` of a packed row."""
-    places = torch.arange(batch.offsets[part], batch.offsets[part + 1])
+def place_in_document(batch: Batch, places: Tensor) -> Tensor:
+    """int64 `[n]`: how many tokens of its document are before each token of `batch`, which are at `places` in the row."""
     starts = batch.cu_seqlens.long().unique()
     return places - starts[torch.searchsorted(starts, places, right=True) - 1]
 
@@ -74,18 +73,18 @@ class Measures:
         if self._head is not None:
             self._head.losses = [] if self._on else None
 
-    def count(self, batch: Batch, part: int, *, backwards: bool = False) -> None:
-        """After the passes over `batch`. `backwards`: its segments were run from last to first."""
+    def count(self, batch: Batch, part: int, parts: int, *, backwards: bool = False) -> None:
+        """After the passes over `batch`, part `part` of `parts`. `backwards`: its segments ran from last to first."""
         if not self._on or self._head is None or not self._head.losses:
             return
         order = -1 if backwards else 1
         losses = torch.cat(self._head.losses[::order]).cpu().double()
         self._head.losses.clear()
         counted = (batch.labels.flatten() != IGNORED).cpu()
-        columns = [torch.bucketize(place_in_document(batch, part), self._edges, right=True)]
+        places = torch.cat([torch.arange(own.start, own.stop) for own in places_of(batch.offsets, part, parts)])
+        columns = [torch.bucketize(place_in_document(batch, places), self._edges, right=True)]
         if batch.sources:
-            rows = torch.arange(batch.offsets[part], batch.offsets[part + 1]) // self._length
-            columns.append(len(self._edges) + 1 + torch.tensor(batch.sources)[rows])
+            columns.append(len(self._edges) + 1 + torch.tensor(batch.sources)[places // self._length])
         for column in columns:
             self._sums[0].index_add_(0, column, losses)
             self._sums[1].index_add_(0, column, counted.double())

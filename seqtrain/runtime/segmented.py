@@ -1,6 +1,6 @@
 """A packed row run through a model segment by segment: only one segment's activations exist at a time.
 
-The state of every layer is carried from each segment to the next, so the loss is that of the row in one piece. For the
+Ranks that share the row share each segment, and the last of them hands its states to the first for the next. The state of every layer is carried from each segment to the next, so the loss is that of the row in one piece. For the
 gradient there is a choice:
 
 * exact: first the states at all boundaries between segments are found, without activations; then the segments are run
@@ -12,16 +12,19 @@ gradient there is a choice:
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from seqtrain.data.batches import Batch, even_offsets
+from seqtrain.data.batches import Batch
 from seqtrain.mixers import State
-from seqtrain.parallel.sequence import ContinuedSequence, SequenceContext
+from seqtrain.parallel.handover import gradients_to_last, states_to_first
+from seqtrain.parallel.scan import Algorithm
+from seqtrain.parallel.sequence import ContinuedSequence, SequenceContext, with_gradients
+from seqtrain.parallel.sharded import ShardedSequence
 
 Gradients = Literal["exact", "truncated"]
 # States of all layers of a model, as `LanguageModel` takes and returns them.
@@ -30,27 +33,44 @@ States = list[State]
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens of a packed row.
+    """Consecutive tokens of a packed row, or this rank's of them.
 
     `tokens`, `labels`: int64 `[1,T]`; -100 does not count. `sequence`: their documents, with states of one document.
-    `continues`: whether the first token's document began in the segment before.
+    `group`: the ranks that share the segment; None where one has all of it.
     """
 
     tokens: Tensor
     labels: Tensor
     sequence: SequenceContext
-    continues: bool = False
+    group: dist.ProcessGroup | None = None
 
 
-def cut(batch: Batch, pieces: int, *, backend: str) -> list[Segment]:
-    """A row that this process holds whole, as `pieces` segments whose lengths differ by one token at most."""
-    found, starts = [], batch.cu_seqlens
-    for first, last in pairwise(even_offsets(batch.tokens.shape[1], pieces)):
-        inner = starts[(starts > first) & (starts < last)] - first
+def cut(batch: Batch, *, group: dist.ProcessGroup | None, backend: str, algorithm: Algorithm = "auto") -> list[Segment]:
+    """What this rank of `group` read of a row, as segments whose lengths differ by one token at most."""
+    part, parts = (0, 1) if group is None else (group.rank(), group.size())
+    found, starts, done = [], batch.cu_seqlens, 0
+    # Which boundaries of documents lie in each segment, but for those at its first token.
+    edges = starts.new_tensor(batch.offsets[::parts])
+    after, until = (torch.searchsorted(starts, edges, right=right).tolist() for right in (True, False))
+    for number, begin in enumerate(range(0, len(batch.offsets) - 1, parts)):
+        places = batch.offsets[begin : begin + parts + 1]
+        first, last = places[0], places[-1]
+        inner = starts[after[number] : until[number + 1]] - first
         boundaries = torch.cat([inner.new_tensor([0]), inner, inner.new_tensor([last - first])]).to(torch.int32)
-        sequence = ContinuedSequence.of(SequenceContext(boundaries, backend))
-        continues = not bool((starts == first).any())
-        found.append(Segment(batch.tokens[:, first:last], batch.labels[:, first:last], sequence, continues))
+        continues = after[number] == until[number]
+        sequence: SequenceContext = ContinuedSequence.of(SequenceContext(boundaries, backend), continues=continues)
+        if group is not None:
+            sequence = ShardedSequence(
+                cu_seqlens=boundaries,
+                backend=backend,
+                group=group,
+                offsets=tuple(place - first for place in places),
+                algorithm=algorithm,
+                continues=continues,
+                continued=True,
+            )
+        own = slice(done, done := done + places[part + 1] - places[part])
+        found.append(Segment(batch.tokens[:, own], batch.labels[:, own], sequence, group))
     return found
 
 
@@ -75,49 +95,46 @@ def segment_losses(
         yield None
     state: States | None = None
     for segment in segments:
-        past = state if segment.continues else None
-        loss, after = model(segment.tokens, segment.labels, past, sequence=segment.sequence, keep_state=True)
+        loss, after = model(segment.tokens, segment.labels, state, sequence=segment.sequence, keep_state=True)
         yield loss
-        state = alone(after)
+        state = carried(after, segment.group)
 
 
 def _states(model: Callable[..., Any], segments: Sequence[Segment]) -> Iterator[States]:
-    """The state after each segment, found without activations.
-
-    Also where nothing continues it: with ZeRO-3, where each pass gathers weights, ranks with other documents would wait
-    for this one.
-    """
+    """The state after each segment, found without activations."""
     state: States | None = None
     for segment in segments:
         with torch.no_grad():
-            past = state if segment.continues else None
-            _, after = model(segment.tokens, state=past, sequence=segment.sequence)
-        state = alone(after)
+            _, after = model(segment.tokens, state=state, sequence=segment.sequence)
+        state = carried(after, segment.group)
         yield state
 
 
 def _exact(model: Callable[..., Any], segments: Sequence[Segment], whole: bool) -> Iterator[Tensor | None]:
-    # The state before each segment; None where nothing is carried into it.
+    # The state before each segment, also where it is another document's and its gradient zero: in ZeRO-3 ranks with
+    # other documents gather each layer's weights as often as this one, and would wait for it.
     before: list[States | None] = [None]
     for done, state in enumerate(_states(model, segments if whole else segments[:-1]), 1):
         if done < len(segments):
-            before.append(state if segments[done].continues else None)
+            before.append(state)
         yield None
-    arriving = None
+    later = None
     for segment in reversed(segments):
-        past = before.pop()
-        leaves = None
-        if past is not None:
-            leaves = tree_map(lambda part: part.requires_grad_(part.is_floating_point() or part.is_complex()), past)
+        leaves = before.pop()
+        for leaf in with_gradients(leaves or []):
+            leaf.requires_grad_()
         # The model is given dicts of its own: ZeRO-3 puts tensors that are no leaves into those that modules are given.
         given = None if leaves is None else [dict(layer) for layer in leaves]
         loss, after = model(segment.tokens, segment.labels, given, sequence=segment.sequence, keep_state=True)
-        yield loss if arriving is None else _with_gradients(loss, after, arriving)
-        arriving = None if leaves is None else tree_map(lambda leaf: leaf.grad, leaves)
+        yield loss if later is None else _with_gradients(loss, after, later, segment.group)
+        later = leaves
 
 
-def alone(states: States) -> States:
-    """The states without their graph, and without the larger tensors they may be views of."""
+def carried(states: States, group: dist.ProcessGroup | None) -> States:
+    """The states without their graph, as the next segment takes them."""
+    if group is not None:
+        return states_to_first(states, group)
+    # Without the larger tensors they may be views of.
     return tree_map(lambda part: part.detach().clone(), states)
 
 
@@ -132,15 +149,13 @@ class _Arriving(torch.autograd.Function):
         return d_loss, None, *ctx.gradients
 
 
-def _with_gradients(loss: Tensor, states: States, gradients: Any) -> Tensor:
-    """`loss`, whose backward pass also sends `gradients` into `states`, as they are, however it is scaled.
+def _with_gradients(loss: Tensor, states: States, leaves: States, group: dist.ProcessGroup | None) -> Tensor:
+    """`loss`, whose backward pass also sends gradients into `states`, as they are, however it is scaled.
 
-    `gradients`: of the loss of all later tokens, in the structure of `states`, None where there is none.
+    They are those of `leaves`, which were made of `states`: of the loss of all later tokens.
     """
-    pairs = [
-        (state[name], gradient)
-        for state, found in zip(states, gradients, strict=True)
-        for name, gradient in found.items()
-        if gradient is not None
-    ]
-    return _Arriving.apply(loss, [gradient for _, gradient in pairs], *(state for state, _ in pairs))
+    if group is not None:
+        gradients = gradients_to_last(leaves, states, group)
+    else:
+        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in with_gradients(leaves)]
+    return _Arriving.apply(loss, gradients, *with_gradients(states))

@@ -450,21 +450,6 @@ def _check_batch(config: PretrainConfig) -> None:
             f"data.carry_rows={carried}: must divide the {micro_batch(config)} rows that pass the model at once, or "
             f"they would be torn apart; use train.micro_batch_size={carried}, or other sizes"
         )
-    if segments(config) == 1:
-        return
-    parallel, key = config.parallel, f"train.segment_tokens={config.train.segment_tokens}"
-    if parallel.sequence > 1:
-        raise ConfigError(
-            f"{key}: the segments of a sequence run on one rank, but parallel.sequence={parallel.sequence}; "
-            "use parallel.sequence=1, or train.segment_tokens=0"
-        )
-    # Two ranks of stage 3 were seen to wait for each other for ever. Why isn't known; suspected are documents that
-    # differ from rank to rank, so that only some carry a state.
-    if parallel.zero_stage == 3 and parallel.ranks > 1:
-        raise ConfigError(
-            f"{key}: segments don't run on {parallel.ranks} ranks that divide the weights, parallel.zero_stage=3; "
-            "use parallel.zero_stage=2 or less, or train.segment_tokens=0"
-        )
 
 
 def _check_warmup(config: PretrainConfig) -> None:

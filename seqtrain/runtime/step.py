@@ -24,7 +24,7 @@ from seqtrain.runtime.metrics import MetricsFile, Record, Within, write_within
 from seqtrain.runtime.ranks import Ranks
 from seqtrain.runtime.read_ahead import ReadAhead
 from seqtrain.runtime.schedule import learning_rate
-from seqtrain.runtime.segmented import cut, passes, segment_losses
+from seqtrain.runtime.segmented import Segment, cut, passes, segment_losses
 from seqtrain.runtime.settings import PretrainConfig, micro_batch, segments, unit, units
 from seqtrain.runtime.signals import stop_requested
 from seqtrain.runtime.task import Callback, Trainable
@@ -95,8 +95,15 @@ class TrainState:
 
     def slice(self, number: int = 0, of: int = 1) -> BatchSlice:
         """What this rank reads of a batch: micro-batch `number` of `of`."""
-        mesh = self.mesh
-        return BatchSlice(mesh.data_rank, mesh.data_ranks, number, of, mesh.sequence_rank, mesh.sequence_ranks)
+        mesh, pieces = self.mesh, self.segments
+        return BatchSlice(mesh.data_rank, mesh.data_ranks, number, of, mesh.sequence_rank, mesh.sequence_ranks, pieces)
+
+    def cut(self, batch: Batch) -> list[Segment]:
+        """What runs through the model one after the other."""
+        if self.segments == 1:
+            return [Segment(batch.tokens, batch.labels, self.sequence(batch))]
+        backend = self.config.kernels.backend
+        return cut(batch, group=self.mesh.group, backend=backend, algorithm=self.mesh.algorithm)
 
     def sequence(self, batch: Batch) -> SequenceContext:
         """What the layers are told of a row that runs through the model in one piece."""
@@ -147,7 +154,7 @@ def train_step(state: TrainState) -> Record | None:
         loss = engine.model(batch.tokens, batch.labels, sequence=state.sequence(batch))
         engine.backward(loss + routers * state.experts.loss(), weight=weight)
         engine.step()
-        state.measures.count(batch, state.mesh.sequence_rank)
+        state.measures.count(batch, state.mesh.sequence_rank, state.mesh.sequence_ranks)
         loss_sum += loss.detach()
         # Its graph, before the next forward pass makes another.
         del loss
@@ -177,7 +184,7 @@ def train_step(state: TrainState) -> Record | None:
 def _train_segments(state: TrainState, batch: Batch, weight: float, routers: float, number: int, rows: int) -> Tensor:
     """Forward and backward over row `number` of `rows`, segment by segment; its loss, summed over tokens."""
     gradients, losses = state.config.train.segment_gradients, []
-    pieces = cut(batch, state.segments, backend=state.config.kernels.backend)
+    pieces = state.cut(batch)
     experts, whole = state.experts, state.experts.need_counts
     counts: Tensor | int = 0
     of = passes(len(pieces), gradients, whole=whole)
@@ -191,5 +198,6 @@ def _train_segments(state: TrainState, batch: Batch, weight: float, routers: flo
         if state.metrics:
             write_within(state.lease, Within(state.progress.step, done + number * of, rows * of))
             state.poll()
-    state.measures.count(batch, 0, backwards=gradients == "exact")
+    mesh = state.mesh
+    state.measures.count(batch, mesh.sequence_rank, mesh.sequence_ranks, backwards=gradients == "exact")
     return torch.stack(losses).sum()

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from seqtrain.data import open_corpus
-from seqtrain.errors import CheckpointError, ConfigError
+from seqtrain.errors import CheckpointError
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime.lease import newest
 from seqtrain.runtime.metrics import read_within
 from seqtrain.runtime.resume import differences, fingerprint
-from seqtrain.runtime.settings import PretrainConfig, check, segments
+from seqtrain.runtime.settings import PretrainConfig, segments
 from tests.runtime.runtime_cases import (
     as_it_was_at,
     assert_same_step,
@@ -155,14 +155,14 @@ def test_a_rank_without_labels_adds_nothing(hybrid, tmp_path):
     assert outcome(sharded)["skipped_steps"] == 0
 
 
-@pytest.mark.parametrize("ranks_and_stages", in_tiers((2, (1, 2)), (1, (0, 3))))
-def test_a_step_in_segments_has_the_gradients_of_one_in_one_piece(hybrid, ranks_and_stages):
-    ranks, stages = ranks_and_stages
-    whole = change(hybrid, parallel=grid(ranks, 1, 1))
-    pieces = [
-        change(whole, f"{stage}", train={"segment_tokens": 15}, parallel=grid(ranks, 1, stage)) for stage in stages
-    ]
-    assert [segments(config) for config in (whole, *pieces)] == [1, *[5] * len(stages)]
+@pytest.mark.parametrize(
+    "meshes",
+    in_tiers([(2, 1, 1), (2, 1, 3), (1, 2, 3)], [(2, 1, 2), (1, 1, 0), (1, 1, 3), (1, 2, 0), (2, 2, 3), (1, 3, 2)]),
+)
+def test_a_step_in_segments_has_the_gradients_of_one_in_one_piece(hybrid, meshes):
+    whole = change(hybrid, metrics={"every": 1}, parallel=grid(1, 1, 1))
+    pieces = [change(whole, f"{mesh}", train={"segment_tokens": 15}, parallel=grid(*mesh)) for mesh in meshes]
+    assert [segments(config) for config in (whole, *pieces)] == [1, *[5] * len(meshes)]
     train_on(whole, *pieces)
     for config in pieces:
         assert_same_step(config, whole)
@@ -222,14 +222,3 @@ def test_a_step_says_how_far_it_is(tmp_path):
     parts = [f"0 0 {done}/12" for done in range(1, 13)] + ["1 0 12/12"]
     assert seen.read_text().splitlines()[:13] == parts
     assert seen.read_text().splitlines()[-3:] == ["1 1 12/12", "1 2 1/1", "2 2 1/1"], "the last are of the evaluation"
-
-
-@pytest.mark.parametrize(
-    ("grid", "way_out"),
-    [({"sequence": 2}, "parallel.sequence=1"), ({"data": 2, "zero_stage": 3}, "parallel.zero_stage=2 or less")],
-)
-def test_what_can_not_be_segmented_is_refused(tmp_path, grid, way_out):
-    config = small_config(tmp_path, parallel=grid, runtime={"name": "ray"}, train={"segment_tokens": 16})
-    with pytest.raises(ConfigError, match=rf"train.segment_tokens=16: .* use {way_out}"):
-        check(config)
-    check(change(config, train={"segment_tokens": 64}))

@@ -30,7 +30,7 @@ LAYOUTS = {
     "sequence, zero 2": {"parallel": grid(1, 2, 2)},
     "zero 3": {"parallel": grid(2, 1, 3)},
     "zero 0": {"parallel": grid(1, 2, 0)},
-    "segments": {"train": {"segment_tokens": 15}, "parallel": grid(1, 1, 1)},
+    "segments": {"train": {"segment_tokens": 15}, "parallel": grid(1, 2, 3)},
 }
 
 

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from seqtrain.data import Batch
+from seqtrain.data.batches import even_offsets, places_of
 from seqtrain.models.shared import SharedConfig
 from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.parallel.testing import run_ranks
 from seqtrain.runtime import segmented
 from seqtrain.runtime.evaluation import _score
 from seqtrain.runtime.segmented import Segment, segment_losses
@@ -22,10 +25,19 @@ SHARED = SharedConfig(layers=(0, 1, 1, 0, 0), adapter_rank=3)
 EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
+def batch_of(cut, segments, *, part=0, parts=1):
+    """What one of `parts` ranks reads of a row in segments."""
+    tokens, labels = row(cut)
+    offsets = even_offsets(cut.tokens, segments * parts)
+    tokens, labels = (
+        torch.cat([x[:, own.start : own.stop] for own in places_of(offsets, part, parts)], 1) for x in (tokens, labels)
+    )
+    return Batch(tokens, labels, offsets, cut.cu_seqlens)
+
+
 def pieces_of(cut, *, segments=5):
     """A row of documents as segments."""
-    tokens, labels = row(cut)
-    return segmented.cut(Batch(tokens, labels, cut.offsets, cut.cu_seqlens), segments, backend="auto")
+    return segmented.cut(batch_of(cut, segments), group=None, backend="auto")
 
 
 def gradients(model):
@@ -44,13 +56,33 @@ def assert_same(came, truth, limit=EXACT[torch.float64], **options):
 
 
 def streamed(model, cut=ROW, *, segments=5, mode="exact", scale=1.0):
+    return run(model, pieces_of(cut, segments=segments), mode, scale)
+
+
+def run(model, pieces, mode, scale=1.0):
     model.zero_grad()
     losses = []
-    for loss in segment_losses(model, pieces_of(cut, segments=segments), mode):
+    for loss in segment_losses(model, pieces, mode):
         if loss is not None:
             (scale * loss).backward()
             losses.append(loss.detach())
     return torch.stack(losses).sum(), gradients(model)
+
+
+def on_ranks(builds, *, cut=ROW, segments=3, ranks=2, mode="exact"):
+    """Losses and gradients of models, all ranks together, whose segments are shared by ranks."""
+
+    def on_rank(rank):
+        group, found = dist.group.WORLD, []
+        for build_model in builds:
+            pieces = segmented.cut(batch_of(cut, segments, part=rank, parts=ranks), group=group, backend="auto")
+            loss, grads = run(build_model(), pieces, mode)
+            for tensor in (loss, *grads.values()):
+                dist.all_reduce(tensor)
+            found.append((loss, grads))
+        return found
+
+    return run_ranks(ranks, on_rank)[0]
 
 
 @pytest.mark.all
@@ -114,6 +146,23 @@ def test_truncated_gradients_are_those_with_detached_states(layers):
     assert any(relative_error(exact[1][name], gradient) > 1e-6 for name, gradient in truncated[1].items())
 
 
+# Two in the tier `all`: every kind of state, short documents; the grid of mixers in `full`.
+SHARED_OVER_RANKS = [
+    pytest.param([{"layers": HYBRID}, {"layers": HYBRID, "groups": (7, 0, 64)}], 2, marks=pytest.mark.all),
+    pytest.param([{"layers": layers} for layers in LAYERS.values()], 2, marks=pytest.mark.full),
+    pytest.param([{"layers": layers} for layers in LAYERS.values()], 3, marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize(("models", "ranks"), SHARED_OVER_RANKS, ids=["two", "of 2 ranks", "of 3 ranks"])
+@pytest.mark.parametrize("mode", ["exact", "truncated"])
+def test_segments_that_ranks_share(models, ranks, mode):
+    builds = [lambda fields=fields: build(**fields).double() for fields in models]
+    for build_model, came, fields in zip(builds, on_ranks(builds, ranks=ranks, mode=mode), models, strict=True):
+        expected = streamed(build_model(), segments=3, mode=mode)
+        assert_same(came, expected, what=str(fields))
+
+
 def test_truncated_documents_know_nothing_of_each_other():
     model = build(HYBRID).double()
     apart = Cut((0, 120), (0, 40, 80, 120))
@@ -140,7 +189,7 @@ def test_runs_are_as_many_whatever_the_documents(monkeypatch, boundaries):
 @torch.no_grad()
 def test_answers_are_scored_as_in_one_piece():
     model, pieces = build(HYBRID).double(), pieces_of(ROW)
-    assert [piece.continues for piece in pieces] == [False, False, True, True, True]
+    assert [piece.sequence.continues for piece in pieces] == [False, False, True, True, True]
     boundaries = [[0, 13, 14, 40], [0, 40], [0, 39, 40], [0, 40], [0, 1, 41]]
     assert [piece.sequence.cu_seqlens.tolist() for piece in pieces] == boundaries
     whole = [Segment(*row(ROW), SequenceContext(ROW.cu_seqlens))]
