@@ -45,6 +45,8 @@ class Settings:
     heads: Annotated[int, Field(gt=0)] = 8
     vocab_size: Annotated[int, Field(gt=0)] = 50257
     activation_checkpointing: bool = True
+    # As model.recompute_inputs.
+    recompute_inputs: Literal["float32", "bfloat16"] = "float32"
     # bfloat16 is autocast over float32 weights.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # CPU threads; 0 leaves PyTorch's own number.
@@ -56,7 +58,7 @@ class Settings:
 def measure(settings: Settings) -> dict[str, float]:
     """Builds the model, runs forward and backward, once on a token and once on all, and says what the latter took."""
     torch.manual_seed(0)
-    same = ("layers", "depth", "width", "heads", "activation_checkpointing")
+    same = ("layers", "depth", "width", "heads", "activation_checkpointing", "recompute_inputs")
     config = ModelConfig(**{name: getattr(settings, name) for name in same})
     mixers = {name: MIXERS.get(name).Config() for name in settings.layers}
     model = LanguageModel(config, mixers, settings.vocab_size)
@@ -95,7 +97,8 @@ def main(arguments: list[str]) -> int:
     peak, before = (result[key] / 2**30 for key in ("peak_bytes", "peak_bytes_before"))
     print(
         f"{settings.tokens} tokens, {settings.depth} layers of {'+'.join(settings.layers)}, width {settings.width}, "
-        f"vocabulary {settings.vocab_size}, checkpointing {settings.activation_checkpointing}, {settings.dtype}"
+        f"vocabulary {settings.vocab_size}, checkpointing {settings.activation_checkpointing} (inputs "
+        f"{settings.recompute_inputs}), {settings.dtype}"
     )
     print(
         f"peak memory {peak:.2f} GiB ({before:.2f} GiB before the forward pass), {result['seconds']:.1f} s, "

@@ -24,7 +24,8 @@ class Block(nn.Module):
     and is added to (stream: DeepNorm, arXiv 2203.00555). `scales`: see `ModelConfig.sum_scales`. With a `group` the
     mixer runs on groups of so many tokens, counted from the document's start, which know nothing of each other (the
     linear group RNN of LION, arXiv 2407.18232); 0: on the whole sequence. `shared`: what adds to
-    what the mixer is given. `again`: parts that are computed again in the backward pass, see `ModelConfig.recompute`.
+    what the mixer is given. `again`: parts that are computed again in the backward pass, see `ModelConfig.recompute`;
+    `inputs`: the type in which what enters them is kept.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class Block(nn.Module):
         scales: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0),
         shared: SharedBlock | None = None,
         again: frozenset[str] = frozenset(),
+        inputs: torch.dtype = torch.float32,
     ):
         super().__init__()
+        self.inputs = inputs
         self.group, self.norms, self.scales, self.again = group, norms, scales, again
 
         def norm_at(place: Norms, part: nn.Module | None) -> nn.Module:
@@ -106,7 +109,12 @@ class Block(nn.Module):
             return function(*arguments)
         whole: Keep = "operators" if name == "projection" else "sent"
         return recomputed(
-            function, *arguments, keep=whole if name in self.again else "products", sends=sends, last=last
+            function,
+            *arguments,
+            keep=whole if name in self.again else "products",
+            sends=sends,
+            last=last,
+            inputs=self.inputs,
         )
 
     def _mix_part(self, x: Tensor, state: State | None, sequence: SequenceContext) -> tuple[Tensor, State]:
@@ -173,6 +181,7 @@ def build_blocks(config: ModelConfig, mixers: Mapping[str, Any], norm: Callable[
             scales=config.scales(index),
             shared=shared.get(index),
             again=config.recomputed,
+            inputs=getattr(torch, config.recompute_inputs),
         )
 
 

@@ -71,6 +71,9 @@ class ModelConfig:
     # operators), the MLP or experts (mlp), a mixer's projections and convolutions (projection: all but its operators);
     # block: as activation_checkpointing.
     recompute: tuple[Recomputed, ...] = ()
+    # In which number format the float32 that enters these parts is kept: in bfloat16 it takes half as much memory, and
+    # gradients are those of rounded inputs.
+    recompute_inputs: Literal["float32", "bfloat16"] = "float32"
     # Tokens whose logits exist at one time in the loss.
     loss_chunk: Annotated[int, Field(gt=0)] = 1024
     # Where each layer normalises, repeated over the depth: what enters mixer and MLP (pre), what leaves them (post), or

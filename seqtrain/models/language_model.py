@@ -173,7 +173,7 @@ class LanguageModel(nn.Module):
         if "block" not in self.config.recomputed or not torch.is_grad_enabled():
             return run(x, state)
         sends = sequence.sends or (block.mlp is not None and block.mlp.sends)
-        return recomputed(run, x, state, keep="sent", sends=sends)
+        return recomputed(run, x, state, keep="sent", sends=sends, inputs=block.inputs)
 
     def parameter_count(self) -> int:
         """Numbers that are learned, those that two modules share counted once."""

@@ -9,7 +9,7 @@
   rank, and partial results are merged. In a long document later ranks have more work.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 

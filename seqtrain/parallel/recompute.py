@@ -29,16 +29,23 @@ PRODUCTS = {
 Keep = Literal["sent", "operators", "products"]
 # A pair of functions, as `torch.autograd.graph.saved_tensors_hooks` takes them.
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+UNCHANGED: Hooks = (lambda x: x, lambda x: x)
 _thread = threading.local()
 
 
 def recomputed(
-    function: Callable[..., Any], *arguments: Any, keep: Keep, sends: bool, last: nn.Module | None = None
+    function: Callable[..., Any],
+    *arguments: Any,
+    keep: Keep,
+    sends: bool,
+    last: nn.Module | None = None,
+    inputs: torch.dtype = torch.float32,
 ) -> Any:
     """`function(*arguments)`, whose activations are computed again in the backward pass, but for those of `keep`.
 
     The gradients are the same bits. `sends`: whether ranks exchange anything in it. `last`: a module whose products,
-    and those after it, nothing needs in the backward pass: they are not kept.
+    and those after it, nothing needs in the backward pass: they are not kept. `inputs`: the first argument, if it is
+    float32, is kept in this type, and rounded when all is computed again from it.
     """
     part: Callable[..., Any] = function
     options: dict[str, Any] = {"context_fn": checkpoint_contexts} if sends else {}
@@ -46,8 +53,23 @@ def recomputed(
         part = own = _Part(function, keep, last, _top_hooks())
         if sends or keep == "products":
             options = {"context_fn": partial(create_selective_checkpoint_contexts, own.policy)}
-    # Nothing in a layer draws random numbers, so their state needs no saving.
-    return checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+    with nullcontext() if inputs == torch.float32 else _kept_in(inputs, arguments[0]):
+        # Nothing in a layer draws random numbers, so their state needs no saving.
+        return checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def _kept_in(dtype: torch.dtype, x: Tensor) -> torch.autograd.graph.saved_tensors_hooks:
+    """A context in which autograd keeps float32 `x` in `dtype`; other tensors as they are."""
+    outer_pack, outer_unpack = _top_hooks() or UNCHANGED
+
+    def pack(saved: Tensor) -> tuple[Any, torch.dtype]:
+        narrow = saved.dtype == torch.float32 and saved.data_ptr() == x.data_ptr()
+        return outer_pack(saved.to(dtype) if narrow else saved), saved.dtype
+
+    def unpack(kept: tuple[Any, torch.dtype]) -> Tensor:
+        return outer_unpack(kept[0]).to(kept[1])
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def kept(call: Callable[[], Any], inputs: Sequence[Any], *, cheap: bool = False) -> Any:
@@ -98,8 +120,7 @@ class _Part:
 
     def __init__(self, function: Callable[..., Any], keep: Keep, last: nn.Module | None, outer: Hooks | None):
         self._function, self._keep, self._last = function, keep, last
-        unchanged: Hooks = (lambda x: x, lambda x: x)
-        self._pack, self._unpack = outer or unchanged
+        self._pack, self._unpack = outer or UNCHANGED
         # Results of the operators that are kept, in their order, and how many have been given in this pass.
         self._results: list[Any] = []
         self._given, self._again = 0, False

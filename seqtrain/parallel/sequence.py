@@ -257,9 +257,7 @@ class ContinuedSequence(SequenceContext):
     def of(cls, documents: SequenceContext, *, continues: bool = True) -> "ContinuedSequence":
         """`documents`: these tokens by themselves, with boundaries `cu_seqlens` from 0 to their number."""
         assert documents.cu_seqlens is not None
-        return cls(
-            cu_seqlens=documents.cu_seqlens, backend=documents.backend, documents=documents, continues=continues
-        )
+        return cls(cu_seqlens=documents.cu_seqlens, backend=documents.backend, documents=documents, continues=continues)
 
     def _run(
         self, operator: Any, *tensors: Tensor | None, initial_state: Any = None, **options: Any

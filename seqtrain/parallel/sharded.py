@@ -156,9 +156,7 @@ class ShardedSequence(SequenceContext):
         begun = int(past[0]) % size if past is not None and self.continues else 0
         ends = [0, self.offsets[-1]] if self.cu_seqlens is None else self.cu_seqlens.tolist()
         starts = [
-            max(place, start)
-            for start, end in pairwise(ends)
-            for place in range(start if start else -begun, end, size)
+            max(place, start) for start, end in pairwise(ends) for place in range(start if start else -begun, end, size)
         ]
         boundaries = torch.tensor([*starts, ends[-1]], dtype=torch.int32)
         return replace(self, cu_seqlens=boundaries, continues=self.continues and (past is None or begun > 0))

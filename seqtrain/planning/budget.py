@@ -11,8 +11,8 @@ from seqtrain.memory import peak_resident_bytes
 from seqtrain.models.config import Recomputed
 from seqtrain.planning.counts import ModelCounts
 from seqtrain.planning.layout import Machine, compute_seconds, memory_bytes, read_cluster
-from seqtrain.planning.run_config import counter_of, layout_of, shard_tokens
-from seqtrain.runtime.settings import PretrainConfig, micro_batch, segments
+from seqtrain.planning.run_config import at_once, counter_of, layout_of
+from seqtrain.runtime.settings import PretrainConfig
 
 GIB = 2**30
 # Sets of `model.recompute` that differ, and whose parts each half of a block is made of, mixer and MLP.
@@ -90,22 +90,13 @@ def choices(config: PretrainConfig, vocab_size: int) -> Iterator[Choice]:
             ),
         )
         size = sum(memory_bytes(chosen, replace(layout, checkpointing=whole), machine).values())
-        yield Choice(recompute, size, sum(compute_seconds(chosen, machine, checkpointing=whole).values()))
+        yield Choice(recompute, size, sum(compute_seconds(chosen, machine, again=whole).values()))
 
 
 def _count(config: PretrainConfig, parts: Parts, vocab_size: int) -> ModelCounts:
     """Of what runs through the model at once on a rank."""
     model = replace(config.model, activation_checkpointing=False, recompute=parts)
-    pieces, rows = segments(config), micro_batch(config)
-    tokens, rows = (
-        (-(-rows * config.train.sequence_length // pieces), 1)
-        if pieces > 1
-        else (
-            shard_tokens(config, config.parallel.sequence),
-            rows,
-        )
-    )
-    return counter_of(replace(config, model=model), vocab_size).count(tokens, rows)
+    return counter_of(replace(config, model=model), vocab_size).count(*at_once(config))
 
 
 def _machine(config: PretrainConfig) -> Machine:

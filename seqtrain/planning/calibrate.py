@@ -187,7 +187,7 @@ def _efficiency(name: str, found: Machine) -> dict[str, float]:
 
     measured, own = median_seconds(whole, 3), median_seconds(alone, 3)
     mixing, others = (
-        sum(compute_seconds(replace(counts, parts=parts), found, checkpointing=False).values())
+        sum(compute_seconds(replace(counts, parts=parts), found, again=0).values())
         for parts in (counts.parts[1:2], tuple(part for part in counts.parts if part.part != "mixer"))
     )
     rest = max(measured - model.config.depth * own, 0.1 * measured) / others

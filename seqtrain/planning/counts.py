@@ -62,7 +62,9 @@ class PartCounts(Traced):
 
 @dataclass(frozen=True)
 class ModelCounts:
-    """The parts in the order they run, for `rows` sequences of `tokens`; `stream_bytes`: of the residual stream."""
+    """The parts in the order they run, for `rows` sequences of `tokens`; `stream_bytes`: of what enters a layer, as it
+    is kept where layers are recomputed.
+    """
 
     parts: tuple[PartCounts, ...]
     tokens: int

@@ -128,7 +128,8 @@ def read_cluster(cluster: str) -> ClusterFile:
 class Layout:
     """How a step is divided: groups of ranks `data`, ranks per sequence `sequence`, ZeRO's `stage`, whether layers are
     recomputed (`checkpointing`), rows at once (`micro_batch`), rows of the whole step (`batch`), ranks over which
-    experts are sharded (`experts`).
+    experts are sharded (`experts`), pieces in which a micro-batch runs (`segments`), whether a pass finds the states
+    between them first (`exact`), whether activations are kept in the CPU's memory (`offloaded`).
     """
 
     data: int
@@ -138,6 +139,9 @@ class Layout:
     micro_batch: int
     batch: int
     experts: int = 1
+    segments: int = 1
+    exact: bool = True
+    offloaded: bool = False
 
     @property
     def ranks(self) -> int:
@@ -151,7 +155,9 @@ class Layout:
     def __str__(self) -> str:
         again = ", recomputed" * self.checkpointing
         over = f", experts over {self.experts}" if self.experts > 1 else ""
-        return f"{self.data} x {self.sequence}, ZeRO {self.stage}, {self.micro_batch}/{self.batch} rows{again}{over}"
+        cut = f" in {self.segments} segments" if self.segments > 1 else ""
+        rows = f"{self.micro_batch}/{self.batch} rows{cut}"
+        return f"{self.data} x {self.sequence}, ZeRO {self.stage}, {rows}{again}{over}"
 
     def of_rounds(self, rounds: int) -> "Layout":
         """With a batch of so many micro-batches."""
@@ -161,8 +167,8 @@ class Layout:
         """The launcher's words for it."""
         keys = ["parallel.data", "parallel.sequence", "parallel.zero_stage", "model.activation_checkpointing"]
         keys += ["train.micro_batch_size", "train.batch_size", "parallel.experts"]
-        values = astuple(self) if self.experts > 1 else astuple(self)[:-1]
-        return [f"{key}={str(value).lower()}" for key, value in zip(keys, values, strict=False)]
+        values = zip(keys[: None if self.experts > 1 else -1], astuple(self), strict=False)
+        return [f"{key}={str(value).lower()}" for key, value in values]
 
 
 @dataclass(frozen=True)
@@ -204,27 +210,30 @@ class Prediction:
 def predict(
     counts: ModelCounts, layout: Layout, machine: Machine, cluster: Cluster, scheme: Scheme = AUTO
 ) -> Prediction:
-    """The step of `layout`, given the counts of one rank's micro-batch on it: its tokens of a row, its rows.
+    """The step of `layout`, given the counts of what runs on one rank at once: of a micro-batch or a segment of it.
 
     `scheme`: how states travel.
     """
     # Ranks of a node beyond its processors wait for each other.
     here = min(layout.ranks, cluster.node or layout.ranks)
     crowd = max(1.0, here / machine.processors) * (machine.beside if here > 1 else 1.0)
-    compute = compute_seconds(counts, machine, checkpointing=layout.checkpointing, shards=layout.sequence)
+    # In segments a pass finds the states between them first.
+    again = layout.checkpointing + (layout.segments > 1 and layout.exact)
+    compute = compute_seconds(counts, machine, again=again, shards=layout.sequence)
     compute = {name: crowd * seconds for name, seconds in compute.items()}
     exchanged, reduced = communication_seconds(counts, layout, cluster, sum(compute.values()), scheme)
     updated = counts.trained / layout.ranks if layout.stage else held_parameters(counts, layout) - counts.frozen
     once = {"gradient exchange": reduced, "optimizer": crowd * machine.optimizer * updated}
     room = machine.memory / here if machine.shared else machine.memory
-    return Prediction(layout, compute | exchanged, once, memory_bytes(counts, layout, machine), room)
+    each = {name: layout.segments * seconds for name, seconds in (compute | exchanged).items()}
+    return Prediction(layout, each, once, memory_bytes(counts, layout, machine), room)
 
 
-def compute_seconds(counts: ModelCounts, machine: Machine, *, checkpointing: bool, shards: int = 1) -> dict[str, float]:
+def compute_seconds(counts: ModelCounts, machine: Machine, *, again: int, shards: int = 1) -> dict[str, float]:
     """Seconds of one micro-batch's forward and backward pass on one rank that waits for nobody, by cause.
 
-    `checkpointing`: layers are recomputed in the backward pass. `shards`: ranks per sequence, of which `counts` are
-    one's.
+    `again`: more passes forward through the layers, as where they are recomputed. `shards`: ranks per sequence, of
+    which `counts` are one's.
     """
     total = dict.fromkeys((*CAUSES, "recomputation"), 0.0)
     product = machine.products[str(counts.dtype).removeprefix("torch.")]
@@ -242,8 +251,8 @@ def compute_seconds(counts: ModelCounts, machine: Machine, *, checkpointing: boo
                 taken["attention"] *= shards
             for name, seconds in taken.items():
                 total[name] += seconds
-            if checkpointing and index == 0 and part.layer >= 0:
-                total["recomputation"] += sum(taken.values())
+            if index == 0 and part.layer >= 0:
+                total["recomputation"] += again * sum(taken.values())
     return total
 
 
@@ -333,7 +342,7 @@ def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[
         "weights": weights + gathered,
         "optimizer": moments,
         "gradients reduced": reduced + bucket,
-        "activations kept": kept,
+        "activations kept": 0.0 if layout.offloaded else kept,
         "temporaries and gradients": max(0.0, whole - kept - max(0.0, fewer)),
     }
     unused = zip(unused_bytes(counts, kinds, machine), (machine.unused_kept, machine.unused_passing), strict=True)

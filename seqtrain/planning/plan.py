@@ -33,10 +33,10 @@ from seqtrain.parallel.schedules.links import Cluster
 from seqtrain.planning.cases import CASES, LAYOUTS, Case, layout_words
 from seqtrain.planning.counts import ModelCounter
 from seqtrain.planning.layout import Layout, Machine, Prediction, predict, read_cluster
-from seqtrain.planning.run_config import count_run, counter_of, last_of_each, layout_of, read_run, shard_tokens
+from seqtrain.planning.run_config import at_once, count_run, counter_of, last_of_each, layout_of, read_run
 from seqtrain.planning.scaling import Scheme
 from seqtrain.runtime import PretrainConfig
-from seqtrain.runtime.settings import micro_batch
+from seqtrain.runtime.settings import micro_batch, segments
 
 GIB = 2**30
 
@@ -96,7 +96,8 @@ def layouts_of(config: PretrainConfig, ranks: int, step_tokens: int = 0) -> list
         for batch in (each for each in batches if each % data == 0):
             micros = [n for n in _powers_of_two(batch // data) if batch % (data * n) == 0]
             for micro, stage, again in product(micros, range(3 if experts > 1 else 4), (False, True)):
-                found.append(Layout(data, sequence, stage, again, micro, batch, experts))
+                cut = segments(config, micro), train.segment_gradients == "exact", train.offload_activations
+                found.append(Layout(data, sequence, stage, again, micro, batch, experts, *cut))
     if not found:
         raise ConfigError(
             f"train.batch_size={train.batch_size}: no layout of {ranks} ranks divides it; use a multiple of the data "
@@ -130,11 +131,12 @@ def search(
     """What the layouts would take: those that surely fit first, then those that may; among them the fastest first, and
     of those about as fast the one of least memory; of those that are alike in that, too, the least divided.
     """
-    count = cache(lambda shards: counter.count(shard_tokens(config, shards)))
+    count = cache(counter.count)
 
     @cache
     def of_one_round(layout: Layout) -> Prediction:
-        return predict(count(layout.sequence).of_rows(layout.micro_batch), layout, machine, cluster)
+        tokens, rows = at_once(config, layout.sequence, layout.micro_batch)
+        return predict(count(tokens).of_rows(rows), layout, machine, cluster)
 
     # Micro-batches of a step are alike, however many there are.
     found = [replace(of_one_round(each.of_rounds(1)), layout=each) for each in layouts]

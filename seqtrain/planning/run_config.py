@@ -11,7 +11,7 @@ from seqtrain.data import load_tokenizer
 from seqtrain.planning.counts import ModelCounter, ModelCounts
 from seqtrain.planning.layout import Layout
 from seqtrain.runtime import PretrainConfig
-from seqtrain.runtime.settings import micro_batch, typed_pretrain_config
+from seqtrain.runtime.settings import micro_batch, segments, typed_pretrain_config
 from seqtrain.runtime.source import add_own_adapters
 
 
@@ -37,7 +37,21 @@ def layout_of(config: PretrainConfig) -> Layout:
         micro_batch(config),
         config.train.batch_size,
         parallel.experts,
+        segments(config),
+        config.train.segment_gradients == "exact",
+        config.train.offload_activations,
     )
+
+
+def at_once(config: PretrainConfig, shards: int = 0, rows: int = 0) -> tuple[int, int]:
+    """Tokens of a row that run through the model at once on a rank, at most, and how many such rows.
+
+    `shards`: ranks per sequence, `rows`: sequences of a micro-batch; 0: the run's own.
+    """
+    rows, shards = rows or micro_batch(config), shards or config.parallel.sequence
+    if (pieces := segments(config, rows)) == 1:
+        return shard_tokens(config, shards), rows
+    return -(-rows * config.train.sequence_length // (pieces * shards)), 1
 
 
 def counter_of(config: PretrainConfig, vocab_size: int = 0) -> ModelCounter:

@@ -49,6 +49,8 @@ def check_compile(config: "PretrainConfig") -> None:
         raise ConfigError(
             f"{key}: can't compile model.recompute=[{','.join(again)}]; use model.recompute=[block], or one of the two"
         )
+    if model.recomputed and model.recompute_inputs != "float32":
+        raise ConfigError(f"{key}: can't compile model.recompute_inputs={model.recompute_inputs}; use float32")
     if parallel.zero_stage == 3:
         raise ConfigError(f"{key}: weights come and go in parallel.zero_stage=3; use parallel.zero_stage=2 or less")
     if how is True and parallel.sequence > 1:

@@ -29,7 +29,7 @@ def group_of(name: str) -> str:
 
 
 def place_in_document(batch: Batch, places: Tensor) -> Tensor:
-    """int64 `[n]`: how many tokens of its document are before each token of `batch`, which are at `places` in the row."""
+    """int64 `[n]`: how many tokens of its document are before each token of `batch`; `places`: theirs in the row."""
     starts = batch.cu_seqlens.long().unique()
     return places - starts[torch.searchsorted(starts, places, right=True) - 1]
 

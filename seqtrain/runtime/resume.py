@@ -84,7 +84,9 @@ def fingerprint(
 
 
 def _without_recomputation(model: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in model.items() if key not in RECOMPUTATION}
+    exact = model.get("recompute_inputs", "float32") == "float32" or not any(model[key] for key in RECOMPUTATION)
+    dropped = (*RECOMPUTATION, "recompute_inputs") if exact else RECOMPUTATION
+    return {key: value for key, value in model.items() if key not in dropped}
 
 
 def _without_unused(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A packed row run through a model segment by segment: only one segment's activations exist at a time.
 
-Ranks that share the row share each segment, and the last of them hands its states to the first for the next. The state of every layer is carried from each segment to the next, so the loss is that of the row in one piece. For the
+Ranks that share the row share each segment, and the last of them hands its states to the first for the next. The
+state of every layer is carried from each segment to the next, so the loss is that of the row in one piece. For the
 gradient there is a choice:
 
 * exact: first the states at all boundaries between segments are found, without activations; then the segments are run

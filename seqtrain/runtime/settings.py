@@ -509,9 +509,9 @@ def micro_batches(config: PretrainConfig) -> int:
     return config.train.batch_size // (config.parallel.data * micro_batch(config))
 
 
-def segments(config: PretrainConfig) -> int:
-    """Pieces in which a micro-batch runs through the model, one after the other."""
-    tokens = micro_batch(config) * config.train.sequence_length
+def segments(config: PretrainConfig, rows: int = 0) -> int:
+    """Pieces in which a micro-batch of `rows` runs through the model, one after the other; 0: of the run's own."""
+    tokens = (rows or micro_batch(config)) * config.train.sequence_length
     return -(-tokens // (config.train.segment_tokens or tokens))
 
 

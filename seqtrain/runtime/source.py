@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("seqtrain.runtime")
 
 # Keys of `model` that say how its network is computed, and not which it is.
-OWN_KEYS = ("activation_checkpointing", "recompute", "loss_chunk")
+OWN_KEYS = ("activation_checkpointing", "recompute", "recompute_inputs", "loss_chunk")
 # And of `model.router`, how it is trained.
 ROUTER_KEYS = ("balance", "z_loss", "bias_rate")
 

@@ -5,7 +5,7 @@ import torch
 
 from seqtrain.mixers import MIXERS
 from seqtrain.parallel.sequence import SequenceContext
-from seqtrain.testing import boundaries
+from seqtrain.testing import boundaries, relative_error
 from tests.models.tiny import HYBRIDS, LAYERS, batch, build
 from tests.tiers import half
 
@@ -59,20 +59,34 @@ def test_a_second_backward_pass_over_the_same_graph():
     assert all(map(torch.equal, first, second))
 
 
+def saved_bytes(recompute, **fields):
+    held = {}
+
+    def pack(x):
+        held[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model = build(("gated_delta_net",), recompute=recompute, **fields)
+        loss = model(*batch(tokens=200))
+    del loss
+    return sum(storage.nbytes() for storage in held.values())
+
+
 def test_inputs_of_operators_are_not_kept():
-    def saved(recompute):
-        sizes = {}
+    kept = saved_bytes(())
+    assert saved_bytes(("projection",)) < 0.7 * kept
+    assert saved_bytes(("mlp", "projection")) < 0.4 * kept
 
-        def pack(x):
-            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            model = build(("gated_delta_net",), recompute=recompute)
-            loss = model(*batch(tokens=200))
-        del loss
-        return sum(sizes.values())
-
-    kept = saved(())
-    assert saved(("projection",)) < 0.7 * kept
-    assert saved(("mlp", "projection")) < 0.4 * kept
+@pytest.mark.parametrize("recompute", [("block",), pytest.param(("mlp", "projection"), marks=pytest.mark.all)])
+def test_inputs_kept_in_bfloat16(recompute):
+    layers, half = ("gated_delta_net", "attention"), {"recompute_inputs": "bfloat16"}
+    exact, rounded = gradients(layers, recompute), gradients(layers, recompute, **half)
+    assert torch.equal(exact["loss"], rounded["loss"]), "what is kept has no part in the forward pass"
+    assert relative_error(rounded["blocks.1.mlp.out.weight"], exact["blocks.1.mlp.out.weight"]) > 0
+    for name, gradient in exact.items():
+        assert relative_error(rounded[name], gradient) < 2e-2, name
+    few, many = ([saved_bytes(recompute, depth=depth, **fields) for fields in ({}, half)] for depth in (2, 10))
+    share = 0.51 if recompute == ("block",) else 0.8
+    assert many[1] - few[1] < share * (many[0] - few[0])

@@ -36,30 +36,30 @@ def changed(**fields):
 
 
 def total(counts, machine, **options):
-    return sum(compute_seconds(counts, machine, checkpointing=False, **options).values())
+    return sum(compute_seconds(counts, machine, again=0, **options).values())
 
 
 def test_compute_is_products_over_their_rate_and_bytes_over_the_stream(counts):
     free = replace(MACHINE, stream=1e30, attention=1e30, kernels=1e30, products={"float32": 1e9})
-    seconds = compute_seconds(counts, free, checkpointing=False)
+    seconds = compute_seconds(counts, free, again=0)
     # With nothing to wait for but products: those of projections, MLPs and the head.
     found = [work.calls for part in counts.parts for work in (part.forward, part.backward)]
     flops = sum(calls.flops for each in found for name, calls in each.items() if "scaled_dot_product" not in name)
     assert seconds["products"] == pytest.approx(flops / 1e9)
     assert sum(seconds.values()) == pytest.approx(seconds["products"], rel=1e-6)
     slow = replace(free, stream=1e6)
-    assert compute_seconds(counts, slow, checkpointing=False)["memory traffic"] > 0
+    assert compute_seconds(counts, slow, again=0)["memory traffic"] > 0
     touched = replace(free, fresh=1.0, mapped_above=10.0)
     made = replace(counts.parts[1].forward, made={10.0: 5, 20.0: 3})
     large = replace(counts, parts=(replace(counts.parts[1], forward=made, backward=Recorded()),))
-    assert compute_seconds(large, touched, checkpointing=False)["memory traffic"] == pytest.approx(60.0)
+    assert compute_seconds(large, touched, again=0)["memory traffic"] == pytest.approx(60.0)
     called = replace(free, call=1.0)
     operators = sum(calls.count for each in found for calls in each.values())
-    assert compute_seconds(counts, called, checkpointing=False)["calls"] == operators
+    assert compute_seconds(counts, called, again=0)["calls"] == operators
 
 
 def test_recomputed_layers_cost_their_forward_pass(counts):
-    kept, again = (sum(compute_seconds(counts, MACHINE, checkpointing=flag).values()) for flag in (False, True))
+    kept, again = (sum(compute_seconds(counts, MACHINE, again=flag).values()) for flag in (False, True))
     parts = [replace(p, backward=type(p.backward)(), executed_backward=0.0) for p in counts.parts[1:-1]]
     assert again - kept == pytest.approx(total(replace(counts, parts=tuple(parts)), MACHINE))
     assert total(counts, replace(MACHINE, efficiency={"gated_delta_net": 2.0})) > kept
@@ -163,3 +163,12 @@ def test_adapters_alone_have_gradients_and_moments(counts):
     assert sum(part.gradient_bytes for part in adapted.parts) == 4 * adapted.trained
     # One product backward for each forward where the weights stay as they are, and two in what has none.
     assert counts.forward_flops < adapted.step_flops - adapted.forward_flops < 2 * counts.forward_flops
+
+
+def test_segments_take_their_time_each_and_offloaded_activations_no_memory(counts):
+    changes = ({}, {"segments": 4}, {"segments": 4, "exact": False}, {"checkpointing": True}, {"offloaded": True})
+    whole, cut, truncated, again, away = (predict(counts, changed(**fields), MACHINE, CLUSTER) for fields in changes)
+    assert sum(truncated.each.values()) == pytest.approx(4 * sum(whole.each.values()))
+    assert sum(cut.each.values()) == pytest.approx(4 * sum(again.each.values()))
+    assert (away.bytes["activations kept"], away.each) == (0, whole.each)
+    assert whole.bytes["activations kept"] > 0
