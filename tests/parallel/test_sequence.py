@@ -118,6 +118,20 @@ def test_positions_continue_in_the_first_document_alone():
     assert (before + 0 * after).tolist() == [[0]]
 
 
+def test_a_state_of_another_document_counts_for_nothing():
+    inputs = tensors(1, 9)
+    _, past = SequenceContext(boundaries([9])).run(linear_attention, *tensors(1, 9, seed=1))
+    past = past.detach().requires_grad_()
+    other = ContinuedSequence.of(SequenceContext(boundaries([6, 3])), continues=False)
+    expected, _ = continued(6, 3).run(linear_attention, *inputs)
+    out, _ = other.repeated(1).run(linear_attention, *inputs, initial_state=past)
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert torch.equal(past.grad, torch.zeros_like(past)), "there is one all the same"
+    before, after = other.count(torch.tensor([100]), 1, 9, CPU)
+    assert (int(before.max()), after.tolist()) == (0, [3])
+
+
 def test_a_token_repeated_keeps_its_document():
     assert SequenceContext(torch.tensor([0, 3, 7])).repeated(2).cu_seqlens.tolist() == [0, 6, 14]
     assert SequenceContext().repeated(2) == SequenceContext()
