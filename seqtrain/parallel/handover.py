@@ -47,9 +47,9 @@ def gradients_to_last(leaves: Any, states: Any, group: dist.ProcessGroup) -> lis
 def _shapes(parts: Sequence[Tensor], group: dist.ProcessGroup) -> list[torch.Size]:
     """Those of the last rank: how many rows a window holds differs from rank to rank."""
     told = torch.tensor([size for part in parts for size in part.shape], device=parts[0].device)
-    [told] = _move([told], [told.shape], sender=group.size() - 1, receiver=0, group=group)
-    assert told is not None
-    sizes = iter(told.tolist())
+    [came] = _move([told], [told.shape], sender=group.size() - 1, receiver=0, group=group)
+    assert came is not None, "whole numbers go to every rank"
+    sizes = iter(came.tolist())
     return [torch.Size(next(sizes) for _ in part.shape) for part in parts]
 
 
