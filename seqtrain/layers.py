@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, constant, initialize, uniform
 from seqtrain.kernels import gated_norm, short_convolution
 from seqtrain.parallel.sequence import SequenceContext
 
@@ -41,7 +42,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.zero_centered = zero_centered
         self.gate_first = gate_first
-        self.weight = nn.Parameter(torch.zeros(width) if zero_centered else torch.ones(width))
+        self.weight = nn.Parameter(torch.empty(width))
+        initialize(self)
+
+    def initializers(self) -> dict[Tensor, Initializer]:
+        return {self.weight: constant(0.0 if self.zero_centered else 1.0)}
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         parts = (-1, self.part)
@@ -72,8 +77,12 @@ class HeadLayerNorm(nn.Module):
     def __init__(self, width: int, *, bias: bool = False, eps: float = NORM_EPS):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+        initialize(self)
+
+    def initializers(self) -> dict[Tensor, Initializer]:
+        return {self.weight: constant(1.0)} | ({} if self.bias is None else {self.bias: constant(0.0)})
 
     def forward(self, x: Tensor) -> Tensor:
         """`x: [B,T,H,V]` -> `[B,T,H*V]`, in float32 at least."""
@@ -85,22 +94,6 @@ def l2norm(x: Tensor, eps: float = NORM_EPS) -> Tensor:
     """`x` divided by its length along the last dimension: `x / sqrt(sum(x^2) + eps)`."""
     wide = upcast(x)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def reset_step_bias(bias: Tensor, generator: torch.Generator | None, low: float = 1e-3, high: float = 1e-1) -> None:
-    """Fills `bias` so that `softplus(bias)`, the step size of a zero input, is log-uniform in `[low, high]` (Mamba)."""
-    with torch.no_grad():
-        nn.init.uniform_(bias, math.log(low), math.log(high), generator=generator)
-        # The inverse of softplus: log(exp(dt) - 1) = dt + log(1 - exp(-dt)).
-        step = bias.exp()
-        bias.copy_(step + (-torch.expm1(-step)).log())
-
-
-def reset_decay_rate(rate_log: Tensor, generator: torch.Generator | None, low: float = 1.0, high: float = 16.0) -> None:
-    """Fills `rate_log` with the logarithm of numbers uniform in `[low, high]`: the `A_log` of Mamba-2."""
-    with torch.no_grad():
-        nn.init.uniform_(rate_log, low, high, generator=generator)
-        rate_log.log_()
 
 
 def step_sizes(raw: Tensor, bias: Tensor) -> Tensor:
@@ -130,13 +123,12 @@ class ShortConvolution(nn.Module):
         self.dilation = dilation
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
-        self.reset_parameters()
+        initialize(self)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def initializers(self) -> dict[Tensor, Initializer]:
         """Uniform in `+- width ** -0.5`, as PyTorch's own convolutions with one channel per group."""
-        for parameter in self.parameters():
-            bound = self.weight.shape[1] ** -0.5
-            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        bound = self.weight.shape[1] ** -0.5
+        return dict.fromkeys(self.parameters(), uniform(-bound, bound))
 
     def forward(self, x: Tensor, past: Tensor | None, sequence: SequenceContext) -> tuple[Tensor, Tensor]:
         """`x: [B,T,channels]`, `past: [B,(width-1)*dilation,channels]` -> the same pair after these tokens."""

@@ -28,12 +28,7 @@ def load_student(
 ) -> LanguageModel:
     """The network with the source's weights, and new ones by each mixer's own rule from `seed`."""
     student = architecture.build()
-    load_weights(student, source, dtype=dtype, progress=progress)
-    generator = torch.Generator().manual_seed(seed)
-    for block in student.blocks:
-        block.mixer.reset_parameters(generator)
-    empty = [name for name, parameter in student.named_parameters() if parameter.isnan().any()]
-    assert not empty, f"no reset_parameters filled {empty}"
+    load_weights(student, source, dtype=dtype, seed=seed, progress=progress)
     return student.eval()
 
 

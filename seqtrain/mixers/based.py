@@ -4,6 +4,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, constant, initialize
 from seqtrain.kernels import softmax_attention
 from seqtrain.layers import taylor2
 from seqtrain.mixers import LayerShape, Past, SequenceContext, State
@@ -27,11 +28,11 @@ class Based(LinearMixer):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        self.share = nn.Parameter(torch.zeros(shape.heads)) if config.window else None
+        self.share = nn.Parameter(torch.empty(shape.heads)) if config.window else None
+        initialize(self)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        if self.share is not None:
-            nn.init.zeros_(self.share)
+    def initializers(self) -> dict[Tensor, Initializer]:
+        return {} if self.share is None else {self.share: constant(0.0)}
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, constant, initialize
 from seqtrain.kernels import linear_attention
 from seqtrain.kernels.dispatch import full_precision
 from seqtrain.layers import HeadNorm, fused, upcast
@@ -69,12 +70,11 @@ class DyDiLA(LinearMixer):
         self.powers = nn.Parameter(torch.empty(POWERS * config.factors))
         self.shares = nn.Parameter(torch.empty(SHARES * config.factors))
         self.norm = HeadNorm(self.value)
-        self.reset_parameters()
+        initialize(self)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def initializers(self) -> dict[Tensor, Initializer]:
         """Powers of `power`, and shares of a hundredth, as in the paper; powers are learned as what exceeds 1."""
-        nn.init.constant_(self.powers, self.config.power - 1)
-        nn.init.constant_(self.shares, 0.01)
+        return {self.powers: constant(self.config.power - 1), self.shares: constant(0.01)}
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)

@@ -6,7 +6,8 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from seqtrain.layers import reset_decay_rate, reset_step_bias, step_sizes
+from seqtrain.initialization import Initializer, decay_rate, initialize, step_bias
+from seqtrain.layers import step_sizes
 from seqtrain.mixers import LayerShape
 from seqtrain.mixers.common.delta import DeltaMixer, DeltaRecurrence
 from seqtrain.mixers.common.recurrence import Heads, Recurrence, RecurrenceOptions, StepDecay
@@ -44,12 +45,11 @@ class GatedDeltaNet(DeltaMixer):
         self.rate_log = nn.Parameter(torch.empty(shape.heads))
         self.step_bias = nn.Parameter(torch.empty(shape.heads))
         self.gate = nn.Linear(shape.width, self.inner, bias=False)
-        self.reset_parameters()
+        initialize(self)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def initializers(self) -> dict[Tensor, Initializer]:
         # From just above 0, where the authors' code starts at 0 and may draw a rate whose logarithm is -inf.
-        reset_decay_rate(self.rate_log, generator, low=1e-3)
-        reset_step_bias(self.step_bias, generator)
+        return {self.rate_log: decay_rate(low=1e-3), self.step_bias: step_bias()}
 
     def log_decay(self, x: Tensor) -> Tensor:
         return -self.rate_log.exp() * step_sizes(self.decay(x), self.step_bias)

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, constant
 from seqtrain.kernels import linear_attention
 from seqtrain.layers import HeadNorm, LowRank, log_forget
 from seqtrain.mixers import LayerShape, Past, SequenceContext, State
@@ -32,9 +33,8 @@ class GLARecurrence(LinearRecurrence):
         super().__init__(heads, options)
         self.forget = LowRank(heads.width, options.gate_rank, heads.groups * 2 * heads.key, bias=True)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        super().reset_parameters(generator)
-        nn.init.constant_(self.forget.offset, self.options.gate_bias)
+    def initializers(self) -> dict[Tensor, Initializer]:
+        return super().initializers() | {self.forget.offset: constant(self.options.gate_bias)}
 
     def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         decay = log_forget(self.forget(x), self.options.temperature)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, computed
 from seqtrain.layers import HeadProjections, RMSNorm, log_forget
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.recurrence import Heads, Reading, Recurrence, RecurrenceOptions, slot_attention
@@ -17,12 +18,12 @@ class SlotRecurrence(Recurrence):
         super().__init__(heads, options)
         self.forget = nn.Linear(heads.width, heads.groups * options.slots)
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        super().reset_parameters(generator)
+    def initializers(self) -> dict[Tensor, Initializer]:
         # From slots that turn over in 23 tokens to some that take 600: slow ones alone would stay empty for long.
         slowest = self.options.gate_bias + 0.6
-        self.forget.bias.copy_(torch.linspace(0.0, slowest, self.options.slots).repeat(self.heads.groups))
+        slots, groups = self.options.slots, self.heads.groups
+        rates = computed(lambda: torch.linspace(0.0, slowest, slots).repeat(groups))
+        return super().initializers() | {self.forget.bias: rates}
 
     def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         decay = log_forget(self.forget(x), self.options.temperature)

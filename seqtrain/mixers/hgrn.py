@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, computed, constant, initialize
 from seqtrain.kernels import diagonal_scan
 from seqtrain.layers import NORM_EPS, fused, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
@@ -48,13 +49,12 @@ class HGRN(Mixer):
         self.theta = nn.Parameter(torch.empty(self.hidden))
         self.norm = WideLayerNorm(2 * self.hidden, eps=NORM_EPS)
         self.out = nn.Linear(2 * self.hidden, shape.width, bias=False)
-        self.reset_parameters()
+        initialize(self)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        with torch.no_grad():
-            self.bound.fill_(math.log(START / (1 - START)))
-            channel = torch.arange(self.hidden, dtype=torch.float64, device="cpu")
-            self.theta.copy_(self.config.theta_base ** (-channel / self.hidden))
+    def initializers(self) -> dict[Tensor, Initializer]:
+        hidden, base = self.hidden, self.config.theta_base
+        theta = computed(lambda: base ** (-torch.arange(hidden, dtype=torch.float64, device="cpu") / hidden))
+        return {self.bound: constant(math.log(START / (1 - START))), self.theta: theta}
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         real, imaginary, forget, gate = self.parts(x).split([self.hidden] * 3 + [2 * self.hidden], 2)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, constant
 from seqtrain.kernels import linear_attention
 from seqtrain.layers import HeadProjections, RMSNorm, log_forget, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
@@ -18,11 +19,10 @@ class HGRN2Recurrence(LinearRecurrence):
 
     def __init__(self, heads: Heads, options: RecurrenceOptions):
         super().__init__(heads, options)
-        self.bias = nn.Parameter(torch.full((heads.groups * heads.key,), options.gate_bias))
+        self.bias = nn.Parameter(torch.empty(heads.groups * heads.key))
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        super().reset_parameters(generator)
-        nn.init.constant_(self.bias, self.options.gate_bias)
+    def initializers(self) -> dict[Tensor, Initializer]:
+        return super().initializers() | {self.bias: constant(self.options.gate_bias)}
 
     def features(self, x: Tensor) -> Tensor:
         return upcast(x).softmax(-1)

@@ -4,7 +4,8 @@ import torch
 from pydantic import NonNegativeInt, NonPositiveFloat
 from torch import Tensor, nn
 
-from seqtrain.layers import LowRank, reset_decay_rate, reset_step_bias, step_sizes, upcast
+from seqtrain.initialization import Initializer, decay_rate, initialize, step_bias
+from seqtrain.layers import LowRank, step_sizes, upcast
 from seqtrain.mixers import LayerShape
 from seqtrain.mixers.common.delta import DeltaMixer
 from seqtrain.mixers.gated_delta_net import GatedDeltaRecurrence
@@ -49,11 +50,10 @@ class KDA(DeltaMixer):
         self.rate_log = nn.Parameter(torch.empty(shape.heads))
         self.step_bias = nn.Parameter(torch.empty(keys))
         self.gate = projection(self.inner)
-        self.reset_parameters()
+        initialize(self)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        reset_decay_rate(self.rate_log, generator)
-        reset_step_bias(self.step_bias, generator)
+    def initializers(self) -> dict[Tensor, Initializer]:
+        return {self.rate_log: decay_rate(), self.step_bias: step_bias()}
 
     def log_decay(self, x: Tensor) -> Tensor:
         rate, heads = self.rate_log.exp()[:, None], (self.shape.heads, self.key)

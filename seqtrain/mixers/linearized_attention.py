@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from seqtrain.errors import ConfigError
+from seqtrain.initialization import Initializer, constant, initialize
 from seqtrain.kernels import delay, sink_attention
 from seqtrain.layers import RMSNorm, positions, upcast
 from seqtrain.mixers import MIXERS, LayerShape, Past, SequenceContext, State
@@ -85,7 +86,8 @@ class LinearizedAttention(SoftmaxAttention):
         self.opening_slope = nn.Parameter(torch.empty(shape.heads * self.key)) if self.opening is not None else None
         self.memory_norm = RMSNorm(self.key, config.norm_eps) if normed else nn.Identity()
         self.window_norm = RMSNorm(self.key, config.norm_eps) if normed and config.window else nn.Identity()
-        self.reset_parameters()
+        initialize(self)
+        initialize(self.memory)
 
     def _recurrence(self) -> type[Recurrence]:
         found = recurrence_of(self.config.memory)
@@ -96,17 +98,16 @@ class LinearizedAttention(SoftmaxAttention):
             raise self.config_error("tied_gate", "true", rule)
         return found.tied
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        self.memory.reset_parameters(generator)
-        weight = self.config.memory_weight
+    def initializers(self) -> dict[Tensor, Initializer]:
+        weight, found = self.config.memory_weight, {}
         if self.opening is not None and self.opening_slope is not None:
             # The logarithm of a factor on the normalizer, or what a share of the sum is the sigmoid of.
             odds = weight if self.shared else weight / (1 - weight)
-            nn.init.constant_(self.opening, math.log(odds) if odds else -math.inf)
-            nn.init.zeros_(self.opening_slope)
+            found = {self.opening: constant(math.log(odds) if odds else -math.inf), self.opening_slope: constant(0.0)}
         for norm, value in ((self.memory_norm, weight if self.config.window else 1.0), (self.window_norm, 1.0)):
             if isinstance(norm, RMSNorm):
-                nn.init.constant_(norm.weight, value)
+                found[norm.weight] = constant(value)
+        return found
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         q, k, v, *gate = self.project(x)

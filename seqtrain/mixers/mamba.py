@@ -14,8 +14,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from seqtrain.initialization import Initializer, computed, constant, initialize, step_bias, uniform
 from seqtrain.kernels import diagonal_scan
-from seqtrain.layers import RMSNorm, ShortConvolution, fused, reset_step_bias, step_sizes, upcast
+from seqtrain.layers import RMSNorm, ShortConvolution, fused, step_sizes, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.parallel.recompute import kept
 from seqtrain.parallel.scan import checkpoint_contexts
@@ -57,10 +58,10 @@ class Mamba(Mixer):
         self.time_step = nn.Linear(rank, self.inner, bias=False)
         self.step_bias = nn.Parameter(torch.empty(self.inner))
         self.rate_log = nn.Parameter(torch.empty(self.inner * config.state))
-        self.skip = nn.Parameter(torch.ones(self.inner))
+        self.skip = nn.Parameter(torch.empty(self.inner))
         self.norms = nn.ModuleList(self._norm(width) for width in self.parts)
         self.out = nn.Linear(self.inner, shape.width, bias=config.bias)
-        self.reset_parameters()
+        initialize(self)
 
     def _norm(self, width: int) -> nn.Module:
         kind, eps = self.config.norms, self.config.norm_eps
@@ -68,15 +69,15 @@ class Mamba(Mixer):
             return nn.Identity()
         return RMSNorm(width, eps) if kind == "learned" else nn.RMSNorm(width, eps, elementwise_affine=False)
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def initializers(self) -> dict[Tensor, Initializer]:
         """A is 1 to N in every channel."""
-        bound = self.parts[0] ** -0.5
-        nn.init.uniform_(self.time_step.weight, -bound, bound, generator=generator)
-        reset_step_bias(self.step_bias, generator)
-        rates = torch.arange(1, self.config.state + 1, dtype=torch.float32, device=self.rate_log.device)
-        self.rate_log.copy_(rates.log().repeat(self.inner))
-        nn.init.ones_(self.skip)
+        bound, states, inner = self.parts[0] ** -0.5, self.config.state, self.inner
+        return {
+            self.time_step.weight: uniform(-bound, bound),
+            self.step_bias: step_bias(),
+            self.rate_log: computed(lambda: torch.arange(1.0, states + 1).log().repeat(inner)),
+            self.skip: constant(1.0),
+        }
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         inner, gate = self.project(x).chunk(2, 2)

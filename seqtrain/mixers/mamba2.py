@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, constant, decay_rate, initialize, step_bias
 from seqtrain.kernels import linear_attention
-from seqtrain.layers import RMSNorm, ShortConvolution, fused, reset_decay_rate, reset_step_bias, step_sizes
+from seqtrain.layers import RMSNorm, ShortConvolution, fused, step_sizes
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.recurrence import Heads, LinearRecurrence, RecurrenceOptions, StepDecay
 
@@ -72,16 +73,14 @@ class Mamba2(Mixer):
         self.conv = ShortConvolution(self.channels, config.conv_width, bias=config.conv_bias)
         self.rate_log = nn.Parameter(torch.empty(shape.heads))
         self.step_bias = nn.Parameter(torch.empty(shape.heads))
-        self.skip = nn.Parameter(torch.ones(shape.heads))
+        self.skip = nn.Parameter(torch.empty(shape.heads))
         options: dict[str, Any] = {"groups": config.groups, "gate_first": config.gate == "before_norm"}
         self.norm = None if config.gate == "no_norm" else RMSNorm(self.inner, config.norm_eps, **options)
         self.out = nn.Linear(self.inner, shape.width, bias=config.out_bias)
-        self.reset_parameters()
+        initialize(self)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        reset_decay_rate(self.rate_log, generator)
-        reset_step_bias(self.step_bias, generator)
-        nn.init.ones_(self.skip)
+    def initializers(self) -> dict[Tensor, Initializer]:
+        return {self.rate_log: decay_rate(), self.step_bias: step_bias(), self.skip: constant(1.0)}
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         gate, mixed, raw = self._projected(x).split([self.inner, self.channels, self.shape.heads], 2)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, computed, initialize
 from seqtrain.layers import HeadLayerNorm, upcast
 from seqtrain.mixers import LayerShape, Past, SequenceContext, State
 from seqtrain.mixers.common.linear import LinearMixer, sums
@@ -37,14 +38,12 @@ class MLSTM(LinearMixer):
         self.gates = nn.Linear(shape.width, 2 * shape.heads)  # input gates, then forget gates
         self.gate = nn.Linear(shape.width, self.inner, bias=False)
         self.norm = HeadLayerNorm(self.inner, eps=config.norm_eps)
-        self.reset_parameters()
+        initialize(self)
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def initializers(self) -> dict[Tensor, Initializer]:
         """Input gates as configured, forget gates open, later heads further, as in both papers."""
-        write, keep = self.gates.bias.chunk(2)
-        write.fill_(self.config.input_bias)
-        keep.copy_(torch.linspace(3, 6, self.shape.heads))
+        heads, bias = self.shape.heads, self.config.input_bias
+        return {self.gates.bias: computed(lambda: torch.cat([torch.full((heads,), bias), torch.linspace(3, 6, heads)]))}
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, initialize
 from seqtrain.kernels import linear_attention
 from seqtrain.layers import HeadNorm, HeadProjections, positions, rotate
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
@@ -51,15 +52,19 @@ class RetNet(Mixer):
         self.gate = nn.Linear(shape.width, inner, bias=False)
         self.norm = HeadNorm(self.value)
         self.out = nn.Linear(inner, shape.width, bias=False)
-        self.reset_parameters()
+        initialize(self)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def initializers(self) -> dict[Tensor, Initializer]:
         """The paper's code draws its matrices from Xavier's rule, with gain 2 ** -2.5 within and 2 ** -1 at the end."""
-        with torch.no_grad():
+
+        def xavier(gain: float, *rows: int) -> Initializer:
             # Fused here, one matrix each there: the bound is that of the parts.
-            for weight in (*self.qkv.linear.weight.split(self.qkv.channels), self.gate.weight):
-                nn.init.xavier_uniform_(weight, 2**-2.5, generator=generator)
-            nn.init.xavier_uniform_(self.out.weight, 2**-1, generator=generator)
+            return lambda weight, generator: [
+                nn.init.xavier_uniform_(part, gain, generator=generator) for part in weight.split(rows or len(weight))
+            ]
+
+        within = {self.qkv.linear.weight: xavier(2**-2.5, *self.qkv.channels), self.gate.weight: xavier(2**-2.5)}
+        return within | {self.out.weight: xavier(2**-1)}
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), after = self.qkv(x, None, sequence)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, constant, initialize, normal
 from seqtrain.kernels import diagonal_scan
 from seqtrain.layers import ShortConvolution, fused, positions, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
@@ -22,10 +23,10 @@ class BlockLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads, width, width))
         self.bias = nn.Parameter(torch.empty(heads * width))
+        initialize(self)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5, generator=generator)
-        nn.init.zeros_(self.bias)
+    def initializers(self) -> dict[Tensor, Initializer]:
+        return {self.weight: normal(self.weight.shape[1] ** -0.5), self.bias: constant(0.0)}
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B,T,H*width]` -> the same."""
@@ -61,15 +62,16 @@ class RGLRU(Mixer):
         self.decay_gate = BlockLinear(shape.heads, self.head)
         self.rate = nn.Parameter(torch.empty(self.hidden))
         self.out = nn.Linear(self.hidden, shape.width, bias=True)
-        self.reset_parameters()
+        initialize(self)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def initializers(self) -> dict[Tensor, Initializer]:
         """`a` at an open gate, `exp(-8 softplus(L))`, is uniform in [0.9, 0.999]."""
-        self.input_gate.reset_parameters(generator)
-        self.decay_gate.reset_parameters(generator)
-        with torch.no_grad():
-            nn.init.uniform_(self.rate, 0.9, 0.999, generator=generator)
-            self.rate.copy_(torch.expm1(-self.rate.log() / POWER).log())
+
+        def fill(rate: Tensor, generator: torch.Generator | None) -> None:
+            nn.init.uniform_(rate, 0.9, 0.999, generator=generator)
+            rate.copy_(torch.expm1(-rate.log() / POWER).log())
+
+        return {self.rate: fill}
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         gate, v = self.parts(x).chunk(2, 2)

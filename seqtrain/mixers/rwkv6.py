@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, computed, initialize
 from seqtrain.kernels import linear_attention
 from seqtrain.layers import LowRank, token_shift, upcast
 from seqtrain.mixers import LayerShape, MixerConfig, Past, SequenceContext, State
@@ -36,19 +37,22 @@ class RWKV6(RWKVMixer):
         self.decay = LowRank(width, config.decay_rank, width, bias=True, activation=nn.Tanh())
         self.first_mix = nn.Parameter(torch.empty(width))
         self.mixes = nn.Parameter(torch.empty(5 * width))
-        self.reset_parameters()
+        initialize(self)
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def initializers(self) -> dict[Tensor, Initializer]:
         """The authors' initial values: blends, decays and bonuses that differ by channel and with depth."""
         rising, falling = depth_ratios(self.shape)
-        place = ramp(self.bonus)
-        self.first_mix.copy_(1 - place**falling)
-        for mix, power, lift in zip(self.mixes.chunk(5), (0.5, 1, 1, 1, 0.5), (0, 0, 0, 0.3, 0), strict=True):
-            mix.copy_(1 - place ** (power * falling) - lift * rising)
-        self.decay.offset.copy_(-6 + 5 * place ** (0.7 + 1.3 * rising))
-        channel = torch.arange(1, self.shape.width + 1, device=place.device)
-        self.bonus.copy_(rising * (1 - place) + 0.1 * (channel % 3 - 1))
+        place = ramp(self.shape.width)
+        blends = tuple(zip((0.5, 1, 1, 1, 0.5), (0, 0, 0, 0.3, 0), strict=True))
+        channel = torch.arange(1, self.shape.width + 1, device="cpu")
+        return {
+            self.first_mix: computed(lambda: 1 - place**falling),
+            self.mixes: computed(
+                lambda: torch.cat([1 - place ** (power * falling) - lift * rising for power, lift in blends])
+            ),
+            self.decay.offset: computed(lambda: -6 + 5 * place ** (0.7 + 1.3 * rising)),
+            self.bonus: computed(lambda: rising * (1 - place) + 0.1 * (channel % 3 - 1)),
+        }
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         after: State = {}

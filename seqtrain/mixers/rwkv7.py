@@ -6,6 +6,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, computed, constant, initialize
 from seqtrain.kernels import delta_rule
 from seqtrain.layers import LowRank, l2norm, token_shift, upcast
 from seqtrain.mixers import LayerShape, MixerConfig, Past, SequenceContext, State
@@ -40,22 +41,23 @@ class RWKV7(RWKVMixer):
         self.mixes = nn.Parameter(torch.empty(6 * width))
         self.removal_scale = nn.Parameter(torch.empty(width))
         self.rate_weight = nn.Parameter(torch.empty(width))
-        self.reset_parameters()
+        initialize(self)
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def initializers(self) -> dict[Tensor, Initializer]:
         """The authors' initial values: blends, decays and rates that differ from channel to channel and with depth."""
         rising, falling = depth_ratios(self.shape)
-        place = ramp(self.removal_scale)
-        for mix, power in zip(self.mixes.chunk(6), (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True):
-            mix.copy_(1 - place ** (power * falling))
-        zigzag = 2 * ramp(self.removal_scale[: self.head]).repeat(self.shape.heads) - 1
+        place = ramp(self.shape.width)
+        zigzag = 2 * ramp(self.head).repeat(self.shape.heads) - 1
         zigzag = zigzag * zigzag.abs()
-        self.decay.offset.copy_(-5.5 + 6 * place ** (1 + rising**0.3) + 2.5 * zigzag)
-        self.rate.offset.copy_(-0.19 + 0.3 * zigzag + 0.4 * (place - 0.5))
-        self.removal_scale.copy_(0.71 - 0.1 * (place - 0.5))
-        self.rate_weight.fill_(1.02)
-        self.bonus.fill_(-0.04)
+        powers = (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)
+        return {
+            self.mixes: computed(lambda: torch.cat([1 - place ** (power * falling) for power in powers])),
+            self.decay.offset: computed(lambda: -5.5 + 6 * place ** (1 + rising**0.3) + 2.5 * zigzag),
+            self.rate.offset: computed(lambda: -0.19 + 0.3 * zigzag + 0.4 * (place - 0.5)),
+            self.removal_scale: computed(lambda: 0.71 - 0.1 * (place - 0.5)),
+            self.rate_weight: constant(1.02),
+            self.bonus: constant(-0.04),
+        }
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         after: State = {}

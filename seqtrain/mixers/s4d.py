@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from seqtrain.initialization import cpu_normal
 from seqtrain.mixers.common.ssm import ChannelwiseMixer
 
 
@@ -16,12 +17,16 @@ class S4D(ChannelwiseMixer):
         # What the eigenvalues start from: lin, inv (the paper's section 4) or legs (the matrix that inv approximates).
         initialization: Literal["lin", "inv", "legs"] = "lin"
 
-    def initial_system(self, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def eigenvalues(self) -> Tensor:
         if self.config.initialization == "legs":
-            return super().initial_system(count, generator)
+            return super().eigenvalues()
         states = self.config.state
         n = torch.arange(states // 2, dtype=torch.float64, device="cpu")
         lin = self.config.initialization == "lin"
         frequency = math.pi * n if lin else states / math.pi * (states / (2 * n + 1) - 1)
-        readout = torch.randn(count, states // 2, dtype=torch.complex128, device="cpu", generator=generator)
-        return torch.complex(torch.full_like(frequency, -0.5), frequency), readout
+        return torch.complex(torch.full_like(frequency, -0.5), frequency)
+
+    def initial_readout(self, count: int, generator: torch.Generator | None) -> Tensor:
+        if self.config.initialization == "legs":
+            return super().initial_readout(count, generator)
+        return cpu_normal(generator, count, self.config.state // 2, dtype=torch.complex128)

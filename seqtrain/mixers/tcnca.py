@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, constant, initialize
 from seqtrain.kernels import softmax_attention
 from seqtrain.layers import ShortConvolution, fused, positions, rotate
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
@@ -62,11 +63,10 @@ class TCNCA(Mixer):
         self.scales = nn.Parameter(torch.empty(2 * keys))
         self.shifts = nn.Parameter(torch.empty(2 * keys))
         self.out = nn.Linear(inner, width, bias=False)
-        self.reset_parameters()
+        initialize(self)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        nn.init.ones_(self.scales)
-        nn.init.zeros_(self.shifts)
+    def initializers(self) -> dict[Tensor, Initializer]:
+        return {self.scales: constant(1.0), self.shifts: constant(0.0)}
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         after: State = {}

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, constant, initialize
 from seqtrain.kernels import tensor_attention
 from seqtrain.layers import HeadNorm, HeadProjections, l2norm, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
@@ -33,12 +34,13 @@ class TensorAttention(Mixer):
         self.value = self.part_of_width()
         widths = (config.key, config.key, config.key, self.value, self.value)
         self.parts = HeadProjections(shape.width, shape.heads, widths, conv_width=config.conv_width)
-        self.temperature = nn.Parameter(torch.zeros(shape.heads))
+        self.temperature = nn.Parameter(torch.empty(shape.heads))
         self.norm = HeadNorm(self.value)
         self.out = nn.Linear(shape.heads * self.value, shape.width, bias=False)
+        initialize(self)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        nn.init.zeros_(self.temperature)
+    def initializers(self) -> dict[Tensor, Initializer]:
+        return {self.temperature: constant(0.0)}
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k1, k2, v1, v2), after = self.parts(x, past.get("conv"), sequence)

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, constant, initialize
 from seqtrain.kernels import ttt_linear
 from seqtrain.layers import HeadNorm, HeadProjections, l2norm, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
@@ -42,16 +43,18 @@ class TTTLinear(Mixer):
         self.gate = nn.Linear(width, width, bias=False)
         self.norm = HeadNorm(self.head)
         self.out = nn.Linear(width, width, bias=False)
-        self.reset_parameters()
+        initialize(self)
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def initializers(self) -> dict[Tensor, Initializer]:
         """An inner model whose outputs have variance 1 before their norm, and steps by the mean gradient."""
-        nn.init.normal_(self.start, std=self.head**-0.5, generator=generator)
-        self.start.view(self.shape.heads, -1)[:, -self.head :] = 0
-        nn.init.ones_(self.norm_weight)
-        nn.init.zeros_(self.norm_bias)
-        nn.init.zeros_(self.extra_share)
+        heads, head = self.shape.heads, self.head
+
+        def start(tensor: Tensor, generator: torch.Generator | None) -> None:
+            nn.init.normal_(tensor, std=head**-0.5, generator=generator)
+            tensor.view(heads, -1)[:, -head:] = 0
+
+        zeros = dict.fromkeys((self.norm_bias, self.extra_share), constant(0.0))
+        return {self.start: start, self.norm_weight: constant(1.0)} | zeros
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)

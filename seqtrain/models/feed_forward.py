@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 
 from seqtrain.errors import ConfigError
+from seqtrain.initialization import Initializer, constant, initialize
 from seqtrain.layers import Adapters, fused, upcast
 from seqtrain.models.spiking import Spikes
-from seqtrain.parallel.experts import dispatch_and_combine, local_experts
+from seqtrain.parallel.experts import dispatch_and_combine
 from seqtrain.validation import AUTO, OrAuto
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -167,19 +168,21 @@ class MoE(nn.Module):
         inner = latent or width
         self.router = nn.Linear(width, experts, bias=False)
         # Moved by rule and not by gradient.
-        self.bias = nn.Parameter(torch.zeros(experts), requires_grad=False) if router.bias else None
+        self.bias = nn.Parameter(torch.empty(experts), requires_grad=False) if router.bias else None
         self.enter = nn.Linear(width, latent, bias=False) if latent else nn.Identity()
         self.up = nn.Parameter(torch.empty(experts, (1 + gated) * hidden, inner))
         self.down = nn.Parameter(torch.empty(experts, inner, hidden))
         self.out = nn.Linear(latent, width, bias=False) if latent else nn.Identity()
         self.shared = MLP(width, shared, activation=activation, gated=gated) if shared else None
         self.shared_gate = nn.Linear(width, 1, bias=False) if shared and router.shared_gate else None
+        initialize(self)
+
+    def initializers(self) -> dict[Tensor, Initializer]:
+        return {} if self.bias is None else {self.bias: constant(0.0)}
 
     def shard_experts(self, group: dist.ProcessGroup) -> list[nn.Parameter]:
-        """Keeps this rank's experts of those that the ranks of `group` share; returns the parameters that shrink."""
+        """Shares the experts with the ranks of `group`; returns the parameters that `local_experts` is kept of."""
         self.group = group
-        for weight in (self.up, self.down):
-            weight.data = local_experts(weight.data, group)
         return [self.up, self.down]
 
     @property

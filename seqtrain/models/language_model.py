@@ -1,5 +1,6 @@
 """The network: embedding, blocks of the pattern `layers`, a norm, and a head that never holds all logits."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqtrain.errors import ConfigError
+from seqtrain.initialization import Fill, drawn, initializers_of, materialize, normal, scaled
 from seqtrain.kernels.linear_cross_entropy import linear_cross_entropy, soft_cap
-from seqtrain.layers import RMSNorm, ShortConvolution, upcast
+from seqtrain.layers import RMSNorm, upcast
 from seqtrain.mixers import WHOLE, Mixer, State
 from seqtrain.models.block import build_blocks
 from seqtrain.models.config import ModelConfig
@@ -58,12 +60,11 @@ class LanguageModel(nn.Module):
         mixers: Mapping[str, Any],
         vocab_size: int,
         *,
-        generator: torch.Generator | None = None,
+        seed: int | None = None,
     ):
         """`mixers`: the `Config` of mixers in `config.layers`, by name; those left out have their defaults.
 
-        The initial weights follow from `torch.manual_seed`, or from `generator`, which is on the parameters' device.
-        Raises `ConfigError`.
+        The initial weights follow from `seed`; where it is None, from `torch.manual_seed`. Raises `ConfigError`.
         """
         super().__init__()
         validate(ModelConfig, asdict(config), prefix="model.")
@@ -71,41 +72,39 @@ class LanguageModel(nn.Module):
             raise ConfigError(f"model.vocab_size={config.vocab_size}: the tokenizer has {vocab_size} ids")
         self.config = config
         self.vocab_size = vocab_size = config.vocab_size or vocab_size
-        self.embedding = nn.Embedding(vocab_size, config.width)
-        norm = partial(RMSNorm, eps=config.norm_eps, zero_centered=config.norm_zero_centered)
-        self.blocks: Any = nn.ModuleList(build_blocks(config, mixers, norm))
-        self.norm = norm(config.width)
-        tied = config.tie_embeddings
-        weight = self.embedding.weight if tied else nn.Parameter(torch.empty(vocab_size, config.width))
-        self.head = Head(weight, config.loss_chunk, scale=config.logit_scale, cap=config.logit_cap)
+        device = torch.get_default_device()
+        # Without memory, and without numbers that would be drawn to be thrown away.
+        with torch.device("meta"):
+            self.embedding = nn.Embedding(vocab_size, config.width)
+            norm = partial(RMSNorm, eps=config.norm_eps, zero_centered=config.norm_zero_centered)
+            self.blocks: Any = nn.ModuleList(build_blocks(config, mixers, norm))
+            self.norm = norm(config.width)
+            tied = config.tie_embeddings
+            weight = self.embedding.weight if tied else nn.Parameter(torch.empty(vocab_size, config.width))
+            self.head = Head(weight, config.loss_chunk, scale=config.logit_scale, cap=config.logit_cap)
         # What `save_pretrained` needs of one that came from `from_pretrained`.
         self.origin: Any = None
-        self.reset_parameters(generator)
+        if device.type != "meta":
+            seed = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
+            deque(materialize(self, self.initial_weights(seed), device), maxlen=0)
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Normal matrices, zero biases, then what each mixer sets by its own rule, then the residual scaling."""
-        deviation = self.config.initializer_range
+    def initial_weights(self, seed: int) -> Fill:
+        """Normal matrices, zero biases, what each mixer sets by its own rule, then the residual scaling.
+
+        Numbers follow from `seed` and the parameter's name alone.
+        """
+        rules = initializers_of(self, deviation := self.config.initializer_range)
+        rules[self.head.weight] = normal(deviation)
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=deviation, generator=generator)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-            if isinstance(module, ShortConvolution):
-                module.reset_parameters(generator)
-        if not self.config.tie_embeddings:
-            nn.init.normal_(self.head.weight, std=deviation, generator=generator)
-        for module in self.modules():
-            if isinstance(module, Mixer):
-                module.reset_parameters(generator)
             if isinstance(module, MoE):
-                for weight in (module.up, module.down):
-                    nn.init.normal_(weight, std=deviation, generator=generator)
+                rules |= dict.fromkeys((module.up, module.down), normal(deviation))
         parts = [part for part in self.modules() if isinstance(part, Mixer | MLP | MoE) and part.out is not None]
+        # So many sums of independent terms keep the residual stream at the size of one (GPT-2).
+        scale = (2 * self.config.depth) ** -0.5
         # What layers share is scaled once.
         for last in dict.fromkeys(part.last if isinstance(part, MoE) else part.out.weight for part in parts):
-            # So many sums of independent terms keep the residual stream at the size of one (GPT-2).
-            last.div_((2 * self.config.depth) ** 0.5)
+            rules[last] = scaled(rules[last], scale)
+        return drawn(self, rules, seed)
 
     def forward(
         self,

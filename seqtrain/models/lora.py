@@ -5,7 +5,6 @@ An adapter belongs to a matrix as others name it, `W [out,in]`, whose rows lie i
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from seqtrain.errors import ConfigError
+from seqtrain.initialization import Initializer, constant, initialize, uniform
 from seqtrain.models.families import Family, Piece
 from seqtrain.models.feed_forward import MoE
 from seqtrain.models.language_model import LanguageModel
@@ -44,7 +44,7 @@ class LoraConfig:
 class Adapter(nn.Module):
     """`x: [...,in]` -> `alpha / rank * B A x: [...,out]`; `name`: of the module it belongs to.
 
-    `A` is drawn from torch's own generator as PEFT draws it, `B` is zero: at first the product is.
+    `A` is drawn as PEFT draws it, `B` is zero: at first the product is.
     """
 
     def __init__(self, name: str, inputs: int, outputs: int, *, rank: int, alpha: int):
@@ -52,8 +52,11 @@ class Adapter(nn.Module):
         self.name, self.rank, self.alpha = name, rank, alpha
         self.lora_A = nn.Linear(inputs, rank, bias=False)
         self.lora_B = nn.Linear(rank, outputs, bias=False)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B.weight)
+        initialize(self)
+
+    def initializers(self) -> dict[Tensor, Initializer]:
+        bound = self.lora_A.in_features**-0.5
+        return {self.lora_A.weight: uniform(-bound, bound), self.lora_B.weight: constant(0.0)}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lora_B(self.lora_A(x)) * (self.alpha / self.rank)
@@ -169,7 +172,8 @@ def add_adapters(model: nn.Module, targets: Targets, *, rank: int, alpha: int) -
         linears = {path: _adapted(model, path) for path in (_module(piece.ours) for piece in pieces)}
         outputs, inputs = shape_of(list(pieces), {f"{path}.weight": each.weight for path, each in linears.items()})
         weight = next(iter(linears.values())).weight
-        adapter = Adapter(name, inputs, outputs, rank=rank, alpha=alpha).to(weight.device, weight.dtype)
+        with weight.device:
+            adapter = Adapter(name, inputs, outputs, rank=rank, alpha=alpha).to(weight.dtype)
         for path, linear in linears.items():
             linear.add(adapter, [piece for piece in pieces if _module(piece.ours) == path])
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.files import replacing
+from seqtrain.initialization import Fill, materialize
 from seqtrain.mixers import Mixer
 from seqtrain.models.architecture import Architecture
 from seqtrain.models.families import Family, Piece, family_of
@@ -159,69 +161,58 @@ def architecture_of(source: Source) -> Architecture:
     return replace(found, mixers=mixers)
 
 
-@torch.no_grad()
 def load_weights(
     model: LanguageModel,
     source: Source,
     *,
     dtype: torch.dtype | None,
+    seed: int = 0,
     progress: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Gives `model`, built on the meta device, memory and the source's weights; `dtype` None: as they are stored.
 
-    Parameters the source does not have (those of a replaced layer) are NaN until they are filled. Peak memory: the
-    model and one tensor. Raises `CheckpointError` for a tensor that is missing, unknown, or has another shape than the
-    model's.
+    Parameters the source does not have (those of a replaced layer) begin as those of a new model, from `seed`. Peak
+    memory: the model and one tensor. Raises `CheckpointError` for a tensor that is missing, unknown, or has another
+    shape than the model's.
     """
-    places = places_of(model, source)
-    materialize(model, {piece.ours: source.dtype(name) for name in places for piece in places[name]}, dtype)
-    fill(model, source, places, progress=progress)
+    fill = source_weights(model, source, model.initial_weights(seed), progress=progress)
+    stored = {piece.ours: source.dtype(name) for name, pieces in places_of(model, source).items() for piece in pieces}
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtype or stored.get(name, torch.float32))
+    deque(materialize(model, fill, torch.device("cpu")), maxlen=0)
 
 
-@torch.no_grad()
-def fill(
-    model: LanguageModel,
-    source: Source,
-    places: Mapping[str, list[Piece]],
-    *,
-    progress: Callable[[str], None] = lambda name: None,
-) -> tuple[str, ...]:
-    """Copies the source's weights into `model`; gives the names of tensors that are carried along, and not in it.
+def source_weights(
+    model: LanguageModel, source: Source, otherwise: Fill, *, progress: Callable[[str], None] = lambda name: None
+) -> Fill:
+    """Gives a parameter of `model` the source's numbers, tensor by tensor, or what the source lacks `otherwise`.
 
-    `places`: what `places_of` says. Raises `CheckpointError` as `load_weights` does.
+    Raises `CheckpointError` as `load_weights` does.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    tied_head, carried = None, []
-    for name, tensor in source.tensors():
-        if name not in places:
-            carried.append(name)
-            continue
-        source.dtype(name)
-        progress(name)
-        if name == HEAD and model.config.tie_embeddings:
-            tied_head = tensor
-            continue
-        for piece in places[name]:
-            piece.write(parameters[piece.ours], tensor)
-            check_finite(f"source={source.path}", name, piece.part_of(parameters[piece.ours]))
-    embedding = model.embedding.weight
-    if tied_head is not None and not torch.equal(embedding, tied_head.to(embedding.dtype)):
-        raise CheckpointError(f"source={source.path}: lm_head.weight differs from the embedding the config ties it to")
-    return tuple(carried)
+    names: dict[Tensor, str] = {}
+    ours = {name: names.setdefault(p, name) for name, p in model.named_parameters(remove_duplicate=False)}
+    pieces: dict[str, list[tuple[str, Piece]]] = {}
+    for theirs, parts in places_of(model, source).items():
+        if theirs != HEAD or not model.config.tie_embeddings:
+            for piece in parts:
+                pieces.setdefault(ours[piece.ours], []).append((theirs, piece))
+    where, read, tied = f"source={source.path}", source.reader(), model.config.tie_embeddings and HEAD in source.shapes
 
+    def fill(name: str, whole: Tensor, own: slice) -> None:
+        if name not in pieces:
+            otherwise(name, whole, own)
+            return
+        # What no tensor fills shall be seen.
+        whole.fill_(torch.nan)
+        for theirs, piece in pieces[name]:
+            source.dtype(theirs)
+            progress(theirs)
+            piece.write(whole, read(theirs))
+            check_finite(where, theirs, piece.part_of(whole))
+        if tied and name == ours["embedding.weight"] and not torch.equal(whole, read(HEAD).to(whole)):
+            raise CheckpointError(f"{where}: lm_head.weight differs from the embedding the config ties it to")
 
-def materialize(model: LanguageModel, stored: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> None:
-    """From the meta device to memory, NaN everywhere; what is tied stays tied. `stored`: dtypes for `dtype` None."""
-    made: dict[Tensor, nn.Parameter] = {}
-    for path, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter not in made:
-                kind = dtype or stored.get(f"{path}.{name}", torch.float32)
-                empty = torch.full(parameter.shape, torch.nan, dtype=kind)
-                made[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-            setattr(module, name, made[parameter])
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+    return fill
 
 
 def places_of(model: LanguageModel, source: Source) -> dict[str, list[Piece]]:

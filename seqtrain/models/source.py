@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,10 @@ class Source:
         check_ids(f"source={self.path}", max(found.get_vocab().values()) + 1, self.config.vocab_size)
         return found
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor with its name, in the files' order; only one is held. Raises `CheckpointError`."""
-        for file in self.files:
-            with open_weights(file) as shard:
-                for name in shard.keys():  # noqa: SIM118 (not a dict)
-                    yield name, shard.get_tensor(name)
+    def reader(self) -> Callable[[str], Tensor]:
+        """Reads a tensor by its name; of none that it has read does it hold the numbers. Raises `CheckpointError`."""
+        opened = {file.name: open_weights(file) for file in self.files}
+        return lambda name: opened[self.places[name]].get_tensor(name)
 
     def sha256(self) -> str:
         """Of the weights: a file's own hash, or that of the lines `hash  name` of several (as sha256sum writes)."""
@@ -91,20 +89,20 @@ class Source:
 class GGUFSource(Source):
     """A GGUF file (llama.cpp): its tensors are dequantized to float32, and have their Hugging Face names and rows."""
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def reader(self) -> Callable[[str], Tensor]:
         config = self.config
         names = gguf.hf_names(config.num_hidden_layers)
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        for tensor in gguf.open_file(self.path).tensors:
-            if tensor.name == ROTATION:
-                continue
-            name = names.get(tensor.name, tensor.name)
-            value = gguf.dequantized(tensor)
-            kind = name.split(".")[-2]
+        tensors = {names.get(tensor.name, tensor.name): tensor for tensor in gguf.open_file(self.path).tensors}
+
+        def read(name: str) -> Tensor:
+            value, kind = gguf.dequantized(tensors[name]), name.split(".")[-2]
             if self.interleaved and kind in heads:
                 # Rows 2i, 2i+1 of a head are the pair that i, i + K/2 are in a Hugging Face checkpoint.
                 value = value.unflatten(0, (heads[kind], -1, 2)).transpose(1, 2).flatten(0, 2)
-            yield name, value
+            return value
+
+        return read
 
     @property
     def quantized(self) -> str:

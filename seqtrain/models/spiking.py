@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, constant, initialize
 from seqtrain.layers import upcast
 
 
@@ -36,7 +37,11 @@ class Spikes(nn.Module):
         super().__init__()
         self.rate = rate
         for name in ("values", "zeros", "spikes"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64), persistent=False)
+            self.register_buffer(name, torch.empty((), dtype=torch.int64), persistent=False)
+        initialize(self)
+
+    def initializers(self) -> dict[Tensor, Initializer]:
+        return dict.fromkeys((self.values, self.zeros, self.spikes), constant(0))
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():

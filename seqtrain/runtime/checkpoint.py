@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import uuid
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from seqtrain.errors import CheckpointError, SeqtrainError
 from seqtrain.files import Manifest, publish, sha256_of, sync
+from seqtrain.initialization import Fill, materialize
 from seqtrain.runtime.engine import Engine
 from seqtrain.runtime.lease import Lease
 from seqtrain.runtime.optimizer_state import IN_TRAINING
@@ -124,28 +126,42 @@ class Checkpoint:
     def progress(self) -> Progress:
         return self.manifest.progress
 
-    @torch.no_grad()
-    def load_weights(self, model: nn.Module, *, frozen: Collection[str] = (), training: bool = False) -> None:
-        """Copies the weights into `model`, all but those called `frozen`.
+    def weights(
+        self, model: nn.Module, *, frozen: Collection[str] = (), others: Fill | None = None, training: bool = False
+    ) -> Fill:
+        """Gives the tensors of `model` the numbers they have here; those it does not hold `others`, None: nothing.
 
-        `training`: those it is trained on with, where the optimizer averages them for all other use.
-        Raises `CheckpointError` naming the first tensor that doesn't fit.
+        `frozen`: names of parameters it does not hold. `training`: those it is trained on with, where the optimizer
+        averages them for all other use. Raises `CheckpointError` naming the first tensor that doesn't fit.
         """
-        own = model.state_dict()
-        with open_weights(self.folder / WEIGHTS) as stored:
-            names = set(stored.keys())
-            if differing := sorted(names ^ set(_held(model, frozen))):
-                raise CheckpointError(f"{self.folder}: {differing[0]} is not in both the checkpoint and the model")
-            for name in sorted(names):
-                value = stored.get_tensor(name)
-                if value.shape != own[name].shape:
-                    came, wanted = list(value.shape), list(own[name].shape)
-                    raise CheckpointError(f"{self.folder}: {name} has shape {came}, the model wants {wanted}")
-                own[name].copy_(value)
-                check_finite(self.folder, name, own[name])
-        for name, state in self._optimizer_states() if training else ():
-            if IN_TRAINING in state:
-                own[name].copy_(state[IN_TRAINING])
+        stored = open_weights(self.folder / WEIGHTS)
+        names = set(stored.keys())
+        if differing := sorted(names ^ set(_held(model, frozen))):
+            raise CheckpointError(f"{self.folder}: {differing[0]} is not in both the checkpoint and the model")
+        states = self._optimizer_states() if training else ()
+        trained = {name: state[IN_TRAINING] for name, state in states if IN_TRAINING in state}
+
+        def fill(name: str, whole: Tensor, own: slice) -> None:
+            if name not in names:
+                if others is not None:
+                    others(name, whole, own)
+                return
+            value = stored.get_tensor(name)
+            if value.shape != whole.shape:
+                came, wanted = list(value.shape), list(whole.shape)
+                raise CheckpointError(f"{self.folder}: {name} has shape {came}, the model wants {wanted}")
+            kept = whole.view(-1)[own]
+            # Mapped from the file: what is not taken is not read.
+            kept.copy_(value.view(-1)[own])
+            check_finite(self.folder, name, kept)
+            if name in trained:
+                kept.copy_(trained[name].view(-1)[own])
+
+        return fill
+
+    def load_weights(self, model: nn.Module, *, frozen: Collection[str] = (), others: Fill | None = None) -> None:
+        """Fills `model` in place, and gives it memory where it has none; see `weights`."""
+        deque(materialize(model, self.weights(model, frozen=frozen, others=others), torch.device("cpu")), maxlen=0)
 
     def restore_optimizer(self, engine: Engine) -> None:
         """Gives the optimizer of `engine` the moments and the step count. All ranks call it."""

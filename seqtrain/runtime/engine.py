@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from seqtrain.initialization import WHOLE, Fill, materialize
 from seqtrain.models.matrices import matrices_of
 from seqtrain.runtime.compilation import compile_model
 from seqtrain.runtime.expert_parallel import ExpertParallel
@@ -92,11 +93,14 @@ class Engine:
         config: PretrainConfig,
         ranks: Ranks,
         *,
+        weights: Fill | None = None,
         experts: dist.ProcessGroup | None = None,
     ):
         """`groups`: the parameters to train, as `parameter_groups` gives them. Every rank builds its own.
 
-        `experts`: ranks over which the model's routed experts are sharded; of the others this rank drops the weights.
+        `weights`: what the model begins with, alike on every rank; None where it has them, and is not on the meta
+        device. `experts`: ranks over which the model's routed experts are sharded; of the others this rank drops the
+        weights.
         """
         prepare_environment(ranks)
         import deepspeed
@@ -105,8 +109,10 @@ class Engine:
         # Where a dict, the step made next adds what this rank's pieces of the weights say, by name; no weight's pieces
         # overlap, so that their sums over the ranks are those of the whole.
         self.sizes: dict[str, Sizes] | None = None
-        self.module = model.to(ranks.device)
+        self.module = model
         self.stage = config.parallel.zero_stage
+        settings = _deepspeed_config(config, ranks.device)
+        self._bear(weights, settings)
         # Before ZeRO cuts them.
         matrices = matrices_of(model) if OPTIMIZERS[config.optimizer.name].matrix_options is not None else {}
         optimizer = build_optimizer(
@@ -123,7 +129,7 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
-                config=_deepspeed_config(config, ranks.device),
+                config=settings,
                 dist_init_required=False,
             )
         if self._masters:
@@ -148,6 +154,18 @@ class Engine:
             config.optimizer.name,
             config.optimizer.implementation,
         )
+
+    def _bear(self, weights: Fill | None, settings: dict[str, Any]) -> None:
+        """Gives the model its weights, one at a time, and in stage 3 divides each before the next is made."""
+        ranks, divide = self._ranks, _dividing(settings) if self.stage == 3 else None
+
+        def own(tensor: Tensor) -> slice:
+            piece = -(-tensor.numel() // ranks.count)
+            return slice(ranks.rank * piece, (ranks.rank + 1) * piece) if divide else WHOLE
+
+        for _, tensor in materialize(self.module, weights, ranks.device, own=own, cut=self._expert_parallel.own):
+            if divide is not None and isinstance(tensor, nn.Parameter):
+                divide(tensor)
 
     def _restore_masters(self, whole: Mapping[str, Tensor]) -> None:
         """Gives the optimizer float32 weights, of which DeepSpeed has made its own from what it had rounded."""
@@ -330,6 +348,21 @@ def _deepspeed_config(config: PretrainConfig, device: torch.device) -> dict[str,
         **(BFLOAT16_WEIGHTS if config.train.weights == "bfloat16" else {}),
         "steps_per_print": None,
     }
+
+
+def _dividing(settings: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+    """Makes a whole weight, alike on all ranks, one of which each holds its piece: stage 3's, without a broadcast."""
+    import deepspeed
+
+    deepspeed.comm.init_distributed(dist_init_required=False)
+    # With a module, though one without weights, it also does what saves memory in `nn.Linear`.
+    zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings, dtype=torch.float32)
+
+    def divide(parameter: Any) -> None:
+        zero._convert_to_deepspeed_param(parameter)
+        parameter.partition()
+
+    return divide
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.run_folder import RunFolder
 from seqtrain.runtime.settings import PretrainConfig, typed_pretrain_config
-from seqtrain.runtime.source import build_model, frozen_weights, load_source
+from seqtrain.runtime.source import build_model, first_weights, frozen_weights
 from seqtrain.validation import FilePath, validate
 
 
@@ -101,8 +101,10 @@ def open_run(path: Path) -> tuple[PretrainConfig, LanguageModel, Tokenizer]:
         )
     model = build_model(config, tokenizer.vocab_size)
     if frozen := frozen_weights(config, model):
-        load_source(config, model, sha256=newest.manifest.trajectory["lora"]["source_sha256"])
-    newest.load_weights(model, frozen=frozen)
+        others = first_weights(config, model, sha256=newest.manifest.trajectory["lora"]["source_sha256"])
+    else:
+        others = model.initial_weights(config.seed)
+    newest.load_weights(model, frozen=frozen, others=others)
     return config, model.eval(), tokenizer
 
 

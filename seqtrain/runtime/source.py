@@ -1,7 +1,6 @@
 """A run that continues a pretrained model: its network in the config, its weights at the start, its export."""
 
 import logging
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from seqtrain.errors import ConfigError
+from seqtrain.initialization import Fill
 from seqtrain.models.config import ModelConfig
 from seqtrain.models.feed_forward import RouterConfig
 from seqtrain.models.language_model import LanguageModel
 from seqtrain.models.lora import add_adapters, chosen, targets_of, write_adapter
-from seqtrain.models.pretrained import architecture_of, copy_companions, fill, origin_of, places_of, write_folder
+from seqtrain.models.pretrained import (
+    architecture_of,
+    copy_companions,
+    origin_of,
+    places_of,
+    source_weights,
+    write_folder,
+)
 from seqtrain.models.source import open_source
 from seqtrain.validation import AUTO
 
@@ -59,9 +66,10 @@ def _changed(config: Any, plain: Any, besides: tuple[str, ...]) -> dict[str, Any
 
 
 def build_model(config: "PretrainConfig", vocab_size: int) -> LanguageModel:
-    """The network of a run, new, with its adapters if it trains these. Raises `ConfigError`."""
-    model = LanguageModel(config.model, config.mixer, vocab_size)
-    add_own_adapters(config, model)
+    """The network of a run on the meta device, with its adapters if it trains these. Raises `ConfigError`."""
+    with torch.device("meta"):
+        model = LanguageModel(config.model, config.mixer, vocab_size)
+        add_own_adapters(config, model)
     return model
 
 
@@ -80,18 +88,21 @@ def frozen_weights(config: "PretrainConfig", model: LanguageModel) -> frozenset[
     return frozenset(name for name, parameter in named if not parameter.requires_grad)
 
 
-@torch.no_grad()
-def load_source(config: "PretrainConfig", model: LanguageModel, *, sha256: str = "") -> None:
-    """Copies the weights of `config.source` into `model`. Raises `CheckpointError`.
+def first_weights(config: "PretrainConfig", model: LanguageModel, *, sha256: str = "") -> Fill:
+    """What the weights of a run's model begin with: its source's, and new ones by its seed. Raises `CheckpointError`.
 
-    `sha256`: what they must have; "" trusts the files.
+    `sha256`: what the source's weights must have; "" trusts the files.
     """
-    source, began = open_source(config.source, sha256), time.monotonic()
-    carried = fill(model, source, places_of(model, source))
+    new = model.initial_weights(config.seed)
+    if not config.source:
+        return new
+    source = open_source(config.source, sha256)
+    fill = source_weights(model, source, new)
     quantized = f", dequantized from {source.quantized}" if source.quantized else ""
-    log.info("source: %s read in %.1f s%s", source.path, time.monotonic() - began, quantized)
-    if carried:
+    log.info("source: weights of %s%s", source.path, quantized)
+    if carried := sorted(source.shapes.keys() - places_of(model, source).keys()):
         log.info("source: carried along untouched: %s", ", ".join(carried))
+    return fill
 
 
 def type_of_source(config: "PretrainConfig") -> str:

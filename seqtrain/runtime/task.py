@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,9 +21,10 @@ from seqtrain.data import (
     load_tokenizer,
     open_corpus,
 )
+from seqtrain.initialization import Fill
 from seqtrain.runtime.optimizers import parameter_groups
 from seqtrain.runtime.settings import PretrainConfig, micro_batch, unit
-from seqtrain.runtime.source import build_model, frozen_weights, load_source
+from seqtrain.runtime.source import build_model, first_weights, frozen_weights
 
 
 class TrainingData(Protocol):
@@ -52,7 +52,7 @@ class Trainable:
     `model(tokens, labels, sequence=)` is the loss, a scalar summed over the labels that count. `groups`: the
     optimizer's, as `parameter_groups` makes them. `held_out`: what the model is scored on; None for no score.
     `to_verify`: shards to be verified meanwhile.
-    `load`: gives the model the weights it begins with, where no checkpoint does; None where it has them. `frozen`:
+    `first_weights`: what a model on the meta device begins with; None for one that has its weights. `frozen`:
     names of weights that it always gives, for no checkpoint holds them. `epochs`: what a record says of how often the
     text has been read after so many batches. `sources`: names of those that `Batch.sources` counts. `tokenizer`: opens
     that of the text the model can continue; None where it learns none.
@@ -63,7 +63,7 @@ class Trainable:
     batches: TrainingData
     held_out: HeldOut | HeldOutParts | None = None
     to_verify: Sequence[ShardIndex] = ()
-    load: Callable[[], None] | None = None
+    first_weights: Fill | None = None
     frozen: frozenset[str] = frozenset()
     epochs: Callable[[int], dict[str, float]] = lambda steps: {}
     sources: tuple[str, ...] = ()
@@ -106,7 +106,7 @@ class Pretraining:
         return Trainable(
             model=model,
             frozen=frozen_weights(config, model),
-            load=partial(load_source, config, model) if config.source else None,
+            first_weights=first_weights(config, model),
             groups=parameter_groups(model.parameters(), config.optimizer.weight_decay),
             batches=batches,
             epochs=batches.epochs,

@@ -216,16 +216,15 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
     torch.manual_seed(config.seed)
     trainable = session.task.build(config, session.corpus)
     found = ranks.from_first(_newest(session) if ranks.first else None)
-    if trainable.load is not None and (trainable.frozen or not found):
-        trainable.load()
+    weights = trainable.first_weights
     if found:
-        found.load_weights(trainable.model, frozen=trainable.frozen, training=True)
+        weights = found.weights(trainable.model, frozen=trainable.frozen, others=weights, training=True)
     # Counted now: in ZeRO 3 a rank will hold only its part of each.
     parameters = sum(p.numel() for p in trainable.model.parameters())
     trained = sum(p.numel() for p in trainable.model.parameters() if p.requires_grad)
     length = config.train.sequence_length
     flops = trainable.model.flops(length) / length if isinstance(trainable.model, LanguageModel) else 0.0
-    engine = Engine(trainable.model, trainable.groups, config, ranks, experts=mesh.experts)
+    engine = Engine(trainable.model, trainable.groups, config, ranks, weights=weights, experts=mesh.experts)
     if found:
         found.restore_optimizer(engine)
     progress = found.progress if found else Progress()

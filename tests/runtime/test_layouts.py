@@ -84,8 +84,7 @@ def test_loss_and_gradient_are_those_of_the_mean_over_all_predicted_tokens(tmp_p
     config = small_config(tmp_path, train={"steps": 1, "micro_batch_size": micro}, parallel={"zero_stage": 2})
     session = session_for(config)
     corpus = open_corpus(session.corpus, config.data)
-    torch.manual_seed(config.seed)
-    model = LanguageModel(config.model, config.mixer, corpus.tokenizer.vocab_size)
+    model = LanguageModel(config.model, config.mixer, corpus.tokenizer.vocab_size, seed=config.seed)
     batch = corpus.training_batches(seed=config.seed, sequence_length=32, batch_size=8).at(0)
     loss = model(batch.tokens, batch.labels, sequence=SequenceContext(cu_seqlens=batch.cu_seqlens)) / batch.label_count
     loss.backward()

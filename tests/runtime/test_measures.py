@@ -38,8 +38,7 @@ def plainly(config) -> dict[str, float]:
     """The figures of the first step, from whole gradients and the losses of single tokens."""
     session = session_for(config)
     corpus = open_corpus(session.corpus, config.data)
-    torch.manual_seed(config.seed)
-    model = LanguageModel(config.model, config.mixer, corpus.vocab_size)
+    model = LanguageModel(config.model, config.mixer, corpus.vocab_size, seed=config.seed)
     sizes = {"sequence_length": config.train.sequence_length, "batch_size": config.train.batch_size}
     batch = corpus.training_batches(seed=config.seed, **sizes).at(0)
     sequence = SequenceContext(cu_seqlens=batch.cu_seqlens)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, dataclass_transform
 
-import torch
 from torch import Tensor, nn
 
 from seqtrain.errors import ConfigError
+from seqtrain.initialization import Initializer
 from seqtrain.mixers.common.counting import Counts, Kind, count
 from seqtrain.mixers.common.recurrence import Past, Recurrence
 from seqtrain.parallel.sequence import SequenceContext, State
@@ -106,8 +106,12 @@ class Mixer(nn.Module):
         kind = Kind(type(self), self.config, (self.shape.width, self.shape.heads), shapes, self.shape)
         return count(kind, batch, tokens)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Initialises what the model's own rule (normal weights, zero biases, unit norms) does not fit, as decays."""
+    def initializers(self) -> dict[Tensor, Initializer]:
+        """How parameters begin that the model's own rule (normal matrices, zero biases) does not fit, as decays.
+
+        One that has any calls `seqtrain.initialization.initialize(self)` at the end of its constructor.
+        """
+        return {}
 
     def part_of_width(self, ratio: float = 1.0, field: str = "") -> int:
         """`width * ratio / heads`, the width of one head. Raises `ConfigError` where it is not a whole number.

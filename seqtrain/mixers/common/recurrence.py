@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, computed, decay_rate, initialize, normal, step_bias
 from seqtrain.kernels import linear_attention, slot_scores
-from seqtrain.layers import reset_decay_rate, reset_step_bias, step_sizes, upcast
+from seqtrain.layers import step_sizes, upcast
 from seqtrain.parallel.sequence import SequenceContext, State
 
 # What a layer knows of the tokens before, by name.
@@ -76,14 +77,9 @@ class Recurrence(nn.Module):
         """What `q: [B,T,H,K]` reads of what was `written`, its own tokens' included."""
         raise NotImplementedError
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Initialises every parameter: small matrices, and gates that forget slowly."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02, generator=generator)
-        for child in self.children():
-            if isinstance(child, StepDecay):
-                child.reset_parameters(generator)
+    def initializers(self) -> dict[Tensor, Initializer]:
+        """Of every parameter but a child's own: small matrices, and gates that forget slowly."""
+        return {module.weight: normal(0.02) for module in self.modules() if isinstance(module, nn.Linear)}
 
 
 class LinearRecurrence(Recurrence):
@@ -102,12 +98,10 @@ class LinearRecurrence(Recurrence):
         self.query_map = nn.Parameter(torch.empty(heads.heads, heads.key, heads.key))
         self.key_map = nn.Parameter(torch.empty(heads.groups, heads.key, heads.key)) if self.maps_keys else None
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        super().reset_parameters(generator)
-        for each in (self.query_map, self.key_map):
-            if each is not None:
-                each.copy_(torch.eye(self.heads.key))
+    def initializers(self) -> dict[Tensor, Initializer]:
+        maps = [each for each in (self.query_map, self.key_map) if each is not None]
+        width = self.heads.key
+        return super().initializers() | dict.fromkeys(maps, computed(lambda: torch.eye(width)))
 
     def mapped(self, x: Tensor, maps: Tensor | None) -> Tensor:
         """The features of `x: [B,T,heads,K]` times a matrix `[heads,K,K]` for each head."""
@@ -143,12 +137,10 @@ class StepDecay(nn.Module):
         self.linear = nn.Linear(width, steps, bias=False)
         self.rate_log = nn.Parameter(torch.empty(rates))
         self.bias = nn.Parameter(torch.empty(steps))
-        self.reset_parameters()
+        initialize(self)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        low, high = self.options.rates
-        reset_decay_rate(self.rate_log, generator, low=low, high=high)
-        reset_step_bias(self.bias, generator)
+    def initializers(self) -> dict[Tensor, Initializer]:
+        return {self.rate_log: decay_rate(*self.options.rates), self.bias: step_bias()}
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         dt = step_sizes(self.linear(x), self.bias)

@@ -39,6 +39,6 @@ def depth_ratios(shape: LayerShape) -> tuple[float, float]:
     return shape.index / max(shape.depth - 1, 1), 1 - shape.index / shape.depth
 
 
-def ramp(mixes: Tensor) -> Tensor:
-    """`n / D` for channels n of the D that `mixes`, or any vector of channels, has."""
-    return torch.arange(mixes.shape[0], dtype=mixes.dtype, device=mixes.device) / mixes.shape[0]
+def ramp(channels: int) -> Tensor:
+    """`n / channels` for each channel n."""
+    return torch.arange(channels, dtype=torch.float32, device="cpu") / channels

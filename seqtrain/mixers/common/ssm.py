@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, computed, cpu_normal, initialize, normal, uniform
 from seqtrain.kernels import diagonal_scan, diagonal_system
 from seqtrain.layers import upcast
 from seqtrain.mixers.common.base import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
@@ -87,15 +88,20 @@ class StateSpaceMixer(Mixer):
         step = upcast(self.step_log).exp().repeat_interleave(self.states // self.step_log.numel())
         return discretize(rate, step, self.config.discretization)
 
-    @torch.no_grad()
-    def reset_rates(self, eigenvalues: Tensor, generator: torch.Generator | None) -> None:
-        """Copies of `eigenvalues`, complex `[n]`, as many as fit; steps and D by their rules."""
-        copies = self.states // eigenvalues.numel()
-        self.decay_log.copy_((-eigenvalues.real).log().repeat(copies))
-        self.frequency.copy_(eigenvalues.imag.repeat(copies))
-        low, high = math.log(self.config.step_low), math.log(self.config.step_high)
-        nn.init.uniform_(self.step_log, low, high, generator=generator)
-        nn.init.normal_(self.skip, generator=generator)
+    def eigenvalues(self) -> Tensor:
+        """Those that the layer starts from, complex `[n]`: it has as many copies of them as fit."""
+        raise NotImplementedError
+
+    def initializers(self) -> dict[Tensor, Initializer]:
+        def copies(values: Tensor) -> Tensor:
+            return values.repeat(self.states // len(values))
+
+        return {
+            self.decay_log: computed(lambda: copies((-self.eigenvalues().real).log())),
+            self.frequency: computed(lambda: copies(self.eigenvalues().imag)),
+            self.step_log: uniform(math.log(self.config.step_low), math.log(self.config.step_high)),
+            self.skip: normal(),
+        }
 
 
 class ChannelwiseMixer(StateSpaceMixer):
@@ -112,19 +118,23 @@ class ChannelwiseMixer(StateSpaceMixer):
         super().__init__(config, shape, shape.width * self.pairs, shape.width)
         # Real and imaginary parts of C, interleaved, one direction after the other: one-dimensional, so not decayed.
         self.readout = nn.Parameter(torch.empty(self.directions * self.states * 2))
-        self.reset_parameters()
+        initialize(self)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        eigenvalues, readout = self.initial_system(self.directions * self.shape.width, generator)
-        self.reset_rates(eigenvalues, generator)
-        with torch.no_grad():
-            self.readout.copy_(torch.view_as_real(readout).flatten())
+    def eigenvalues(self) -> Tensor:
+        return self.spectrum(self.config.state).values
 
-    def initial_system(self, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Eigenvalues, complex `[N/2]`, and `count` readouts `C * B`, complex `[count, N/2]`; C is normal numbers."""
+    def initial_readout(self, count: int, generator: torch.Generator | None) -> Tensor:
+        """`count` readouts `C * B`, complex `[count, N/2]`; C is normal numbers."""
         spectrum = self.spectrum(self.config.state)
-        c = torch.randn(count, self.config.state, dtype=torch.float64, device="cpu", generator=generator)
-        return spectrum.values, (c.to(spectrum.vectors.dtype) @ spectrum.vectors) * spectrum.input
+        c = cpu_normal(generator, count, self.config.state)
+        return (c.to(spectrum.vectors.dtype) @ spectrum.vectors) * spectrum.input
+
+    def initializers(self) -> dict[Tensor, Initializer]:
+        def fill(readout: Tensor, generator: torch.Generator | None) -> None:
+            values = self.initial_readout(self.directions * self.shape.width, generator)
+            readout.copy_(torch.view_as_real(values).flatten())
+
+        return super().initializers() | {self.readout: fill}
 
     def respond(
         self, x: Tensor, memory: Tensor | None, sequence: SequenceContext, direction: int
@@ -168,27 +178,29 @@ class SharedMixer(StateSpaceMixer):
         self.write = nn.Linear(shape.width, 2 * self.pairs, bias=False)
         self.read = nn.Linear(2 * self.pairs, shape.width, bias=False)
         self.read_back = nn.Linear(2 * self.pairs, shape.width, bias=False) if config.bidirectional else None
-        self.reset_parameters()
+        initialize(self)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def eigenvalues(self) -> Tensor:
+        return self.spectrum(2 * self.pairs // self.config.blocks).values
+
+    def initializers(self) -> dict[Tensor, Initializer]:
         """Eigenvalues of HiPPO; B and C are normal matrices seen in its eigenvectors (S5's appendix B.1)."""
-        width, blocks = self.shape.width, self.config.blocks
-        block = 2 * self.pairs // blocks
-        spectrum = self.spectrum(block)
+        width, blocks, pairs = self.shape.width, self.config.blocks, self.pairs
+        block = 2 * pairs // blocks
 
-        def normal(*shape: int) -> Tensor:
-            drawn = torch.randn(*shape, dtype=torch.float64, device="cpu", generator=generator)
-            return drawn.to(spectrum.vectors.dtype)
+        def write(weight: Tensor, generator: torch.Generator | None) -> None:
+            inverse = self.spectrum(block).inverse
+            values = inverse @ cpu_normal(generator, blocks, block, width).to(inverse.dtype) / math.sqrt(width)
+            weight.copy_(torch.view_as_real(values.flatten(0, 1)).mT.flatten(0, 1))
 
-        write = spectrum.inverse @ normal(blocks, block, width) / math.sqrt(width)
-        self.reset_rates(spectrum.values, generator)
-        with torch.no_grad():
-            self.write.weight.copy_(torch.view_as_real(write.flatten(0, 1)).mT.flatten(0, 1))
-            for read in (self.read, self.read_back):
-                if read is not None:
-                    c = normal(width, blocks, block) @ spectrum.vectors / math.sqrt(2 * self.pairs)
-                    # 2 Re(C h) = sum of 2 Re(C) Re(h) - 2 Im(C) Im(h): the conjugate has the same factors.
-                    read.weight.copy_(torch.view_as_real(2 * c.flatten(1).conj()).flatten(1))
+        def read(weight: Tensor, generator: torch.Generator | None) -> None:
+            vectors = self.spectrum(block).vectors
+            c = cpu_normal(generator, width, blocks, block).to(vectors.dtype) @ vectors / math.sqrt(2 * pairs)
+            # 2 Re(C h) = sum of 2 Re(C) Re(h) - 2 Im(C) Im(h): the conjugate has the same factors.
+            weight.copy_(torch.view_as_real(2 * c.flatten(1).conj()).flatten(1))
+
+        reads = [each.weight for each in (self.read, self.read_back) if each is not None]
+        return super().initializers() | {self.write.weight: write} | dict.fromkeys(reads, read)
 
     def respond(
         self, x: Tensor, memory: Tensor | None, sequence: SequenceContext, direction: int
