@@ -142,7 +142,10 @@ def materialize(
     of a tensor will be kept. `cut`: what is kept of a whole one, which then is the tensor of that name.
     """
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        whole = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.data.to(device)
+        if tensor.is_meta:
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        else:
+            whole = tensor.data.to(device)
         if fill is not None:
             fill(name, whole, own(tensor))
         whole = cut(name, whole)

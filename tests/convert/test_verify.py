@@ -130,7 +130,7 @@ def marked_rows(rows, generator):
 @pytest.mark.parametrize("memory", ["gla", pytest.param("gated_delta_net", marks=pytest.mark.all)])
 def test_recall_beyond_the_window_is_the_memorys(memory):
     """A tiny trained model answers from 15 tokens back, with a window of 4; without its memory it guesses."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     mixer = MIXERS.get("linearized_attention").Config(memory=memory, window=4, sinks=2, memory_weight=0.5)
     config = ModelConfig(layers=("linearized_attention",), depth=1, width=32, heads=2, initializer_range=0.3)
     model = LanguageModel(config, {"linearized_attention": mixer}, ASKED + 1)
