@@ -133,27 +133,29 @@ def materialize(
     device: torch.device,
     *,
     own: Callable[[Tensor], slice] = lambda tensor: WHOLE,
+    whole_shape: Callable[[str, torch.Size], torch.Size] = lambda name, shape: shape,
     cut: Callable[[str, Tensor], Tensor] = lambda name, whole: whole,
 ) -> Iterator[tuple[str, Tensor]]:
     """Brings the parameters and buffers of `module` to `device`, one after the other, filled by `fill`.
 
     Gives each with its name, so that it can be divided before the next one is made: at no time is there more than one
     whole. Those on the meta device stay the objects they are. `fill` None: all have their numbers. `own`: which numbers
-    of a tensor will be kept. `cut`: what is kept of a whole one, which then is the tensor of that name.
+    of a tensor will be kept. `whole_shape`, `cut`: of one that is a part, the shape of the whole, and what is kept of it.
     """
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.is_meta:
-            whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        shape = whole_shape(name, tensor.shape)
+        if fill is None or not (tensor.is_meta or shape != tensor.shape):
+            value = tensor.data.to(device)
         else:
-            whole = tensor.data.to(device)
+            value = torch.empty(shape, dtype=tensor.dtype, device=device)
         if fill is not None:
-            fill(name, whole, own(tensor))
-        whole = cut(name, whole)
+            fill(name, value, own(tensor))
+            value = cut(name, value)
         if tensor.is_meta:
-            _become(tensor, whole)
+            _become(tensor, value)
         else:
-            tensor.data = whole
-        del whole
+            tensor.data = value
+        del value
         yield name, tensor
 
 

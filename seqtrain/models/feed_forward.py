@@ -15,7 +15,7 @@ from seqtrain.errors import ConfigError
 from seqtrain.initialization import Initializer, constant, initialize
 from seqtrain.layers import Adapters, fused, upcast
 from seqtrain.models.spiking import Spikes
-from seqtrain.parallel.experts import dispatch_and_combine
+from seqtrain.parallel.experts import dispatch_and_combine, local_experts
 from seqtrain.validation import AUTO, OrAuto
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -181,8 +181,10 @@ class MoE(nn.Module):
         return {} if self.bias is None else {self.bias: constant(0.0)}
 
     def shard_experts(self, group: dist.ProcessGroup) -> list[nn.Parameter]:
-        """Shares the experts with the ranks of `group`; returns the parameters that `local_experts` is kept of."""
+        """Keeps this rank's experts of those that the ranks of `group` share; returns the parameters that shrink."""
         self.group = group
+        for weight in (self.up, self.down):
+            weight.data = local_experts(weight.data, group)
         return [self.up, self.down]
 
     @property

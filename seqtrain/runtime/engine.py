@@ -111,10 +111,10 @@ class Engine:
         self.sizes: dict[str, Sizes] | None = None
         self.module = model
         self.stage = config.parallel.zero_stage
-        settings = _deepspeed_config(config, ranks.device)
-        self._bear(weights, settings)
         # Before ZeRO cuts them.
         matrices = matrices_of(model) if OPTIMIZERS[config.optimizer.name].matrix_options is not None else {}
+        settings = _deepspeed_config(config, ranks.device)
+        self._bear(weights, settings)
         optimizer = build_optimizer(
             self._expert_parallel.groups(split_groups(groups, matrices) if matrices else groups),
             config.optimizer,
@@ -163,7 +163,8 @@ class Engine:
             piece = -(-tensor.numel() // ranks.count)
             return slice(ranks.rank * piece, (ranks.rank + 1) * piece) if divide else WHOLE
 
-        for _, tensor in materialize(self.module, weights, ranks.device, own=own, cut=self._expert_parallel.own):
+        shape, cut = self._expert_parallel.whole_shape, self._expert_parallel.own
+        for _, tensor in materialize(self.module, weights, ranks.device, own=own, whole_shape=shape, cut=cut):
             if divide is not None and isinstance(tensor, nn.Parameter):
                 divide(tensor)
 

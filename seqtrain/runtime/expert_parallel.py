@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -70,6 +71,12 @@ class ExpertParallel:
     def whole(self, name: str, value: Tensor) -> Tensor:
         """`value`, of the shape of this rank's parameter `name`, for all experts. A collective where it is a part."""
         return gather_experts(value, self.group) if self.group is not None and name in self._names else value
+
+    def whole_shape(self, name: str, shape: torch.Size) -> torch.Size:
+        """Of the parameter `name`, of which this rank's part has `shape`."""
+        if self.group is None or name not in self._names:
+            return shape
+        return torch.Size((shape[0] * self.group.size(), *shape[1:]))
 
     def own(self, name: str, value: Tensor) -> Tensor:
         """The reverse."""
