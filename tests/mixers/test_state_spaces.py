@@ -112,17 +112,18 @@ def test_hippo_is_the_published_matrix():
             assert a[n, k].item() == pytest.approx(-expected)
 
 
-def fill(mixer, parameter):
-    """Draws it anew from a generator of seed 3."""
+def begin(mixer):
+    """Draws each parameter anew, in its own precision, from a generator of seed 3."""
     with torch.no_grad():
-        mixer.initializers()[parameter](parameter, torch.Generator().manual_seed(3))
+        for parameter, draw in mixer.initializers().items():
+            draw(parameter, torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("name", ["s4_ptd", "legs"])
 def test_a_layer_starts_as_hippo_or_what_is_near_it(name):
     """The impulse responses are those of a dense real system with HiPPO's B, and a real C of normal numbers."""
     size, mixer = 8, build("s4_ptd", state=8) if name == "s4_ptd" else build("s4d", state=8, initialization="legs")
-    fill(mixer, mixer.readout)
+    begin(mixer)
     c = torch.randn(WIDTH, size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     a, b = hippo_legs(size)
     p = (torch.arange(size, dtype=torch.float64) + 0.5).sqrt()
@@ -139,7 +140,7 @@ def test_a_layer_starts_as_hippo_or_what_is_near_it(name):
 def test_one_system_for_all_channels_starts_from_real_matrices(name):
     """Written in the eigenvectors, B and C are real: the complex half is the whole real system of HiPPO's block."""
     mixer = build(name, blocks=1, step_low=0.05, step_high=0.05)
-    fill(mixer, mixer.write.weight)
+    begin(mixer)
     drawn = torch.randn(8, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     spectrum = normal_legs(8) if name == "s5" else perturbed_legs(8, 10.0)
     a = 2 * ((spectrum.vectors * spectrum.values) @ spectrum.inverse).real
