@@ -140,7 +140,7 @@ def materialize(
 
     Gives each with its name, so that it can be divided before the next one is made: at no time is there more than one
     whole. Those on the meta device stay the objects they are. `fill` None: all have their numbers. `own`: which numbers
-    of a tensor will be kept. `whole_shape`, `cut`: of one that is a part, the shape of the whole, and what is kept of it.
+    of a tensor will be kept. `whole_shape`, `cut`: of a part, the shape of the whole, and what is kept of that.
     """
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         shape = whole_shape(name, tensor.shape)
