@@ -1,10 +1,11 @@
 """Argument checks shared by the operators: every complaint names the argument, what came and what was expected."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from seqtrain.kernels.documents import boundaries_of
 
 # Dtypes an argument may have.
 KINDS: dict[str, Callable[[Tensor], bool]] = {
@@ -55,10 +56,10 @@ def check_documents(operator: str, cu_seqlens: Tensor | None, batch: int, tokens
         raise ValueError(f"{operator}: cu_seqlens is {came}, expected int32 or int64 [N+1] with N >= 1")
     if torch.compiler.is_compiling():  # what a graph may not read, its operators do
         return cu_seqlens.shape[0] - 1
-    boundaries = cu_seqlens.tolist()
-    if boundaries[0] != 0 or boundaries[-1] != tokens or any(a > b for a, b in pairwise(boundaries)):
+    boundaries = boundaries_of(cu_seqlens)
+    if boundaries[0] != 0 or boundaries[-1] != tokens or not boundaries.rise:
         raise ValueError(
-            f"{operator}: cu_seqlens must rise from 0 to T={tokens}, came {boundaries[:8]}... to {boundaries[-1]}"
+            f"{operator}: cu_seqlens must rise from 0 to T={tokens}, came {list(boundaries[:8])}... to {boundaries[-1]}"
         )
     return len(boundaries) - 1
 

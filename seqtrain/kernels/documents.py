@@ -1,6 +1,6 @@
-"""What the reference backends share: a definition run token by token in each document, and the dtype of states."""
+"""What backends share: documents' boundaries on the host, a definition run token by token, and the dtype of states."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from itertools import pairwise
 from typing import Any
@@ -12,6 +12,36 @@ from torch import Tensor
 def state_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype of states and sums for inputs of these dtypes: float32 at least, float64 or complex where one is."""
     return reduce(torch.promote_types, dtypes, torch.float32)
+
+
+class Boundaries(tuple[int, ...]):
+    """Where documents begin and a row's end, on the host; hashed and checked once, however many ask.
+
+    `rise`: whether none lies before the one to its left.
+    """
+
+    rise: bool
+    _hash: int
+
+    def __new__(cls, numbers: Iterable[int]) -> "Boundaries":
+        found = super().__new__(cls, numbers)
+        found.rise = all(a <= b for a, b in pairwise(found))
+        found._hash = tuple.__hash__(found)
+        return found
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def boundaries_of(cu_seqlens: Tensor) -> Boundaries:
+    """`cu_seqlens`, int `[N+1]`, on the host: read once a tensor, since all layers of a step are given the same one."""
+    if cu_seqlens.is_inference():
+        return Boundaries(cu_seqlens.tolist())
+    known = cu_seqlens.__dict__.get("boundaries")
+    if known is None or known[0] != cu_seqlens._version:
+        known = cu_seqlens.__dict__["boundaries"] = (cu_seqlens._version, Boundaries(cu_seqlens.tolist()))
+    found: Boundaries = known[1]
+    return found
 
 
 def by_document(
@@ -27,7 +57,7 @@ def by_document(
     """
     if cu_seqlens is None:
         return run(*tensors, state)
-    boundaries = cu_seqlens.tolist()
+    boundaries = boundaries_of(cu_seqlens)
     pieces = [
         run(*(None if tensor is None else tensor[:, start:end] for tensor in tensors), state[n : n + 1])
         for n, (start, end) in enumerate(pairwise(boundaries))

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqtrain.kernels.documents import boundaries_of
+
 # Device types that kernels are launched on: CUDA only, but for processes that interpret or compile (`inspect`).
 DEVICES = {"cuda"}
 # The GPUs that configurations are pinned for: NVIDIA's by compute capability, AMD's by name.
@@ -122,7 +124,7 @@ def boundaries(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
     """Where the documents of `x: [B,T,...]` begin among its B T tokens, and their end; else its rows."""
     if cu_seqlens is None:
         return tuple(row * x.shape[1] for row in range(x.shape[0] + 1))
-    return tuple(cu_seqlens.tolist())
+    return boundaries_of(cu_seqlens)
 
 
 # A training step has one set of boundaries in all its layers, forward and backward; evaluation adds a few.

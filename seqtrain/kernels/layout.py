@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqtrain.kernels.documents import boundaries_of
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -167,7 +169,7 @@ def chunk_layout(
     `chunk`: chunk length for long documents, a power of two. It is halved, down to `smallest_chunk`, where documents
     are so short that padding would outweigh what larger chunks save. Layouts are cached by their boundaries.
     """
-    boundaries = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    boundaries = None if cu_seqlens is None else boundaries_of(cu_seqlens)
     return _chunk_layout(batch, tokens, boundaries, chunk, smallest_chunk, device)
 
 

@@ -1,34 +1,28 @@
-"""Softmax attention over a sharded sequence: a window by its halo, full attention by heads or by blocks.
+"""Softmax attention over a sharded sequence: a window by its halo, full attention by heads and a ring.
 
 * A window: the last `window - 1` keys and values come from the left, and the operator continues from there. Sinks are
   the first tokens of a rank's first document, wherever they lie: a rank in the middle of a long document gets them from
   the one on which it starts.
-* By heads, where the number of ranks divides theirs: each rank gets the whole row for its share of heads, runs the
-  operator, and hands the outputs back. All ranks have the same work.
-* By blocks otherwise, and where documents are short: keys and values of a rank's first document come to it rank by
-  rank, and partial results are merged. In a long document later ranks have more work.
+* Full attention: heads within groups of ranks, a ring of the groups (`attention_layout`, `ring_attention`).
 """
 
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqtrain.kernels import softmax_attention
 from seqtrain.kernels.segments import PastKeys, PastKeysAndSinks
-from seqtrain.parallel.block_attention import block_attention
-from seqtrain.parallel.exchange import exchange
+from seqtrain.parallel.attention_layout import COSTS, Heads, Layout, balanced, cheapest, contiguous
 from seqtrain.parallel.halo import HaloPlan, left_halo, past_inputs
+from seqtrain.parallel.ring_attention import RankLayout, sharded_attention
 from seqtrain.parallel.scan import keep_in_graph
 from seqtrain.parallel.sequence import Call, ContinuedSequence, Groups, SplitInTime, State, splits
 from seqtrain.parallel.sharded import ShardedSequence
 
-# Documents that begin at most a quarter of the longest part before their rank are cheaper by blocks: little travels,
-# and the work remains about even.
-NEAR = 4
+# How full attention is done: groups of so many neighbours that divide the heads, and whether their work is balanced.
+# "heads": all ranks are one group, "blocks": each is one, of its own tokens.
+Form = Literal["auto", "heads", "blocks"] | tuple[int, bool]
 
 
 @splits(PastKeys)
@@ -41,23 +35,17 @@ class Keys(SplitInTime):
         The state with a window is the one after this rank's last token. Without one it holds this rank's own keys and
         values only, those of its last document: the whole past would be as large as the row. Where a sequence is
         `continued` the last rank has all.
-        The option `form` says how full attention is done; `"auto"`: by heads where H and G divide by the number of
-        ranks, unless no document reaches farther to the left of a rank than a quarter of the longest part.
+        The option `form` says how full attention is done, see `Form`; `"auto"`: the cheapest by estimated time.
 
         Numbers received per rank, B times: with a window at most `(window-1) G (K+V)`, and as many sent back in
-        backward. By heads about `(P-1)/P T_r (H+G) (K+V)`, the same in backward. By blocks `F G (K+V)` for the F tokens
-        of this rank's first document that lie before it; in backward they come again and their gradients, as many
-        numbers, are sent back. All travel in the dtype of the inputs.
+        backward. Full attention in groups of I ranks: about `T_r (H+G) (K+V)` where tokens leave their rank, twice as
+        many backward; and keys and values that go around, at most `T G (K+V) / I`, backward again with their gradients.
+        All travel in the dtype of the inputs, gradients that go around in float32.
         Raises `ValueError` for a form that can't be, and for a state with unequal lengths.
         """
         (q, k, v), state = call.tensors, call.initial_state
         if call.options.get("window") is not None:
             return _windowed(sequence, call)
-        ranks, form = len(sequence.offsets) - 1, call.options.get("form", "auto")
-        divides = q.shape[2] % ranks == 0 and k.shape[2] % ranks == 0
-        if form == "heads" and not divides:
-            heads = f"H={q.shape[2]} and G={k.shape[2]} heads"
-            raise ValueError(f"softmax_attention: form='heads' with {heads} on {ranks} ranks, which must divide both")
         if state is not None and state["length"].tolist() != [state["k"].shape[1]] * k.shape[0]:
             lengths = f"{state['length'].tolist()[:8]}, on several ranks it must be S={state['k'].shape[1]} per row"
             raise ValueError(f"softmax_attention: initial_state[length] is {lengths}")
@@ -67,13 +55,19 @@ class Keys(SplitInTime):
         given, k, v = _joined(k, v, sequence, state)
         if sequence.continued:
             own_keys, q = _whole_past(own_keys, q, k, v, sequence, given)
-        plan = _whole_documents(sequence, given)
-        scores = {name: call.options[name] for name in ("scale", "score_cap") if name in call.options}
-        longest = max(end - start for start, end in pairwise(plan.offsets))
-        far = NEAR * max(plan.before(rank) for rank in range(ranks)) > longest
-        if form == "heads" or (form == "auto" and divides and far):
-            return _by_heads(q, k, v, sequence, given, scores), own_keys
-        return _by_blocks(q, k, v, sequence, plan, scores), own_keys
+        place = _place(sequence, q, k, v, given, call.options.get("form", "auto"))
+        scale = call.options.get("scale")
+        out = sharded_attention(
+            q,
+            k.to(q.dtype),
+            v.to(q.dtype),
+            scale=q.shape[3] ** -0.5 if scale is None else scale,
+            cap=call.options.get("score_cap", 0.0),
+            fused=sequence.backend != "reference",
+            place=place,
+            group=sequence.group,
+        )
+        return keep_in_graph(out.to(v.dtype), q), own_keys
 
     def continued(self, sequence: ContinuedSequence, state: State) -> State:
         # Rows of keys and values are counted by `length`: those of a first document are all there are.
@@ -143,7 +137,7 @@ def _windowed(sequence: ShardedSequence, call: Call) -> tuple[Tensor, State]:
         length = (initial_state["length"] + sequence.offsets[sequence.rank]).clamp(max=before)
     local = None
     if sequence.cu_seqlens is not None:
-        local = torch.tensor(sequence.own_boundaries, dtype=torch.int32, device=k.device)
+        local = sequence.own_cu_seqlens(k.device)
         # Packed pasts have no rows that don't count, and documents that start here have none at all.
         counted = int(length)
         past_k, past_v = past_k[:, before - counted :], past_v[:, before - counted :]
@@ -172,123 +166,30 @@ def _whole_past(
     return state | {"length": own["length"] + before["k"].shape[1]}, keep_in_graph(q, *before.values())
 
 
-@dataclass(frozen=True)
-class _ByHeads:
-    """Who holds how many tokens and heads: `tokens` of q on each rank, `given` rows of a state before rank 0's keys."""
+def _place(sequence: ShardedSequence, q: Tensor, k: Tensor, v: Tensor, given: int, form: Form) -> RankLayout:
+    """How this rank takes part, the same in every layer of a kind. Raises `ValueError` for a form that can't be."""
+    shape = (q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype.itemsize)
 
-    sequence: ShardedSequence
-    batch: int
-    given: int
+    def make() -> RankLayout:
+        kind = q.device.type
+        layout = attention_layout(sequence.offsets, sequence.boundaries, Heads(*shape), kind, given=given, form=form)
+        return RankLayout(layout, sequence.rank)
 
-    @property
-    def ranks(self) -> int:
-        return len(self.sequence.offsets) - 1
-
-    @property
-    def tokens(self) -> list[int]:
-        return [end - start for start, end in pairwise(self.sequence.offsets)]
-
-    @property
-    def agreed(self) -> str:
-        return f"softmax_attention by heads {self.sequence.offsets} {self.given} {self.batch}"
-
-    def whole_rows(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-        """`[B,T,H/P,K]`, `[B,S+T,G/P,K]`, `[B,S+T,G/P,V]`: this rank's heads of all ranks' tokens."""
-        shapes = [(x.shape[2] // self.ranks, x.shape[3]) for x in (q, k, v)]
-        keys = [self.tokens[0] + self.given, *self.tokens[1:]]
-        # Rank by rank what it has of q, k and v.
-        pieces = [
-            (self.batch, count, *shape)
-            for counts in zip(self.tokens, keys, keys, strict=True)
-            for count, shape in zip(counts, shapes, strict=True)
-        ]
-        sizes = [torch.Size(piece).numel() for piece in pieces]
-        leaving = torch.cat([x.unflatten(2, (self.ranks, -1)).movedim(2, 0).flatten(1) for x in (q, k, v)], 1)
-        came = exchange(
-            leaving.flatten(),
-            [leaving.shape[1]] * self.ranks,
-            [sum(sizes[first : first + 3]) for first in range(0, len(sizes), 3)],
-            group=self.sequence.group,
-            agreed=f"{self.agreed} {shapes}",
-        )
-        parts = [part.view(piece) for part, piece in zip(came.split(sizes), pieces, strict=True)]
-        return [torch.cat(parts[which::3], 1) for which in range(3)]
-
-    def own_rows(self, out: Tensor) -> Tensor:
-        """`[B,T,H/P,V]` of all ranks' tokens -> `[B,T_r,H,V]`, all heads of this rank's."""
-        own = (self.batch, self.tokens[self.sequence.rank], *out.shape[2:])
-        came = exchange(
-            torch.cat([piece.reshape(-1) for piece in out.split(self.tokens, 1)]),
-            [self.batch * count * out.shape[2:].numel() for count in self.tokens],
-            [torch.Size(own).numel()] * self.ranks,
-            group=self.sequence.group,
-            agreed=f"{self.agreed} {tuple(out.shape)} out",
-        )
-        return came.view(self.ranks, *own).movedim(0, 2).flatten(2, 3)
+    return sequence.planned(("attention", *shape, given, form), make)
 
 
-def _by_heads(q: Tensor, k: Tensor, v: Tensor, sequence: ShardedSequence, given: int, scores: dict[str, Any]) -> Tensor:
-    """Everything to everyone, by heads; the whole row for this rank's heads; and back."""
-    heads = _ByHeads(sequence, q.shape[0], given)
-    whole_q, whole_k, whole_v = heads.whole_rows(q, k.to(q.dtype), v.to(q.dtype))
-    state, boundaries = None, None
-    if sequence.cu_seqlens is not None:
-        boundaries = torch.tensor(sequence.boundaries, dtype=torch.int32, device=q.device)
-    if given:
-        length = torch.full((q.shape[0],), given, dtype=torch.int64, device=q.device)
-        # The state is the first document's.
-        length = length if boundaries is None else F.pad(length, (0, len(sequence.boundaries) - 2))
-        state = {"k": whole_k[:, :given], "v": whole_v[:, :given], "length": length}
-    out, _ = softmax_attention(
-        whole_q,
-        whole_k[:, given:],
-        whole_v[:, given:],
-        **scores,
-        initial_state=state,
-        cu_seqlens=boundaries,
-        backend=sequence.backend,
-    )
-    return heads.own_rows(out).to(v.dtype)
-
-
-def _by_blocks(
-    q: Tensor, k: Tensor, v: Tensor, sequence: ShardedSequence, plan: HaloPlan, scores: dict[str, Any]
-) -> Tensor:
-    """The first document by blocks from the left, where it began on an earlier rank; the others by the operator."""
-    head = sequence.own_boundaries[1] if plan.before(sequence.rank) else 0
-    outs, scale = [], scores.get("scale")
-    if plan.any:
-        head_out = block_attention(
-            q[:, :head],
-            k.to(q.dtype),
-            v.to(q.dtype),
-            scale=q.shape[3] ** -0.5 if scale is None else scale,
-            cap=scores.get("score_cap", 0.0),
-            fused=sequence.backend != "reference",
-            plan=plan,
-            group=sequence.group,
-        )
-        outs.append(head_out.to(v.dtype))
-    if head < q.shape[1] or not outs:
-        first = head + (plan.given if sequence.rank == 0 else 0)
-        local = None
-        if sequence.cu_seqlens is not None:
-            inner = sequence.own_boundaries[1:] if head else sequence.own_boundaries
-            local = torch.tensor([boundary - head for boundary in inner], dtype=torch.int32, device=q.device)
-        out, _ = softmax_attention(
-            q[:, head:], k[:, first:], v[:, first:], **scores, cu_seqlens=local, backend=sequence.backend
-        )
-        outs.append(out)
-    return keep_in_graph(torch.cat(outs, 1), q)
-
-
-def _whole_documents(sequence: ShardedSequence, given: int) -> HaloPlan:
-    """Each rank wants all of its first document that lies before it; a rank without tokens wants nothing."""
-    starts = sequence.before(sequence.offsets[-1] + given, given=given).starts
-    wanted = (
-        end if end == after else start for start, (end, after) in zip(starts, pairwise(sequence.offsets), strict=True)
-    )
-    return HaloPlan(tuple(wanted), sequence.offsets, given)
+def attention_layout(
+    offsets: tuple[int, ...], boundaries: tuple[int, ...], heads: Heads, device: str, *, given: int = 0, form: Form
+) -> Layout:
+    """Of a row; `device`: its kind. Raises `ValueError` for a form that can't be."""
+    if form == "auto":
+        return cheapest(offsets, boundaries, heads, COSTS[device], given)
+    ranks = len(offsets) - 1
+    inner, even = {"heads": (ranks, False), "blocks": (1, False)}[form] if isinstance(form, str) else form
+    if ranks % inner or heads.queries % inner or heads.keys % inner:
+        came = f"form={form!r} with H={heads.queries} and G={heads.keys} heads on {ranks} ranks"
+        raise ValueError(f"softmax_attention: {came}: groups of {inner} ranks must divide all three")
+    return (balanced if even else contiguous)(offsets, boundaries, inner, given)
 
 
 def _before(k: Tensor, v: Tensor, sequence: ShardedSequence, window: int, sinks: int, initial: State | None) -> State:

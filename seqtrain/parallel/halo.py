@@ -86,7 +86,6 @@ def _traffic(plan: HaloPlan, rank: int) -> tuple[tuple[RowRange, ...], tuple[Row
     return leaving, tuple(rows for rows in receives if rows is not None)
 
 
-@lru_cache(maxsize=64)
 def tokens_before(offsets: tuple[int, ...], boundaries: tuple[int, ...], count: int, given: int) -> HaloPlan:
     """See `ShardedSequence.before`."""
     starts = [
@@ -96,7 +95,6 @@ def tokens_before(offsets: tuple[int, ...], boundaries: tuple[int, ...], count: 
     return HaloPlan(tuple(starts), offsets, given)
 
 
-@lru_cache(maxsize=64)
 def first_tokens(offsets: tuple[int, ...], boundaries: tuple[int, ...], count: int, given: int) -> HaloPlan:
     """See `ShardedSequence.first_of_document`."""
     documents = first_documents(offsets, boundaries)

@@ -94,6 +94,16 @@ class Wire(ABC):
             self.receive(count)
 
     @abstractmethod
+    def launch(self) -> Sent:
+        """Lets what was posted and sent go while the caller computes."""
+
+    def wait(self, launched: Sent) -> None:
+        """Until what `launch` gave has come, and its sends have left."""
+        with _observed("exchange"):
+            for work, _ in launched:
+                work.wait()
+
+    @abstractmethod
     def close(self) -> Sent:
         """The sends that may still be under way, with the buffers they read."""
 
@@ -117,6 +127,12 @@ class GlooWire(Wire):
         for _ in range(count):
             self.receives.popleft()[0].wait()
 
+    def launch(self) -> Sent:
+        launched = [*self.receives, *self.sends]
+        self.receives.clear()
+        self.sends = []
+        return launched
+
     def close(self) -> Sent:
         sends, self.sends = self.sends, []
         return sends
@@ -135,11 +151,18 @@ class NcclWire(Wire):
     """
 
     def receive(self, count: int = 1) -> None:
-        operations = [*self.sends, *(self.receives.popleft() for _ in range(count))]
-        self.sends.clear()
-        if operations:
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()  # orders the current stream after the messages; the host continues
+        for work, _ in self._batch(count):
+            work.wait()  # orders the current stream after the messages; the host continues
+
+    def launch(self) -> Sent:
+        # NCCL runs it on a stream of its own, behind what the current one was given so far.
+        return self._batch(len(self.receives))
+
+    def _batch(self, receives: int) -> Sent:
+        operations = [*self.sends, *(self.receives.popleft() for _ in range(receives))]
+        self.sends = []
+        works = dist.batch_isend_irecv(operations) if operations else []
+        return [(work, operation.tensor) for work, operation in zip(works, operations, strict=False)]
 
     def close(self) -> Sent:
         self.receive(0)

@@ -5,9 +5,11 @@ tail). Only the head needs what other ranks know, and only the last document's s
 whose segments are affine maps costs one All-Scan, and the map of a rank where a document starts forgets what came.
 """
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,10 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from seqtrain.kernels.documents import Boundaries, boundaries_of
 from seqtrain.kernels.segments import AffineScan
 from seqtrain.parallel.halo import HaloPlan, first_documents, first_tokens, tokens_before
 from seqtrain.parallel.scan import Algorithm, keep_in_graph, open_all_scan
 from seqtrain.parallel.sequence import SPLITS, Call, SequenceContext, SplitInTime, splits, with_gradients
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,8 @@ class ShardedSequence(SequenceContext):
     resets: tuple[int, ...] = field(init=False, repr=False, compare=False)
     # Where in the row this rank's first document starts; for a rank without tokens, see `before`.
     document_start: int = field(init=False, repr=False, compare=False)
+    # See `planned`.
+    plans: dict[tuple, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         ranks, offsets = self.group.size(), self.offsets
@@ -67,15 +74,23 @@ class ShardedSequence(SequenceContext):
             raise ValueError(f"offsets={offsets}: expected to end at {int(self.cu_seqlens[-1])}, where cu_seqlens does")
         # Found once and not when asked for: `torch.compile` can't trace a cached property.
         tokens, start, end = self.offsets[-1], self.start, self.end
-        inner = set() if self.cu_seqlens is None else set(self.cu_seqlens.tolist())
-        boundaries = (0, *sorted(inner - {0, tokens}), tokens)
+        inner = set() if self.cu_seqlens is None else set(boundaries_of(self.cu_seqlens))
+        boundaries = Boundaries((0, *sorted(inner - {0, tokens}), tokens))
         object.__setattr__(self, "boundaries", boundaries)
-        parts = enumerate(pairwise(offsets))
-        resets = (rank for rank, (first, last) in parts if any(first <= x < last for x in boundaries[1:-1]))
+        # How many documents but the row's first start before each rank.
+        before = [bisect_left(boundaries, offset, 1, len(boundaries) - 1) for offset in offsets]
+        resets = (rank for rank, (first, last) in enumerate(pairwise(before)) if first < last)
         object.__setattr__(self, "resets", tuple(resets))
-        own = (0, *(boundary - start for boundary in boundaries if start < boundary < end), end - start)
-        object.__setattr__(self, "own_boundaries", own)
+        own = boundaries[bisect_right(boundaries, start) : bisect_left(boundaries, end)]
+        object.__setattr__(self, "own_boundaries", (0, *(boundary - start for boundary in own), end - start))
         object.__setattr__(self, "document_start", first_documents(self.offsets, boundaries)[self.rank])
+
+    def planned(self, key: tuple, make: Callable[[], T]) -> T:
+        """`make()`, once for all layers: what hangs on the row's documents and ranks is planned once a row."""
+        if key not in self.plans:
+            self.plans[key] = make()
+        found: T = self.plans[key]
+        return found
 
     @property
     def rank(self) -> int:
@@ -97,6 +112,9 @@ class ShardedSequence(SequenceContext):
         `continues`: whether the row's first document does. The second: int64 `[N+1]`, boundaries of those N documents,
         from 0; None where none starts here, and where B rows of one document each do.
         """
+        return self.planned(("tail", continues), lambda: self._head_and_tail(continues))
+
+    def _head_and_tail(self, continues: bool) -> tuple[int, Tensor | None]:
         start, end = self.start, self.end
         if self.cu_seqlens is None:
             return 0 if start == 0 and not continues else end - start, None
@@ -118,8 +136,12 @@ class ShardedSequence(SequenceContext):
         def padded(part: Tensor) -> Tensor:
             return F.pad(part, (*(0, 0) * (part.dim() - 1), 0, documents - 1))
 
-        local = torch.tensor(self.own_boundaries, dtype=torch.int32, device=tree_leaves(past)[0].device)
-        return local, tree_map(padded, past)
+        return self.own_cu_seqlens(tree_leaves(past)[0].device), tree_map(padded, past)
+
+    def own_cu_seqlens(self, device: torch.device) -> Tensor:
+        """int32 `[N+1]`, boundaries of the parts of documents that this rank holds."""
+        key = ("own", device)
+        return self.planned(key, lambda: torch.tensor(self.own_boundaries, dtype=torch.int32, device=device))
 
     def before(self, count: int, *, given: int = 0) -> HaloPlan:
         """Each rank wants the last `count` positions before its tokens, as far as its first document reaches back.
@@ -127,7 +149,8 @@ class ShardedSequence(SequenceContext):
         The `given` rows belong to the row's first document. A rank without tokens continues the document of the
         token before it, so that the state after its last token is that of the rank before.
         """
-        return tokens_before(self.offsets, self.boundaries, count, given)
+        key = ("before", count, given)
+        return self.planned(key, lambda: tokens_before(self.offsets, self.boundaries, count, given))
 
     def first_of_document(self, count: int, *, given: int = 0) -> HaloPlan:
         """Each rank wants the first `count` positions of its first document, those before its own tokens.
@@ -135,7 +158,8 @@ class ShardedSequence(SequenceContext):
         The `given` rows belong to the row's first document and come before its tokens. For a rank without tokens, see
         `before`.
         """
-        return first_tokens(self.offsets, self.boundaries, count, given)
+        key = ("first", count, given)
+        return self.planned(key, lambda: first_tokens(self.offsets, self.boundaries, count, given))
 
     def _run(self, operator: Any, *tensors: Any, initial_state: Any = None, **options: Any) -> tuple[Tensor, Any]:
         """`operator(*tensors, ...)` as on the whole row: `(out, final_state)`, out for this rank's tokens.
@@ -154,14 +178,21 @@ class ShardedSequence(SequenceContext):
     def grouped(self, size: int, past: Tensor | None = None) -> "ShardedSequence":
         # Tokens of a group that began before the row.
         begun = int(past[0]) % size if past is not None and self.continues else 0
-        ends = [0, self.offsets[-1]] if self.cu_seqlens is None else self.cu_seqlens.tolist()
+        continues = self.continues and (past is None or begun > 0)
+        return self.planned(("grouped", size, begun, continues), lambda: self._grouped(size, begun, continues))
+
+    def _grouped(self, size: int, begun: int, continues: bool) -> "ShardedSequence":
+        ends = [0, self.offsets[-1]] if self.cu_seqlens is None else boundaries_of(self.cu_seqlens)
         starts = [
             max(place, start) for start, end in pairwise(ends) for place in range(start if start else -begun, end, size)
         ]
         boundaries = torch.tensor([*starts, ends[-1]], dtype=torch.int32)
-        return replace(self, cu_seqlens=boundaries, continues=self.continues and (past is None or begun > 0))
+        return replace(self, cu_seqlens=boundaries, continues=continues)
 
     def repeated(self, times: int) -> "ShardedSequence":
+        return self.planned(("repeated", times), lambda: self._repeated(times))
+
+    def _repeated(self, times: int) -> "ShardedSequence":
         offsets = tuple(times * offset for offset in self.offsets)
         return replace(self, offsets=offsets, cu_seqlens=None if self.cu_seqlens is None else times * self.cu_seqlens)
 

@@ -7,7 +7,10 @@ are `e^(scores - lse)`, so its gradients need no other block (Dao et al. 2022, a
 PyTorch's fused kernels can't cap scores: what is capped is done by plain PyTorch, a block of queries at a time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +23,8 @@ from seqtrain.kernels.linear_cross_entropy import soft_cap
 
 # Queries whose scores are held at once where no fused kernel serves.
 QUERIES = 512
+# Documents from this length on are attended to one by one: a call's own cost (about 0.1 ms) is lost in their work.
+ALONE = 1024
 
 
 def attend(
@@ -79,6 +84,75 @@ def merge(out: Tensor, lse: Tensor, block: Tensor, block_lse: Tensor) -> tuple[T
     total = torch.logaddexp(lse, block_lse)
     mine, others = ((part - total).exp().transpose(1, 2)[..., None] for part in (lse, block_lse))  # B T H 1
     return out * mine + block * others, total
+
+
+class Packed:
+    """Documents of one row, nothing before them: long ones one by one, short ones side by side in batches of similar
+    length, where causality hides the padding.
+
+    `alone`: places of the long ones, from `long` tokens on.
+    """
+
+    def __init__(self, boundaries: Sequence[int], long: int = ALONE):
+        """`boundaries`: from 0 to the row's length; documents may be empty."""
+        self.tokens = boundaries[-1]
+        self.alone: list[slice] = []
+        self._batches: list[tuple[Tensor, Tensor]] = []
+        short: dict[int, list[tuple[int, int]]] = {}
+        for start, end in pairwise(boundaries):
+            if end - start >= long or end - start == self.tokens > 0:
+                self.alone.append(slice(start, end))
+            elif end > start:
+                # Lengths within a factor of two side by side: at most ten calls, whatever the number of documents.
+                short.setdefault((end - start).bit_length(), []).append((start, end - start))
+        for documents in short.values():
+            starts, lengths = torch.tensor(documents).unbind(1)
+            step = torch.arange(int(lengths.max()))
+            # Filled up with its own last token: hidden values count for zero, and zero times infinity is NaN.
+            places = starts[:, None] + torch.minimum(step, lengths[:, None] - 1)
+            self._batches.append((places, step < lengths[:, None]))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """As the function, causally within documents; B rows where there is one document."""
+        if self.alone and self.alone[0] == slice(0, self.tokens):
+            return attend(q, k, v, causal=True, **options)
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+        lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=state_dtype(q.dtype), device=q.device)
+        for rows in self.alone:
+            out[:, rows], lse[:, :, rows] = attend(q[:, rows], k[:, rows], v[:, rows], causal=True, **options)
+        for places, real in self.batches(q.device):
+            found, sums = attend(q[0][places], k[0][places], v[0][places], causal=True, **options)
+            out[0, places[real]] = found[real]
+            lse[0, :, places[real]] = sums.transpose(1, 2)[real].T
+        return out, lse
+
+    def gradients(
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of q, k and v, as `attend_gradients`."""
+        if self.alone and self.alone[0] == slice(0, self.tokens):
+            return attend_gradients(d_out, q, k, v, out, lse, causal=True, **options)
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        for rows in self.alone:
+            part = [x[:, rows] for x in (d_out, q, k, v, out)] + [lse[:, :, rows]]
+            dq[:, rows], dk[:, rows], dv[:, rows] = attend_gradients(*part, causal=True, **options)  # type: ignore[misc]
+        for places, real in self.batches(q.device):
+            part = [x[0][places] for x in (d_out, q, k, v, out)] + [lse[0].T[places].transpose(1, 2).contiguous()]
+            part[0].mul_(real[..., None, None])
+            found = attend_gradients(*part, causal=True, **options)  # type: ignore[misc]
+            for x, gradient in zip((dq, dk, dv), found, strict=True):
+                x[0, places[real]] = gradient[real]
+        return dq, dk, dv
+
+    def batches(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """int64 `[documents, longest]` places of short ones' tokens, filled up with their last, and which are real."""
+        if self._batches and self._batches[0][0].device != device:
+            self._batches = [(places.to(device), real.to(device)) for places, real in self._batches]
+        return self._batches
+
+
+# The same in all layers of a step.
+packed = lru_cache(maxsize=16)(Packed)
 
 
 def _has_fused(q: Tensor) -> bool:

@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqtrain.kernels.custom_ops import opaque
-from seqtrain.kernels.softmax_attention.blocks import attend_capped, same_width
+from seqtrain.kernels.documents import boundaries_of
+from seqtrain.kernels.softmax_attention.blocks import ALONE, attend_capped, packed, same_width
 from seqtrain.kernels.softmax_attention.past import Past
 
-# Documents from this length on are attended to one by one: a call's own cost (about 0.1 ms) is lost in their work.
-ALONE = 1024
 # Queries in a block where a given past makes a mask necessary.
 MASKED_QUERIES = 512
 
@@ -37,7 +36,7 @@ def run(
     if past is None:
         return _documents(q, k, v, window, scale, cap, cu_seqlens)[0]
     outs, first = [], 0
-    for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+    for n, (start, end) in enumerate(pairwise(boundaries_of(cu_seqlens))):
         rows = slice(first, first + past.lengths[n])
         mine = Past(past.k[:, rows], past.v[:, rows], past.length[n : n + 1], past.lengths[n : n + 1])
         outs.append(_rows(q[:, start:end], k[:, start:end], v[:, start:end], window, scale, cap, mine))
@@ -103,33 +102,20 @@ def _documents(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, cap: float, cu_seqlens: Tensor
 ) -> tuple[Tensor]:
     """`(out,)` of documents of one packed row, nothing before them."""
-    boundaries = cu_seqlens.tolist()
+    boundaries = boundaries_of(cu_seqlens)
     if len(boundaries) == 2:
         # Of one document nothing is put together again, which would copy it twice.
         return (_rows(q, k, v, window, scale, cap, None),)
-    outs, places = [], []
-    batches: dict[int, list[tuple[int, int]]] = {}
-    for start, end in pairwise(boundaries):
-        length = end - start
-        if length >= ALONE or (window is not None and length > window):
-            outs.append(_rows(q[:, start:end], k[:, start:end], v[:, start:end], window, scale, cap, None)[0])
-            places.append(torch.arange(start, end))
-        elif length:
-            # Lengths within a factor of two side by side: at most ten calls, whatever the number of documents.
-            batches.setdefault(length.bit_length(), []).append((start, length))
-    for documents in batches.values():
-        starts, lengths = torch.tensor(documents).unbind(1)
-        step = torch.arange(int(lengths.max()))
-        real = step < lengths[:, None]
-        # A document is filled up with its own last token: hidden values count for zero, and zero times infinity is NaN.
-        rows = starts[:, None] + torch.minimum(step, lengths[:, None] - 1)  # documents x longest
-        index = rows.to(q.device)
-        batch = _attend(q[0][index], k[0][index], v[0][index], scale, cap, "causal")
-        outs.append(batch[real.to(q.device)])
-        places.append(rows[real])
+    documents, outs = packed(boundaries, ALONE if window is None else min(ALONE, window + 1)), []
+    places = [torch.arange(rows.start, rows.stop, device=q.device) for rows in documents.alone]
+    for rows in documents.alone:
+        outs.append(_rows(q[:, rows], k[:, rows], v[:, rows], window, scale, cap, None)[0])
+    for index, real in documents.batches(q.device):
+        outs.append(_attend(q[0][index], k[0][index], v[0][index], scale, cap, "causal")[real])
+        places.append(index[real])
     out = q.new_empty(q.shape[1], q.shape[2], v.shape[3])
     if outs:
-        out = out.index_copy(0, torch.cat(places).to(q.device), torch.cat(outs))
+        out = out.index_copy(0, torch.cat(places), torch.cat(outs))
     return (out[None],)
 
 
