@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from seqtrain.initialization import Initializer, constant, initialize, uniform
 from seqtrain.kernels import gated_norm, short_convolution
 from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.parallel.tensor import ALONE, TensorParallel
 
 NORM_EPS = 1e-6
 
@@ -24,7 +25,8 @@ class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in float32, returned in x's dtype.
 
     With `groups`, the mean is taken over each of so many equal parts of the last dimension. A gate is applied before
-    the norm: `x * silu(gate)` is what is normalised (Mamba-2); with `gate_first=False` after it.
+    the norm: `x * silu(gate)` is what is normalised (Mamba-2); with `gate_first=False` after it. With `tensor` the
+    ranks have parts of what is normalised, `width` channels each; `groups` are those of all.
     `zero_centered`: what multiplies is `1 + weight`, and weights start at zero (Gemma).
     """
 
@@ -36,9 +38,11 @@ class RMSNorm(nn.Module):
         groups: int = 1,
         zero_centered: bool = False,
         gate_first: bool = True,
+        tensor: TensorParallel = ALONE,
     ):
         super().__init__()
-        self.part = width // groups
+        self.groups, self.tensor = groups, tensor
+        self.part = width // max(1, groups // tensor.count)
         self.eps = eps
         self.zero_centered = zero_centered
         self.gate_first = gate_first
@@ -49,6 +53,11 @@ class RMSNorm(nn.Module):
         return {self.weight: constant(0.0 if self.zero_centered else 1.0)}
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        if self.groups < self.tensor.count:
+            weight = 1 + upcast(self.weight) if self.zero_centered else self.weight
+            return shared_norm(
+                x, weight, gate, self.tensor, groups=self.groups, eps=self.eps, gate_first=self.gate_first
+            )
         parts = (-1, self.part)
         gate = None if gate is None else gate.unflatten(-1, parts)
         weight = 1 + upcast(self.weight) if self.zero_centered else self.weight
@@ -57,17 +66,53 @@ class RMSNorm(nn.Module):
         return out.flatten(-2)
 
 
-class HeadNorm(nn.Module):
-    """Normalises each head by its root mean square and multiplies by an activated gate, where there is one."""
+def shared_norm(
+    x: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    tensor: TensorParallel,
+    *,
+    eps: float,
+    groups: int = 1,
+    activation: Callable[[Tensor], Tensor] = F.silu,
+    gate_first: bool = False,
+) -> Tensor:
+    """`gated_norm` where `tensor`'s ranks have parts of what is normalised, `x: [...,V]`, as many for each group."""
+    wide, gate = upcast(x), None if gate is None else activation(upcast(gate))
+    if gate is not None and gate_first:
+        wide = wide * gate
+    squares = wide.square().sum(-1, keepdim=True)
+    group = tensor.rank * groups // tensor.count
+    sums = tensor.total(F.pad(squares, (group, groups - 1 - group)))
+    mean = sums[..., group : group + 1] * groups / (x.shape[-1] * tensor.count)
+    out = wide * torch.rsqrt(mean + eps) * weight
+    return (out if gate is None or gate_first else out * gate).to(x.dtype)
 
-    def __init__(self, width: int, activation: Literal["silu", "sigmoid"] = "silu", eps: float = NORM_EPS):
+
+class HeadNorm(nn.Module):
+    """Normalises each head by its root mean square and multiplies by an activated gate, where there is one.
+
+    With `tensor` there is one head, of which the ranks have parts.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        activation: Literal["silu", "sigmoid"] = "silu",
+        eps: float = NORM_EPS,
+        *,
+        tensor: TensorParallel = ALONE,
+    ):
         super().__init__()
-        self.norm = RMSNorm(width, eps)
+        self.norm = RMSNorm(width, eps, tensor=tensor)
         self.activation: Literal["silu", "sigmoid"] = activation
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """`x: [B,T,H,V]`, `gate: [B,T,H*V]` or None -> `[B,T,H*V]` in x's dtype."""
         gate = None if gate is None else gate.unflatten(2, x.shape[2:])
+        if (tensor := self.norm.tensor).count > 1:
+            activation = F.silu if self.activation == "silu" else torch.sigmoid
+            return shared_norm(x, self.norm.weight, gate, tensor, eps=self.norm.eps, activation=activation).flatten(2)
         return gated_norm(x, self.norm.weight, gate, eps=self.norm.eps, activation=self.activation).flatten(2)
 
 
@@ -117,8 +162,11 @@ class ShortConvolution(nn.Module):
         bias: bool = False,
         activation: Literal["silu", "none"] = "silu",
         dilation: int = 1,
+        parts: Sequence[int] = (),
     ):
+        """`parts`: as in `fused`."""
         super().__init__()
+        self.tensor_parts = {"weight": (0, parts), "bias": (0, parts)}
         self.activation: Literal["silu", "none"] = activation
         self.dilation = dilation
         self.weight = nn.Parameter(torch.empty(channels, width))
@@ -142,13 +190,16 @@ def token_shift(x: Tensor, past: Tensor | None, sequence: SequenceContext) -> tu
     return sequence.run(short_convolution, x, taps, initial_state=past)
 
 
-def fused(linear: nn.Linear, rows: Sequence[int]) -> nn.Linear:
+def fused(linear: nn.Linear, rows: Sequence[int], parts: Sequence[int] = ()) -> nn.Linear:
     """`linear`, several projections in one, told how many rows each has: to some optimizers each is a matrix.
 
     A head of queries, keys or values is a projection of its own. Negative numbers: rows that make gates, which none is.
+    `parts`: neighboring rows that are divided over ranks apart from others, all heads' queries, say; empty: as `rows`.
     """
     assert sum(map(abs, rows)) == linear.out_features, (rows, linear)
+    parts = parts or [abs(count) for count in rows]
     linear.fused_rows = tuple(rows)  # type: ignore[assignment]
+    linear.tensor_parts = {"weight": (0, parts), "bias": (0, parts)}  # type: ignore[assignment]
     return linear
 
 
@@ -161,8 +212,8 @@ class HeadProjections(nn.Module):
         self.heads = heads if isinstance(heads, tuple) else (heads,) * len(widths)
         self.channels = [count * part for count, part in zip(self.heads, widths, strict=True)]
         rows = [part for count, part in zip(self.heads, widths, strict=True) for _ in range(count)]
-        self.linear = fused(nn.Linear(width, sum(self.channels), bias=False), rows)
-        self.conv = ShortConvolution(sum(self.channels), conv_width) if conv_width else None
+        self.linear = fused(nn.Linear(width, sum(self.channels), bias=False), rows, self.channels)
+        self.conv = ShortConvolution(sum(self.channels), conv_width, parts=self.channels) if conv_width else None
 
     def forward(
         self, x: Tensor, past: Tensor | None, sequence: SequenceContext

@@ -218,6 +218,8 @@ def _check_ranks(config: ConvertConfig) -> None:
             f"parallel.data={parallel.data} parallel.sequence={parallel.sequence}: runtime=inline is this process "
             "alone; use runtime=ray, or 1 for both"
         )
+    if parallel.tensor > 1:
+        raise ConfigError(f"parallel.tensor={parallel.tensor}: a teacher isn't divided over ranks; use 1")
     if stages and parallel.zero_stage == 3:
         raise ConfigError("parallel.zero_stage=3: a teacher's weights are not divided over ranks; use 0, 1 or 2")
     for name, stage in stages.items():

@@ -64,7 +64,8 @@ class DyDiLA(LinearMixer):
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
         rows = 2 * config.projections * shape.heads * (self.key,)
-        self.redundant = fused(nn.Linear(shape.width, sum(rows), bias=False), rows)
+        parts = 2 * config.projections * (shape.heads * self.key,)
+        self.redundant = fused(nn.Linear(shape.width, sum(rows), bias=False), rows, parts)
         self.routes = PROJECTIONS * [config.projections] + (POWERS + SHARES) * [config.factors]
         self.router = nn.Linear(shape.width, sum(self.routes), bias=False)
         self.powers = nn.Parameter(torch.empty(POWERS * config.factors))

@@ -20,10 +20,10 @@ class GatedConvolution(Mixer):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        rows = (-shape.width, -shape.width, shape.width)
-        self.parts = fused(nn.Linear(shape.width, 3 * shape.width, bias=config.bias), rows)  # b, c, v
-        self.conv = ShortConvolution(shape.width, config.conv_width, bias=config.bias, activation="none")
-        self.out = nn.Linear(shape.width, shape.width, bias=config.bias)
+        rows = (-shape.channels, -shape.channels, shape.channels)
+        self.parts = fused(nn.Linear(shape.width, 3 * shape.channels, bias=config.bias), rows)  # b, c, v
+        self.conv = ShortConvolution(shape.channels, config.conv_width, bias=config.bias, activation="none")
+        self.out = self.output(shape.channels, bias=config.bias)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         enter, leave, v = self.parts(x).chunk(3, 2)

@@ -59,7 +59,7 @@ class GLA(ProjectedMixer):
         self.forget = LowRank(shape.width, config.gate_rank, shape.heads * self.key, bias=True)
         self.gate = nn.Linear(shape.width, self.inner, bias=False)
         self.norm = HeadNorm(self.value)
-        self.out = nn.Linear(self.inner, shape.width, bias=False)
+        self.out = self.output(self.inner)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)

@@ -55,8 +55,8 @@ class GSA(Mixer):
         self.value = self.part_of_width(config.expand_value, "expand_value")
         inner = shape.heads * self.value
         self.parts = HeadProjections(shape.width, shape.heads, (self.key, self.key, self.value, config.slots))
-        self.norm = RMSNorm(inner)
-        self.out = nn.Linear(inner, shape.width, bias=False)
+        self.norm = RMSNorm(inner, tensor=shape.tensor)
+        self.out = self.output(inner)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v, forget), _ = self.parts(x, None, sequence)

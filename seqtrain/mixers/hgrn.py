@@ -12,17 +12,28 @@ from seqtrain.initialization import Initializer, computed, constant, initialize
 from seqtrain.kernels import diagonal_scan
 from seqtrain.layers import NORM_EPS, fused, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
+from seqtrain.parallel.tensor import TensorParallel
 
 # Where in its share of [0, 1] a layer's bound starts: low, since the paper's first layer has none.
 START = 0.1
 
 
 class WideLayerNorm(nn.LayerNorm):
-    """LayerNorm of float32 numbers, whatever the dtype of its weights."""
+    """LayerNorm of float32 numbers, whatever the dtype of its weights, of which `tensor`'s ranks have parts."""
+
+    def __init__(self, width: int, eps: float, tensor: TensorParallel):
+        super().__init__(width, eps)
+        self.tensor, halves = tensor, (0, 2 * (width // 2,))
+        self.tensor_parts = {"weight": halves, "bias": halves}
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = upcast(self.weight), upcast(self.bias)
-        return F.layer_norm(x, self.normalized_shape, *weights, self.eps)
+        weight, bias = upcast(self.weight), upcast(self.bias)
+        if self.tensor.count == 1:
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        channels = x.shape[-1] * self.tensor.count
+        x = x - self.tensor.total(x.sum(-1, keepdim=True)) / channels
+        variance = self.tensor.total(x.square().sum(-1, keepdim=True)) / channels
+        return x * torch.rsqrt(variance + self.eps) * weight + bias
 
 
 class HGRN(Mixer):
@@ -44,11 +55,11 @@ class HGRN(Mixer):
         self.hidden = self.hidden_channels(config.expand)
         # Candidate (real, imaginary), forget gate, and the output gate of both parts.
         rows = (self.hidden, self.hidden, -self.hidden, -2 * self.hidden)
-        self.parts = fused(nn.Linear(shape.width, 5 * self.hidden, bias=True), rows)
+        self.parts = fused(nn.Linear(shape.width, 5 * self.hidden, bias=True), rows, 5 * (self.hidden,))
         self.bound = nn.Parameter(torch.empty(self.hidden))
         self.theta = nn.Parameter(torch.empty(self.hidden))
-        self.norm = WideLayerNorm(2 * self.hidden, eps=NORM_EPS)
-        self.out = nn.Linear(2 * self.hidden, shape.width, bias=False)
+        self.norm = WideLayerNorm(2 * self.hidden, NORM_EPS, shape.tensor)
+        self.out = self.output(2 * self.hidden, parts=2 * (self.hidden,))
         initialize(self)
 
     def initializers(self) -> dict[Tensor, Initializer]:

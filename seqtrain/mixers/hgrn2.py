@@ -50,8 +50,8 @@ class HGRN2(Mixer):
         self.value = self.part_of_width()
         self.low = shape.index / shape.depth
         self.qfv = HeadProjections(shape.width, shape.heads, (self.key, self.key, self.value))
-        self.norm = RMSNorm(shape.heads * self.value)
-        self.out = nn.Linear(shape.heads * self.value, shape.width, bias=False)
+        self.norm = RMSNorm(shape.heads * self.value, tensor=shape.tensor)
+        self.out = self.output(shape.heads * self.value)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, forget, v), _ = self.qfv(x, None, sequence)

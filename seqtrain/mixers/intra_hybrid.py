@@ -43,9 +43,9 @@ class IntraHybrid(Mixer):
         self.head = self.even_part_of_width()
         self.windows: list[int | None] = [config.window, *([None] if config.full else [])]
         self.qkv = HeadProjections(shape.width, shape.heads, (self.head,) * 3)
-        self.forget = None if config.tied_gate else LowRank(shape.width, config.gate_rank, shape.width, bias=True)
+        self.forget = None if config.tied_gate else LowRank(shape.width, config.gate_rank, shape.channels, bias=True)
         self.norms = nn.ModuleList(HeadNorm(self.head) for _ in range(1 + len(self.windows)))
-        self.out = nn.Linear(shape.width, shape.width, bias=False)
+        self.out = self.output(shape.channels)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         after: State = {}

@@ -39,7 +39,7 @@ class KDA(DeltaMixer):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        if self.key_heads != shape.heads:
+        if self.all_key_heads != shape.all_heads:
             raise self.config_error("key_heads", config.key_heads, "each head has a decay of its own")
         rank, keys = config.gate_rank or self.value, shape.heads * self.key
 

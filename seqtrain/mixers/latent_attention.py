@@ -58,15 +58,16 @@ class LatentAttention(Mixer):
             raise self.config_error("rope_stretch", came, f"{self.shared} shared channels have {self.shared // 2}")
         heads, width, rank = shape.heads, shape.width, config.query_rank
         query = heads * (self.key + self.shared)
-        last = fused(nn.Linear(rank or width, query, bias=False), heads * (self.key + self.shared,))
+        last = fused(nn.Linear(rank or width, query, bias=False), heads * (self.key + self.shared,), (query,))
         first = (nn.Linear(width, rank, bias=config.bias), RMSNorm(rank)) if rank else ()
         self.query = nn.Sequential(*first, last)
         self.latent = fused(nn.Linear(width, self.rank + self.shared, bias=config.bias), (self.rank, self.shared))
         self.norm = RMSNorm(self.rank)
         keys_and_values = nn.Linear(self.rank, heads * (self.key + self.value), bias=False)
-        self.expand = fused(keys_and_values, heads * (self.key, self.value))
+        # Of one head after the other, so that each rank's are neighbors.
+        self.expand = fused(keys_and_values, heads * (self.key, self.value), (keys_and_values.out_features,))
         self.gate = nn.Linear(width, heads, bias=False) if config.output_gate else None
-        self.out = nn.Linear(heads * self.value, width, bias=config.bias)
+        self.out = self.output(heads * self.value, bias=config.bias)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         place, position = positions(x, past.get("position"), sequence)

@@ -27,14 +27,15 @@ class LightningAttention(Mixer):
         inner = shape.heads * self.head
         self.qkv = HeadProjections(shape.width, shape.heads, 3 * (self.head,))
         self.gate = nn.Linear(shape.width, inner, bias=False)
-        self.norm = HeadNorm(inner, "sigmoid")
-        self.out = nn.Linear(inner, shape.width, bias=False)
+        self.norm = HeadNorm(inner, "sigmoid", tensor=shape.tensor)
+        self.out = self.output(inner)
 
     def log_decay(self, device: torch.device) -> Tensor:
         """The logarithm of each head's decay: float32 `[H]`."""
-        heads, index, depth = self.shape.heads, self.shape.index, self.shape.depth
+        heads, index, depth = self.shape.all_heads, self.shape.index, self.shape.depth
         power = 8 / heads * torch.arange(1, heads + 1, dtype=torch.float32, device=device)
         # Of one layer and of the last the decay is not quite 1, as in the authors' code.
+        power = self.shape.tensor.own(power)
         return -torch.exp2(-power) * (1 - index / (depth - 1 + 1e-5) + 1e-5)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:

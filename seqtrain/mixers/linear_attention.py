@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqtrain.kernels import linear_attention
 from seqtrain.layers import FEATURE_MAPS, HeadNorm, upcast
@@ -37,7 +37,7 @@ class LinearAttention(ProjectedMixer):
             rule = f"needs non-negative weights, which feature_map={config.feature_map} does not give; use rms or none"
             raise self.config_error("normalizer", "sum", rule)
         self.norm = HeadNorm(self.value) if config.normalizer == "rms" else None
-        self.out = nn.Linear(self.inner, shape.width, bias=False)
+        self.out = self.output(self.inner)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)

@@ -71,8 +71,10 @@ class LinearizedAttention(SoftmaxAttention):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
+        # The memory of a key head isn't divided.
+        shape.share(self.all_groups, f"{self.all_groups} key heads with a memory")
         self.memory = self._recurrence()(
-            Heads(shape.width, shape.heads, self.groups, self.key),
+            Heads(shape.width, shape.heads, self.groups, self.key, shape.tensor),
             RecurrenceOptions(gate_rank=config.gate_rank, slots=config.slots),
         )
         self.shared = self.memory.has_normalizer and config.combine not in ("sum", "norms")

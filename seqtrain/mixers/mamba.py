@@ -49,7 +49,8 @@ class Mamba(Mixer):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        self.inner = config.inner_width or self.hidden_channels(config.expand)
+        given = config.inner_width
+        self.inner = shape.share(given, f"{given} channels of Mamba") if given else self.hidden_channels(config.expand)
         rank = config.rank or math.ceil(shape.width / 16)
         self.parts = [rank, config.state, config.state]  # dt, B, C
         self.project = fused(nn.Linear(shape.width, 2 * self.inner, bias=config.bias), (self.inner, -self.inner))
@@ -60,7 +61,7 @@ class Mamba(Mixer):
         self.rate_log = nn.Parameter(torch.empty(self.inner * config.state))
         self.skip = nn.Parameter(torch.empty(self.inner))
         self.norms = nn.ModuleList(self._norm(width) for width in self.parts)
-        self.out = nn.Linear(self.inner, shape.width, bias=config.bias)
+        self.out = self.output(self.inner, bias=config.bias)
         initialize(self)
 
     def _norm(self, width: int) -> nn.Module:
@@ -82,7 +83,7 @@ class Mamba(Mixer):
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         inner, gate = self.project(x).chunk(2, 2)
         inner, conv = self.conv(inner, past.get("conv"), sequence)
-        parts = self.select(inner).split(self.parts, 2)
+        parts = self.shape.tensor.total(self.select(inner)).split(self.parts, 2)
         raw, write, read = (norm(part) for norm, part in zip(self.norms, parts, strict=True))
         dt, rates = step_sizes(self.time_step(raw), self.step_bias), self.rate_log.exp().view(self.inner, -1)
         y, memory = self._scanned(inner, dt, write, read, rates, past.get("memory"), sequence)

@@ -61,22 +61,30 @@ class Mamba2(Mixer):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        if shape.heads % config.groups:
-            raise self.config_error("groups", config.groups, f"must divide model.heads={shape.heads}")
+        if shape.all_heads % config.groups:
+            raise self.config_error("groups", config.groups, f"must divide model.heads={shape.all_heads}")
+        # Groups of this rank's heads. Where ranks are more, each makes a part of a group's B and C, see `_to_heads`.
+        self.groups = (
+            1 if shape.tensor.count % config.groups == 0 else shape.share(config.groups, "mixer.mamba2.groups")
+        )
         self.value = config.head_width or self.part_of_width(config.expand, "expand")
         self.inner = shape.heads * self.value
-        self.parts = [self.inner, config.groups * config.state, config.groups * config.state]  # x, B, C
+        shared = shape.share(config.groups * config.state, "mixer.mamba2.state x groups")
+        self.parts = [self.inner, shared, shared]  # x, B, C
         self.channels = sum(self.parts)
         # z, heads of x, groups of B and C, step sizes.
-        rows = (-self.inner, *shape.heads * (self.value,), *2 * config.groups * (config.state,), -shape.heads)
-        self.project = fused(nn.Linear(shape.width, sum(map(abs, rows)), bias=config.in_bias), rows)
-        self.conv = ShortConvolution(self.channels, config.conv_width, bias=config.conv_bias)
+        state = min(config.state, shared)
+        rows = (-self.inner, *shape.heads * (self.value,), *2 * (shared // state) * (state,), -shape.heads)
+        parts = (self.inner, *self.parts, shape.heads)
+        self.project = fused(nn.Linear(shape.width, sum(parts), bias=config.in_bias), rows, parts)
+        self.conv = ShortConvolution(self.channels, config.conv_width, bias=config.conv_bias, parts=self.parts)
         self.rate_log = nn.Parameter(torch.empty(shape.heads))
         self.step_bias = nn.Parameter(torch.empty(shape.heads))
         self.skip = nn.Parameter(torch.empty(shape.heads))
         options: dict[str, Any] = {"groups": config.groups, "gate_first": config.gate == "before_norm"}
+        options["tensor"] = shape.tensor
         self.norm = None if config.gate == "no_norm" else RMSNorm(self.inner, config.norm_eps, **options)
-        self.out = nn.Linear(self.inner, shape.width, bias=config.out_bias)
+        self.out = self.output(self.inner, bias=config.out_bias)
         initialize(self)
 
     def initializers(self) -> dict[Tensor, Initializer]:
@@ -110,6 +118,10 @@ class Mamba2(Mixer):
         return dt.clamp(low, high or None) if low or high else dt
 
     def _to_heads(self, part: Tensor) -> Tensor:
-        grouped = part.unflatten(2, (self.config.groups, 1, self.config.state))
+        groups, tensor = self.config.groups, self.shape.tensor
+        if groups < tensor.count:
+            group = tensor.rank * groups // tensor.count
+            part = tensor.enter(tensor.join(part)).narrow(2, group * self.config.state, self.config.state)
+        grouped = part.unflatten(2, (self.groups, 1, self.config.state))
         # A view where there is one group, which is what Mamba-2 uses.
-        return grouped.expand(-1, -1, -1, self.shape.heads // self.config.groups, -1).flatten(2, 3)  # B T H N
+        return grouped.expand(-1, -1, -1, self.shape.heads // self.groups, -1).flatten(2, 3)  # B T H N

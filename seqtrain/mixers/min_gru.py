@@ -30,7 +30,7 @@ class MinGRU(Mixer):
         super().__init__(config, shape)
         self.hidden = self.hidden_channels(config.expand)
         self.parts = fused(nn.Linear(shape.width, 2 * self.hidden, bias=False), (-self.hidden, self.hidden))
-        self.out = nn.Linear(self.hidden, shape.width, bias=False)
+        self.out = self.output(self.hidden)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         gate, candidate = upcast(self.parts(x)).chunk(2, -1)

@@ -16,7 +16,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.initialization import Initializer, computed, initialize
-from seqtrain.layers import HeadLayerNorm, upcast
+from seqtrain.layers import HeadLayerNorm, fused, upcast
 from seqtrain.mixers import LayerShape, Past, SequenceContext, State
 from seqtrain.mixers.common.linear import LinearMixer, sums
 
@@ -35,7 +35,8 @@ class MLSTM(LinearMixer):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        self.gates = nn.Linear(shape.width, 2 * shape.heads)  # input gates, then forget gates
+        gates = nn.Linear(shape.width, 2 * shape.heads)
+        self.gates = fused(gates, 2 * (-shape.heads,))  # input gates, then forget gates
         self.gate = nn.Linear(shape.width, self.inner, bias=False)
         self.norm = HeadLayerNorm(self.inner, eps=config.norm_eps)
         initialize(self)

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from seqtrain.mixers import MIXERS, LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
+from seqtrain.mixers import MIXERS, WHOLE, LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.validation import validate
 
 # As a file says it.
@@ -51,11 +51,16 @@ class Parallel(Mixer):
         super().__init__(config, shape)
         self.branches = nn.ModuleList()
         for branch in config.branches:
-            heads = getattr(branch.options, "heads", 0) or shape.heads
-            own = LayerShape(shape.width, heads, shape.index, shape.depth)
+            own = shape.with_heads(getattr(branch.options, "heads", 0) or shape.all_heads)
             self.branches.append(MIXERS.get(branch.mixer)(branch.options, own))
         self.causal = all(mixer.causal for mixer in self.branches)
         self.grouped = any(mixer.grouped for mixer in self.branches)
+
+    def forward(
+        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+    ) -> tuple[Tensor, State]:
+        # What enters is each branch's own to divide.
+        return self.mix(x, state or {}, sequence)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         added: list[Tensor] = []

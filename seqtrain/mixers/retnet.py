@@ -23,7 +23,8 @@ class RetNetRecurrence(LinearRecurrence):
     """Key head h forgets by the fixed factor `1 - 2 ** (-5 - h)`, as the mixer does by default."""
 
     def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-        decay = retention(self.heads.groups, RetNet.Config.first_decay, x.device)
+        heads, tensor = self.heads, self.heads.tensor
+        decay = tensor.own(retention(heads.groups * tensor.count, RetNet.Config.first_decay, x.device))
         return super().write(x, k, v) | {"log_decay": decay.expand(*x.shape[:2], -1)}
 
 
@@ -51,7 +52,7 @@ class RetNet(Mixer):
         self.qkv = HeadProjections(shape.width, shape.heads, (self.key, self.key, self.value))
         self.gate = nn.Linear(shape.width, inner, bias=False)
         self.norm = HeadNorm(self.value)
-        self.out = nn.Linear(inner, shape.width, bias=False)
+        self.out = self.output(inner)
         initialize(self)
 
     def initializers(self) -> dict[Tensor, Initializer]:
@@ -70,6 +71,6 @@ class RetNet(Mixer):
         (q, k, v), after = self.qkv(x, None, sequence)
         place, after["position"] = positions(x, past.get("position"), sequence)
         q, k = rotate(q, place, self.config.rope_base), rotate(k, place, self.config.rope_base)
-        log_decay = retention(self.shape.heads, self.config.first_decay, x.device)
+        log_decay = self.shape.tensor.own(retention(self.shape.all_heads, self.config.first_decay, x.device))
         out, after["memory"] = sequence.run(linear_attention, q, k, v, log_decay, initial_state=past.get("memory"))
         return self.out(self.norm(out, self.gate(x))), after

@@ -61,7 +61,7 @@ class RGLRU(Mixer):
         self.input_gate = BlockLinear(shape.heads, self.head)
         self.decay_gate = BlockLinear(shape.heads, self.head)
         self.rate = nn.Parameter(torch.empty(self.hidden))
-        self.out = nn.Linear(self.hidden, shape.width, bias=True)
+        self.out = self.output(self.hidden, bias=True)
         initialize(self)
 
     def initializers(self) -> dict[Tensor, Initializer]:

@@ -33,8 +33,8 @@ class RWKV6(RWKVMixer):
         super().__init__(config, shape)
         width = shape.width
         self.blend = nn.ModuleList(LowRank(width, config.mix_rank, width, activation=nn.Tanh()) for _ in range(5))
-        self.gate = nn.Linear(width, width, bias=False)
-        self.decay = LowRank(width, config.decay_rank, width, bias=True, activation=nn.Tanh())
+        self.gate = nn.Linear(width, shape.channels, bias=False)
+        self.decay = LowRank(width, config.decay_rank, shape.channels, bias=True, activation=nn.Tanh())
         self.first_mix = nn.Parameter(torch.empty(width))
         self.mixes = nn.Parameter(torch.empty(5 * width))
         initialize(self)

@@ -34,13 +34,13 @@ class RWKV7(RWKVMixer):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        width = shape.width
-        self.decay = LowRank(width, config.decay_rank, width, bias=True, activation=nn.Tanh())
-        self.rate = LowRank(width, config.rate_rank, width, bias=True)
-        self.gate = LowRank(width, config.gate_rank, width, activation=nn.Sigmoid())
+        width, inner = shape.width, shape.channels
+        self.decay = LowRank(width, config.decay_rank, inner, bias=True, activation=nn.Tanh())
+        self.rate = LowRank(width, config.rate_rank, inner, bias=True)
+        self.gate = LowRank(width, config.gate_rank, inner, activation=nn.Sigmoid())
         self.mixes = nn.Parameter(torch.empty(6 * width))
-        self.removal_scale = nn.Parameter(torch.empty(width))
-        self.rate_weight = nn.Parameter(torch.empty(width))
+        self.removal_scale = nn.Parameter(torch.empty(inner))
+        self.rate_weight = nn.Parameter(torch.empty(inner))
         initialize(self)
 
     def initializers(self) -> dict[Tensor, Initializer]:

@@ -53,16 +53,18 @@ class TCNCA(Mixer):
             rule = f"times model.width={shape.width} over model.heads={shape.heads} must be even for the rotation"
             raise self.config_error("expand_key", config.expand_key, rule)
         width, keys, inner = shape.width, shape.heads * self.key, shape.heads * self.value
+        self.channels = channels = shape.channels
         self.convs = nn.ModuleList(
             ShortConvolution(width, config.conv_width, dilation=config.dilation**layer)
             for layer in range(config.conv_depth)
         )
         self.v = nn.Linear(width, inner, bias=False)
-        rows = (keys, -inner, width, -width)
-        self.parts = fused(nn.Linear(width, keys + inner + 2 * width, bias=False), rows)  # of c: z, g, h, f
+        rows = (keys, -inner, channels, -channels)
+        self.parts = fused(nn.Linear(width, keys + inner + 2 * channels, bias=False), rows)  # of c: z, g, h, f
         self.scales = nn.Parameter(torch.empty(2 * keys))
         self.shifts = nn.Parameter(torch.empty(2 * keys))
-        self.out = nn.Linear(inner, width, bias=False)
+        self.tensor_parts = {"scales": (0, (keys, keys)), "shifts": (0, (keys, keys))}
+        self.out = self.output(inner)
         initialize(self)
 
     def initializers(self) -> dict[Tensor, Initializer]:
@@ -76,7 +78,7 @@ class TCNCA(Mixer):
             mixed, after[name] = conv(c, past.get(name), sequence)
             c = c + mixed
         keys, inner = len(self.scales) // 2, self.shape.heads * self.value
-        z, gate, candidate, update = self.parts(c).split([keys, inner, self.shape.width, self.shape.width], 2)
+        z, gate, candidate, update = self.parts(c).split([keys, inner, self.channels, self.channels], 2)
         qk = F.silu(z).repeat(1, 1, 2) * self.scales + self.shifts  # B T 2*H*K
         seen = past.get("position")
         place, after["position"] = positions(x, seen, sequence)
@@ -84,5 +86,7 @@ class TCNCA(Mixer):
         v = F.silu(self.v(x)).unflatten(2, (-1, self.value))
         chunks = sequence.grouped(self.config.chunk, seen)
         out, kept = attend(chunks, softmax_attention, q, k, v, past=past, window=None)
-        y = torch.sigmoid(update) * F.silu(candidate + self.out(F.silu(gate) * out.flatten(2)))
-        return y, after | kept
+        tensor = self.shape.tensor
+        mixed = tensor.own(tensor.enter(self.out(F.silu(gate) * out.flatten(2))))
+        y = torch.sigmoid(update) * F.silu(candidate + mixed)
+        return tensor.join(y), after | kept

@@ -36,7 +36,7 @@ class TensorAttention(Mixer):
         self.parts = HeadProjections(shape.width, shape.heads, widths, conv_width=config.conv_width)
         self.temperature = nn.Parameter(torch.empty(shape.heads))
         self.norm = HeadNorm(self.value)
-        self.out = nn.Linear(shape.heads * self.value, shape.width, bias=False)
+        self.out = self.output(shape.heads * self.value)
         initialize(self)
 
     def initializers(self) -> dict[Tensor, Initializer]:

@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqtrain.kernels import linear_attention, softmax_attention
 from seqtrain.layers import FEATURE_MAPS, HeadNorm, HeadProjections, positions, rotate
@@ -37,7 +37,7 @@ class TransNormer(Mixer):
         self.qkv = HeadProjections(shape.width, shape.heads, 3 * (self.head,))
         self.grouped = self.diagonal
         self.norm = None if self.diagonal else HeadNorm(self.head)
-        self.out = nn.Linear(shape.width, shape.width, bias=False)
+        self.out = self.output(shape.channels)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), _ = self.qkv(x, None, sequence)

@@ -31,18 +31,18 @@ class TTTLinear(Mixer):
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
         self.head = self.part_of_width()
-        width, heads = shape.width, shape.heads
+        width, heads, inner = shape.width, shape.heads, shape.channels
         self.qkv = HeadProjections(width, heads, 3 * (self.head,), conv_width=config.conv_width)
         self.rate = nn.Linear(width, heads)
         # Each head's first W, `[K+1,K]`, in one dimension, so that weight decay leaves it alone.
         self.start = nn.Parameter(torch.empty(heads * (self.head + 1) * self.head))
-        self.norm_weight = nn.Parameter(torch.empty(width))
-        self.norm_bias = nn.Parameter(torch.empty(width))
+        self.norm_weight = nn.Parameter(torch.empty(inner))
+        self.norm_bias = nn.Parameter(torch.empty(inner))
         # What is added to 1 / (c + 1), the share of the gradients' sum that the c-th token of a mini-batch steps by.
         self.extra_share = nn.Parameter(torch.empty(config.mini_batch))
-        self.gate = nn.Linear(width, width, bias=False)
+        self.gate = nn.Linear(width, inner, bias=False)
         self.norm = HeadNorm(self.head)
-        self.out = nn.Linear(width, width, bias=False)
+        self.out = self.output(shape.channels)
         initialize(self)
 
     def initializers(self) -> dict[Tensor, Initializer]:

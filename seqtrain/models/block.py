@@ -15,6 +15,7 @@ from seqtrain.models.feed_forward import MLP, MoE
 from seqtrain.models.shared import PREFIX, SharedBlock
 from seqtrain.parallel.recompute import Keep, recomputed
 from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.parallel.tensor import TensorParallel
 
 
 class Block(nn.Module):
@@ -165,16 +166,18 @@ class Block(nn.Module):
         return shared + (self.mixer.state_bytes(self.group - 1) + 8 if self.group else self.mixer.state_bytes(tokens))
 
 
-def build_blocks(config: ModelConfig, mixers: Mapping[str, Any], norm: Callable[[int], nn.Module]) -> Iterator[Block]:
-    """The blocks of `config`, in their order. `mixers`: see `LanguageModel`; `norm`: of so many channels.
+def build_blocks(
+    config: ModelConfig, mixers: Mapping[str, Any], norm: Callable[[int], nn.Module], tensor: TensorParallel
+) -> Iterator[Block]:
+    """The blocks of `config`, in their order. `mixers`, `tensor`: see `LanguageModel`; `norm`: of so many channels.
 
     Raises `ConfigError`.
     """
-    shared = _shared(config, mixers, norm)
+    shared = _shared(config, mixers, norm, tensor)
     for index in range(config.depth):
         yield Block(
-            _mixer(config, mixers, index),
-            _feed_forward(config, index),
+            _mixer(config, mixers, index, tensor),
+            _feed_forward(config, index, tensor),
             partial(norm, config.width),
             norms=config.norms[index % len(config.norms)],
             group=config.groups[index % len(config.groups)],
@@ -185,13 +188,14 @@ def build_blocks(config: ModelConfig, mixers: Mapping[str, Any], norm: Callable[
         )
 
 
-def _mixer(config: ModelConfig, mixers: Mapping[str, Any], index: int) -> Mixer | None:
+def _mixer(config: ModelConfig, mixers: Mapping[str, Any], index: int, tensor: TensorParallel) -> Mixer | None:
     name = config.mixer(index)
     if name == "none":
         return None
     own = mixers[name] if name in mixers else default_config(name)
     heads = getattr(own, "heads", 0) or config.heads
-    mixer = mixer_class(name)(own, LayerShape(config.width, heads, index, config.depth))
+    shape = LayerShape(config.width, 0, index, config.depth, tensor=tensor).with_heads(heads)
+    mixer = mixer_class(name)(own, shape)
     if mixer.grouped and (size := config.groups[index % len(config.groups)]):
         raise ConfigError(
             f"model.groups={list(config.groups)}: layer {index}, {name}, has groups of its own and can't have "
@@ -202,7 +206,9 @@ def _mixer(config: ModelConfig, mixers: Mapping[str, Any], index: int) -> Mixer 
     return mixer
 
 
-def _shared(config: ModelConfig, mixers: Mapping[str, Any], norm: Callable[[int], nn.Module]) -> dict[int, SharedBlock]:
+def _shared(
+    config: ModelConfig, mixers: Mapping[str, Any], norm: Callable[[int], nn.Module], tensor: TensorParallel
+) -> dict[int, SharedBlock]:
     """The shared block of each layer that has one."""
     shared = config.shared
     found: dict[int, SharedBlock] = {}
@@ -215,27 +221,27 @@ def _shared(config: ModelConfig, mixers: Mapping[str, Any], norm: Callable[[int]
             raise ConfigError(f"model.shared.mixer={shared.mixer}: must be one of softmax attention")
         if config.mixer(index) == "none" or config.groups[index % len(config.groups)]:
             raise ConfigError(f"model.shared.layers={list(shared.layers)}: layer {index} needs a mixer, and no groups")
-        shape = LayerShape(2 * config.width, config.heads, index, config.depth, out=config.width)
-        mixer = mixer_class(shared.mixer)(own, shape)
-        found[index] = SharedBlock(mixer, _mlp(config, adapter_rank=shared.adapter_rank), norm, config.width)
+        shape = LayerShape(2 * config.width, 0, index, config.depth, out=config.width, tensor=tensor)
+        mixer = mixer_class(shared.mixer)(own, shape.with_heads(config.heads))
+        found[index] = SharedBlock(mixer, _mlp(config, tensor, adapter_rank=shared.adapter_rank), norm, config.width)
         if number in made:
             found[index].hold(made[number])
         made.setdefault(number, found[index])
     return found
 
 
-def _mlp(config: ModelConfig, **options: Any) -> MLP:
+def _mlp(config: ModelConfig, tensor: TensorParallel, **options: Any) -> MLP:
     shape: dict[str, Any] = {"activation": config.activation, "gated": config.mlp_gated, "bias": config.mlp_bias}
     shape |= {"gate_scale": config.mlp_gate_scale, "out_scale": config.mlp_out_scale, "spike_rate": config.spike_rate}
-    return MLP(config.width, config.hidden, **shape, **options)
+    return MLP(config.width, config.hidden, tensor=tensor, **shape, **options)
 
 
-def _feed_forward(config: ModelConfig, index: int) -> nn.Module | None:
+def _feed_forward(config: ModelConfig, index: int, tensor: TensorParallel) -> nn.Module | None:
     kind = config.mlp(index)
     if kind == "none":
         return None
     if kind == "mlp":
-        return _mlp(config)
+        return _mlp(config, tensor)
     if not config.experts:
         raise ConfigError(f"model.mlps={list(config.mlps)}: a layer has routed experts; say how many: model.experts=")
     return MoE(
@@ -245,6 +251,7 @@ def _feed_forward(config: ModelConfig, index: int) -> nn.Module | None:
         chosen=config.experts_per_token,
         router=config.router,
         shared=config.shared_expert_width,
+        tensor=tensor,
         latent=config.expert_latent,
         activation=config.activation,
         gated=config.mlp_gated,

@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 from seqtrain.errors import ConfigError
 from seqtrain.initialization import Initializer, constant, initialize
 from seqtrain.layers import Adapters, fused, upcast
+from seqtrain.mixers.common.base import even_share
 from seqtrain.models.spiking import Spikes
 from seqtrain.parallel.experts import dispatch_and_combine, local_experts
+from seqtrain.parallel.tensor import ALONE, RowLinear, TensorParallel
 from seqtrain.validation import AUTO, OrAuto
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -80,7 +82,7 @@ class MLP(nn.Module):
 
     `gate_scale`, `out_scale`: factors on `W1 x` and on the result. `spike_rate`: where it is not 0, what enters both
     matrices is turned into spike counts first (see `Spikes`). `adapter_rank`: of what is added to `W1 x` and `W2 x`
-    where layers share them; 0: nothing.
+    where layers share them; 0: nothing. `tensor`: ranks over which hidden channels are divided. Raises `ConfigError`.
     """
 
     # Whether ranks exchange anything in it.
@@ -98,18 +100,22 @@ class MLP(nn.Module):
         out_scale: float = 1.0,
         spike_rate: float = 0.0,
         adapter_rank: int = 0,
+        tensor: TensorParallel = ALONE,
     ):
         super().__init__()
-        self.activation, self.gated = activation, gated
+        hidden = even_share(hidden, tensor, f"model.mlp_width={hidden}")
+        self.activation, self.gated, self.tensor = activation, gated, tensor
         self.gate_scale, self.out_scale = gate_scale, out_scale
         self.enter = Spikes(spike_rate) if spike_rate else nn.Identity()
         self.up = fused(nn.Linear(width, (1 + gated) * hidden, bias=bias), (1 + gated) * (hidden,))
         self.adapter = Adapters(width, [self.up.out_features], adapter_rank) if adapter_rank else None
-        self.leave = Spikes(spike_rate) if spike_rate else nn.Identity()
-        self.out = nn.Linear(hidden, width, bias=bias)
+        if self.adapter is not None:
+            self.adapter[0][-1].tensor_parts = self.up.tensor_parts
+        self.leave = Spikes(spike_rate, tensor) if spike_rate else nn.Identity()
+        self.out = RowLinear(hidden, width, tensor, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.enter(x)
+        x = self.tensor.enter(self.enter(x))
         up = self.up(x) if self.adapter is None else self.up(x) + self.adapter(x)
         x = self.leave(activated(up, self.activation, self.gated, self.gate_scale))
         return self.out(x) if self.out_scale == 1 else self.out(x) * self.out_scale
@@ -133,6 +139,7 @@ class MoE(nn.Module):
 
     No token is dropped. The experts' matrices are one parameter each, `[experts, out, in]`.
     `latent`: width of the space the experts work in, by a projection before and after them; 0: the model's own.
+    `tensor`: ranks over which each expert's hidden channels are divided.
     """
 
     def __init__(
@@ -147,6 +154,7 @@ class MoE(nn.Module):
         latent: int = 0,
         activation: Activation = "silu",
         gated: bool = True,
+        tensor: TensorParallel = ALONE,
     ):
         """`hidden`, `shared`: hidden channels of each expert and of the shared one. Raises `ConfigError`."""
         super().__init__()
@@ -159,7 +167,8 @@ class MoE(nn.Module):
             raise ConfigError(
                 f"model.router.bias_rate={router.bias_rate}: there is no bias; set model.router.bias=true"
             )
-        self.experts, self.chosen, self.config = experts, chosen, router
+        self.experts, self.chosen, self.config, self.tensor = experts, chosen, router, tensor
+        hidden = even_share(hidden, tensor, f"model.expert_width={hidden}")
         # Over whose ranks the experts are sharded; None: all are here.
         self.group: dist.ProcessGroup | None = None
         # Of the last forward pass in training, until it is taken.
@@ -172,8 +181,9 @@ class MoE(nn.Module):
         self.enter = nn.Linear(width, latent, bias=False) if latent else nn.Identity()
         self.up = nn.Parameter(torch.empty(experts, (1 + gated) * hidden, inner))
         self.down = nn.Parameter(torch.empty(experts, inner, hidden))
+        self.tensor_parts = {"up": (1, (1 + gated) * (hidden,))}
         self.out = nn.Linear(latent, width, bias=False) if latent else nn.Identity()
-        self.shared = MLP(width, shared, activation=activation, gated=gated) if shared else None
+        self.shared = MLP(width, shared, activation=activation, gated=gated, tensor=tensor) if shared else None
         self.shared_gate = nn.Linear(width, 1, bias=False) if shared and router.shared_gate else None
         initialize(self)
 
@@ -201,7 +211,9 @@ class MoE(nn.Module):
         """`[...,D]` -> the same."""
         rows = x.flatten(0, -2)
         weights, chosen, counts = self.route(rows)
-        y = self.out(self.work(self.enter(rows), weights, chosen, counts).to(x.dtype))
+        tensor = self.tensor
+        worked = self.work(tensor.enter(self.enter(rows)), tensor.enter(weights), chosen, counts)
+        y = self.out(tensor.leave(worked.to(x.dtype)))
         if self.shared is not None:
             shared = self.shared(rows)
             y = y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(rows)) * shared)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from seqtrain.errors import ConfigError
 from seqtrain.initialization import Fill, drawn, initializers_of, materialize, normal, scaled
 from seqtrain.kernels.linear_cross_entropy import linear_cross_entropy, soft_cap
+from seqtrain.kernels.linear_cross_entropy.chunked import chunk_by_chunk
 from seqtrain.layers import RMSNorm, upcast
 from seqtrain.mixers import WHOLE, Mixer, State
 from seqtrain.models.block import build_blocks
@@ -20,35 +21,57 @@ from seqtrain.models.config import ModelConfig
 from seqtrain.models.feed_forward import MLP, MoE
 from seqtrain.parallel.recompute import recomputed
 from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.parallel.tensor import ALONE, TensorParallel, softmax_of_parts
 from seqtrain.validation import validate
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding` of whose rows each of `tensor`'s ranks has its part."""
+
+    def __init__(self, vocab: int, width: int, tensor: TensorParallel):
+        self.first, end = tensor.span(vocab)
+        super().__init__(end - self.first, width)
+        self.tensor = tensor
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.tensor.count == 1:
+            return super().forward(tokens)
+        own = (tokens >= self.first) & (tokens < self.first + len(self.weight))
+        return self.tensor.leave(super().forward((tokens - self.first).where(own, 0)) * own[..., None])
 
 
 class Head(nn.Module):
     """The matrix `[vocab, D]` that scores next tokens. Tied, it holds the embedding's own parameter.
 
     A parameter that two modules hold is gathered for both by ZeRO-3, which an access from outside would not be.
+    `tensor`: ranks that have rows of it, of `vocab` in all.
     """
 
-    def __init__(self, weight: Tensor, chunk: int, *, scale: float = 1.0, cap: float = 0.0):
+    def __init__(
+        self, weight: Tensor, chunk: int, *, vocab: int, tensor: TensorParallel, scale: float = 1.0, cap: float = 0.0
+    ):
         super().__init__()
-        self.weight = weight
+        self.weight, self.vocab, self.tensor = weight, vocab, tensor
         self.chunk, self.scale, self.cap = chunk, scale, cap
         # Where a list, each call with labels adds the loss of every token, float32 `[n]`.
         self.losses: list[Tensor] | None = None
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """`[...,D]` -> float32 logits `[...,vocab]`, or the loss summed over labels that are not -100."""
-        hidden = hidden if self.scale == 1 else hidden * self.scale
+        hidden = self.tensor.enter(hidden if self.scale == 1 else hidden * self.scale)
         if labels is not None:
             rows = hidden.flatten(0, -2)
             losses = None
             if self.losses is not None:
                 losses = torch.zeros(len(rows), device=rows.device)
                 self.losses.append(losses)
-            return linear_cross_entropy(
-                rows, self.weight, labels.flatten(), chunk=self.chunk, cap=self.cap, losses=losses
-            )
-        return soft_cap(F.linear(hidden, self.weight).to(torch.promote_types(hidden.dtype, torch.float32)), self.cap)
+            labels = labels.flatten()
+            if (group := self.tensor.group) is not None:
+                softmax = partial(softmax_of_parts, first=self.tensor.span(self.vocab)[0], group=group)
+                return chunk_by_chunk(rows, self.weight, labels, self.chunk, self.cap, losses, softmax)
+            return linear_cross_entropy(rows, self.weight, labels, chunk=self.chunk, cap=self.cap, losses=losses)
+        logits = F.linear(hidden, self.weight).to(torch.promote_types(hidden.dtype, torch.float32))
+        return soft_cap(self.tensor.join(logits, self.vocab), self.cap)
 
 
 class LanguageModel(nn.Module):
@@ -61,27 +84,30 @@ class LanguageModel(nn.Module):
         vocab_size: int,
         *,
         seed: int | None = None,
+        tensor: TensorParallel = ALONE,
     ):
         """`mixers`: the `Config` of mixers in `config.layers`, by name; those left out have their defaults.
 
-        The initial weights follow from `seed`; where it is None, from `torch.manual_seed`. Raises `ConfigError`.
+        The initial weights follow from `seed`; where it is None, from `torch.manual_seed`. `tensor`: ranks that divide
+        the layers; then this rank's part is built on the meta device, see `divided.py`. Raises `ConfigError`.
         """
         super().__init__()
         validate(ModelConfig, asdict(config), prefix="model.")
         if 0 < config.vocab_size < vocab_size:
             raise ConfigError(f"model.vocab_size={config.vocab_size}: the tokenizer has {vocab_size} ids")
-        self.config = config
+        self.config, self.mixers, self.tensor = config, mixers, tensor
         self.vocab_size = vocab_size = config.vocab_size or vocab_size
         device = torch.get_default_device()
         # Without memory, and without numbers that would be drawn to be thrown away.
         with torch.device("meta"):
-            self.embedding = nn.Embedding(vocab_size, config.width)
+            self.embedding = Embedding(vocab_size, config.width, tensor)
             norm = partial(RMSNorm, eps=config.norm_eps, zero_centered=config.norm_zero_centered)
-            self.blocks: Any = nn.ModuleList(build_blocks(config, mixers, norm))
+            self.blocks: Any = nn.ModuleList(build_blocks(config, mixers, norm, tensor))
             self.norm = norm(config.width)
             tied = config.tie_embeddings
-            weight = self.embedding.weight if tied else nn.Parameter(torch.empty(vocab_size, config.width))
-            self.head = Head(weight, config.loss_chunk, scale=config.logit_scale, cap=config.logit_cap)
+            weight = self.embedding.weight if tied else nn.Parameter(torch.empty_like(self.embedding.weight))
+            options = {"scale": config.logit_scale, "cap": config.logit_cap}
+            self.head = Head(weight, config.loss_chunk, vocab=vocab_size, tensor=tensor, **options)
         # What `save_pretrained` needs of one that came from `from_pretrained`.
         self.origin: Any = None
         if device.type != "meta":
@@ -181,7 +207,7 @@ class LanguageModel(nn.Module):
     def flops(self, tokens: int) -> int:
         """Forward pass with loss over one sequence: every block's, and `2 T D vocab` of the head."""
         blocks = sum(block.mixer_flops(tokens) + block.mlp_flops(tokens) for block in self.blocks)
-        return blocks + 2 * tokens * self.config.width * self.vocab_size
+        return blocks + 2 * tokens * self.config.width * len(self.head.weight)
 
     def state_bytes(self, tokens: int) -> int:
         """Bytes of one row's state after `tokens` tokens, in float32: the same for any number where mixers recur."""

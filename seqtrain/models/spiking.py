@@ -7,16 +7,17 @@ from torch import Tensor, nn
 
 from seqtrain.initialization import Initializer, constant, initialize
 from seqtrain.layers import upcast
+from seqtrain.parallel.tensor import ALONE, TensorParallel
 
 
-def spike_counts(x: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+def spike_counts(x: Tensor, rate: float, tensor: TensorParallel = ALONE) -> tuple[Tensor, Tensor]:
     """Integers `round(x / threshold)`, and the threshold `mean |x| / rate` of each token: `[...,D]` and `[...,1]`.
 
     The threshold follows the activations, so that neither all neurons fall silent nor all fire. Negative counts are
-    inhibitory spikes. In float32 at least.
+    inhibitory spikes. In float32 at least. `tensor`: ranks that have parts of a token's channels.
     """
     x = upcast(x)
-    threshold = x.abs().mean(-1, keepdim=True) / rate
+    threshold = tensor.leave(x.abs().mean(-1, keepdim=True)) / tensor.count / rate
     # A token of zeros has no threshold, and no spikes.
     counts = torch.where(threshold > 0, x / threshold, 0).round()
     return counts, threshold
@@ -32,10 +33,13 @@ class Spikes(nn.Module):
     zeros: Tensor
     spikes: Tensor
 
-    def __init__(self, rate: float):
-        """`rate`: mean number of spikes per value, before rounding; a larger one is closer to x and less sparse."""
+    def __init__(self, rate: float, tensor: TensorParallel = ALONE):
+        """`rate`: mean number of spikes per value, before rounding; a larger one is closer to x and less sparse.
+
+        `tensor`: ranks that have parts of a token's channels.
+        """
         super().__init__()
-        self.rate = rate
+        self.rate, self.tensor = rate, tensor
         for name in ("values", "zeros", "spikes"):
             self.register_buffer(name, torch.empty((), dtype=torch.int64), persistent=False)
         initialize(self)
@@ -45,7 +49,7 @@ class Spikes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            counts, threshold = spike_counts(x, self.rate)
+            counts, threshold = spike_counts(x, self.rate, self.tensor)
             if not self.training:
                 self.values += counts.numel()
                 self.zeros += (counts == 0).sum()

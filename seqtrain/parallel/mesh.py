@@ -1,4 +1,4 @@
-"""The ranks of a run as a grid: data parallel along one axis, sequence (context) parallel along the other."""
+"""The ranks of a run as a grid: data parallel, sequence (context) parallel and tensor parallel along its axes."""
 
 import datetime
 from collections.abc import Iterator
@@ -12,15 +12,18 @@ from seqtrain.parallel.cost import costs_of
 from seqtrain.parallel.scan import Algorithm, flush_scans
 from seqtrain.parallel.scan_engine import engine_of
 from seqtrain.parallel.schedules import candidates
+from seqtrain.parallel.tensor import ALONE, TensorParallel
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place among `data_ranks x sequence_ranks`.
+    """This rank's place among `data_ranks x sequence_ranks x tensor.count`.
 
-    Sequence-parallel ranks are neighbors, and so are on one machine wherever a machine has room for them.
-    `group`: those that hold this rank's sequence, in order of time; None where a sequence is held whole. `experts`:
-    neighbors over which experts are sharded, whatever tokens they hold; None where each rank has all.
+    Tensor-parallel ranks are neighbors, then those that share a sequence, and so are on one machine wherever a machine
+    has room for them. `group`: those that hold this rank's sequence, in order of time; None where a sequence is held
+    whole. `experts`: those next to each other over which experts are sharded, whatever tokens they hold; None where
+    each rank has all. `replicas`: those that hold the same parts of layers; None: all ranks. The ranks of each have the
+    same place in `tensor`.
     """
 
     data_rank: int
@@ -31,6 +34,8 @@ class Mesh:
     # Schedule of the scans.
     algorithm: Algorithm
     experts: dist.ProcessGroup | None = None
+    tensor: TensorParallel = ALONE
+    replicas: dist.ProcessGroup | None = None
 
 
 @contextmanager
@@ -39,36 +44,60 @@ def form_mesh(
     *,
     sequence: int,
     experts: int = 1,
+    tensor: int = 1,
     algorithm: Algorithm,
     device: torch.device,
     timeout_seconds: int,
 ) -> Iterator[Mesh]:
     """The ranks of `world` as a mesh of sequences over `sequence` ranks each, as long as the context is open.
 
-    `experts`: ranks over which experts are sharded.
+    `experts`: ranks over which experts are sharded. `tensor`: over which layers are divided.
 
     All ranks of `world` call it and leave it together, since groups are formed and scans are measured. Where it is
     left with an error the groups are left too: another rank may be gone, and nothing that waits for it would return.
     """
     rank, ranks = world.rank(), world.size()
-    group, owners = (_neighbors(rank, ranks, size, timeout_seconds) for size in (sequence, experts))
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    group, owners = (_neighbors(rank, ranks, size, tensor, timeout) for size in (sequence, experts))
+    divided = _neighbors(rank, ranks, tensor, 1, timeout)
+    replicas = None if divided is None else _neighbors(rank, ranks, ranks // tensor, tensor, timeout, alone=True)
+    place = rank // tensor
     if group is not None and len(candidates(algorithm)) > 1:
         # Now, when all ranks are here with nothing else to do; in the first layer others would compute meanwhile.
         costs_of(engine_of(group.group_name), device)
-    yield Mesh(rank // sequence, ranks // sequence, rank % sequence, sequence, group, algorithm, owners)
-    for formed in filter(None, (group, owners)):
+    yield Mesh(
+        place // sequence,
+        ranks // tensor // sequence,
+        place % sequence,
+        sequence,
+        group,
+        algorithm,
+        owners,
+        TensorParallel(rank % tensor, tensor, divided),
+        replicas,
+    )
+    for formed in filter(None, (group, owners, divided, replicas)):
         flush_scans(formed)
         # A neighbor may still be reading what this rank has sent.
         dist.barrier(world)
         dist.destroy_process_group(formed)
 
 
-def _neighbors(rank: int, ranks: int, size: int, timeout_seconds: int) -> dist.ProcessGroup | None:
-    """The group of so many neighbors that `rank` is one of; None for one. Every rank calls."""
-    assert ranks % size == 0, (ranks, size)
-    if size == 1:
+def _neighbors(
+    rank: int, ranks: int, size: int, step: int, timeout: datetime.timedelta, *, alone: bool = False
+) -> dist.ProcessGroup | None:
+    """The group that `rank` is in of so many ranks, each `step` after the one before. Every rank calls.
+
+    None for one, unless `alone`.
+    """
+    assert ranks % (size * step) == 0, (ranks, size, step)
+    if size == 1 and not alone:
         return None
-    timeout = datetime.timedelta(seconds=timeout_seconds)
     # Every rank takes part in forming every group.
-    formed = [dist.new_group(list(range(first, first + size)), timeout=timeout) for first in range(0, ranks, size)]
-    return formed[rank // size]
+    own = None
+    for block in range(0, ranks, size * step):
+        for first in range(block, block + step):
+            members = list(range(first, first + size * step, step))
+            formed = dist.new_group(members, timeout=timeout)
+            own = formed if rank in members else own
+    return own

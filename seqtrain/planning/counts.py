@@ -14,6 +14,7 @@ from torch import nn
 
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.models.feed_forward import MoE
+from seqtrain.parallel.tensor import ALONE, TensorParallel
 from seqtrain.planning.parts import MicroBatch, PartTracer, Traced
 
 
@@ -149,8 +150,8 @@ class ModelCounter:
     """Counts a `LanguageModel` of these arguments for any number of tokens; its parts are traced once.
 
     `dtype`: of matrix products, float32 or bfloat16 (by autocast); weights are float32. `backend`: of the operators, as
-    the CPU would choose them. `adapt` puts adapters on the model, if any. Raises `ConfigError` where the model's own
-    rules are broken.
+    the CPU would choose them. `adapt` puts adapters on the model, if any. `tensor`: of which rank's part is counted.
+    Raises `ConfigError` where the model's own rules are broken.
     """
 
     def __init__(
@@ -162,9 +163,10 @@ class ModelCounter:
         dtype: torch.dtype = torch.float32,
         backend: str = "auto",
         adapt: Callable[[LanguageModel], None] = lambda model: None,
+        tensor: TensorParallel = ALONE,
     ) -> None:
         with torch.device("meta"):
-            self.model = LanguageModel(model, mixers, vocab_size)
+            self.model = LanguageModel(model, mixers, vocab_size, tensor=tensor)
             adapt(self.model)
         self.dtype, self.backend = dtype, backend
         self._tracer = PartTracer(self.model)
@@ -213,7 +215,7 @@ class ModelCounter:
                     copies = rows * tokens * block.mlp.chosen
                     routed = {"experts": experts, "routed_bytes": 4.0 * copies * block.mlp.up.shape[2]}
                 add(index, "mlp", modules, flops, mlps[config.mlp(index)], **routed)
-        loss_flops = 2.0 * rows * tokens * config.width * whole.vocab_size
+        loss_flops = 2.0 * rows * tokens * whole.head.weight.numel()
         add(-1, "loss", [whole.norm, whole.head], loss_flops, trace.loss(batch))
         return ModelCounts(tuple(parts), tokens, rows, self.dtype, rows * tokens * config.width * 4)
 

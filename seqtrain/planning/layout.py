@@ -10,6 +10,7 @@ from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import yaml
 from pydantic import Field
 
@@ -129,7 +130,8 @@ class Layout:
     """How a step is divided: groups of ranks `data`, ranks per sequence `sequence`, ZeRO's `stage`, whether layers are
     recomputed (`checkpointing`), rows at once (`micro_batch`), rows of the whole step (`batch`), ranks over which
     experts are sharded (`experts`), pieces in which a micro-batch runs (`segments`), whether a pass finds the states
-    between them first (`exact`), whether activations are kept in the CPU's memory (`offloaded`).
+    between them first (`exact`), whether activations are kept in the CPU's memory (`offloaded`), ranks over which
+    layers are divided (`tensor`).
     """
 
     data: int
@@ -142,9 +144,15 @@ class Layout:
     segments: int = 1
     exact: bool = True
     offloaded: bool = False
+    tensor: int = 1
 
     @property
     def ranks(self) -> int:
+        return self.replicas * self.tensor
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that have the same parts of layers, among which ZeRO divides."""
         return self.data * self.sequence
 
     @property
@@ -155,6 +163,7 @@ class Layout:
     def __str__(self) -> str:
         again = ", recomputed" * self.checkpointing
         over = f", experts over {self.experts}" if self.experts > 1 else ""
+        over += f", layers over {self.tensor}" if self.tensor > 1 else ""
         cut = f" in {self.segments} segments" if self.segments > 1 else ""
         rows = f"{self.micro_batch}/{self.batch} rows{cut}"
         return f"{self.data} x {self.sequence}, ZeRO {self.stage}, {rows}{again}{over}"
@@ -168,7 +177,8 @@ class Layout:
         keys = ["parallel.data", "parallel.sequence", "parallel.zero_stage", "model.activation_checkpointing"]
         keys += ["train.micro_batch_size", "train.batch_size", "parallel.experts"]
         values = zip(keys[: None if self.experts > 1 else -1], astuple(self), strict=False)
-        return [f"{key}={str(value).lower()}" for key, value in values]
+        words = [f"{key}={str(value).lower()}" for key, value in values]
+        return words + [f"parallel.tensor={self.tensor}"] * (self.tensor > 1)
 
 
 @dataclass(frozen=True)
@@ -222,7 +232,7 @@ def predict(
     compute = compute_seconds(counts, machine, again=again, shards=layout.sequence)
     compute = {name: crowd * seconds for name, seconds in compute.items()}
     exchanged, reduced = communication_seconds(counts, layout, cluster, sum(compute.values()), scheme)
-    updated = counts.trained / layout.ranks if layout.stage else held_parameters(counts, layout) - counts.frozen
+    updated = counts.trained / layout.replicas if layout.stage else held_parameters(counts, layout) - counts.frozen
     once = {"gradient exchange": reduced, "optimizer": crowd * machine.optimizer * updated}
     room = machine.memory / here if machine.shared else machine.memory
     each = {name: layout.segments * seconds for name, seconds in (compute | exchanged).items()}
@@ -286,11 +296,11 @@ def communication_seconds(
     )
     ranks = layout.sequence if scans else 1
     bare = Work(depth, compute / depth / 3, compute / depth * 2 / 3, shape, item=item)
-    gathering = replace(bare, parameter_bytes=numbers / depth if layout.stage == 3 and layout.ranks > 1 else 0.0)
-    reducing = replace(gathering, gradient_bytes=numbers - 4.0 * counts.frozen if layout.ranks > 1 else 0.0)
+    gathering = replace(bare, parameter_bytes=numbers / depth if layout.stage == 3 and layout.replicas > 1 else 0.0)
+    reducing = replace(gathering, gradient_bytes=numbers - 4.0 * counts.frozen if layout.replicas > 1 else 0.0)
     # Without ZeRO-3 the first two are one.
     simulated = {
-        each: float(simulate(cluster, each, scheme, ranks=ranks, replicas=layout.ranks // ranks)[0])
+        each: float(simulate(cluster, each, scheme, ranks=ranks, replicas=layout.replicas // ranks)[0])
         for each in {bare, gathering, reducing}
     }
     passes, with_weights, whole = (simulated[each] for each in (bare, gathering, reducing))
@@ -312,7 +322,19 @@ def communication_seconds(
         "sequence exchange": max(0.0, passes - compute) + 2 * others,
         "weights gathered": with_weights - passes,
     }
+    if layout.tensor > 1:
+        exchanged["tensor exchange"] = tensor_seconds(counts, layout, cluster)
     return exchanged, whole - with_weights
+
+
+def tensor_seconds(counts: ModelCounts, layout: Layout, cluster: Cluster) -> float:
+    """Seconds in which tensor-parallel ranks add up what enters and what leaves each part of a layer, once each way."""
+    costs = cluster.between if 0 < cluster.node < layout.tensor else cluster.inside
+    item = 2 if counts.dtype == torch.bfloat16 else 4
+    size = counts.stream_bytes / 4 * item
+    far = layout.tensor - 1
+    # A ring: everything but a rank's own part twice.
+    return 2 * len(counts.parts) * (2 * far * costs.latency + 2 * far / layout.tensor * size * costs.byte)
 
 
 def held_parameters(counts: ModelCounts, layout: Layout) -> float:
@@ -322,12 +344,12 @@ def held_parameters(counts: ModelCounts, layout: Layout) -> float:
 
 def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[str, float]:
     """Bytes of one rank at the peak of a step, by kind."""
-    again, own = layout.checkpointing, 1 / layout.ranks
+    again, own = layout.checkpointing, 1 / layout.replicas
     # What ZeRO divides is, in all, the same with sharded experts.
     size, divided = 4.0 * held_parameters(counts, layout), 4.0 * counts.trained * own
     trained = size - 4.0 * counts.frozen
     whole, kept = counts.peak_bytes(checkpointing=again), counts.saved_bytes(checkpointing=again)
-    bucket = min(trained, 4.0 * BUCKET) if layout.ranks > 1 or layout.stage else 0.0
+    bucket = min(trained, 4.0 * BUCKET) if layout.replicas > 1 or layout.stage else 0.0
     weights = 4.0 * counts.parameters * own if layout.stage == 3 else size
     gathered = size / max(1, len(counts.layers)) * 2 if layout.stage == 3 else 0.0
     # ZeRO keeps a float32 copy of its part next to the weights, and the reduced gradients of its part.

@@ -7,7 +7,8 @@
     python tools/plan.py plan.task=published                  # predictions next to published figures
 
 The keys are those of launch/pretrain.py. What is looked for is train.batch_size, train.micro_batch_size, parallel.data,
-parallel.sequence, parallel.zero_stage and model.activation_checkpointing; those that are given stay as they are.
+parallel.sequence, parallel.tensor (within a node), parallel.zero_stage and model.activation_checkpointing; those that
+are given stay as they are.
 Layouts that surely fit come first; of those that are equally fast, the one of least memory. Products are bfloat16 where
 the cluster's processors are made for it, unless train.dtype says otherwise. Ranges are as wide as predictions were
 wrong (`time_error`, `memory_error` of the cluster's file). `plan.output_dir` gets plan.json, plan.png, plan.html; for
@@ -18,7 +19,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,7 +37,7 @@ from seqtrain.planning.layout import Layout, Machine, Prediction, predict, read_
 from seqtrain.planning.run_config import at_once, count_run, counter_of, last_of_each, layout_of, read_run
 from seqtrain.planning.scaling import Scheme
 from seqtrain.runtime import PretrainConfig
-from seqtrain.runtime.settings import micro_batch, segments
+from seqtrain.runtime.settings import check_tensor, micro_batch, segments
 
 GIB = 2**30
 
@@ -76,11 +77,40 @@ def read_machine(cluster: str) -> tuple[Machine, Cluster]:
     return file.machine, file.links()
 
 
-def layouts_of(config: PretrainConfig, ranks: int, step_tokens: int = 0) -> list[Layout]:
+def layouts_of(config: PretrainConfig, ranks: int, step_tokens: int = 0, tensors: Sequence[int] = (1,)) -> list[Layout]:
     """Every way to divide a step over so many ranks; sequences are sharded by powers of two.
 
-    step_tokens: 0 for the run's own batch, or the most of any other. Raises `ConfigError` where there is none.
+    step_tokens: 0 for the run's own batch, or the most of any other. `tensors`: over how many ranks layers may be
+    divided. Raises `ConfigError` where there is none.
     """
+    found = [
+        replace(layout, tensor=tensor)
+        for tensor in tensors
+        if tensor == 1 or ranks % (tensor * config.parallel.experts) == 0
+        for layout in _undivided(config, ranks // tensor, step_tokens)
+        if tensor == 1 or layout.stage < 3
+    ]
+    if not found:
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size}: no layout of {ranks} ranks divides it; use a multiple of the "
+            "data groups, other plan.nodes, or leave it out"
+        )
+    return found
+
+
+def dividing(config: PretrainConfig, machine: Machine, ranks: int) -> list[int]:
+    """Over how many of a node's ranks this model's layers can be divided: 1, and powers of two."""
+    found = [1]
+    for tensor in _powers_of_two(min(ranks, machine.processors))[1:]:
+        try:
+            check_tensor(replace(config, parallel=replace(config.parallel, tensor=tensor, zero_stage=1)))
+        except ConfigError:
+            break
+        found.append(tensor)
+    return found
+
+
+def _undivided(config: PretrainConfig, ranks: int, step_tokens: int) -> list[Layout]:
     train, experts = config.train, config.parallel.experts
     if ranks % experts or config.model.experts % experts:
         raise ConfigError(
@@ -98,11 +128,6 @@ def layouts_of(config: PretrainConfig, ranks: int, step_tokens: int = 0) -> list
             for micro, stage, again in product(micros, range(3 if experts > 1 else 4), (False, True)):
                 cut = segments(config, micro), train.segment_gradients == "exact", train.offload_activations
                 found.append(Layout(data, sequence, stage, again, micro, batch, experts, *cut))
-    if not found:
-        raise ConfigError(
-            f"train.batch_size={train.batch_size}: no layout of {ranks} ranks divides it; use a multiple of the data "
-            "groups, other plan.nodes, or leave it out"
-        )
     return found
 
 
@@ -126,17 +151,24 @@ def as_given(layouts: Sequence[Layout], given: Mapping[str, str]) -> list[Layout
 
 
 def search(
-    config: PretrainConfig, counter: ModelCounter, layouts: Iterable[Layout], machine: Machine, cluster: Cluster
+    config: PretrainConfig,
+    counter: Callable[[int], ModelCounter],
+    layouts: Iterable[Layout],
+    machine: Machine,
+    cluster: Cluster,
 ) -> list[Prediction]:
     """What the layouts would take: those that surely fit first, then those that may; among them the fastest first, and
     of those about as fast the one of least memory; of those that are alike in that, too, the least divided.
+
+    `counter`: of one of so many tensor-parallel ranks.
     """
-    count = cache(counter.count)
+    counter = cache(counter)
+    count = cache(lambda tokens, tensor: counter(tensor).count(tokens))
 
     @cache
     def of_one_round(layout: Layout) -> Prediction:
         tokens, rows = at_once(config, layout.sequence, layout.micro_batch)
-        return predict(count(tokens).of_rows(rows), layout, machine, cluster)
+        return predict(count(tokens, layout.tensor).of_rows(rows), layout, machine, cluster)
 
     # Micro-batches of a step are alike, however many there are.
     found = [replace(of_one_round(each.of_rounds(1)), layout=each) for each in layouts]
@@ -150,7 +182,8 @@ def search(
 
 def _simplicity(one: Prediction) -> tuple[float, ...]:
     """The less the better. Memories that differ by less than a tenth are alike; the batch is as large as it may be."""
-    return round(math.log(one.peak_bytes, 1.1)), one.layout.stage, one.layout.sequence, -one.layout.batch
+    layout = one.layout
+    return round(math.log(one.peak_bytes, 1.1)), layout.stage, layout.sequence, layout.tensor, -layout.batch
 
 
 # Predictions whose times differ by less are alike: they are wrong by more.
@@ -169,14 +202,17 @@ def fits(one: Prediction, machine: Machine) -> str:
 
 
 COLUMNS = ("data x seq", "ZeRO", "again", "rows", "step", "tokens/s", "GiB per rank", "fits", "most of it")
-LEGEND = "again: layers are recomputed; rows: sequences at once on a group of ranks, of those in a step"
+LEGEND = (
+    "a third number: ranks over which layers are divided (tensor); again: layers are recomputed; rows: sequences at "
+    "once on a group of ranks, of those in a step"
+)
 
 
 def cells(one: Prediction, machine: Machine, length: int) -> tuple[str, ...]:
     """A row of texts under `COLUMNS`; `length`: tokens of a sequence."""
     layout, size, wrong = one.layout, one.peak_bytes / GIB, 1 + machine.memory_error
     return (
-        f"{layout.data} x {layout.sequence}",
+        f"{layout.data} x {layout.sequence}" + (f" x {layout.tensor}" if layout.tensor > 1 else ""),
         str(layout.stage),
         "yes" if layout.checkpointing else "no",
         f"{layout.micro_batch} of {layout.batch}",
@@ -242,12 +278,14 @@ def plan(settings: Settings, overrides: list[str]) -> int:
     own_batch = "train.batch_size" in given
     step_tokens = 0 if own_batch else settings.step_tokens or preset.batch_size * preset.sequence_length
     ranks = settings.nodes * (settings.ranks or machine.processors)
-    layouts = as_given(layouts_of(config, ranks, step_tokens), given)
+    tensors = [config.parallel.tensor] if "parallel.tensor" in given else dividing(config, machine, ranks)
+    layouts = as_given(layouts_of(config, ranks, step_tokens, tensors), given)
     if config.model.recompute:
         # The counts are of what it names.
         layouts = [layout for layout in layouts if layout.checkpointing == ("block" in config.model.recomputed)]
     with report.announced(f"counting the model's work, {len(layouts)} layouts on {ranks} ranks"):
-        found = search(config, counter_of(config, settings.vocab_size), layouts, machine, cluster)
+        counter = partial(counter_of, config, settings.vocab_size)
+        found = search(config, lambda tensor: counter(tensor=tensor), layouts, machine, cluster)
     best = found[0].layout
     whole = settings.tokens or preset.steps * preset.batch_size * preset.sequence_length
     steps = config.train.steps

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from seqtrain.config import compose_config
 from seqtrain.data import load_tokenizer
+from seqtrain.parallel.tensor import TensorParallel
 from seqtrain.planning.counts import ModelCounter, ModelCounts
 from seqtrain.planning.layout import Layout
 from seqtrain.runtime import PretrainConfig
@@ -40,6 +41,7 @@ def layout_of(config: PretrainConfig) -> Layout:
         segments(config),
         config.train.segment_gradients == "exact",
         config.train.offload_activations,
+        parallel.tensor,
     )
 
 
@@ -54,8 +56,11 @@ def at_once(config: PretrainConfig, shards: int = 0, rows: int = 0) -> tuple[int
     return -(-rows * config.train.sequence_length // (pieces * shards)), 1
 
 
-def counter_of(config: PretrainConfig, vocab_size: int = 0) -> ModelCounter:
-    """What counts the run's model; `vocab_size`: 0 is that of data.tokenizer."""
+def counter_of(config: PretrainConfig, vocab_size: int = 0, *, tensor: int = 0) -> ModelCounter:
+    """What counts the run's model, one rank's part of it; `vocab_size`: 0 is that of data.tokenizer.
+
+    `tensor`: ranks over which layers are divided; 0: as the run says. Raises `ConfigError` where they can't be.
+    """
     return ModelCounter(
         config.model,
         config.mixer,
@@ -63,6 +68,7 @@ def counter_of(config: PretrainConfig, vocab_size: int = 0) -> ModelCounter:
         dtype=getattr(torch, config.train.dtype),
         backend=config.kernels.backend,
         adapt=partial(add_own_adapters, config),
+        tensor=TensorParallel(0, tensor or config.parallel.tensor),
     )
 
 

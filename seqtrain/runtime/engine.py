@@ -5,14 +5,16 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from seqtrain.initialization import WHOLE, Fill, materialize
+from seqtrain.models.divided import Divided
 from seqtrain.models.matrices import matrices_of
+from seqtrain.parallel.mesh import Mesh
 from seqtrain.runtime.compilation import compile_model
 from seqtrain.runtime.expert_parallel import ExpertParallel
 from seqtrain.runtime.offload import offload_activations
@@ -20,6 +22,7 @@ from seqtrain.runtime.optimizer_state import OptimizerState
 from seqtrain.runtime.optimizers import OPTIMIZERS, build_optimizer, set_learning_rate
 from seqtrain.runtime.ranks import Ranks
 from seqtrain.runtime.settings import PretrainConfig, micro_batch, micro_batches, segments
+from seqtrain.runtime.tensor_parallel import ModelParallelUnit, mark_parts
 from seqtrain.runtime.whole_matrices import WholeMatrices, place_blocks, split_groups
 
 log = logging.getLogger("seqtrain.runtime")
@@ -94,18 +97,20 @@ class Engine:
         ranks: Ranks,
         *,
         weights: Fill | None = None,
-        experts: dist.ProcessGroup | None = None,
+        mesh: Mesh | None = None,
+        divided: Divided | None = None,
     ):
         """`groups`: the parameters to train, as `parameter_groups` gives them. Every rank builds its own.
 
         `weights`: what the model begins with, alike on every rank; None where it has them, and is not on the meta
-        device. `experts`: ranks over which the model's routed experts are sharded; of the others this rank drops the
-        weights.
+        device. `mesh`: None is one of data-parallel ranks alone; of experts that others have this rank drops the
+        weights. `divided`: of which the model is this rank's part.
         """
         prepare_environment(ranks)
         import deepspeed
 
-        self._expert_parallel, self._ranks = ExpertParallel(model, experts), ranks
+        experts, self._divided, self._ranks = mesh.experts if mesh else None, divided, ranks
+        self._expert_parallel = ExpertParallel(model, experts, divided)
         # Where a dict, the step made next adds what this rank's pieces of the weights say, by name; no weight's pieces
         # overlap, so that their sums over the ranks are those of the whole.
         self.sizes: dict[str, Sizes] | None = None
@@ -115,12 +120,18 @@ class Engine:
         matrices = matrices_of(model) if OPTIMIZERS[config.optimizer.name].matrix_options is not None else {}
         settings = _deepspeed_config(config, ranks.device)
         self._bear(weights, settings)
+        unit = None
+        if divided is not None and mesh is not None:
+            mark_parts(divided)
+            unit = ModelParallelUnit.of(mesh)
+        deepspeed.utils.groups.mpu = unit
         optimizer = build_optimizer(
             self._expert_parallel.groups(split_groups(groups, matrices) if matrices else groups),
             config.optimizer,
             finite=self.stage == 0,
             clipping=config.train.gradient_clipping,
             experts=experts,
+            tensor=divided.tensor.group if divided else None,
         )
         self._masters = config.train.weights == "bfloat16"
         whole = {name: p.detach().clone() for name, p in model.named_parameters()} if self._masters else {}
@@ -130,6 +141,7 @@ class Engine:
                 model=model,
                 optimizer=optimizer,
                 config=settings,
+                mpu=unit,
                 dist_init_required=False,
             )
         if self._masters:
@@ -141,7 +153,8 @@ class Engine:
             offload_activations(self.deepspeed)
         self.model: nn.Module = self.deepspeed
         self.optimizer_state = OptimizerState(self.deepspeed, self.stage, config.optimizer, self._expert_parallel)
-        experts_over = f", experts over {experts.size()}" if experts is not None else ""
+        over = f", layers over {divided.tensor.count}" if divided else ""
+        over += f", experts over {experts.size()}" if experts is not None else ""
         log.info(
             "engine: DeepSpeed %s, ZeRO %d, %s over %d x %d ranks (data x sequence, %s)%s, optimizer %s of %s",
             deepspeed.__version__,
@@ -150,7 +163,7 @@ class Engine:
             config.parallel.data,
             config.parallel.sequence,
             ranks.device.type,
-            experts_over,
+            over,
             config.optimizer.name,
             config.optimizer.implementation,
         )
@@ -225,11 +238,17 @@ class Engine:
         """What this rank alone holds, or alone looks at, of each trained weight and of its gradient, both flat."""
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
 
+        divided, ranks = self._divided, self._ranks
+        if divided is not None:
+            # Those that have the same parts.
+            count = divided.tensor.count
+            ranks = replace(ranks, rank=ranks.rank // count, count=ranks.count // count)
         for name, weight in self.module.named_parameters():
-            if not weight.requires_grad:
+            again = divided is not None and divided.tensor.rank > 0 and name not in divided.divisions
+            if again or not weight.requires_grad:
                 continue
             if self.stage == 0 and (gradient := weight.grad if gradients else weight) is not None:
-                own = self._expert_parallel.share(name, weight.numel(), self._ranks)
+                own = self._expert_parallel.share(name, weight.numel(), ranks)
                 yield name, weight.detach().flatten()[own], gradient.flatten()[own]
             elif self.stage == 3:
                 piece = safe_get_local_fp32_param(weight)
@@ -322,13 +341,10 @@ class Engine:
 def _deepspeed_config(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
     stage, pieces = config.parallel.zero_stage, segments(config)
     return {
-        # A segment counts as a micro-batch: each has a backward pass of its own.
-        "train_batch_size": pieces * config.train.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch(config),
+        # A segment counts as a micro-batch: each has a backward pass of its own. Of sequences over several ranks
+        # DeepSpeed is told nothing: all is over all ranks alike that have the same parts of the model.
         "gradient_accumulation_steps": pieces * micro_batches(config),
-        # Ranks per entry of the batch, for DeepSpeed's arithmetic of batches. All else there is over all ranks alike:
-        # with its own mesh, gradients would stay unreduced over the ranks of a sequence in stages 0 to 2.
-        "sequence_parallel_size": config.parallel.sequence,
         # In stage 0 the optimizer clips, see FiniteStep.
         "gradient_clipping": config.train.gradient_clipping if stage else 0.0,
         "zero_optimization": {

@@ -11,16 +11,20 @@ from torch import Tensor, nn
 
 from seqtrain.data.batches import even_offsets
 from seqtrain.errors import ConfigError
+from seqtrain.models.divided import Divided
 from seqtrain.models.feed_forward import MoE
 from seqtrain.parallel.experts import gather_experts, local_experts
 from seqtrain.runtime.ranks import Ranks
 
 
 class ExpertParallel:
-    """Which parameters of a model are parts: each rank of `group` has its experts. None: all are whole."""
+    """Which parameters of a model are parts: each rank of `group` has its experts. None: all are whole.
 
-    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None):
-        self.group = group
+    `divided`: parts of layers that tensor-parallel ranks have, whatever their experts.
+    """
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None, divided: Divided | None = None):
+        self.group, self._divided = group, divided
         self._parts: set[nn.Parameter] = set()
         if group is not None:
             layers = [module for module in model.modules() if isinstance(module, MoE)]
@@ -54,9 +58,13 @@ class ExpertParallel:
         from deepspeed.moe.layer import MoE as DeepSpeedMoE
 
         ranks = self.group.size()
+        _forget_groups(self._name)
         # It prints what it forms.
         with redirect_stdout(io.StringIO()):
-            model.marker = DeepSpeedMoE(hidden_size=1, expert=nn.Identity(), num_experts=ranks, ep_size=ranks)
+            sizes = {"num_experts": ranks, "ep_size": ranks}
+            model.marker = DeepSpeedMoE(
+                1, nn.Identity(), **sizes, enable_expert_tensor_parallelism=self._divided is not None
+            )
             try:
                 yield
             finally:
@@ -69,15 +77,30 @@ class ExpertParallel:
         return slice(*offsets[ranks.rank // others :][:2])
 
     def whole(self, name: str, value: Tensor) -> Tensor:
-        """`value`, of the shape of this rank's parameter `name`, for all experts. A collective where it is a part."""
-        return gather_experts(value, self.group) if self.group is not None and name in self._names else value
+        """The whole of `value`, of the shape of this rank's parameter `name`. A collective where that is a part."""
+        if self.group is not None and name in self._names:
+            value = gather_experts(value, self.group)
+        if self._divided is None or name not in self._divided.divisions:
+            return value
+        return self._divided.divisions[name].gather(value, self._divided.tensor)
 
     def whole_shape(self, name: str, shape: torch.Size) -> torch.Size:
         """Of the parameter `name`, of which this rank's part has `shape`."""
+        if self._divided is not None:
+            shape = self._divided.whole_shape(name, shape)
         if self.group is None or name not in self._names:
             return shape
         return torch.Size((shape[0] * self.group.size(), *shape[1:]))
 
     def own(self, name: str, value: Tensor) -> Tensor:
         """The reverse."""
+        value = value if self._divided is None else self._divided.own(name, value)
         return local_experts(value, self.group) if self.group is not None and name in self._names else value
+
+
+def _forget_groups(name: str) -> None:
+    """Has DeepSpeed form the groups of this name anew: a process may have been another mesh's before."""
+    from deepspeed.utils import groups
+
+    for known in (groups._get_expert_parallel_group_dict(), groups._get_expert_data_parallel_group_dict()):
+        known.pop(name, None)

@@ -177,6 +177,8 @@ class FiniteStep:
     clipping = 0.0
     # Ranks among which sharded experts, the groups called `moe`, are all there are; None for none.
     experts: dist.ProcessGroup | None = None
+    # Ranks that have the other parts of weights marked `model_parallel`; None for none.
+    tensor: dist.ProcessGroup | None = None
     # Whether the last step was left out.
     overflow = False
     # Norm of the last gradient, before clipping.
@@ -185,8 +187,8 @@ class FiniteStep:
     def step(self, closure: None = None) -> None:
         weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in weights])
-        if self.experts is not None:
-            norm = self._norm_with_dealt(self.experts)
+        if self.experts is not None or self.tensor is not None:
+            norm = self._norm_with_parts()
         self._global_grad_norm = norm.item()
         self.overflow = not bool(torch.isfinite(norm))
         if self.overflow:
@@ -195,16 +197,22 @@ class FiniteStep:
             nn.utils.clip_grads_with_norm_(weights, self.clipping, norm)
         super().step()  # type: ignore[misc]
 
-    def _norm_with_dealt(self, experts: dist.ProcessGroup) -> Tensor:
+    def _norm_with_parts(self) -> Tensor:
         """The gradient's norm where some weights are parts: theirs is summed over the ranks that have the others."""
-        norms = [
-            nn.utils.get_total_norm(
-                [p.grad for group in self.param_groups if ("moe" in group) == sharded for p in group["params"]]
-            )
-            for sharded in (False, True)
-        ]
-        dist.all_reduce(square := norms[1].square(), group=experts)
-        return (norms[0].square() + square).sqrt()
+        found: dict[tuple[bool, bool], list[Tensor]] = {}
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    found.setdefault(("moe" in group, "model_parallel" in vars(weight)), []).append(weight.grad)
+        total = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+        # In the same order on every rank.
+        for (dealt, divided), gradients in sorted(found.items(), key=lambda each: each[0]):
+            square = nn.utils.get_total_norm(gradients).square()
+            for part, ranks in ((dealt, self.experts), (divided, self.tensor)):
+                if part and ranks is not None:
+                    dist.all_reduce(square, group=ranks)
+            total = total + square
+        return total.sqrt()
 
 
 def build_optimizer(
@@ -214,15 +222,17 @@ def build_optimizer(
     finite: bool,
     clipping: float,
     experts: dist.ProcessGroup | None = None,
+    tensor: dist.ProcessGroup | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of `groups`, as `parameter_groups` makes them; `finite`: as a `FiniteStep` that clips.
 
-    `experts`: see `FiniteStep`.
+    `experts`, `tensor`: see `FiniteStep`.
     """
     optimizer = OPTIMIZERS[config.name]
     cls = optimizer.implementations[config.implementation]()
     if finite:
-        cls = type(f"Finite{cls.__name__}", (FiniteStep, cls), {"clipping": clipping, "experts": experts})
+        told = {"clipping": clipping, "experts": experts, "tensor": tensor}
+        cls = type(f"Finite{cls.__name__}", (FiniteStep, cls), told)
     options: dict[str, Any] = {name: vars(config)[name] for name in optimizer.options}
     return cls(groups, lr=config.lr, **options)  # type: ignore[call-arg]
 

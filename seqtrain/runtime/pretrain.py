@@ -64,9 +64,10 @@ def announce(config: PretrainConfig) -> str:
     """What the config was composed of, and what follows from it, in a line."""
     presets = " ".join(f"{group}={choice}" for group, choice in config.presets.items())
     train, parallel = config.train, config.parallel
+    tensor = f" x {parallel.tensor}" if parallel.tensor > 1 else ""
     return (
         f"{presets}: {train.steps} steps of {train.batch_size} x {train.sequence_length} tokens on "
-        f"{parallel.data} x {parallel.sequence} ranks, {train.micro_batch_size} sequences at once"
+        f"{parallel.data} x {parallel.sequence}{tensor} ranks, {train.micro_batch_size} sequences at once"
     )
 
 

@@ -17,8 +17,10 @@ from seqtrain.data import DataConfig, check_source
 from seqtrain.errors import ConfigError
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.models.config import default_config, mixer_class
+from seqtrain.models.divided import divide
 from seqtrain.models.lora import LoraConfig
 from seqtrain.parallel import Algorithm
+from seqtrain.parallel.tensor import TensorParallel
 from seqtrain.runtime.compilation import Compile, check_compile
 from seqtrain.runtime.optimizers import OPTIMIZERS, OptimizerConfig, check_optimizer
 from seqtrain.runtime.schedule import ScheduleConfig
@@ -90,13 +92,16 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the work is divided over `data x sequence` processes (ranks)."""
+    """How the work is divided over `data x sequence x tensor` processes (ranks)."""
 
     # Groups of ranks that read different sequences of a batch. auto: what the GPUs (runtime=ray without GPUs: two
     # processes) or torchrun's ranks leave for it.
     data: Annotated[Positive, OrAuto] = AUTO
     # Sequence-parallel (context-parallel) ranks of a group: each holds a piece of every sequence.
     sequence: Positive = 1
+    # Tensor-parallel ranks, neighbors on one machine: each has a part of every layer's heads and channels, and of the
+    # vocabulary.
+    tensor: Positive = 1
     # Ranks over which routed experts are sharded: each has so small a part of them, and tokens travel. 1: each has all.
     experts: Positive = 1
     # What DeepSpeed divides over all ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights.
@@ -107,7 +112,7 @@ class ParallelConfig:
     @property
     def ranks(self) -> int:
         """How many processes that is."""
-        return self.data * self.sequence
+        return self.data * self.sequence * self.tensor
 
 
 @dataclass(frozen=True)
@@ -278,9 +283,9 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
 
 def _data_ranks(config: PretrainConfig) -> int:
     """Groups of ranks for the processes there are or can be: one where they don't suffice for more."""
-    runtime, sequence = config.runtime, config.parallel.sequence
+    runtime, others = config.runtime, config.parallel.sequence * config.parallel.tensor
     if runtime.name == "inline":
-        return max(1, int(os.environ.get("WORLD_SIZE", 1)) // sequence)
+        return max(1, int(os.environ.get("WORLD_SIZE", 1)) // others)
     if runtime.address:
         raise ConfigError(
             f"parallel.data=auto: how many ranks the cluster at runtime.address={runtime.address} has isn't known "
@@ -289,7 +294,7 @@ def _data_ranks(config: PretrainConfig) -> int:
     gpus = torch.cuda.device_count() if runtime.device != "cpu" else 0
     # More processes on a CPU take more memory and no less time: the other cores are threads.
     there = gpus or min(2, os.cpu_count() or 1)
-    return _largest_divisor(unit(config.train), limit=there // sequence)
+    return _largest_divisor(unit(config.train), limit=there // others)
 
 
 def _largest_divisor(number: int, *, limit: int) -> int:
@@ -339,6 +344,7 @@ def check(config: PretrainConfig) -> None:
     check_compile(config)
     _check_weights(config)
     _check_model(config)
+    check_tensor(config)
 
 
 def _check_averages(config: PretrainConfig) -> None:
@@ -360,15 +366,44 @@ def _check_experts(config: PretrainConfig) -> None:
     key = f"parallel.experts={parallel.experts}"
     if not model.experts:
         raise ConfigError(f"{key}: the model has no routed experts; use parallel.experts=1, or set model.experts=")
-    for number, name in ((model.experts, "model.experts"), (parallel.ranks, "parallel.data x parallel.sequence")):
+    ranks = parallel.data * parallel.sequence
+    for number, name in ((model.experts, "model.experts"), (ranks, "parallel.data x parallel.sequence")):
         if number % parallel.experts:
-            fitting = math.gcd(model.experts, parallel.ranks)
+            fitting = math.gcd(model.experts, ranks)
             raise ConfigError(f"{key}: must divide {name}={number}; use {fitting}, or a divisor of it")
     if parallel.zero_stage == 3:
         raise ConfigError(
             f"{key}: DeepSpeed doesn't divide sharded experts as well, parallel.zero_stage=3; "
             "use parallel.zero_stage=2 or less, or parallel.experts=1"
         )
+
+
+def check_tensor(config: PretrainConfig) -> None:
+    """Raises `ConfigError` where tensor-parallel ranks, if there are any, can't divide the model or its training."""
+    parallel, model = config.parallel, config.model
+    if parallel.tensor == 1:
+        return
+    key = f"parallel.tensor={parallel.tensor}"
+    if parallel.zero_stage == 3:
+        raise ConfigError(
+            f"{key}: ZeRO 3 would divide weights that are divided already, parallel.zero_stage=3; use "
+            "parallel.zero_stage=2 or less, or parallel.tensor=1"
+        )
+    if OPTIMIZERS[config.optimizer.name].matrix_options is not None:
+        raise ConfigError(
+            f"{key}: no rank has the whole matrices that optimizer.name={config.optimizer.name} works on; use "
+            "optimizer=adamw, or parallel.tensor=1"
+        )
+    for there, other in (
+        (config.train.compile, f"train.compile={str(config.train.compile).lower()}"),
+        (config.train.weights != "float32", f"train.weights={config.train.weights}"),
+        (config.lora.rank, f"lora.rank={config.lora.rank}"),
+    ):
+        if there:
+            raise ConfigError(f"{key}: isn't offered with {other}; leave one of them out")
+    with torch.device("meta"), _without_dynamo(), _one_thread():
+        sample = LanguageModel(replace(model, depth=min(model.depth, model.period)), config.mixer, vocab_size=1)
+        divide(sample, TensorParallel(0, parallel.tensor))
 
 
 def _check_weights(config: PretrainConfig) -> None:
@@ -520,13 +555,15 @@ def _check_ranks(config: PretrainConfig) -> None:
     there = int(launched or 1)
     if config.runtime.name == "inline" and parallel.ranks != there:
         came = f"torchrun started {launched}" if launched else "this process is one"
-        # What is left for the data axis where the sequence axis stays; else both as they would be.
-        fitting = f"parallel.data={there // parallel.sequence}"
-        if there % parallel.sequence:
-            fitting = f"parallel.data={there} parallel.sequence=1"
+        # What is left for the data axis where the others stay; else all as they would be.
+        others = parallel.sequence * parallel.tensor
+        tensor = f" parallel.tensor={parallel.tensor}" if parallel.tensor > 1 else ""
+        fitting = f"parallel.data={there // others}"
+        if there % others:
+            fitting = f"parallel.data={there} parallel.sequence=1" + (" parallel.tensor=1" if tensor else "")
         raise ConfigError(
-            f"parallel.data={parallel.data} parallel.sequence={parallel.sequence}: runtime=inline uses the ranks there "
-            f"are, and {came}; use {fitting}, runtime=ray, or torchrun --nproc-per-node={parallel.ranks}"
+            f"parallel.data={parallel.data} parallel.sequence={parallel.sequence}{tensor}: runtime=inline uses the "
+            f"ranks there are, and {came}; use {fitting}, runtime=ray, or torchrun --nproc-per-node={parallel.ranks}"
         )
 
 

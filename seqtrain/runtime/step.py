@@ -144,7 +144,8 @@ def train_step(state: TrainState) -> Record | None:
     labels = max(labels, 1)
     weight = ranks.count * state.segments * len(batches) / labels
     # Routers' losses are means over a micro-batch; the mean over all of them is added to it.
-    micro_batches = state.mesh.data_ranks * len(batches)
+    # Tensor-parallel ranks, which read the same, count each label again.
+    micro_batches = state.mesh.data_ranks * state.mesh.tensor.count * len(batches)
     routers = labels / micro_batches
     loss_sum = torch.zeros((), device=ranks.device)
     for number, batch in enumerate(batches):

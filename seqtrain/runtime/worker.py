@@ -37,6 +37,7 @@ from seqtrain.runtime.schedule import CONSTANT, NORMS, plateau, refine
 from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.runtime.step import TrainState, train_step
 from seqtrain.runtime.task import Callback, Pretraining, Task
+from seqtrain.runtime.tensor_parallel import divided_trainable
 
 log = logging.getLogger("seqtrain.runtime")
 
@@ -101,6 +102,7 @@ def train(session: Session, ranks: Ranks, *, poll: Callable[[], None] = lambda: 
                 ranks.group,
                 sequence=parallel.sequence,
                 experts=parallel.experts,
+                tensor=parallel.tensor,
                 algorithm=parallel.algorithm,
                 device=ranks.device,
                 timeout_seconds=session.config.runtime.collective_timeout_seconds,
@@ -224,7 +226,10 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
     trained = sum(p.numel() for p in trainable.model.parameters() if p.requires_grad)
     length = config.train.sequence_length
     flops = trainable.model.flops(length) / length if isinstance(trainable.model, LanguageModel) else 0.0
-    engine = Engine(trainable.model, trainable.groups, config, ranks, weights=weights, experts=mesh.experts)
+    divided = None
+    if mesh.tensor.count > 1:
+        trainable, divided = divided_trainable(trainable, mesh)
+    engine = Engine(trainable.model, trainable.groups, config, ranks, weights=weights, mesh=mesh, divided=divided)
     if found:
         found.restore_optimizer(engine)
     progress = found.progress if found else Progress()

@@ -36,7 +36,7 @@ ELSEWHERE = {
 NEEDS_NODES = "FIRST_NODE"
 MODEL = ["model.depth=2", "model.width=32", "model.heads=2"]
 TRAINING = [*MODEL, "train.steps=2", "train.sequence_length=64", "train.batch_size=2", "evaluation.max_tokens=512"]
-TRAINING += ["data.held_out=0.2", "runtime=inline", "parallel.data=1", "parallel.sequence=1"]
+TRAINING += ["data.held_out=0.2", "runtime=inline", "parallel.data=1", "parallel.sequence=1", "parallel.tensor=1"]
 TRAINING += ["checkpoint.every=0", "sample.tokens=4"]
 STAGE = ["steps=2", "batch_size=2", "sequence_length=32"]
 # What makes each command short, where it does any work.

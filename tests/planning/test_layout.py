@@ -10,6 +10,7 @@ from seqtrain.models import ModelConfig
 from seqtrain.models.families import Piece
 from seqtrain.models.lora import add_adapters
 from seqtrain.parallel.schedules.links import Cluster, Costs
+from seqtrain.parallel.tensor import TensorParallel
 from seqtrain.planning.counts import ModelCounter
 from seqtrain.planning.layout import Layout, Machine, compute_seconds, memory_bytes, predict
 from seqtrain.planning.trace import Recorded
@@ -172,3 +173,15 @@ def test_segments_take_their_time_each_and_offloaded_activations_no_memory(count
     assert sum(cut.each.values()) == pytest.approx(4 * sum(again.each.values()))
     assert (away.bytes["activations kept"], away.each) == (0, whole.each)
     assert whole.bytes["activations kept"] > 0
+
+
+def test_ranks_that_divide_layers_hold_and_compute_a_part(counts):
+    part, layout = count(tensor=TensorParallel(0, 2)), changed(tensor=2)
+    assert part.parameters == pytest.approx(counts.parameters / 2, rel=0.02)
+    assert part.forward_flops == pytest.approx(counts.forward_flops / 2, rel=0.05)
+    whole, one = predict(counts, ONE, MACHINE, CLUSTER), predict(part, layout, MACHINE, CLUSTER)
+    assert one.bytes["optimizer"] == pytest.approx(whole.bytes["optimizer"] / 2, rel=0.02)
+    # Twice what enters and what leaves four parts of layers, the embedding and the loss: half of it there and back.
+    size = 64 * 32 * 4
+    assert one.each["tensor exchange"] == pytest.approx(12 * (2 * LINKS.latency + size * LINKS.byte))
+    assert "parallel.tensor=2" in layout.overrides()

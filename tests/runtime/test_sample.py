@@ -19,11 +19,12 @@ CASES = {
         "parallel": grid(2, 1, 2),
         "train": {**SHORT["train"], "dtype": "bfloat16", "weights": "bfloat16"},
     },
+    "layers": {"parallel": {"data": 1, "tensor": 2}},
     "experts": {"parallel": {"data": 2, "experts": 2}, "model": {"experts": 4, "experts_per_token": 2}},
 }
 
 
-@pytest.mark.parametrize("names", in_tiers(["pieces"], ["averages", "rounded", "experts"]))
+@pytest.mark.parametrize("names", in_tiers(["pieces"], ["averages", "rounded", "layers", "experts"]))
 def test_ranks_write_what_generate_would(tmp_path, names):
     first = small_config(tmp_path, *LAYERS, **SHORT, sample={"prompt": "state", "tokens": 24})
     configs = {name: resolve(change(first, name, **CASES[name])) for name in names}

@@ -68,17 +68,35 @@ class SoftmaxAttention(Mixer):
         super().__init__(config, shape)
         self.key = config.head_width or self.part_of_width()
         self.check_rotation()
-        if shape.heads % config.query_group:
-            raise self.config_error("query_group", config.query_group, f"must divide model.heads={shape.heads}")
-        self.groups = shape.heads // config.query_group
-        inner = shape.heads * self.key
+        if shape.all_heads % config.query_group:
+            raise self.config_error("query_group", config.query_group, f"must divide model.heads={shape.all_heads}")
+        # Key heads of all ranks. Where these are fewer than ranks, each rank makes a part of a head, see `joined`.
+        self.all_groups = shape.all_heads // config.query_group
+        self.groups = self.key_heads()
+        inner, keys = shape.heads * self.key, shape.share(self.all_groups * self.key, f"{self.all_groups} key heads")
         # Of queries, keys, values and, where there is one, the gate.
-        self.channels = [inner, *2 * (self.groups * self.key,), *config.output_gate * (inner,)]
-        rows = [*(shape.heads + 2 * self.groups) * (self.key,), *config.output_gate * (-inner,)]
-        self.qkv = fused(nn.Linear(shape.width, sum(self.channels), bias=config.qkv_bias), rows)
+        self.channels = [inner, keys, keys, *config.output_gate * (inner,)]
+        width = min(self.key, keys)
+        rows = [*shape.heads * (self.key,), *2 * (keys // width) * (width,), *config.output_gate * (-inner,)]
+        self.qkv = fused(nn.Linear(shape.width, sum(self.channels), bias=config.qkv_bias), rows, self.channels)
         self.adapter = Adapters(shape.width, self.channels, config.adapter_rank) if config.adapter_rank else None
-        self.q_norm, self.k_norm = self.norm(shape.heads), self.norm(self.groups)
-        self.out = nn.Linear(inner, shape.out or shape.width, bias=config.out_bias)
+        self.q_norm, self.k_norm = self.norm(inner), self.norm(keys)
+        self.out = self.output(inner, bias=config.out_bias)
+
+    def key_heads(self) -> int:
+        """Key heads that this rank's queries read. Raises `ConfigError`."""
+        ranks = self.shape.tensor.count
+        if self.all_groups < ranks and ranks % self.all_groups == 0:
+            return 1
+        return self.shape.share(self.all_groups, f"{self.all_groups} key heads of model.heads={self.shape.all_heads}")
+
+    def joined(self, x: Tensor) -> Tensor:
+        """This rank's part of keys or values, `[B,T,...]`, as the whole heads that its queries read, `[B,T,G,K]`."""
+        tensor, heads = self.shape.tensor, (-1, self.key)
+        if self.all_groups >= tensor.count:
+            return x.unflatten(2, heads)
+        head = tensor.rank * self.all_groups // tensor.count
+        return tensor.enter(tensor.join(x)).unflatten(2, heads)[:, :, head : head + 1]
 
     def check_rotation(self) -> None:
         """Raises `ConfigError` where positions can't rotate a head's channels."""
@@ -94,12 +112,15 @@ class SoftmaxAttention(Mixer):
             came = f"[{len(config.rope_stretch)} numbers]"
             raise self.config_error("rope_stretch", came, f"a head of {width} channels has {width // 2}")
 
-    def norm(self, heads: int) -> nn.Module:
-        """That of queries or keys."""
-        if not self.config.qk_norm:
+    def norm(self, channels: int) -> nn.Module:
+        """That of queries or keys, of which this rank has so many channels."""
+        config = self.config
+        if not config.qk_norm:
             return nn.Identity()
-        width = self.key if self.config.qk_norm_over == "head" else heads * self.key
-        return RMSNorm(width, self.config.norm_eps, zero_centered=self.config.qk_norm_zero_centered)
+        options: dict[str, Any] = {"zero_centered": config.qk_norm_zero_centered}
+        if config.qk_norm_over == "head":
+            return RMSNorm(self.key, config.norm_eps, **options)
+        return RMSNorm(channels, config.norm_eps, tensor=self.shape.tensor, **options)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         q, k, v, *gate = self.project(x)
@@ -131,10 +152,10 @@ class SoftmaxAttention(Mixer):
         q, k, v, *gate = projected.split(self.channels, 2)
         heads = (-1, self.key)
         if self.config.qk_norm_over == "all":
-            q, k = self.q_norm(q).unflatten(2, heads), self.k_norm(k).unflatten(2, heads)
+            q, k = self.q_norm(q).unflatten(2, heads), self.joined(self.k_norm(k))
         else:
-            q, k = self.q_norm(q.unflatten(2, heads)), self.k_norm(k.unflatten(2, heads))
-        return q, k, v.unflatten(2, heads), *gate
+            q, k = self.q_norm(q.unflatten(2, heads)), self.k_norm(self.joined(k))
+        return q, k, self.joined(v), *gate
 
     def rotated(self, heads: Tensor, place: Tensor) -> Tensor:
         """Queries or keys `[B,T,...,K]` turned by their positions, int64 `[B or 1, T]`."""

@@ -1,6 +1,7 @@
 """What every mixer is: a map of `[B, T, D]` to itself with a state that carries all it knows of the past."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, dataclass_transform
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from seqtrain.initialization import Initializer
 from seqtrain.mixers.common.counting import Counts, Kind, count
 from seqtrain.mixers.common.recurrence import Past, Recurrence
 from seqtrain.parallel.sequence import SequenceContext, State
+from seqtrain.parallel.tensor import ALONE, RowLinear, TensorParallel
 
 WHOLE = SequenceContext()
 
@@ -18,7 +20,8 @@ WHOLE = SequenceContext()
 class LayerShape:
     """Sizes of a layer and its position in the stack: model width D, heads H, index from 0, number of layers.
 
-    `out`: channels of what leaves it, where a shared block has it; 0: as many as enter.
+    `out`: channels of what leaves it, where a shared block has it; 0: as many as enter. `tensor`: the ranks over which
+    heads are divided; those of `heads` are this rank's.
     """
 
     width: int
@@ -26,6 +29,33 @@ class LayerShape:
     index: int = 0
     depth: int = 1
     out: int = 0
+    tensor: TensorParallel = ALONE
+
+    @property
+    def all_heads(self) -> int:
+        """Heads of all ranks."""
+        return self.heads * self.tensor.count
+
+    @property
+    def channels(self) -> int:
+        """This rank's of as many channels as the model has."""
+        return self.share(self.width, f"model.width={self.width}")
+
+    def share(self, number: int, key: str) -> int:
+        """This rank's part of so many heads or channels. Raises `ConfigError`, which begins with `key`."""
+        return even_share(number, self.tensor, key)
+
+    def with_heads(self, heads: int) -> "LayerShape":
+        """The same of so many heads of all ranks. Raises `ConfigError`."""
+        return replace(self, heads=self.share(heads, f"model.heads={heads}"))
+
+
+def even_share(number: int, tensor: TensorParallel, key: str) -> int:
+    """This rank's part of so many. Raises `ConfigError`, which begins with `key`, where parts would be unequal."""
+    if number % tensor.count:
+        fitting = math.gcd(number, tensor.count)
+        raise ConfigError(f"{key}: can't be divided by parallel.tensor={tensor.count}; use parallel.tensor={fitting}")
+    return number // tensor.count
 
 
 @dataclass_transform(frozen_default=True)
@@ -64,7 +94,7 @@ class Mixer(nn.Module):
         self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
     ) -> tuple[Tensor, State]:
         """`x: [B,T,D]` -> `([B,T,D], state)`; `state` None is an empty past. With documents, states are `[N,...]`."""
-        return self.mix(x, state or {}, sequence)
+        return self.mix(self.shape.tensor.enter(x), state or {}, sequence)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         """`forward` as a subclass defines it; `past` is empty before the first token, and stays as it is."""
@@ -103,7 +133,8 @@ class Mixer(nn.Module):
 
     def _counts(self, batch: int, tokens: int) -> Counts:
         shapes = tuple(tuple(parameter.shape) for parameter in self.parameters())
-        kind = Kind(type(self), self.config, (self.shape.width, self.shape.heads), shapes, self.shape)
+        shape = replace(self.shape, tensor=replace(self.shape.tensor, group=None))
+        kind = Kind(type(self), self.config, (self.shape.width, self.shape.heads), shapes, shape)
         return count(kind, batch, tokens)
 
     def initializers(self) -> dict[Tensor, Initializer]:
@@ -118,7 +149,7 @@ class Mixer(nn.Module):
 
         `field`: the config field that holds `ratio`, for the message.
         """
-        width, heads = self.shape.width, self.shape.heads
+        width, heads = self.shape.width, self.shape.all_heads
         part = width * ratio / heads
         if part >= 1 and part == int(part):
             return int(part)
@@ -134,11 +165,15 @@ class Mixer(nn.Module):
         return part
 
     def hidden_channels(self, expand: float) -> int:
-        """`width * expand`, rounded down. Raises `ConfigError` where that leaves none."""
+        """This rank's of `width * expand`, rounded down. Raises `ConfigError` where that leaves none."""
         hidden = int(expand * self.shape.width)
         if not hidden:
             raise self.config_error("expand", expand, f"leaves no channel of model.width={self.shape.width}")
-        return hidden
+        return self.shape.share(hidden, f"{hidden} channels of {type(self).__name__}")
+
+    def output(self, inner: int, **options: Any) -> RowLinear:
+        """The projection into the residual stream, of this rank's `inner` channels. `options`: of `RowLinear`."""
+        return RowLinear(inner, self.shape.out or self.shape.width, self.shape.tensor, **options)
 
     def config_error(self, field: str, value: Any, rule: str) -> ConfigError:
         """The error for this mixer's config field: `mixer.gla.expand_key=0.3: <rule>`."""

@@ -57,7 +57,7 @@ class DeltaMixer(ProjectedMixer):
         super().__init__(config, shape)
         self.beta = nn.Linear(shape.width, shape.heads * self.steps, bias=False)
         self.norm = HeadNorm(self.value, self.gate_activation, config.norm_eps)
-        self.out = nn.Linear(self.inner, shape.width, bias=False)
+        self.out = self.output(self.inner)
         # What multiplies the normalised output, `[B,T,D]` -> `[B,T,H*V]` before its activation; None: nothing.
         self.gate: nn.Module | None = None
 
@@ -85,12 +85,17 @@ class DeltaMixer(ProjectedMixer):
 
     @property
     def key_heads(self) -> int:
-        return self.config.key_heads or self.shape.heads
+        return self.shape.share(self.all_key_heads, f"{self.all_key_heads} key heads")
+
+    @property
+    def all_key_heads(self) -> int:
+        """Those of all ranks."""
+        return self.config.key_heads or self.shape.all_heads
 
     def sizes(self) -> tuple[int, int]:
         config = self.config
-        if self.shape.heads % self.key_heads:
-            raise self.config_error("key_heads", config.key_heads, f"must divide {self.shape.heads} value heads")
+        if self.shape.all_heads % self.all_key_heads:
+            raise self.config_error("key_heads", config.key_heads, f"must divide {self.shape.all_heads} value heads")
         key = config.key_width or self.part_of_width(config.expand_key, "expand_key")
         return key, config.value_width or self.part_of_width(config.expand_value, "expand_value")
 

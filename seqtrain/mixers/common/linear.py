@@ -4,7 +4,7 @@ from typing import Annotated
 
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqtrain.kernels import linear_attention
 from seqtrain.layers import HeadProjections, upcast
@@ -70,4 +70,4 @@ class LinearMixer(ProjectedMixer):
 
     def __init__(self, config: ProjectedMixer.Config, shape: LayerShape):
         super().__init__(config, shape)
-        self.out = nn.Linear(self.inner, shape.width, bias=False)
+        self.out = self.output(self.inner)

@@ -17,6 +17,7 @@ from seqtrain.initialization import Initializer, computed, decay_rate, initializ
 from seqtrain.kernels import linear_attention, slot_scores
 from seqtrain.layers import step_sizes, upcast
 from seqtrain.parallel.sequence import SequenceContext, State
+from seqtrain.parallel.tensor import ALONE, TensorParallel
 
 # What a layer knows of the tokens before, by name.
 Past = Mapping[str, Tensor]
@@ -26,12 +27,16 @@ Reading = tuple[Tensor, Tensor | None, State]
 
 @dataclass(frozen=True)
 class Heads:
-    """An attention layer's sizes: D, H query heads, G key heads, K channels per head (of q, k and v alike)."""
+    """An attention layer's sizes: D, H query heads, G key heads, K channels per head (of q, k and v alike).
+
+    `tensor`: ranks over which heads are divided; those here are this rank's.
+    """
 
     width: int
     heads: int
     groups: int
     key: int
+    tensor: TensorParallel = ALONE
 
 
 @dataclass(frozen=True)

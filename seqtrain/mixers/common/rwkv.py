@@ -15,13 +15,13 @@ class RWKVMixer(Mixer):
     def __init__(self, config: Any, shape: LayerShape):
         super().__init__(config, shape)
         self.head = self.part_of_width()
-        width = shape.width
-        self.r = nn.Linear(width, width, bias=False)
-        self.k = nn.Linear(width, width, bias=False)
-        self.v = nn.Linear(width, width, bias=False)
-        self.bonus = nn.Parameter(torch.empty(width))
-        self.norm = HeadLayerNorm(width, bias=True, eps=1e-5 * self.head)
-        self.out = nn.Linear(width, width, bias=False)
+        width, inner = shape.width, shape.channels
+        self.r = nn.Linear(width, inner, bias=False)
+        self.k = nn.Linear(width, inner, bias=False)
+        self.v = nn.Linear(width, inner, bias=False)
+        self.bonus = nn.Parameter(torch.empty(inner))
+        self.norm = HeadLayerNorm(inner, bias=True, eps=1e-5 * self.head)
+        self.out = self.output(shape.channels)
 
     def to_heads(self, x: Tensor) -> Tensor:
         """`[...,D]` -> `[...,H,K]`."""

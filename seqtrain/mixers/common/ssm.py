@@ -57,9 +57,9 @@ class StateSpaceMixer(Mixer):
         self.decay_log = nn.Parameter(torch.empty(states))
         self.frequency = nn.Parameter(torch.empty(states))
         self.step_log = nn.Parameter(torch.empty(steps))
-        self.skip = nn.Parameter(torch.empty(shape.width))
-        self.gate = nn.Linear(shape.width, shape.width, bias=False)
-        self.out = nn.Linear(shape.width, shape.width, bias=False)
+        self.skip = nn.Parameter(torch.empty(shape.channels))
+        self.gate = self.output(shape.channels)
+        self.out = self.output(shape.channels)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         if past and not self.causal:
@@ -69,13 +69,16 @@ class StateSpaceMixer(Mixer):
             backwards, _ = self.respond(sequence.reverse(x), None, sequence, 1)
             y = y + sequence.reverse(backwards)
         after = {"memory": memory} if self.causal else {}
-        y = F.gelu(y + self.skip * x).to(x.dtype)
+        y = F.gelu(y + self.skip * self.shape.tensor.own(x)).to(x.dtype)
         return self.out(y) * torch.sigmoid(self.gate(y)), after
 
     def respond(
         self, x: Tensor, memory: Tensor | None, sequence: SequenceContext, direction: int
     ) -> tuple[Tensor, Tensor]:
-        """`2 Re(C x)` and the state for the input `x: [B,T,D]`; `direction`: 0 for the past's C, 1 for the future's."""
+        """`2 Re(C x)` and the state for the input `x: [B,T,D]`; `direction`: 0 for the past's C, 1 for the future's.
+
+        Where ranks divide channels, all enter and this rank's leave.
+        """
         raise NotImplementedError
 
     def spectrum(self, size: int) -> Spectrum:
@@ -115,9 +118,10 @@ class ChannelwiseMixer(StateSpaceMixer):
 
     def __init__(self, config: Config, shape: LayerShape):
         self.pairs = config.state // 2
-        super().__init__(config, shape, shape.width * self.pairs, shape.width)
+        super().__init__(config, shape, shape.channels * self.pairs, shape.channels)
         # Real and imaginary parts of C, interleaved, one direction after the other: one-dimensional, so not decayed.
         self.readout = nn.Parameter(torch.empty(self.directions * self.states * 2))
+        self.tensor_parts = {"readout": (0, self.directions * (self.states * 2,))}
         initialize(self)
 
     def eigenvalues(self) -> Tensor:
@@ -140,8 +144,8 @@ class ChannelwiseMixer(StateSpaceMixer):
         self, x: Tensor, memory: Tensor | None, sequence: SequenceContext, direction: int
     ) -> tuple[Tensor, Tensor]:
         log_a, gain = (part.unflatten(0, (-1, self.pairs)) for part in self.discrete())  # D N/2
-        readout = self.readout.unflatten(0, (self.directions, self.shape.width, self.pairs, 2))[direction]
-        tensors = upcast(x), log_a, gain, 2 * torch.view_as_complex(upcast(readout))
+        readout = self.readout.unflatten(0, (self.directions, self.shape.channels, self.pairs, 2))[direction]
+        tensors = upcast(self.shape.tensor.own(x)), log_a, gain, 2 * torch.view_as_complex(upcast(readout))
         return sequence.run(diagonal_system, *tensors, form=self.config.form, initial_state=memory)
 
 
@@ -173,11 +177,11 @@ class SharedMixer(StateSpaceMixer):
         if states != int(states) or int(states) % (2 * config.blocks):
             rule = f"times model.width={shape.width} must be divisible by 2 * blocks={2 * config.blocks}"
             raise self.config_error("expand_state", config.expand_state, rule)
-        self.pairs = int(states) // 2
+        self.pairs = shape.share(int(states) // 2, f"{int(states) // 2} states")
         super().__init__(config, shape, self.pairs, self.pairs)
         self.write = nn.Linear(shape.width, 2 * self.pairs, bias=False)
-        self.read = nn.Linear(2 * self.pairs, shape.width, bias=False)
-        self.read_back = nn.Linear(2 * self.pairs, shape.width, bias=False) if config.bidirectional else None
+        self.read = self.output(2 * self.pairs)
+        self.read_back = self.output(2 * self.pairs) if config.bidirectional else None
         initialize(self)
 
     def eigenvalues(self) -> Tensor:
@@ -209,4 +213,5 @@ class SharedMixer(StateSpaceMixer):
         inputs = torch.view_as_complex(upcast(self.write(x)).unflatten(2, (-1, 2)))  # B T P/2
         hidden, memory = sequence.run(diagonal_scan, inputs * gain, log_a, initial_state=memory)
         read = self.read if direction == 0 or self.read_back is None else self.read_back
-        return read(torch.view_as_real(hidden).flatten(2).to(x.dtype)), memory
+        tensor, y = self.shape.tensor, read(torch.view_as_real(hidden).flatten(2).to(x.dtype))
+        return tensor.own(tensor.enter(y)), memory
