@@ -486,6 +486,16 @@ def _check_batch(config: PretrainConfig) -> None:
             f"they would be torn apart; use train.micro_batch_size={carried}, or other sizes"
         )
 
+    parallel, again = config.parallel, config.model.recomputed
+    # Selective checkpointing counts every operator, DeepSpeed's too, which comes and goes with what it prefetches.
+    selective = again and (parallel.sequence > 1 or again != {"block"})
+    if segments(config) > 1 and parallel.zero_stage == 3 and parallel.ranks > 1 and selective:
+        raise ConfigError(
+            f"train.segment_tokens={config.train.segment_tokens}: with parallel.zero_stage=3 over {parallel.ranks} "
+            f"ranks and parallel.sequence={parallel.sequence}, model.recompute=[{','.join(sorted(again))}] can't be; "
+            "use parallel.zero_stage=2 or less, or leave out what is recomputed"
+        )
+
 
 def _check_warmup(config: PretrainConfig) -> None:
     train, ranks = config.train, config.parallel.data

@@ -96,7 +96,7 @@ def test_a_rate_without_a_bias_is_refused():
 
 
 LAYOUTS = in_tiers(
-    [((1, 2, 1), {}), ((2, 1, 3), {}), ((1, 2, 3), {"segment_tokens": 15})],
+    [((1, 2, 1), {}), ((2, 1, 3), {}), ((1, 2, 2), {"segment_tokens": 15})],
     [((1, 4, 0), {}), ((2, 2, 2), {}), ((2, 1, 1), {"segment_tokens": 15}), ((1, 1, 1), {"segment_tokens": 15})],
 )
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from seqtrain.data import open_corpus
-from seqtrain.errors import CheckpointError
+from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime.lease import newest
 from seqtrain.runtime.metrics import read_within
 from seqtrain.runtime.resume import differences, fingerprint
-from seqtrain.runtime.settings import PretrainConfig, segments
+from seqtrain.runtime.settings import PretrainConfig, check, segments
 from tests.runtime.runtime_cases import (
     as_it_was_at,
     assert_same_step,
@@ -193,6 +193,13 @@ def test_a_checkpoint_resumes_in_other_segments_and_truncated_ones_are_another_r
         train_on(as_it_was_at(cut, 2, "refused", train={"segment_gradients": "truncated"}))
     assert losses(truncated)[0] == pytest.approx(losses(whole)[0], rel=1e-5)
     assert losses(truncated)[1:] != pytest.approx(losses(whole)[1:], rel=1e-5)
+
+
+def test_what_zero_3_can_not_compute_again_in_segments_is_refused(tmp_path):
+    config = small_config(tmp_path, parallel=grid(1, 2, 3), runtime={"name": "ray"}, train={"segment_tokens": 16})
+    check(config)
+    with pytest.raises(ConfigError, match=r"train.segment_tokens=16: .* model.recompute=\[block\] can't be"):
+        check(change(config, model={"activation_checkpointing": True}))
 
 
 def test_a_run_goes_on_with_other_memory_and_not_with_other_numbers(tmp_path):
