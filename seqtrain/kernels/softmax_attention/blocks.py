@@ -135,11 +135,11 @@ class Packed:
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         for rows in self.alone:
             part = [x[:, rows] for x in (d_out, q, k, v, out)] + [lse[:, :, rows]]
-            dq[:, rows], dk[:, rows], dv[:, rows] = attend_gradients(*part, causal=True, **options)  # type: ignore[misc]
+            dq[:, rows], dk[:, rows], dv[:, rows] = attend_gradients(*part, causal=True, **options)
         for places, real in self.batches(q.device):
             part = [x[0][places] for x in (d_out, q, k, v, out)] + [lse[0].T[places].transpose(1, 2).contiguous()]
             part[0].mul_(real[..., None, None])
-            found = attend_gradients(*part, causal=True, **options)  # type: ignore[misc]
+            found = attend_gradients(*part, causal=True, **options)
             for x, gradient in zip((dq, dk, dv), found, strict=True):
                 x[0, places[real]] = gradient[real]
         return dq, dk, dv
