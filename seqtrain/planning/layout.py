@@ -7,6 +7,7 @@ model of the scans. Memory is that of the runtime's engine: float32 weights and 
 
 import math
 from dataclasses import astuple, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,7 @@ from pydantic import Field
 
 from seqtrain.errors import ConfigError, SeqtrainError
 from seqtrain.kernels.affine import AffineShape
+from seqtrain.parallel.attention_layout import Heads, cheapest, exposed
 from seqtrain.parallel.schedules.links import Cluster, Costs
 from seqtrain.planning.counts import ModelCounts
 from seqtrain.planning.scaling import Scheme, Work, simulate
@@ -249,14 +251,14 @@ def compute_seconds(counts: ModelCounts, machine: Machine, *, again: int, shards
     product = machine.products[str(counts.dtype).removeprefix("torch.")]
     for part in counts.parts:
         factor = machine.efficiency.get(part.kind or part.part, 1.0)
-        spread = any(exchange.spread for exchange in part.exchanges)
-        if shards > 1 and not spread:
+        attends = any(exchange.heads for exchange in part.exchanges)
+        if shards > 1 and not attends:
             # A shard finds how its states depend on those before it, too.
             factor *= machine.cut.get(part.kind, 1.0)
         directions = ((part.forward, part.executed_forward), (part.backward, part.executed_backward))
         for index, (recorded, executed) in enumerate(directions):
             taken = {name: factor * s for name, s in _part_seconds(recorded, executed, machine, product).items()}
-            if spread:
+            if attends:
                 # A shard's queries see the keys of all shards: as many times the pairs, shared evenly.
                 taken["attention"] *= shards
             for name, seconds in taken.items():
@@ -310,8 +312,8 @@ def communication_seconds(
     for exchange in exchanges if far else ():
         if exchange.near:
             others += costs.latency + exchange.near * costs.byte
-        if exchange.spread:
-            others += 2 * costs.latency * far + exchange.spread * far / layout.sequence * costs.byte
+        if exchange.heads:
+            others += exchange.rows * _attention_waits(layout.sequence, int(exchange.tokens), exchange.heads, costs) / 2
     # Tokens to experts and back; their counts go first.
     costs = cluster.between if 0 < cluster.node < layout.experts else cluster.inside
     away = layout.experts - 1
@@ -335,6 +337,13 @@ def tensor_seconds(counts: ModelCounts, layout: Layout, cluster: Cluster) -> flo
     far = layout.tensor - 1
     # A ring: everything but a rank's own part twice.
     return 2 * len(counts.parts) * (2 * far * costs.latency + 2 * far / layout.tensor * size * costs.byte)
+
+
+@cache
+def _attention_waits(ranks: int, tokens: int, heads: Heads, costs: Costs) -> float:
+    """Seconds of both passes, of a row of one document."""
+    offsets = tuple(tokens * rank for rank in range(ranks + 1))
+    return exposed(cheapest(offsets, (0, tokens * ranks), heads, costs), heads, costs)
 
 
 def held_parameters(counts: ModelCounts, layout: Layout) -> float:

@@ -16,6 +16,7 @@ from seqtrain.kernels.affine import AffineShape
 from seqtrain.kernels.operator import Operator
 from seqtrain.kernels.segments import AffineScan, PastInputs, Relayed
 from seqtrain.models import LanguageModel
+from seqtrain.parallel.attention_layout import Heads
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.planning.trace import Calls, Recorded, Tracer, scaled
 
@@ -40,13 +41,16 @@ class MicroBatch:
 @dataclass(frozen=True)
 class Exchange:
     """What an operator sends one way where the sequence is sharded over ranks: a scan of states of this `shape` in
-    numbers of `item` bytes; or `near` bytes from the neighbor; or `spread` bytes, this rank's part of what all send.
+    numbers of `item` bytes; or `near` bytes from the neighbor; or what softmax attention of these `heads` moves for
+    `tokens` of this rank.
     """
 
     shape: AffineShape | None = None
     item: int = 4
     near: float = 0.0
-    spread: float = 0.0
+    heads: Heads | None = None
+    tokens: float = 0
+    rows: int = 1
 
     def of_rows(self, rows: int) -> "Exchange":
         """For so many rows at once."""
@@ -54,7 +58,7 @@ class Exchange:
         if shape is not None:
             more = "columns" if shape.identity else "rows"
             shape = dataclasses.replace(shape, **{more: getattr(shape, more) * rows})
-        return Exchange(shape, self.item, self.near * rows, self.spread * rows)
+        return dataclasses.replace(self, shape=shape, near=self.near * rows, rows=self.rows * rows)
 
 
 # The name of a layer's mixer, the tokens of its groups, whether it has a shared block.
@@ -89,8 +93,8 @@ def _exchange(operator: Operator, tensors: tuple[Any, ...], options: dict[str, A
     keys = tensors[1].nbytes + tensors[2].nbytes
     if window is not None and window <= first.shape[1]:
         return Exchange(near=keys * window / first.shape[1])
-    # Queries, keys, values and outputs change from being sharded in time to being sharded by heads, and back.
-    return Exchange(spread=keys + 2 * first.nbytes)
+    heads = Heads(first.shape[2], tensors[1].shape[2], first.shape[3], tensors[2].shape[3], first.dtype.itemsize)
+    return Exchange(heads=heads, tokens=first.shape[1], rows=first.shape[0])
 
 
 @dataclass(frozen=True)
