@@ -1,5 +1,7 @@
 """A model on a sharded sequence: the loss and every gradient of the whole row, and not a scan too many."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,9 +9,13 @@ import torch.distributed as dist
 from seqtrain.data.batches import even_offsets
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel
-from seqtrain.parallel import SequenceContext, ShardedSequence, flush_scans, scans_opened
+from seqtrain.parallel import SequenceContext, ShardedSequence, attention, flush_scans, scans_opened
+from seqtrain.parallel.attention_layout import balanced
+from seqtrain.parallel.halo import tokens_before
+from seqtrain.parallel.ring_attention import RankLayout
+from seqtrain.parallel.scan_engine import GlooWire
 from seqtrain.parallel.testing import run_ranks
-from tests.models.tiny import HYBRIDS, LAYERS, assert_same_gradients, build, row
+from tests.models.tiny import HYBRIDS, LAYERS, TINY, assert_same_gradients, build, row
 from tests.parallel.shard_cases import CUTS, Cut
 
 
@@ -30,12 +36,18 @@ def on_whole_row(layers: tuple[str, ...], cut: Cut, *, rows: int = 1, **fields) 
 
 
 def on_rank(
-    model: LanguageModel, cut: Cut, group: dist.ProcessGroup, *, number: int = 0, world: dist.ProcessGroup | None = None
+    model: LanguageModel,
+    cut: Cut,
+    group: dist.ProcessGroup,
+    *,
+    number: int = 0,
+    world: dist.ProcessGroup | None = None,
+    **options,
 ) -> tuple[torch.Tensor, dict, int]:
     """The loss and the gradients, all ranks of `world` (default: the group) together, and this rank's scans."""
     rank, (tokens, labels) = group.rank(), row(cut, number)
     own = slice(cut.offsets[rank], cut.offsets[rank + 1])
-    sequence = ShardedSequence(group=group, offsets=cut.offsets, cu_seqlens=cut.cu_seqlens)
+    sequence = ShardedSequence(group=group, offsets=cut.offsets, cu_seqlens=cut.cu_seqlens, **options)
     before = scans_opened(group)
     loss = model(tokens[:, own], labels[:, own], sequence=sequence)
     loss.backward()
@@ -143,3 +155,53 @@ def test_one_scan_a_layer_and_direction(recompute):
     found = run_ranks(cut.ranks, lambda rank: on_rank(model, cut, dist.group.WORLD))
     assert [scans for _, _, scans in found] == [2 * (len(layers) - 1)] * cut.ranks
     assert_same_gradients(found[0], on_whole_row(layers, cut))
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_sixty_four_processes(monkeypatch):
+    """Sequence 16 x data 4: parity with one process, and no message but those of the schedules."""
+    layers, cut = ("gla", "attention", "sliding_attention"), Cut(even_offsets(333, 16), (0, 13, 14, 260, 333))
+    fields = {"heads": 4, "width": 32, "depth": 3}
+    sent = Counter()
+    message = GlooWire._message
+
+    def counted(wire, what, buffer, rank):
+        sent[what] += 1
+        return message(wire, what, buffer, rank)
+
+    def two_dimensional(offsets, boundaries, heads, costs, given):
+        return balanced(offsets, boundaries, 4, given)
+
+    monkeypatch.setattr(GlooWire, "_message", counted)
+    monkeypatch.setattr(attention, "cheapest", two_dimensional)
+
+    def run(rank: int) -> tuple:
+        groups = [dist.new_group(list(range(first, first + 16))) for first in range(0, 64, 16)]
+        options = {"number": rank // 16, "world": dist.group.WORLD, "algorithm": "ring"}
+        found = on_rank(build(layers, **fields), cut, groups[rank // 16], **options)
+        return found if rank == 0 else None, dict(sent)
+
+    found = run_ranks(64, run, limit=800, group_timeout=300)
+    assert_same_gradients(found[0][0], on_whole_row(layers, cut, rows=4, **fields))
+    for rank, (_, counts) in enumerate(found):
+        assert counts == expected_messages(cut, rank % 16), rank
+
+
+def expected_messages(cut: Cut, rank: int) -> dict[str, int]:
+    """Of one layer of each kind, forward and backward: a state, keys and values in a halo, a ring of groups."""
+    states = (rank > 0) + (rank < 15)
+    halo = tokens_before(cut.offsets, cut.boundaries, TINY["sliding_attention"]["window"] - 1, 0)
+    rows = sum(halo.wanted(*pair) is not None for other in range(16) if other != rank
+               for pair in ((rank, other), (other, rank)))  # fmt: skip
+    place = RankLayout(balanced(cut.offsets, cut.boundaries, 4), rank)
+    came = sum(now.rows > 0 for now in place.rounds)
+    passed = bool(place.first_block) + sum(bool(now.passed) for now in place.rounds)
+    # Backward gradients go around with the keys, behind the first, and home.
+    around_back = sum(now.rows > 0 for now in place.rounds[1:]) + sum(bool(now.back) for now in place.rounds)
+    home = sum(bool(now.passed) + bool(now.home) for now in place.rounds if now.rows)
+    assert place.layout.farthest == 3
+    return {
+        "recv": states + 2 * rows + 2 * came + around_back,
+        "send": states + 2 * rows + 2 * passed + home,
+    }
