@@ -110,7 +110,7 @@ class MLP(nn.Module):
         self.up = fused(nn.Linear(width, (1 + gated) * hidden, bias=bias), (1 + gated) * (hidden,))
         self.adapter = Adapters(width, [self.up.out_features], adapter_rank) if adapter_rank else None
         if self.adapter is not None:
-            self.adapter[0][-1].tensor_parts = self.up.tensor_parts
+            self.adapter.get_submodule("0.1").tensor_parts = self.up.tensor_parts
         self.leave = Spikes(spike_rate, tensor) if spike_rate else nn.Identity()
         self.out = RowLinear(hidden, width, tensor, bias=bias)
 
