@@ -91,6 +91,9 @@ COMMANDS = {
         prefix="inspect.",
     ),
     "audit": Command("seqtrain.audit.run", "check a model of transformers for leaks, wrong caches and the like"),
+    "check-order": Command(
+        "seqtrain.planning.check_order", "show that a step's communication can't deadlock on GPUs", prefix="check."
+    ),
     "simulate": Command("seqtrain.planning.simulate_scaling", "simulate steps with one sequence over many ranks"),
     "bench-operators": Command("seqtrain.benchmarks.operators", "time operators against others"),
     "bench-all-scan": Command("seqtrain.benchmarks.all_scan", "time ways to hand states from rank to rank"),

@@ -16,6 +16,14 @@ from seqtrain.parallel.tensor import ALONE, TensorParallel
 
 
 @dataclass(frozen=True)
+class Shards:
+    """ZeRO divides over the ranks of `group`, neighbors; those of `replicas` hold the same parts."""
+
+    group: dist.ProcessGroup
+    replicas: dist.ProcessGroup
+
+
+@dataclass(frozen=True)
 class Mesh:
     """This rank's place among `data_ranks x sequence_ranks x tensor.count`.
 
@@ -23,7 +31,7 @@ class Mesh:
     has room for them. `group`: those that hold this rank's sequence, in order of time; None where a sequence is held
     whole. `experts`: those next to each other over which experts are sharded, whatever tokens they hold; None where
     each rank has all. `replicas`: those that hold the same parts of layers; None: all ranks. The ranks of each have the
-    same place in `tensor`.
+    same place in `tensor`. `shards`: None where ZeRO divides over all of those.
     """
 
     data_rank: int
@@ -36,6 +44,7 @@ class Mesh:
     experts: dist.ProcessGroup | None = None
     tensor: TensorParallel = ALONE
     replicas: dist.ProcessGroup | None = None
+    shards: Shards | None = None
 
 
 @contextmanager
@@ -45,13 +54,16 @@ def form_mesh(
     sequence: int,
     experts: int = 1,
     tensor: int = 1,
+    shard: int = 0,
     algorithm: Algorithm,
     device: torch.device,
     timeout_seconds: int,
+    in_line: bool = False,
 ) -> Iterator[Mesh]:
     """The ranks of `world` as a mesh of sequences over `sequence` ranks each, as long as the context is open.
 
-    `experts`: ranks over which experts are sharded. `tensor`: over which layers are divided.
+    `experts`: ranks over which experts are sharded. `tensor`: over which layers are divided. `shard`: over which ZeRO
+    divides, without `tensor`; 0: all. `in_line`: no scan runs beside the layers, see `Engine.in_line`.
 
     All ranks of `world` call it and leave it together, since groups are formed and scans are measured. Where it is
     left with an error the groups are left too: another rank may be gone, and nothing that waits for it would return.
@@ -61,9 +73,22 @@ def form_mesh(
     group, owners = (_neighbors(rank, ranks, size, tensor, timeout) for size in (sequence, experts))
     divided = _neighbors(rank, ranks, tensor, 1, timeout)
     replicas = None if divided is None else _neighbors(rank, ranks, ranks // tensor, tensor, timeout, alone=True)
+    shards = None
+    if 0 < shard < ranks // tensor:
+        own = _neighbors(rank, ranks, shard, 1, timeout, alone=True)
+        alike = _neighbors(rank, ranks, ranks // shard, shard, timeout, alone=True)
+        assert own is not None
+        assert alike is not None
+        shards = Shards(own, alike)
+    groups = [each for each in (group, owners, divided, replicas) if each is not None]
+    groups += [shards.group, shards.replicas] if shards else []
     place = rank // tensor
+    # Now, when all ranks are here with nothing else to do: NCCL forms a communicator at its first operation, in which
+    # all its ranks must take part, and in the first layer others would compute while costs are measured.
+    for formed in groups:
+        engine_of(formed.group_name).in_line |= in_line
+        dist.all_reduce(torch.zeros(1, device=device), group=formed)
     if group is not None and len(candidates(algorithm)) > 1:
-        # Now, when all ranks are here with nothing else to do; in the first layer others would compute meanwhile.
         costs_of(engine_of(group.group_name), device)
     yield Mesh(
         place // sequence,
@@ -75,8 +100,9 @@ def form_mesh(
         owners,
         TensorParallel(rank % tensor, tensor, divided),
         replicas,
+        shards,
     )
-    for formed in filter(None, (group, owners, divided, replicas)):
+    for formed in groups:
         flush_scans(formed)
         # A neighbor may still be reading what this rank has sent.
         dist.barrier(world)

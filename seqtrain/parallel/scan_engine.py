@@ -229,7 +229,13 @@ class Job:
 
 
 class Engine:
-    """The scans of one process group, on this rank. All ranks must open their scans in the same order."""
+    """The scans of one process group, on this rank. All ranks must open their scans in the same order.
+
+    `in_line`: scans and messages run when and where they are asked for, on GPUs in the stream that computes; on CPUs as
+    NCCL has them, in batches and without tags. Else scans advance while the rank computes.
+    """
+
+    in_line = False
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
@@ -237,7 +243,7 @@ class Engine:
         self.size = group.size()
         self.costs: Costs | None = None  # what scans cost here, once measured
         self.scans = 0  # for callers' use: how many of those opened were asked for by a model
-        self.exchanges = 0  # likewise: how many times `messages` was asked for
+        self.exchanges = 0  # likewise: how many times `messages` or `all_to_all` was asked for
         self._opened = 0
         self._numbers: Counter[int] = Counter()
         self._lock = threading.Lock()
@@ -263,7 +269,7 @@ class Engine:
         with self._lock:
             number = self._opened
             self._opened += 1
-            if device.type == "cuda":
+            if device.type == "cuda" or self.in_line:
                 wire: Wire = NcclWire(self.group, reverse)
             else:
                 agreed = _signature(f"{plan} {shape} {dtype} {reverse} {list(resets)}")
@@ -278,9 +284,9 @@ class Engine:
     def start(self, job: Job, own: AffineMap, first: Tensor | None) -> None:
         """Lets the scan run. `own`: this rank's map; `first`: the state before place 0, which only place 0 reads."""
         job.inputs = (own, first)
-        if job.arrivals.is_cuda:
+        if job.arrivals.is_cuda and not self.in_line:
             self._start_on_stream(job, own, first)
-        elif job.plan.blocking or self.size == 1:
+        elif job.plan.blocking or self.in_line or self.size == 1:
             self._run(job)
         else:
             if self._thread is None:
@@ -307,15 +313,14 @@ class Engine:
         order on every rank; on NCCL all calls and scans do. When it closes, no more than `in_flight` wires' messages
         may be on their way. Raises `RuntimeError` where a message fails; the group is dead then.
         """
-        self._check_alive()
-        with self._lock:
-            self.exchanges += 1
-            signature = _signature(agreed)
-            number = self._numbers[signature]
-            self._numbers[signature] += 1
-        tag = EXCHANGE_TAG | signature << 12 | number & 0xFFF
-        wire = NcclWire(self.group) if device.type == "cuda" else GlooWire(self.group, tag)
-        try:
+        with self._exchanging(agreed):
+            with self._lock:
+                signature = _signature(agreed)
+                number = self._numbers[signature]
+                self._numbers[signature] += 1
+            tag = EXCHANGE_TAG | signature << 12 | number & 0xFFF
+            nccl = device.type == "cuda" or self.in_line
+            wire = NcclWire(self.group) if nccl else GlooWire(self.group, tag)
             yield wire
             sent = wire.close()
             # Not among the scans' own: the progress thread must never wait for a message that this thread sent ahead.
@@ -323,6 +328,26 @@ class Engine:
                 self._lent.append(sent)
             with _observed("exchange"):
                 self._settle(self._lent, in_flight)
+
+    def all_to_all(self, arrived: Tensor, leaving: Tensor, come: Sequence[int], to: Sequence[int], agreed: str) -> None:
+        """The next `to[r]` numbers of `leaving` go to each rank r, and `arrived` fills with `come[r]` from each.
+
+        A collective; both are contiguous, and of one dimension. Raises as `messages` does.
+        """
+        with self._exchanging(agreed), _observed("exchange"):
+            # NCCL has no complex numbers.
+            parts = 2 if leaving.is_complex() else 1
+            sizes = [[parts * numbers for numbers in each] for each in (come, to)]
+            flat = [torch.view_as_real(x).flatten() if parts == 2 else x for x in (arrived, leaving)]
+            self.group.alltoall_base(*flat, *sizes).wait()
+
+    @contextmanager
+    def _exchanging(self, agreed: str) -> Iterator[None]:
+        self._check_alive()
+        with self._lock:
+            self.exchanges += 1
+        try:
+            yield
         except RuntimeError as failure:
             self._failure = failure
             raise RuntimeError(

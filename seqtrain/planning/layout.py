@@ -6,10 +6,10 @@ model of the scans. Memory is that of the runtime's engine: float32 weights and 
 """
 
 import math
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
@@ -22,6 +22,7 @@ from seqtrain.parallel.schedules.links import Cluster, Costs
 from seqtrain.planning.counts import ModelCounts
 from seqtrain.planning.scaling import Scheme, Work, simulate
 from seqtrain.planning.trace import Recorded
+from seqtrain.runtime.settings import ParallelConfig
 from seqtrain.validation import validate
 
 CLUSTERS = Path(__file__).parent / "clusters"
@@ -133,7 +134,7 @@ class Layout:
     recomputed (`checkpointing`), rows at once (`micro_batch`), rows of the whole step (`batch`), ranks over which
     experts are sharded (`experts`), pieces in which a micro-batch runs (`segments`), whether a pass finds the states
     between them first (`exact`), whether activations are kept in the CPU's memory (`offloaded`), ranks over which
-    layers are divided (`tensor`).
+    layers are divided (`tensor`), neighbors that ZeRO divides over (`shard`; 0: all that have the same parts).
     """
 
     data: int
@@ -147,6 +148,7 @@ class Layout:
     exact: bool = True
     offloaded: bool = False
     tensor: int = 1
+    shard: int = 0
 
     @property
     def ranks(self) -> int:
@@ -156,6 +158,10 @@ class Layout:
     def replicas(self) -> int:
         """Ranks that have the same parts of layers, among which ZeRO divides."""
         return self.data * self.sequence
+
+    @property
+    def shard_ranks(self) -> int:
+        return self.shard or self.replicas
 
     @property
     def rounds(self) -> int:
@@ -168,7 +174,8 @@ class Layout:
         over += f", layers over {self.tensor}" if self.tensor > 1 else ""
         cut = f" in {self.segments} segments" if self.segments > 1 else ""
         rows = f"{self.micro_batch}/{self.batch} rows{cut}"
-        return f"{self.data} x {self.sequence}, ZeRO {self.stage}, {rows}{again}{over}"
+        stage = f"{self.stage} of {self.shard}" if self.shard else f"{self.stage}"
+        return f"{self.data} x {self.sequence}, ZeRO {stage}, {rows}{again}{over}"
 
     def of_rounds(self, rounds: int) -> "Layout":
         """With a batch of so many micro-batches."""
@@ -176,11 +183,24 @@ class Layout:
 
     def overrides(self) -> list[str]:
         """The launcher's words for it."""
-        keys = ["parallel.data", "parallel.sequence", "parallel.zero_stage", "model.activation_checkpointing"]
-        keys += ["train.micro_batch_size", "train.batch_size", "parallel.experts"]
-        values = zip(keys[: None if self.experts > 1 else -1], astuple(self), strict=False)
-        words = [f"{key}={str(value).lower()}" for key, value in values]
-        return words + [f"parallel.tensor={self.tensor}"] * (self.tensor > 1)
+        values: dict[str, Any] = {
+            "parallel.data": self.data,
+            "parallel.sequence": self.sequence,
+            "parallel.zero_stage": self.stage,
+            "model.activation_checkpointing": self.checkpointing,
+            "train.micro_batch_size": self.micro_batch,
+            "train.batch_size": self.batch,
+        }
+        if self.experts > 1:
+            values["parallel.experts"] = self.experts
+        parallel = ParallelConfig(
+            data=self.data, sequence=self.sequence, tensor=self.tensor, experts=self.experts, zero_stage=self.stage
+        )
+        if self.tensor > 1:
+            values["parallel.tensor"] = self.tensor
+        if self.shard_ranks != parallel.shard_ranks:
+            values["parallel.shard"] = self.shard_ranks
+        return [f"{key}={str(value).lower()}" for key, value in values.items()]
 
 
 @dataclass(frozen=True)
@@ -234,7 +254,7 @@ def predict(
     compute = compute_seconds(counts, machine, again=again, shards=layout.sequence)
     compute = {name: crowd * seconds for name, seconds in compute.items()}
     exchanged, reduced = communication_seconds(counts, layout, cluster, sum(compute.values()), scheme)
-    updated = counts.trained / layout.replicas if layout.stage else held_parameters(counts, layout) - counts.frozen
+    updated = counts.trained / layout.shard_ranks if layout.stage else held_parameters(counts, layout) - counts.frozen
     once = {"gradient exchange": reduced, "optimizer": crowd * machine.optimizer * updated}
     room = machine.memory / here if machine.shared else machine.memory
     each = {name: layout.segments * seconds for name, seconds in (compute | exchanged).items()}
@@ -302,7 +322,9 @@ def communication_seconds(
     reducing = replace(gathering, gradient_bytes=numbers - 4.0 * counts.frozen if layout.replicas > 1 else 0.0)
     # Without ZeRO-3 the first two are one.
     simulated = {
-        each: float(simulate(cluster, each, scheme, ranks=ranks, replicas=layout.replicas // ranks)[0])
+        each: float(
+            simulate(cluster, each, scheme, ranks=ranks, replicas=layout.replicas // ranks, shard=layout.shard)[0]
+        )
         for each in {bare, gathering, reducing}
     }
     passes, with_weights, whole = (simulated[each] for each in (bare, gathering, reducing))
@@ -353,7 +375,7 @@ def held_parameters(counts: ModelCounts, layout: Layout) -> float:
 
 def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[str, float]:
     """Bytes of one rank at the peak of a step, by kind."""
-    again, own = layout.checkpointing, 1 / layout.replicas
+    again, own = layout.checkpointing, 1 / layout.shard_ranks
     # What ZeRO divides is, in all, the same with sharded experts.
     size, divided = 4.0 * held_parameters(counts, layout), 4.0 * counts.trained * own
     trained = size - 4.0 * counts.frozen

@@ -47,7 +47,7 @@ class Measured:
     peak_bytes: int
 
 
-class _Done(Exception):
+class Done(Exception):
     """Stops the run after the requested steps."""
 
 
@@ -84,10 +84,10 @@ def _run(session: Session, steps: int, limit: float) -> list[tuple[int, int, int
         def poll() -> None:
             seen.append(peak_resident_bytes())
             if len(seen) == steps:
-                raise _Done
+                raise Done
 
         before = peak_resident_bytes()
-        with contextlib.suppress(_Done):
+        with contextlib.suppress(Done):
             train(session, this_process(torch.device("cpu")), poll=poll)
         return before, seen[0], seen[-1]
 

@@ -7,12 +7,12 @@
     python tools/plan.py plan.task=published                  # predictions next to published figures
 
 The keys are those of launch/pretrain.py. What is looked for is train.batch_size, train.micro_batch_size, parallel.data,
-parallel.sequence, parallel.tensor (within a node), parallel.zero_stage and model.activation_checkpointing; those that
-are given stay as they are.
-Layouts that surely fit come first; of those that are equally fast, the one of least memory. Products are bfloat16 where
-the cluster's processors are made for it, unless train.dtype says otherwise. Ranges are as wide as predictions were
-wrong (`time_error`, `memory_error` of the cluster's file). `plan.output_dir` gets plan.json, plan.png, plan.html; for
-the other tasks here.yaml, check.json or published.json.
+parallel.sequence, parallel.tensor (within a node), parallel.zero_stage, parallel.shard and
+model.activation_checkpointing; those that are given stay as they are. Layouts that surely fit come first; of those that
+are equally fast, the one of least memory. Products are bfloat16 where the cluster's processors are made for it, unless
+train.dtype says otherwise. Ranges are as wide as predictions were wrong (`time_error`, `memory_error` of the cluster's
+file). `plan.output_dir` gets plan.json, plan.png, plan.html; for the other tasks here.yaml, check.json or
+published.json.
 """
 
 import math
@@ -37,7 +37,7 @@ from seqtrain.planning.layout import Layout, Machine, Prediction, predict, read_
 from seqtrain.planning.run_config import at_once, count_run, counter_of, last_of_each, layout_of, read_run
 from seqtrain.planning.scaling import Scheme
 from seqtrain.runtime import PretrainConfig
-from seqtrain.runtime.settings import check_tensor, micro_batch, segments
+from seqtrain.runtime.settings import MOST_SHARDED, check_tensor, micro_batch, segments
 
 GIB = 2**30
 
@@ -95,7 +95,7 @@ def layouts_of(config: PretrainConfig, ranks: int, step_tokens: int = 0, tensors
             f"train.batch_size={config.train.batch_size}: no layout of {ranks} ranks divides it; use a multiple of the "
             "data groups, other plan.nodes, or leave it out"
         )
-    return found
+    return [replace(layout, shard=shard) for layout in found for shard in (0, *_shards(layout))]
 
 
 def dividing(config: PretrainConfig, machine: Machine, ranks: int) -> list[int]:
@@ -131,6 +131,12 @@ def _undivided(config: PretrainConfig, ranks: int, step_tokens: int) -> list[Lay
     return found
 
 
+def _shards(layout: Layout) -> list[int]:
+    """Sizes of shards, smaller than all ranks, that are worth a look: a node, and what runs take by default."""
+    divides = layout.stage > 0 and layout.experts == layout.tensor == 1
+    return [n for n in (8, MOST_SHARDED) if n < layout.ranks and layout.ranks % n == 0 and divides]
+
+
 def _powers_of_two(limit: int) -> list[int]:
     return [1 << exponent for exponent in range(limit.bit_length())]
 
@@ -139,8 +145,8 @@ def as_given(layouts: Sequence[Layout], given: Mapping[str, str]) -> list[Layout
     """Those that the words of the command line (key to value) allow. Raises `ConfigError` where there is none."""
 
     def agrees(layout: Layout) -> bool:
-        pairs = (word.split("=") for word in layout.overrides())
-        return all(given.get(key, "auto").lower() in (value, "auto") for key, value in pairs)
+        pairs = dict(word.split("=") for word in layout.overrides()) | {"parallel.shard": str(layout.shard_ranks)}
+        return all(given.get(key, "auto").lower() in (value, "auto") for key, value in pairs.items())
 
     found = list(filter(agrees, layouts))
     if not found:
@@ -213,7 +219,7 @@ def cells(one: Prediction, machine: Machine, length: int) -> tuple[str, ...]:
     layout, size, wrong = one.layout, one.peak_bytes / GIB, 1 + machine.memory_error
     return (
         f"{layout.data} x {layout.sequence}" + (f" x {layout.tensor}" if layout.tensor > 1 else ""),
-        str(layout.stage),
+        f"{layout.stage} of {layout.shard}" if layout.shard else str(layout.stage),
         "yes" if layout.checkpointing else "no",
         f"{layout.micro_batch} of {layout.batch}",
         f"{one.step_seconds:.3g} s",

@@ -42,6 +42,7 @@ def layout_of(config: PretrainConfig) -> Layout:
         config.train.segment_gradients == "exact",
         config.train.offload_activations,
         parallel.tensor,
+        0 if parallel.shard_ranks == parallel.ranks // parallel.tensor else parallel.shard_ranks,
     )
 
 

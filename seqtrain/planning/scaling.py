@@ -22,7 +22,7 @@ class Work:
 
     `ready`: share of a layer's time that passes before its update is known. `caller`: seconds that taking part in a
     scan costs the computing thread itself. `gradient_bytes`: reduced over all ranks at the end. `parameter_bytes`: of a
-    layer, gathered by all ranks before it in each direction, as ZeRO-3 does, during the layer before.
+    layer, gathered by a shard's ranks before it in each direction, as ZeRO-3 does, during the layer before.
     """
 
     layers: int
@@ -92,12 +92,17 @@ def simulate(
     *,
     ranks: int,
     replicas: int = 1,
+    shard: int = 0,
     samples: int = 1,
     seed: int = 0,
 ) -> Array:
-    """Seconds of a step, `[samples]`: `replicas` (data parallel) times `ranks` (sequence parallel) ranks in all."""
+    """Seconds of a step, `[samples]`: `replicas` (data parallel) times `ranks` (sequence parallel) ranks in all.
+
+    `shard`: neighbors that ZeRO divides over, beyond which all is replicated; 0: all ranks.
+    """
     generator = np.random.default_rng(seed)
     rows, everyone = samples * replicas, ranks * replicas
+    shard = shard or everyone
 
     def factors(deviation: float, *size: int) -> Array:
         """Of mean 1 and about this relative deviation."""
@@ -105,10 +110,10 @@ def simulate(
             return np.ones(size)
         return np.exp(deviation * generator.standard_normal(size) - deviation**2 / 2)
 
-    def all_gather(links: Links, size: float) -> Array:
-        """Seconds `[samples, 1]` in which all ranks of all replicas gather `size` bytes in equal parts on them."""
-        slow, share = np.array([0 < cluster.node < everyone]), (everyone - 1) / everyone
-        return math.ceil(math.log2(everyone)) * links.latency(slow) + share * size * links.byte(slow)
+    def all_gather(links: Links, size: float, over: int = shard, span: int = shard) -> Array:
+        """Seconds `[samples, 1]` in which `over` ranks among `span` neighbors gather `size` bytes in equal parts."""
+        slow, share = np.array([0 < cluster.node < span]), (over - 1) / over
+        return math.ceil(math.log2(over)) * links.latency(slow) + share * size * links.byte(slow)
 
     cost_factors = np.repeat(factors(noise.costs, samples, 3), replicas, axis=0)
     slow = np.where(generator.random((rows, ranks)) < noise.slow_share, noise.slow_factor, 1.0)
@@ -124,8 +129,12 @@ def simulate(
                 now = _together(now) + np.maximum(0.0, all_gather(links, work.parameter_bytes) - seconds)
             now, busy = _layer(now, busy, compute, links, work, scheme)
     ends = now.max(axis=1).reshape(samples, replicas).max(axis=1)
-    # A reduce-scatter, then an all-gather.
-    return ends + 2 * all_gather(links, work.gradient_bytes)[::replicas, 0] if work.gradient_bytes else ends
+    if not work.gradient_bytes:
+        return ends
+    # A reduce-scatter, then an all-gather: of all in a shard, of a rank's part over the shard's replicas.
+    reduced = all_gather(links, work.gradient_bytes)
+    reduced = reduced + all_gather(links, work.gradient_bytes / shard, everyone // shard, everyone)
+    return ends + 2 * reduced[::replicas, 0]
 
 
 def _layer(now: Array, busy: Busy, compute: Array, links: Links, work: Work, scheme: Scheme) -> tuple[Array, Busy]:

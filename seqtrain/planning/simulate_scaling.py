@@ -101,6 +101,8 @@ class Settings:
     # Gradients reduced at the end of a step, and parameters of a layer gathered before it (ZeRO-3), MiB; 0: none.
     gradient_mib: Scale = 0.0
     parameter_mib: Scale = 0.0
+    # Ranks over which both are divided; their parts are replicated beyond. 0, and where there are fewer: all ranks.
+    shard: Annotated[int, Field(ge=0)] = 0
     # Relative deviation of a layer's compute time, and of latency, overhead and seconds per byte.
     noise: Scale = 0.03
     cost_noise: Scale = 0.1
@@ -224,7 +226,9 @@ def project(settings: Settings, cluster: Cluster, work: Work) -> list[Row]:
         for ranks in settings.ranks:
             share = 1 / ranks if settings.scaling == "strong" else 1.0
             own = replace(work, forward=work.forward * share, backward=work.backward * share)
-            seconds = simulate(cluster, own, SCHEMES[name], noise, ranks=ranks, **options)
+            # Of fewer ranks, or a number that it doesn't divide, there are no replicas.
+            shard = settings.shard if settings.shard and ranks * settings.replicas % settings.shard == 0 else 0
+            seconds = simulate(cluster, own, SCHEMES[name], noise, ranks=ranks, shard=shard, **options)
             plan = SCHEMES[name].plan(cluster, own, ranks) if ranks > 1 else None
             point: Row = {"scheme": name, "ranks": ranks, "plan": f"{plan.name} {plan.blocks}" if plan else "-"}
             point["step_ms"] = [1e3 * float(q) for q in np.quantile(seconds, QUANTILES)]

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from seqtrain.initialization import WHOLE, Fill, materialize
 from seqtrain.models.divided import Divided
 from seqtrain.models.matrices import matrices_of
-from seqtrain.parallel.mesh import Mesh
+from seqtrain.parallel.mesh import Mesh, Shards
 from seqtrain.runtime.compilation import compile_model
 from seqtrain.runtime.expert_parallel import ExpertParallel
 from seqtrain.runtime.offload import offload_activations
 from seqtrain.runtime.optimizer_state import OptimizerState
 from seqtrain.runtime.optimizers import OPTIMIZERS, build_optimizer, set_learning_rate
-from seqtrain.runtime.ranks import Ranks
+from seqtrain.runtime.ranks import Ranks, keeps_host_order
 from seqtrain.runtime.settings import PretrainConfig, micro_batch, micro_batches, segments
 from seqtrain.runtime.tensor_parallel import ModelParallelUnit, mark_parts
 from seqtrain.runtime.whole_matrices import WholeMatrices, place_blocks, split_groups
+from seqtrain.runtime.zero import Replicas, send_matrices_in_bfloat16
 
 log = logging.getLogger("seqtrain.runtime")
 
@@ -118,9 +119,14 @@ class Engine:
         self.stage = config.parallel.zero_stage
         # Before ZeRO cuts them.
         matrices = matrices_of(model) if OPTIMIZERS[config.optimizer.name].matrix_options is not None else {}
+        self._narrow = config.parallel.wire == "bfloat16"
+        if self._narrow:
+            send_matrices_in_bfloat16(model)
         settings = _deepspeed_config(config, ranks.device)
-        self._bear(weights, settings)
-        unit = None
+        shards = mesh.shards if mesh else None
+        self._replicas = None if shards is None else Replicas(shards)
+        self._bear(weights, settings, shards)
+        unit: Replicas | ModelParallelUnit | None = self._replicas
         if divided is not None and mesh is not None:
             mark_parts(divided)
             unit = ModelParallelUnit.of(mesh)
@@ -152,13 +158,16 @@ class Engine:
         if config.train.offload_activations and ranks.device.type == "cuda":
             offload_activations(self.deepspeed)
         self.model: nn.Module = self.deepspeed
-        self.optimizer_state = OptimizerState(self.deepspeed, self.stage, config.optimizer, self._expert_parallel)
+        self.optimizer_state = OptimizerState(
+            self.deepspeed, self.stage, config.optimizer, self._expert_parallel, self._replicas
+        )
         over = f", layers over {divided.tensor.count}" if divided else ""
         over += f", experts over {experts.size()}" if experts is not None else ""
         log.info(
-            "engine: DeepSpeed %s, ZeRO %d, %s over %d x %d ranks (data x sequence, %s)%s, optimizer %s of %s",
+            "engine: DeepSpeed %s, ZeRO %d of %d ranks, %s over %d x %d (data x sequence, %s)%s, optimizer %s of %s",
             deepspeed.__version__,
             self.stage,
+            config.parallel.shard_ranks,
             config.train.dtype,
             config.parallel.data,
             config.parallel.sequence,
@@ -168,16 +177,18 @@ class Engine:
             config.optimizer.implementation,
         )
 
-    def _bear(self, weights: Fill | None, settings: dict[str, Any]) -> None:
+    def _bear(self, weights: Fill | None, settings: dict[str, Any], shards: Shards | None) -> None:
         """Gives the model its weights, one at a time, and in stage 3 divides each before the next is made."""
-        ranks, divide = self._ranks, _dividing(settings) if self.stage == 3 else None
+        group = self._ranks.group if shards is None else shards.group
+        rank, count = group.rank(), group.size()
+        divide = _dividing(settings, shards, self._replicas) if self.stage == 3 else None
 
         def own(tensor: Tensor) -> slice:
-            piece = -(-tensor.numel() // ranks.count)
-            return slice(ranks.rank * piece, (ranks.rank + 1) * piece) if divide else WHOLE
+            piece = -(-tensor.numel() // count)
+            return slice(rank * piece, (rank + 1) * piece) if divide else WHOLE
 
         shape, cut = self._expert_parallel.whole_shape, self._expert_parallel.own
-        for _, tensor in materialize(self.module, weights, ranks.device, own=own, whole_shape=shape, cut=cut):
+        for _, tensor in materialize(self.module, weights, self._ranks.device, own=own, whole_shape=shape, cut=cut):
             if divide is not None and isinstance(tensor, nn.Parameter):
                 divide(tensor)
 
@@ -214,8 +225,10 @@ class Engine:
 
     def step(self) -> None:
         """After every backward pass: the last of a step's changes the weights, unless a gradient isn't finite."""
-        measured = self.sizes is not None and self.deepspeed.is_gradient_accumulation_boundary()
-        self._measured_step() if measured else self.deepspeed.step()
+        last = self.deepspeed.is_gradient_accumulation_boundary()
+        if last and self._replicas is not None:
+            self._replicas.average(self.deepspeed.optimizer)
+        self._measured_step() if last and self.sizes is not None else self.deepspeed.step()
 
     def _measured_step(self) -> None:
         assert self.sizes is not None
@@ -238,6 +251,8 @@ class Engine:
         """What this rank alone holds, or alone looks at, of each trained weight and of its gradient, both flat."""
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
 
+        if self._replicas is not None and not self._replicas.first:
+            return
         divided, ranks = self._divided, self._ranks
         if divided is not None:
             # Those that have the same parts.
@@ -323,7 +338,8 @@ class Engine:
         for name, parameter in self.module.named_parameters():
             if name in besides:
                 continue
-            if self._masters and parameter.requires_grad:
+            if (self._masters or (self._narrow and self.stage == 3)) and parameter.requires_grad:
+                # What ZeRO gathers is rounded.
                 from deepspeed.utils import safe_get_full_fp32_param
 
                 yield name, safe_get_full_fp32_param(parameter)
@@ -349,14 +365,15 @@ def _deepspeed_config(config: PretrainConfig, device: torch.device) -> dict[str,
         "gradient_clipping": config.train.gradient_clipping if stage else 0.0,
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": device.type == "cuda",
+            "overlap_comm": device.type == "cuda" and config.parallel.overlaps(ordered=keeps_host_order(device)),
             # Where a group counts its steps, stage 3 may not make several of one.
             **({"sub_group_size": 10**15} if OPTIMIZERS[config.optimizer.name].numbers else {}),
         },
         "zero_allow_untested_optimizer": True,
         # Not `bf16.enabled` but where it is asked for (`_matrices_alone_cast`): it would round every weight, the gates'
         # decays too, before it makes its float32 copy.
-        # No module is "safe" for lower precision, so that gradients and gathered weights travel in float32.
+        # No module is "safe" for lower precision, so that gradients and gathered weights travel in float32, but for
+        # those that parallel.wire names.
         "torch_autocast": {
             "enabled": config.train.dtype != "float32",
             "dtype": "bfloat16",
@@ -367,13 +384,21 @@ def _deepspeed_config(config: PretrainConfig, device: torch.device) -> dict[str,
     }
 
 
-def _dividing(settings: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+def _dividing(
+    settings: dict[str, Any], shards: Shards | None, replicas: Replicas | None
+) -> Callable[[nn.Parameter], None]:
     """Makes a whole weight, alike on all ranks, one of which each holds its piece: stage 3's, without a broadcast."""
     import deepspeed
 
     deepspeed.comm.init_distributed(dist_init_required=False)
     # With a module, though one without weights, it also does what saves memory in `nn.Linear`.
-    zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings, dtype=torch.float32)
+    zero = deepspeed.zero.Init(
+        module=nn.Module(),
+        data_parallel_group=None if shards is None else shards.group,
+        mpu=replicas,
+        config_dict_or_path=settings,
+        dtype=torch.float32,
+    )
 
     def divide(parameter: Any) -> None:
         zero._convert_to_deepspeed_param(parameter)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from seqtrain.runtime.expert_parallel import ExpertParallel
 from seqtrain.runtime.optimizers import OPTIMIZERS, OptimizerConfig, StepOfSome
 from seqtrain.runtime.whole_matrices import WholeMatrices
+from seqtrain.runtime.zero import Replicas
 
 # Of an optimizer that averages: the weights in training, where a checkpoint's are the averaged ones.
 IN_TRAINING = "y"
@@ -24,8 +25,11 @@ Moments = dict[str, Tensor]
 class OptimizerState:
     """The state inside the optimizer of a DeepSpeed engine of ZeRO `stage`; only this class reads and writes it."""
 
-    def __init__(self, engine: Any, stage: int, config: OptimizerConfig, experts: ExpertParallel):
+    def __init__(
+        self, engine: Any, stage: int, config: OptimizerConfig, experts: ExpertParallel, replicas: Replicas | None
+    ):
         """`experts`: of which weights this rank has its experts' part."""
+        self._repeats = replicas is not None and not replicas.first
         self._optimizer, self._config = OPTIMIZERS[config.name], config
         self._stage, self._expert_parallel = stage, experts
         self._zero, self._device = engine.optimizer, engine.device
@@ -53,7 +57,7 @@ class OptimizerState:
             whole = self._whole(name)
             if index % ranks == rank:
                 yield from ((f"{name}:{key}", value) for key, value in whole.items())
-        for held in self._held.values():
+        for held in () if self._repeats else self._held.values():
             for block, optimizer in held.owned:
                 for key, value in optimizer.state().items():
                     yield f"{block.weight}:{block.number}.{key}", value
@@ -172,6 +176,6 @@ class OptimizerState:
     def _piece(self, parameter: Any, value: Tensor) -> Tensor:
         """This rank's piece of `value`, as stage 3 cuts it: padded to equal pieces, one per rank."""
         piece = parameter.ds_tensor.numel()
-        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rank, ranks = parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size
         flat = F.pad(value.flatten(), (0, piece * ranks - value.numel()))
         return flat[rank * piece : (rank + 1) * piece]

@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Lets NCCL (2.26 or newer) run operations of several communicators in the order of the host. Two GPUs that turned them
+# around, each for itself, could wait in either for the other.
+HOST_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"
 # What rank 0 says when it comes to an exchange that the others wait for; how long they do before they look again.
 READY, LOOK = "seqtrain/ready", datetime.timedelta(seconds=5)
 
@@ -79,7 +82,13 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cpu")
     local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(local)
+    os.environ.setdefault(HOST_ORDER, "1")
     return local
+
+
+def keeps_host_order(device: torch.device) -> bool:
+    """Whether operations of several process groups run in the order in which this process asks for them."""
+    return device.type == "cpu" or (torch.cuda.nccl.version() >= (2, 26) and os.environ.get(HOST_ORDER) == "1")
 
 
 def this_process(device: torch.device) -> Ranks:

@@ -75,6 +75,8 @@ def fingerprint(
         # It is a micro-batch's.
         pieces = tuple(key for key in pieces if key != "micro_batch_size")
         values["train"]["micro_batch_size"] = micro_batch(config)
+    if config.parallel.wire != "float32":
+        values["train"]["wire"] = config.parallel.wire
     for key in (*BESIDE, *pieces):
         del values["train"][key]
     for key, default in ADDED:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 # Tokens that a step may have, and bytes that weights may have in all: more than any machine holds.
 MOST_TOKENS, MOST_BYTES = 2**33, 10**15
+# Ranks that ZeRO divides over by itself.
+MOST_SHARDED = 64
 # A year, and more cores than a machine has.
 LONGEST_SECONDS, MOST_CORES = 31_536_000, 4096
 
@@ -104,15 +106,38 @@ class ParallelConfig:
     tensor: Positive = 1
     # Ranks over which routed experts are sharded: each has so small a part of them, and tokens travel. 1: each has all.
     experts: Positive = 1
-    # What DeepSpeed divides over all ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights.
+    # What DeepSpeed divides over the ranks of a shard: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights.
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    # Neighboring ranks of a shard, of which there are replicas; gradients are averaged over them once a step. auto: all
+    # ranks, or the most up to 64 that divide them: gathering over more would take longer than is worth its memory.
+    shard: Annotated[Positive, OrAuto] = AUTO
+    # Number format in which ZeRO sends gradients of matrices, and in stage 3 matrices: half the bytes in bfloat16, to
+    # which sums are rounded, too. Gates, embeddings, the head and vectors travel in float32.
+    wire: Literal["float32", "bfloat16"] = "float32"
     # How states travel between sequence-parallel ranks; `auto` takes the cheapest by costs measured at the start.
     algorithm: Algorithm = "auto"
+    # Whether scans and, on GPUs, ZeRO's collectives run while the layers compute. auto: always, but where GPUs can't be
+    # told to keep the order of operations (NCCL before 2.26): there never, if a rank is in several groups.
+    overlap: Literal["auto", "always", "never"] = "auto"
 
     @property
     def ranks(self) -> int:
         """How many processes that is."""
         return self.data * self.sequence * self.tensor
+
+    @property
+    def shard_ranks(self) -> int:
+        """Over how many ranks ZeRO divides: all that have the same parts of layers, where it divides nothing."""
+        if self.shard != AUTO:
+            return self.shard
+        alike = self.ranks // self.tensor
+        undivided = self.zero_stage == 0 or self.experts > 1 or self.tensor > 1
+        return alike if undivided else _largest_divisor(alike, limit=MOST_SHARDED)
+
+    def overlaps(self, *, ordered: bool) -> bool:
+        """Whether communication runs beside computation; `ordered`: operations of several groups keep their order."""
+        several = self.sequence > 1 or self.experts > 1 or self.shard_ranks < self.ranks
+        return self.overlap == "always" or (self.overlap == "auto" and (ordered or not several))
 
 
 @dataclass(frozen=True)
@@ -339,6 +364,8 @@ def check(config: PretrainConfig) -> None:
     _check_averages(config)
     _check_batch(config)
     _check_ranks(config)
+    _check_shard(config)
+    _check_wire(config)
     _check_experts(config)
     _check_device(config)
     check_compile(config)
@@ -357,6 +384,36 @@ def _check_averages(config: PretrainConfig) -> None:
         )
     if not config.optimizer.betas[0]:
         raise ConfigError(f"optimizer.betas={list(config.optimizer.betas)}: {key} needs the first above 0; use 0.9")
+
+
+def _check_shard(config: PretrainConfig) -> None:
+    parallel, ranks = config.parallel, config.parallel.ranks
+    key = f"parallel.shard={parallel.shard_ranks}"
+    if ranks % parallel.shard_ranks:
+        fitting = _largest_divisor(ranks, limit=parallel.shard_ranks)
+        raise ConfigError(f"{key}: must divide parallel.data x parallel.sequence={ranks}; use {fitting}, or auto")
+    if parallel.shard_ranks == ranks // parallel.tensor:
+        return
+    if parallel.tensor > 1:
+        raise ConfigError(f"{key}: isn't offered with parallel.tensor={parallel.tensor}; use auto, or one of them")
+    if parallel.zero_stage == 0:
+        raise ConfigError(f"{key}: parallel.zero_stage=0 divides nothing; use parallel.zero_stage=1 or more, or auto")
+    if parallel.experts > 1:
+        raise ConfigError(
+            f"{key}: DeepSpeed divides sharded experts over all ranks, parallel.experts={parallel.experts}; use auto, "
+            "or parallel.experts=1"
+        )
+
+
+def _check_wire(config: PretrainConfig) -> None:
+    if config.parallel.wire == "float32":
+        return
+    key = "parallel.wire=bfloat16"
+    if config.train.dtype != "bfloat16" or config.train.weights == "bfloat16":
+        dtypes = f"train.dtype={config.train.dtype} train.weights={config.train.weights}"
+        raise ConfigError(f"{key}: is for train.dtype=bfloat16 train.weights=float32, not {dtypes}; leave it out")
+    if config.parallel.zero_stage == 0:
+        raise ConfigError(f"{key}: needs ZeRO, parallel.zero_stage=1 or more; leave it out")
 
 
 def _check_experts(config: PretrainConfig) -> None:

@@ -28,7 +28,7 @@ from seqtrain.runtime.experts import Experts
 from seqtrain.runtime.lease import Lease, succeed
 from seqtrain.runtime.measures import Measures, peak_bytes
 from seqtrain.runtime.metrics import MetricsFile
-from seqtrain.runtime.ranks import Ranks, check_health, is_lost_peer
+from seqtrain.runtime.ranks import Ranks, check_health, is_lost_peer, keeps_host_order
 from seqtrain.runtime.restarts import Place, note_places
 from seqtrain.runtime.resume import NO_LORA, check_fits, fingerprint, put_off, refuse_lost_checkpoints
 from seqtrain.runtime.run_folder import RunFolder
@@ -103,7 +103,9 @@ def train(session: Session, ranks: Ranks, *, poll: Callable[[], None] = lambda: 
                 sequence=parallel.sequence,
                 experts=parallel.experts,
                 tensor=parallel.tensor,
+                shard=parallel.shard_ranks,
                 algorithm=parallel.algorithm,
+                in_line=not parallel.overlaps(ordered=keeps_host_order(ranks.device)),
                 device=ranks.device,
                 timeout_seconds=session.config.runtime.collective_timeout_seconds,
             ) as mesh,

@@ -100,6 +100,8 @@ def test_memory_by_zero_stage(counts):
     assert stages[3]["weights"] < stages[2]["weights"] * 0.9 + 2 * size
     totals = [sum(each.values()) for each in stages]
     assert totals[2] <= totals[1]
+    shard = memory_bytes(counts, changed(data=64, batch=64, stage=3, shard=4), MACHINE)
+    assert shard["optimizer"] == stages[3]["optimizer"]
     again = memory_bytes(counts, changed(checkpointing=True), MACHINE)
     assert again["activations kept"] < plain["activations kept"]
     loose = replace(MACHINE, unused_kept=0.5, unused_passing=2.0)

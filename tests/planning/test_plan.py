@@ -15,8 +15,8 @@ from seqtrain.planning import calibrate
 from seqtrain.planning.inspect_model import main as inspect
 from seqtrain.planning.layout import Layout, Machine, Prediction
 from seqtrain.planning.layout_runs import Measured
-from seqtrain.planning.plan import duration, fits, layouts_of, main
-from seqtrain.planning.run_config import layout_of, read_run
+from seqtrain.planning.plan import as_given, duration, fits, layouts_of, main
+from seqtrain.planning.run_config import last_of_each, layout_of, read_run
 from seqtrain.runtime.settings import read_pretrain_config
 
 SMALL = ("model.layers=[gla,attention]", "model.depth=2", "model.width=32", "model.heads=2")
@@ -108,6 +108,17 @@ def test_layouts_that_no_ranks_have_are_refused():
     assert {each.batch for each in layouts_of(config, 6, step_tokens=1)} == {3}
     with pytest.raises(ConfigError, match=r"parallel.data=3 train.batch_size=4: no layout of 2 ranks is so"):
         main([*TINY, "parallel.data=3", "plan.ranks=2"])
+
+
+def test_shards_are_looked_for_and_launched_as_planned():
+    config = read_run([*TINY, "train.batch_size=128"])
+    layouts = layouts_of(config, 128)
+    assert {each.shard for each in layouts if each.stage} == {0, 8, 64}
+    assert {each.shard for each in layouts if not each.stage} == {0}
+    assert {each.shard for each in as_given(layouts, {"parallel.shard": "8"})} == {8}
+    for layout in layouts[5 :: len(layouts) // 3]:
+        words = [*TINY, "runtime=ray", *layout.overrides()]
+        assert layout_of(read_run(last_of_each(*words))) == layout
 
 
 @pytest.mark.parametrize(

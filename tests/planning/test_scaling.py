@@ -130,6 +130,9 @@ def test_gradients_and_gathered_parameters_are_paid_for():
     plain = simulate(idle, work(), Scheme("pipeline", 1), ranks=4, replicas=2)
     reduced = simulate(idle, work(gradient_bytes=8e6), Scheme("pipeline", 1), ranks=4, replicas=2)
     assert reduced - plain == pytest.approx([2 * (3e-3 + 7 / 8 * 0.08)])
+    # In shards of two: halves there and back, then 4 MB over four replicas.
+    sharded = simulate(idle, work(gradient_bytes=8e6), Scheme("pipeline", 1), ranks=4, replicas=2, shard=2)
+    assert sharded - plain == pytest.approx([2 * (1e-3 + 1 / 2 * 0.08 + 2e-3 + 3 / 4 * 0.04)])
     # 56 ms of gather and three latencies under 20 and 30 ms of compute, and everyone waits for the last.
     gathered = simulate(one_level(FREE), work(parameter_bytes=8e6), Scheme(), ranks=8)
     assert gathered == pytest.approx([0.2])

@@ -15,6 +15,7 @@ from tests.runtime.runtime_cases import (
     as_it_was_at,
     assert_same_step,
     change,
+    first_gradients,
     folder_of,
     grid,
     in_tiers,
@@ -29,6 +30,7 @@ from tests.runtime.runtime_cases import (
 )
 
 STAGES = (0, 1, 2, 3)
+CLIPPED = {"steps": 3, "gradient_clipping": 0.05, "micro_batch_size": 1}
 
 
 @pytest.fixture
@@ -228,3 +230,66 @@ def test_a_step_says_how_far_it_is(tmp_path):
     parts = [f"0 0 {done}/12" for done in range(1, 13)] + ["1 0 12/12"]
     assert seen.read_text().splitlines()[:13] == parts
     assert seen.read_text().splitlines()[-3:] == ["1 1 12/12", "1 2 1/1", "2 2 1/1"], "the last are of the evaluation"
+
+
+@pytest.mark.parametrize(
+    "cases",
+    in_tiers([(4, 1, 3, 2), (2, 2, 2, 2), (4, 1, 1, 2)], [(4, 1, 2, 2), (2, 2, 3, 1), (2, 2, 1, 2), (1, 4, 3, 2)]),
+)
+def test_shards_with_replicas_have_the_gradients_of_one_rank(hybrid, cases):
+    alone, *sharded = [
+        change(hybrid, f"{case}", parallel={**grid(*case[:3]), "shard": case[3]}) for case in ((1, 1, 1, 1), *cases)
+    ]
+    longer = [change(each, f"clipped-{each.parallel.data}", train=CLIPPED) for each in (alone, sharded[0])]
+    train_on(alone, *sharded, *longer)
+    for config in sharded:
+        assert_same_step(config, alone)
+    # Over steps, with clipping and more micro-batches.
+    assert losses(longer[1]) == pytest.approx(losses(longer[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("stages", in_tiers((3,), (1, 2)))
+def test_matrices_travel_in_bfloat16(hybrid, stages):
+    wide = change(hybrid, train={"dtype": "bfloat16"})
+    for stage in stages:
+        plain, narrow = (
+            change(wide, f"{stage}-{wire}", parallel={**grid(2, 1, stage), "wire": wire})
+            for wire in ("float32", "bfloat16")
+        )
+        train_on(plain, narrow)
+        # Each of two ranks' gradients is rounded to eight bits, and their sum, which may be smaller than they are.
+        assert_same_step(narrow, plain, 2 * 3 * 2**-9)
+        came, exact = first_gradients(narrow), first_gradients(plain)
+        changed = {name for name in came if not came[name].equal(exact[name])}
+        assert changed, "nothing was rounded"
+        assert not [name for name in changed if "norm" in name or "embedding" in name or "decay" in name]
+        assert records(narrow)[0]["loss"] == records(plain)[0]["loss"]
+
+
+@pytest.mark.full
+def test_matrices_and_checkpoints_of_shards_with_replicas(hybrid):
+    longer = change(hybrid, train={"steps": 4}, checkpoint={"every": 2}, optimizer={"name": "muon", "lr": 1e-3})
+    alone, begun = (
+        change(longer, f"{shard}", parallel={**grid(ranks, 1, 3), "shard": shard}) for ranks, shard in ((1, 1), (4, 2))
+    )
+    train_on(alone, begun)
+    others = [as_it_was_at(begun, 2, f"from-{ranks}", parallel=grid(ranks, 1, 1)) for ranks in (2, 1)]
+    others += [as_it_was_at(alone, 2, "to-shards", parallel={**grid(4, 1, 3), "shard": 2})]
+    train_on(*others)
+    for config in (begun, *others):
+        assert losses(config) == pytest.approx(losses(alone), rel=1e-5), config.parallel
+
+
+@pytest.mark.parametrize(
+    ("parallel", "said"),
+    [
+        ({"data": 4, "shard": 3}, "must divide .*=4; use 2"),
+        ({"data": 4, "shard": 2, "zero_stage": 0}, "parallel.zero_stage=0 divides nothing; use"),
+    ],
+)
+def test_shards_that_can_not_be(tmp_path, parallel, said):
+    config = small_config(tmp_path, parallel=parallel, runtime={"name": "ray"})
+    with pytest.raises(ConfigError, match=rf"parallel.shard=\d: {said}"):
+        check(config)
+    wide = change(config, parallel={"data": 1024, "shard": "auto", "zero_stage": 3}).parallel
+    assert (wide.shard_ranks, change(config, parallel={"data": 4, "shard": "auto"}).parallel.shard_ranks) == (64, 4)
