@@ -127,7 +127,8 @@ class HeadLayerNorm(nn.Module):
         initialize(self)
 
     def initializers(self) -> dict[Tensor, Initializer]:
-        return {self.weight: constant(1.0)} | ({} if self.bias is None else {self.bias: constant(0.0)})
+        found: dict[Tensor, Initializer] = {self.weight: constant(1.0)}
+        return found if self.bias is None else found | {self.bias: constant(0.0)}
 
     def forward(self, x: Tensor) -> Tensor:
         """`x: [B,T,H,V]` -> `[B,T,H*V]`, in float32 at least."""

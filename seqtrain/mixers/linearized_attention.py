@@ -101,7 +101,8 @@ class LinearizedAttention(SoftmaxAttention):
         return found.tied
 
     def initializers(self) -> dict[Tensor, Initializer]:
-        weight, found = self.config.memory_weight, {}
+        weight = self.config.memory_weight
+        found: dict[Tensor, Initializer] = {}
         if self.opening is not None and self.opening_slope is not None:
             # The logarithm of a factor on the normalizer, or what a share of the sum is the sigmoid of.
             odds = weight if self.shared else weight / (1 - weight)

@@ -53,8 +53,8 @@ class TTTLinear(Mixer):
             nn.init.normal_(tensor, std=head**-0.5, generator=generator)
             tensor.view(heads, -1)[:, -head:] = 0
 
-        zeros = dict.fromkeys((self.norm_bias, self.extra_share), constant(0.0))
-        return {self.start: start, self.norm_weight: constant(1.0)} | zeros
+        found: dict[Tensor, Initializer] = {self.start: start, self.norm_weight: constant(1.0)}
+        return found | dict.fromkeys((self.norm_bias, self.extra_share), constant(0.0))
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)
