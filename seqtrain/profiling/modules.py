@@ -12,7 +12,7 @@ from seqtrain.layers import RMSNorm
 from seqtrain.mixers import Mixer
 from seqtrain.models.block import Block
 from seqtrain.models.feed_forward import MLP, MoE
-from seqtrain.models.language_model import Head
+from seqtrain.models.language_model import Embedding, Head
 from seqtrain.profiling.parts import BACKWARD, FORWARD, RECOMPUTATION, Part, Timeline
 
 # What the modules of a model are called; a mixer has its own name. A block's own work is its two additions.
@@ -21,7 +21,7 @@ KINDS: dict[type[nn.Module], str] = {
     RMSNorm: "norm, residual",
     MLP: "mlp",
     MoE: "mlp",
-    nn.Embedding: "embedding",
+    Embedding: "embedding",
     Head: "loss",
 }
 
