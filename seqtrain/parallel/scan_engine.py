@@ -337,9 +337,9 @@ class Engine:
         with self._exchanging(agreed), _observed("exchange"):
             # NCCL has no complex numbers.
             parts = 2 if leaving.is_complex() else 1
-            sizes = [[parts * numbers for numbers in each] for each in (come, to)]
-            flat = [torch.view_as_real(x).flatten() if parts == 2 else x for x in (arrived, leaving)]
-            self.group.alltoall_base(*flat, *sizes).wait()
+            came, went = ([parts * numbers for numbers in each] for each in (come, to))
+            into, out = (torch.view_as_real(x).flatten() if parts == 2 else x for x in (arrived, leaving))
+            self.group.alltoall_base(into, out, came, went).wait()
 
     @contextmanager
     def _exchanging(self, agreed: str) -> Iterator[None]:
