@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import shlex
 from dataclasses import replace
 
@@ -49,9 +50,10 @@ def test_every_layout_is_there_the_fastest_first(planned):
     _, content, _ = planned
     layouts = content["layouts"]
     found = [tuple(each["layout"].values()) for each in layouts]
-    # (data, sequence, stage, checkpointing, micro-batch, batch): 4 x 1 one row at once, 2 x 2 up to two, 1 x 4 up to 4.
-    assert len(found) == len(set(found)) == 4 * 2 * (1 + 2 + 3)
-    assert all(data * sequence == 4 for data, sequence, *_ in found)
+    # 4 x 1 one row at once, 2 x 2 up to two, 1 x 4 up to 4; of 2 tensor ranks and at most stage 2, 2 x 1 and 1 x 2.
+    assert len(found) == len(set(found)) == 4 * 2 * (1 + 2 + 3) + 3 * 2 * (2 + 3)
+    sizes = [[each["layout"][key] for key in ("data", "sequence", "tensor")] for each in layouts]
+    assert {math.prod(each) for each in sizes} == {4}
     times = [each["step_seconds"] for each in layouts]
     # Of those about as fast, another may come first.
     assert times[0] <= 1.02 * min(times)
