@@ -69,7 +69,8 @@ def build_model(config: "PretrainConfig", vocab_size: int) -> LanguageModel:
     """The network of a run on the meta device, with its adapters if it trains these. Raises `ConfigError`."""
     with torch.device("meta"):
         model = LanguageModel(config.model, config.mixer, vocab_size)
-        add_own_adapters(config, model)
+    # Outside: which rows an adapter is for are numbers, not weights.
+    add_own_adapters(config, model)
     return model
 
 

@@ -103,7 +103,7 @@ def test_torchrun_s_ranks_share_a_sequence(tmp_path, text):
     assert result.returncode == 0, result.stderr
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
     log = (tmp_path / "run" / "run.log").read_text()
-    assert "1 x 2 ranks (data x sequence, cpu)" in log
+    assert "ZeRO 1 of 2 ranks, float32 over 1 x 2 (data x sequence, cpu)" in log
     assert log.count("all_scan: measured on 2 ranks") == 1
 
 

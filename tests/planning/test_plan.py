@@ -91,8 +91,8 @@ def test_the_batch_is_looked_for_and_what_is_given_stays(tmp_path):
     given = ("data=text", "data.path=my books", "train.sequence_length=256", "parallel.sequence=2")
     printed, content = planned_of(tmp_path, *SMALL, *given, "plan.ranks=4")
     batches = {each["layout"]["batch"] for each in content["layouts"]}
-    # The preset's step has 16 rows of 512 tokens.
-    assert batches == {2, 4, 8, 16, 32}
+    # The preset's step has 16 rows of 512 tokens; two tensor ranks leave one group for a batch of one.
+    assert batches == {1, 2, 4, 8, 16, 32}
     assert {each["layout"]["sequence"] for each in content["layouts"]} == {2}
     words, config = command_in(printed)
     assert "data.path=my books" in words

@@ -1,7 +1,7 @@
 """A callback sees phases in order and changes nothing; what is trained is handed to the step loop."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -102,8 +102,8 @@ class HalfRate(Pretraining):
 
     def build(self, config, corpus):
         found = super().build(config, corpus)
-        found.groups[:] = parameter_groups(found.model.parameters(), config.optimizer.weight_decay, rate=0.5)
-        return type(found)(found.model, found.groups, found.batches)
+        groups = parameter_groups(found.model.parameters(), config.optimizer.weight_decay, rate=0.5)
+        return replace(found, groups=groups, held_out=None)
 
 
 @pytest.mark.all
