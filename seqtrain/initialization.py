@@ -159,6 +159,12 @@ def materialize(
         yield name, tensor
 
 
+def materialize_all(module: nn.Module, fill: Fill | None, device: torch.device) -> None:
+    """Brings `module` to `device`, filled and whole; see `materialize`."""
+    for _ in materialize(module, fill, device):
+        pass
+
+
 def _become(tensor: Tensor, value: Tensor) -> None:
     """Makes `tensor`, on the meta device, one that holds `value`; whoever holds it sees that."""
     new = nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value

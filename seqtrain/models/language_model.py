@@ -1,6 +1,5 @@
 """The network: embedding, blocks of the pattern `layers`, a norm, and a head that never holds all logits."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqtrain.errors import ConfigError
-from seqtrain.initialization import Fill, drawn, initializers_of, materialize, normal, scaled
+from seqtrain.initialization import Fill, drawn, initializers_of, materialize_all, normal, scaled
 from seqtrain.kernels.linear_cross_entropy import linear_cross_entropy, soft_cap
 from seqtrain.kernels.linear_cross_entropy.chunked import chunk_by_chunk
 from seqtrain.layers import RMSNorm, upcast
@@ -112,7 +111,7 @@ class LanguageModel(nn.Module):
         self.origin: Any = None
         if device.type != "meta":
             seed = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
-            deque(materialize(self, self.initial_weights(seed), device), maxlen=0)
+            materialize_all(self, self.initial_weights(seed), device)
 
     def initial_weights(self, seed: int) -> Fill:
         """Normal matrices, zero biases, what each mixer sets by its own rule, then the residual scaling.

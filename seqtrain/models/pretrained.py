@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.files import replacing
-from seqtrain.initialization import Fill, materialize
+from seqtrain.initialization import Fill, materialize_all
 from seqtrain.mixers import Mixer
 from seqtrain.models.architecture import Architecture
 from seqtrain.models.families import Family, Piece, family_of
@@ -179,7 +178,7 @@ def load_weights(
     stored = {piece.ours: source.dtype(name) for name, pieces in places_of(model, source).items() for piece in pieces}
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtype or stored.get(name, torch.float32))
-    deque(materialize(model, fill, torch.device("cpu")), maxlen=0)
+    materialize_all(model, fill, torch.device("cpu"))
 
 
 def source_weights(

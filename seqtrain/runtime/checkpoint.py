@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import uuid
-from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 
 from seqtrain.errors import CheckpointError, SeqtrainError
 from seqtrain.files import Manifest, publish, sha256_of, sync
-from seqtrain.initialization import Fill, materialize
+from seqtrain.initialization import Fill, materialize_all
 from seqtrain.runtime.engine import Engine
 from seqtrain.runtime.lease import Lease
 from seqtrain.runtime.optimizer_state import IN_TRAINING
@@ -161,7 +160,7 @@ class Checkpoint:
 
     def load_weights(self, model: nn.Module, *, frozen: Collection[str] = (), others: Fill | None = None) -> None:
         """Fills `model` in place, and gives it memory where it has none; see `weights`."""
-        deque(materialize(model, self.weights(model, frozen=frozen, others=others), torch.device("cpu")), maxlen=0)
+        materialize_all(model, self.weights(model, frozen=frozen, others=others), torch.device("cpu"))
 
     def restore_optimizer(self, engine: Engine) -> None:
         """Gives the optimizer of `engine` the moments and the step count. All ranks call it."""
