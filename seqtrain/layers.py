@@ -116,6 +116,37 @@ class HeadNorm(nn.Module):
         return gated_norm(x, self.norm.weight, gate, eps=self.norm.eps, activation=self.activation).flatten(2)
 
 
+class WidthNorm(nn.Module):
+    """Normalises all heads together, by mean and variance with a weight and a bias, or by the root mean square alone.
+
+    The first is LayerNorm; the second (`learned=False`) is TransNormer's SimpleRMSNorm, without parameters. With
+    `tensor` the ranks have parts of the heads, `width` channels each.
+    """
+
+    def __init__(self, width: int, *, learned: bool, eps: float = NORM_EPS, tensor: TensorParallel = ALONE):
+        super().__init__()
+        self.eps, self.tensor = eps, tensor
+        self.weight = nn.Parameter(torch.empty(width)) if learned else None
+        self.bias = nn.Parameter(torch.empty(width)) if learned else None
+        initialize(self)
+
+    def initializers(self) -> dict[Tensor, Initializer]:
+        if self.weight is None or self.bias is None:
+            return {}
+        return {self.weight: constant(1.0), self.bias: constant(0.0)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x: [B,T,H,V]` -> `[B,T,H*V]`, in float32 at least."""
+        wide = upcast(x).flatten(2)
+        if self.weight is not None:
+            wide = wide - self._mean(wide)
+        out = wide * torch.rsqrt(self._mean(wide.square()) + self.eps)
+        return out if self.weight is None else out * self.weight + self.bias
+
+    def _mean(self, x: Tensor) -> Tensor:
+        return self.tensor.total(x.sum(-1, keepdim=True)) / (x.shape[-1] * self.tensor.count)
+
+
 class HeadLayerNorm(nn.Module):
     """Normalises each head by its mean and variance: GroupNorm with one group per head, and a weight per channel."""
 
@@ -207,14 +238,26 @@ def fused(linear: nn.Linear, rows: Sequence[int], parts: Sequence[int] = ()) -> 
 class HeadProjections(nn.Module):
     """One matrix, then (where `conv_width > 0`) one short convolution with SiLU, split into tensors of heads."""
 
-    def __init__(self, width: int, heads: int | tuple[int, ...], widths: tuple[int, ...], *, conv_width: int = 0):
-        """`heads`, `widths`: of each tensor; one number of heads is that of all."""
+    def __init__(
+        self,
+        width: int,
+        heads: int | tuple[int, ...],
+        widths: tuple[int, ...],
+        *,
+        conv_width: int = 0,
+        activate: bool = False,
+    ):
+        """`heads`, `widths`: of each tensor; one number of heads is that of all.
+
+        `activate`: SiLU where there is no convolution.
+        """
         super().__init__()
         self.heads = heads if isinstance(heads, tuple) else (heads,) * len(widths)
         self.channels = [count * part for count, part in zip(self.heads, widths, strict=True)]
         rows = [part for count, part in zip(self.heads, widths, strict=True) for _ in range(count)]
         self.linear = fused(nn.Linear(width, sum(self.channels), bias=False), rows, self.channels)
         self.conv = ShortConvolution(sum(self.channels), conv_width, parts=self.channels) if conv_width else None
+        self.activate = activate and not conv_width
 
     def forward(
         self, x: Tensor, past: Tensor | None, sequence: SequenceContext
@@ -224,6 +267,8 @@ class HeadProjections(nn.Module):
         state: dict[str, Tensor] = {}
         if self.conv is not None:
             x, state["conv"] = self.conv(x, past, sequence)
+        elif self.activate:
+            x = F.silu(x)
         parts = zip(x.split(self.channels, 2), self.heads, strict=True)
         return tuple(part.unflatten(2, (heads, -1)) for part, heads in parts), state
 
@@ -283,12 +328,23 @@ def rotate(
     if width is not None and width < x.shape[-1]:
         turned, rest = x.split([width, x.shape[-1] - width], -1)
         return torch.cat([rotate(turned, place, base, stretch=stretch, amplitude=amplitude), rest], -1)
-    half = x.shape[-1] // 2
-    # float64 costs little on [T, K/2] and keeps far positions exact: 1e6 radians in float32 are 0.06 off.
-    rate = base ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
+    rate = rotation_rates(x.shape[-1], base, x.device)
     if stretch:
         rate = rate / torch.tensor(stretch, dtype=torch.float64, device=x.device)
-    angle = place[..., None, None] * rate  # B T 1 K/2
+    return turn(x, place[..., None, None] * rate, amplitude)
+
+
+def rotation_rates(width: int, base: float, device: torch.device | str = "cpu") -> Tensor:
+    """`base ** (-2i / width)`, radians a position, float64 `[width/2]`.
+
+    float64 costs little on `[T, K/2]` and keeps far positions exact: 1e6 radians in float32 are 0.06 off.
+    """
+    half = width // 2
+    return base ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+
+
+def turn(x: Tensor, angle: Tensor, amplitude: float = 1.0) -> Tensor:
+    """Turns channel pair `(i, i + K/2)` of `x: [B,T,H,K]` by `angle`, radians, broadcast to `[B,T,H,K/2]`."""
     wide = upcast(x)
     cos, sin = (amplitude * angle.cos()).to(wide.dtype), (amplitude * angle.sin()).to(wide.dtype)
     first, second = wide.chunk(2, -1)
@@ -316,6 +372,7 @@ def elu(x: Tensor) -> Tensor:
 FEATURE_MAPS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "identity": (lambda x: x, False),
     "elu": (elu, True),
+    "plain_elu": (F.elu, False),
     "relu": (F.relu, True),
     "taylor2": (taylor2, True),
 }

@@ -71,4 +71,5 @@ ROW = Row(
     "entropy of relu. The bounds of -0.2 and -0.05 nats are ours: the paper gives none",
     axes=Axes("factor of the queries", "entropy, nats", log_x=True),
     measure=measure,
+    sources=("2507.00698",),
 )

@@ -1,6 +1,6 @@
 """HiPPO-LegS, its normal part and its perturbation as systems with one input and one output, to compare answers.
 
-systems = legs_systems(64, tradeoff=100.0)
+systems = legs_systems(64, perturbation=0.1)
 error = systems["normal"].output(u, 0.01) - systems["hippo"].output(u, 0.01)
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seqtrain.mixers.common.hippo import hippo_legs, perturbed_legs, rank_one
+from seqtrain.mixers.common.hippo import hippo_legs, rank_one, sized_legs
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class StateSystem:
         return torch.stack(out)
 
 
-def legs_systems(size: int, tradeoff: float, c: Tensor | None = None) -> dict[str, StateSystem]:
+def legs_systems(size: int, perturbation: float, c: Tensor | None = None) -> dict[str, StateSystem]:
     """What the initialisations stand for, by name: "hippo" itself, its "normal" part (S4D, S5), "perturbed" (PTD).
 
     All have HiPPO's B, halved for the normal part, which then tends to HiPPO as its size grows (S4D, theorem 3), and
-    one C: `c`, float64 `[P]`, by default normal numbers of variance `1/P` from a fixed seed.
+    one C: `c`, float64 `[P]`, by default normal numbers of variance `1/P` from a fixed seed. `perturbation`: |E| / |A|.
     """
     a, b = hippo_legs(size)
     if c is None:
@@ -56,5 +56,5 @@ def legs_systems(size: int, tradeoff: float, c: Tensor | None = None) -> dict[st
     return {
         "hippo": StateSystem(a, b, c),
         "normal": StateSystem(a + added, b / 2, c),
-        "perturbed": StateSystem(a + perturbed_legs(size, tradeoff).share * added, b, c),
+        "perturbed": StateSystem(a + sized_legs(size, perturbation).share * added, b, c),
     }

@@ -107,6 +107,7 @@ ROW = Row(
     "heads have waves for, 0.835 against 0.760 after 1200 steps, the first still rising",
     axes=Axes("step", "training accuracy"),
     measure=measure,
+    sources=("2310.04064", "2306.02896"),
     settings={
         "modulus": MODULUS,
         "numbers": NUMBERS,

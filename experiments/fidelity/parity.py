@@ -43,6 +43,7 @@ ROW = Row(
     "width ** -0.5. No short convolution in any of the three: the state alone has to track the parity",
     axes=Axes("step", "training accuracy"),
     measure=measure,
+    sources=("2411.12537", "2406.06484"),
     settings={
         "tokens": LENGTH,
         "times longer": FACTOR,

@@ -75,4 +75,5 @@ ROW = Row(
     "as at least ten times",
     axes=Axes("scale of the input", "largest query gradient", log_x=True, log_y=True),
     measure=measure,
+    sources=("2210.10340",),
 )

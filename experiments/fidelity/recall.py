@@ -105,6 +105,7 @@ ROW = Row(
     "pairs either: such a figure says that the rule was not learned, not that the state is full",
     axes=Axes("step", "training accuracy"),
     measure=measure,
+    sources=("2406.06484", "2312.04927"),
     settings={
         "pairs": PAIRS,
         "tokens": LENGTH,

@@ -128,6 +128,10 @@ class Row:
     method: str
     axes: Axes
     measure: Callable[[Effort], Iterator[Figure]]
+    # The arXiv numbers of the papers whose claims these are.
+    sources: tuple[str, ...]
+    # What it is measured with where the command doesn't say.
+    seeds: tuple[int, ...] = (0, 1, 2)
     # Whether its figures are times, which other work on the machine would change.
     timed: bool = False
     # The fixed numbers of the experiment, by name: what a report needs to be repeated.

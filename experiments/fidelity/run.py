@@ -1,6 +1,6 @@
 """Trains small models on tasks that tell layers apart, and compares each figure with the claim it stands for.
 
-    python tools/run_fidelity.py jobs=2                     # everything, three seeds, on two cores
+    python tools/run_fidelity.py jobs=2                     # everything on two cores
     python tools/run_fidelity.py rows=[recall] seeds=[0]    # one row
 
 The models are small: a core each for several seeds takes less time than all cores for one. Leaves a table as
@@ -11,7 +11,7 @@ seeds. The exit status is 0 whether claims hold or not: the table says it.
 import math
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -34,8 +34,8 @@ DERIVED = ("mean", "spread", "holds")
 class Settings:
     # Rows of the table; empty: all.
     rows: list[str] = field(default_factory=list)
-    # Seeds of weights and training rows; every training is made once for each.
-    seeds: Annotated[list[int], Field(min_length=1)] = field(default_factory=lambda: [0, 1, 2])
+    # Seeds of weights and training rows; every training is made once for each. Empty: three, or as many as a row needs.
+    seeds: list[int] = field(default_factory=list)
     # Multiplies the steps of every training; the claims are made for 1.
     scale: Annotated[float, Field(gt=0)] = 1.0
     # Processes, each of which measures one row with one seed at a time.
@@ -60,6 +60,13 @@ def chosen_rows(names: list[str], table: Mapping[str, Row]) -> list[Row]:
         if name not in table:
             raise ConfigError(unknown_name("rows=", name, table))
     return [row for name, row in table.items() if not names or name in names]
+
+
+def share_that_holds(results: list[Result]) -> str:
+    """How many claims hold, of how many, from how many papers: "40 of 46 claims of 19 papers hold"."""
+    claims = [figure.holds for result in results for figure in result.figures if figure.bounds]
+    papers = {source for result in results for source in result.row.sources}
+    return f"{sum(map(bool, claims))} of {len(claims)} claims of {len(papers)} papers hold"
 
 
 def verdict(figure: Figure) -> str:
@@ -88,7 +95,7 @@ def cells(result: Result, figure: Figure) -> dict[str, str]:
 def markdown(about: str, results: list[Result]) -> str:
     """The report as text."""
     table = [cells(result, figure) for result in results for figure in result.figures]
-    lines = [about, "", "| " + " | ".join(table[0]) + " |", "|" + " --- |" * len(table[0])]
+    lines = [about, share_that_holds(results), "", "| " + " | ".join(table[0]) + " |", "|" + " --- |" * len(table[0])]
     lines += ["| " + " | ".join(row.values()) + " |" for row in table]
     for result in results:
         lines += ["", f"**{result.row.name}** ({result.seconds:.0f} s). Claim: {result.row.claim}.", result.row.method]
@@ -107,14 +114,15 @@ def measure(name: str, seed: int, scale: float, threads: int) -> tuple[list[Figu
 def measure_all(rows: list[Row], settings: Settings) -> Iterator[Result]:
     """The rows in order, but those that are timed last: nothing else runs then."""
     rows = sorted(rows, key=lambda row: row.timed)
-    seeds = settings.seeds
     with ProcessPoolExecutor(settings.jobs, mp_context=get_context("spawn")) as pool:
         one = partial(measure, scale=settings.scale, threads=settings.threads)
-        found = {row.name: [pool.submit(one, row.name, seed) for seed in seeds] for row in rows if not row.timed}
+
+        def started(row: Row) -> list[Future]:
+            return [pool.submit(one, row.name, seed) for seed in settings.seeds or row.seeds]
+
+        found = {row.name: started(row) for row in rows if not row.timed}
         for row in rows:
-            parts = [
-                part.result() for part in found.get(row.name) or (pool.submit(one, row.name, seed) for seed in seeds)
-            ]
+            parts = [part.result() for part in found.get(row.name) or started(row)]
             figures = [joined(same) for same in zip(*(figures for figures, _ in parts), strict=True)]
             yield Result(row, figures, sum(seconds for _, seconds in parts))
 
@@ -167,7 +175,8 @@ def as_json(result: Result) -> dict[str, Any]:
 
     row = result.row
     settings = {name: str(value) for name, value in row.settings.items()}
-    about = {"name": row.name, "claim": row.claim, "method": row.method, "settings": settings}
+    about: dict[str, Any] = {"name": row.name, "claim": row.claim, "method": row.method, "settings": settings}
+    about["sources"] = list(row.sources)
     figures = [asdict(each) | {name: getattr(each, name) for name in DERIVED} for each in result.figures]
     return about | {"seconds": result.seconds, "figures": plain(figures)}
 
@@ -177,7 +186,7 @@ def main(arguments: list[str]) -> int:
     rows = chosen_rows(settings.rows, ROWS)
     about = machine() | {"processes": settings.jobs, "threads": settings.threads}
     title = ", ".join(f"{key} {value}" for key, value in about.items())
-    title += f"; seeds {settings.seeds}, steps x {settings.scale:g}"
+    title += f"; seeds {settings.seeds or 'of each row'}, steps x {settings.scale:g}"
     print(title, flush=True)
     folder = Path(settings.output_dir)
     results: list[Result] = []
@@ -186,9 +195,15 @@ def main(arguments: list[str]) -> int:
         print(summary(result), flush=True)
         draw(result, folder / f"{result.row.name}.png")
         # Rewritten after every row, so that a run that is stopped leaves what it has.
-        content = {"machine": about, "settings": asdict(settings), "rows": [as_json(result) for result in results]}
+        content = {
+            "machine": about,
+            "settings": asdict(settings),
+            "holds": share_that_holds(results),
+            "rows": [as_json(result) for result in results],
+        }
         write_json(folder / "fidelity.json", content, allow_nan=False)
         (folder / "fidelity.md").write_text(markdown(title, results))
     print("\n" + markdown(title, results))
+    print(share_that_holds(results))
     print(f"{folder / 'fidelity.json'}, fidelity.md, one picture per row")
     return 0

@@ -61,5 +61,6 @@ ROW = Row(
     f"{REPEATS}. The bound of 1.15 is ours",
     axes=Axes("tokens", "seconds per step", log_x=True, log_y=True),
     measure=measure,
+    sources=("2310.04064",),
     timed=True,
 )

@@ -70,8 +70,10 @@ class Measured:
 def build(name: str, heads: int, settings: Settings) -> Mixer:
     """The mixer with its defaults. Raises `SeqtrainError` where it can't have so many heads."""
     kind = MIXERS.get(name)
-    convolved = "conv_width" in {key.name for key in fields(kind.Config)}
-    values = {} if settings.convolution or not convolved else {"conv_width": 0}
+    # Without a convolution, and without the SiLU that stands in its place: what is read is then linear in the values.
+    plain = {"conv_width": 0, "activation": "none"}
+    known = {key.name for key in fields(kind.Config)}
+    values = {} if settings.convolution else {key: value for key, value in plain.items() if key in known}
     try:
         config: Any = validate(kind.Config, values)
     except ConfigError:

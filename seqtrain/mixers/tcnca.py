@@ -1,17 +1,17 @@
 """TCNCA (Terzic et al. 2023, arXiv 2312.05605): a dilated temporal convolution, then gated attention within chunks.
 
-MEGA (arXiv 2209.10655) with its moving average replaced by the convolution. Here the input of the block stays outside:
-the residual stream has it already.
+MEGA (arXiv 2209.10655) with its moving average replaced by the convolution; without that one's biases, and with as many
+heads as the model has, where MEGA has one.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from seqtrain.initialization import Initializer, constant, initialize
+from seqtrain.initialization import Initializer, constant, initialize, normal
 from seqtrain.kernels import softmax_attention
 from seqtrain.layers import ShortConvolution, fused, positions, rotate
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
@@ -19,7 +19,9 @@ from seqtrain.mixers.common.attention import attend
 
 
 class TCNCA(Mixer):
-    """`c = TCN(x)`, `z = silu(W_z c)`, `o = attention(z, z, v)` in chunks, `y = sigmoid(W_f c) silu(W_h c + W (g o))`.
+    """`c = TCN(x)`, `z = silu(W_z c)`, `o = attention(z, z, v)` in chunks, `y = u (silu(W_h c + W (g o)) - s)`.
+
+    `u = sigmoid(W_f c)`, and s is the residual stream that y is added to, which so becomes `(1 - u) s + u silu(...)`.
 
     The convolution is `depth` residual layers `x + silu(w * x)`, one filter per channel, layer l dilated by
     `dilation ** l`: a token sees the last `1 + (W-1) (dilation^depth - 1) / (dilation - 1)`. q and k are z scaled and
@@ -42,6 +44,8 @@ class TCNCA(Mixer):
         expand_value: PositiveFloat = 2.0
         # Base of the rotation's wavelengths, in tokens.
         rope_base: Annotated[float, Field(gt=1)] = 10000.0
+        # What becomes of the stream: u takes its place in part (gated), as in MEGA, or the block adds to it (plain).
+        residual: Literal["gated", "plain"] = "gated"
 
     grouped = True
 
@@ -68,9 +72,9 @@ class TCNCA(Mixer):
         initialize(self)
 
     def initializers(self) -> dict[Tensor, Initializer]:
-        return {self.scales: constant(1.0), self.shifts: constant(0.0)}
+        return {self.scales: normal(0.02), self.shifts: constant(0.0)}
 
-    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
+    def mix_into(self, stream: Tensor, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         after: State = {}
         c = x
         for layer, conv in enumerate(self.convs):
@@ -88,5 +92,7 @@ class TCNCA(Mixer):
         out, kept = attend(chunks, softmax_attention, q, k, v, past=past, window=None)
         tensor = self.shape.tensor
         mixed = tensor.own(tensor.enter(self.out(F.silu(gate) * out.flatten(2))))
-        y = torch.sigmoid(update) * F.silu(candidate + mixed)
-        return tensor.join(y), after | kept
+        y = F.silu(candidate + mixed)
+        if self.config.residual == "gated":
+            y = y - tensor.own(stream)
+        return tensor.join(torch.sigmoid(update) * y), after | kept

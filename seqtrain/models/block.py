@@ -119,7 +119,7 @@ class Block(nn.Module):
         )
 
     def _mix_part(self, x: Tensor, state: State | None, sequence: SequenceContext) -> tuple[Tensor, State]:
-        mixed, state = self._mixed(x if self.norms == "stream" else self.mixer_norm(x), state, sequence)
+        mixed, state = self._mixed(x if self.norms == "stream" else self.mixer_norm(x), state, sequence, x)
         return self.mixer_post_norm(mixed), state
 
     def _feed_part(self, x: Tensor) -> Tensor:
@@ -134,9 +134,11 @@ class Block(nn.Module):
         stream = entered if self.norms == "stream" else x
         return (stream if kept == 1 else kept * stream) + (y if added == 1 else added * y)
 
-    def _mixed(self, x: Tensor, state: State | None, sequence: SequenceContext) -> tuple[Tensor, State]:
+    def _mixed(self, x: Tensor, state: State | None, sequence: SequenceContext, stream: Tensor) -> tuple[Tensor, State]:
         assert self.mixer is not None
-        mix: Callable[..., tuple[Tensor, State]] = self.mixer if x.dim() == 3 else self.mixer.step
+        mix: Callable[..., tuple[Tensor, State]] = partial(
+            self.mixer if x.dim() == 3 else self.mixer.step, stream=stream
+        )
         if not self.group:
             return mix(x, state, sequence=sequence)
         # The mixer's state is that of the unfinished group; the tokens seen, int64 `[B]`, say how far it is.

@@ -29,7 +29,7 @@ def row(tokens: int = TOKENS, width: int = WIDTH):
         ("linear_attention", {}),
         ("retnet", {}),
         ("gla", {}),
-        ("delta_net", {"conv_width": 0}),
+        ("delta_net", {"conv_width": 0, "activation": "none"}),
         # Two operators, of which the second only takes a mean; and softmax within blocks of tokens.
         ("mala", {"conv_width": 0}),
         ("trans_normer", {"diag_share": 1.0, "block": 6}),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from seqtrain.errors import ConfigError
 from seqtrain.testing import relative_error
 from tests.mixers.definition_cases import HEADS, TOKENS, WIDTH, build, decayed, heads, l2norm, merged, rms, rotated, x
+from tests.models import tiny
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -67,10 +68,13 @@ def test_hgrn2(index):
     assert relative_error(mixer(x())[0], mixer.out(rms(out, mixer.norm.weight))) < 1e-12
 
 
-@pytest.mark.parametrize(("negative", "largest"), [(False, 1), (True, 2)])
-def test_delta_net(negative, largest):
-    mixer = build("delta_net", conv_width=0, allow_negative_eigenvalues=negative)
-    q, k, v = heads(mixer.qkv.linear(x()), 8, 8, 8)
+@pytest.mark.parametrize(
+    ("negative", "largest", "activation"), [(False, 1, "silu"), (True, 2, "silu"), (True, 2, "none")]
+)
+def test_delta_net(negative, largest, activation):
+    mixer = build("delta_net", conv_width=0, allow_negative_eigenvalues=negative, activation=activation)
+    through = {"silu": F.silu, "none": lambda projected: projected}[activation]
+    q, k, v = heads(through(mixer.qkv.linear(x())), 8, 8, 8)
     q, k = l2norm(q), l2norm(k)
     beta = largest * torch.sigmoid(mixer.beta(x())).transpose(1, 2)
     state, out = torch.zeros(2, HEADS, 8, 8, dtype=torch.float64), []
@@ -121,8 +125,9 @@ def attention(q, k, v, seen):
 QUERY, KEY = torch.arange(TOKENS)[:, None], torch.arange(TOKENS)
 
 
-def test_tcnca():
-    mixer = moved("tcnca", chunk=7, conv_width=3, conv_depth=2, dilation=4)
+@pytest.mark.parametrize("residual", ["gated", "plain"])
+def test_tcnca(residual):
+    mixer = moved("tcnca", chunk=7, conv_width=3, conv_depth=2, dilation=4, residual=residual)
     c = x()
     for layer, conv in enumerate(mixer.convs):
         reach = 4**layer
@@ -134,8 +139,23 @@ def test_tcnca():
     seen = (KEY <= QUERY) & (KEY // 7 == QUERY // 7)
     (q,), (k,), (v,) = heads(q, 4), heads(k, 4), heads(F.silu(mixer.v(x())), 16)
     out = merged(attention(q, k, v, seen))
-    expected = update.sigmoid() * F.silu(candidate + mixer.out(F.silu(gate) * out))
-    assert relative_error(mixer(x())[0], expected) < 1e-11
+    expected, stream = update.sigmoid() * F.silu(candidate + mixer.out(F.silu(gate) * out)), 2 * x() + 1
+    # MEGA's: what the gate takes in, the stream loses.
+    expected = expected + stream * (1 - update.sigmoid() if residual == "gated" else 1)
+    assert relative_error(stream + mixer(x(), stream=stream)[0], expected) < 1e-11
+    steps, state = [], None
+    for token, before in zip(x().unbind(1), stream.unbind(1), strict=True):
+        step, state = mixer.step(token, state, stream=before)
+        steps.append(before + step)
+    assert relative_error(torch.stack(steps, 1), expected) < 1e-11
+
+
+def test_a_block_shows_its_mixer_the_stream():
+    layer = tiny.build(("tcnca",), depth=1).double().blocks[0]
+    given = torch.randn(2, 20, layer.mixer.shape.width, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    mixed = given + layer.mixer(layer.mixer_norm(given), stream=given)[0]
+    assert torch.equal(layer(given)[0], layer.feed(mixed))
+    assert not torch.equal(layer(given)[0], layer.feed(given + layer.mixer(layer.mixer_norm(given))[0]))
 
 
 @pytest.mark.parametrize("full", [False, True])

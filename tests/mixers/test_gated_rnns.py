@@ -129,7 +129,7 @@ def test_mlstm_holds_in_float32_with_gates_at_their_ends():
 def test_delta_product(steps, negative, largest):
     fields = {"steps": steps, "allow_negative_eigenvalues": negative, "conv_width": 0}
     mixer = build("delta_product", expand_key=1.0, expand_value=1.0, **fields)
-    q, k, v = heads(mixer.qkv.linear(x()), 8, 8 * steps, 8 * steps)
+    q, k, v = heads(F.silu(mixer.qkv.linear(x())), 8, 8 * steps, 8 * steps)
     k, v = (part.unflatten(3, (steps, 8)) for part in (k, v))  # B H T steps K
     q, k = l2norm(q), l2norm(k)
     beta = largest * torch.sigmoid(mixer.beta(x())).unflatten(2, (HEADS, steps)).transpose(1, 2)
@@ -178,17 +178,25 @@ def elu(features):
     return F.elu(features) + 1
 
 
-@pytest.mark.parametrize(("feature_map", "phi"), [("elu", elu), ("relu", torch.relu)])
-def test_norm_attention(feature_map, phi):
-    mixer = build("trans_normer", index=2, feature_map=feature_map)
+@pytest.mark.parametrize(("feature_map", "phi"), [("elu", elu), ("plain_elu", F.elu), ("relu", torch.relu)])
+@pytest.mark.parametrize("over", ["head", "width"])
+def test_norm_attention(feature_map, phi, over):
+    mixer = build("trans_normer", index=2, feature_map=feature_map, norm_over=over, learned_angles=False)
     q, k, v = heads(mixer.qkv.linear(x()), 8, 8, 8)
     weights = (rotated(phi(q)) @ rotated(phi(k)).mT / 8**0.5).tril()
-    out = rms(weights @ v, mixer.norm.norm.weight)
-    assert relative_error(mixer(x())[0], mixer.out(merged(out))) < 1e-12
+    out = merged(rms(weights @ v, mixer.norm.norm.weight)) if over == "head" else rms(merged(weights @ v), 1)
+    assert relative_error(mixer(x())[0], mixer.out(out)) < 1e-12
+
+
+def test_learned_angles_are_rates_of_rotation():
+    mixer, base = build("trans_normer", index=1), build("trans_normer", index=1, rope_base=2.0, learned_angles=False)
+    mixer.rates.copy_(2.0 ** (-torch.arange(4, dtype=torch.float64) / 4))
+    base.load_state_dict({key: value for key, value in mixer.state_dict().items() if key != "rates"})
+    assert relative_error(mixer(x())[0], base(x())[0]) < 1e-12
 
 
 def test_diag_attention_is_softmax_within_blocks():
-    mixer = build("trans_normer", index=1, block=7)
+    mixer = build("trans_normer", index=1, block=7, learned_angles=False)
     q, k, v = heads(mixer.qkv.linear(x()), 8, 8, 8)
     block = torch.arange(TOKENS) // 7
     seen = (block[:, None] == block).tril()
@@ -201,24 +209,42 @@ def test_lower_layers_are_diag_attention_as_the_share_says():
         assert [build("trans_normer", index=index, diag_share=share).diagonal for index in range(4)] == expected
 
 
-def test_mala():
-    mixer = build("mala", conv_width=0)
+def local(mixer, v):
+    """The values' causal convolution, `[B,H,T,V]` -> `[B,T,D]`; zero without one."""
+    if mixer.local is None:
+        return 0
+    weight, bias = mixer.local.weight, mixer.local.bias
+    padded = F.pad(merged(v).transpose(1, 2), (weight.shape[1] - 1, 0))
+    return F.conv1d(padded, weight[:, None], bias, groups=WIDTH).transpose(1, 2)
+
+
+POSITIONS = pytest.mark.parametrize("fields", [{}, {"lepe": 3}, {"rope": True}], ids=str)
+
+
+@POSITIONS
+def test_mala(fields):
+    mixer = build("mala", conv_width=0, **fields)
+    turned = rotated if "rope" in fields else lambda part: part
     q, k, v = heads(mixer.qkv.linear(x()), 8, 8, 8)
+    turned_score = turned(elu(q)) @ turned(elu(k)).mT / 8**0.5
     rows = []
     for t in range(TOKENS):
-        score = elu(q[:, :, t, None]) @ elu(k[:, :, : t + 1]).mT / 8**0.5  # B H 1 t+1
-        mean = score.mean(-1, keepdim=True)
-        weights = (score * (1 + 1 / mean) - mean) / (t + 1)
-        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 1, dtype=torch.float64))
+        mean = (elu(q[:, :, t, None]) @ elu(k[:, :, : t + 1]).mT / 8**0.5).mean(-1, keepdim=True)  # B H 1 1
+        weights = (turned_score[:, :, t, None, : t + 1] * (1 + 1 / mean) - mean) / (t + 1)
+        if not fields:
+            torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 1, dtype=torch.float64))
         rows.append(weights @ v[:, :, : t + 1])
-    out = merged(torch.cat(rows, 2)) * mixer.gate(x())
+    out = (merged(torch.cat(rows, 2)) + local(mixer, v)) * mixer.gate(x())
     assert relative_error(mixer(x())[0], mixer.out(out)) < 1e-12
-    weights = magnitude_aware_weights(q.transpose(1, 2), k.transpose(1, 2))
-    assert relative_error(merged(weights @ v) * mixer.gate(x()), out) < 1e-12
+    if not fields:
+        weights = magnitude_aware_weights(q.transpose(1, 2), k.transpose(1, 2))
+        assert relative_error(merged(weights @ v) * mixer.gate(x()), out) < 1e-12
 
 
-def test_nalaformer():
-    mixer = build("nalaformer", conv_width=0)
+@POSITIONS
+@pytest.mark.parametrize("over", ["head", "width"])
+def test_nalaformer(over, fields):
+    mixer = build("nalaformer", conv_width=0, norm_over=over, **fields)
     q, k, v = heads(mixer.qkv.linear(x()), 8, 8, 8)
     q, k = 3 * q, 3 * k
     mixer.qkv.linear.weight[:32] *= 3
@@ -228,10 +254,25 @@ def test_nalaformer():
     magnitude = (q / length).abs() ** power, k.abs() ** 3
     agree = (q[..., :, None, :].sign() == k[..., None, :, :].sign()).double()
     weights = torch.einsum("bhtr,bhjr,bhtjr->bhtj", *magnitude, agree).tril()
-    out = rms(weights @ v / weights.sum(-1, keepdim=True), mixer.norm.norm.weight)
-    out = merged(out) * F.silu(mixer.gate(x()))
+    seen = weights
+    if "rope" in fields:
+        parts = [
+            [rotated(part * (sign * whole > 0)) for sign in (1, -1)]
+            for part, whole in zip(magnitude, (q, k), strict=True)
+        ]
+        seen = sum(first @ second.mT for first, second in zip(*parts, strict=True)).tril()
+    out = seen @ v / weights.sum(-1, keepdim=True)
+    if over == "head":
+        out = merged(
+            rms(
+                out + (local(mixer, v).unflatten(2, (HEADS, -1)).transpose(1, 2) if "lepe" in fields else 0),
+                mixer.norm.norm.weight,
+            )
+        )
+    else:
+        out = F.layer_norm(merged(out) + local(mixer, v), (WIDTH,), mixer.norm.weight, mixer.norm.bias, 1e-6)
     # Lengths have 1e-6 added to their squares.
-    assert relative_error(mixer(x())[0], mixer.out(out)) < 1e-5
+    assert relative_error(mixer(x())[0], mixer.out(out * F.silu(mixer.gate(x())))) < 1e-5
 
 
 @pytest.mark.parametrize("power", [2.0, 3.0])

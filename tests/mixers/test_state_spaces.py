@@ -8,7 +8,14 @@ import torch.nn.functional as F
 
 from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS, LayerShape
-from seqtrain.mixers.common.hippo import hippo_legs, normal_legs, perturbed_legs, report_perturbation
+from seqtrain.mixers.common.hippo import (
+    hippo_legs,
+    normal_legs,
+    perturb_then_diagonalize,
+    perturbed_legs,
+    report_perturbation,
+    sized_legs,
+)
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.testing import boundaries, relative_error
@@ -127,7 +134,7 @@ def test_a_layer_starts_as_hippo_or_what_is_near_it(name):
     c = torch.randn(WIDTH, size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     a, b = hippo_legs(size)
     p = (torch.arange(size, dtype=torch.float64) + 0.5).sqrt()
-    a = a + (1 if name == "legs" else perturbed_legs(size, 10.0).share) * p[:, None] * p
+    a = a + (1 if name == "legs" else sized_legs(size, 0.1).share) * p[:, None] * p
     b = b / 2 if name == "legs" else b
     readout = torch.view_as_complex(mixer.readout.view(WIDTH, 4, 2))
     rate = torch.complex(-mixer.decay_log.exp(), mixer.frequency).view(WIDTH, 4)
@@ -142,7 +149,7 @@ def test_one_system_for_all_channels_starts_from_real_matrices(name):
     mixer = build(name, blocks=1, step_low=0.05, step_high=0.05)
     begin(mixer)
     drawn = torch.randn(8, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    spectrum = normal_legs(8) if name == "s5" else perturbed_legs(8, 10.0)
+    spectrum = normal_legs(8) if name == "s5" else sized_legs(8, 0.28)
     a = 2 * ((spectrum.vectors * spectrum.values) @ spectrum.inverse).real
     write = torch.view_as_complex(mixer.write.weight.unflatten(0, (-1, 2)).transpose(1, 2).contiguous())
     b = 2 * (spectrum.vectors @ write).real
@@ -162,7 +169,7 @@ def test_one_system_for_all_channels_starts_from_real_matrices(name):
 def test_s5_ptd_starts_damped_as_hippo_is_and_s5_does_not():
     """The mean of the eigenvalues is the trace over P: -(P + 1) / 2 for HiPPO, and E's own share of it."""
     decay = {name: build(name, blocks=1).decay_log.exp() for name in ("s5", "s5_ptd")}
-    found = perturbed_legs(WIDTH, 10.0)
+    found = sized_legs(WIDTH, 0.28)
     assert decay["s5"].max().item() == pytest.approx(0.5)
     assert decay["s5_ptd"].mean().item() == pytest.approx((WIDTH + 1) / 2 - found.size / WIDTH)
     assert decay["s5_ptd"].min() > 0.5
@@ -203,15 +210,51 @@ def test_both_directions_carry_no_state_and_make_no_language_model():
         LanguageModel(ModelConfig(layers=("s5",), depth=1, width=32, heads=2), {"s5": config}, 50)
 
 
+@pytest.mark.parametrize("size", [8, 16, 64])
+def test_a_perturbation_has_the_size_it_is_given(size):
+    norm = torch.linalg.matrix_norm(hippo_legs(size)[0], 2)
+    for wanted in (0.03, 0.1, 0.28):
+        found = sized_legs(size, wanted)
+        assert found.size == pytest.approx(wanted * norm.item())
+        assert found.values.real.max() < 0
+    assert sized_legs(size, 0.28).condition < sized_legs(size, 0.1).condition < 20
+
+
+def test_a_perturbation_that_leaves_no_stable_pairs_is_refused():
+    with pytest.raises(ConfigError, match=r"^mixer\.s4_ptd\.perturbation=0\.001: leaves HiPPO-LegS of 8 states a real"):
+        build("s4_ptd", state=8, perturbation=0.001)
+
+
+def test_the_perturbation_of_a_trade_off_is_reached_by_its_key():
+    assert build("s4_ptd", state=16, tradeoff=10.0).spectrum(16) is perturbed_legs(16, 10.0)
+
+
+@pytest.mark.parametrize("name", ["jordan", "legt"])
+@torch.enable_grad()
+def test_any_matrix_is_diagonalized_after_a_perturbation_of_known_size(name):
+    """A Jordan block has one eigenvector; LegT (HiPPO, arXiv 2008.07669, section 2.3) has badly conditioned ones."""
+    n = torch.arange(12, dtype=torch.float64)
+    above = n[:, None] < n
+    legt = -(2 * n[:, None] + 1) * torch.where(above, torch.ones(()).double(), (-1.0) ** (n[:, None] - n))
+    a = torch.diag(torch.ones(11, dtype=torch.float64), 1) if name == "jordan" else legt
+    size = 0.05 * torch.linalg.matrix_norm(a, 2)
+    drawn, found = (perturb_then_diagonalize(a, 0.05, steps=steps) for steps in (0, 60))
+    assert torch.linalg.matrix_norm(found.added, 2).item() == pytest.approx(size.item())
+    assert relative_error((found.vectors * found.values @ found.inverse).real, a + found.added) < 1e-10
+    assert found.condition < drawn.condition / 2
+    # Banks et al. 2019, theorem 1.1.
+    assert drawn.condition < 4 * 12**1.5 * (1 + 1 / 0.05)
+
+
 def test_the_perturbation_can_be_inspected_and_is_logged_once(caplog):
     report_perturbation.cache_clear()
     with caplog.at_level("INFO", "seqtrain.mixers"):
         with torch.device("meta"):
             build("s4_ptd", state=16)
         assert caplog.messages == []
-        for mixer in (build("s4_ptd", state=16), build("s5_ptd", width=16, blocks=1)):
+        for mixer in (build("s4_ptd", state=16), build("s5_ptd", width=16, blocks=1, perturbation=0.1)):
             found = mixer.spectrum(16)
-            assert (found.size, found.condition) == (perturbed_legs(16, 10.0).size, perturbed_legs(16, 10.0).condition)
+            assert found is sized_legs(16, 0.1)
     assert caplog.messages == [
-        "HiPPO-LegS of 16 states perturbed by 4.76, 0.029 of its norm: condition number of the eigenvectors 41.8"
+        "HiPPO-LegS of 16 states perturbed by 16.3, 0.1 of its norm: condition number of the eigenvectors 12.5"
     ]

@@ -91,19 +91,39 @@ class Mixer(nn.Module):
         self.shape = shape
 
     def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        sequence: SequenceContext = WHOLE,
+        stream: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """`x: [B,T,D]` -> `([B,T,D], state)`; `state` None is an empty past. With documents, states are `[N,...]`."""
-        return self.mix(self.shape.tensor.enter(x), state or {}, sequence)
+        """`x: [B,T,D]` -> `([B,T,D], state)`; `state` None is an empty past. With documents, states are `[N,...]`.
+
+        `stream: [B,T,D]`: what the output is added to, of which x is the norm; None: x itself.
+        """
+        x, stream = self.shape.tensor.enter(x), x if stream is None else stream
+        return self.mix_into(self.shape.tensor.enter(stream), x, state or {}, sequence)
+
+    def mix_into(self, stream: Tensor, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
+        """`mix` for mixers whose output takes the place of a part of the stream, where others only add to it."""
+        return self.mix(x, past, sequence)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         """`forward` as a subclass defines it; `past` is empty before the first token, and stays as it is."""
         raise NotImplementedError
 
-    def step(self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE) -> tuple[Tensor, State]:
-        """One token for each row: `x: [B,D]` -> `([B,D], state)`."""
+    def step(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        sequence: SequenceContext = WHOLE,
+        stream: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """One token for each row: `x: [B,D]` -> `([B,D], state)`; `stream`, too, is `[B,D]`."""
         # Called as a module, so that hooks run: ZeRO-3 gathers the weights in one.
-        out, state = self(x[:, None], state, sequence=sequence)
+        out, state = self(x[:, None], state, sequence=sequence, stream=None if stream is None else stream[:, None])
         return out[:, 0], state
 
     def parameter_count(self) -> int:
@@ -134,7 +154,8 @@ class Mixer(nn.Module):
     def _counts(self, batch: int, tokens: int) -> Counts:
         shapes = tuple(tuple(parameter.shape) for parameter in self.parameters())
         shape = replace(self.shape, tensor=replace(self.shape.tensor, group=None))
-        kind = Kind(type(self), self.config, (self.shape.width, self.shape.heads), shapes, shape)
+        sizes = self.shape.width, self.shape.heads, int(self.grouped)
+        kind = Kind(type(self), self.config, sizes, shapes, shape)
         return count(kind, batch, tokens)
 
     def initializers(self) -> dict[Tensor, Initializer]:

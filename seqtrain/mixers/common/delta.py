@@ -49,6 +49,8 @@ class DeltaMixer(ProjectedMixer):
         value_width: NonNegativeInt = 0
         # Added to the mean square in the norm of what heads read.
         norm_eps: PositiveFloat = 1e-6
+        # What q, k and v pass through where conv_width=0; a convolution always applies SiLU.
+        activation: Literal["silu", "none"] = "silu"
 
     # What the output gate passes through.
     gate_activation: ClassVar[Literal["silu", "sigmoid"]] = "silu"
@@ -69,6 +71,9 @@ class DeltaMixer(ProjectedMixer):
         inputs = self.shared(l2norm(q)), k, v, beta, self.log_decay(x)
         out, after["memory"] = self.recur(inputs, past.get("memory"), sequence)
         return self.out(self.norm(out, self.gate(x) if self.gate is not None else None)), after
+
+    def activated(self) -> bool:
+        return self.config.activation == "silu"
 
     @property
     def steps(self) -> int:

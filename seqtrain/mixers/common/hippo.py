@@ -32,7 +32,8 @@ class Spectrum:
     input: Tensor
 
 
-@dataclass(frozen=True)
+# Compared by identity: tensors have no single truth.
+@dataclass(frozen=True, eq=False)
 class Perturbed(Spectrum):
     """HiPPO-LegS plus `share * p p^T`; `size`: the spectral norm of that; `condition`: of the P eigenvectors."""
 
@@ -68,6 +69,19 @@ def normal_legs(size: int) -> Spectrum:
 
 
 @lru_cache(maxsize=32)
+def sized_legs(size: int, perturbation: float) -> Perturbed:
+    """HiPPO-LegS plus the `E = share * p p^T` with `|E| = perturbation * |HiPPO|`, spectral norms; `size` is even.
+
+    Why E lies along p p^T: see `perturbed_legs`. Raises `ValueError` where the sum has a real or a growing eigenvalue.
+    """
+    added = rank_one(size).diagonal().sum().item()
+    share = perturbation * torch.linalg.matrix_norm(hippo_legs(size)[0], 2).item() / added
+    if (found := _perturb(size, share)) is None:
+        raise ValueError(f"leaves HiPPO-LegS of {size} states a real or a growing eigenvalue; use 0.01 to 0.5")
+    return found
+
+
+@lru_cache(maxsize=32)
 def perturbed_legs(size: int, tradeoff: float) -> Perturbed:
     """HiPPO-LegS plus the `E = share * p p^T` of least `condition of the eigenvectors + tradeoff * |E|`.
 
@@ -90,10 +104,56 @@ def perturbed_legs(size: int, tradeoff: float) -> Perturbed:
     return best(coarse.share * 2 ** (quarter / 4) for quarter in (0, -3, -2, -1, 1, 2, 3))
 
 
+@dataclass(frozen=True)
+class Diagonalized:
+    """`A + E = vectors diag(values) inverse`, complex128: `[n]`, `[n,n]`, `[n,n]`; `added`: the real E, `[n,n]`.
+
+    `condition`: that of the eigenvectors, which have length 1.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    inverse: Tensor
+    added: Tensor
+    condition: float
+
+
+def perturb_then_diagonalize(a: Tensor, perturbation: float = 0.1, *, steps: int = 100, seed: int = 0) -> Diagonalized:
+    """Any real matrix, diagonalizable or not, made diagonal after a perturbation of known size.
+
+    a: real `[n,n]`. perturbation: `|E| / |A|`, spectral norms; the answer to any input changes by about as much.
+    steps: of descent on `log(|V|_F |V^-1|_F)` over all E of that size, from normal numbers, whose eigenvectors alone
+    already have a condition number of `4 n^1.5 (1 + 1 / perturbation)` at most (Banks et al. 2019, arXiv 1906.11819).
+    The best E on the way counts; nothing keeps its eigenvalues stable. Raises `ValueError`.
+    Source: Yu et al. 2023, arXiv 2310.01698, section 3.
+    """
+    if a.dim() != 2 or a.shape[0] != a.shape[1] or not a.is_floating_point():
+        raise ValueError(f"perturb_then_diagonalize: a is {a.dtype} {tuple(a.shape)}, expected a real square matrix")
+    if not perturbation > 0:
+        raise ValueError(f"perturb_then_diagonalize: perturbation={perturbation}, expected more than 0")
+    a = a.detach().to(torch.float64)
+    size = perturbation * torch.linalg.matrix_norm(a, 2)
+    free = torch.randn(a.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    free.requires_grad_()
+    optimizer, best, lowest = torch.optim.Adam([free], lr=0.02), free.detach(), math.inf
+    with torch.enable_grad():
+        for _ in range(steps + 1):
+            added = size * free / torch.linalg.matrix_norm(free, 2)
+            vectors = torch.linalg.eig(a + added).eigenvectors
+            loss = (torch.linalg.matrix_norm(vectors) * torch.linalg.matrix_norm(torch.linalg.inv(vectors))).log()
+            if loss.item() < lowest:
+                best, lowest = added.detach(), loss.item()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    values, vectors = torch.linalg.eig(a + best)
+    return Diagonalized(values, vectors, torch.linalg.inv(vectors), best, torch.linalg.cond(vectors).item())
+
+
 @cache
-def report_perturbation(size: int, tradeoff: float) -> None:
-    """Logs, once a process, what `perturbed_legs` found."""
-    found, norm = perturbed_legs(size, tradeoff), torch.linalg.matrix_norm(hippo_legs(size)[0], 2).item()
+def report_perturbation(size: int, found: Perturbed) -> None:
+    """Logs, once a process, what HiPPO-LegS of `size` states was perturbed by."""
+    norm = torch.linalg.matrix_norm(hippo_legs(size)[0], 2).item()
     log.info(
         "HiPPO-LegS of %d states perturbed by %.3g, %.2g of its norm: condition number of the eigenvectors %.3g",
         *(size, found.size, found.size / norm, found.condition),

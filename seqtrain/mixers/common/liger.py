@@ -18,7 +18,8 @@ class Liger(SlidingAttention):
     """`0.5 * window(rotated q, k) + 0.5 * recurrence(q, k before the rotation)`; the recurrence sees every token.
 
     The gates are functions of the keys: the pooling the paper describes is the identity in its code, as a head has as
-    many gates as key channels. Scale 1 and no normalizer, as there.
+    many gates as key channels. Scale 1 and no normalizer, as there. A window counts a token's own key, as everywhere
+    here; the released code's of 64 keys are those before it, which is `window=65` (3.5% of the output at T=130).
     """
 
     class Config(SlidingAttention.Config):

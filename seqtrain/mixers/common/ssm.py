@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from seqtrain.initialization import Initializer, computed, cpu_normal, initialize, normal, uniform
 from seqtrain.kernels import diagonal_scan, diagonal_system
 from seqtrain.layers import upcast
 from seqtrain.mixers.common.base import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
-from seqtrain.mixers.common.hippo import Spectrum, normal_legs, perturbed_legs, report_perturbation
+from seqtrain.mixers.common.hippo import Spectrum, normal_legs, perturbed_legs, report_perturbation, sized_legs
 
 
 def discretize(rate: Tensor, step: Tensor, rule: str) -> tuple[Tensor, Tensor]:
@@ -153,14 +153,21 @@ class PerturbedStart(StateSpaceMixer):
     """Starts from `HiPPO-LegS + E` (Yu et al. 2023, arXiv 2310.01698)."""
 
     class Config(StateSpaceMixer.Config):
-        # E minimises the eigenvectors' condition number + tradeoff * |E|: larger is nearer to HiPPO, worse conditioned.
-        tradeoff: PositiveFloat = 10.0
+        # Size of E over that of HiPPO-LegS, spectral norms: smaller is nearer to HiPPO, worse conditioned.
+        perturbation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+        # Positive: E of least condition number of the eigenvectors + tradeoff * |E| instead.
+        tradeoff: NonNegativeFloat = 0.0
 
     def spectrum(self, size: int) -> Spectrum:
+        config = self.config
+        try:
+            found = perturbed_legs(size, config.tradeoff) if config.tradeoff else sized_legs(size, config.perturbation)
+        except ValueError as error:
+            raise self.config_error("perturbation", config.perturbation, str(error)) from None
         # A model on no device is a check: what a run starts from is reported when it is built.
         if self.decay_log.device.type != "meta":
-            report_perturbation(size, self.config.tradeoff)
-        return perturbed_legs(size, self.config.tradeoff)
+            report_perturbation(size, found)
+        return found
 
 
 class SharedMixer(StateSpaceMixer):

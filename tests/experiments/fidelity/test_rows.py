@@ -132,7 +132,7 @@ def test_a_perturbed_hippo_answers_as_hippo_at_every_frequency_and_its_normal_pa
     """The paper's theorems 2 and 3: weak against strong convergence."""
     spikes = normal_legs(size).values.imag
     frequency = torch.cat([torch.logspace(-2, 5, 200, dtype=torch.float64), spikes])
-    systems = legs_systems(size, 10.0)
+    systems = legs_systems(size, 0.03)
     hippo = systems["hippo"].response(frequency)
     error = {name: (systems[name].response(frequency) - hippo).abs() for name in ("normal", "perturbed")}
     assert error["perturbed"].max() < 0.02

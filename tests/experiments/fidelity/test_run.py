@@ -15,7 +15,7 @@ COMMAND = "experiments.fidelity.run"
 
 def a_row(name="mine"):
     axes = Axes("step", "accuracy")
-    return Row(name, "it works (arXiv 1)", "by trying", axes, lambda effort: iter(()), settings={"width": 8})
+    return Row(name, "it works (arXiv 1)", "by trying", axes, lambda effort: iter(()), ("1",), settings={"width": 8})
 
 
 CURVES = (Curve("c", (1, 2), (0.1, 0.9)),)
@@ -57,6 +57,13 @@ def test_a_figure_is_shown_with_its_claim(tmp_path):
     text = tool.markdown("machine", [result])
     assert "**mine**" in text
     assert "Claim: it works (arXiv 1).\nby trying\nSettings: width 8\n" in text
+
+
+def test_the_share_that_holds_counts_claims_and_papers():
+    results = [tool.Result(a_row("a"), list(FIGURES), 1.0), tool.Result(a_row("b"), list(FIGURES[:1]), 1.0)]
+    assert tool.share_that_holds(results) == "2 of 3 claims of 1 papers hold"
+    assert "2 of 3 claims of 1 papers hold\n\n| row" in tool.markdown("machine", results)
+    assert tool.as_json(results[0])["sources"] == ["1"]
 
 
 def test_numbers_that_are_not_finite_become_null():
