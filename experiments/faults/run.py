@@ -33,7 +33,7 @@ from seqtrain.validation import FilePath
 
 STEPS, EVERY = 60, 5
 # What is killed, by a part of its name: the program itself, a rank, Ray's processes, or all of them at once.
-KILLED = ("driver", "RayTrainWorker", "tree", "raylet", "gcs_server", "TrainController")
+KILLED = ("driver", "RayTrainWorker", "tree", "raylet", "gcs_server", "fork_server")
 KINDS = (*KILLED, "disk", "zombie")
 # Seconds after which a run that still goes is taken for hung.
 HUNG = 600
@@ -195,8 +195,8 @@ def _content(folder: Path) -> dict[str, tuple[int, int]]:
 
 def _words(process: psutil.Process) -> str:
     with suppress(psutil.NoSuchProcess):
-        # Not the others: a folder is called after its case.
-        return " ".join([process.name(), *process.cmdline()[:1]])
+        # Not all of it: a folder is called after its case.
+        return " ".join([process.name(), *process.cmdline()[:3]])
     return ""
 
 

@@ -63,12 +63,12 @@ def prepare_environment(ranks: Ranks) -> None:
     logger.setLevel(logging.WARNING)
     # Which optimizers ZeRO runs is ours to know.
     logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
-    _import_muon()
+    import_muon()
     # Reading the table would make DeepSpeed try a compiler on every operator it has.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
-def _import_muon() -> None:
+def import_muon() -> None:
     """Imports DeepSpeed's Muon, which it asks about whatever the optimizer, without what its import would compile.
 
     Those functions alone would bring in torch._inductor, 1.3 s of CPU time on every rank.

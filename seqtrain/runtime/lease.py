@@ -93,9 +93,8 @@ class EpochFolder:
         self.within = path / "within.json"
         # What rank 0 hands back to the process that started it.
         self.outcome = path / "outcome.json"
-        # The first error that a rank raised itself, and where each rank runs.
+        # The first error that a rank raised itself.
         self.error = path / "error.json"
-        self.ranks = path / "ranks.json"
         # Ray's own records of the run.
         self.ray = path / "ray"
 

@@ -4,13 +4,15 @@ import atexit
 import datetime
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from seqtrain.runtime.pulse import Pulse
 
 # Lets NCCL (2.26 or newer) run operations of several communicators in the order of the host. Two GPUs that turned them
 # around, each for itself, could wait in either for the other.
@@ -27,6 +29,9 @@ class Ranks:
     count: int
     device: torch.device
     group: dist.ProcessGroup
+    # All ranks again, through the CPU: what may take long on rank 0 is waited for in it.
+    control: dist.ProcessGroup
+    pulse: Pulse = field(default_factory=Pulse)
 
     @property
     def first(self) -> bool:
@@ -43,13 +48,15 @@ class Ranks:
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, by rank; returns when all ranks have called."""
         everyone: list[Any] = [None] * self.count
-        dist.all_gather_object(everyone, value, group=self.group)
+        self.pulse.exchange()
+        dist.all_gather_object(everyone, value, group=self.control)
         return everyone
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group)
+        self.pulse.exchange()
+        dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def copy_first(self, tensor: Tensor) -> Tensor:
@@ -71,6 +78,7 @@ class Ranks:
         return self.from_first(value)
 
     def _reduce(self, values: tuple[float, ...], operation: Any) -> list[float]:
+        self.pulse.exchange()
         packed = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(packed, op=operation, group=self.group)
         return packed.tolist()
@@ -91,13 +99,20 @@ def keeps_host_order(device: torch.device) -> bool:
     return device.type == "cpu" or (torch.cuda.nccl.version() >= (2, 26) and os.environ.get(HOST_ORDER) == "1")
 
 
-def this_process(device: torch.device) -> Ranks:
-    """The ranks of the process group that is already formed."""
-    assert dist.group.WORLD is not None, "the process group must be formed first"
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
+def this_process(device: torch.device, *, section_seconds: float = 1800.0, pulse: Pulse | None = None) -> Ranks:
+    """The ranks of the process group that is already formed; every rank calls it.
+
+    `section_seconds`: limit of what waits for a rank's long work.
+    """
+    world = dist.group.WORLD
+    assert world is not None, "the process group must be formed first"
+    control = world
+    if world.size() > 1:
+        control = dist.new_group(timeout=datetime.timedelta(seconds=section_seconds), backend="gloo")
+    return Ranks(world.rank(), world.size(), device, world, control, pulse or Pulse())
 
 
-def form_group(device: torch.device, *, timeout_seconds: int) -> Ranks:
+def form_group(device: torch.device, *, timeout_seconds: int, section_seconds: float) -> Ranks:
     """The process group of torchrun's ranks, or of this process alone where torchrun didn't start it.
 
     A group that is there already is taken: DeepSpeed keeps the first one it sees for the life of the process.
@@ -108,7 +123,22 @@ def form_group(device: torch.device, *, timeout_seconds: int) -> Ranks:
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
         atexit.register(dist.destroy_process_group)
-    return this_process(device)
+    return this_process(device, section_seconds=section_seconds)
+
+
+def join_group(
+    device: torch.device, *, timeout_seconds: int, section_seconds: float, store: str, pulse: Pulse
+) -> Ranks:
+    """The process group of ranks that know their places from the environment, as torchrun's do.
+
+    `store`: a file of this machine through which they find each other; empty: at MASTER_ADDR.
+    """
+    limit, count = datetime.timedelta(seconds=timeout_seconds), int(os.environ["WORLD_SIZE"])
+    options: dict[str, Any] = {"rank": int(os.environ["RANK"]), "world_size": count, "timeout": limit}
+    if store:
+        options["store"] = dist.FileStore(store, count)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+    return this_process(device, section_seconds=section_seconds, pulse=pulse)
 
 
 # Side of the product, and numbers summed over the ranks, by which a rank is checked before it joins.

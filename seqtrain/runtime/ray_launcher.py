@@ -1,52 +1,45 @@
-"""`runtime=ray`: Ray Train starts the ranks, and starts them again when one is killed."""
+"""`runtime=ray`: the ranks are started on the machines of a Ray cluster, and started again when one is killed."""
 
 import atexit
-import json
 import logging
 import os
 import secrets
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
-import torch
 
-from seqtrain import errors
-from seqtrain.errors import ConfigError
+from seqtrain.errors import ConfigError, Interrupted
 from seqtrain.report import announced
-from seqtrain.runtime.lease import EpochFolder, has_ended, saved_step
+from seqtrain.runtime.cluster import Node, by_node, drawn, nodes, place, straddling
+from seqtrain.runtime.host import start_server
+from seqtrain.runtime.lease import has_ended, saved_step
 from seqtrain.runtime.progress import ProgressDisplay
-from seqtrain.runtime.ranks import pick_device, this_process
-from seqtrain.runtime.restarts import Failure, Restarts, read_places
+from seqtrain.runtime.rank_group import RankGroup
+from seqtrain.runtime.ray_hosts import Hosts, python_paths
+from seqtrain.runtime.restarts import Failure, Restarts, WorkerError
 from seqtrain.runtime.resume import what_is_kept
-from seqtrain.runtime.run_folder import log_to, read_lines
-from seqtrain.runtime.settings import PretrainConfig
-from seqtrain.runtime.signals import kept_handlers
-from seqtrain.runtime.worker import Session, one_line, train
-
-if TYPE_CHECKING:
-    from ray.train.torch import TorchTrainer
+from seqtrain.runtime.settings import PretrainConfig, RuntimeConfig
+from seqtrain.runtime.signals import kept_handlers, stop_requested
+from seqtrain.runtime.timeline import Timeline
+from seqtrain.runtime.worker import Session
+from seqtrain.validation import AUTO
 
 log = logging.getLogger("seqtrain.runtime")
 
-# Seconds between two looks at what the ranks have written.
-POLL_SECONDS = 0.3
-# A setting that Ray's type stubs don't know.
-NO_RETRIES: dict[str, Any] = {"max_preemption_failures": 0}
+# Seconds between two lines that say what is waited for.
+WAITING_SECONDS = 60.0
 # What Ray starts on this machine before any worker.
 OWN_PROCESSES = ("gcs_server", "raylet")
-
-
-class WorkerError(RuntimeError):
-    """The ranks failed, and another restart would not help; the message says how."""
 
 
 class RayEndedError(WorkerError):
@@ -60,10 +53,16 @@ def launch(session: Session, poll: Callable[[], None], display: ProgressDisplay)
     restarts. Raises a rank's own `SeqtrainError` at once, and `WorkerError` for other failures that `Restarts` gives up
     on.
     """
-    running = True
+    running, timeline, address = True, Timeline(), ""
+    server: subprocess.Popen[bytes] | None = None
     try:
+        if not session.config.runtime.address:
+            # Beside the start of Ray, as both take long.
+            address = str(_private_folder() / f"fork-{session.name}")
+            server = start_server(address, python_paths(), os.getcwd())
         with announced("starting Ray", display.say), kept_handlers():
             start_ray(session.config)
+        timeline.mark("Ray")
         children = {process: process.name() for process in psutil.Process().children()}
         started = {process: name for process, name in children.items() if name in OWN_PROCESSES}
 
@@ -72,9 +71,7 @@ def launch(session: Session, poll: Callable[[], None], display: ProgressDisplay)
             if ended := [name for process, name in started.items() if has_ended(process)]:
                 raise RayEndedError(f"Ray's {ended[0]} ended; {what_is_kept(session.folder)}")
 
-        restarts = Restarts(session.config.runtime.max_restarts, saved=saved_step(session.lease.root))
-        while failure := _train_once(session, check_ray, display, restarts.left_out):
-            _restart_or_raise(session, restarts, failure)
+        _Driver(session, check_ray, display, timeline, address).run()
     except RayEndedError:
         # Asked to end, Ray would wait a minute for the one that is gone.
         left = psutil.Process().children(recursive=True)
@@ -88,6 +85,9 @@ def launch(session: Session, poll: Callable[[], None], display: ProgressDisplay)
     finally:
         if running and "ray" in sys.modules:
             sys.modules["ray"].shutdown()
+        if server:
+            server.kill()
+            server.wait()
 
 
 @cache
@@ -113,7 +113,6 @@ def start_ray(config: PretrainConfig) -> None:
     # The ranks keep the directory the program was started in, so that relative paths mean the same to them.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS))
     import ray
 
     if ray.is_initialized():
@@ -129,53 +128,83 @@ def start_ray(config: PretrainConfig) -> None:
         options["_temp_dir"] = str(_private_folder() / "r")
         options["runtime_env"] = {"env_vars": {"GLOO_SOCKET_IFNAME": "lo" if os.uname().sysname == "Linux" else "lo0"}}
     ray.init(**options)
-    for name in ("ray", "ray.train", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)
     log.info("runtime: Ray %s on %s", ray.__version__, config.runtime.address or "this machine (127.0.0.1 only)")
 
 
-def _train_once(
-    session: Session, poll: Callable[[], None], display: ProgressDisplay, left_out: Sequence[str]
-) -> Failure | None:
-    """Starts a group of ranks and waits for its end; how it failed, if it did."""
-    before, began = session.lease.current().number, time.monotonic()
-    starting = f"starting {session.config.parallel.ranks} workers"
-    display.say(f"{starting} ...")
+class _Driver:
+    """Has a run trained by one group of ranks after the other."""
 
-    def has_begun() -> bool:
-        # The ranks take an epoch of their own.
-        return session.lease.current().number > before
+    def __init__(
+        self, session: Session, poll: Callable[[], None], display: ProgressDisplay, timeline: Timeline, server: str
+    ):
+        self.session, self.poll, self.display = session, poll, display
+        self.config = session.config
+        self.hosts = Hosts(poll, server)
+        self.timeline = timeline
+        self.restarts = Restarts(self.config.runtime.max_restarts, saved=saved_step(session.lease.root))
 
-    def poll_and_say() -> None:
-        nonlocal starting
-        if starting and has_begun():
-            display.say(f"{starting}: {time.monotonic() - began:.0f} s")
-            starting = ""
-        poll()
+    def run(self) -> None:
+        """Returns when a group has trained to the end, or was stopped."""
+        while True:
+            places, on_gpu = self._places()
+            self._prepare(places, on_gpu=on_gpu)
+            failure = self._train_once(places, on_gpu=on_gpu)
+            if failure is None:
+                return
+            self.timeline = Timeline()
+            _restart_or_raise(self.session, self.restarts, failure)
+            self.timeline.mark("pause")
 
-    failed = _follow(session, _trainer(session, f"{session.name}-{before}", left_out), poll_and_say)
-    if failed is None:
-        return None
-    log.info("Ray says: %s", failed)
-    if type(failed).__name__ in ("ActorDiedError", "ActorUnavailableError"):
-        raise WorkerError(f"a process of Ray's own ended; {what_is_kept(session.folder)}. {one_line(failed)[:300]}")
-    return _failure(session, failed, begun=has_begun())
+    def _places(self) -> tuple[list[Node], bool]:
+        """The node of each rank, and whether they use GPUs."""
+        config, said = self.config, 0.0
+        parallel, runtime = config.parallel, config.runtime
+        while True:
+            there = nodes(held=self.hosts.held, but=self.restarts.left_out) or nodes(held=self.hosts.held)
+            on_gpu = runtime.device == "cuda" or (runtime.device == "auto" and any(node.gpus for node in there))
+            room = [(node, node.gpus if on_gpu else node.cpus // max(1, _threads(runtime))) for node in there]
+            if places := place(room, parallel.ranks, parallel.sequence * parallel.tensor):
+                return places, on_gpu
+            if stop_requested():
+                raise Interrupted(signal.SIGTERM, f"stopped while it waited; {what_is_kept(self.session.folder)}")
+            what = "GPUs" if on_gpu else f"ranks of {max(1, _threads(runtime))} CPUs"
+            free = sum(count for _, count in room)
+            line = f"{parallel.ranks} ranks wait for {what}: {free} are free on {len(there)} nodes"
+            if not runtime.address:
+                sizes = f"parallel.data={parallel.data} parallel.sequence={parallel.sequence}"
+                raise ConfigError(f"{sizes}: {parallel.ranks} ranks, and this machine has {what} for {free}; use fewer")
+            if time.monotonic() - said >= WAITING_SECONDS:
+                log.warning(line)
+                said = time.monotonic()
+            time.sleep(1.0)
+            self.poll()
+
+    def _prepare(self, places: Sequence[Node], *, on_gpu: bool) -> None:
+        """Has the machines ready to start ranks, and sees whether they can."""
+        wanted = {}
+        for node, ranks in by_node(places).items():
+            threads = _threads(self.config.runtime) or max(1, node.cpus // len(ranks))
+            wanted[node] = (threads * len(ranks), len(ranks) if on_gpu else 0)
+        if all(node.id in self.hosts.about for node in wanted):
+            return
+        machines = f"{len(wanted)} machines" if len(wanted) > 1 else "the machine"
+        with announced(f"importing what ranks need on {machines}", self.display.say):
+            self.hosts.prepare(wanted)
+        self.timeline.mark("imports")
+
+    def _train_once(self, places: Sequence[Node], *, on_gpu: bool) -> Failure | None:
+        """Starts a group of ranks and waits for its end; how it failed, if it did."""
+        group = self.config.parallel.sequence * self.config.parallel.tensor
+        log.info("ranks, those of a sequence between brackets:\n%s", "\n".join(drawn(places, group)))
+        if spread := straddling(places, group):
+            log.info("runtime: %d of %d sequences lie on several nodes", spread, len(places) // group)
+        return RankGroup(self.session, self.hosts, places, self.poll, self.timeline, on_gpu=on_gpu).run()
 
 
-def _failure(session: Session, failed: BaseException, *, begun: bool) -> Failure:
-    """Who failed first, and how: what a rank has left, or else the first whose process ended."""
-    errors_of, epoch = getattr(failed, "worker_failures", {}), session.lease.current()
-    places = dict(enumerate(read_places(epoch.ranks) if begun else ()))
-    if begun and (left := _left_error(epoch)):
-        log.info("rank %d failed:\n%s", left["rank"], left["traceback"])
-        return Failure(f"failed: {left['line']}", left["rank"], places.get(left["rank"]), left["kind"], left["step"])
-    step = max((record["step"] for record in read_lines(session.folder.metrics)), default=-1) if begun else -1
-    ended = [rank for rank, error in errors_of.items() if type(error).__name__ == "WorkerHealthCheckFailedError"]
-    first = min(ended or errors_of, default=-1)
-    what = "ended without a word (killed, or out of memory)"
-    if not ended:
-        what = f"failed: {one_line(errors_of.get(first, failed))[:300]}"
-    return Failure(what, first, places.get(first), "", step)
+def _threads(runtime: RuntimeConfig) -> int:
+    """Cores of a rank; 0 for its share of those of its node."""
+    return 0 if runtime.cpus_per_worker == AUTO else runtime.cpus_per_worker
 
 
 def _restart_or_raise(session: Session, restarts: Restarts, failure: Failure) -> None:
@@ -186,95 +215,3 @@ def _restart_or_raise(session: Session, restarts: Restarts, failure: Failure) ->
     budget = f"restart {restarts.count} of {restarts.most} without a new checkpoint"
     log.warning("%s; it goes on from step %d (%s)", failure, saved, budget)
     time.sleep(restarts.pause)
-
-
-def _trainer(session: Session, name: str, left_out: Sequence[str]) -> "TorchTrainer":
-    """`name`: one used before would make Ray take up that one's records. `left_out`: nodes that are not used."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    from seqtrain.runtime.ray_group import GroupConfig
-
-    config = session.config
-    on_gpu = config.runtime.device == "cuda" or (config.runtime.device == "auto" and torch.cuda.is_available())
-    return TorchTrainer(
-        _run_rank,
-        train_loop_config={"session": session},
-        torch_config=GroupConfig(
-            backend="nccl" if on_gpu else "gloo",
-            timeout_s=config.runtime.collective_timeout_seconds,
-            store_folder="" if config.runtime.address else str(session.lease.own.ray),
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=config.parallel.ranks,
-            use_gpu=on_gpu,
-            resources_per_worker={"CPU": config.runtime.cpus_per_worker, **({"GPU": 1} if on_gpu else {})},
-            **_elsewhere(left_out),
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=str(session.lease.own.ray),
-            # What is started again is decided here: Ray counts failures, not what came between them.
-            failure_config=FailureConfig(max_failures=0, **NO_RETRIES),
-        ),
-    )
-
-
-def _elsewhere(left_out: Sequence[str]) -> dict[str, Any]:
-    """The setting that makes Ray place workers on other nodes than these, if there are others."""
-    nodes = {node["NodeID"] for node in sys.modules["ray"].nodes() if node["Alive"]} if left_out else set()
-    others = {"label_selector": {"ray.io/node-id": f"!in({','.join(left_out)})"}}
-    return others if nodes - set(left_out) else {}
-
-
-def _run_rank(arguments: dict[str, Session]) -> None:
-    """What Ray runs in each worker."""
-    session = arguments["session"]
-    config = session.config
-    torch.set_num_threads(config.runtime.cpus_per_worker)
-    ranks = this_process(pick_device(config.runtime.device))
-    if ranks.first:
-        log_to(session.folder.log)
-    train(session, ranks)
-
-
-def _follow(session: Session, trainer: "TorchTrainer", poll: Callable[[], None]) -> BaseException | None:
-    """Runs the trainer in another thread, so that this one stays free for signals, and polls until it is done.
-
-    What it raises, if it does.
-    """
-    failed: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except (Exception, SystemExit) as error:  # SystemExit is what Ray raises here when it is shut down meanwhile.
-            failed.append(error)
-
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-        poll()
-        _raise_mistake(session)
-    poll()
-    _raise_mistake(session)
-    return failed[0] if failed else None
-
-
-def _left_error(epoch: EpochFolder) -> dict[str, Any] | None:
-    """What the first rank of a group to fail has left."""
-    try:
-        left: dict[str, Any] = json.loads(epoch.error.read_bytes())
-    except (FileNotFoundError, ValueError):
-        # None, or one that is being written.
-        return None
-    return left
-
-
-def _raise_mistake(session: Session) -> None:
-    """Raises a mistake of the user's that a rank of the group that trains now has met: a restart would, too."""
-    left = _left_error(session.lease.current())
-    if left and left["of_user"]:
-        log.info("rank %d failed:\n%s", left["rank"], left["traceback"])
-        raise vars(errors).get(left["kind"], ConfigError)(left["line"])

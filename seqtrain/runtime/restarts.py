@@ -1,15 +1,7 @@
 """What is started again after a failure, how often, and where."""
 
-import json
-import os
-import socket
-import sys
 from collections import Counter
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
-
-from seqtrain.files import read_json, replace_file
+from dataclasses import dataclass
 
 # Most seconds between a failure and the next start, where several starts came no further.
 LONGEST_PAUSE = 60.0
@@ -25,23 +17,9 @@ class Place:
     pid: int
     node: str
 
-    @classmethod
-    def here(cls) -> "Place":
-        ray = sys.modules.get("ray")
-        node = ray.get_runtime_context().get_node_id() if ray and ray.is_initialized() else ""
-        return cls(socket.gethostname(), os.getpid(), node)
 
-
-def note_places(file: Path, places: list[Place]) -> None:
-    """Leaves where each rank runs, by rank, for the driver."""
-    replace_file(file, json.dumps([asdict(place) for place in places]).encode(), durable=False)
-
-
-def read_places(file: Path) -> list[Place]:
-    """What `note_places` left; nothing where the ranks didn't come so far."""
-    with suppress(OSError, ValueError, TypeError):
-        return [Place(**place) for place in read_json(file)]
-    return []
+class WorkerError(RuntimeError):
+    """The ranks failed, and another restart would not help; the message says how."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,12 @@ def _run_inline(config: PretrainConfig, task: Task, callback: Callback) -> dict[
     """The ranks are this process, or those torchrun started; rank 0 is the driver too."""
     if config.runtime.cpus_per_worker != torch.get_num_threads():
         torch.set_num_threads(config.runtime.cpus_per_worker)
-    ranks = form_group(pick_device(config.runtime.device), timeout_seconds=config.runtime.collective_timeout_seconds)
+    runtime = config.runtime
+    ranks = form_group(
+        pick_device(runtime.device),
+        timeout_seconds=runtime.collective_timeout_seconds,
+        section_seconds=runtime.section_timeout_seconds,
+    )
     if ranks.first:
 
         def launch(session: Session, poll: Callable[[], None], _: ProgressDisplay) -> None:

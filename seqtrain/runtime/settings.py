@@ -159,6 +159,11 @@ class RuntimeConfig:
     lease_seconds: Annotated[float, Field(gt=0, le=LONGEST_SECONDS)] = 20.0
     # Seconds a rank waits for the others in one exchange before it takes them for lost.
     collective_timeout_seconds: Annotated[int, Field(gt=0, le=LONGEST_SECONDS)] = 600
+    # Seconds a step may take (ray only) before the rank that holds up the others is named, and all are started again.
+    # auto: five times the median step, a minute at least.
+    step_timeout_seconds: Annotated[float, Field(gt=0, le=LONGEST_SECONDS), OrAuto] = AUTO
+    # Seconds without progress before the same, while ranks start, score, save and end, and in the first step.
+    section_timeout_seconds: Annotated[float, Field(gt=0, le=LONGEST_SECONDS)] = 1800.0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -28,8 +29,8 @@ from seqtrain.runtime.experts import Experts
 from seqtrain.runtime.lease import Lease, succeed
 from seqtrain.runtime.measures import Measures, peak_bytes
 from seqtrain.runtime.metrics import MetricsFile
+from seqtrain.runtime.pulse import STARTING, Told
 from seqtrain.runtime.ranks import Ranks, check_health, is_lost_peer, keeps_host_order
-from seqtrain.runtime.restarts import Place, note_places
 from seqtrain.runtime.resume import NO_LORA, check_fits, fingerprint, put_off, refuse_lost_checkpoints
 from seqtrain.runtime.run_folder import RunFolder
 from seqtrain.runtime.sample import sample
@@ -89,11 +90,9 @@ def train(session: Session, ranks: Ranks, *, poll: Callable[[], None] = lambda: 
     """
     parallel, state = session.config.parallel, None
     lease = ranks.from_first(succeed(session.lease) if ranks.first else None)
-    places = ranks.gather(Place.here())
-    if ranks.first:
-        note_places(lease.own.ranks, places)
+    ranks.pulse.enter(STARTING)
     if ranks.device.type == "cuda":
-        node_cache.share(nodes=len({place.host for place in places}))
+        node_cache.share(nodes=len(set(ranks.gather(socket.gethostname()))))
     try:
         check_health(ranks)
         with (
@@ -115,11 +114,11 @@ def train(session: Session, ranks: Ranks, *, poll: Callable[[], None] = lambda: 
                 _train_on(session, state)
     except Exception as error:
         if not is_lost_peer(error):
-            _leave_error(lease, ranks.rank, error, step=state.progress.step if state else -1)
+            leave_error(lease, ranks.rank, error, step=state.progress.step if state else -1)
         raise
 
 
-def _leave_error(lease: Lease, rank: int, error: Exception, *, step: int) -> None:
+def leave_error(lease: Lease, rank: int, error: Exception, *, step: int) -> None:
     """Writes error.json for the driver. The first rank to fail is the one that counts."""
     text = "".join(traceback.format_exception(error))
     # Where another start has taken over, nobody would read it.
@@ -262,7 +261,7 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
         experts=Experts(engine.module, mesh, ranks.device),
         measures=Measures(config, engine, ranks, trained=trained / parameters, flops=flops, sources=trainable.sources),
         trainable=trainable,
-        callback=session.callback,
+        callback=Told(session.callback, ranks.pulse),
         progress=progress,
         metrics=metrics,
         poll=poll,

@@ -16,11 +16,14 @@ import pytest
 from seqtrain.errors import DataError
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.testing import rank_outcomes
-from seqtrain.runtime import ray_launcher, run, source, worker
+from seqtrain.runtime import rank_group, ray_launcher, run, source, worker
+from seqtrain.runtime.cluster import Node
 from seqtrain.runtime.lease import succeed
 from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ranks import is_lost_peer
-from seqtrain.runtime.restarts import Place, note_places
+from seqtrain.runtime.restarts import Place
+from seqtrain.runtime.timeline import Timeline
+from seqtrain.runtime.watch import RankState
 from seqtrain.runtime.worker import Session, train
 from tests.runtime.runtime_cases import (
     change,
@@ -148,7 +151,7 @@ def test_a_rank_that_fails_ends_those_that_wait_for_its_states(tmp_path, monkeyp
         assert not session.lease.current().error.exists(), "Ray is to start the ranks again"
         return
     assert isinstance(failed.error, ZeroDivisionError)
-    told = ray_launcher._left_error(session.lease.current())
+    told = rank_group.left_error(session.lease.current())
     assert (told["rank"], told["kind"], told["of_user"]) == (1, "ZeroDivisionError", False)
 
 
@@ -164,21 +167,39 @@ def test_an_error_that_a_restart_would_meet_again_stops_at_once(tmp_path):
     assert workers() == []
 
 
+class HostsOf:
+    """What a group asks of its hosts after a failure."""
+
+    def __init__(self, nodes):
+        self.nodes = {node.id: node for node in nodes}
+
+    def place(self, node, pid):
+        return Place(node.host, pid, node.id)
+
+    def look(self, seconds):
+        return {}, []
+
+
 def test_the_error_of_a_rank_reaches_the_driver_as_one_line(tmp_path):
     session = session_for(small_config(tmp_path))
     earlier, lease = succeed(session.lease), succeed(session.lease)
-    worker._leave_error(earlier, 0, DataError("of a group that was replaced"), step=2)
-    ray_launcher._raise_mistake(session)
-    note_places(lease.own.ranks, [Place("a", 7, "n"), Place("b", 8, "m")])
-    worker._leave_error(lease, 1, ZeroDivisionError("first\nline"), step=3)
-    worker._leave_error(lease, 0, ValueError("came later"), step=3)
+    worker.leave_error(earlier, 0, DataError("of a group that was replaced"), step=2)
+    rank_group.raise_mistake(session)
+    worker.leave_error(lease, 1, ZeroDivisionError("first\nline"), step=3)
+    worker.leave_error(lease, 0, ValueError("came later"), step=3)
     assert "ZeroDivisionError" in json.loads(lease.own.error.read_text())["traceback"]
-    ray_launcher._raise_mistake(session)
-    failure = ray_launcher._failure(session, RuntimeError("Ray's words"), begun=True)
+    rank_group.raise_mistake(session)
+    nodes = [Node("n", "a", "10.0.0.1", 1, 0), Node("m", "b", "10.0.0.2", 1, 0)]
+    group = rank_group.RankGroup(session, HostsOf(nodes), nodes, lambda: None, Timeline(), on_gpu=False)
+    lost_it, killed = (
+        RankState(rank, 7 + rank, status, False, "gone", 1, 1, 3, 3, 0) for rank, status in ((0, 1), (1, -9))
+    )
+    failure = group._failed({0: lost_it, 1: killed})
     assert str(failure) == "rank 1 (process 8 on b) failed: ZeroDivisionError: first line after step 3"
-    early = ray_launcher._failure(session, RuntimeError("no\nplace"), begun=False)
-    assert str(early) == "the group of ranks failed: RuntimeError: no place before its first step"
+    lease.own.error.unlink()
+    ended = "rank 1 (process 8 on b) was ended by SIGKILL (by someone, or for want of memory)"
+    assert str(group._failed({0: lost_it, 1: killed})) == f"{ended} before its first step"
     later = succeed(session.lease)
-    worker._leave_error(later, 0, DataError("the file is gone"), step=3)
+    worker.leave_error(later, 0, DataError("the file is gone"), step=3)
     with pytest.raises(DataError, match=r"^the file is gone$"):
-        ray_launcher._raise_mistake(session)
+        rank_group.raise_mistake(session)

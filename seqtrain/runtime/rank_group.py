@@ -1,0 +1,228 @@
+"""One group of ranks on the machines of a Ray cluster, from its start to its end or failure."""
+
+import json
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import psutil
+import torch
+
+from seqtrain import errors
+from seqtrain.errors import ConfigError
+from seqtrain.runtime.cluster import Node, by_node
+from seqtrain.runtime.lease import EpochFolder
+from seqtrain.runtime.pulse import Pulse
+from seqtrain.runtime.ranks import join_group, pick_device
+from seqtrain.runtime.ray_hosts import Hosts
+from seqtrain.runtime.restarts import Failure
+from seqtrain.runtime.run_folder import log_to, read_lines
+from seqtrain.runtime.timeline import Timeline
+from seqtrain.runtime.watch import RankState, Watch, describe
+from seqtrain.runtime.worker import Session, leave_error, train
+from seqtrain.validation import AUTO
+
+log = logging.getLogger("seqtrain.runtime")
+
+# Seconds between two looks at the ranks.
+POLL_SECONDS = 0.3
+# Seconds in which the one that failed first is to be told from those that lost it.
+BLAME_SECONDS = 2.0
+# Lines of a rank's last words that run.log gets.
+LINES = 40
+
+
+class RankGroup:
+    """Ranks on `places`, one after the other. `poll` is called a few times a second."""
+
+    def __init__(
+        self,
+        session: Session,
+        hosts: Hosts,
+        places: Sequence[Node],
+        poll: Callable[[], None],
+        timeline: Timeline,
+        *,
+        on_gpu: bool,
+    ):
+        self.session, self.hosts, self.places, self.poll, self.timeline = session, hosts, places, poll, timeline
+        self.on_gpu = on_gpu
+        runtime = session.config.runtime
+        step = 0.0 if runtime.step_timeout_seconds == AUTO else float(runtime.step_timeout_seconds)
+        self.watch = Watch(step_seconds=step, section_seconds=runtime.section_timeout_seconds)
+        self.before = session.lease.current().number
+        self.names = {rank: node.host for rank, node in enumerate(places)}
+
+    def run(self) -> Failure | None:
+        """Starts the ranks and waits for their end; how they failed, if they did. Raises a mistake of the user's."""
+        ended = False
+        lost: list[str] = []
+        try:
+            self._start()
+            told = False
+            while True:
+                states, lost = self.hosts.look(POLL_SECONDS)
+                self.poll()
+                raise_mistake(self.session)
+                if not told and (told := self.timeline.follow(states.values(), len(self.places))):
+                    log.info("runtime: %s", self.timeline)
+                if failure := self._lost(lost) or self._failed(states) or self._hangs(states):
+                    return failure
+                if len(states) == len(self.places) and all(state.status == 0 for state in states.values()):
+                    ended = True
+                    return None
+        finally:
+            if not ended:
+                self.hosts.end(lost)
+
+    def _start(self) -> None:
+        shared: dict[str, str] = {"WORLD_SIZE": str(len(self.places)), "SEQTRAIN_STORE": ""}
+        if self.session.config.runtime.address:
+            first = self.places[0]
+            shared |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(self.hosts.port(first))}
+        else:
+            # Through a file: nothing listens, not even on this machine.
+            folder = self.session.lease.own.ray
+            folder.mkdir(parents=True, exist_ok=True)
+            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+            shared["SEQTRAIN_STORE"] = str(folder / f"store-{self.before}-{time.time_ns()}")
+        environments: dict[str, dict[int, dict[str, str]]] = {}
+        for number, (node, ranks) in enumerate(by_node(self.places).items()):
+            cpus, _ = self.hosts.held[node.id]
+            environments[node.id] = {
+                rank: shared
+                | {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(local),
+                    "LOCAL_WORLD_SIZE": str(len(ranks)),
+                    "GROUP_RANK": str(number),
+                    "OMP_NUM_THREADS": str(max(1, cpus // len(ranks))),
+                    "SEQTRAIN_ADDRESS": node.address,
+                }
+                for local, rank in enumerate(ranks)
+            }
+        from ray import cloudpickle
+
+        self.hosts.start(environments, cloudpickle.dumps(partial(run_rank, self.session, self.on_gpu)))
+
+    def _lost(self, lost: Sequence[str]) -> Failure | None:
+        for name in lost:
+            node = self.hosts.nodes[name]
+            ranks = [rank for rank, place in enumerate(self.places) if place.id == name]
+            return Failure(
+                f"is lost with its machine {node}, which no longer answers",
+                ranks[0],
+                self.hosts.place(node, 0),
+                "",
+                self._step(),
+            )
+        return None
+
+    def _failed(self, states: Mapping[int, RankState]) -> Failure | None:
+        """Who failed first, and how: what a rank has left, or else one that was killed, or else the first to end."""
+        if not any(state.status for state in states.values()):
+            return None
+        end = time.monotonic() + BLAME_SECONDS
+        left = None
+        while time.monotonic() < end:
+            left = left_error(self.session.lease.current())
+            if left or any((state.status or 0) < 0 for state in states.values()):
+                break
+            states, _ = self.hosts.look(POLL_SECONDS)
+            raise_mistake(self.session)
+        for state in states.values():
+            if state.status:
+                said = "\n".join(state.said.splitlines()[-LINES:])
+                log.info(
+                    "rank %d on %s ended with status %d:\n%s", state.rank, self.names[state.rank], state.status, said
+                )
+        if left:
+            log.info("rank %d failed:\n%s", left["rank"], left["traceback"])
+            return self._failure(states[left["rank"]], f"failed: {left['line']}", left["kind"], left["step"])
+        failed = [state for state in states.values() if state.status]
+        first = min(failed, key=lambda state: ((state.status or 0) > 0, state.rank))
+        status = first.status or 0
+        if status < 0:
+            name = signal.Signals(-status).name
+            memory = " (by someone, or for want of memory)" if -status == signal.SIGKILL else ""
+            return self._failure(first, f"was ended by {name}{memory}")
+        words = [line for line in first.said.splitlines() if line.strip()]
+        return self._failure(first, f"ended: {words[-1][:300] if words else f'status {status}'}")
+
+    def _failure(self, state: RankState, what: str, kind: str = "", step: int | None = None) -> Failure:
+        where = self.hosts.place(self.places[state.rank], state.pid)
+        return Failure(what, state.rank, where, kind, self._step() if step is None else step)
+
+    def _step(self) -> int:
+        """Steps done by this group; -1 before it began."""
+        if self.session.lease.current().number == self.before:
+            return -1
+        return max((record["step"] for record in read_lines(self.session.folder.metrics)), default=-1)
+
+    def _hangs(self, states: Mapping[int, RankState]) -> Failure | None:
+        told = list(states.values())
+        self.watch.look(told, time.monotonic())
+        if slow := self.watch.slow(told):
+            log.warning("the others wait for %s", describe(slow, self.names))
+        if not (hung := self.watch.hung(told)):
+            return None
+        for rank, text in sorted(self.hosts.stacks().items()):
+            log.info("rank %d on %s, which is %s:\n%s", rank, self.names[rank], states[rank].where(), text)
+        seconds = self.watch.limit(told)
+        what = "is stopped" if hung[0].stopped else f"hangs: nobody came further for {seconds:.0f} s; it is"
+        return self._failure(hung[0], f"{what} {hung[0].where()} (all of them: run.log)")
+
+
+def run_rank(session: Session, on_gpu: bool, pulse: Pulse) -> None:
+    """What each rank runs, in a process that was forked for it."""
+    config = session.config
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if on_gpu and not torch.cuda.is_available():
+        error = ConfigError(
+            f"{socket.gethostname()}: Ray has GPUs there, and torch sees no CUDA device; reinstall torch"
+        )
+        leave_error(session.lease, int(os.environ["RANK"]), error, step=-1)
+        raise error
+    _use_interface_of(os.environ["SEQTRAIN_ADDRESS"])
+    ranks = join_group(
+        pick_device("cuda" if on_gpu else "cpu"),
+        timeout_seconds=config.runtime.collective_timeout_seconds,
+        section_seconds=config.runtime.section_timeout_seconds,
+        store=os.environ["SEQTRAIN_STORE"],
+        pulse=pulse,
+    )
+    if ranks.first:
+        log_to(session.folder.log)
+    train(session, ranks)
+
+
+def _use_interface_of(address: str) -> None:
+    """Has gloo and NCCL use the network that the machine has this address in, whatever its name resolves to."""
+    for name, known in psutil.net_if_addrs().items():
+        if any(each.address == address for each in known):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            if address != "127.0.0.1":
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def left_error(epoch: EpochFolder) -> dict[str, Any] | None:
+    """What the first rank of a group to fail has left."""
+    try:
+        left: dict[str, Any] = json.loads(epoch.error.read_bytes())
+    except (FileNotFoundError, ValueError):
+        # None, or one that is being written.
+        return None
+    return left
+
+
+def raise_mistake(session: Session) -> None:
+    """Raises a mistake of the user's that a rank of the group that trains now has met: a restart would, too."""
+    left = left_error(session.lease.current())
+    if left and left["of_user"]:
+        log.info("rank %d failed:\n%s", left["rank"], left["traceback"])
+        raise vars(errors).get(left["kind"], ConfigError)(left["line"])
