@@ -57,18 +57,23 @@ class Parallel(Mixer):
         self.grouped = any(mixer.grouped for mixer in self.branches)
 
     def forward(
-        self, x: Tensor, state: State | None = None, *, sequence: SequenceContext = WHOLE
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        sequence: SequenceContext = WHOLE,
+        stream: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         # What enters is each branch's own to divide.
-        return self.mix(x, state or {}, sequence)
+        return self.mix_into(x if stream is None else stream, x, state or {}, sequence)
 
-    def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
+    def mix_into(self, stream: Tensor, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         added: list[Tensor] = []
         after: State = {}
         for index, (branch, mixer) in enumerate(zip(self.config.branches, self.branches, strict=True)):
             prefix = f"{index}_"
             own = {name.removeprefix(prefix): state for name, state in past.items() if name.startswith(prefix)}
-            out, state = mixer(_scaled(x, branch.in_scale), own, sequence=sequence)
+            out, state = mixer(_scaled(x, branch.in_scale), own, sequence=sequence, stream=stream)
             added.append(_scaled(out, branch.out_scale))
             after |= {prefix + name: value for name, value in state.items()}
         return sum(added[1:], start=added[0]), after

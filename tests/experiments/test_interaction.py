@@ -125,7 +125,7 @@ def test_an_operator_whose_values_are_unknown_is_named():
     def unknown(*tensors, **options):
         raise AssertionError("not reached")
 
-    mixer.forward = lambda x, state=None, *, sequence: sequence.run(unknown, x)  # type: ignore[method-assign]
+    mixer.forward = lambda x, state=None, *, sequence, stream=None: sequence.run(unknown, x)  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"^interaction: unknown isn't known to be linear in values it is given$"):
         mixing_blocks(mixer, row())
 

@@ -21,6 +21,7 @@ TINY = {
     "gsa": {"slots": 5},
     "tcnca": {"chunk": 9, "dilation": 3},
     "mamba2": {"state": 8},
+    "mamba3": {"state": 8},
     "tensor_attention": {"key": 3},
     "parallel": {"branches": ({"mixer": "mamba2", "options": {"state": 8}, "in_scale": 0.5}, {"mixer": "attention"})},
 }
@@ -33,6 +34,8 @@ VARIANTS = [
     ("mamba2", {"groups": 2, "state": 4, "expand": 1.0}),
     ("mamba2", {"state": 4, "gate": "after_norm", "step_min": 0.01, "step_max": 0.5}),
     ("mamba2", {"state": 4, "head_width": 7, "gate": "no_norm", "in_bias": True, "scales": (2.0, 1.0, 0.7, 0.5, 3.0)}),
+    ("mamba3", {"state": 4, "groups": 2, "turning": 1.0, "expand": 1.0}),
+    ("gated_delta_net2", {"allow_negative_eigenvalues": True, "conv_width": 0, "expand_value": 0.5}),
     ("mamba", {"state": 3, "rank": 5, "norms": "learned", "bias": True, "conv_bias": False}),
     ("mamba", {"state": 4, "inner_width": 15, "norms": "plain"}),
     ("s4d", {"initialization": "inv", "discretization": "bilinear"}),

@@ -13,6 +13,7 @@ TINY = {
     "intra_hybrid": {"window": 30, "full": True},
     "linearized_attention": {"window": 30},
     "mamba2": {"state": 8},
+    "mamba3": {"state": 8},
     "sliding_attention": {"window": 30},
     "tcnca": {"chunk": 32},
     "tensor_attention": {"key": 3},
