@@ -1,8 +1,11 @@
 """How much memory this process has held."""
 
+import ctypes
 import resource
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -51,3 +54,39 @@ class AnonymousPeak:
             self.bytes = max(self.bytes, anonymous_bytes() - self._start)
             if self._done.wait(self.INTERVAL):
                 return
+
+
+# glibc's names in <malloc.h>, and the largest threshold that it takes by itself.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST = -1, -3, 32 << 20
+
+
+@contextmanager
+def large_tensors_given_back(least: int = 1 << 20) -> Iterator[None]:
+    """In it, memory of `least` bytes and more goes back to the system when it is freed, rather than into holes.
+
+    For a start, in which much is made once and dropped: afterwards freed memory is kept for the next step, as always.
+    Without glibc nothing changes.
+    """
+    glibc = _glibc()
+    if glibc is None:
+        yield
+        return
+    glibc.mallopt(M_MMAP_THRESHOLD, least)
+    try:
+        yield
+    finally:
+        glibc.mallopt(M_MMAP_THRESHOLD, LARGEST)
+        glibc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST)
+        glibc.malloc_trim(0)
+
+
+def give_back_free_memory() -> None:
+    """Gives freed memory that the process still holds back to the system, where that is glibc's."""
+    glibc = _glibc()
+    if glibc is not None:
+        glibc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if library is not None and hasattr(library, "malloc_trim") else None

@@ -23,6 +23,7 @@ from seqtrain.planning.counts import ModelCounts
 from seqtrain.planning.scaling import Scheme, Work, simulate
 from seqtrain.planning.trace import Recorded
 from seqtrain.runtime.settings import ParallelConfig
+from seqtrain.runtime.zero import STAGE_3_PART
 from seqtrain.validation import validate
 
 CLUSTERS = Path(__file__).parent / "clusters"
@@ -381,10 +382,12 @@ def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[
     trained = size - 4.0 * counts.frozen
     whole, kept = counts.peak_bytes(checkpointing=again), counts.saved_bytes(checkpointing=again)
     bucket = min(trained, 4.0 * BUCKET) if layout.replicas > 1 or layout.stage else 0.0
-    weights = 4.0 * counts.parameters * own if layout.stage == 3 else size
-    gathered = size / max(1, len(counts.layers)) * 2 if layout.stage == 3 else 0.0
-    # ZeRO keeps a float32 copy of its part next to the weights, and the reduced gradients of its part.
-    moments = divided * 3 if layout.stage else trained * 2
+    weights, gathered = size, 0.0
+    if layout.stage == 3:
+        bucket = min(bucket, size / STAGE_3_PART)
+        weights, gathered = 4.0 * counts.parameters * own, size * max(1 / STAGE_3_PART, 2 / max(1, len(counts.layers)))
+    # ZeRO 1 and 2 keep a float32 copy of their part next to the weights, all the reduced gradients of their part.
+    moments = divided * 3 if layout.stage in (1, 2) else divided * 2 if layout.stage else trained * 2
     reduced = divided if layout.stage else 0.0
     # From stage 2 on a rank's gradients leave with each bucket; the peak counts all of them.
     fewer = min(whole - kept, trained - divided) if layout.stage >= 2 else 0.0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from seqtrain.initialization import WHOLE, Fill, materialize
+from seqtrain.memory import give_back_free_memory, large_tensors_given_back
 from seqtrain.models.divided import Divided
 from seqtrain.models.matrices import matrices_of
 from seqtrain.parallel.mesh import Mesh, Shards
@@ -24,7 +25,7 @@ from seqtrain.runtime.ranks import Ranks, keeps_host_order
 from seqtrain.runtime.settings import PretrainConfig, micro_batch, micro_batches, segments
 from seqtrain.runtime.tensor_parallel import ModelParallelUnit, mark_parts
 from seqtrain.runtime.whole_matrices import WholeMatrices, place_blocks, split_groups
-from seqtrain.runtime.zero import Replicas, send_matrices_in_bfloat16
+from seqtrain.runtime.zero import Replicas, send_matrices_in_bfloat16, share_weights, stage_3_sizes
 
 log = logging.getLogger("seqtrain.runtime")
 
@@ -122,10 +123,11 @@ class Engine:
         self._narrow = config.parallel.wire == "bfloat16"
         if self._narrow:
             send_matrices_in_bfloat16(model)
-        settings = _deepspeed_config(config, ranks.device)
+        settings = _deepspeed_config(config, ranks.device, model)
         shards = mesh.shards if mesh else None
         self._replicas = None if shards is None else Replicas(shards)
-        self._bear(weights, settings, shards)
+        with large_tensors_given_back():
+            self._bear(weights, settings, shards)
         unit: Replicas | ModelParallelUnit | None = self._replicas
         if divided is not None and mesh is not None:
             mark_parts(divided)
@@ -142,7 +144,7 @@ class Engine:
         self._masters = config.train.weights == "bfloat16"
         whole = {name: p.detach().clone() for name, p in model.named_parameters()} if self._masters else {}
         casting = _matrices_alone_cast() if self._masters else nullcontext()
-        with self._expert_parallel.announced(model), casting:
+        with self._expert_parallel.announced(model), casting, large_tensors_given_back():
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
@@ -150,6 +152,10 @@ class Engine:
                 mpu=unit,
                 dist_init_required=False,
             )
+        if self.stage == 3:
+            share_weights(self.deepspeed.optimizer)
+        # Whether the optimizer has made its state.
+        self._begun = False
         if self._masters:
             self._restore_masters(whole)
         if matrices:
@@ -228,6 +234,10 @@ class Engine:
         last = self.deepspeed.is_gradient_accumulation_boundary()
         if last and self._replicas is not None:
             self._replicas.average(self.deepspeed.optimizer)
+        if last and not self._begun:
+            # The optimizer's state is made in this step, and need not lie beside the holes that the passes have left.
+            give_back_free_memory()
+            self._begun = True
         self._measured_step() if last and self.sizes is not None else self.deepspeed.step()
 
     def _measured_step(self) -> None:
@@ -354,8 +364,11 @@ class Engine:
             yield name, whole
 
 
-def _deepspeed_config(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
+def _deepspeed_config(config: PretrainConfig, device: torch.device, model: nn.Module) -> dict[str, Any]:
     stage, pieces = config.parallel.zero_stage, segments(config)
+    optimizer = OPTIMIZERS[config.optimizer.name]
+    # Where a group counts its steps, or a matrix is changed as a whole, stage 3 may not make several of one.
+    one_group = bool(optimizer.numbers) or optimizer.matrix_options is not None
     return {
         "train_micro_batch_size_per_gpu": micro_batch(config),
         # A segment counts as a micro-batch: each has a backward pass of its own. Of sequences over several ranks
@@ -366,8 +379,7 @@ def _deepspeed_config(config: PretrainConfig, device: torch.device) -> dict[str,
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": device.type == "cuda" and config.parallel.overlaps(ordered=keeps_host_order(device)),
-            # Where a group counts its steps, stage 3 may not make several of one.
-            **({"sub_group_size": 10**15} if OPTIMIZERS[config.optimizer.name].numbers else {}),
+            **(stage_3_sizes(model, config.parallel.shard_ranks, one_group=one_group) if stage == 3 else {}),
         },
         "zero_allow_untested_optimizer": True,
         # Not `bf16.enabled` but where it is asked for (`_matrices_alone_cast`): it would round every weight, the gates'

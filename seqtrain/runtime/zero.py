@@ -12,6 +12,8 @@ from seqtrain.parallel.mesh import Shards
 
 # Numbers that are summed over the replicas at once.
 BUCKET = 1 << 27
+# Of a model's weights, the part that stage 3 may hold gathered, and the part whose gradients it reduces at once: 1 / it.
+STAGE_3_PART = 8
 
 
 class Replicas:
@@ -79,3 +81,27 @@ def send_matrices_in_bfloat16(model: nn.Module) -> None:
     for weight, blocks in matrices_of(model).items():
         if not any(block.gate for block in blocks):
             setattr(weight, PARAM_COMM_DTYPE_ATTR_NAME, torch.bfloat16)
+
+
+def stage_3_sizes(model: nn.Module, shards: int, *, one_group: bool) -> dict[str, int]:
+    """What ZeRO 3 may hold besides a rank's share, in numbers: a part of the model, or its largest weight.
+
+    DeepSpeed's own sizes are for models that are far larger: with them, one of less than 10^9 weights is whole on every
+    rank from its first pass on, and its gradients, too. `one_group`: of an optimizer that must see all at once.
+    """
+    counts = [weight.numel() for weight in model.parameters()]
+    size = max([*counts, sum(counts) // STAGE_3_PART])
+    return {
+        "reduce_bucket_size": min(size, 500_000_000),
+        "stage3_prefetch_bucket_size": min(size // 2, 50_000_000),
+        "stage3_max_live_parameters": min(size, 10**9),
+        "stage3_max_reuse_distance": min(size, 10**9),
+        "sub_group_size": 10**15 if one_group else min(max(1, size // shards), 10**9),
+    }
+
+
+def share_weights(zero: Any) -> None:
+    """Lets stage 3's optimizer change the very weights that are gathered, where both are of one dtype: not a copy."""
+    for master, weights in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
+        if master.dtype == weights.dtype:
+            master.data = weights
