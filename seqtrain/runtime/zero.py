@@ -12,7 +12,7 @@ from seqtrain.parallel.mesh import Shards
 
 # Numbers that are summed over the replicas at once.
 BUCKET = 1 << 27
-# Of a model's weights, the part that stage 3 may hold gathered, and the part whose gradients it reduces at once: 1 / it.
+# The part of a model (1 / it) that stage 3 may hold gathered, and the part whose gradients it reduces at once.
 STAGE_3_PART = 8
 
 
