@@ -24,7 +24,8 @@ class Block(nn.Module):
     `norms`: where it normalises: what enters a part (pre), what leaves it (post), both, or the stream that a part reads
     and is added to (stream: DeepNorm, arXiv 2203.00555). `scales`: see `ModelConfig.sum_scales`. With a `group` the
     mixer runs on groups of so many tokens, counted from the document's start, which know nothing of each other (the
-    linear group RNN of LION, arXiv 2407.18232); 0: on the whole sequence. `shared`: what adds to
+    linear group RNN of LION, arXiv 2407.18232), from `shift` tokens before it; 0: on the whole sequence.
+    `shared`: what adds to
     what the mixer is given. `again`: parts that are computed again in the backward pass, see `ModelConfig.recompute`;
     `inputs`: the type in which what enters them is kept.
     """
@@ -37,6 +38,7 @@ class Block(nn.Module):
         *,
         norms: Norms = "pre",
         group: int = 0,
+        shift: int = 0,
         scales: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0),
         shared: SharedBlock | None = None,
         again: frozenset[str] = frozenset(),
@@ -44,7 +46,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.inputs = inputs
-        self.group, self.norms, self.scales, self.again = group, norms, scales, again
+        self.group, self.shift, self.norms, self.scales, self.again = group, shift, norms, scales, again
 
         def norm_at(place: Norms, part: nn.Module | None) -> nn.Module:
             places = {"both": ("pre", "post"), "stream": ("pre",)}.get(norms, (norms,))
@@ -145,16 +147,19 @@ class Block(nn.Module):
         past = dict(state or {})
         seen = past.pop("seen", None)
         _, after = sequence.count(seen, x.shape[0], x.shape[1] if x.dim() == 3 else 1, x.device)
-        mixed, state = mix(x, past or None, sequence=sequence.grouped(self.group, seen))
+        mixed, state = mix(x, past or None, sequence=sequence.grouped(self.group, seen, self.shift))
         return mixed, state | {"seen": after}
 
     def mixer_flops(self, tokens: int) -> int:
         """Forward pass of the mixer over one sequence."""
         if self.mixer is None:
             return 0
-        whole, rest = divmod(tokens, self.group) if self.group else (0, tokens)
         shared = 0 if self.shared is None else self.shared.flops(tokens)
-        return whole * self.mixer.flops(self.group) + self.mixer.flops(rest) + shared
+        if not self.group:
+            return self.mixer.flops(tokens) + shared
+        first = min(tokens, self.group - self.shift) if self.shift else 0
+        whole, rest = divmod(tokens - first, self.group)
+        return self.mixer.flops(first) + whole * self.mixer.flops(self.group) + self.mixer.flops(rest) + shared
 
     def mlp_flops(self, tokens: int) -> int:
         """Forward pass of what works on channels."""
@@ -183,11 +188,20 @@ def build_blocks(
             partial(norm, config.width),
             norms=config.norms[index % len(config.norms)],
             group=config.groups[index % len(config.groups)],
+            shift=_shift(config, index),
             scales=config.scales(index),
             shared=shared.get(index),
             again=config.recomputed,
             inputs=getattr(torch, config.recompute_inputs),
         )
+
+
+def _shift(config: ModelConfig, index: int) -> int:
+    """By how many tokens layer `index`'s groups are shifted. Raises `ConfigError`."""
+    size, shift = (each[index % len(each)] for each in (config.groups, config.group_shift))
+    if shift and shift >= size:
+        raise ConfigError(f"model.group_shift={list(config.group_shift)}: layer {index} has groups of {size} tokens")
+    return shift
 
 
 def _mixer(config: ModelConfig, mixers: Mapping[str, Any], index: int, tensor: TensorParallel) -> Mixer | None:

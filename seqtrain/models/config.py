@@ -33,6 +33,9 @@ class ModelConfig:
     heads: Annotated[int, Field(gt=0)] = 12
     # Tokens in the groups each layer is confined to, repeated over the depth; 0: the whole sequence.
     groups: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    # How many tokens before a document's start each layer's groups begin, repeated over the depth: what layers with
+    # others have apart meets in these (LION's shifted windows).
+    group_shift: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     # Hidden channels of the MLP over width, rounded to a multiple of 8 channels.
     mlp_ratio: Annotated[float, Field(gt=0)] = 2.6667
     # Hidden channels of the MLP; 0: as mlp_ratio says.
@@ -131,7 +134,15 @@ class ModelConfig:
     @property
     def period(self) -> int:
         """After so many layers they begin anew."""
-        patterns = (self.layers, self.groups, self.mlps, self.norms, self.sum_scales, self.shared.layers)
+        patterns = (
+            self.layers,
+            self.groups,
+            self.group_shift,
+            self.mlps,
+            self.norms,
+            self.sum_scales,
+            self.shared.layers,
+        )
         return math.lcm(*map(len, patterns))
 
 

@@ -46,14 +46,16 @@ class SequenceContext:
             *tensors, initial_state=initial_state, cu_seqlens=self.cu_seqlens, backend=self.backend, **options
         )
 
-    def grouped(self, size: int, past: Tensor | None = None) -> "SequenceContext":
+    def grouped(self, size: int, past: Tensor | None = None, shift: int = 0) -> "SequenceContext":
         """The sequence whose documents are split into groups of `size` tokens that know nothing of each other.
+
+        `shift`: groups are counted from so many tokens before a document's start, its first one is as much shorter.
 
         `past`: int64 `[B]` (`[N]` with documents), tokens of each seen before, where a group may have begun; None for
         none. States stay one per row or document: what the next token continues, zero where it begins a group. Softmax
         attention's keys of B rows are padded to `size - 1`, as under a window. Positions continue over the groups.
         """
-        return GroupedSequence(cu_seqlens=self.cu_seqlens, backend=self.backend, size=size, past=past)
+        return GroupedSequence(cu_seqlens=self.cu_seqlens, backend=self.backend, size=size, past=past, shift=shift)
 
     def repeated(self, times: int) -> "SequenceContext":
         """The sequence in which every token stands `times` times, one copy after the other."""
@@ -204,6 +206,7 @@ class GroupedSequence(SequenceContext):
 
     size: int
     past: Tensor | None
+    shift: int = 0
 
     def _run(
         self, operator: Any, *tensors: Tensor | None, initial_state: Any = None, **options: Any
@@ -217,7 +220,7 @@ class GroupedSequence(SequenceContext):
         packed = self.cu_seqlens is not None
         boundaries = torch.arange(batch + 1) * tokens if self.cu_seqlens is None else self.cu_seqlens.to(torch.int64)
         past = torch.zeros_like(boundaries[1:]) if self.past is None else self.past.to(boundaries.device)
-        groups, kind = Groups.of(boundaries, past, self.size, batch * tokens), SPLITS[type(operator.time)]
+        groups, kind = Groups.of(boundaries, past + self.shift, self.size, batch * tokens), SPLITS[type(operator.time)]
         if initial_state is not None:
             initial_state = kind.grouped(groups, initial_state, packed=packed)
         out, states = operator(
@@ -229,12 +232,12 @@ class GroupedSequence(SequenceContext):
     def repeated(self, times: int) -> SequenceContext:
         past = None if self.past is None else times * self.past
         boundaries = None if self.cu_seqlens is None else times * self.cu_seqlens
-        return replace(self, cu_seqlens=boundaries, size=times * self.size, past=past)
+        return replace(self, cu_seqlens=boundaries, size=times * self.size, past=past, shift=times * self.shift)
 
     def reverse(self, x: Tensor) -> Tensor:
         raise ValueError("groups are counted from the start: a bidirectional layer can't run in them")
 
-    def grouped(self, size: int, past: Tensor | None = None) -> SequenceContext:
+    def grouped(self, size: int, past: Tensor | None = None, shift: int = 0) -> SequenceContext:
         raise ValueError(
             f"groups of {size} tokens within groups of {self.size}: choose a layer that has none of its own"
         )
@@ -270,8 +273,8 @@ class ContinuedSequence(SequenceContext):
             out = keep_in_graph(out, *with_gradients(initial_state))
         return out, kind.last(states)
 
-    def grouped(self, size: int, past: Tensor | None = None) -> "ContinuedSequence":
-        return replace(self, documents=self.documents.grouped(size, self._past(past)))
+    def grouped(self, size: int, past: Tensor | None = None, shift: int = 0) -> "ContinuedSequence":
+        return replace(self, documents=self.documents.grouped(size, self._past(past), shift))
 
     def repeated(self, times: int) -> "ContinuedSequence":
         return self.of(self.documents.repeated(times), continues=self.continues)

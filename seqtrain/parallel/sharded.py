@@ -175,16 +175,20 @@ class ShardedSequence(SequenceContext):
             out = keep_in_graph(out, *with_gradients(initial_state))
         return out, final
 
-    def grouped(self, size: int, past: Tensor | None = None) -> "ShardedSequence":
-        # Tokens of a group that began before the row.
-        begun = int(past[0]) % size if past is not None and self.continues else 0
+    def grouped(self, size: int, past: Tensor | None = None, shift: int = 0) -> "ShardedSequence":
+        # Tokens of a group that began before the row, or would have.
+        seen = int(past[0]) if past is not None and self.continues else 0
+        begun = (seen + shift) % size
         continues = self.continues and (past is None or begun > 0)
-        return self.planned(("grouped", size, begun, continues), lambda: self._grouped(size, begun, continues))
+        key = ("grouped", size, begun, shift, continues)
+        return self.planned(key, lambda: self._grouped(size, begun, shift, continues))
 
-    def _grouped(self, size: int, begun: int, continues: bool) -> "ShardedSequence":
+    def _grouped(self, size: int, begun: int, shift: int, continues: bool) -> "ShardedSequence":
         ends = [0, self.offsets[-1]] if self.cu_seqlens is None else boundaries_of(self.cu_seqlens)
         starts = [
-            max(place, start) for start, end in pairwise(ends) for place in range(start if start else -begun, end, size)
+            max(place, start)
+            for start, end in pairwise(ends)
+            for place in range(start - (shift if start else begun), end, size)
         ]
         boundaries = torch.tensor([*starts, ends[-1]], dtype=torch.int32)
         return replace(self, cu_seqlens=boundaries, continues=continues)

@@ -61,8 +61,8 @@ class Exchange:
         return dataclasses.replace(self, shape=shape, near=self.near * rows, rows=self.rows * rows)
 
 
-# The name of a layer's mixer, the tokens of its groups, whether it has a shared block.
-Kind = tuple[str, int, bool]
+# The name of a layer's mixer, the tokens of its groups and their shift, whether it has a shared block.
+Kind = tuple[str, int, int, bool]
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,9 @@ class PartTracer:
         )
 
     def kind(self, index: int) -> Kind:
-        """What makes a layer's mixer do the same as another's: its name, the tokens of its groups, a shared block."""
+        """What makes a layer's mixer do the same as another's: its name, its groups, a shared block."""
         block = self.model.blocks[index]
-        return self.model.config.mixer(index), block.group, block.shared is not None
+        return self.model.config.mixer(index), block.group, block.shift, block.shared is not None
 
     def mixer(self, kind: Kind, batch: MicroBatch) -> Traced:
         """A layer's mixer with its norm and its sum with the residual stream."""

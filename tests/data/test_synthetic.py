@@ -1,6 +1,6 @@
 """Synthetic tasks: every answer against its definition, rows that follow from seed and index, runs that use them."""
 
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -14,13 +14,18 @@ from tests.command_cases import refused
 # Fields that make small rows, and a length that fits.
 SMALL = {
     "induction": ({"symbols": 5}, 12),
+    "inverse_permutation": ({"things": 4, "symbols": 5, "scratch": 2}, 8),
     "listops": ({}, 24),
     "long_signal": ({}, 48),
     "match3": ({"modulus": 11, "numbers": 3}, 12),
+    "match4": ({"modulus": 17, "numbers": 2}, 12),
     "mqar": ({"pairs": 4, "keys": 9, "values": 7}, 24),
     "parity": ({}, 10),
+    "pathfinder": ({"side": 8, "share": 0.5}, 64),
     "permutation": ({"things": 3}, 10),
+    "point_cloud": ({"side": 4}, 16),
     "selective_copy": ({"copied": 3, "symbols": 5}, 14),
+    "sorting": ({"numbers": 6}, 17),
 }
 
 
@@ -107,16 +112,73 @@ def test_permutation_gives_the_product_so_far(things, moves):
     assert set(moved) == ({0, 2} if moves == "swaps" else {0, *range(2, things + 1)})
 
 
-def test_match3_says_whether_a_pair_completes_the_query():
-    _, tokens, labels = rows("match3")
+@pytest.mark.parametrize(("name", "terms"), [("match3", 2), ("match4", 3)])
+def test_match_says_whether_numbers_complete_the_query(name, terms):
+    task, tokens, labels = rows(name)
+    modulus, count = task.config.modulus, task.config.numbers
     for row, answers in zip(tokens.tolist(), labels.tolist(), strict=True):
-        numbers = row[:3]
-        assert answers[:3] == [IGNORED] * 3
-        for token, answer in zip(row[3:], answers[3:], strict=True):
-            query = token - 11
-            assert 0 <= query < 11
-            matched = any((query + a + b) % 11 == 0 for a in numbers for b in numbers)
-            assert answer == 22 + matched
+        assert answers[:count] == [IGNORED] * count
+        for token, answer in zip(row[count:], answers[count:], strict=True):
+            query = token - modulus
+            assert 0 <= query < modulus
+            matched = any((query + sum(some)) % modulus == 0 for some in product(row[:count], repeat=terms))
+            assert answer == 2 * modulus + matched
+
+
+@pytest.mark.parametrize("scratch", [0, 2, 4])
+def test_an_inverse_permutation_puts_symbols_where_they_belong(scratch):
+    task = make_task("inverse_permutation", {"things": 4, "symbols": 5, "scratch": scratch})
+    tokens, labels = examples(task, length=9, seed=0, first=0, count=400)
+    known = 0
+    for row, answers in zip(tokens.tolist(), labels.tolist(), strict=True):
+        first = 9 - 4 - scratch
+        places, symbols = zip(*(divmod(token - 1, 5) for token in row[first : first + 4]), strict=True)
+        assert sorted(places) == [0, 1, 2, 3]
+        assert row[:first] + row[first + 4 :] == [0] * (9 - 4)
+        assert answers[: first + scratch] == [IGNORED] * (first + scratch)
+        asked = answers[first + scratch :]
+        assert [asked[place] - 1 - 20 for place in places] == list(symbols)
+        known += sum(places.index(place) <= place + scratch for place in range(4))
+    share = known / 1600
+    # What one who has read so far can know, and guesses of five.
+    assert task.ceiling == pytest.approx(share + (1 - share) / 5, abs=0.02)
+    assert task.ceiling == {0: 0.7, 2: 0.95, 4: 1.0}[scratch]
+
+
+def test_sorting_gives_the_numbers_from_the_least_on():
+    _, tokens, labels = rows("sorting")
+    assert not tokens[:, [0, *range(9, 17)]].any()
+    assert (labels[:, :9] == IGNORED).all()
+    assert torch.equal(labels[:, 9:], tokens[:, 1:9].sort(1).values)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_points_are_sorted_and_asked_whether_an_earlier_one_touches_them(order):
+    task = make_task("point_cloud", {"side": 4, "order": order})
+    tokens, labels = examples(task, length=16, seed=0, first=0, count=20)
+    for row, answers in zip(tokens.tolist(), labels.tolist(), strict=True):
+        points = [(token // 16, token // 4 % 4, token % 4) for token in row]
+        assert points == sorted(set(points), key=lambda point: [point[axis] for axis in order])
+        for index, point in enumerate(points):
+            touched = any(sum(map(abs, np.subtract(point, other))) == 1 for other in points[:index])
+            assert answers[index] == 64 + touched
+
+
+def test_pathfinder_asks_whether_one_path_connects_the_dots():
+    _, tokens, labels = rows("pathfinder")
+    assert (labels[:, :-1] == IGNORED).all()
+    for row, answer in zip(tokens.view(-1, 8, 8).tolist(), labels[:, -1].tolist(), strict=True):
+        pixels = {(r, c): row[r][c] for r in range(8) for c in range(8) if row[r][c]}
+        dots = [place for place, pixel in pixels.items() if pixel == 2]
+        assert (len(pixels), len(dots)) == (8, 2)
+        reached, edge = set(), {dots[0]}
+        while edge:
+            reached |= edge
+            edge = {
+                (r + a, c + b) for r, c in edge for a, b in ((0, 1), (1, 0), (0, -1), (-1, 0))
+            } & pixels.keys() - reached
+        assert len(reached) == 4
+        assert answer == 3 + (dots[1] in reached)
 
 
 def value_of(tokens: list[str]):
@@ -165,12 +227,19 @@ def test_induction_asks_what_followed_the_mark():
         ("mqar", {"pairs": 0}, "data.task.pairs=0: must be greater than 0"),
         ("permutation", {"moves": "swap"}, "data.task.moves=swap: must be 'all' or 'swaps'; did you mean 'swaps'?"),
         ("mqra", {}, "data.source 'mqra' is unknown; did you mean 'mqar'?"),
-        ("match3", {"modulus": 21, "numbers": 6}, "data.task.numbers=6: all sums could occur"),
+        ("match3", {"modulus": 21, "numbers": 6}, "data.task.numbers=6: all sums could occur among its 21 of 2; these"),
+        ("match4", {"modulus": 20, "numbers": 4}, "data.task.numbers=4: all sums could occur among its 20 of 3; these"),
+        ("point_cloud", {"order": [0, 1, 1]}, "data.task.order=(0, 1, 1): must name the axes 0, 1 and 2, each once"),
     ],
 )
 def test_wrong_fields_are_named(name, fields, message):
     with refused(message):
         make_task(name, fields)
+
+
+def test_a_grid_more_than_half_full_is_refused():
+    with pytest.raises(ConfigError, match=r"^data\.task\.side=4: a grid of 64 points is half full with 32"):
+        rows("point_cloud", length=33)
 
 
 def test_a_row_too_short_is_refused():

@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from seqtrain.config import compose_config, conf_dir
+from seqtrain.errors import ConfigError
 from seqtrain.layers import RMSNorm
 from seqtrain.mixers import MIXERS, LayerShape
 from seqtrain.models import LanguageModel, ModelConfig, generate
@@ -26,11 +27,11 @@ MIXED = {"gla": {}, "s5": {}, "gated_delta_net": {}, "attention": {}, "sliding_a
 MIXED |= {"delta_product": {}, "ttt_linear": {"mini_batch": 5}}
 
 
-def block(name, group, **fields):
+def block(name, group, shift=0, **fields):
     torch.manual_seed(3)
     cls = MIXERS.get(name)
     mixer = cls(cls.Config(**fields), LayerShape(WIDTH, HEADS, 1, 4))
-    return Block(mixer, MLP(WIDTH, 64), partial(RMSNorm, WIDTH), group=group).double()
+    return Block(mixer, MLP(WIDTH, 64), partial(RMSNorm, WIDTH), group=group, shift=shift).double()
 
 
 def x(tokens, batch=2):
@@ -49,8 +50,19 @@ def test_groups_are_sequences_of_their_own(name):
 
 @pytest.mark.parametrize("name", MIXED)
 @torch.no_grad()
-def test_groups_are_counted_over_pieces_and_steps(name):
-    grouped = block(name, GROUP, **MIXED[name])
+def test_shifted_groups_begin_before_the_sequence(name):
+    shifted, whole = block(name, GROUP, shift=3, **MIXED[name]), block(name, 0, **MIXED[name])
+    for tokens in (4, 5, 37):
+        parts = [x(tokens)[:, :5], *x(tokens)[:, 5:].split(GROUP, 1)]
+        expected = torch.cat([whole(part)[0] for part in parts if part.shape[1]], 1)
+        assert relative_error(shifted(x(tokens))[0], expected) < 1e-11
+        assert shifted.mixer_flops(tokens) == sum(whole.mixer_flops(part.shape[1]) for part in parts)
+
+
+@pytest.mark.parametrize(("name", "shift"), [*((name, 0) for name in MIXED), ("gla", 3), ("attention", 3)])
+@torch.no_grad()
+def test_groups_are_counted_over_pieces_and_steps(name, shift):
+    grouped = block(name, GROUP, shift, **MIXED[name])
     whole, final = grouped(x(45))
     out, state = [], None
     for piece in x(45).split([3, 5, 1, 16, 9, 6, 5], 1):
@@ -65,10 +77,11 @@ def test_groups_are_counted_over_pieces_and_steps(name):
     assert relative_error(torch.cat(out, 1), whole) < 1e-11
 
 
+@pytest.mark.parametrize("shift", [0, 5])
 @pytest.mark.parametrize("name", ["gla", "attention"])
 @torch.no_grad()
-def test_groups_begin_again_with_each_document(name):
-    grouped, lengths = block(name, GROUP), [3, 20, 1, 11]
+def test_groups_begin_again_with_each_document(name, shift):
+    grouped, lengths = block(name, GROUP, shift), [3, 20, 1, 11]
     packed = grouped(x(35, batch=1), sequence=SequenceContext(boundaries(lengths)))[0]
     separate = [grouped(part)[0] for part in x(35, batch=1).split(lengths, 1)]
     assert relative_error(packed, torch.cat(separate, 1)) < 1e-11
@@ -80,8 +93,8 @@ def test_groups_within_groups_are_refused():
 
 
 def model(**fields):
-    fields = {"depth": 4, "width": WIDTH, "initializer_range": 0.3, **fields}
-    return tiny.build(("gla", "attention"), **fields).double()
+    fields = {"depth": 4, "width": WIDTH, "initializer_range": 0.3, "layers": ("gla", "attention"), **fields}
+    return tiny.build(**fields).double()
 
 
 def tokens(count=30, rows=2):
@@ -95,6 +108,28 @@ def test_a_model_generates_through_its_groups():
     new = generate(grouped, tokens(6), max_new_tokens=20, temperature=0)
     logits, _ = grouped(torch.cat([tokens(6), new], 1), all_logits=True)
     assert torch.equal(new, logits[:, 5:-1].argmax(-1))
+
+
+@torch.no_grad()
+def test_a_shift_lets_all_tokens_meet():
+    def reaching(**fields):
+        """How many tokens change what is made of the last one."""
+        layered, given = model(groups=(GROUP,), layers=("gla",), **fields), tokens(32, rows=1)
+        last = layered(given)[0]
+        changed = [
+            given.index_fill(1, torch.tensor(place), int(given[0, place] + 1) % tiny.VOCAB) for place in range(32)
+        ]
+        return sum(not torch.equal(layered(other)[0], last) for other in changed)
+
+    assert reaching() == 8
+    assert reaching(group_shift=(0, 4), depth=7) == 32
+
+
+def test_a_shift_of_a_whole_group_is_refused():
+    with pytest.raises(ConfigError, match=r"^model\.group_shift=\[0, 8\]: layer 1 has groups of 8 tokens"):
+        model(groups=(GROUP,), group_shift=(0, 8))
+    with pytest.raises(ConfigError, match=r"^model\.group_shift=\[1\]: layer 0 has groups of 0 tokens"):
+        model(group_shift=(1,))
 
 
 @torch.no_grad()

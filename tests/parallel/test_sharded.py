@@ -162,6 +162,7 @@ def test_positions_are_the_rows_and_restart_with_each_document():
             after.tolist(),
             (doubled.offsets, doubled.cu_seqlens.tolist()),
             sequence.grouped(30).positions(tokens, here).tolist(),
+            sequence.grouped(30, None, 7).boundaries,
         ]
 
     found = run_ranks(cut.ranks, run)
@@ -173,6 +174,8 @@ def test_positions_are_the_rows_and_restart_with_each_document():
     twice = (tuple(2 * offset for offset in cut.offsets), [2 * boundary for boundary in cut.boundaries])
     assert all(part[2] == twice for part in found)
     assert [place for part in found for place in part[3]] == (places % 30).tolist()
+    shifted = [start for start, place in enumerate(places.tolist()) if place == 0 or (place + 7) % 30 == 0]
+    assert all(part[4] == (*shifted, cut.tokens) for part in found)
 
 
 @on_ranks(2, quick=True)

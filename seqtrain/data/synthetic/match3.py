@@ -1,7 +1,8 @@
 """Match3: whether a triple adds up (Sanford et al. 2023, arXiv 2306.02896), in a causal form."""
 
+import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -26,19 +27,24 @@ class Match3(Task):
         numbers: Annotated[int, Field(gt=0)] = 6
 
     config: Config
+    # Numbers that add up with a query.
+    terms: ClassVar[int] = 2
 
     def __init__(self, config: Config):
         super().__init__(config)
-        if config.numbers * (config.numbers + 1) // 2 >= config.modulus:
-            rule = f"all sums could occur among its pairs; it must be below sqrt(2 * modulus={config.modulus})"
-            raise self.config_error("numbers", rule)
+        if (sums := math.comb(config.numbers + self.terms - 1, self.terms)) >= config.modulus:
+            rule = f"all sums could occur among its {sums} of {self.terms}; these must be fewer than modulus="
+            raise self.config_error("numbers", f"{rule}{config.modulus}")
         self.vocab_size, self.chance, self.shortest = 2 * config.modulus + 2, 0.5, config.numbers + 1
 
     def example(self, length: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         modulus, count = self.config.modulus, self.config.numbers
         numbers = draw.integers(modulus, size=count)
         matched = np.zeros(modulus, dtype=bool)
-        matched[-(numbers[:, None] + numbers) % modulus] = True
+        sums = numbers
+        for _ in range(self.terms - 1):
+            sums = (sums[:, None] + numbers).flatten()
+        matched[-sums % modulus] = True
         answers = draw.integers(2, size=length - count)
         queries = np.where(
             answers,

@@ -56,7 +56,7 @@ class CountingContext(SequenceContext):
     flops: list[int] = field(default_factory=list)
     size: int | None = None
 
-    def grouped(self, size: int, past: Tensor | None = None) -> "CountingContext":
+    def grouped(self, size: int, past: Tensor | None = None, shift: int = 0) -> "CountingContext":
         return replace(self, size=size)
 
     def run(
