@@ -64,30 +64,33 @@ class Figure:
         return {"ratio": ratio, "spread": spread, "slower": ratio > 1 + max(spread, TOLERANCE)}
 
 
-def measure(tree: Path, preset: str, steps: int) -> dict[str, float]:
-    """CPU seconds of start-up with the first step, and of each of the `steps` that follow."""
+def measure(tree: Path, cache: Path, preset: str, steps: int) -> dict[str, float]:
+    """CPU seconds of start-up with the first step, and of each of the `steps` that follow.
+
+    `cache`: of the tree's prepared text, whose form differs between commits.
+    """
     with tempfile.TemporaryDirectory() as folder:
 
         def run(count: int) -> float:
-            words = f"{PRESETS[preset]} {COMMON} train.steps={count}".split()
+            words = f"{PRESETS[preset]} {COMMON} data.cache_dir={cache} train.steps={count}".split()
             return run_python(tree, ["launch/pretrain.py", *words, f"output_dir={folder}/{count}"])
 
         start = run(1)
         return {"start-up": start, "step": (run(1 + steps) - start) / steps}
 
 
-def compare(settings: Settings, old: Path, new: Path) -> list[Figure]:
-    """Every figure of every preset, the trees in turns; which one begins alternates."""
+def compare(settings: Settings, old: Path, new: Path, caches: Path) -> list[Figure]:
+    """Every figure of every preset, the trees in turns; which one begins alternates. `caches`: an empty folder."""
     names = settings.presets or tuple(PRESETS)
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     trees = [("old", old), ("new", new)]
-    for _, tree in trees:
+    for side, tree in trees:
         # Builds native kernels, prepares the corpus and fills the file cache.
-        measure(tree, names[0], 1)
+        measure(tree, caches / side, names[0], 1)
     for number in range(settings.rounds):
         for preset in names:
             for side, tree in trees if number % 2 == 0 else trees[::-1]:
-                for what, seconds in measure(tree, preset, settings.steps).items():
+                for what, seconds in measure(tree, caches / side, preset, settings.steps).items():
                     found.setdefault((preset, what), {"old": [], "new": []})[side].append(seconds)
     return [Figure(preset, what, **sides) for (preset, what), sides in found.items()]
 
@@ -95,8 +98,8 @@ def compare(settings: Settings, old: Path, new: Path) -> list[Figure]:
 def main(arguments: list[str]) -> int:
     settings = read_commit_settings(Settings, arguments)
     about = machine()
-    with checkout(settings.commit) as old:
-        figures = compare(settings, old, ROOT)
+    with checkout(settings.commit) as old, tempfile.TemporaryDirectory() as caches:
+        figures = compare(settings, old, ROOT, Path(caches))
     print(f"{about}, against {settings.commit}; CPU seconds, medians of {settings.rounds} rounds in turns")
     records = [asdict(figure) | figure.outcome() for figure in figures]
     rows = []
