@@ -59,6 +59,8 @@ class BatchSlice:
     parts: int = 1
     # Pieces of the packed row that run one after the other; the ranks divide each.
     segments: int = 1
+    # Whether some may have a row less than others; who has none reads a row without labels.
+    uneven: bool = False
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.ranks, self
@@ -68,6 +70,9 @@ class BatchSlice:
     def rows(self, batch_size: int) -> range:
         """Which of a batch's rows they are. Raises `ConfigError` if they don't come out even."""
         slices = self.ranks * self.micro_batches
+        if self.uneven:
+            offsets, number = even_offsets(batch_size, slices), self.micro_batch * self.ranks + self.rank
+            return range(offsets[number], offsets[number + 1])
         if batch_size % slices:
             raise ConfigError(
                 f"train.batch_size={batch_size}: must be a multiple of data-parallel ranks x micro-batches "
@@ -226,8 +231,10 @@ class RowBatches:
 
     def at(self, index: int, part: BatchSlice = WHOLE_BATCH) -> Batch:
         """A slice of batch `index`, from 0 on. All slices together are the same however many there are."""
-        rows = [self.row(index * self.batch_size + number) for number in part.rows(self.batch_size)]
-        return pack(rows, part, self.layout, step=index)
+        own = part.rows(self.batch_size)
+        rows = [self.row(index * self.batch_size + number) for number in own or range(1)]
+        batch = pack(rows, part, self.layout, step=index)
+        return batch if own else replace(batch, labels=torch.full_like(batch.labels, IGNORED))
 
     def epochs(self, batches: int) -> dict[str, float]:
         """Of a mixture, how often the text of each source has been read after so many batches, by `epochs/NAME`."""

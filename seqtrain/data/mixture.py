@@ -121,7 +121,7 @@ class MixtureBatches(RowBatches):
 
     def at(self, index: int, part: BatchSlice = WHOLE_BATCH) -> Batch:
         """As `RowBatches.at`."""
-        sources = tuple(self._dealt(index)[place][0] for place in part.rows(self.batch_size))
+        sources = tuple(self._dealt(index)[place][0] for place in part.rows(self.batch_size) or range(1))
         return replace(super().at(index, part), sources=sources)
 
     def epochs(self, batches: int) -> dict[str, float]:

@@ -111,7 +111,7 @@ def _machine(config: PretrainConfig) -> Machine:
 
 def _memory(config: PretrainConfig) -> float:
     """Bytes of a rank's GPU, or its part of this machine's."""
-    if config.runtime.address:
+    if config.runtime.cluster:
         raise ConfigError(
             f"train.memory_budget={config.train.memory_budget:g}: what memory the cluster at runtime.address has isn't "
             "known here; name bytes of a rank, as in train.memory_budget=60e9"
@@ -122,7 +122,7 @@ def _memory(config: PretrainConfig) -> float:
 
 
 def _on_gpus(config: PretrainConfig) -> bool:
-    return config.runtime.device != "cpu" and (torch.cuda.is_available() or bool(config.runtime.address))
+    return config.runtime.device != "cpu" and (torch.cuda.is_available() or bool(config.runtime.cluster))
 
 
 def _words(choice: Choice) -> str:

@@ -29,6 +29,8 @@ PULSE, PULSE_BYTES = "<QQqQQ", 40
 SAID_BYTES = 4000
 # Seconds without a call of the driver's after which nobody is taken to want the ranks any more.
 FORGOTTEN_SECONDS = 600.0
+# Seconds for which a network file system may hide a new file.
+SHOWN_SECONDS = 10.0
 # Seconds in which a process of Python's begins to listen.
 CONNECT_SECONDS = 60.0
 
@@ -40,7 +42,9 @@ class Host:
     """
 
     def __init__(self, paths: Sequence[str], folder: str, server: str = ""):
-        self._pulses = Path(tempfile.mkdtemp(prefix="seqtrain-ranks-"))
+        # Names of sockets are limited.
+        short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
+        self._pulses = Path(tempfile.mkdtemp(prefix="seqtrain-ranks-", dir=short))
         self._news = threading.Condition()
         self._version = 0
         self._about: dict[str, Any] | None = None
@@ -62,8 +66,11 @@ class Host:
             return {"host": socket.gethostname(), "port": _free_port(), **(self._about or {})}
 
     def unseen(self, paths: Sequence[str]) -> list[str]:
-        """Those of `paths` that aren't there for this machine."""
-        return [path for path in paths if not Path(path).exists()]
+        """Those of `paths` that aren't there for this machine; a network file system may take a while to show them."""
+        end = time.monotonic() + SHOWN_SECONDS
+        while (missing := [path for path in paths if not Path(path).exists()]) and time.monotonic() < end:
+            time.sleep(0.5)
+        return missing
 
     def start(self, environments: dict[int, dict[str, str]], work: bytes) -> None:
         """Forks a rank for each of these, by rank; `work`: a pickled function of a rank's `Pulse`."""

@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from seqtrain.runtime.cluster import Node, by_node
 from seqtrain.runtime.lease import EpochFolder
 from seqtrain.runtime.pulse import Pulse
 from seqtrain.runtime.ranks import join_group, pick_device
-from seqtrain.runtime.ray_hosts import Hosts
+from seqtrain.runtime.ray_hosts import LOST_SECONDS, Hosts
 from seqtrain.runtime.restarts import Failure
 from seqtrain.runtime.run_folder import log_to, read_lines
 from seqtrain.runtime.timeline import Timeline
@@ -38,7 +39,10 @@ LINES = 40
 
 
 class RankGroup:
-    """Ranks on `places`, one after the other. `poll` is called a few times a second."""
+    """Ranks on `places`, one after the other.
+
+    `poll` is called a few times a second; so is `leave`, which says why they are to save and make way, if they are.
+    """
 
     def __init__(
         self,
@@ -47,11 +51,15 @@ class RankGroup:
         places: Sequence[Node],
         poll: Callable[[], None],
         timeline: Timeline,
+        leave: Callable[[Mapping[int, RankState]], str] = lambda states: "",
         *,
         on_gpu: bool,
     ):
         self.session, self.hosts, self.places, self.poll, self.timeline = session, hosts, places, poll, timeline
-        self.on_gpu = on_gpu
+        self.leave, self.on_gpu = leave, on_gpu
+        # Why the ranks were asked to make way; machines that were lost.
+        self.left = ""
+        self.lost: list[str] = []
         runtime = session.config.runtime
         step = 0.0 if runtime.step_timeout_seconds == AUTO else float(runtime.step_timeout_seconds)
         self.watch = Watch(step_seconds=step, section_seconds=runtime.section_timeout_seconds)
@@ -61,28 +69,31 @@ class RankGroup:
     def run(self) -> Failure | None:
         """Starts the ranks and waits for their end; how they failed, if they did. Raises a mistake of the user's."""
         ended = False
-        lost: list[str] = []
         try:
             self._start()
             told = False
             while True:
-                states, lost = self.hosts.look(POLL_SECONDS)
+                states, self.lost = self.hosts.look(POLL_SECONDS)
                 self.poll()
                 raise_mistake(self.session)
                 if not told and (told := self.timeline.follow(states.values(), len(self.places))):
                     log.info("runtime: %s", self.timeline)
-                if failure := self._lost(lost) or self._failed(states) or self._hangs(states):
+                if not self.left and (why := self.leave(states)):
+                    self.left = why
+                    log.info("runtime: %s: the ranks are asked to save and make way", why)
+                    self.session.lease.own.stop.touch()
+                if failure := self._lost(states) or self._failed(states) or self._hangs(states):
                     return failure
                 if len(states) == len(self.places) and all(state.status == 0 for state in states.values()):
                     ended = True
                     return None
         finally:
             if not ended:
-                self.hosts.end(lost)
+                self.hosts.end(self.lost)
 
     def _start(self) -> None:
         shared: dict[str, str] = {"WORLD_SIZE": str(len(self.places)), "SEQTRAIN_STORE": ""}
-        if self.session.config.runtime.address:
+        if self.session.config.runtime.cluster:
             first = self.places[0]
             shared |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(self.hosts.port(first))}
         else:
@@ -110,14 +121,15 @@ class RankGroup:
 
         self.hosts.start(environments, cloudpickle.dumps(partial(run_rank, self.session, self.on_gpu)))
 
-    def _lost(self, lost: Sequence[str]) -> Failure | None:
-        for name in lost:
+    def _lost(self, states: Mapping[int, RankState]) -> Failure | None:
+        for name in self.lost:
             node = self.hosts.nodes[name]
             ranks = [rank for rank, place in enumerate(self.places) if place.id == name]
+            pid = states[ranks[0]].pid if ranks[0] in states else 0
             return Failure(
-                f"is lost with its machine {node}, which no longer answers",
+                f"is lost: its machine {node} no longer answers",
                 ranks[0],
-                self.hosts.place(node, 0),
+                self.hosts.place(node, pid),
                 "",
                 self._step(),
             )
@@ -127,14 +139,18 @@ class RankGroup:
         """Who failed first, and how: what a rank has left, or else one that was killed, or else the first to end."""
         if not any(state.status for state in states.values()):
             return None
-        end = time.monotonic() + BLAME_SECONDS
-        left = None
-        while time.monotonic() < end:
+        began = time.monotonic()
+        while True:
             left = left_error(self.session.lease.current())
             if left or any((state.status or 0) < 0 for state in states.values()):
                 break
-            states, _ = self.hosts.look(POLL_SECONDS)
+            # Who ended by itself has lost another, which may have gone with its machine.
+            if time.monotonic() - began > (LOST_SECONDS + BLAME_SECONDS if self.hosts.silent() else BLAME_SECONDS):
+                break
+            states, self.lost = self.hosts.look(POLL_SECONDS)
             raise_mistake(self.session)
+            if failure := self._lost(states):
+                return failure
         for state in states.values():
             if state.status:
                 said = "\n".join(state.said.splitlines()[-LINES:])
@@ -152,7 +168,9 @@ class RankGroup:
             memory = " (by someone, or for want of memory)" if -status == signal.SIGKILL else ""
             return self._failure(first, f"was ended by {name}{memory}")
         words = [line for line in first.said.splitlines() if line.strip()]
-        return self._failure(first, f"ended: {words[-1][:300] if words else f'status {status}'}")
+        failure = self._failure(first, f"has lost others: {words[-1][:300] if words else f'status {status}'}")
+        # That is not its machine's fault.
+        return replace(failure, place=failure.place and replace(failure.place, node=""))
 
     def _failure(self, state: RankState, what: str, kind: str = "", step: int | None = None) -> Failure:
         where = self.hosts.place(self.places[state.rank], state.pid)

@@ -16,6 +16,8 @@ from seqtrain.runtime.watch import LONGEST_LOOK, RankState, states_of
 
 # Seconds without an answer after which a machine is lost. Ray itself takes longer to notice a cable that is cut.
 LOST_SECONDS = 15.0
+# Seconds without an answer after which it may be.
+SILENT_SECONDS = 3.0
 # Seconds that an actor has to come up where there is room for it, and to say what it is.
 READY_SECONDS = 180.0
 # Calls of an actor that run at once: one watches, others end ranks.
@@ -103,6 +105,10 @@ class Hosts:
             self._states |= states_of(told)
         lost += [name for name, silent in self._silent.items() if silent > LOST_SECONDS and name not in lost]
         return dict(self._states), lost
+
+    def silent(self) -> bool:
+        """Whether one of the machines has not answered for a while."""
+        return any(silent > SILENT_SECONDS for silent in self._silent.values())
 
     def end(self, lost: Sequence[str] = ()) -> None:
         """Ends all ranks; gives up the nodes that are `lost`."""

@@ -20,7 +20,7 @@ RETRIES = 3
 
 def ray_pools(config: PretrainConfig) -> Pools | None:
     """Tasks of the cluster at `runtime.address`, as many at once as it has cores or `data.workers` says; else None."""
-    if config.runtime.name != "ray" or not config.runtime.address:
+    if not config.runtime.cluster:
         return None
 
     @contextmanager

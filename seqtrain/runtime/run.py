@@ -158,7 +158,7 @@ def _follow(
 
         if isinstance(session.task, Pretraining):
             display.say(_describe_model(config, corpus.vocab_size))
-        if not config.runtime.address and pick_device(config.runtime.device).type == "cpu" and native.must_build():
+        if not config.runtime.cluster and pick_device(config.runtime.device).type == "cpu" and native.must_build():
             with announced("building kernels (once)", display.say):
                 native.unavailable()
         launch(session, poll, display)

@@ -1,7 +1,9 @@
 """What a run can be told: one frozen dataclass a section, and the rules that hold between sections."""
 
+import json
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -148,11 +150,18 @@ class RuntimeConfig:
     name: Literal["ray", "inline"] = "ray"
     # Restarts without a new checkpoint between after which the run gives up (ray only).
     max_restarts: Count = 3
-    # Ray cluster to use, `host:port`; empty starts one on this machine that listens on 127.0.0.1 only.
+    # Ray cluster to use, `host:port` or auto; empty: RAY_ADDRESS of the environment, as `ray job submit` sets it, or
+    # else one is started on this machine that listens on 127.0.0.1 only.
     address: str = ""
+    # Fewest and most ranks of an elastic run, as [2,4] (ray only): parallel.data follows from the machines there are,
+    # the batch stays as it is. Empty: as many as parallel.* says.
+    workers: tuple[Positive, ...] = ()
+    # Seconds for which an elastic run that has lost machines waits for others before it goes on with fewer ranks.
+    replacement_seconds: Rate = 60.0
     # Processor of the ranks; `auto` is cuda where torch sees a GPU.
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # CPU cores and threads of a rank. auto, or 0: the machine's cores divided over the ranks (inline: torch's number).
+    # CPU cores and threads of a rank. auto, or 0: its machine's cores divided over the ranks there (inline: torch's
+    # number).
     cpus_per_worker: Annotated[int, Field(ge=0, le=MOST_CORES), OrAuto] = AUTO
     # Seconds after which a start that has stopped writing to output_dir may be replaced by another. More than a network
     # file system hides a change for.
@@ -164,6 +173,16 @@ class RuntimeConfig:
     step_timeout_seconds: Annotated[float, Field(gt=0, le=LONGEST_SECONDS), OrAuto] = AUTO
     # Seconds without progress before the same, while ranks start, score, save and end, and in the first step.
     section_timeout_seconds: Annotated[float, Field(gt=0, le=LONGEST_SECONDS)] = 1800.0
+
+    @property
+    def cluster(self) -> str:
+        """Address of the Ray cluster to use; empty for one of this machine alone."""
+        return (self.address or os.environ.get("RAY_ADDRESS", "")) if self.name == "ray" else ""
+
+    @property
+    def cluster_key(self) -> str:
+        """What names it."""
+        return f"runtime.address={self.address}" if self.address else f"RAY_ADDRESS={self.cluster}"
 
 
 @dataclass(frozen=True)
@@ -304,7 +323,7 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
         parallel = replace(parallel, data=_data_ranks(config))
     if train.micro_batch_size == AUTO:
         train = replace(train, micro_batch_size=_largest_divisor(unit(train) // parallel.data, limit=8))
-    if runtime.cpus_per_worker in (AUTO, 0):
+    if runtime.cpus_per_worker in (AUTO, 0) and not runtime.cluster:
         inline, cores = runtime.name == "inline", os.cpu_count() or 1
         threads = torch.get_num_threads() if inline else max(1, cores // parallel.ranks)
         runtime = replace(runtime, cpus_per_worker=threads)
@@ -316,15 +335,36 @@ def _data_ranks(config: PretrainConfig) -> int:
     runtime, others = config.runtime, config.parallel.sequence * config.parallel.tensor
     if runtime.name == "inline":
         return max(1, int(os.environ.get("WORLD_SIZE", 1)) // others)
-    if runtime.address:
-        raise ConfigError(
-            f"parallel.data=auto: how many ranks the cluster at runtime.address={runtime.address} has isn't known "
-            "before it is asked; name a number"
-        )
+    if runtime.workers:
+        return max(1, max(runtime.workers) // others)
+    if runtime.cluster:
+        _check_address(runtime)
+        there = ask_for_ranks(runtime)
+        return _largest_divisor(unit(config.train), limit=max(1, there // others))
     gpus = torch.cuda.device_count() if runtime.device != "cpu" else 0
     # More processes on a CPU take more memory and no less time: the other cores are threads.
     there = gpus or min(2, os.cpu_count() or 1)
     return _largest_divisor(unit(config.train), limit=there // others)
+
+
+def ask_for_ranks(runtime: RuntimeConfig) -> int:
+    """How many ranks the cluster has room for: its GPUs, or else a rank a machine. Raises `ConfigError`.
+
+    It is asked by a process of its own: this one may not have threads yet.
+    """
+    code = (
+        "import json, logging, sys, ray\n"
+        "ray.init(address=sys.argv[1], logging_level=logging.ERROR, log_to_driver=False)\n"
+        "print(json.dumps([node['Resources'] for node in ray.nodes() if node['Alive']]))\n"
+    )
+    asked = subprocess.run([sys.executable, "-c", code, runtime.cluster], capture_output=True, text=True)
+    try:
+        there = json.loads(asked.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        why = (asked.stderr.strip().splitlines() or ["no answer"])[-1][:300]
+        raise ConfigError(f"{runtime.cluster_key}: no Ray cluster answers there: {why}") from None
+    gpus = 0 if runtime.device == "cpu" else int(sum(node.get("GPU", 0) for node in there))
+    return gpus or sum(node.get("CPU", 0) >= 1 for node in there)
 
 
 def _largest_divisor(number: int, *, limit: int) -> int:
@@ -369,6 +409,7 @@ def check(config: PretrainConfig) -> None:
     _check_averages(config)
     _check_batch(config)
     _check_ranks(config)
+    _check_workers(config)
     _check_shard(config)
     _check_wire(config)
     _check_experts(config)
@@ -506,7 +547,7 @@ def _check_model(config: PretrainConfig) -> None:
         # Sizes that are no tensor's.
         raise ConfigError(f"model.width={model.width}: a block can't be made: {str(error).splitlines()[0]}") from None
     needed = 4 * sum(parameter.numel() for parameter in sample.parameters()) * model.depth // depth
-    alone = not config.runtime.address and config.parallel.zero_stage < 3 and "RANK" not in os.environ
+    alone = not config.runtime.cluster and config.parallel.zero_stage < 3 and "RANK" not in os.environ
     most = psutil.virtual_memory().total if alone and config.runtime.device == "cpu" else MOST_BYTES
     if needed > most:
         name, largest = max(sample.named_parameters(), key=lambda named: named[1].numel())
@@ -532,6 +573,12 @@ def _check_batch(config: PretrainConfig) -> None:
             f"tokens; at most {MOST_TOKENS:.1e}"
         )
     batch, ranks, micro = config.train.batch_size, config.parallel.data, config.train.micro_batch_size
+    if uneven(config):
+        if ranks > unit(config.train):
+            raise ConfigError(
+                f"parallel.data={ranks}: more groups of ranks than sequences, train.batch_size={batch}; use {batch}"
+            )
+        return
     if batch % ranks:
         raise ConfigError(
             f"train.batch_size={batch}: must be a multiple of parallel.data={ranks}; use {-(-batch // ranks) * ranks}"
@@ -604,8 +651,13 @@ def units(train: TrainConfig, step: int) -> range:
 
 
 def micro_batch(config: PretrainConfig) -> int:
-    """Sequences a group of ranks runs through the model at once: as asked for, or all it has where that is fewer."""
-    return min(config.train.micro_batch_size, unit(config.train) // config.parallel.data)
+    """Most sequences a group of ranks runs through the model at once: as asked for, or all where it has fewer."""
+    return min(config.train.micro_batch_size, -(-unit(config.train) // config.parallel.data))
+
+
+def uneven(config: PretrainConfig) -> bool:
+    """Whether groups of ranks may have a sequence less than others in a step."""
+    return len(config.runtime.workers) > 0
 
 
 def micro_batches(config: PretrainConfig) -> int:
@@ -613,7 +665,7 @@ def micro_batches(config: PretrainConfig) -> int:
 
     While the batch warms up, fewer.
     """
-    return config.train.batch_size // (config.parallel.data * micro_batch(config))
+    return -(-config.train.batch_size // (config.parallel.data * micro_batch(config)))
 
 
 def segments(config: PretrainConfig, rows: int = 0) -> int:
@@ -639,15 +691,51 @@ def _check_ranks(config: PretrainConfig) -> None:
         )
 
 
-def _check_device(config: PretrainConfig) -> None:
-    address = config.runtime.address
-    host = address.removeprefix("ray://").rsplit(":", 1)[0]
+def _check_workers(config: PretrainConfig) -> None:
+    runtime, parallel = config.runtime, config.parallel
+    if not runtime.workers:
+        return
+    key, others = f"runtime.workers={list(runtime.workers)}", parallel.sequence * parallel.tensor
+    if runtime.name != "ray":
+        raise ConfigError(f"{key}: torchrun's ranks are as many as it starts; leave it out, or use runtime=ray")
+    if len(runtime.workers) != 2 or runtime.workers[0] > runtime.workers[1]:
+        raise ConfigError(f"{key}: must be the fewest and the most ranks, as [2,4]")
+    if runtime.workers[1] // others * others < max(runtime.workers[0], others):
+        raise ConfigError(
+            f"{key}: no number of ranks between is a multiple of parallel.sequence x parallel.tensor={others}; use "
+            f"[{others},{others * parallel.data}]"
+        )
+    if parallel.ranks > runtime.workers[1]:
+        raise ConfigError(f"parallel.data={parallel.data}: follows from {key}; leave it out")
+    for there, other in (
+        (parallel.experts > 1, f"parallel.experts={parallel.experts}"),
+        (parallel.shard != AUTO, f"parallel.shard={parallel.shard}"),
+        (bool(config.model.router.balance), "routers whose balance is a micro-batch's, model.router.balance"),
+        (config.data.carry_rows > 1, f"data.carry_rows={config.data.carry_rows}"),
+        (len(config.train.batch_warmup) > 0, f"train.batch_warmup={list(config.train.batch_warmup)}"),
+    ):
+        if there:
+            raise ConfigError(f"{key}: isn't offered with {other}; leave one of them out")
+
+
+def _check_address(runtime: RuntimeConfig) -> None:
+    address = runtime.cluster
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"{runtime.cluster_key}: Ray's client can't start ranks; start the program on a machine of the cluster, or "
+            "with ray job submit"
+        )
+    host = address.rsplit(":", 1)[0]
     if host not in ("", "auto", "localhost", "127.0.0.1") and os.environ.get("RAY_AUTH_MODE") != "token":
         raise ConfigError(
-            f"runtime.address={address}: a cluster beyond this machine must ask for a token; start it and this program "
+            f"{runtime.cluster_key}: a cluster beyond this machine must ask for a token; start it and this program "
             "with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
         )
-    if address or torch.cuda.is_available():
+
+
+def _check_device(config: PretrainConfig) -> None:
+    _check_address(config.runtime)
+    if config.runtime.cluster or torch.cuda.is_available():
         return
     if config.train.offload_activations:
         raise ConfigError(

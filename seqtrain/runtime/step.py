@@ -25,7 +25,7 @@ from seqtrain.runtime.ranks import Ranks
 from seqtrain.runtime.read_ahead import ReadAhead
 from seqtrain.runtime.schedule import learning_rate
 from seqtrain.runtime.segmented import Segment, cut, passes, segment_losses
-from seqtrain.runtime.settings import PretrainConfig, micro_batch, segments, unit, units
+from seqtrain.runtime.settings import PretrainConfig, micro_batch, segments, uneven, unit, units
 from seqtrain.runtime.signals import stop_requested
 from seqtrain.runtime.task import Callback, Trainable
 
@@ -76,7 +76,7 @@ class TrainState:
 
     def _read(self, step: int) -> list[Batch]:
         train, rows = self.config.train, unit(self.config.train)
-        of = rows // (self.config.parallel.data * micro_batch(self.config))
+        of = -(-rows // (self.config.parallel.data * micro_batch(self.config)))
         return [
             self.trainable.batches.at(index, self.slice(number, of))
             for index in units(train, step)
@@ -96,7 +96,8 @@ class TrainState:
     def slice(self, number: int = 0, of: int = 1) -> BatchSlice:
         """What this rank reads of a batch: micro-batch `number` of `of`."""
         mesh, pieces = self.mesh, self.segments
-        return BatchSlice(mesh.data_rank, mesh.data_ranks, number, of, mesh.sequence_rank, mesh.sequence_ranks, pieces)
+        of_row = mesh.sequence_rank, mesh.sequence_ranks, pieces, uneven(self.config)
+        return BatchSlice(mesh.data_rank, mesh.data_ranks, number, of, *of_row)
 
     def cut(self, batch: Batch) -> list[Segment]:
         """What runs through the model one after the other."""

@@ -189,6 +189,19 @@ def test_a_tokenizer_that_normalises_is_scored_on_the_raw_text(config, tmp_path,
     assert total == pytest.approx(stream.bytes, rel=0.01)
 
 
+def test_uneven_shares_are_the_whole_batch_once(corpus):
+    """8 rows over 3 x 3 slices: the last has none, and reads a row without labels."""
+    batches = training(corpus)
+    slices = [BatchSlice(rank, 3, number, 3, uneven=True) for number in range(3) for rank in range(3)]
+    parts = [batches.at(1, each) for each in slices]
+    assert sorted(part.tokens.shape[1] for part in parts) == [batches.layout.length] * 9
+    whole = batches.at(1)
+    held = [part for each, part in zip(slices, parts, strict=True) if each.rows(8)]
+    assert len(held) == 8
+    assert torch.equal(torch.cat([part.tokens for part in held], 1), whole.tokens)
+    assert sum(part.label_count for part in parts) == whole.label_count
+
+
 def test_sizes_that_do_not_come_out_even(corpus):
     with pytest.raises(ConfigError, match=r"train\.batch_size=8: must be a multiple of .* = 3 x 2; use 12"):
         training(corpus).at(0, BatchSlice(ranks=3, micro_batches=2))

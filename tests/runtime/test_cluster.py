@@ -2,7 +2,11 @@
 
 import random
 
+import pytest
+
 from seqtrain.runtime.cluster import Node, drawn, place, straddling
+from seqtrain.runtime.driver import sizes
+from tests.runtime.runtime_cases import change, losses, score, small_config, train_on
 
 
 def node(number, cpus=8, rack=""):
@@ -53,3 +57,22 @@ def test_a_layout_is_drawn_by_node():
         "  node0 (10.0.0.0): [0-3][8 9 ..]",
         "  node1 (10.0.0.1), rack r2: [4-7][.. 10 11]",
     ]
+
+
+def test_an_elastic_run_has_as_many_ranks_as_its_sequences_allow(tmp_path):
+    config = small_config(tmp_path, parallel={"sequence": 2, "data": 4}, runtime={"name": "ray", "workers": (3, 8)})
+    assert sizes(config) == [8, 6, 4]
+    assert sizes(change(config, runtime={"workers": ()})) == [8]
+
+
+@pytest.mark.all
+def test_uneven_shares_give_the_losses_of_the_whole_batch(tmp_path):
+    config = small_config(tmp_path, train={"micro_batch_size": 1, "batch_size": 8, "steps": 4})
+    uneven = [
+        change(config, f"on{data}", parallel={"data": data, "zero_stage": stage}, runtime={"workers": (1, 8)})
+        for data, stage in ((3, 2), (5, 0))
+    ]
+    train_on(config, *uneven)
+    for each in uneven:
+        assert losses(each) == pytest.approx(losses(config), rel=1e-6)
+        assert score(each) == pytest.approx(score(config), rel=1e-6)

@@ -176,6 +176,9 @@ class HostsOf:
     def place(self, node, pid):
         return Place(node.host, pid, node.id)
 
+    def silent(self):
+        return False
+
     def look(self, seconds):
         return {}, []
 
