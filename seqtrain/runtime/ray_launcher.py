@@ -25,7 +25,7 @@ from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ray_hosts import python_paths
 from seqtrain.runtime.restarts import WorkerError
 from seqtrain.runtime.resume import what_is_kept
-from seqtrain.runtime.settings import PretrainConfig
+from seqtrain.runtime.settings import PretrainConfig, check_answers
 from seqtrain.runtime.signals import kept_handlers
 from seqtrain.runtime.timeline import Timeline
 from seqtrain.runtime.worker import Session
@@ -113,6 +113,7 @@ def start_ray(config: PretrainConfig) -> None:
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if config.runtime.cluster:
+        check_answers(config.runtime)
         options["address"] = config.runtime.cluster
     else:
         cpus = max(os.cpu_count() or 1, config.parallel.ranks * config.runtime.cpus_per_worker)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,8 @@ MOST_TOKENS, MOST_BYTES = 2**33, 10**15
 MOST_SHARDED = 64
 # A year, and more cores than a machine has.
 LONGEST_SECONDS, MOST_CORES = 31_536_000, 4096
+# Seconds in which a cluster says what it has.
+ANSWER_SECONDS = 120.0
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -357,14 +360,31 @@ def ask_for_ranks(runtime: RuntimeConfig) -> int:
         "ray.init(address=sys.argv[1], logging_level=logging.ERROR, log_to_driver=False)\n"
         "print(json.dumps([node['Resources'] for node in ray.nodes() if node['Alive']]))\n"
     )
-    asked = subprocess.run([sys.executable, "-c", code, runtime.cluster], capture_output=True, text=True)
+    check_answers(runtime)
+    command = [sys.executable, "-c", code, runtime.cluster]
     try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
         there = json.loads(asked.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"{runtime.cluster_key}: no answer within {ANSWER_SECONDS:.0f} s") from None
     except (IndexError, ValueError):
         why = (asked.stderr.strip().splitlines() or ["no answer"])[-1][:300]
         raise ConfigError(f"{runtime.cluster_key}: no Ray cluster answers there: {why}") from None
     gpus = 0 if runtime.device == "cpu" else int(sum(node.get("GPU", 0) for node in there))
     return gpus or sum(node.get("CPU", 0) >= 1 for node in there)
+
+
+def check_answers(runtime: RuntimeConfig) -> None:
+    """Raises `ConfigError` where nothing listens at the cluster's address: Ray would try for minutes."""
+    host, _, port = runtime.cluster.rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{runtime.cluster_key}: no Ray cluster answers there ({error.strerror or error}); start one, or leave it out"
+        ) from None
 
 
 def _largest_divisor(number: int, *, limit: int) -> int:

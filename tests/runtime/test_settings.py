@@ -93,8 +93,12 @@ def test_auto_becomes_a_number_once(tmp_path, monkeypatch):
     assert resolve(config) == config
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert resolve(small_config(tmp_path, **auto)).parallel.data == 4
-    with pytest.raises(ConfigError, match=r"parallel.data=auto: .* runtime.address=127.0.0.1:6379 .*; name a number"):
-        resolve(small_config(tmp_path, **auto | {"runtime": {"name": "ray", "address": "127.0.0.1:6379"}}))
+    with pytest.raises(ConfigError, match=r"runtime.address=127.0.0.1:9: no Ray cluster answers .*refused"):
+        resolve(small_config(tmp_path, **auto | {"runtime": {"name": "ray", "address": "127.0.0.1:9"}}))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS=127.0.0.1:9: no Ray cluster answers"):
+        resolve(small_config(tmp_path, **auto | {"runtime": {"name": "ray"}}))
+    monkeypatch.delenv("RAY_ADDRESS")
 
 
 def test_only_a_schedule_with_a_decay_is_told_apart_by_it(tmp_path):
