@@ -33,10 +33,12 @@ from seqtrain.errors import ConfigError
 from seqtrain.parallel.schedules.links import Cluster
 from seqtrain.planning.cases import CASES, LAYOUTS, Case, layout_words
 from seqtrain.planning.counts import ModelCounter
+from seqtrain.planning.goodput import Failures, describe_failures
 from seqtrain.planning.layout import Layout, Machine, Prediction, predict, read_cluster
 from seqtrain.planning.run_config import at_once, count_run, counter_of, last_of_each, layout_of, read_run
 from seqtrain.planning.scaling import Scheme
 from seqtrain.runtime import PretrainConfig
+from seqtrain.runtime.cadence import RANK_HOURS
 from seqtrain.runtime.settings import MOST_SHARDED, check_tensor, micro_batch, segments
 
 GIB = 2**30
@@ -58,6 +60,12 @@ class Settings:
     tokens: Annotated[float, Field(ge=0)] = 0.0
     # Ids of the vocabulary; 0: of data.tokenizer.
     vocab_size: Annotated[int, Field(ge=0)] = 0
+    # Hours of a rank from one of its failures to the next: GPU hours of the cluster divided by its failures.
+    failure_hours: Annotated[float, Field(gt=0)] = RANK_HOURS
+    # Seconds that training stands still for a checkpoint, and from a failure to the first step after it: a rank's death
+    # is noticed at once, a machine's in 20 s, a hang in a minute or two; run.log says what a start takes.
+    save_seconds: Annotated[float, Field(ge=0)] = 10.0
+    restart_seconds: Annotated[float, Field(ge=0)] = 120.0
     # Layouts shown.
     shown: Annotated[int, Field(gt=0)] = 10
     # Check: layouts measured, in order; 0: all. Steps of each.
@@ -313,6 +321,9 @@ def show(
     shown, length = found[: settings.shown], config.train.sequence_length
     rows = [cells(one, machine, length) for one in shown]
     said = describe(found[0], machine, steps, length)
+    ranks, hours = found[0].layout.ranks, settings.failure_hours
+    failures = Failures(3600 * hours / ranks, settings.save_seconds, settings.restart_seconds)
+    said.append(describe_failures(ranks, rank_hours=hours, failures=failures))
     if settings.nodes > 1:
         said.append(f"{settings.nodes} nodes: add runtime.address of your Ray cluster, as docs/howto/nodes.md says")
     report.show_table(COLUMNS, rows)

@@ -383,7 +383,7 @@ def check_answers(runtime: RuntimeConfig) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
         raise ConfigError(
-            f"{runtime.cluster_key}: no Ray cluster answers there: {error.strerror or error}; start one, or leave it out"
+            f"{runtime.cluster_key}: no Ray cluster answers: {error.strerror or error}; start one, or leave it out"
         ) from None
 
 
