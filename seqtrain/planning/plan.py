@@ -38,7 +38,6 @@ from seqtrain.planning.layout import Layout, Machine, Prediction, predict, read_
 from seqtrain.planning.run_config import at_once, count_run, counter_of, last_of_each, layout_of, read_run
 from seqtrain.planning.scaling import Scheme
 from seqtrain.runtime import PretrainConfig
-from seqtrain.runtime.cadence import RANK_HOURS
 from seqtrain.runtime.settings import MOST_SHARDED, check_tensor, micro_batch, segments
 
 GIB = 2**30
@@ -61,7 +60,7 @@ class Settings:
     # Ids of the vocabulary; 0: of data.tokenizer.
     vocab_size: Annotated[int, Field(ge=0)] = 0
     # Hours of a rank from one of its failures to the next: GPU hours of the cluster divided by its failures.
-    failure_hours: Annotated[float, Field(gt=0)] = RANK_HOURS
+    failure_hours: Annotated[float, Field(gt=0)] = 8000.0
     # Seconds that training stands still for a checkpoint, and from a failure to the first step after it: a rank's death
     # is noticed at once, a machine's in 20 s, a hang in a minute or two; run.log says what a start takes.
     save_seconds: Annotated[float, Field(ge=0)] = 10.0

@@ -93,7 +93,7 @@ def test_auto_becomes_a_number_once(tmp_path, monkeypatch):
     assert resolve(config) == config
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert resolve(small_config(tmp_path, **auto)).parallel.data == 4
-    with pytest.raises(ConfigError, match=r"runtime.address=127.0.0.1:9: no Ray cluster answers .*refused"):
+    with pytest.raises(ConfigError, match=r"runtime.address=127.0.0.1:9: no Ray cluster answers: .*refused"):
         resolve(small_config(tmp_path, **auto | {"runtime": {"name": "ray", "address": "127.0.0.1:9"}}))
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(ConfigError, match=r"RAY_ADDRESS=127.0.0.1:9: no Ray cluster answers"):
