@@ -39,6 +39,10 @@ class CheckpointError(SeqtrainError):
     """A checkpoint that is missing, damaged, or of another model; the message names the folder."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that is incomplete or not what was written: the one before may serve."""
+
+
 class FencedError(SeqtrainError):
     """Another start has taken over the folder of this run, so nothing more may be written there."""
 

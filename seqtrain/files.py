@@ -85,6 +85,17 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def read_range(file: Path, begin: int, end: int) -> bytes:
+    """The bytes from `begin` to `end` of a file, or those of them that it has."""
+    with file.open("rb", buffering=0) as opened:
+        opened.seek(begin)
+        found = bytearray()
+        # Linux reads 2 GiB at once at most.
+        while len(found) < end - begin and (part := opened.read(end - begin - len(found))):
+            found += part
+        return bytes(found)
+
+
 def read_record(file: Path, *, limit: int = LARGEST_RECORD) -> bytes:
     """The content of a small file. Raises `OSError`, or `ValueError` for what is no file or larger than `limit`."""
     # A pipe would be waited for, a device read for ever.

@@ -108,7 +108,7 @@ def pick_moment(chance: random.Random) -> tuple[str, Callable[[Run], Callable[[]
     seconds, step = chance.uniform(1, 15), chance.randint(1, STEPS - 1)
 
     def saving(run: Run) -> bool:
-        return run.step() >= step - EVERY and any(run.folder.checkpoints.glob(".*.partial"))
+        return run.step() >= step - EVERY and any(run.folder.checkpoints.glob("*/rank-*.json"))
 
     began = time.monotonic()
     return chance.choice(

@@ -265,7 +265,7 @@ class Training:
         found = checkpoint.find(Path(config.output_dir) / "checkpoints")
         assert found is not None, config.output_dir
         assert found.progress.step == config.train.steps, found
-        return mapped([found.folder / checkpoint.WEIGHTS])
+        return found.state_dict()
 
     def _finish(self, name: str, config: PretrainConfig, about: dict[str, Any]) -> None:
         folder = Path(config.output_dir)

@@ -37,10 +37,3 @@ def dispatch_and_combine(rows: Tensor, counts: Tensor, work: Work, *, group: dis
 def local_experts(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Of `[E,...]`, an entry an expert, a copy of this rank's part, the next E / P of P ranks."""
     return whole.chunk(group.size())[group.rank()].clone()
-
-
-def gather_experts(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The reverse; all ranks of `group` call it."""
-    parts = [torch.empty_like(own) for _ in range(group.size())]
-    dist.all_gather(parts, own.contiguous(), group=group)
-    return torch.cat(parts)

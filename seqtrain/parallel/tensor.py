@@ -153,18 +153,6 @@ class Division:
             spread.append(piece.split(sizes, self.dim))
         return torch.cat([part for parts in zip(*spread, strict=True) for part in parts], self.dim)
 
-    def gather(self, own: Tensor, tensor: TensorParallel) -> Tensor:
-        """The whole of the pieces that `tensor`'s ranks have. They all call it."""
-        lengths = [sum(end - begin for begin, end in self.places(rank, tensor.count)) for rank in range(tensor.count)]
-        # Equal pieces are sent, whatever a rank has.
-        shape = list(own.shape)
-        shape[self.dim] = max(lengths)
-        padded = own.new_zeros(shape)
-        padded.narrow(self.dim, 0, own.shape[self.dim]).copy_(own)
-        pieces = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(pieces, padded, group=tensor.group)
-        return self.whole([piece.narrow(self.dim, 0, length) for piece, length in zip(pieces, lengths, strict=True)])
-
 
 def divisions(local: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, Division]:
     """The weights of `local` that are a rank's pieces of whole ones of these `shapes`, and how these are divided.

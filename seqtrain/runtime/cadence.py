@@ -39,6 +39,8 @@ class SaveClock:
     failures: int = 0
     first_start: float = field(default_factory=time.time)
     now: Callable[[], float] = time.monotonic
+    # Whether the last save is still being written, for which another would wait.
+    busy: Callable[[], bool] = lambda: False
     # Seconds that training stood still for the last save; None before the first.
     cost: float | None = None
 
@@ -47,7 +49,7 @@ class SaveClock:
 
     def due(self) -> bool:
         """Whether it is time for a save."""
-        return self.config.minutes != 0 and self.now() - self._last >= self.interval()
+        return self.config.minutes != 0 and self.now() - self._last >= self.interval() and not self.busy()
 
     def interval(self) -> float:
         """Seconds between two saves."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from seqtrain.data.batches import even_offsets
 from seqtrain.initialization import WHOLE, Fill, materialize
 from seqtrain.memory import give_back_free_memory, large_tensors_given_back
 from seqtrain.models.divided import Divided
@@ -19,10 +20,12 @@ from seqtrain.parallel.mesh import Mesh, Shards
 from seqtrain.runtime.compilation import compile_model
 from seqtrain.runtime.expert_parallel import ExpertParallel
 from seqtrain.runtime.offload import offload_activations
-from seqtrain.runtime.optimizer_state import OptimizerState
+from seqtrain.runtime.optimizer_state import OptimizerState, own_piece
 from seqtrain.runtime.optimizers import OPTIMIZERS, build_optimizer, set_learning_rate
 from seqtrain.runtime.ranks import Ranks, keeps_host_order
+from seqtrain.runtime.restoring import IN_TRAINING
 from seqtrain.runtime.settings import PretrainConfig, micro_batch, micro_batches, segments
+from seqtrain.runtime.slices import WEIGHT, Piece
 from seqtrain.runtime.tensor_parallel import ModelParallelUnit, mark_parts
 from seqtrain.runtime.whole_matrices import WholeMatrices, place_blocks, split_groups
 from seqtrain.runtime.zero import Replicas, send_matrices_in_bfloat16, share_weights, stage_3_sizes
@@ -263,11 +266,7 @@ class Engine:
 
         if self._replicas is not None and not self._replicas.first:
             return
-        divided, ranks = self._divided, self._ranks
-        if divided is not None:
-            # Those that have the same parts.
-            count = divided.tensor.count
-            ranks = replace(ranks, rank=ranks.rank // count, count=ranks.count // count)
+        divided, ranks = self._divided, self._alike
         for name, weight in self.module.named_parameters():
             again = divided is not None and divided.tensor.rank > 0 and name not in divided.divisions
             if again or not weight.requires_grad:
@@ -336,32 +335,78 @@ class Engine:
             parameter.data = safe_get_full_fp32_param(parameter)
         return rounded
 
-    def weights(self, *, besides: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter but those called `besides` once, by name: the float32 weight in its full shape.
+    def shapes(self, *, besides: Collection[str] = ()) -> dict[str, list[int]]:
+        """Of what `pieces` gives the pieces of, the whole shapes."""
+        shapes = {name: self._whole_shape(name, weight) for name, weight in self._named(besides)}
+        return {name: list(shape) for name, shape in (shapes | {n: b.shape for n, b in self._buffers()}).items()}
 
-        Where the optimizer averages weights, those. A collective in stage 3, and of sharded experts.
+    def pieces(self, *, besides: Collection[str] = (), moments: bool) -> Iterator[Piece]:
+        """What this rank writes of a checkpoint: of each parameter but those called `besides`, and of each buffer.
+
+        Together the ranks' pieces are everything once: who hold the same share it out. Weights are float32, and those
+        the model is used with: averages, where the optimizer has such; then `y` are those in training. `moments`:
+        whether the optimizer has any. Values are views, of what the next step changes.
         """
-        with self.averaged():
-            yield from self._weights(besides)
-
-    def _weights(self, besides: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.module.named_parameters():
-            if name in besides:
+        self.optimizer_state.link()
+        for name, weight in self._named(besides):
+            begin, values, share = self._own(name, weight)
+            first, last = share.indices(len(values))[:2]
+            if first >= last:
                 continue
-            if (self._masters or (self._narrow and self.stage == 3)) and parameter.requires_grad:
-                # What ZeRO gathers is rounded.
-                from deepspeed.utils import safe_get_full_fp32_param
+            held = self.optimizer_state.local(name) if moments and weight.requires_grad else {}
+            own = {key: each.detach()[first:last] for key, each in held.items()}
+            values = values.detach()[first:last]
+            if (average := self.optimizer_state.averaged(values, own)) is not None:
+                own[IN_TRAINING], values = values, average
+            cuts = self._expert_parallel.cuts(name, weight.shape)
+            yield Piece(name, begin + first, {WEIGHT: values, **own}, cuts)
+        for name, buffer in self._buffers():
+            offsets = even_offsets(buffer.numel(), self._ranks.count)
+            first, last = offsets[self._ranks.rank : self._ranks.rank + 2]
+            if first < last:
+                yield Piece(name, first, {WEIGHT: buffer.detach().flatten()[first:last]})
 
-                yield name, safe_get_full_fp32_param(parameter)
-                continue
-            if self.stage < 3:
-                yield name, self._expert_parallel.whole(name, parameter.detach())
-                continue
-            from deepspeed.runtime.zero import GatheredParameters
+    def _named(self, besides: Collection[str]) -> Iterator[tuple[str, Any]]:
+        return ((name, weight) for name, weight in self.module.named_parameters() if name not in besides)
 
-            with GatheredParameters([parameter]):
-                whole = parameter.detach().clone()
-            yield name, whole
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        """Those that are saved."""
+        parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
+        return [(name, each) for name, each in self.module.state_dict().items() if name not in parameters]
+
+    def _whole_shape(self, name: str, weight: Any) -> torch.Size:
+        return self._expert_parallel.whole_shape(name, weight.ds_shape if self.stage == 3 else weight.shape)
+
+    def _own(self, name: str, weight: Any) -> tuple[int, Tensor, slice]:
+        """The numbers that this rank holds of a weight, flat, where they begin in it, and which of them it writes."""
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        divided, replicas = self._divided, self._replicas
+        share = WHOLE
+        if self.stage == 3:
+            begin, end = own_piece(weight)
+            piece = safe_get_local_fp32_param(weight) if weight.requires_grad else weight.ds_tensor
+            found = piece.flatten()[: end - begin]
+        elif self.stage and weight.requires_grad:
+            mapping = vars(weight)["_hp_mapping"]
+            if mapping is None:
+                return 0, weight.new_empty(0), WHOLE
+            begin, found = mapping.lp_fragment_address.start, mapping.hp_fragment
+        else:
+            begin, found = 0, weight.detach().view(-1)
+            share, replicas = self._expert_parallel.share(name, len(found), self._alike), None
+        if divided is not None and divided.tensor.rank and name not in divided.divisions:
+            # Each of the ranks that divide layers has it.
+            return begin, found, slice(0, 0)
+        if replicas is not None:
+            share = replicas.share(len(found))
+        return begin, found, share
+
+    @property
+    def _alike(self) -> Ranks:
+        """This rank's place among those that have the same parts of layers."""
+        count = self._divided.tensor.count if self._divided is not None else 1
+        return replace(self._ranks, rank=self._ranks.rank // count, count=self._ranks.count // count)
 
 
 def _deepspeed_config(config: PretrainConfig, device: torch.device, model: nn.Module) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from seqtrain.data.batches import even_offsets
 from seqtrain.errors import ConfigError
 from seqtrain.models.divided import Divided
 from seqtrain.models.feed_forward import MoE
-from seqtrain.parallel.experts import gather_experts, local_experts
+from seqtrain.parallel.experts import local_experts
 from seqtrain.runtime.ranks import Ranks
+from seqtrain.runtime.slices import Cut
 
 
 class ExpertParallel:
@@ -76,13 +77,23 @@ class ExpertParallel:
         offsets = even_offsets(numbers, ranks.count // others)
         return slice(*offsets[ranks.rank // others :][:2])
 
-    def whole(self, name: str, value: Tensor) -> Tensor:
-        """The whole of `value`, of the shape of this rank's parameter `name`. A collective where that is a part."""
+    def is_part(self, name: str) -> bool:
+        """Whether this rank has a part of the parameter `name`, by its experts or by its part of the layer."""
+        return (self.group is not None and name in self._names) or (
+            self._divided is not None and name in self._divided.divisions
+        )
+
+    def cuts(self, name: str, shape: torch.Size) -> list[Cut]:
+        """Where this rank's part of a parameter, of `shape`, lies in the whole; empty where it has the whole."""
+        found: list[Cut] = []
         if self.group is not None and name in self._names:
-            value = gather_experts(value, self.group)
-        if self._divided is None or name not in self._divided.divisions:
-            return value
-        return self._divided.divisions[name].gather(value, self._divided.tensor)
+            first = self.group.rank() * shape[0]
+            found.append((0, [(first, first + shape[0])]))
+        if self._divided is not None and name in self._divided.divisions:
+            division, tensor = self._divided.divisions[name], self._divided.tensor
+            places = [(begin, end) for begin, end in division.places(tensor.rank, tensor.count) if begin < end]
+            found.append((division.dim, places))
+        return found
 
     def whole_shape(self, name: str, shape: torch.Size) -> torch.Size:
         """Of the parameter `name`, of which this rank's part has `shape`."""
@@ -93,7 +104,7 @@ class ExpertParallel:
         return torch.Size((shape[0] * self.group.size(), *shape[1:]))
 
     def own(self, name: str, value: Tensor) -> Tensor:
-        """The reverse."""
+        """This rank's part of the whole parameter `name`, or of anything of its shape."""
         value = value if self._divided is None else self._divided.own(name, value)
         return local_experts(value, self.group) if self.group is not None and name in self._names else value
 

@@ -89,23 +89,35 @@ def open_run(path: Path) -> tuple[PretrainConfig, LanguageModel, Tokenizer]:
         config = typed_pretrain_config(values)
     except ConfigError as error:
         raise ConfigError(f"run={path}: config.yaml is damaged: {error}") from error
-    newest = checkpoints.find(folder.checkpoints)
-    if newest is None:
+    tokenizer, built = load_tokenizer(config.data), []
+
+    def load(newest: checkpoints.Checkpoint) -> None:
+        _check_tokenizer(newest, config, tokenizer)
+        built.append(_with_weights(newest, config, tokenizer))
+
+    if checkpoints.find(folder.checkpoints, load) is None:
         raise CheckpointError(f"{folder.checkpoints}: holds no whole checkpoint")
-    tokenizer = load_tokenizer(config.data)
+    return config, built[0].eval(), tokenizer
+
+
+def _check_tokenizer(newest: checkpoints.Checkpoint, config: PretrainConfig, tokenizer: Tokenizer) -> None:
+    """Raises `CheckpointError` for another one than it was trained with."""
     made_with = newest.manifest.trajectory.get("data", {}).get("content", {}).get("tokenizer", tokenizer.identity)
     if made_with != tokenizer.identity:
         raise CheckpointError(
             f"{newest.folder}: was trained with another tokenizer than data.tokenizer={config.data.tokenizer} is now "
             f"({made_with[:12]}, now {tokenizer.identity[:12]}); put the old one back"
         )
+
+
+def _with_weights(newest: checkpoints.Checkpoint, config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     model = build_model(config, tokenizer.vocab_size)
     if frozen := frozen_weights(config, model):
         others = first_weights(config, model, sha256=newest.manifest.trajectory["lora"]["source_sha256"])
     else:
         others = model.initial_weights(config.seed)
     newest.load_weights(model, frozen=frozen, others=others)
-    return config, model.eval(), tokenizer
+    return model
 
 
 def continue_text(model: LanguageModel, tokenizer: Tokenizer, wish: Continuation, *, backend: str) -> str:

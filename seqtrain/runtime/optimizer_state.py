@@ -1,7 +1,7 @@
 """An optimizer's moments by the name of the weight they belong to, whatever ZeRO stage and rank count hold them.
 
-DeepSpeed's own checkpoints have one pickle per rank and stage. Named, whole tensors can be saved as safetensors and
-read back on another number of ranks or in another stage.
+DeepSpeed's own checkpoints have one pickle per rank and stage. Stretches of named tensors can be saved as safetensors
+and read back on another number of ranks or in another stage.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from seqtrain.runtime.expert_parallel import ExpertParallel
+from seqtrain.runtime.matrix_rules import MatrixOptimizer
 from seqtrain.runtime.optimizers import OPTIMIZERS, OptimizerConfig, StepOfSome
-from seqtrain.runtime.whole_matrices import WholeMatrices
+from seqtrain.runtime.restoring import Restoration
+from seqtrain.runtime.whole_matrices import HeldBlocks, WholeMatrices
 from seqtrain.runtime.zero import Replicas
 
-# Of an optimizer that averages: the weights in training, where a checkpoint's are the averaged ones.
-IN_TRAINING = "y"
 Moments = dict[str, Tensor]
 
 
@@ -46,43 +45,47 @@ class OptimizerState:
         """The weights that the optimizer updates, in the same order on every rank."""
         return list(self._trained)
 
-    def own(self, rank: int, ranks: int) -> Iterator[tuple[str, Tensor]]:
-        """What this rank saves, as `NAME:KEY`, a weight's name and the state's, with its value.
+    def local(self, name: str) -> Moments:
+        """The moments of a weight that this rank holds, flat, of the numbers it holds of the weight; none of a matrix.
 
-        Of a weight that consists of matrices each has a state of its own, `NAME:NUMBER.KEY`. A collective; a step must
-        have been taken.
+        After `link`.
         """
-        self._link()
-        for index, name in enumerate(self._parameters):
-            whole = self._whole(name)
-            if index % ranks == rank:
-                yield from ((f"{name}:{key}", value) for key, value in whole.items())
+        if name not in self._parameters:
+            return {}
+        return {key: self._moment(self._parameters[name], key) for key in self._optimizer.moments}
+
+    def averaged(self, weight: Tensor, moments: Moments) -> Tensor | None:
+        """Of some numbers of a weight in training their averages; None where the optimizer has none."""
+        if not (self._optimizer.averages and moments):
+            return None
+        # y = (1 - b) z + b x: the weights in training, of the steps' sum z and the average x.
+        return weight.lerp(moments["z"], 1 - 1 / self._config.betas[0])
+
+    def states(self) -> Iterator[tuple[str, Tensor]]:
+        """As `NAME:NUMBER.KEY`, what this rank saves of weights that consist of matrices: each has a state of its own.
+
+        A step must have been taken.
+        """
         for held in () if self._repeats else self._held.values():
             for block, optimizer in held.owned:
                 for key, value in optimizer.state().items():
                     yield f"{block.weight}:{block.number}.{key}", value
 
-    def _whole(self, name: str) -> Moments:
-        """The state of a weight, each tensor in its full shape. A collective in stages 1 to 3."""
-        parameter = self._parameters[name]
-        whole = {key: self._moment(parameter, key) for key in self._optimizer.moments}
-        if self._optimizer.averages:
-            from deepspeed.utils import safe_get_full_fp32_param
+    def numbers(self) -> dict[str, float]:
+        """What else of it follows from the steps before, alike for all weights. A step must have been taken."""
+        return {key: float(self._inner.param_groups[0][key]) for key in self._optimizer.numbers}
 
-            whole[IN_TRAINING] = safe_get_full_fp32_param(parameter) if self._stage else parameter.detach()
-        whole = {key: self._expert_parallel.whole(name, value) for key, value in whole.items()}
-        numbers = {key: self._inner.param_groups[0][key] for key in self._optimizer.numbers}
-        return whole | {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
-
-    def _moment(self, parameter: nn.Parameter, key: str) -> Any:
-        """In the full shape of `parameter`, which may be this rank's experts'."""
+    def _moment(self, parameter: Any, key: str) -> Tensor:
+        """What this rank holds of it, flat."""
         if self._stage == 0:
-            return self._inner.state[parameter][key]
-        from deepspeed.utils import safe_get_full_optimizer_state
+            return self._inner.state[parameter][key].view(-1)
+        if self._stage < 3:
+            return parameter._hp_mapping.get_optim_state_fragment(key)
+        from deepspeed.utils import safe_get_local_optimizer_state
 
-        return safe_get_full_optimizer_state(parameter, key)
+        return safe_get_local_optimizer_state(parameter, key).view(-1)
 
-    def _link(self) -> None:
+    def link(self) -> None:
         """Lets ZeRO 1 and 2 find the moments of every weight; before they are read or set.
 
         DeepSpeed does this by itself once, when the first parameter group has been stepped for the first time; the
@@ -92,8 +95,8 @@ class OptimizerState:
             self._zero._hp_optimizer_states_linked = False
             self._zero._lazy_init_hp_params_optimizer_state()
 
-    def restore(self, states: Iterable[tuple[str, Moments]], *, steps_taken: int) -> None:
-        """Gives the optimizer what `own` gave, by weight and in any pieces, and its count of steps."""
+    def restore(self, restoration: Restoration, *, steps_taken: int) -> None:
+        """Gives the optimizer the state of a checkpoint, and its count of steps. A collective."""
         held: Iterable[Tensor] = self._parameters.values()
         if self._stage:
             zero = self._zero
@@ -104,25 +107,48 @@ class OptimizerState:
                 # torch counts in a tensor, which it changes in place; DeepSpeed's fused kernel in an int.
                 count = torch.tensor(float(steps_taken)) if self._config.implementation == "torch" else steps_taken
                 self._inner.state[tensor] = {**zeros, "step": count}
-        if isinstance(self._inner, StepOfSome):
-            for group in self._inner.param_groups:
-                group["step"] = steps_taken
-        self._link()
-        missing = {(block.weight, block.number): each for held in self._held.values() for block, each in held.updated}
-        for name, state in states:
-            if name in self._parameters:
-                self._restore(name, state)
-            for place in [place for place in missing if place[0] == name]:
-                prefix = f"{place[1]}."
-                if own := {key.removeprefix(prefix): each for key, each in state.items() if key.startswith(prefix)}:
-                    missing.pop(place).restore(own, steps_taken=steps_taken, device=self._device)
-        assert not missing, list(missing)
-
-    def _restore(self, name: str, state: Moments) -> None:
-        for key in self._optimizer.moments:
-            self._set(self._parameters[name], key, self._expert_parallel.own(name, state[key]))
+        numbers = {key: restoration.numbers.get(key, 0.0) for key in self._optimizer.numbers}
         for group in self._inner.param_groups:
-            group.update({key: state[key].item() for key in self._optimizer.numbers})
+            group |= numbers
+            if isinstance(self._inner, StepOfSome):
+                group["step"] = steps_taken
+        self.link()
+        for name, parameter in self._parameters.items():
+            for key in self._optimizer.moments:
+                self._restore(restoration, name, parameter, key)
+        for tensors in self._held.values():
+            self._restore_matrices(restoration, tensors, steps_taken)
+
+    def _restore(self, restoration: Restoration, name: str, parameter: Any, key: str) -> None:
+        if self._stage == 3:
+            begin, end = own_piece(parameter)
+            self._moment(parameter, key)[: end - begin] = restoration.own(name, key, begin, end)
+            return
+        mapping = vars(parameter)["_hp_mapping"] if self._stage else None
+        part = self._expert_parallel.is_part(name)
+        if self._stage and not part:
+            if mapping is not None:
+                begin, numbers = own_fragment(mapping)
+                self._moment(parameter, key).copy_(restoration.own(name, key, begin, begin + numbers))
+            return
+        # All ranks need it, or parts of it that are no stretches.
+        whole = restoration.whole(name, key, self._expert_parallel.whole_shape(name, parameter.shape))
+        value = self._expert_parallel.own(name, whole).flatten()
+        if self._stage == 0:
+            self._moment(parameter, key).copy_(value)
+        elif mapping is not None:
+            self._moment(parameter, key).copy_(value.narrow(0, *own_fragment(mapping)))
+
+    def _restore_matrices(self, restoration: Restoration, held: HeldBlocks, steps_taken: int) -> None:
+        updated: dict[str, dict[int, MatrixOptimizer]] = {block.weight: {} for block in held.blocks}
+        for block, optimizer in held.updated:
+            updated[block.weight][block.number] = optimizer
+        for name, optimizers in updated.items():
+            # Every rank of one that is not divided has all of the weight's matrices, or those of its experts.
+            shared = not (held.divided or self._expert_parallel.is_part(name))
+            states = restoration.states(name, list(optimizers), shared=shared)
+            for number, state in states.items():
+                optimizers[number].restore(state, steps_taken=steps_taken, device=self._device)
 
     @torch.no_grad()
     def average(self) -> list[tuple[Tensor, Tensor]]:
@@ -132,18 +158,24 @@ class OptimizerState:
         """
         if not (self._optimizer.averages and any(self._inner.state.values())):
             return []
-        self._link()
+        self.link()
         changed = []
         for parameter in self._parameters.values():
             # y = (1 - b) z + b x: the weights in training, of the steps' sum z and the average x.
-            z, values = self._moment(parameter, "z"), parameter.data
-            if self._stage == 3:
-                z, values = self._piece(parameter, z), parameter.ds_tensor
-            changed.append((values, values.clone(), z))
+            values = parameter.ds_tensor if self._stage == 3 else parameter.data
+            changed.append((values, values.clone(), self._z(parameter)))
         with self._weights_in_pieces():
             for values, _, z in changed:
                 values.lerp_(z.view_as(values), 1 - 1 / self._config.betas[0])
         return [(values, before) for values, before, _ in changed]
+
+    def _z(self, parameter: nn.Parameter) -> Tensor:
+        """Of as much of a weight as each rank computes with. A collective in stages 1 and 2."""
+        if self._stage not in (1, 2):
+            return self._moment(parameter, "z")
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(parameter, "z")
 
     @torch.no_grad()
     def put_back(self, changed: list[tuple[Tensor, Tensor]]) -> None:
@@ -161,21 +193,13 @@ class OptimizerState:
         if self._stage == 3:
             self._zero.checkpoint_event_epilogue()
 
-    def _set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        if self._stage == 0:
-            self._inner.state[parameter][key].copy_(value)
-            return
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        value = value.to(parameter.device)
-        if self._stage < 3:
-            safe_set_full_optimizer_state(parameter, value, key)
-            return
-        safe_set_local_optimizer_state(parameter, self._piece(parameter, value), key)
+def own_piece(parameter: Any) -> tuple[int, int]:
+    """From which number to which this rank's piece of a flattened weight is, as stage 3 cuts it evenly; not padded."""
+    piece, numbers, rank = parameter.ds_tensor.numel(), parameter.ds_numel, parameter.ds_zero_partition_rank
+    return min(rank * piece, numbers), min((rank + 1) * piece, numbers)
 
-    def _piece(self, parameter: Any, value: Tensor) -> Tensor:
-        """This rank's piece of `value`, as stage 3 cuts it: padded to equal pieces, one per rank."""
-        piece = parameter.ds_tensor.numel()
-        rank, ranks = parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size
-        flat = F.pad(value.flatten(), (0, piece * ranks - value.numel()))
-        return flat[rank * piece : (rank + 1) * piece]
+
+def own_fragment(mapping: Any) -> tuple[int, int]:
+    """Where the numbers of ZeRO 1 or 2 that this rank holds of a weight begin in it, flattened, and how many."""
+    return mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel

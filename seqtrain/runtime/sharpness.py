@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
     print(table.header)
     rows = []
     for step in sorted(settings.steps or found):
-        checkpoints.read(found[step].folder).load_weights(model, frozen=_frozen(model))
+        found[step].load_weights(model, frozen=_frozen(model))
         rows.append(row := measure(model, batch, config, settings, step=step, lr=rates.get(step)))
         bound = 2 / row.lr if row.lr else None
         print(table.row(step, row.loss, row.eigenvalue, row.products, row.trace, row.trace_error, bound), flush=True)

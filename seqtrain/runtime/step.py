@@ -23,6 +23,7 @@ from seqtrain.runtime.measures import Measures
 from seqtrain.runtime.metrics import MetricsFile, Record, Within, write_within
 from seqtrain.runtime.ranks import Ranks
 from seqtrain.runtime.read_ahead import ReadAhead
+from seqtrain.runtime.saving import Saver
 from seqtrain.runtime.schedule import learning_rate
 from seqtrain.runtime.segmented import Segment, cut, passes, segment_losses
 from seqtrain.runtime.settings import PretrainConfig, micro_batch, segments, uneven, unit, units
@@ -35,8 +36,8 @@ class TrainState:
     """Where a run stands on one rank."""
 
     config: PretrainConfig
-    # Folder of the run's checkpoints.
-    checkpoints: Path
+    # Writes checkpoints.
+    saver: Saver
     lease: Lease
     # Appears when the run is to stop.
     stop: Path
@@ -55,7 +56,7 @@ class TrainState:
     # Numbers the model has, all ranks together, and those of them that are trained.
     parameters: int
     trained: int
-    # Step of the newest checkpoint.
+    # Step of the newest checkpoint, which may still be being written.
     saved_step: int
     # When one is due by the clock; rank 0's alone decides, before each step.
     clock: SaveClock
@@ -123,13 +124,19 @@ class TrainState:
 
 
 def train_step(state: TrainState) -> Record | None:
-    """One optimizer step over the global batch. None, with nothing changed, when a stop was requested."""
+    """One optimizer step over the global batch. None, with nothing changed, when a stop was requested.
+
+    Raises as `Saver.wait` where a save has failed meanwhile.
+    """
     config, ranks, engine, index = state.config, state.ranks, state.engine, state.progress.step
     started = time.perf_counter()
     with state.callback.phase("data"):
         batches = [batch.to(ranks.device) for batch in state.read(index)]
     due = ranks.first and state.clock.due()
-    labels, stopping, agreed = ranks.sum(sum(batch.label_count for batch in batches), state.stop_requested(), due)
+    counted = sum(batch.label_count for batch in batches)
+    labels, stopping, agreed, failed = ranks.sum(counted, state.stop_requested(), due, state.saver.failed)
+    if failed:
+        state.saver.wait()
     if stopping:
         return None
     state.save_due = bool(agreed)

@@ -1,11 +1,12 @@
 """What every rank runs: a training run, from wherever it was left to its last step."""
 
+import gc
 import json
 import logging
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from seqtrain.errors import SeqtrainError
+from seqtrain.errors import DamagedError, SeqtrainError
 from seqtrain.files import create_new, replace_file
 from seqtrain.kernels import node_cache
 from seqtrain.models import LanguageModel
@@ -31,9 +32,11 @@ from seqtrain.runtime.measures import Measures, peak_bytes
 from seqtrain.runtime.metrics import MetricsFile
 from seqtrain.runtime.pulse import STARTING, Told
 from seqtrain.runtime.ranks import Ranks, check_health, is_lost_peer, keeps_host_order
+from seqtrain.runtime.restoring import Restoration
 from seqtrain.runtime.resume import NO_LORA, check_fits, fingerprint, put_off, refuse_lost_checkpoints
 from seqtrain.runtime.run_folder import RunFolder
 from seqtrain.runtime.sample import sample
+from seqtrain.runtime.saving import Saver
 from seqtrain.runtime.schedule import CONSTANT, NORMS, plateau, refine
 from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.runtime.step import TrainState, train_step
@@ -110,8 +113,12 @@ def train(session: Session, ranks: Ranks, *, poll: Callable[[], None] = lambda: 
             ) as mesh,
         ):
             state = _restore(session, ranks, mesh, lease, poll)
-            with state.read.running(), state.verification.running():
-                _train_on(session, state)
+            try:
+                with state.read.running(), state.verification.running():
+                    _train_on(session, state)
+            except BaseException as error:
+                state.saver.close(lost=is_lost_peer(error))
+                raise
     except Exception as error:
         if not is_lost_peer(error):
             leave_error(lease, ranks.rank, error, step=state.progress.step if state else -1)
@@ -214,14 +221,32 @@ def _stop_after_nonfinite_steps(state: TrainState) -> None:
 
 
 def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Callable[[], None]) -> TrainState:
-    """Builds the model and its engine as they were at the newest checkpoint, or new, and opens the data."""
+    """Builds the model and its engine as they were at the newest whole checkpoint, or new, and opens the data."""
+    found = _candidates(session) if ranks.first else None
+    while True:
+        checkpoint = ranks.from_first(next(found, None) if found else None)
+        try:
+            return _restore_from(checkpoint, session, ranks, mesh, lease, poll)
+        except DamagedError as error:
+            # Of one that was named, there is none before.
+            if checkpoint is None or checkpoint.folder.parent != session.folder.checkpoints:
+                raise
+            if ranks.first:
+                log.warning("%s; trying the checkpoint before", error)
+        # What was made until the damage was found.
+        gc.collect()
+
+
+def _restore_from(
+    found: Checkpoint | None, session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Callable[[], None]
+) -> TrainState:
     config, folder = session.config, session.folder
     torch.manual_seed(config.seed)
     trainable = session.task.build(config, session.corpus)
-    found = ranks.from_first(_newest(session) if ranks.first else None)
-    weights = trainable.first_weights
+    weights, restoration = trainable.first_weights, None
     if found:
-        weights = found.weights(trainable.model, frozen=trainable.frozen, others=weights, training=True)
+        restoration = Restoration(found, ranks, mesh.shards.replicas if mesh.shards else None)
+        weights = restoration.weights(trainable.model, frozen=trainable.frozen, others=weights)
     # Counted now: in ZeRO 3 a rank will hold only its part of each.
     parameters = sum(p.numel() for p in trainable.model.parameters())
     trained = sum(p.numel() for p in trainable.model.parameters() if p.requires_grad)
@@ -231,8 +256,11 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
     if mesh.tensor.count > 1:
         trainable, divided = divided_trainable(trainable, mesh)
     engine = Engine(trainable.model, trainable.groups, config, ranks, weights=weights, mesh=mesh, divided=divided)
-    if found:
-        found.restore_optimizer(engine)
+    if found and restoration:
+        if found.progress.taken:
+            engine.optimizer_state.restore(restoration, steps_taken=found.progress.taken)
+        restoration.agree()
+        log.info("checkpoint: %s, of which rank %d has read %d bytes", found.folder, ranks.rank, restoration.bytes)
     progress = found.progress if found else Progress()
     metrics = None
     if ranks.first:
@@ -250,9 +278,13 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
             file.write(json.dumps(start) + "\n")
     # After the line above, which counts this start.
     clock = save_clock(config, folder, session.name)
+    saver = Saver(
+        folder.checkpoints, ranks, lease, keep=config.checkpoint.keep, for_good=partial(_kept_for_good, config)
+    )
+    clock.busy = lambda: saver.busy
     return TrainState(
         config=config,
-        checkpoints=folder.checkpoints,
+        saver=saver,
         lease=lease,
         stop=session.lease.own.stop,
         ranks=ranks,
@@ -273,16 +305,26 @@ def _restore(session: Session, ranks: Ranks, mesh: Mesh, lease: Lease, poll: Cal
     )
 
 
-def _newest(session: Session) -> Checkpoint | None:
-    """The checkpoint to resume from: the run's own newest one, else the one `checkpoint.resume` names."""
+def _candidates(session: Session) -> Iterator[Checkpoint | None]:
+    """The checkpoints to resume from, if the one before is damaged: the run's own, else that `checkpoint.resume` names.
+
+    Last, None: there was none, and the run starts from its beginning.
+    """
     resume, now = session.config.checkpoint.resume, session.fingerprint
-    root = session.folder.checkpoints
-    if own := checkpoints.find(root, but=partial(put_off, now=now)) or checkpoints.find(root):
+    passed_over = []
+    for own in checkpoints.candidates(session.folder.checkpoints):
+        if put_off(own, now):
+            passed_over.append(own)
+            continue
         check_fits(own.folder, own.manifest.trajectory, now, steps_done=own.progress.step)
-        return own
+        yield own
+    for own in passed_over:
+        check_fits(own.folder, own.manifest.trajectory, now, steps_done=own.progress.step)
+        yield own
     refuse_lost_checkpoints(session.folder)
     if resume in ("auto", "never"):
-        return None
+        yield None
+        return
     # The weights must fit; steps, data and learning rate may be new ones.
     other = checkpoints.read(Path(resume))
     before = other.manifest.trajectory
@@ -291,27 +333,22 @@ def _newest(session: Session) -> Checkpoint | None:
     # So must the optimizer's state.
     names = [{"optimizer": {"name": each["optimizer"]["name"]}} for each in (before, now)]
     check_fits(other.folder, *names)
-    return other
+    yield other
 
 
 def _save(session: Session, state: TrainState) -> None:
-    """Writes a checkpoint, unless this step has one."""
+    """Begins to write a checkpoint, unless this step has one."""
     step = state.progress.step
     if step == state.saved_step:
         return
     began = time.perf_counter()
     with state.callback.phase("checkpoint"):
-        checkpoints.save(
+        state.saver.save(
             state.engine,
-            state.checkpoints,
             state.progress,
-            state.ranks,
-            state.lease,
-            keep=state.config.checkpoint.keep,
             fingerprint=session.fingerprint,
             tracking_id=session.tracking_id,
             frozen=state.trainable.frozen,
-            for_good=partial(_kept_for_good, state.config),
         )
     state.clock.saved(time.perf_counter() - began)
     state.saved_step = step
@@ -322,6 +359,7 @@ def _write_outcome(state: TrainState, *, stopped: bool, scores: Scores | None) -
     peak = state.ranks.largest(peak_bytes(state.ranks.device))
     # Who was stopped has little time left.
     text = "" if stopped else sample(state)
+    state.saver.wait()
     if not state.metrics:
         return
     state.metrics.close()

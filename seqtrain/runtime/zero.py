@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from seqtrain.data.batches import even_offsets
 from seqtrain.models.matrices import matrices_of
 from seqtrain.parallel.mesh import Shards
 
@@ -27,8 +28,13 @@ class Replicas:
 
     @property
     def first(self) -> bool:
-        """Whether this rank's parts are those that count, in sums over all ranks and in checkpoints."""
+        """Whether this rank's parts are those that count, in sums over all ranks and as states of whole matrices."""
         return self._shards.replicas.rank() == 0
+
+    def share(self, numbers: int) -> slice:
+        """Which of so many numbers, that the replicas hold too, this rank writes."""
+        offsets = even_offsets(numbers, self._shards.replicas.size())
+        return slice(*offsets[self._shards.replicas.rank() :][:2])
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self._shards.group

@@ -111,8 +111,7 @@ def session_of(training, task, *, ranks=1, sequence=1, name="run"):
 
 
 def trained(session):
-    found = checkpoint.find(session.folder.checkpoints)
-    return load_file(found.folder / checkpoint.WEIGHTS)
+    return checkpoint.find(session.folder.checkpoints).state_dict()
 
 
 @pytest.mark.parametrize(

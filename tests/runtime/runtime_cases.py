@@ -16,13 +16,12 @@ import torch
 os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch._inductor.compile_fx
-from safetensors.torch import load_file
 
 from seqtrain.data import DataConfig, prepare
 from seqtrain.mixers import MIXERS
 from seqtrain.models import ModelConfig
 from seqtrain.parallel.testing import RankError, rank_outcomes
-from seqtrain.runtime.checkpoint import find
+from seqtrain.runtime.checkpoint import Checkpoint, find
 from seqtrain.runtime.lease import newest, take
 from seqtrain.runtime.ranks import this_process
 from seqtrain.runtime.resume import begin
@@ -154,9 +153,23 @@ def score(config: PretrainConfig) -> float:
 
 def first_gradients(config: PretrainConfig) -> dict[str, torch.Tensor]:
     """The gradient of each weight in a run's only step, from Adam's first moment after it."""
-    folder = find(folder_of(config).checkpoints).folder
-    moments = {key: value for file in folder.glob("optimizer-*") for key, value in load_file(file).items()}
-    return {key: value / (1 - BETAS[0]) for key, value in moments.items() if key.endswith(":exp_avg")}
+    found = find(folder_of(config).checkpoints)
+    return {f"{name}:exp_avg": value / (1 - BETAS[0]) for name, value in saved_moments(found, "exp_avg").items()}
+
+
+def saved_weights(config: PretrainConfig) -> dict[str, torch.Tensor]:
+    """Those of a run's newest checkpoint."""
+    return find(folder_of(config).checkpoints).state_dict()
+
+
+def saved_moments(found: Checkpoint, key: str) -> dict[str, torch.Tensor]:
+    """One kind of them, by the weight, in its shape."""
+    tensors, shapes = found.tensors(), {name: torch.Size(each) for name, each in found.manifest.shapes.items()}
+    return {
+        name: tensors.range(name, key, 0, shape.numel()).view(shape)
+        for name, shape in shapes.items()
+        if tensors.has(name, key)
+    }
 
 
 def as_it_was_at(config: PretrainConfig, step: int, name: str, **sections: Any) -> PretrainConfig:

@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+from deepspeed.runtime.zero import GatheredParameters
 from torch.nn import functional as F
 
 from seqtrain.memory import AnonymousPeak
@@ -23,8 +24,17 @@ def engine_of(config, ranks, vocabulary=VOCABULARY):
 
 def first_of(ranks, configs):
     """A hash of every weight of each run before its first step."""
-    begun = (engine_of(config, ranks).weights() for config in configs)
-    return [{name: hashlib.sha256(each.numpy().tobytes()).hexdigest() for name, each in ws} for ws in begun]
+    found = []
+    for config in configs:
+        with engine_of(config, ranks).as_saved() as model, gathered(model):
+            weights = {name: each.detach() for name, each in model.named_parameters()}
+            found.append({n: hashlib.sha256(each.numpy().tobytes()).hexdigest() for n, each in weights.items()})
+    return found
+
+
+def gathered(model):
+    """Holds all weights whole, in ZeRO 3 too."""
+    return GatheredParameters([each for each in model.parameters() if "ds_id" in vars(each)])
 
 
 @pytest.mark.all

@@ -33,6 +33,9 @@ def test_the_clock_goes_by_minutes_or_by_what_a_save_costs_and_failures_seen(tmp
         assert not clock.due(), minutes
         now[0] += 1
         assert clock.due() == (seconds < math.inf), minutes
+        clock.busy = lambda: True
+        assert not clock.due(), "the last save is still being written"
+        clock.busy = lambda: False
         clock.saved(10.0)
         assert not clock.due()
     assert clock.interval() == optimal_interval(10.0, 3600.0 + now[0])

@@ -2,23 +2,26 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
-from seqtrain.errors import CheckpointError
+from seqtrain.errors import CheckpointError, DamagedError
 from seqtrain.models import LanguageModel
-from seqtrain.runtime import checkpoint
+from seqtrain.runtime import slices
 from seqtrain.runtime.checkpoint import Progress, find, read
 from seqtrain.runtime.ranks import is_lost_peer
 from seqtrain.runtime.settings import typed_pretrain_config
 from tests.runtime.runtime_cases import as_it_was_at, change, folder_of, losses, small_config, train_on
 
+SLICES = "rank-00000.2.safetensors"
 MADE_EARLIER = Path(__file__).with_name("made_by_0aa027e.tar.xz")  # the folder of a run
 
 
@@ -42,39 +45,56 @@ def test_what_a_checkpoint_holds(finished, root):
     assert find(root / "none") is None
     newest = find(root)
     assert newest.progress == Progress(step=6, taken=6, skipped_in_a_row=0, tokens=6 * 8 * 32)
-    files = {"manifest.json", "model.safetensors", "optimizer-00000.safetensors"}
-    assert {path.name for path in newest.folder.iterdir()} == files
-    weights = load_file(newest.folder / "model.safetensors")
+    assert {path.name for path in newest.folder.iterdir()} == {"manifest.json", SLICES}
+    weights = newest.state_dict()
     model = LanguageModel(finished.model, finished.mixer, vocab_size=257)
     assert weights.keys() == dict(model.named_parameters()).keys(), "tied weights are stored once"
     newest.load_weights(model)
     assert all((weights[name] == value).all() for name, value in model.named_parameters())
+    # Any reader of safetensors reads a file of slices.
+    stored = load_file(newest.folder / SLICES)
+    assert all(torch.equal(stored[f"{name}:weight"], value.flatten()) for name, value in weights.items())
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer-00000.safetensors"])
-def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_used(root, caplog, file):
-    path = root / "step-00000006" / file
+def flip(path: Path, place: int) -> None:
     content = bytearray(path.read_bytes())
-    content[-3] ^= 1
+    content[place] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"step-00000006: {file} is damaged"):
-        read(root / "step-00000006")
+
+
+@pytest.mark.parametrize("place", [3, 500, -20_000, -3], ids=["size", "header", "numbers", "hashes"])
+def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_used(root, caplog, place):
+    flip(root / "step-00000006" / SLICES, place)
     with caplog.at_level(logging.WARNING):
         assert find(root).progress.step == 3
-    assert f"{file} is damaged" in caplog.text
+    assert f"step-00000006: {SLICES} is damaged" in caplog.text
+
+
+def test_who_reads_weights_reads_and_checks_nothing_else(root, finished):
+    """A flipped bit in the moments harms only who needs them."""
+    newest, model = read(root / "step-00000006"), LanguageModel(finished.model, finished.mixer, vocab_size=257)
+    tensors = newest.tensors()
+    values = {name: tensors.range(name, "weight", 0, math.prod(shape)) for name, shape in tensors.shapes.items()}
+    assert tensors.bytes < 0.4 * (newest.folder / SLICES).stat().st_size
+    path = newest.folder / SLICES
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    moment = json.loads(path.read_bytes()[8:header])["blocks.0.mlp.up.weight:exp_avg"]["data_offsets"][0]
+    flip(path, header + moment)
+    newest.load_weights(model)
+    assert all(torch.equal(values[name], each.flatten()) for name, each in model.named_parameters())
+    with pytest.raises(DamagedError, match=f"{SLICES} is damaged"):
+        newest.tensors().range("blocks.0.mlp.up.weight", "exp_avg", 0, 5)
 
 
 def test_a_missing_shortened_or_changed_file_is_found(root):
     newest = root / "step-00000006"
-    weights, manifest = newest / "model.safetensors", newest / "manifest.json"
-    (newest / "optimizer-00001.safetensors").write_bytes(b"planted")
-    assert "optimizer-00001.safetensors" not in read(newest).manifest.files, "a file the manifest does not name"
+    weights, manifest = newest / SLICES, newest / "manifest.json"
     size = weights.stat().st_size
     changed = json.loads(manifest.read_text())
     changed["progress"]["step"] = 5
     for damage, message in (
-        (lambda: os.truncate(weights, size - 1), f"model.safetensors has {size - 1} bytes instead of {size}"),
-        (weights.unlink, r"model\.safetensors is missing"),
+        (lambda: os.truncate(weights, size - 1), f"{SLICES} has {size - 1} bytes instead of {size}"),
+        (weights.unlink, f"{SLICES} is missing"),
         (lambda: manifest.write_text(json.dumps(changed)), "was changed after it was written"),
         (lambda: manifest.write_text("[]"), r"manifest\.json: damaged at its start"),
         (manifest.unlink, r"manifest\.json: missing; so the checkpoint is incomplete"),
@@ -86,11 +106,15 @@ def test_a_missing_shortened_or_changed_file_is_found(root):
 
 @pytest.mark.all
 def test_a_run_resumes_before_a_damaged_newest_checkpoint(finished):
-    config = as_it_was_at(finished, 6, "past-damage")
-    (folder_of(config).checkpoints / "step-00000006" / "model.safetensors").write_bytes(b"")
-    train_on(config)
-    assert losses(config) == losses(finished)
-    assert find(folder_of(config).checkpoints).progress.step == 6
+    damaged = [as_it_was_at(finished, 6, f"past-damage-{number}") for number in range(2)]
+    newest = [folder_of(config).checkpoints / "step-00000006" / SLICES for config in damaged]
+    # What is missing is seen at once, what is wrong where it is read.
+    newest[0].write_bytes(b"")
+    flip(newest[1], -20_000)
+    train_on(*damaged)
+    for config in damaged:
+        assert losses(config) == losses(finished)
+        assert find(folder_of(config).checkpoints).progress.step == 6
 
 
 @pytest.mark.all
@@ -100,40 +124,42 @@ def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path, mon
     train_on(whole)
     kept = sorted(path.name for path in folder_of(whole).checkpoints.iterdir())
     assert kept == ["step-00000004", "step-00000005", "step-00000006"], "only the newest"
-    write = checkpoint.save_file
+    write = slices.write_block
 
-    def killed_in_the_second(tensors, path):
-        if os.environ["RANK"] == "1" and "step-00000006" in str(path):
+    def killed_in_the_second(out, block):
+        if os.environ["RANK"] == "1" and "step-00000006" in out.name:
             os.kill(os.getpid(), signal.SIGKILL)
-        return write(tensors, path)
+        write(out, block)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", killed_in_the_second)
+        patch.setattr(slices, "write_block", killed_in_the_second)
         with pytest.raises(RuntimeError) as caught:
             train_on(config)
     assert is_lost_peer(caught.value), "this is what Ray is to restart the ranks after"
     root = folder_of(config).checkpoints
-    assert sorted(path.name for path in root.iterdir()) == [".step-00000006.2.partial", "step-00000003"]
+    assert sorted(path.name for path in root.iterdir()) == ["step-00000003", "step-00000006"]
+    assert not (root / "step-00000006" / "manifest.json").exists()
     assert find(root).progress.step == 3
     train_on(config)
     assert losses(config) == losses(whole)
-    assert sorted(path.name for path in root.iterdir()) == ["step-00000003", "step-00000006"]
+    for folder in root.iterdir():
+        assert {path.name for path in folder.iterdir()} == {"manifest.json", *read(folder).manifest.files}
 
 
 @pytest.mark.all
 def test_a_rank_that_cannot_write_stops_all_and_keeps_what_is_there(tmp_path, monkeypatch):
     config = small_config(tmp_path, parallel={"data": 2})
-    write = checkpoint.save_file
+    write = slices.write_block
 
-    def full(tensors, path):
-        if os.environ["RANK"] == "1" and "step-00000006" in str(path):
+    def full(out, block):
+        if os.environ["RANK"] == "1" and "step-00000003" in out.name:
             raise OSError(28, "No space left on device")
-        return write(tensors, path)
+        write(out, block)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(slices, "write_block", full)
     with pytest.raises(CheckpointError, match=r"can't be written: rank 1: .*No space left on device; older check"):
-        train_on(config)
-    assert find(folder_of(config).checkpoints).progress.step == 3
+        train_on(change(config, checkpoint={"every": 1}))
+    assert find(folder_of(config).checkpoints).progress.step == 2
 
 
 def test_weights_of_another_shape_or_name_are_refused(finished, root):

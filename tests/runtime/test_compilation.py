@@ -2,19 +2,17 @@
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from seqtrain.errors import ConfigError
-from seqtrain.runtime.checkpoint import find
 from seqtrain.runtime.settings import check
 from seqtrain.runtime.worker import train
 from tests.runtime.runtime_cases import (
     change,
-    folder_of,
     grid,
     losses,
     on_ranks,
+    saved_weights,
     session_for,
     short_documents,
     small_config,
@@ -24,8 +22,7 @@ LAYERS = ("gated_delta_net", "attention")
 
 
 def names(config):
-    with safe_open(find(folder_of(config).checkpoints).folder / "model.safetensors", "pt") as file:
-        return sorted(file.keys())
+    return sorted(saved_weights(config))
 
 
 def trained(config, backend):

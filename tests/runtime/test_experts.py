@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from seqtrain.errors import ConfigError
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.models.feed_forward import MoE, RouterConfig, activated
 from seqtrain.parallel.mesh import Mesh
-from seqtrain.runtime.checkpoint import find
 from seqtrain.runtime.experts import Experts
 from seqtrain.runtime.settings import PretrainConfig
 from tests.models.tiny import batch
@@ -16,11 +14,11 @@ from tests.runtime.runtime_cases import (
     as_it_was_at,
     assert_same_step,
     change,
-    folder_of,
     grid,
     in_tiers,
     losses,
     records,
+    saved_weights,
     short_documents,
     small_config,
     train_on,
@@ -42,11 +40,6 @@ def config(tmp_path) -> PretrainConfig:
         train={"steps": 1, "sequence_length": 37, "gradient_clipping": 0.0},
         evaluation={"max_tokens": 148},
     )
-
-
-def weights(config: PretrainConfig) -> dict[str, torch.Tensor]:
-    """Those of the newest checkpoint."""
-    return load_file(find(folder_of(config).checkpoints).folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -108,7 +101,7 @@ def test_a_step_is_that_of_one_rank(config, layouts):
     [truth] = records(config)
     assert truth["balance_loss"] > 1.0
     assert 0.5 <= truth["largest_expert_share"] <= 1.0
-    assert any(bias.abs().sum() > 0 for name, bias in weights(config).items() if name.endswith("mlp.bias"))
+    assert any(bias.abs().sum() > 0 for name, bias in saved_weights(config).items() if name.endswith("mlp.bias"))
     assert_all_same(config, others)
 
 
@@ -119,9 +112,9 @@ def assert_all_same(config: PretrainConfig, others: list[PretrainConfig]) -> Non
         [record] = records(each)
         for key in ("balance_loss", "largest_expert_share"):
             assert record[key] == pytest.approx(truth[key], rel=1e-5)
-        for name, bias in weights(config).items():
+        for name, bias in saved_weights(config).items():
             if name.endswith("mlp.bias"):
-                assert torch.equal(weights(each)[name], bias), name
+                assert torch.equal(saved_weights(each)[name], bias), name
 
 
 def parallel(data: int, sequence: int, stage: int, experts: int) -> dict[str, int]:
@@ -152,8 +145,8 @@ def test_checkpoints_of_sharded_experts(config):
     meshes = {"again": (2, 1, 1, 2), "none": (1, 1, 0, 1), "stage 0": (1, 2, 0, 2)}
     resumed = {name: as_it_was_at(longer, 2, name, parallel=parallel(*mesh)) for name, mesh in meshes.items()}
     train_on(*resumed.values())
-    for name, weight in weights(longer).items():
-        assert torch.equal(weights(resumed["again"])[name], weight), name
+    for name, weight in saved_weights(longer).items():
+        assert torch.equal(saved_weights(resumed["again"])[name], weight), name
     for each in resumed.values():
         assert losses(each) == pytest.approx(losses(alone), rel=1e-5)
 
@@ -174,5 +167,5 @@ def test_a_resumed_run_has_the_same_biases(config):
     again = as_it_was_at(longer, 2, "again")
     train_on(again)
     assert losses(again) == losses(longer)
-    for name, weight in weights(longer).items():
-        assert torch.equal(weights(again)[name], weight), name
+    for name, weight in saved_weights(longer).items():
+        assert torch.equal(saved_weights(again)[name], weight), name

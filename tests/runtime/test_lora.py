@@ -10,7 +10,6 @@ from seqtrain.config import compose_config
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.models import from_pretrained
 from seqtrain.models.lora import LoraConfig
-from seqtrain.runtime.checkpoint import find
 from seqtrain.runtime.export import main as export
 from seqtrain.runtime.generate import open_run
 from seqtrain.runtime.resume import begin
@@ -25,6 +24,7 @@ from tests.runtime.runtime_cases import (
     losses,
     outcome,
     records,
+    saved_weights,
     small_config,
     train_on,
 )
@@ -60,7 +60,7 @@ def test_two_ranks_train_what_peft_loads(tmp_path, source):
     train_on(config)
     told = outcome(config)
     assert 0 < told["trained_parameters"] < told["parameters"]
-    held = load_file(find(folder_of(config).checkpoints).folder / "model.safetensors")
+    held = saved_weights(config)
     assert sum(value.numel() for value in held.values()) == told["trained_parameters"]
     again = as_it_was_at(config, 2, "again")
     train_on(again)

@@ -4,7 +4,6 @@ import importlib.util
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.models import LanguageModel, ModelConfig
@@ -24,6 +23,8 @@ from tests.runtime.runtime_cases import (
     in_tiers,
     losses,
     records,
+    saved_moments,
+    saved_weights,
     score,
     small_config,
     train_on,
@@ -228,15 +229,15 @@ def test_the_first_update_is_of_whole_matrices(tmp_path, stages):
         for lr, stage in [(0.0, 0), *((0.1, stage) for stage in stages)]
     ]
     train_on(still, *moved)
-    begin = load_file(find(folder_of(still).checkpoints).folder / "model.safetensors")
+    begin = saved_weights(still)
     for config in moved:
-        folder = find(folder_of(config).checkpoints).folder
-        after = load_file(folder / "model.safetensors")
+        saved = find(folder_of(config).checkpoints)
+        after = saved.state_dict()
         rate = records(config)[0]["lr"]
-        states = {key: each for file in folder.glob("optimizer-*") for key, each in load_file(file).items()}
+        states = saved.tensors().states("blocks.1.mixer.qkv.weight", range(6))
         for number in range(6):
             # Momentum is a twentieth of the first gradient.
-            [mean] = [states[key] for key in states if key == f"blocks.1.mixer.qkv.weight:{number}.momentum_buffer"]
+            mean = states[number]["momentum_buffer"]
             rows = slice(8 * number, 8 * number + 8)
             before, now = (each["blocks.1.mixer.qkv.weight"][rows].double() for each in (begin, after))
             expected = -rate * (0.2 * 16**0.5 * orthogonalized(mean) + 0.1 * before)
@@ -264,11 +265,11 @@ def test_schedule_free_leaves_its_averages(tmp_path):
     plain = change(config, "unwatched", evaluation={"every": 0})
     train_on(config, plain)
     assert losses(config) == losses(plain), "looking at the averages must leave the training as it is"
-    folder = find(folder_of(config).checkpoints).folder
-    state = load_file(folder / "optimizer-00000.safetensors")
+    saved = find(folder_of(config).checkpoints)
+    zs, ys = saved_moments(saved, "z"), saved_moments(saved, "y")
     _, model, _ = open_run(folder_of(config).path)
     for name, weight in model.named_parameters():
-        z, y = state[f"{name}:z"], state[f"{name}:y"]
+        z, y = zs[name], ys[name]
         assert torch.allclose(0.9 * weight + 0.1 * z, y, atol=1e-6), name
     assert not torch.equal(weight, y)
 

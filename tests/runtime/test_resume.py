@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from seqtrain.errors import CheckpointError, ConfigError
-from seqtrain.runtime.checkpoint import MANIFEST, listed
+from seqtrain.runtime.checkpoint import MANIFEST, listed, read
 from seqtrain.runtime.generate import open_run
 from seqtrain.runtime.resume import begin, check_resumable, refuse_foreign
 from seqtrain.runtime.run import _finished_summary
@@ -92,10 +92,9 @@ def test_copies_kept_by_hand_are_neither_resumed_from_nor_deleted(finished):
     (root / "step-00000006" / "notes.txt").write_text("in the way")
     train_on(config)
     assert [record["step"] for record in records(config)] == list(range(1, 7))
-    left = {path.name for path in root.iterdir()}
-    aside = {name for name in left if name.startswith("step-00000006.damaged-")}
-    assert left == {*kept, "step-00000005", "step-00000006", *aside}
-    assert len(aside) == 1
+    assert {path.name for path in root.iterdir()} == {*kept, "step-00000005", "step-00000006"}
+    newest = read(root / "step-00000006")
+    assert {path.name for path in newest.folder.iterdir()} == {MANIFEST, "notes.txt", *newest.manifest.files}
 
 
 def test_a_run_whose_checkpoints_are_lost_does_not_start_over(copied, caplog):
@@ -167,7 +166,8 @@ def test_a_damaged_summary_is_written_anew(copied, content, caplog):
 def test_a_manifest_that_leaves_its_folder_or_lacks_a_part_is_refused(copied):
     file = folder_of(copied).checkpoints / "step-00000006" / MANIFEST
     values = json.loads(file.read_text())
-    for key in values:
+    # AdamW has no other numbers, and to leave out none changes nothing.
+    for key in values.keys() - {"numbers"}:
         file.write_text(json.dumps({name: value for name, value in values.items() if name != key}))
         assert [each.progress.step for each in listed(file.parent.parent)] == [3], key
     file.write_text(json.dumps(values))

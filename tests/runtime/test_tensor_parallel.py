@@ -4,19 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from seqtrain.errors import ConfigError
 from seqtrain.models.feed_forward import RouterConfig
-from seqtrain.runtime.checkpoint import find
 from seqtrain.runtime.settings import PretrainConfig, check
 from tests.runtime.runtime_cases import (
     as_it_was_at,
     assert_same_step,
     change,
-    folder_of,
     in_tiers,
     losses,
+    saved_weights,
     score,
     short_documents,
     small_config,
@@ -73,10 +71,7 @@ def test_checkpoints_move_between_layouts(config):
     layouts = {"again": (1, 1, 2, 1), "one": (1, 1, 1, 0), "stage 0": (1, 1, 2, 0)}
     resumed = {name: as_it_was_at(begun, 2, name, parallel=mesh(*each)) for name, each in layouts.items()}
     train_on(*resumed.values())
-    saved = {
-        name: load_file(find(folder_of(each).checkpoints).folder / "model.safetensors")
-        for name, each in {"begun": begun, **resumed}.items()
-    }
+    saved = {name: saved_weights(each) for name, each in {"begun": begun, **resumed}.items()}
     for name, weight in saved["begun"].items():
         assert torch.equal(saved["again"][name], weight), name
     for each in resumed.values():

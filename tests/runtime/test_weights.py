@@ -2,18 +2,16 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from seqtrain.errors import ConfigError
-from seqtrain.runtime.checkpoint import find
 from seqtrain.runtime.settings import check
 from seqtrain.runtime.task import Callback
 from tests.runtime.runtime_cases import (
     as_it_was_at,
     change,
-    folder_of,
     grid,
     losses,
+    saved_weights,
     session_for,
     short_documents,
     small_config,
@@ -51,7 +49,7 @@ def test_masters_are_float32_trained_saved_and_resumed(config):
     # Products round matrices alike: what differs is the embedding's rows.
     assert losses(config) == pytest.approx(losses(wide), rel=1e-3)
     assert losses(config) != losses(wide)
-    saved = load_file(find(folder_of(config).checkpoints).folder / "model.safetensors")
+    saved = saved_weights(config)
     assert all(weight.dtype == torch.float32 for weight in saved.values())
     matrix = saved["blocks.0.mlp.up.weight"]
     assert not torch.equal(matrix, matrix.bfloat16().float())
