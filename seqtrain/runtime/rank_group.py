@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 
 from seqtrain import errors
@@ -19,7 +18,7 @@ from seqtrain.errors import ConfigError
 from seqtrain.runtime.cluster import Node, by_node
 from seqtrain.runtime.lease import EpochFolder
 from seqtrain.runtime.pulse import Pulse
-from seqtrain.runtime.ranks import join_group, pick_device
+from seqtrain.runtime.ranks import join_group, pick_device, use_network_of
 from seqtrain.runtime.ray_hosts import LOST_SECONDS, Hosts
 from seqtrain.runtime.restarts import Failure
 from seqtrain.runtime.run_folder import log_to, read_lines
@@ -206,7 +205,7 @@ def run_rank(session: Session, on_gpu: bool, pulse: Pulse) -> None:
         )
         leave_error(session.lease, int(os.environ["RANK"]), error, step=-1)
         raise error
-    _use_interface_of(os.environ["SEQTRAIN_ADDRESS"])
+    use_network_of(os.environ["SEQTRAIN_ADDRESS"])
     ranks = join_group(
         pick_device("cuda" if on_gpu else "cpu"),
         timeout_seconds=config.runtime.collective_timeout_seconds,
@@ -217,15 +216,6 @@ def run_rank(session: Session, on_gpu: bool, pulse: Pulse) -> None:
     if ranks.first:
         log_to(session.folder.log)
     train(session, ranks)
-
-
-def _use_interface_of(address: str) -> None:
-    """Has gloo and NCCL use the network that the machine has this address in, whatever its name resolves to."""
-    for name, known in psutil.net_if_addrs().items():
-        if any(each.address == address for each in known):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            if address != "127.0.0.1":
-                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 def left_error(epoch: EpochFolder) -> dict[str, Any] | None:

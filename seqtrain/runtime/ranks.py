@@ -3,6 +3,7 @@
 import atexit
 import datetime
 import os
+import socket
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,6 +122,10 @@ def form_group(device: torch.device, *, timeout_seconds: int, section_seconds: f
         options: dict[str, Any] = {"timeout": datetime.timedelta(seconds=timeout_seconds)}
         if "RANK" not in os.environ:
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        elif os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"] and (
+            first := os.environ.get("MASTER_ADDR")
+        ):
+            use_network_of(_own_address(first))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
         atexit.register(dist.destroy_process_group)
     return this_process(device, section_seconds=section_seconds)
@@ -139,6 +144,24 @@ def join_group(
         options["store"] = dist.FileStore(store, count)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
     return this_process(device, section_seconds=section_seconds, pulse=pulse)
+
+
+def use_network_of(address: str) -> None:
+    """Has gloo and NCCL use the network in which this machine has this address, whatever its name resolves to."""
+    for name, known in psutil.net_if_addrs().items():
+        if any(each.address == address for each in known):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            if address != "127.0.0.1":
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def _own_address(other: str) -> str:
+    """The address that this machine has for `other`; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked, suppress(OSError):
+        asked.connect((other, 9))
+        address: str = asked.getsockname()[0]
+        return address
+    return ""
 
 
 # Side of the product, and numbers summed over the ranks, by which a rank is checked before it joins.

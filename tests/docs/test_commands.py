@@ -30,6 +30,7 @@ ELSEWHERE = {
     "cp examples/new_mixer/qrnn.py": "tests/launch runs that example",
     "python launch/pretrain.py 'model.layers=[qrnn]'": "tests/launch runs that example",
     "ray start": "needs nodes",
+    "ray job submit": "needs nodes",
     "pip install": "CI's quickstart installs",
     "python tools/compare_optimizers.py": "takes hours; tests/benchmarks runs it in small",
 }

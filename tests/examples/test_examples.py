@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+import yaml
 
 from seqtrain.parallel.testing import run_ranks
 
@@ -32,6 +33,13 @@ def test_one_sequence_over_two_ranks(capfd):
     assert max(differences) < 1e-5
 
 
-def test_the_shell_examples_are_valid():
-    for script in EXAMPLES.glob("*.sh"):
+def test_what_starts_clusters_can_be_read():
+    folder = EXAMPLES.parent / "launch" / "clusters"
+    scripts = sorted(folder.glob("*.sh"))
+    assert len(scripts) == 2
+    for script in scripts:
         subprocess.run(["bash", "-n", str(script)], check=True)
+    job = yaml.safe_load((folder / "rayjob.yaml").read_text())
+    words = job["spec"]["entrypoint"].split()
+    assert (job["kind"], words[:2]) == ("RayJob", ["python", "launch/pretrain.py"])
+    assert (EXAMPLES.parent / words[1]).exists()
