@@ -205,16 +205,21 @@ def read_module(name: str) -> Module:
     return Module(name, text, ast.parse(text))
 
 
+# Those of any model, and those of encoders alone.
+MIXER_FOLDERS = ("mixers", "encoders")
+
+
 def mixer_definition(name: str) -> Definition:
     """The `Config` of the mixer `name`: that of the only class in its file that has one, or inherits one."""
-    module = read_module(f"seqtrain.mixers.{name}")
+    folder = next(folder for folder in MIXER_FOLDERS if (ROOT / "seqtrain" / folder / f"{name}.py").exists())
+    module = read_module(f"seqtrain.{folder}.{name}")
     classes = [Definition(module, node, node.name) for node in module.tree.body if isinstance(node, ast.ClassDef)]
     return next(config for each in classes if (config := each.inner("Config")))
 
 
 def mixer_names() -> list[str]:
     """The names of all mixers: those of their files."""
-    return sorted(path.stem for path in (ROOT / "seqtrain" / "mixers").glob("[!_]*.py"))
+    return sorted(path.stem for folder in MIXER_FOLDERS for path in (ROOT / "seqtrain" / folder).glob("[!_]*.py"))
 
 
 @cache

@@ -14,6 +14,7 @@ FLOORS = (
     "parallel",
     "layers",
     "mixers",
+    "encoders",
     ("data", "models"),
     ("runtime", "profiling", "planning", "benchmarks", "audit"),
     "convert",

@@ -210,15 +210,19 @@ def _mixer(config: ModelConfig, mixers: Mapping[str, Any], index: int, tensor: T
         return None
     own = mixers[name] if name in mixers else default_config(name)
     heads = getattr(own, "heads", 0) or config.heads
-    shape = LayerShape(config.width, 0, index, config.depth, tensor=tensor).with_heads(heads)
+    encoder = config.kind == "encoder"
+    shape = LayerShape(config.width, 0, index, config.depth, tensor=tensor, encoder=encoder).with_heads(heads)
     mixer = mixer_class(name)(own, shape)
     if mixer.grouped and (size := config.groups[index % len(config.groups)]):
         raise ConfigError(
             f"model.groups={list(config.groups)}: layer {index}, {name}, has groups of its own and can't have "
             f"these of {size} tokens: put 0 in that place, or another layer"
         )
-    if not mixer.causal:
-        raise ConfigError(f"model.layers={name}: sees tokens to come, which a language model must not, as configured")
+    if encoder and (mixer.grouped or any(config.groups)):
+        raise ConfigError(f"model.kind=encoder: layer {index}, {name}, has groups of tokens, which encoders can't have")
+    if not encoder and not mixer.causal:
+        rule = "sees tokens to come, which a language model must not, as configured; use model.kind=encoder"
+        raise ConfigError(f"model.layers={name}: {rule}")
     return mixer
 
 

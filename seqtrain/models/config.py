@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from seqtrain.encoders import ENCODERS
 from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS, Mixer
 from seqtrain.models.feed_forward import Activation, RouterConfig
@@ -21,6 +22,9 @@ Positive = Annotated[float, Field(gt=0)]
 class ModelConfig:
     """The keys under `model.`; the files in `conf/model/` hold one ready choice each."""
 
+    # decoder: tokens see those before them (a language model); encoder: all tokens of their document, by the mixers'
+    # non-causal forms, or both directions where there is none. An encoder carries no state and generates nothing.
+    kind: Literal["decoder", "encoder"] = "decoder"
     # Rows of embedding and head, at least as many as the tokenizer has ids; 0: as many.
     vocab_size: Annotated[int, Field(ge=0)] = 0
     # Names of mixers (files in seqtrain/mixers/), repeated over the depth; none: a layer without one.
@@ -158,6 +162,7 @@ def default_config(mixer: str) -> Any:
 def mixer_class(name: str) -> type[Mixer]:
     """The mixer that layers called `name` have: what comes before a dot, as in `attention.local`. Raises `ConfigError`.
 
-    So layers of one mixer can have configs of their own.
+    So layers of one mixer can have configs of their own. Those of encoders only are in a folder of theirs.
     """
-    return MIXERS.get(name.partition(".")[0])
+    kind = name.partition(".")[0]
+    return ENCODERS.get(kind) if kind in ENCODERS.names else MIXERS.get(kind)

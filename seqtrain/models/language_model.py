@@ -18,6 +18,7 @@ from seqtrain.mixers import WHOLE, Mixer, State
 from seqtrain.models.block import build_blocks
 from seqtrain.models.config import ModelConfig
 from seqtrain.models.feed_forward import MLP, MoE
+from seqtrain.parallel.both_ways import BothWays
 from seqtrain.parallel.recompute import recomputed
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.tensor import ALONE, TensorParallel, softmax_of_parts
@@ -169,6 +170,12 @@ class LanguageModel(nn.Module):
 
         `tokens` may be their embeddings, too: floating, `[B,T,D]`. `watch` is shown what enters every block.
         """
+        if self.config.kind == "encoder":
+            if state is not None or tokens.dim() == 1:
+                raise ValueError(
+                    "model.kind=encoder: reads whole sequences, and neither goes on from a state nor steps"
+                )
+            sequence = BothWays.of(sequence)
         past: Iterable[State | None] = [None] * len(self.blocks) if state is None else state
         x, after = tokens if tokens.is_floating_point() else self.embedding(tokens), []  # B T D
         if torch.is_autocast_enabled(x.device.type):

@@ -26,6 +26,8 @@ class SequenceContext:
 
     # Whether layers on it send anything, which activation checkpointing must not do twice (`checkpoint_contexts`).
     sends: ClassVar[bool] = False
+    # Whether its operators are counted and not run.
+    counts: ClassVar[bool] = False
 
     cu_seqlens: Tensor | None = None
     backend: str = "auto"
@@ -60,6 +62,11 @@ class SequenceContext:
     def repeated(self, times: int) -> "SequenceContext":
         """The sequence in which every token stands `times` times, one copy after the other."""
         return self if self.cu_seqlens is None else replace(self, cu_seqlens=times * self.cu_seqlens)
+
+    @property
+    def one_way(self) -> "SequenceContext":
+        """The sequence of a layer that runs in both directions by itself."""
+        return self
 
     def reverse(self, x: Tensor) -> Tensor:
         """`x: [B,T,...]` with the tokens of each document (or row) in reverse order."""

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from seqtrain.kernels.documents import Boundaries, boundaries_of
 from seqtrain.kernels.segments import AffineScan
+from seqtrain.parallel.exchange import exchange
 from seqtrain.parallel.halo import HaloPlan, first_documents, first_tokens, tokens_before
 from seqtrain.parallel.scan import Algorithm, keep_in_graph, open_all_scan
 from seqtrain.parallel.sequence import SPLITS, Call, SequenceContext, SplitInTime, splits, with_gradients
@@ -201,7 +202,31 @@ class ShardedSequence(SequenceContext):
         return replace(self, offsets=offsets, cu_seqlens=None if self.cu_seqlens is None else times * self.cu_seqlens)
 
     def reverse(self, x: Tensor) -> Tensor:
-        raise ValueError("a sharded sequence can't be reversed: a bidirectional layer needs it whole")
+        place, to, come, arrival = self.planned(("reverse", x.device), lambda: self._reversal(x.device))
+        rest, batch = x.shape[2:], x.shape[0]
+        width = batch * rest.numel()
+        rows = x.transpose(0, 1).index_select(0, place).reshape(-1)
+        sizes = [[width * count for count in counts] for counts in (to, come)]
+        came = exchange(rows, *sizes, group=self.group, agreed=f"reverse {self.offsets} {self.boundaries} {width}")
+        return came.view(-1, batch, *rest).index_select(0, arrival).transpose(0, 1)
+
+    def _reversal(self, device: torch.device) -> tuple[Tensor, list[int], list[int], Tensor]:
+        """In which order this rank's tokens leave, how many go to and come from each rank, and where those lie.
+
+        A token goes to the place in its document that is as far from its end; so what is there comes to its place.
+        """
+        index = torch.arange(self.start, self.end)
+        starts = torch.tensor(self.boundaries)
+        document = torch.searchsorted(starts, index, right=True) - 1
+        mirror = starts[document] + starts[document + 1] - 1 - index
+        order = mirror.argsort()
+        ranks = torch.searchsorted(torch.tensor(self.offsets), mirror[order], right=True) - 1
+        # Ranks without tokens have the boundary of the one after them.
+        counts = torch.bincount(ranks, minlength=self.group.size()).tolist()
+        # What comes from a rank comes by rising place here; those from earlier ranks first.
+        source = torch.searchsorted(torch.tensor(self.offsets), mirror, right=True) - 1
+        arrival = source.argsort(stable=True).argsort()
+        return order.to(device), counts, counts, arrival.to(device)
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
         index = torch.arange(self.start, self.end, device=device)

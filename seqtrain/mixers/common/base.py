@@ -21,7 +21,7 @@ class LayerShape:
     """Sizes of a layer and its position in the stack: model width D, heads H, index from 0, number of layers.
 
     `out`: channels of what leaves it, where a shared block has it; 0: as many as enter. `tensor`: the ranks over which
-    heads are divided; those of `heads` are this rank's.
+    heads are divided; those of `heads` are this rank's. `encoder`: its tokens see those after them, too.
     """
 
     width: int
@@ -30,6 +30,7 @@ class LayerShape:
     depth: int = 1
     out: int = 0
     tensor: TensorParallel = ALONE
+    encoder: bool = False
 
     @property
     def all_heads(self) -> int:
@@ -154,7 +155,7 @@ class Mixer(nn.Module):
     def _counts(self, batch: int, tokens: int) -> Counts:
         shapes = tuple(tuple(parameter.shape) for parameter in self.parameters())
         shape = replace(self.shape, tensor=replace(self.shape.tensor, group=None))
-        sizes = self.shape.width, self.shape.heads, int(self.grouped)
+        sizes = self.shape.width, self.shape.heads, int(self.grouped), int(self.shape.encoder)
         kind = Kind(type(self), self.config, sizes, shapes, shape)
         return count(kind, batch, tokens)
 

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from seqtrain.parallel.both_ways import BothWays
 from seqtrain.parallel.sequence import SequenceContext
 
 
@@ -38,8 +39,9 @@ def count(kind: Kind, batch: int, tokens: int) -> Counts:
 
     mixer, sequence, products = _on_meta(kind), CountingContext(), FlopCounterMode(display=False)
     x = torch.empty(batch, tokens, kind.shape.width, device="meta")
+    read = BothWays.of(sequence) if kind.shape.encoder else sequence
     with torch.no_grad(), torch.autocast("cpu", enabled=False), products:
-        _, state = mixer(x, sequence=sequence)
+        _, state = mixer(x, sequence=read)
     return Counts(products.get_total_flops() + sum(sequence.flops), state)
 
 
@@ -52,6 +54,8 @@ def _on_meta(kind: Kind) -> nn.Module:
 @dataclass(frozen=True)
 class CountingContext(SequenceContext):
     """A sequence whose operators are not run: each adds its FLOPs, and is answered by tensors of its shapes."""
+
+    counts: ClassVar[bool] = True
 
     flops: list[int] = field(default_factory=list)
     size: int | None = None

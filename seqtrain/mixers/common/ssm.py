@@ -64,6 +64,8 @@ class StateSpaceMixer(Mixer):
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         if past and not self.causal:
             raise ValueError("a bidirectional state-space layer has seen no past: it takes no state and no steps")
+        # Of both directions' readouts, that of each.
+        sequence = sequence if self.causal else sequence.one_way
         y, memory = self.respond(x, past.get("memory"), sequence, 0)
         if not self.causal:
             backwards, _ = self.respond(sequence.reverse(x), None, sequence, 1)
