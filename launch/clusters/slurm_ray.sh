@@ -26,8 +26,11 @@ if ((${#nodes[@]} > 1)); then
   everywhere --nodes=$((${#nodes[@]} - 1)) --ntasks=$((${#nodes[@]} - 1)) --exclude="${nodes[0]}" \
     ray start --address="$address:$port" --num-cpus="$SLURM_CPUS_ON_NODE" --block &
 fi
-# The run would wait for its ranks by itself; but parallel.data=auto takes what is there.
-until (($(ray status --address="$address:$port" | grep -c ' node_') >= ${#nodes[@]})); do sleep 2; done
+# The run waits for its ranks by itself; but parallel.data=auto takes what is there.
+for _ in $(seq 60); do
+  (($(ray status --address="$address:$port" | grep -c ' node_') >= ${#nodes[@]})) && break
+  sleep 2
+done
 
 python launch/pretrain.py runtime.address="$address:$port" "$@" &
 run=$!

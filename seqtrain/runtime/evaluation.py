@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from seqtrain.data import HeldOutParts, SyntheticBatches
 from seqtrain.data.batches import IGNORED
 from seqtrain.models.spiking import spike_statistics
-from seqtrain.runtime.metrics import Within, write_within
+from seqtrain.runtime.metrics import Within
 from seqtrain.runtime.segmented import Segment, States, carried
 from seqtrain.runtime.step import TrainState
 from seqtrain.runtime.task import HeldOut
@@ -81,7 +81,7 @@ def _score_all(state: TrainState, batches: HeldOut, *, done: int, of: int) -> li
         if stopping:
             return None
         if state.metrics:
-            write_within(state.lease, Within(state.progress.step, done + index + 1, of, evaluation=True))
+            state.metrics.within(Within(state.progress.step, done + index + 1, of, evaluation=True))
             state.poll()
     return sums
 

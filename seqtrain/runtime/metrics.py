@@ -2,7 +2,9 @@
 
 import json
 import math
+import queue
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +17,21 @@ from seqtrain.runtime.run_folder import RunFolder, as_record, read_lines
 Record = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Within:
+    """What is being done after `step`: `done` parts of `of` are, segments of the next step or batches of a score."""
+
+    step: int
+    done: int
+    of: int
+    evaluation: bool = False
+
+
 class MetricsFile:
     """Appends records to `path`, after cutting off what is there from steps beyond `step`.
 
-    Steps that were done after the checkpoint a run resumes from are done again, and each is to have one line.
+    Steps that were done after the checkpoint a run resumes from are done again, and each is to have one line. A thread
+    writes: a file system that stands still for a while keeps no rank waiting, but those of `flush` and `close`.
     """
 
     def __init__(self, path: Path, lease: Lease, *, step: int):
@@ -27,17 +40,60 @@ class MetricsFile:
         keep = _bytes_up_to(path, step)
         self._file = path.open("ab")
         self._file.truncate(keep)
+        self._waiting: queue.SimpleQueue[bytes | Within | threading.Event | None] = queue.SimpleQueue()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._write_all, name="metrics", daemon=True)
+        self._thread.start()
 
     def write(self, record: Record) -> None:
-        """Appends one line. A float that isn't finite, which JSON can't hold, becomes null."""
+        """Appends one line, soon. A float that isn't finite, which JSON can't hold, becomes null.
+
+        Raises what went wrong with an earlier one, as `FencedError` where another start has taken over.
+        """
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        line = json.dumps(finite, allow_nan=False)
-        self._lease.check()
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        self._put(json.dumps(finite, allow_nan=False).encode() + b"\n")
+
+    def within(self, within: Within) -> None:
+        """Says how far it is between two records, for the progress bar; after a crash it would mean nothing."""
+        self._put(within)
+
+    def flush(self) -> None:
+        """Returns when all is written. Raises as `write`."""
+        written = threading.Event()
+        self._put(written)
+        written.wait()
+        self._raise()
 
     def close(self) -> None:
+        """Writes the rest, and closes the file. Raises as `write`."""
+        self._waiting.put(None)
+        self._thread.join()
         self._file.close()
+        self._raise()
+
+    def _put(self, what: "bytes | Within | threading.Event") -> None:
+        self._raise()
+        self._waiting.put(what)
+
+    def _raise(self) -> None:
+        if self._error:
+            raise self._error
+
+    def _write_all(self) -> None:
+        while (what := self._waiting.get()) is not None:
+            if isinstance(what, threading.Event):
+                what.set()
+            elif self._error is None:
+                try:
+                    self._lease.check()
+                    if isinstance(what, Within):
+                        replace_file(self._lease.own.within, json.dumps(asdict(what)).encode(), durable=False)
+                    else:
+                        self._file.write(what)
+                        self._file.flush()
+                except Exception as error:
+                    # For the thread that trains.
+                    self._error = error
 
 
 class MetricsReader:
@@ -69,22 +125,6 @@ class MetricsReader:
                     return
                 self._read += len(line)
                 yield json.loads(line)
-
-
-@dataclass(frozen=True)
-class Within:
-    """What is being done after `step`: `done` parts of `of` are, segments of the next step or batches of a score."""
-
-    step: int
-    done: int
-    of: int
-    evaluation: bool = False
-
-
-def write_within(lease: Lease, within: Within) -> None:
-    """Writes how far it is between two records, for the progress bar; after a crash it would mean nothing."""
-    lease.check()
-    replace_file(lease.own.within, json.dumps(asdict(within)).encode(), durable=False)
 
 
 def read_within(folder: EpochFolder) -> Within | None:

@@ -20,7 +20,7 @@ from seqtrain.runtime.engine import Engine
 from seqtrain.runtime.experts import Experts
 from seqtrain.runtime.lease import Lease
 from seqtrain.runtime.measures import Measures
-from seqtrain.runtime.metrics import MetricsFile, Record, Within, write_within
+from seqtrain.runtime.metrics import MetricsFile, Record, Within
 from seqtrain.runtime.ranks import Ranks
 from seqtrain.runtime.read_ahead import ReadAhead
 from seqtrain.runtime.saving import Saver
@@ -205,7 +205,7 @@ def _train_segments(state: TrainState, batch: Batch, weight: float, routers: flo
             state.engine.step()
             losses.append(loss.detach())
         if state.metrics:
-            write_within(state.lease, Within(state.progress.step, done + number * of, rows * of))
+            state.metrics.within(Within(state.progress.step, done + number * of, rows * of))
             state.poll()
     mesh = state.mesh
     state.measures.count(batch, mesh.sequence_rank, mesh.sequence_ranks, backwards=gradients == "exact")

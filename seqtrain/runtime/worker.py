@@ -341,6 +341,9 @@ def _save(session: Session, state: TrainState) -> None:
     step = state.progress.step
     if step == state.saved_step:
         return
+    if state.metrics:
+        # Its steps are told of before it is there.
+        state.metrics.flush()
     began = time.perf_counter()
     with state.callback.phase("checkpoint"):
         state.saver.save(
@@ -363,6 +366,7 @@ def _write_outcome(state: TrainState, *, stopped: bool, scores: Scores | None) -
     if not state.metrics:
         return
     state.metrics.close()
+    state.poll()
     outcome = {
         "stopped": stopped,
         "steps": state.progress.step,

@@ -2,12 +2,14 @@
 
 import io
 import json
+import threading
 
 import pytest
 from rich.console import Console
 
+from seqtrain.errors import FencedError
 from seqtrain.runtime import progress
-from seqtrain.runtime.lease import take
+from seqtrain.runtime.lease import Lease, take
 from seqtrain.runtime.metrics import MetricsFile, MetricsReader, Within, count_restarts
 from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.run_folder import RunFolder, read_lines
@@ -43,6 +45,31 @@ def test_a_number_that_json_has_not_becomes_null(folder):
     file.write({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr": 0.1})
     file.close()
     assert folder.metrics.read_text() == '{"step": 1, "loss": null, "grad_norm": null, "lr": 0.1}\n'
+
+
+def test_whoever_writes_a_line_does_not_wait_for_the_file_system(folder, monkeypatch):
+    lease, stands_still = take(folder.epochs, "a", seconds=0.1), threading.Event()
+    file = MetricsFile(folder.metrics, lease, step=0)
+    monkeypatch.setattr(Lease, "check", lambda lease: stands_still.wait(20))
+    for step in (1, 2, 3):
+        file.write({"step": step})
+    assert folder.metrics.read_bytes() == b""
+    threading.Timer(0.1, stands_still.set).start()
+    file.flush()
+    assert steps(read_lines(folder.metrics)) == [1, 2, 3]
+
+    def refuse(lease):
+        raise FencedError("another start")
+
+    monkeypatch.setattr(Lease, "check", refuse)
+    file.write({"step": 4})
+    with pytest.raises(FencedError):
+        file.flush()
+    with pytest.raises(FencedError):
+        file.write({"step": 5})
+    with pytest.raises(FencedError):
+        file.close()
+    assert steps(read_lines(folder.metrics)) == [1, 2, 3]
 
 
 def steps(records) -> list[int]:
