@@ -16,6 +16,6 @@ class S5PTD(PerturbedStart, SharedMixer):
     """
 
     class Config(PerturbedStart.Config, SharedMixer.Config):
-        # Five of six seeds learned to classify long signals with blocks of 16 states (the sixth reached 0.74); with 0.083
-        # one of two, with 0.029 four.
+        # Five of six seeds learned to classify long signals with blocks of 16 states (the sixth reached 0.74); with
+        # 0.083 one of two, with 0.029 four.
         perturbation: Annotated[float, Field(gt=0, lt=1)] = 0.28

@@ -23,14 +23,12 @@ from seqtrain.planning.counts import ModelCounts
 from seqtrain.planning.scaling import Scheme, Work, simulate
 from seqtrain.planning.trace import Recorded
 from seqtrain.runtime.settings import ParallelConfig
-from seqtrain.runtime.zero import STAGE_3_PART
+from seqtrain.runtime.zero import LARGEST_BUCKET, STAGE_3_PART
 from seqtrain.validation import validate
 
 CLUSTERS = Path(__file__).parent / "clusters"
 Rate = Annotated[float, Field(gt=0)]
 Scale = Annotated[float, Field(ge=0)]
-# Numbers DeepSpeed gathers in a bucket before it reduces them (reduce_bucket_size).
-BUCKET = 500_000_000
 AUTO = Scheme("auto")
 # What computing takes its time for.
 CAUSES = ("products", "attention", "kernels", "memory traffic", "calls")
@@ -381,10 +379,10 @@ def memory_bytes(counts: ModelCounts, layout: Layout, machine: Machine) -> dict[
     size, divided = 4.0 * held_parameters(counts, layout), 4.0 * counts.trained * own
     trained = size - 4.0 * counts.frozen
     whole, kept = counts.peak_bytes(checkpointing=again), counts.saved_bytes(checkpointing=again)
-    bucket = min(trained, 4.0 * BUCKET) if layout.replicas > 1 or layout.stage else 0.0
+    bucket = min(trained, 4.0 * LARGEST_BUCKET) if layout.replicas > 1 or layout.stage else 0.0
     weights, gathered = size, 0.0
     if layout.stage == 3:
-        bucket = min(bucket, size / STAGE_3_PART)
+        bucket = min(bucket, size * own / 2, size / STAGE_3_PART)
         weights, gathered = 4.0 * counts.parameters * own, size * max(1 / STAGE_3_PART, 2 / max(1, len(counts.layers)))
     # ZeRO 1 and 2 keep a float32 copy of their part next to the weights, all the reduced gradients of their part.
     moments = divided * 3 if layout.stage in (1, 2) else divided * 2 if layout.stage else trained * 2

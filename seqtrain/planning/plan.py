@@ -177,11 +177,12 @@ def search(
     """
     counter = cache(counter)
     count = cache(lambda tokens, tensor: counter(tensor).count(tokens))
+    count_rows = cache(lambda tokens, tensor, rows: count(tokens, tensor).of_rows(rows))
 
     @cache
     def of_one_round(layout: Layout) -> Prediction:
         tokens, rows = at_once(config, layout.sequence, layout.micro_batch)
-        return predict(count(tokens, layout.tensor).of_rows(rows), layout, machine, cluster)
+        return predict(count_rows(tokens, layout.tensor, rows), layout, machine, cluster)
 
     # Micro-batches of a step are alike, however many there are.
     found = [replace(of_one_round(each.of_rounds(1)), layout=each) for each in layouts]

@@ -13,7 +13,9 @@ from seqtrain.parallel.mesh import Shards
 
 # Numbers that are summed over the replicas at once.
 BUCKET = 1 << 27
-# The part of a model (1 / it) that stage 3 may hold gathered, and the part whose gradients it reduces at once.
+# Numbers that stage 3 reduces at once: half a rank's share of the model, within these.
+LEAST_BUCKET, LARGEST_BUCKET = 1 << 20, 500_000_000
+# The part of a model (1 / it) that stage 3 may hold gathered.
 STAGE_3_PART = 8
 
 
@@ -96,13 +98,13 @@ def stage_3_sizes(model: nn.Module, shards: int, *, one_group: bool) -> dict[str
     rank from its first pass on, and its gradients, too. `one_group`: of an optimizer that must see all at once.
     """
     counts = [weight.numel() for weight in model.parameters()]
-    size = max([*counts, sum(counts) // STAGE_3_PART])
+    part = max([*counts, sum(counts) // STAGE_3_PART])
     return {
-        "reduce_bucket_size": min(size, 500_000_000),
-        "stage3_prefetch_bucket_size": min(size // 2, 50_000_000),
-        "stage3_max_live_parameters": min(size, 10**9),
-        "stage3_max_reuse_distance": min(size, 10**9),
-        "sub_group_size": 10**15 if one_group else min(max(1, size // shards), 10**9),
+        "reduce_bucket_size": min(max(sum(counts) // (2 * shards), LEAST_BUCKET), part, LARGEST_BUCKET),
+        "stage3_prefetch_bucket_size": min(part // 2, 50_000_000),
+        "stage3_max_live_parameters": min(part, 10**9),
+        "stage3_max_reuse_distance": min(part, 10**9),
+        "sub_group_size": 10**15 if one_group else min(max(1, part // shards), 10**9),
     }
 
 

@@ -1,6 +1,7 @@
 """The simulator of steps: what can be worked out by hand, and what must be so whatever the numbers."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -138,3 +139,14 @@ def test_gradients_and_gathered_parameters_are_paid_for():
     assert gathered == pytest.approx([0.2])
     gathered = simulate(idle, work(parameter_bytes=8e6), Scheme("pipeline", 1), ranks=8)
     assert gathered[0] > 4 * (2 * (3e-3 + 7 / 8 * 0.08))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("changes", [{"layers": 24}, {"layers": 9, "ready": 0.5, "parameter_bytes": 1e7}])
+def test_layers_that_repeat_are_not_simulated_again(scheme, changes):
+    """A slow rank's factor that no rank has takes every layer, one by one."""
+    cluster, of_work = Cluster(replace(LINKS, latency=1e-5, byte=1e-9), LINKS, node=4), work(**changes)
+    layer_by_layer = simulate(cluster, of_work, scheme, Noise(slow_factor=2.0), ranks=16, replicas=2, samples=2)
+    np.testing.assert_allclose(
+        simulate(cluster, of_work, scheme, ranks=16, replicas=2, samples=2), layer_by_layer, 1e-9
+    )
