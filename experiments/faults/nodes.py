@@ -14,7 +14,6 @@ import shutil
 import signal
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ import psutil
 from pydantic import Field
 
 from experiments.faults.hosts import Hosts, available
-from experiments.faults.run import ALONE, EVERY, SMALL, STEPS, Run
+from experiments.faults.run import ALONE, COLUMNS, EVERY, SMALL, STEPS, Run, table
 from seqtrain import report
 from seqtrain.config import read_settings
 from seqtrain.errors import ConfigError, unknown_name
@@ -130,7 +129,7 @@ def make(kind: str, folder: Path, chance: random.Random, hosts: Hosts) -> dict[s
         _bring_back(kind, hosts, number)
     ranks = [process for each in hosts.hosts for process in ranks_of(hosts, each)]
     _, alive = psutil.wait_procs(ranks, timeout=30)
-    return case | {"left": len(alive), "sizes": [start["ranks"] for start in run.starts()]}
+    return case | {"left": [process.name() for process in alive], "sizes": [start["ranks"] for start in run.starts()]}
 
 
 def _seconds(run: NodesRun, struck: float, starts: int) -> float:
@@ -168,31 +167,6 @@ def judge(case: dict[str, Any], folder: Path, whole: Path) -> list[str]:
     if "Traceback" in folder.with_suffix(".txt").read_text():
         wrong.append("a traceback")
     return wrong
-
-
-def table(cases: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """By kind: tried, survived, most steps lost, seconds until ranks were there again, processes left."""
-    kinds = defaultdict(list)
-    for case in cases:
-        kinds[case["kind"]].append(case)
-    rows: list[tuple[str, ...]] = []
-    for kind, of in kinds.items():
-        seconds = sorted(case["recovered"] for case in of if "recovered" in case)
-        rows.append(
-            (
-                kind,
-                str(len(of)),
-                str(sum(not case["wrong"] for case in of)),
-                str(max((case.get("lost", 0) for case in of), default=0)),
-                f"{seconds[len(seconds) // 2]:.0f} s" if seconds else "-",
-                f"{seconds[-1]:.0f} s" if seconds else "-",
-                str(sum(case.get("left", 0) for case in of)),
-            )
-        )
-    return rows
-
-
-COLUMNS = ("fault", "tried", "survived", "steps lost", "recovered, median", "at most", "processes left")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -13,9 +13,11 @@ checkpoints done again, no process and no partial file left, and nothing but one
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ from typing import Annotated, Any
 import psutil
 from pydantic import Field
 
+from seqtrain import report
 from seqtrain.config import read_settings
 from seqtrain.errors import ConfigError, unknown_name
 from seqtrain.runtime.checkpoint import listed
@@ -34,7 +37,9 @@ from seqtrain.validation import FilePath
 STEPS, EVERY = 60, 5
 # What is killed, by a part of its name: the program itself, a rank, Ray's processes, or all of them at once.
 KILLED = ("driver", "RayTrainWorker", "tree", "raylet", "gcs_server", "fork_server")
-KINDS = (*KILLED, "disk", "zombie")
+# What a rank is sent that is not killed: stopped it is named and replaced, told of its end it makes way.
+SENT = {"freeze": signal.SIGSTOP, "notice": signal.SIGTERM}
+KINDS = (*KILLED, *SENT, "disk", "zombie")
 # Seconds after which a run that still goes is taken for hung.
 HUNG = 600
 SMALL = (
@@ -57,6 +62,9 @@ class Settings:
     # Kinds of faults.
     kinds: Annotated[list[str], Field(min_length=1)] = field(default_factory=lambda: list(KINDS))
     seed: Annotated[int, Field(ge=0)] = 0
+
+
+COLUMNS = ("fault", "tried", "survived", "steps lost", "recovered, median", "at most", "processes left")
 
 
 class Run:
@@ -131,20 +139,25 @@ def kill(kind: str, folder: Path, chance: random.Random) -> dict[str, Any]:
         if kind == "driver":
             # What the signal of a user, or the system for want of memory, would hit.
             return [run.process]
-        return [process for process in run.seen if kind == "tree" or kind in _words(process)]
+        name = "RayTrainWorker" if kind in SENT else kind
+        return [process for process in run.seen if kind == "tree" or name in _words(process)]
 
     reached = run.until(lambda: due() and bool(hit()))
     step, victims = run.step(), hit()
     chance.shuffle(victims)
+    struck, starts = time.monotonic(), len(read_lines(run.folder.starts))
     for process in victims if kind == "tree" else victims[:1]:
         with suppress(psutil.NoSuchProcess):
-            process.kill()
+            process.send_signal(SENT.get(kind, signal.SIGKILL))
+    # Where the ranks are started again by themselves.
+    back = run.until(lambda: len(read_lines(run.folder.starts)) > starts)
+    recovered = round(time.monotonic() - struck, 1) if back and starts else None
     statuses, left = [run.end()], run.left()
     while statuses[-1] != 0 and len(statuses) < 3:
         run = Run(folder, *TOGETHER)
         statuses.append(run.end())
         left += run.left()
-    return {"when": when, "reached": reached, "step": step, "statuses": statuses, "left": left}
+    return {"when": when, "reached": reached, "step": step, "statuses": statuses, "left": left, "recovered": recovered}
 
 
 def fill_disk(folder: Path, chance: random.Random) -> dict[str, Any]:
@@ -215,7 +228,8 @@ def judge(case: dict[str, Any], folder: Path, whole: Path) -> list[str]:
     if not case.get("named", True):
         wrong.append("the full disk is not named")
     starts = [start["step"] for start in read_lines(run.starts)]
-    if len(starts) > 1 and case.get("step", 0) - starts[1] > EVERY:
+    case["lost"] = max(0, case.get("step", 0) - starts[1]) if len(starts) > 1 else 0
+    if case["lost"] > EVERY:
         wrong.append(f"went on from step {starts[1]}")
     if case.get("left"):
         wrong.append("processes are left")
@@ -228,6 +242,31 @@ def judge(case: dict[str, Any], folder: Path, whole: Path) -> list[str]:
     return wrong
 
 
+def table(cases: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """By kind: tried, survived, most steps lost, seconds until ranks were there again, processes left."""
+    kinds = defaultdict(list)
+    for case in cases:
+        kinds[case["kind"]].append(case)
+    rows: list[tuple[str, ...]] = []
+    for kind, of in kinds.items():
+        seconds = sorted(case["recovered"] for case in of if case.get("recovered"))
+        rows.append(
+            (
+                kind,
+                str(len(of)),
+                str(sum(not case["wrong"] for case in of)),
+                str(max((case.get("lost", 0) for case in of), default=0)),
+                f"{seconds[len(seconds) // 2]:.0f} s" if seconds else "-",
+                f"{seconds[-1]:.0f} s" if seconds else "-",
+                str(sum(len(case.get("left", ())) for case in of)),
+            )
+        )
+    return rows
+
+
+COLUMNS = ("fault", "tried", "survived", "steps lost", "recovered, median", "at most", "processes left")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Makes the cases that the table has not; prints each. The exit status."""
     settings = read_settings(Settings, arguments)
@@ -236,8 +275,8 @@ def main(arguments: Sequence[str]) -> int:
             raise ConfigError(unknown_name("kinds", kind, KINDS))
     root = Path(settings.output_dir).absolute()
     root.mkdir(parents=True, exist_ok=True)
-    table, began, failed = root / "cases.jsonl", time.monotonic(), 0
-    done = {line["name"]: line for line in map(json.loads, table.read_text().splitlines())} if table.exists() else {}
+    lines, began, failed = root / "cases.jsonl", time.monotonic(), 0
+    done = {line["name"]: line for line in map(json.loads, lines.read_text().splitlines())} if lines.exists() else {}
     for number in range(settings.cases):
         kind = settings.kinds[number % len(settings.kinds)]
         name = f"{kind}-{settings.seed}-{number:03d}"
@@ -245,13 +284,14 @@ def main(arguments: Sequence[str]) -> int:
             if settings.minutes and time.monotonic() - began > 60 * settings.minutes:
                 break
             done[name] = make(kind, root / name, random.Random(name), root)
-            with table.open("a") as file:
+            with lines.open("a") as file:
                 file.write(json.dumps({"name": name} | done[name]) + "\n")
         failed += bool(done[name]["wrong"])
         print(
             name, "WRONG: " + "; ".join(done[name]["wrong"]) if done[name]["wrong"] else "right", done[name], flush=True
         )
-    print(f"{failed} of {len(done)} cases are wrong: {table}")
+    report.show_table(COLUMNS, table([{"kind": name.split("-")[0]} | case for name, case in done.items()]))
+    print(f"{failed} of {len(done)} cases are wrong: {lines}")
     return int(failed > 0)
 
 

@@ -18,7 +18,7 @@ from seqtrain.errors import ConfigError
 from seqtrain.runtime.cluster import Node, by_node
 from seqtrain.runtime.lease import EpochFolder
 from seqtrain.runtime.pulse import Pulse
-from seqtrain.runtime.ranks import join_group, pick_device, use_network_of
+from seqtrain.runtime.ranks import TRANSPORT, join_group, pick_device, use_network_of
 from seqtrain.runtime.ray_hosts import LOST_SECONDS, Hosts
 from seqtrain.runtime.restarts import Failure
 from seqtrain.runtime.run_folder import log_to, read_lines
@@ -69,7 +69,9 @@ class RankGroup:
         """Starts the ranks and waits for their end; how they failed, if they did. Raises a mistake of the user's."""
         ended = False
         try:
-            self._start()
+            if not self._start():
+                self.lost = [self.places[0].id]
+                return self._lost({})
             told = False
             while True:
                 states, self.lost = self.hosts.look(POLL_SECONDS)
@@ -90,11 +92,14 @@ class RankGroup:
             if not ended:
                 self.hosts.end(self.lost)
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
+        """Starts the ranks; False where the first one's machine doesn't answer."""
         shared: dict[str, str] = {"WORLD_SIZE": str(len(self.places)), "SEQTRAIN_STORE": ""}
         if self.session.config.runtime.cluster:
             first = self.places[0]
-            shared |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(self.hosts.port(first))}
+            if not (port := self.hosts.port(first)):
+                return False
+            shared |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(port)}
         else:
             # Through a file: nothing listens, not even on this machine.
             folder = self.session.lease.own.ray
@@ -119,6 +124,7 @@ class RankGroup:
         from ray import cloudpickle
 
         self.hosts.start(environments, cloudpickle.dumps(partial(run_rank, self.session, self.on_gpu)))
+        return True
 
     def _lost(self, states: Mapping[int, RankState]) -> Failure | None:
         for name in self.lost:
@@ -167,7 +173,10 @@ class RankGroup:
             memory = " (by someone, or for want of memory)" if -status == signal.SIGKILL else ""
             return self._failure(first, f"was ended by {name}{memory}")
         words = [line for line in first.said.splitlines() if line.strip()]
-        failure = self._failure(first, f"has lost others: {words[-1][:300] if words else f'status {status}'}")
+        word = words[-1][:300] if words else f"status {status}"
+        if not any(name in word.lower() for name in TRANSPORT):
+            return self._failure(first, f"ended: {word}")
+        failure = self._failure(first, f"has lost others: {word}")
         # That is not its machine's fault.
         return replace(failure, place=failure.place and replace(failure.place, node=""))
 

@@ -129,9 +129,9 @@ class Hosts:
         return {name: missing for name, missing in zip(names, found, strict=False) if missing}
 
     def port(self, node: Node) -> int:
-        """A port that is free there."""
-        [found] = self._get([self._actors[node.id].about.remote()], LOST_SECONDS)
-        return int(found["port"])
+        """A port that is free there; 0 where it doesn't answer."""
+        found = self._get([self._actors[node.id].about.remote()], LOST_SECONDS)
+        return int(found[0]["port"]) if found else 0
 
     def drop(self, name: str) -> None:
         """Gives up the actor of a node."""

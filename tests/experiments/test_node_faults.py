@@ -8,8 +8,8 @@ from experiments.faults.hosts import available
 
 def test_the_table_counts_by_kind():
     cases = [
-        {"kind": "cut", "wrong": [], "lost": 3, "recovered": 20.4, "left": 0},
-        {"kind": "cut", "wrong": ["losses differ"], "lost": 5, "recovered": 41.0, "left": 1},
+        {"kind": "cut", "wrong": [], "lost": 3, "recovered": 20.4, "left": []},
+        {"kind": "cut", "wrong": ["losses differ"], "lost": 5, "recovered": 41.0, "left": ["rank"]},
         {"kind": "head", "wrong": []},
     ]
     assert nodes.table(cases) == [("cut", "2", "1", "5", "41 s", "41 s", "1"), ("head", "1", "1", "0", "-", "-", "0")]

@@ -195,7 +195,8 @@ def test_the_error_of_a_rank_reaches_the_driver_as_one_line(tmp_path):
     nodes = [Node("n", "a", "10.0.0.1", 1, 0), Node("m", "b", "10.0.0.2", 1, 0)]
     group = rank_group.RankGroup(session, HostsOf(nodes), nodes, lambda: None, Timeline(), on_gpu=False)
     lost_it, killed = (
-        RankState(rank, 7 + rank, status, False, "gone", 1, 1, 3, 3, 0) for rank, status in ((0, 1), (1, -9))
+        RankState(rank, 7 + rank, status, False, "RuntimeError: Connection closed by peer", 1, 1, 3, 3, 0)
+        for rank, status in ((0, 1), (1, -9))
     )
     failure = group._failed({0: lost_it, 1: killed})
     assert str(failure) == "rank 1 (process 8 on b) failed: ZeroDivisionError: first line after step 3"
