@@ -4,10 +4,34 @@ from experiments.fidelity import ROWS, Effort
 figures = list(ROWS["parity"].measure(Effort(seeds=(0,))))
 """
 
-from experiments.fidelity import entropy, fourier, match3, parity, query_gradient, recall, tensor_time
+from experiments.fidelity import (
+    all_scan,
+    bounded_entries,
+    centrality,
+    dydila,
+    entropy,
+    fourier,
+    groups,
+    heads,
+    inverse_permutation,
+    liger,
+    match3,
+    nalaformer,
+    parity,
+    query_gradient,
+    recall,
+    rounding,
+    steps,
+    tcnca,
+    tensor_time,
+)
 from experiments.fidelity.results import Axes, Bounds, Curve, Effort, Figure, Row, joined
 
-_MODULES = (recall, parity, match3, fourier, query_gradient, entropy, tensor_time)
+_MODULES = (
+    *(recall, parity, match3, fourier, query_gradient, entropy, tensor_time),
+    *(nalaformer, dydila, tcnca, liger, heads, bounded_entries, groups, centrality, rounding, steps, all_scan),
+    inverse_permutation,
+)
 ROWS: dict[str, Row] = {module.ROW.name: module.ROW for module in _MODULES}
 
 __all__ = ["ROWS", "Axes", "Bounds", "Curve", "Effort", "Figure", "Row", "joined"]

@@ -16,17 +16,26 @@ from seqtrain.testing import relative_error
 TINY = Effort(seeds=(0,), scale=0.002)
 # Figures of each row; the slow one has its own test.
 FIGURES = {"recall": 8, "parity": 3, "match3": 12, "query_gradient": 2, "entropy": 2, "tensor_time": 1}
+FIGURES |= {"nalaformer": 3, "dydila": 2, "tcnca": 2, "liger": 6, "heads": 10, "bounded_entries": 5, "groups": 2}
+FIGURES |= {"centrality": 1, "rounding": 7, "steps": 4, "all_scan": 3, "inverse_permutation": 2}
 
 TRAINED = {"recall": pytest.mark.full, "match3": pytest.mark.full, "parity": pytest.mark.all}
+TRAINED |= {"inverse_permutation": pytest.mark.all}
+# Those that cost more than a second.
+SLOW = {
+    "steps": pytest.mark.all,
+    "groups": pytest.mark.all,
+    "heads": pytest.mark.all,
+    "liger": pytest.mark.all,
+    "rounding": pytest.mark.all,
+}
 
 
 def test_every_row_is_tested():
     assert {*FIGURES, "fourier"} == set(ROWS)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=TRAINED[name]) if name in TRAINED else name for name in FIGURES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=(TRAINED | SLOW).get(name, ())) for name in FIGURES])
 def test_a_row_gives_its_figures(name):
     figures = list(ROWS[name].measure(TINY))
     assert len(figures) == FIGURES[name]
@@ -44,7 +53,7 @@ def test_a_row_gives_its_figures(name):
 def test_a_row_says_what_it_claims_and_how():
     for name, row in ROWS.items():
         assert row.name == name
-        assert "arXiv" in row.claim
+        assert any(source in row.claim for source in row.sources), name
         assert row.method
 
 
