@@ -16,7 +16,7 @@ import pytest
 from seqtrain.errors import DataError
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.testing import rank_outcomes
-from seqtrain.runtime import rank_group, ray_launcher, run, source, worker
+from seqtrain.runtime import rank_group, ray_launcher, run, source, watch, worker
 from seqtrain.runtime.cluster import Node
 from seqtrain.runtime.lease import succeed
 from seqtrain.runtime.progress import ProgressDisplay
@@ -78,14 +78,14 @@ def attempts_on(folder: Path, ours: list[psutil.Process]) -> dict[str, Callable[
 
 
 @pytest.mark.all
-def test_a_killed_worker_is_replaced_and_the_losses_stay_the_same(tmp_path):
+def test_a_killed_and_a_stopped_worker_are_replaced_and_the_losses_stay_the_same(tmp_path, monkeypatch):
     """On a sequence sharded over two workers: what the one knows of the other is lost in the middle of a scan."""
     config = small_config(
         tmp_path,
         *("gated_delta_net", "s5", "attention"),
         runtime={"name": "ray"},
         parallel={"sequence": 2, "zero_stage": 2},
-        train={"steps": 12, "sequence_length": 101, "batch_size": 2, "micro_batch_size": 1},
+        train={"steps": 16, "sequence_length": 101, "batch_size": 2, "micro_batch_size": 1},
         checkpoint={"every": 4},
     )
     undisturbed = change(config, "undisturbed")
@@ -102,15 +102,25 @@ def test_a_killed_worker_is_replaced_and_the_losses_stay_the_same(tmp_path):
             done.extend(done_by_another_user(attempts_on(ray_launcher._private_folder(), children)))
         listening.extend(c.laddr.ip for c in psutil.net_connections() if c.pid in ours and c.status == "LISTEN")
         os.kill(workers()[1].pid, signal.SIGKILL)
+        starts = folder_of(config).starts
+        while len(starts.read_text().splitlines()) < 2 or len(records(config)) < 9:
+            time.sleep(0.01)
+        os.kill(workers()[0].pid, signal.SIGSTOP)
+
+    monkeypatch.setattr(watch, "STOPPED_SECONDS", 0.5)
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     summary = run(config)
     thread.join(1)
-    assert summary["restarts"] == 1
-    assert [record["step"] for record in records(config)] == list(range(1, 13))
+    assert summary["restarts"] == 2
+    log = folder_of(config).log.read_text()
+    assert "was ended by SIGKILL" in log
+    assert "is stopped in " in log
+    assert "most recent call first" in log
+    assert [record["step"] for record in records(config)] == list(range(1, 17))
     assert losses(config) == losses(undisturbed)
-    assert len(folder_of(config).starts.read_text().splitlines()) == 2
+    assert len(folder_of(config).starts.read_text().splitlines()) == 3
     assert workers() == []
     assert listening
     assert set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, "nothing may be reachable from another machine"
