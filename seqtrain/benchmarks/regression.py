@@ -5,7 +5,7 @@
     python tools/bench_regression.py OLD_COMMIT output_dir=outputs/regression
 
 Both trees run in turns, in processes of their own. Start-up is the CPU time of a run of one step; a step is what each
-further step adds to it. Exit status: 0, or 1 where the median of a figure's ratios, new over old, lies above 1 by more
+one after the second adds: from two on there is a course to draw, at the end of a run. Exit status: 0, or 1 where the median of a figure's ratios, new over old, lies above 1 by more
 than their spread (half their interquartile range), or by more than 3% where the spread is smaller.
 """
 
@@ -39,9 +39,9 @@ TOLERANCE = 0.03
 class Settings:
     # The commit to compare this tree with.
     commit: str
-    # Turns; each runs every preset in both trees, with one step and with `steps` more.
+    # Turns; each runs every preset in both trees, with one step, with two, and with `steps` more.
     rounds: Annotated[int, Field(ge=1)] = 5
-    # Steps of the longer run beyond the first.
+    # Steps of the longest run beyond the second.
     steps: Annotated[int, Field(ge=1)] = 10
     # Presets to run, all where empty: quickstart, long_sequence, gated_delta_net_attention_tiny.
     presets: tuple[str, ...] = ()
@@ -75,8 +75,7 @@ def measure(tree: Path, cache: Path, preset: str, steps: int) -> dict[str, float
             words = f"{PRESETS[preset]} {COMMON} data.cache_dir={cache} train.steps={count}".split()
             return run_python(tree, ["launch/pretrain.py", *words, f"output_dir={folder}/{count}"])
 
-        start = run(1)
-        return {"start-up": start, "step": (run(1 + steps) - start) / steps}
+        return {"start-up": run(1), "step": (run(2 + steps) - run(2)) / steps}
 
 
 def compare(settings: Settings, old: Path, new: Path, caches: Path) -> list[Figure]:
