@@ -5,8 +5,9 @@
     python tools/bench_regression.py OLD_COMMIT output_dir=outputs/regression
 
 Both trees run in turns, in processes of their own. Start-up is the CPU time of a run of one step; a step is what each
-one after the second adds: from two on there is a course to draw, at the end of a run. Exit status: 0, or 1 where the median of a figure's ratios, new over old, lies above 1 by more
-than their spread (half their interquartile range), or by more than 3% where the spread is smaller.
+one after the second adds: from two on there is a course to draw, at the end of a run. Exit status: 0, or 1 where the
+median of a figure's ratios, new over old, lies above 1 by more than their spread (half their interquartile range), or
+by more than 3% where the spread is smaller.
 """
 
 import tempfile
