@@ -36,11 +36,12 @@ KINDS = ("kill", "stop", "cut", "drain", "notice", "rank", "freeze", "head")
 COUNT = 4
 ELASTIC = (
     "runtime=ray", f"runtime.workers=[2,{COUNT}]", "runtime.replacement_seconds=5", "runtime.cpus_per_worker=1",
-    "runtime.max_restarts=5", "train.batch_size=6", "train.micro_batch_size=1", f"train.steps={2 * STEPS}",
+    "runtime.max_restarts=5", "train.batch_size=6", "train.micro_batch_size=1", f"train.steps={STEPS}",
 )  # fmt: skip
 WHOLE = (*ALONE, *ELASTIC[-3:-2], "train.micro_batch_size=6", ELASTIC[-1])
-# Largest relative difference of a loss from that of one rank: sums are added up in another order.
-TOLERANCE = 1e-5
+# Largest relative difference of a loss from that of one rank: sums are added up in another order. Over twice as many
+# steps it would grow a thousandfold, step by step, wherever a fault is.
+TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def strike(kind: str, hosts: Hosts, number: int) -> None:
 
 def make(kind: str, folder: Path, chance: random.Random, hosts: Hosts) -> dict[str, Any]:
     """One case; leaves all hosts up."""
-    run, step = NodesRun(hosts, folder), chance.randint(EVERY, 2 * STEPS - 3 * EVERY)
+    run, step = NodesRun(hosts, folder), chance.randint(EVERY, STEPS - 3 * EVERY)
     number, back = 0 if kind == "head" else chance.randint(1, COUNT - 1), chance.random() < 0.5
     reached = run.until(lambda: run.step() >= step and bool(ranks_of(hosts, number)))
     case: dict[str, Any] = {"kind": kind, "step": step, "host": number, "back": back, "reached": reached}
@@ -162,7 +163,7 @@ def judge(case: dict[str, Any], folder: Path, whole: Path) -> list[str]:
         wrong.append("processes are left")
     if any(run.path.rglob("*.partial")):
         wrong.append("a partial file is left")
-    if saved_step(run.epochs) != 2 * STEPS:
+    if saved_step(run.epochs) != STEPS:
         wrong.append("the last checkpoint is missing")
     if "Traceback" in folder.with_suffix(".txt").read_text():
         wrong.append("a traceback")
