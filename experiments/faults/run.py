@@ -38,7 +38,7 @@ STEPS, EVERY = 60, 5
 # What is killed, by a part of its name: the program itself, a rank, Ray's processes, or all of them at once.
 KILLED = ("driver", "RayTrainWorker", "tree", "raylet", "gcs_server", "fork_server")
 # What a rank is sent that is not killed: stopped it is named and replaced, told of its end it makes way.
-SENT = {"freeze": signal.SIGSTOP, "notice": signal.SIGTERM}
+SENT = {"freeze": "SIGSTOP", "notice": "SIGTERM"}
 KINDS = (*KILLED, *SENT, "disk", "zombie")
 # Seconds after which a run that still goes is taken for hung.
 HUNG = 600
@@ -148,7 +148,7 @@ def kill(kind: str, folder: Path, chance: random.Random) -> dict[str, Any]:
     struck, starts = time.monotonic(), len(read_lines(run.folder.starts))
     for process in victims if kind == "tree" else victims[:1]:
         with suppress(psutil.NoSuchProcess):
-            process.send_signal(SENT.get(kind, signal.SIGKILL))
+            process.send_signal(signal.Signals[SENT.get(kind, "SIGKILL")])
     # Where the ranks are started again by themselves.
     back = run.until(lambda: len(read_lines(run.folder.starts)) > starts)
     recovered = round(time.monotonic() - struck, 1) if back and starts else None

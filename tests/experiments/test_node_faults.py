@@ -2,8 +2,9 @@
 
 import pytest
 
-from experiments.faults import nodes
+from experiments.faults import nodes, run
 from experiments.faults.hosts import available
+from seqtrain.errors import ConfigError
 
 
 def test_the_table_counts_by_kind():
@@ -22,3 +23,9 @@ def test_a_machine_is_lost_and_another_leaves_in_time(tmp_path_factory):
     # A short path: it holds sockets.
     folder = tmp_path_factory.mktemp("n")
     assert nodes.main([f"output_dir={folder}", "kinds=[kill,notice]", "cases=2"]) == 0
+
+
+def test_an_unknown_kind_is_named():
+    for campaign in (nodes, run):
+        with pytest.raises(ConfigError, match=r"kinds 'cutt' is unknown"):
+            campaign.main(["kinds=[cutt]"])
