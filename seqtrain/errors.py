@@ -20,6 +20,7 @@ EXTRAS = {
     ),
     "convert": ("gguf",),
     "eval": ("lm_eval",),
+    "store": ("upath", "s3fs"),
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -37,20 +37,62 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def replace_file(file: Path, content: bytes, *, durable: bool = True) -> None:
-    """Puts `content` in `file`, see `replacing`."""
+    """Puts `content` in `file`, see `replacing`. A store does so by itself."""
+    if not isinstance(file, Path):
+        file.write_bytes(content)
+        return
     with replacing(file, durable=durable) as unfinished:
         unfinished.write_bytes(content)
 
 
+def place(name: str) -> Path:
+    """The file or folder called so: on this machine, or `KIND://...` in a store that fsspec knows, as `s3://bucket/a`.
+
+    A store's has the methods of `Path` that the functions here and the callers of `place` need.
+    """
+    if not in_store(name):
+        return Path(name)
+    from upath import UPath
+
+    found: Any = UPath(name, use_listings_cache=False)
+    return found
+
+
+def in_store(name: str) -> bool:
+    """Whether the place called so is in a store."""
+    return "://" in name
+
+
 def create_new(file: Path, content: bytes) -> bool:
-    """Makes `file` unless it is there already; of all processes that try at once, one is told True."""
+    """Makes `file` unless it is there already; of all processes that try at once, one is told True.
+
+    In a store by one conditional write (S3: `If-None-Match`).
+    """
     try:
-        with file.open("xb") as opened:
-            opened.write(content)
+        if isinstance(file, Path):
+            with file.open("xb") as opened:
+                opened.write(content)
+        else:
+            file.fs.pipe_file(file.path, content, mode="create")
     except FileExistsError:
         return False
     sync(file)
     return True
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those it is in, unless it is there; a store has none."""
+    if isinstance(path, Path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder with all that is in it; errors are passed over."""
+    if isinstance(path, Path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.fs.rm(path.path, recursive=True)
 
 
 def make_new_folder(path: Path) -> bool:
@@ -71,7 +113,9 @@ def publish(unfinished: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes the content of a file durable, or the names in a folder."""
+    """Makes the content of a file durable, or the names in a folder; in a store they are."""
+    if not isinstance(path, Path):
+        return
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -87,6 +131,8 @@ def sha256_of(file: Path) -> str:
 
 def read_range(file: Path, begin: int, end: int) -> bytes:
     """The bytes from `begin` to `end` of a file, or those of them that it has."""
+    if not isinstance(file, Path):
+        return file.fs.cat_file(file.path, start=begin, end=end)
     with file.open("rb", buffering=0) as opened:
         opened.seek(begin)
         found = bytearray()

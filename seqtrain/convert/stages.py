@@ -18,12 +18,12 @@ from seqtrain.convert.weights import mapped, model_from, write_tensors
 from seqtrain.data import prepare
 from seqtrain.data.config import WITHOUT_EFFECT
 from seqtrain.errors import CheckpointError, ConfigError
-from seqtrain.files import Manifest, sha256_of
+from seqtrain.files import Manifest, remove_folder, sha256_of
 from seqtrain.models import LanguageModel
 from seqtrain.models.lora import merge_adapters
 from seqtrain.runtime import PretrainConfig, check, checkpoint, run
 from seqtrain.runtime.optimizers import OptimizerConfig
-from seqtrain.runtime.run_folder import plain
+from seqtrain.runtime.run_folder import RunFolder, plain
 from seqtrain.runtime.schedule import ScheduleConfig
 from seqtrain.runtime.settings import EvaluationConfig, KernelsConfig, SampleConfig, TrainConfig
 from seqtrain.testing import relative_error
@@ -237,6 +237,7 @@ class Training:
         config, student = self.config, self.pair.student
         ranks = config.parallel.ranks
         shared = stage.sequence_ranks or ranks
+        kept = config.checkpoint.store.rstrip("/")
         return PretrainConfig(
             model=replace(student.model, activation_checkpointing=stage.activation_checkpointing),
             mixer=dict(student.mixers),
@@ -249,7 +250,7 @@ class Training:
             evaluation=EvaluationConfig(every=0),
             parallel=replace(config.parallel, data=ranks // shared, sequence=shared),
             runtime=config.runtime,
-            checkpoint=config.checkpoint,
+            checkpoint=replace(config.checkpoint, store=f"{kept}/{name}" if kept else ""),
             tracking=config.tracking,
             sample=SampleConfig(tokens=0),
             kernels=KernelsConfig(),
@@ -262,7 +263,7 @@ class Training:
         summary = run(config, task)
         if summary["stopped"]:
             raise Stopped(summary["stopped_by_signal"])
-        found = checkpoint.find(Path(config.output_dir) / "checkpoints")
+        found = checkpoint.find(RunFolder(Path(config.output_dir), config.checkpoint.store).checkpoints)
         assert found is not None, config.output_dir
         assert found.progress.step == config.train.steps, found
         return found.state_dict()
@@ -274,7 +275,7 @@ class Training:
         quarter = max(len(losses) // 4, 1)
         first, last = (sum(part) / quarter for part in (losses[:quarter], losses[-quarter:]))
         self.manifest.finish(name, about | {"tokens": tokens, "loss": {"first quarter": first, "last quarter": last}})
-        shutil.rmtree(folder / "checkpoints")
+        remove_folder(RunFolder(folder, config.checkpoint.store).checkpoints)
 
 
 def fingerprint(config: ConvertConfig, source_sha256: str) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def measure(profile: Profile) -> dict[str, Any] | None:
         train=replace(asked.train, steps=settings.total_steps),
         # A run scores its model at the end; one sequence is the least.
         evaluation=replace(asked.evaluation, every=0, max_tokens=asked.train.sequence_length),
-        checkpoint=replace(asked.checkpoint, every=0, minutes=0.0, keep_every=0, resume="never"),
+        checkpoint=replace(asked.checkpoint, every=0, minutes=0.0, keep_every=0, resume="never", store=""),
         tracking=replace(asked.tracking, mode="disabled"),
         sample=replace(asked.sample, tokens=0),
         output_dir=str(profile.folder / "run"),

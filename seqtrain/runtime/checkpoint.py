@@ -193,7 +193,11 @@ def clear(root: Path, lease: Lease, *, step: int) -> None:
         whole, begun = (folder / MANIFEST).exists(), folder == folder_of(root, step)
         for path in folder.iterdir():
             found = OF_RANK.fullmatch(path.name)
-            if found and not (whole and path.suffix == ".safetensors") and not (begun and int(found[1]) == lease.epoch):
+            if (
+                found
+                and not (whole and path.suffix == ".safetensors")
+                and not (begun and int(found[1]) == lease.of_checkpoints.epoch)
+            ):
                 path.unlink(missing_ok=True)
         if not whole and not begun:
             _remove_empty(folder)
@@ -208,7 +212,7 @@ def commit(manifest: CheckpointManifest, folder: Path, lease: Lease) -> None:
             break
         # That of a damaged one, or of a decay that is put off: a run resumes from those before.
         with suppress(DamagedError):
-            if read_manifest(folder).epoch > lease.epoch:
+            if read_manifest(folder).epoch > lease.of_checkpoints.epoch:
                 raise FencedError(f"{folder}: was written by a later start, so this one ends here")
         there.unlink(missing_ok=True)
     sync(folder)
@@ -216,7 +220,7 @@ def commit(manifest: CheckpointManifest, folder: Path, lease: Lease) -> None:
     for path in folder.iterdir():
         if OF_RANK.fullmatch(path.name) and path.name not in manifest.files:
             path.unlink()
-    lease.note_saved(manifest.progress.step)
+    lease.of_checkpoints.note_saved(manifest.progress.step)
 
 
 def drop_oldest(root: Path, lease: Lease, *, keep: int, for_good: Callable[[int], bool]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from seqtrain.config import read_settings
 from seqtrain.data import Tokenizer
 from seqtrain.errors import ConfigError, unknown_name
-from seqtrain.files import replacing
+from seqtrain.files import place, replacing
 from seqtrain.models import LanguageModel
 from seqtrain.models.families import FAMILIES
 from seqtrain.models.lora import merge_adapters
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     """Writes the folder; gives the exit status."""
     settings = read_settings(Settings, arguments)
     folder = Path(settings.output_dir)
-    config, model, tokenizer = open_run(Path(settings.run))
+    config, model, tokenizer = open_run(place(settings.run))
     source = type_of_source(config) if config.source else ""
     kind = _kind(settings, config, source)
     if settings.merge:

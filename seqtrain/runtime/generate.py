@@ -18,6 +18,7 @@ from torch import Tensor
 from seqtrain.config import launch, read_run_config
 from seqtrain.data import Tokenizer, load_tokenizer
 from seqtrain.errors import CheckpointError, ConfigError
+from seqtrain.files import place
 from seqtrain.models import LanguageModel, generate
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime import checkpoint as checkpoints
@@ -73,7 +74,7 @@ def read(config: DictConfig) -> GenerateConfig:
 
 def write(config: GenerateConfig) -> int:
     """Prints the text."""
-    _, model, tokenizer = open_run(Path(config.run))
+    _, model, tokenizer = open_run(place(config.run))
     print(continue_text(model, tokenizer, config, backend=config.backend))
     return 0
 
@@ -83,12 +84,12 @@ def open_run(path: Path) -> tuple[PretrainConfig, LanguageModel, Tokenizer]:
 
     Raises `ConfigError` where there is no run, `CheckpointError` where it has no whole checkpoint.
     """
-    folder = RunFolder(path)
     values = read_run_config(path)
     try:
         config = typed_pretrain_config(values)
     except ConfigError as error:
         raise ConfigError(f"run={path}: config.yaml is damaged: {error}") from error
+    folder = finished_folder(path, config.checkpoint.store)
     tokenizer, built = load_tokenizer(config.data), []
 
     def load(newest: checkpoints.Checkpoint) -> None:
@@ -98,6 +99,12 @@ def open_run(path: Path) -> tuple[PretrainConfig, LanguageModel, Tokenizer]:
     if checkpoints.find(folder.checkpoints, load) is None:
         raise CheckpointError(f"{folder.checkpoints}: holds no whole checkpoint")
     return config, built[0].eval(), tokenizer
+
+
+def finished_folder(path: Path, store: str) -> RunFolder:
+    """Of a run that `path` has, or copies of its records, beside which the checkpoints are, or which are in `store`."""
+    beside = not isinstance(path, Path) or (path / "checkpoints").exists()
+    return RunFolder(path, "" if beside else store)
 
 
 def _check_tokenizer(newest: checkpoints.Checkpoint, config: PretrainConfig, tokenizer: Tokenizer) -> None:

@@ -3,27 +3,27 @@
 `.epochs/000003/` belongs to the process whose exclusive creation of `holder.json` in it succeeded. The driver takes an
 epoch, then so does each group of ranks that it starts; whoever finds a newer one than its own has been replaced and
 writes nothing more. A file system is asked for exclusive creation and atomic replacement only, which NFS and Lustre
-have too, and the clocks of two machines are never compared: a second start watches for one lease's time.
+have too, an object store for a conditional write, and the clocks of two machines are never compared: a second start
+watches for one lease's time.
 """
 
 import datetime
 import logging
 import os
-import shutil
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import psutil
 
-from seqtrain.errors import CheckpointError, ConfigError, FencedError
-from seqtrain.files import Manifest, create_new, read_record, replace_file
+from seqtrain.errors import CheckpointError, ConfigError, FencedError, SeqtrainError
+from seqtrain.files import Manifest, create_new, make_folder, read_record, remove_folder, replace_file
 
 log = logging.getLogger("seqtrain.runtime")
 
@@ -131,12 +131,16 @@ def newest(root: Path) -> EpochFolder | None:
 
 @dataclass(frozen=True)
 class Lease:
-    """An epoch that this process has taken for `session`. `driver`: of the start, whose ranks take later ones."""
+    """An epoch that this process has taken for `session`. `driver`: of the start, whose ranks take later ones.
+
+    `store`: that of the place where the run's checkpoints are, if it is another one.
+    """
 
     root: Path
     epoch: int
     session: str
     driver: bool = False
+    store: "Lease | None" = None
 
     @property
     def own(self) -> EpochFolder:
@@ -151,13 +155,20 @@ class Lease:
         if found and holder and self.driver and holder.session == self.session:
             return found
         raise FencedError(
-            f"output_dir={self.root.parent}: {_describe(holder)} has taken over this run, so this start ends here; "
+            f"{_name(self.root)}: {_describe(holder)} has taken over this run, so this start ends here; "
             "what it had saved before is kept"
         )
 
     def check(self) -> None:
         """Raises `FencedError` where another start has taken over; to be called before everything that is written."""
         self.current()
+        if self.store:
+            self.store.check()
+
+    @property
+    def of_checkpoints(self) -> "Lease":
+        """That of the place where they are."""
+        return self.store or self
 
     def note_saved(self, step: int) -> None:
         """Notes that a checkpoint of this step was written."""
@@ -166,6 +177,11 @@ class Lease:
     @contextmanager
     def renewed(self) -> Iterator[None]:
         """Keeps the lease alive from a thread while the block runs."""
+        with self.store.renewed() if self.store else nullcontext(), self._renewed():
+            yield
+
+    @contextmanager
+    def _renewed(self) -> Iterator[None]:
         holder, ended = self.own.holds(), threading.Event()
         every = holder.lease_seconds / RENEWALS if holder else 1.0
 
@@ -190,14 +206,20 @@ class Lease:
 
     def release(self) -> None:
         """Says that nothing more will be written, and removes what only this start's processes had use for."""
+        if self.store:
+            self.store.release()
         with suppress(FencedError, OSError):
             replace_file(self.current().alive, RELEASED, durable=False)
             for folder in _others(self.root, self.current()):
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_folder(folder)
 
 
-def take(root: Path, session: str, *, seconds: float, wait: Callable[[str], None] = log.info) -> Lease:
+def take(
+    root: Path, session: str, *, seconds: float, wait: Callable[[str], None] = log.info, store: Path | None = None
+) -> Lease:
     """A new epoch for the driver of `session`. `seconds`: after which its lease expires unless it is renewed.
+
+    `store`: another root, of which one is taken as well.
 
     Where the newest epoch is held, watches it for its lease's time; `wait` is told so. Raises `ConfigError` if it was
     renewed meanwhile.
@@ -212,12 +234,24 @@ def take(root: Path, session: str, *, seconds: float, wait: Callable[[str], None
         lease = _create(root, held, Holder(session, [Process.this()], seconds, time.time()), driver=True)
         if lease:
             for folder in _others(root, lease.own):
-                shutil.rmtree(folder, ignore_errors=True)
-            return lease
+                remove_folder(folder)
+            return lease if store is None else _with_store(lease, store, seconds, wait)
+
+
+def _with_store(lease: Lease, store: Path, seconds: float, wait: Callable[[str], None]) -> Lease:
+    try:
+        return replace(lease, store=take(store, lease.session, seconds=seconds, wait=wait))
+    except BaseException as error:
+        lease.release()
+        if isinstance(error, SeqtrainError) or not isinstance(error, Exception):
+            raise
+        # Each kind of store has errors of its own.
+        raise ConfigError(f"{_name(store)}: can't be written ({' '.join(str(error).split())})") from error
 
 
 def succeed(started_by: Lease) -> Lease:
     """An epoch for ranks that the driver holding `started_by` has started; rank 0 calls it. Raises `FencedError`."""
+    store = succeed(started_by.store) if started_by.store else None
     root = started_by.root
     while True:
         held = started_by.current()
@@ -225,13 +259,13 @@ def succeed(started_by: Lease) -> Lease:
         processes = [*(driver.processes if driver else []), Process.this()]
         seconds = driver.lease_seconds if driver else 0.0
         if lease := _create(root, held, Holder(started_by.session, processes, seconds, time.time())):
-            return lease
+            return replace(lease, store=store)
 
 
 def _create(root: Path, after: EpochFolder | None, holder: Holder, *, driver: bool = False) -> Lease | None:
     """The epoch that follows `after`, if this process is the first to create it."""
     lease = Lease(root, after.number + 1 if after else 1, holder.session, driver)
-    lease.own.path.mkdir(parents=True, exist_ok=True)
+    make_folder(lease.own.path)
     if not create_new(lease.own.holder, holder.content()):
         return None
     # Whoever was stopped since it looked finds a number that was used, and whose folder is gone.
@@ -243,7 +277,7 @@ def _watch(held: EpochFolder, seconds: float, wait: Callable[[str], None]) -> No
     """Returns when `held` is free or was not renewed for its lease's time. Raises `ConfigError` if it was."""
     holder, seen = held.holds(), _content(held.alive)
     limit = max(seconds, holder.lease_seconds if holder else 0.0)
-    wait(f"output_dir={held.path.parent.parent}: held by {_describe(holder)}; waiting {limit:.0f} s for it to end")
+    wait(f"{_name(held.path.parent)}: held by {_describe(holder)}; waiting {limit:.0f} s for it to end")
     end = time.monotonic() + limit
     while time.monotonic() < end:
         if held.is_free():
@@ -252,13 +286,18 @@ def _watch(held: EpochFolder, seconds: float, wait: Callable[[str], None]) -> No
     found = newest(held.path.parent)
     if _content(held.alive) != seen or (found and found.number != held.number):
         raise ConfigError(
-            f"output_dir={held.path.parent.parent}: {_describe(holder)} is writing this run; wait for it, stop it, or "
+            f"{_name(held.path.parent)}: {_describe(holder)} is writing this run; wait for it, stop it, or "
             "name another output_dir"
         )
 
 
 def _others(root: Path, kept: EpochFolder) -> list[Path]:
     return [path for path in root.iterdir() if path.is_dir() and path.name.isdecimal() and path != kept.path]
+
+
+def _name(root: Path) -> str:
+    """The folder of the epochs in `root`, as the key that names it."""
+    return f"{'output_dir' if isinstance(root, Path) else 'checkpoint.store'}={root.parent}"
 
 
 def _describe(holder: Holder | None) -> str:

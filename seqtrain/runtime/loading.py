@@ -7,6 +7,7 @@ from typing import Any
 from seqtrain.data import Tokenizer
 from seqtrain.data.tokenizer import HuggingFaceTokenizer, check_ids
 from seqtrain.errors import CheckpointError, ConfigError, SeqtrainError
+from seqtrain.files import place
 from seqtrain.models import LanguageModel
 from seqtrain.runtime.generate import open_run
 from seqtrain.weights import check_finite, dtype_of, tensors_in
@@ -27,10 +28,11 @@ def load(folder: str | Path) -> Loaded:
     Raises `ConfigError` where there is neither, or more ids of a tokenizer than embeddings, `CheckpointError` where a
     run has no whole checkpoint.
     """
-    path = Path(folder).expanduser()
-    for place in (path, path / "model"):
-        if (place / "config.json").is_file():
-            return _load_exported(place)
+    path = place(str(folder))
+    path = path.expanduser() if isinstance(path, Path) else path
+    for exported in (path, path / "model"):
+        if (exported / "config.json").is_file():
+            return _load_exported(exported)
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"{path}: is neither a run (config.yaml) nor an exported model (config.json)")
     config, model, tokenizer = open_run(path)

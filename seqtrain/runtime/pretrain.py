@@ -56,7 +56,7 @@ def start(config: PretrainConfig) -> int:
 
     if config.runtime.name == "inline":
         return train()
-    folder = RunFolder(Path(config.output_dir))
+    folder = RunFolder(Path(config.output_dir), config.checkpoint.store)
     return guarded(train, lambda: folder.log, resume=lambda: what_is_kept(folder))
 
 

@@ -53,4 +53,5 @@ def write_report(
     if records:
         draw_loss(records, folder.loss_curve, bytes_per_token=corpus.bytes_per_token)
         draw_figures(records, folder.figures)
+    folder.copy_out()
     return summary

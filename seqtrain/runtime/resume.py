@@ -15,7 +15,7 @@ from seqtrain.config import read_run_config
 from seqtrain.data import DataConfig, without_places
 from seqtrain.data.config import WITHOUT_EFFECT
 from seqtrain.errors import CheckpointError, ConfigError, FencedError
-from seqtrain.files import replace_file
+from seqtrain.files import place, replace_file
 from seqtrain.models.config import ModelConfig, mixer_class
 from seqtrain.models.source import open_source
 from seqtrain.runtime import checkpoint as checkpoints
@@ -206,7 +206,7 @@ def refuse_foreign(folder: RunFolder, config: PretrainConfig) -> None:
     """Raises `ConfigError` where `folder` holds another run, or any run though `checkpoint.resume=never`."""
     resume = config.checkpoint.resume
     if not (folder.config.exists() and (folder.metrics.exists() or folder.checkpoints.exists())):
-        if resume not in ("auto", "never") and not Path(resume).is_dir():
+        if resume not in ("auto", "never") and not place(resume).is_dir():
             raise CheckpointError(
                 f"checkpoint.resume={resume}: no such folder; use auto, never or a checkpoint's folder"
             )
@@ -247,9 +247,11 @@ def claimed(folder: RunFolder, session: str, *, lease_seconds: float, began: Pat
         empty = made or not any(folder.path.iterdir())
         folder.path.mkdir(parents=True, exist_ok=True)
         for part in (folder.path, folder.checkpoints):
-            if part == folder.path or part.exists():
+            if isinstance(part, Path) and (part == folder.path or part.exists()):
                 tempfile.TemporaryFile(dir=part).close()
-        lease = take(folder.epochs, session, seconds=lease_seconds, wait=log.warning)
+        store = None if folder.kept is folder.path else folder.kept_epochs
+        lease = take(folder.epochs, session, seconds=lease_seconds, wait=log.warning, store=store)
+        folder.copy_back()
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -303,7 +305,7 @@ def check_resumable(folder: RunFolder, config: PretrainConfig, now: Mapping[str,
         if folder.metrics.exists() and folder.metrics.stat().st_size:
             log.warning("output_dir=%s: no checkpoint had been written yet; it starts over from step 0", folder.path)
     if newest is None and resume not in ("auto", "never"):
-        newest = checkpoints.Checkpoint(Path(resume), checkpoints.read_manifest(Path(resume)))
+        newest = checkpoints.Checkpoint(place(resume), checkpoints.read_manifest(place(resume)))
     if newest is None:
         return
     step, steps = newest.progress.step, config.train.steps
@@ -330,7 +332,7 @@ def check_resumable(folder: RunFolder, config: PretrainConfig, now: Mapping[str,
 
 def refuse_lost_checkpoints(folder: RunFolder) -> None:
     """Raises `CheckpointError` where checkpoints had been written, and none is there that is whole."""
-    if step := saved_step(folder.epochs):
+    if step := saved_step(folder.kept_epochs):
         raise CheckpointError(
             f"{folder.checkpoints}: a checkpoint of step {step} had been written, and none that is whole is left; put "
             f"one back, or start over: another output_dir, or rm -r {folder.path}"

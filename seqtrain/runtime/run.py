@@ -85,7 +85,7 @@ def _run_inline(config: PretrainConfig, task: Task, callback: Callback) -> dict[
 
 def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launch) -> dict[str, Any]:
     """Everything around the steps: the folder, the data, progress and tracking, the report."""
-    folder, name = RunFolder(Path(config.output_dir)), uuid.uuid4().hex[:8]
+    folder, name = RunFolder(Path(config.output_dir), config.checkpoint.store), uuid.uuid4().hex[:8]
     warn_on_stderr()
     refuse_foreign(folder, config)
     with claimed(folder, name, lease_seconds=config.runtime.lease_seconds, began=folder.starts) as lease:
@@ -104,6 +104,7 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
             task=task,
             callback=callback,
             norms=norms,
+            store_epoch=lease.store.epoch if lease.store else 0,
         )
         check_resumable(folder, config, session.fingerprint)
         # Reading text takes long: the folder may be another's by now.

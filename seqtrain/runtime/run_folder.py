@@ -9,20 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from seqtrain.errors import LOGGER, CheckpointError
-from seqtrain.files import read_record
+from seqtrain.files import place, read_record, replace_file
 
 # Bytes of the lines of a run.
 LARGEST_LOG = 2**32
 
 
 class RunFolder:
-    """Paths below `output_dir`."""
+    """Paths below `output_dir`. `store`: where its checkpoints are in place of it, a name as of `files.place`."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, store: str = ""):
         self.path = path
+        # Where checkpoints are, and copies of the run's records.
+        self.kept = place(store) if store else path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = self.kept / "checkpoints"
         self.summary = path / "summary.json"
         self.loss_curve = path / "loss.png"
         # What was measured of the run's parts.
@@ -34,6 +36,34 @@ class RunFolder:
         self.starts = path / "starts.jsonl"
         # Who may write here, and what the processes of a start tell each other: see `runtime.lease`.
         self.epochs = path / ".epochs"
+        # Of who may write checkpoints.
+        self.kept_epochs = self.kept / ".epochs"
+        # As files were when they were copied to the store: bytes, and nanoseconds since 1970.
+        self._copied: dict[Path, tuple[int, int]] = {}
+
+    def copy_out(self) -> None:
+        """Copies the run's records that have changed to the store, where there is one."""
+        if self.kept is self.path:
+            return
+        for file in self.path.rglob("*"):
+            within = file.relative_to(self.path)
+            skipped = within.parts[0] in (self.epochs.name, self.checkpoints.name)
+            if skipped or within.name.endswith(".partial") or not file.is_file():
+                continue
+            told = file.stat()
+            stamp = told.st_size, told.st_mtime_ns
+            if self._copied.get(file) != stamp:
+                replace_file(self.kept.joinpath(*within.parts), file.read_bytes())
+                self._copied[file] = stamp
+
+    def copy_back(self) -> None:
+        """Copies the records of a run that the store has into a folder that has none."""
+        if self.kept is self.path or self.config.exists() or not (self.kept / self.config.name).exists():
+            return
+        for file in (self.config, self.metrics, self.starts, self.schedule, self.summary):
+            kept = self.kept / file.name
+            if kept.exists():
+                replace_file(file, kept.read_bytes())
 
 
 def plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from seqtrain.errors import CheckpointError, SeqtrainError
-from seqtrain.files import read_json, replace_file, sync
+from seqtrain.files import make_folder, read_json, replace_file, sync
 from seqtrain.runtime.checkpoint import (
     FORMAT,
     CheckpointManifest,
@@ -43,8 +43,8 @@ log = logging.getLogger("seqtrain.runtime")
 LOOK, RARE = 0.01, 1.0
 # Seconds that a run which ends by an error leaves its last save.
 LAST_SECONDS = 60.0
-# Bytes: where a tensor begins in memory; written at once.
-ALIGNED, BUFFER = 16, 2**20
+# Bytes: where a tensor begins in memory; written at once (S3 takes 10,000 parts of a file, each of 5 MB or more).
+ALIGNED, BUFFER = 16, 2**24
 
 
 class Abandoned(Exception):
@@ -54,12 +54,22 @@ class Abandoned(Exception):
 class Saver:
     """Saves a run's checkpoints below `root`, one after the other. Every rank has one.
 
-    `keep`: newest that stay. `for_good`: whether that of a step stays for ever.
+    `keep`: newest that stay. `for_good`: whether that of a step stays for ever. `copy_records`: called on rank 0 before
+    each commit, copies the run's records to where its checkpoints are.
     """
 
-    def __init__(self, root: Path, ranks: Ranks, lease: Lease, *, keep: int, for_good: Callable[[int], bool]):
+    def __init__(
+        self,
+        root: Path,
+        ranks: Ranks,
+        lease: Lease,
+        *,
+        keep: int,
+        for_good: Callable[[int], bool],
+        copy_records: Callable[[], None] = lambda: None,
+    ):
         self._root, self._ranks, self._lease = root, ranks, lease
-        self._keep, self._for_good = keep, for_good
+        self._keep, self._for_good, self._copy_records = keep, for_good, copy_records
         self._thread: threading.Thread | None = None
         self._error: SeqtrainError | None = None
         self._abandoned = threading.Event()
@@ -104,7 +114,7 @@ class Saver:
             fingerprint,
             files={},
             sha256="",
-            epoch=self._lease.epoch,
+            epoch=self._lease.of_checkpoints.epoch,
             versions=versions(),
             shapes=engine.shapes(besides=frozen),
             numbers=engine.optimizer_state.numbers() if progress.taken else {},
@@ -161,7 +171,7 @@ class Saver:
         try:
             if self._ranks.first:
                 clear(self._root, self._lease, step=manifest.progress.step)
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             self._write(folder, tensors, contents)
             if self._ranks.first:
                 self._commit(manifest, folder)
@@ -202,6 +212,7 @@ class Saver:
             told, file = read_json(note), self._file(folder, rank, "safetensors").name
             manifest.files[file] = FileEntry(**told["entry"])
             manifest.contents[file] = TypeAdapter(Contents).validate_python(told["contents"])
+        self._copy_records()
         commit(manifest, folder, self._lease)
 
     def _go_on(self) -> None:
@@ -209,4 +220,4 @@ class Saver:
             raise Abandoned
 
     def _file(self, folder: Path, rank: int, kind: str) -> Path:
-        return folder / f"rank-{rank:05d}.{self._lease.epoch}.{kind}"
+        return folder / f"rank-{rank:05d}.{self._lease.of_checkpoints.epoch}.{kind}"

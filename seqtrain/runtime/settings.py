@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +20,7 @@ from pydantic import Field
 
 from seqtrain.data import DataConfig, check_source
 from seqtrain.errors import ConfigError
+from seqtrain.files import place
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.models.config import default_config, mixer_class
 from seqtrain.models.divided import divide
@@ -207,6 +210,9 @@ class CheckpointConfig:
     # `auto` resumes from output_dir's newest whole checkpoint; `never` wants a fresh output_dir; a checkpoint's folder
     # starts a new run in output_dir from that one's weights, optimizer and step.
     resume: FilePath = "auto"
+    # Where checkpoints are written in place of output_dir, with copies of its records: s3://bucket/prefix, or what else
+    # fsspec knows. Empty: in output_dir.
+    store: str = ""
 
 
 @dataclass(frozen=True)
@@ -435,9 +441,24 @@ def check(config: PretrainConfig) -> None:
     _check_experts(config)
     _check_device(config)
     check_compile(config)
+    _check_store(config.checkpoint.store)
     _check_weights(config)
     _check_model(config)
     check_tensor(config)
+
+
+def _check_store(store: str) -> None:
+    if not store:
+        return
+    key = f"checkpoint.store={store}"
+    if not re.fullmatch(r"[a-z][a-z0-9]*://[^:/][^:]*", store):
+        raise ConfigError(f"{key}: must be KIND://PLACE, as in s3://bucket/prefix; a folder is output_dir")
+    if not find_spec("upath"):
+        raise ConfigError(f"{key}: needs other packages: pip install 'seqtrain[store]'")
+    try:
+        place(store)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from None
 
 
 def _check_averages(config: PretrainConfig) -> None:

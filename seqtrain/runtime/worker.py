@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from seqtrain.errors import DamagedError, SeqtrainError
-from seqtrain.files import create_new, replace_file
+from seqtrain.files import create_new, place, replace_file
 from seqtrain.kernels import node_cache
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.mesh import Mesh, form_mesh
@@ -65,15 +65,20 @@ class Session:
     callback: Callback = field(default_factory=Callback)
     # Gradient norms of another run that a refined schedule goes by.
     norms: tuple[float, ...] = ()
+    # The driver's epoch in checkpoint.store, where there is one.
+    store_epoch: int = 0
 
     @property
     def folder(self) -> RunFolder:
-        return RunFolder(Path(self.config.output_dir))
+        return RunFolder(Path(self.config.output_dir), self.config.checkpoint.store)
 
     @property
     def lease(self) -> Lease:
         """The driver's."""
-        return Lease(self.folder.epochs, self.epoch, self.name, driver=True)
+        folder, store = self.folder, None
+        if self.config.checkpoint.store:
+            store = Lease(folder.kept_epochs, self.store_epoch, self.name, driver=True)
+        return Lease(folder.epochs, self.epoch, self.name, driver=True, store=store)
 
     # Found once: a task may read whole files for it, and every checkpoint asks.
     @cached_property
@@ -279,7 +284,12 @@ def _restore_from(
     # After the line above, which counts this start.
     clock = save_clock(config, folder, session.name)
     saver = Saver(
-        folder.checkpoints, ranks, lease, keep=config.checkpoint.keep, for_good=partial(_kept_for_good, config)
+        folder.checkpoints,
+        ranks,
+        lease,
+        keep=config.checkpoint.keep,
+        for_good=partial(_kept_for_good, config),
+        copy_records=folder.copy_out,
     )
     clock.busy = lambda: saver.busy
     return TrainState(
@@ -326,7 +336,7 @@ def _candidates(session: Session) -> Iterator[Checkpoint | None]:
         yield None
         return
     # The weights must fit; steps, data and learning rate may be new ones.
-    other = checkpoints.read(Path(resume))
+    other = checkpoints.read(place(resume))
     before = other.manifest.trajectory
     for part in ("model", "mixer", "lora"):
         check_fits(other.folder, {part: before.get(part, NO_LORA)}, {part: now[part]})

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "python launch/pretrain.py 'model.layers=[qrnn]'": "tests/launch runs that example",
     "ray start": "needs nodes",
     "ray job submit": "needs nodes",
+    "python launch/pretrain.py output_dir=runs/mine checkpoint.store=": "tests/runtime has a store",
     "pip install": "CI's quickstart installs",
     "python tools/compare_optimizers.py": "takes hours; tests/benchmarks runs it in small",
 }

@@ -88,7 +88,12 @@ def change(config: PretrainConfig, name: str = "", **sections: Any) -> PretrainC
 def session_for(config: PretrainConfig, **told: Any) -> Session:
     """Prepares data and folder as the driver does; `told`: task and callback."""
     corpus = prepare(config.data, progress=False)
-    lease = take(RunFolder(Path(config.output_dir)).epochs, "test", seconds=config.runtime.lease_seconds)
+    folder, store = RunFolder(Path(config.output_dir), config.checkpoint.store), None
+    if config.checkpoint.store:
+        store = folder.kept_epochs
+    lease = take(folder.epochs, "test", seconds=config.runtime.lease_seconds, store=store)
+    folder.copy_back()
+    told |= {"store_epoch": lease.store.epoch} if lease.store else {}
     session = Session(config, corpus.folder.resolve(), "test", lease.epoch, "", corpus.content, **told)
     begin(session.folder, config)
     return session
