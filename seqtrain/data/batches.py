@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seqtrain.data.masking import Masking
 from seqtrain.data.packing import Packing, Span
 from seqtrain.data.stream import TokenStream
 from seqtrain.errors import ConfigError
@@ -127,6 +128,9 @@ class StreamRow(Row):
 
     stream: TokenStream
     spans: Sequence[Span]
+    # Where an encoder is asked for tokens; and the row's number.
+    masking: Masking | None = None
+    number: int = 0
 
     def places(self) -> Iterable[tuple[int, Span]]:
         ends = accumulate(span.stop - span.start for span in self.spans)
@@ -144,7 +148,11 @@ class StreamRow(Row):
         # A document's first token follows on nothing.
         labels[self.stream.starts(start + 1, held) - start - 1] = IGNORED
         labels[: held - start - 1][~self.stream.counted(start + 1, held)] = IGNORED
-        return ids[: stop - start], labels
+        if self.masking is None:
+            return ids[: stop - start], labels
+        own = ids[: stop - start]
+        shown, asked = self.masking.asked(own, start, self.number)
+        return shown, np.where(asked, own, IGNORED)
 
 
 @dataclass(frozen=True)
@@ -251,6 +259,7 @@ class Batches(RowBatches):
     # As those of a `Layout`.
     reset_at_documents: bool = True
     lengths: Sequence[tuple[int, int]] = ()
+    masking: Masking | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -262,7 +271,7 @@ class Batches(RowBatches):
         return Layout(self.packing.length, end, self.reset_at_documents, self.lengths)
 
     def row(self, number: int) -> StreamRow:
-        return StreamRow(self.packing.stream, self.packing.spans(*self.packing.locate(number)))
+        return StreamRow(self.packing.stream, self.packing.spans(*self.packing.locate(number)), self.masking, number)
 
     def epochs_of(self, rows: int) -> float:
         """How often the stream has been read when `rows` rows have."""
@@ -301,4 +310,5 @@ class EvaluationBatches(Batches):
         stream = self.packing.stream
         if number >= self.taken:
             return StreamRow(stream, ())
-        return StreamRow(stream, self.packing.spans(0, number * self.packing.rows(0) // self.taken))
+        spans = self.packing.spans(0, number * self.packing.rows(0) // self.taken)
+        return StreamRow(stream, spans, self.masking, number)

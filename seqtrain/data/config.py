@@ -29,6 +29,9 @@ class DataConfig:
     lengths: tuple[tuple[int, int], ...] = ()
     # Fields of the synthetic task's own `Config`; those left out have its defaults.
     task: dict[str, Any] = field(default_factory=dict)
+    # Share of the tokens of text that are asked for, most behind a mask, in place of each next one: what encoders are
+    # trained on (model.kind=encoder; BERT has 0.15). 0: the next token.
+    masked: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     # Rows a synthetic task is scored on.
     held_out_rows: Annotated[int, Field(gt=0)] = 256
     # A file, a folder or a glob pattern (huggingface: a folder that `save_to_disk` wrote). stdlib needs none.

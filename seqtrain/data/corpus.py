@@ -23,6 +23,7 @@ from seqtrain.data.manifest import (
     index_file,
     told_problems,
 )
+from seqtrain.data.masking import Masking
 from seqtrain.data.packing import Packing, Windows, make_packing
 from seqtrain.data.pool import Pools, local_pools
 from seqtrain.data.progress import PROGRESS
@@ -57,7 +58,8 @@ class Corpus:
         if self.config.packing != "stream":
             log.info("data.packing=%s: rows are %.1f%% full", self.config.packing, 100 * packing.fill)
         reset, lengths = self.config.reset_at_documents, self.config.lengths
-        return Batches(packing, batch_size=batch_size, reset_at_documents=reset, lengths=lengths)
+        options = {"reset_at_documents": reset, "lengths": lengths, "masking": self._masking(seed)}
+        return Batches(packing, batch_size=batch_size, **options)
 
     def held_out_batches(self, *, sequence_length: int, batch_size: int, max_tokens: int) -> EvaluationBatches:
         """What a model is scored on: at most about `max_tokens` tokens, 0 for all."""
@@ -65,7 +67,12 @@ class Corpus:
         if self.config.packing != "stream":
             packing = make_packing(self.config, self.held_out, length=sequence_length, seed=0)
         limit, reset = -(-max_tokens // sequence_length), self.config.reset_at_documents
-        return EvaluationBatches(packing, batch_size=batch_size, reset_at_documents=reset, limit=limit)
+        options = {"reset_at_documents": reset, "limit": limit, "masking": self._masking(0)}
+        return EvaluationBatches(packing, batch_size=batch_size, **options)
+
+    def _masking(self, seed: int) -> Masking | None:
+        share = self.config.masked
+        return Masking(share, self.tokenizer.vocab_size, seed) if share else None
 
     @property
     def texts(self) -> "Mapping[str, Corpus]":
@@ -89,7 +96,8 @@ class Corpus:
 
     @property
     def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
+        # The mask is one more.
+        return self.tokenizer.vocab_size + (self.config.masked > 0)
 
     @property
     def bytes_per_token(self) -> float:

@@ -12,10 +12,10 @@ from seqtrain.runtime.step import TrainState
 def sample(state: TrainState) -> str:
     """What the model continues `config.sample` with, as it will from the last checkpoint. A collective.
 
-    All ranks but 0 get an empty text; all do where the model has learned none.
+    All ranks but 0 get an empty text; all do where the model has learned none, or generates none.
     """
     config, ranks, opens = state.config, state.ranks, state.trainable.tokenizer
-    if opens is None or not config.sample.tokens:
+    if opens is None or not config.sample.tokens or config.model.kind == "encoder":
         return ""
     wish = Continuation(config.sample.prompt, config.sample.tokens, config.seed)
     tokenizer = opens() if ranks.first else None

@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 
 from seqtrain.data import DataConfig, check_source
+from seqtrain.data.synthetic import TASKS
 from seqtrain.errors import ConfigError
 from seqtrain.files import place
 from seqtrain.models import LanguageModel, ModelConfig
@@ -430,6 +431,7 @@ def _one_thread() -> Iterator[None]:
 def check(config: PretrainConfig) -> None:
     """Raises `ConfigError` for the first rule between keys that `config` breaks."""
     check_source(config.data, sequence_length=config.train.sequence_length)
+    _check_encoder(config)
     _check_lora(config)
     check_optimizer(config.optimizer)
     _check_averages(config)
@@ -459,6 +461,26 @@ def _check_store(store: str) -> None:
         place(store)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{key}: {' '.join(str(error).split())}") from None
+
+
+def _check_encoder(config: PretrainConfig) -> None:
+    """An encoder is asked for answers of a task or for masked tokens, and reads sequences at one time."""
+    data, train = config.data, config.train
+    task = data.source in TASKS.names and not data.sources
+    if data.masked and (task or data.sources or config.model.kind == "decoder"):
+        rule = "masks text of one source, for model.kind=encoder"
+        raise ConfigError(f"data.masked={data.masked}: {rule}; leave it 0")
+    if config.model.kind == "decoder":
+        return
+    if not task and not data.masked:
+        rule = "would see the next token, for which it is asked; give data.masked=0.15, or a task as data.source"
+        raise ConfigError(f"model.kind=encoder: {rule}")
+    for key, value, least in (
+        ("train.segment_tokens", train.segment_tokens, 0),
+        ("data.carry_rows", data.carry_rows, 1),
+    ):
+        if value > least:
+            raise ConfigError(f"{key}={value}: model.kind=encoder reads whole sequences, and carries no state")
 
 
 def _check_averages(config: PretrainConfig) -> None:
