@@ -18,12 +18,12 @@ from pathlib import Path
 from seqtrain.config import read_settings
 from seqtrain.data import Tokenizer
 from seqtrain.errors import ConfigError, unknown_name
-from seqtrain.files import place, replacing
+from seqtrain.files import replacing
 from seqtrain.models import LanguageModel
 from seqtrain.models.families import FAMILIES
 from seqtrain.models.lora import merge_adapters
 from seqtrain.models.pretrained import export_as
-from seqtrain.runtime.generate import open_run
+from seqtrain.runtime.generate import open_run, place_of_run
 from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.runtime.source import type_of_source, write_as_source, write_own_adapter
 from seqtrain.validation import FilePath
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     """Writes the folder; gives the exit status."""
     settings = read_settings(Settings, arguments)
     folder = Path(settings.output_dir)
-    config, model, tokenizer = open_run(place(settings.run))
+    config, model, tokenizer = open_run(place_of_run(settings.run))
     source = type_of_source(config) if config.source else ""
     kind = _kind(settings, config, source)
     if settings.merge:

@@ -18,12 +18,12 @@ from torch import Tensor
 from seqtrain.config import launch, read_run_config
 from seqtrain.data import Tokenizer, load_tokenizer
 from seqtrain.errors import CheckpointError, ConfigError
-from seqtrain.files import place
+from seqtrain.files import in_store, place
 from seqtrain.models import LanguageModel, generate
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.run_folder import RunFolder
-from seqtrain.runtime.settings import PretrainConfig, typed_pretrain_config
+from seqtrain.runtime.settings import PretrainConfig, check_store, typed_pretrain_config
 from seqtrain.runtime.source import build_model, first_weights, frozen_weights
 from seqtrain.validation import FilePath, validate
 
@@ -74,7 +74,7 @@ def read(config: DictConfig) -> GenerateConfig:
 
 def write(config: GenerateConfig) -> int:
     """Prints the text."""
-    _, model, tokenizer = open_run(place(config.run))
+    _, model, tokenizer = open_run(place_of_run(config.run))
     print(continue_text(model, tokenizer, config, backend=config.backend))
     return 0
 
@@ -104,7 +104,16 @@ def open_run(path: Path) -> tuple[PretrainConfig, LanguageModel, Tokenizer]:
 def finished_folder(path: Path, store: str) -> RunFolder:
     """Of a run that `path` has, or copies of its records, beside which the checkpoints are, or which are in `store`."""
     beside = not isinstance(path, Path) or (path / "checkpoints").exists()
+    if store and not beside:
+        check_store(store, read=True)
     return RunFolder(path, "" if beside else store)
+
+
+def place_of_run(name: str) -> Path:
+    """The folder of a run, or where a store has copies of one. Raises `ConfigError` for a store that can't be read."""
+    if in_store(name):
+        check_store(name, name="run", read=True)
+    return place(name)
 
 
 def _check_tokenizer(newest: checkpoints.Checkpoint, config: PretrainConfig, tokenizer: Tokenizer) -> None:

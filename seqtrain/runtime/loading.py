@@ -7,9 +7,8 @@ from typing import Any
 from seqtrain.data import Tokenizer
 from seqtrain.data.tokenizer import HuggingFaceTokenizer, check_ids
 from seqtrain.errors import CheckpointError, ConfigError, SeqtrainError
-from seqtrain.files import place
 from seqtrain.models import LanguageModel
-from seqtrain.runtime.generate import open_run
+from seqtrain.runtime.generate import open_run, place_of_run
 from seqtrain.weights import check_finite, dtype_of, tensors_in
 
 
@@ -28,7 +27,7 @@ def load(folder: str | Path) -> Loaded:
     Raises `ConfigError` where there is neither, or more ids of a tokenizer than embeddings, `CheckpointError` where a
     run has no whole checkpoint.
     """
-    path = place(str(folder))
+    path = place_of_run(str(folder))
     path = path.expanduser() if isinstance(path, Path) else path
     for exported in (path, path / "model"):
         if (exported / "config.json").is_file():

@@ -443,23 +443,26 @@ def check(config: PretrainConfig) -> None:
     _check_experts(config)
     _check_device(config)
     check_compile(config)
-    _check_store(config.checkpoint.store)
+    if config.checkpoint.store:
+        check_store(config.checkpoint.store)
     _check_weights(config)
     _check_model(config)
     check_tensor(config)
 
 
-def _check_store(store: str) -> None:
-    if not store:
-        return
-    key = f"checkpoint.store={store}"
+def check_store(store: str, *, name: str = "checkpoint.store", read: bool = False) -> None:
+    """Raises `ConfigError` where `store` is no place that fsspec knows; `read`: or can't be read."""
+    key = f"{name}={store}"
     if not re.fullmatch(r"[a-z][a-z0-9]*://[^:/][^:]*", store):
         raise ConfigError(f"{key}: must be KIND://PLACE, as in s3://bucket/prefix; a folder is output_dir")
     if not find_spec("upath"):
         raise ConfigError(f"{key}: needs other packages: pip install 'seqtrain[store]'")
     try:
-        place(store)
-    except (ImportError, ValueError) as error:
+        found = place(store)
+        if read:
+            found.exists()
+    # Each kind of store has errors of its own.
+    except Exception as error:
         raise ConfigError(f"{key}: {' '.join(str(error).split())}") from None
 
 

@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from seqtrain.config import read_run_config, read_settings
 from seqtrain.data import Batch, HeldOutParts, open_corpus, prepare
 from seqtrain.errors import ConfigError
-from seqtrain.files import place
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.report import LiveTable, new_figure, save_figure, write_results
 from seqtrain.runtime import checkpoint as checkpoints
-from seqtrain.runtime.generate import finished_folder, open_run
+from seqtrain.runtime.generate import finished_folder, open_run, place_of_run
 from seqtrain.runtime.run_folder import read_lines
 from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.validation import FilePath
@@ -75,7 +74,7 @@ class Sharpness:
 def main(arguments: Sequence[str]) -> int:
     """Prints the table; gives the exit status."""
     settings = read_settings(Settings, arguments)
-    path = place(settings.run)
+    path = place_of_run(settings.run)
     folder = finished_folder(path, read_run_config(path).get("checkpoint", {}).get("store", ""))
     found = {each.progress.step: each for each in checkpoints.listed(folder.checkpoints)}
     if missing := [step for step in settings.steps if step not in found]:

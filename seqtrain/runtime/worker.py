@@ -122,7 +122,8 @@ def train(session: Session, ranks: Ranks, *, poll: Callable[[], None] = lambda: 
                 with state.read.running(), state.verification.running():
                     _train_on(session, state)
             except BaseException as error:
-                state.saver.close(lost=is_lost_peer(error))
+                # Who is interrupted waits for nothing.
+                state.saver.close(lost=is_lost_peer(error) or not isinstance(error, Exception))
                 raise
     except Exception as error:
         if not is_lost_peer(error):

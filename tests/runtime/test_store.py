@@ -11,7 +11,7 @@ from seqtrain.errors import ConfigError
 from seqtrain.files import create_new, place, read_range, remove_folder, replace_file
 from seqtrain.runtime.checkpoint import MANIFEST, find, listed
 from seqtrain.runtime.export import main as export
-from seqtrain.runtime.generate import open_run
+from seqtrain.runtime.generate import open_run, place_of_run
 from seqtrain.runtime.lease import succeed, take
 from seqtrain.runtime.resume import claimed
 from seqtrain.runtime.run_folder import RunFolder
@@ -97,6 +97,12 @@ def test_a_bucket_that_is_not_there_is_one_line(bucket, tmp_path):
         claimed(folder, "a", lease_seconds=0.4, began=folder.starts),
     ):
         pass
+
+
+@pytest.mark.parametrize("run", ["s3://other-bucket/a", "nowhere://bucket/a", "s3://"])
+def test_a_run_that_is_not_there_is_one_line(bucket, run):
+    with pytest.raises(ConfigError, match=f"^run={run}: "):
+        open_run(place_of_run(run))
 
 
 @pytest.mark.all
