@@ -48,7 +48,7 @@ class Driver:
         self.config = session.config
         self.hosts = Hosts(poll, server)
         self.timeline = timeline
-        self.restarts = Restarts(self.config.runtime.max_restarts, saved=saved_step(session.lease.root))
+        self.restarts = Restarts(self.config.runtime.max_restarts, saved=saved_step(session.lease.of_checkpoints.root))
         # Nodes that aren't used, and until when.
         self._avoided: dict[str, float] = {}
         self._looked = 0.0
@@ -69,7 +69,9 @@ class Driver:
                 return
             self.timeline, self._waits = Timeline(), failure is not None
             if failure is None:
-                log.warning("%s; saved, and on from step %d", group.left, saved_step(self.session.lease.root))
+                log.warning(
+                    "%s; saved, and on from step %d", group.left, saved_step(self.session.lease.of_checkpoints.root)
+                )
                 # Not the user's.
                 self.session.lease.own.stop.unlink(missing_ok=True)
                 if stop_requested():
@@ -234,7 +236,7 @@ def _threads(runtime: RuntimeConfig) -> int:
 
 def _restart_or_raise(session: Session, restarts: Restarts, failure: Failure) -> None:
     """Says what failed and from where the run goes on; raises `WorkerError` where it is not to."""
-    saved = saved_step(session.lease.root)
+    saved = saved_step(session.lease.of_checkpoints.root)
     if reason := restarts.add(failure, saved=saved):
         raise WorkerError(f"{failure}; {reason}; {what_is_kept(session.folder)}")
     budget = f"restart {restarts.count} of {restarts.most} without a new checkpoint"
