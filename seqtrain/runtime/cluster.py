@@ -37,14 +37,15 @@ def nodes(*, held: Mapping[str, tuple[int, int]], but: Sequence[str] = ()) -> li
         if not node["Alive"] or name in left_out:
             continue
         cpus, gpus = held.get(name, (0, 0))
-        there = free.get(name, {})
+        there, whole = free.get(name, {}), node["Resources"]
         found.append(
             Node(
                 name,
                 node["NodeManagerHostname"],
                 node["NodeManagerAddress"],
-                int(there.get("CPU", 0)) + cpus,
-                int(there.get("GPU", 0)) + gpus,
+                # What was reserved a moment ago may count as free still.
+                int(min(there.get("CPU", 0) + cpus, whole.get("CPU", 0))),
+                int(min(there.get("GPU", 0) + gpus, whole.get("GPU", 0))),
                 node.get("Labels", {}).get(RACK, ""),
             )
         )

@@ -52,6 +52,8 @@ class Driver:
         # Nodes that aren't used, and until when.
         self._avoided: dict[str, float] = {}
         self._looked = 0.0
+        # Nodes that see the run's files, and have its code.
+        self._checked: set[str] = set()
         # Whether a place that is missing may soon be there.
         self._waits = True
 
@@ -131,13 +133,18 @@ class Driver:
             time.sleep(0.5)
             self.poll()
 
-    def _prepare(self, places: Sequence[Node], *, on_gpu: bool) -> bool:
-        """Has the machines ready to start ranks; False where one could not be had."""
+    def _wanted(self, places: Sequence[Node], *, on_gpu: bool) -> dict[Node, tuple[int, int]]:
+        """CPUs and GPUs of each node for these ranks."""
         wanted = {}
         for node, ranks in by_node(places).items():
             threads = _threads(self.config.runtime) or max(1, node.cpus // len(ranks))
             wanted[node] = (threads * len(ranks), len(ranks) if on_gpu else 0)
-        new = [node for node in wanted if node.id not in self.hosts.about]
+        return wanted
+
+    def _prepare(self, places: Sequence[Node], *, on_gpu: bool) -> bool:
+        """Has the machines ready to start ranks; False where one could not be had."""
+        wanted = self._wanted(places, on_gpu=on_gpu)
+        new = [node for node in wanted if node.id not in self.hosts.about or node.id not in self._checked]
         if not new:
             return True
         machines = f"{len(new)} machines" if len(new) > 1 else "the machine"
@@ -150,6 +157,7 @@ class Driver:
             return False
         self.timeline.mark("imports")
         self._check(new)
+        self._checked |= {node.id for node in new}
         return True
 
     def _check(self, new: Sequence[Node]) -> None:
@@ -163,7 +171,7 @@ class Driver:
         }
         if (tokenizer := Path(self.config.data.tokenizer)).exists():
             paths[tokenizer.absolute()] = f"data.tokenizer={tokenizer}"
-        for name, missing in self.hosts.unseen(list(paths)).items():
+        for name, missing in self.hosts.unseen(list(paths), new).items():
             raise ConfigError(
                 f"{paths[Path(missing[0])]}: {self.hosts.nodes[name]} doesn't see {missing[0]}; name a folder on a "
                 "file system that all machines share"
@@ -209,8 +217,10 @@ class Driver:
         for name in draining():
             if name in used:
                 return f"{used[name]} is being drained"
-        best = self._best(self._room()[0])
-        if len(best) > len(places):
+        room, on_gpu = self._room()
+        best = self._best(room)
+        # Those that train go on until the others have imported what they need.
+        if len(best) > len(places) and self.hosts.warm(self._wanted(best, on_gpu=on_gpu)):
             return f"there is room for {len(best)} ranks in place of {len(places)}"
         return ""
 

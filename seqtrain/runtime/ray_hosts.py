@@ -39,6 +39,7 @@ class Hosts:
         self.held: dict[str, tuple[int, int]] = {}
         self.about: dict[str, dict[str, Any]] = {}
         self._actors: dict[str, Any] = {}
+        self._warming: dict[str, Any] = {}
         self._watched: dict[Any, str] = {}
         self._news: dict[str, int] = {}
         self._states: dict[int, RankState] = {}
@@ -73,6 +74,23 @@ class Hosts:
             if error := self.about.get(node.id, {}).get("error"):
                 raise ConfigError(f"{node}: what ranks need can't be imported there: {error}")
         return lost
+
+    def warm(self, wanted: Mapping[Node, tuple[int, int]]) -> bool:
+        """Whether there is an actor on each of these nodes that is ready; starts those that are missing."""
+        for node, (cpus, gpus) in wanted.items():
+            if node.id not in self._actors:
+                self._start(node, cpus, gpus)
+                self._warming[node.id] = self._actors[node.id].about.remote()
+        for name, reference in list(self._warming.items()):
+            done, _ = _ray().wait([reference], timeout=0)
+            if not done:
+                continue
+            del self._warming[name]
+            try:
+                self.about[name] = _ray().get(reference)
+            except _ray().exceptions.RayError:
+                self.drop(name)
+        return all(node.id in self.about for node in wanted)
 
     def start(self, environments: Mapping[str, dict[int, dict[str, str]]], work: bytes) -> None:
         """Starts ranks: by node, the environment of each."""
@@ -122,9 +140,9 @@ class Hosts:
         asked = [self._actors[name].stacks.remote() for name in self._used]
         return {rank: text for found in self._get(asked, LOST_SECONDS) for rank, text in found.items()}
 
-    def unseen(self, paths: Sequence[Path]) -> dict[str, list[str]]:
-        """Those of `paths` that a node doesn't see, by node."""
-        names = list(self._used or self._actors)
+    def unseen(self, paths: Sequence[Path], nodes: Sequence[Node]) -> dict[str, list[str]]:
+        """Those of `paths` that one of `nodes` doesn't see, by node."""
+        names = [node.id for node in nodes]
         found = self._get([self._actors[name].unseen.remote([str(path) for path in paths]) for name in names], 60)
         return {name: missing for name, missing in zip(names, found, strict=False) if missing}
 
@@ -137,6 +155,7 @@ class Hosts:
         """Gives up the actor of a node."""
         self.held.pop(name, None)
         self.about.pop(name, None)
+        self._warming.pop(name, None)
         self._used.discard(name)
         self._watched = {reference: of for reference, of in self._watched.items() if of != name}
         if actor := self._actors.pop(name, None):
