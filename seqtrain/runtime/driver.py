@@ -10,6 +10,7 @@ from pathlib import Path
 
 from seqtrain.errors import ConfigError, Interrupted
 from seqtrain.report import announced
+from seqtrain.runtime.checkpoint import latest
 from seqtrain.runtime.cluster import Node, by_node, draining, drawn, nodes, place, straddling
 from seqtrain.runtime.fork_server import about
 from seqtrain.runtime.lease import saved_step
@@ -48,7 +49,7 @@ class Driver:
         self.config = session.config
         self.hosts = Hosts(poll, server)
         self.timeline = timeline
-        self.restarts = Restarts(self.config.runtime.max_restarts, saved=saved_step(session.lease.of_checkpoints.root))
+        self.restarts = Restarts(self.config.runtime.max_restarts, saved=newest_saved(session))
         # Nodes that aren't used, and until when.
         self._avoided: dict[str, float] = {}
         self._looked = 0.0
@@ -71,9 +72,7 @@ class Driver:
                 return
             self.timeline, self._waits = Timeline(), failure is not None
             if failure is None:
-                log.warning(
-                    "%s; saved, and on from step %d", group.left, saved_step(self.session.lease.of_checkpoints.root)
-                )
+                log.warning("%s; saved, and on from step %d", group.left, newest_saved(self.session))
                 # Not the user's.
                 self.session.lease.own.stop.unlink(missing_ok=True)
                 if stop_requested():
@@ -234,6 +233,12 @@ def sizes(config: PretrainConfig) -> list[int]:
     return [group * data for data in range(parallel.data, 0, -1) if workers[0] <= group * data <= workers[1]]
 
 
+def newest_saved(session: Session) -> int:
+    """The step of the newest checkpoint; a rank that was killed may have written one and not come to note it."""
+    noted, newest = saved_step(session.lease.of_checkpoints.root), latest(session.folder.checkpoints)
+    return max(noted, newest.progress.step if newest else 0)
+
+
 def _was_stopped(session: Session) -> bool:
     """Whether the group that has ended had not come to the end of the run."""
     return bool(json.loads(session.lease.current().outcome.read_text())["stopped"])
@@ -246,7 +251,7 @@ def _threads(runtime: RuntimeConfig) -> int:
 
 def _restart_or_raise(session: Session, restarts: Restarts, failure: Failure) -> None:
     """Says what failed and from where the run goes on; raises `WorkerError` where it is not to."""
-    saved = saved_step(session.lease.of_checkpoints.root)
+    saved = newest_saved(session)
     if reason := restarts.add(failure, saved=saved):
         raise WorkerError(f"{failure}; {reason}; {what_is_kept(session.folder)}")
     budget = f"restart {restarts.count} of {restarts.most} without a new checkpoint"
