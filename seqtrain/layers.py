@@ -141,7 +141,7 @@ class WidthNorm(nn.Module):
         if self.weight is not None:
             wide = wide - self._mean(wide)
         out = wide * torch.rsqrt(self._mean(wide.square()) + self.eps)
-        return out if self.weight is None else out * self.weight + self.bias
+        return out if self.weight is None or self.bias is None else out * self.weight + self.bias
 
     def _mean(self, x: Tensor) -> Tensor:
         return self.tensor.total(x.sum(-1, keepdim=True)) / (x.shape[-1] * self.tensor.count)

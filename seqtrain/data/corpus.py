@@ -58,7 +58,7 @@ class Corpus:
         if self.config.packing != "stream":
             log.info("data.packing=%s: rows are %.1f%% full", self.config.packing, 100 * packing.fill)
         reset, lengths = self.config.reset_at_documents, self.config.lengths
-        options = {"reset_at_documents": reset, "lengths": lengths, "masking": self._masking(seed)}
+        options: dict[str, Any] = {"reset_at_documents": reset, "lengths": lengths, "masking": self._masking(seed)}
         return Batches(packing, batch_size=batch_size, **options)
 
     def held_out_batches(self, *, sequence_length: int, batch_size: int, max_tokens: int) -> EvaluationBatches:
@@ -67,7 +67,7 @@ class Corpus:
         if self.config.packing != "stream":
             packing = make_packing(self.config, self.held_out, length=sequence_length, seed=0)
         limit, reset = -(-max_tokens // sequence_length), self.config.reset_at_documents
-        options = {"reset_at_documents": reset, "limit": limit, "masking": self._masking(0)}
+        options: dict[str, Any] = {"reset_at_documents": reset, "limit": limit, "masking": self._masking(0)}
         return EvaluationBatches(packing, batch_size=batch_size, **options)
 
     def _masking(self, seed: int) -> Masking | None:

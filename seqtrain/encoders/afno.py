@@ -51,8 +51,8 @@ class AFNO(Mixer):
         initialize(self)
 
     def initializers(self) -> dict[Tensor, Initializer]:
-        biases = dict.fromkeys((self.up_bias, self.down_bias), constant(0.0))
-        return dict.fromkeys((self.up, self.down), normal(0.02)) | biases
+        biases: dict[Tensor, Initializer] = dict.fromkeys((self.up_bias, self.down_bias), constant(0.0))
+        return biases | dict.fromkeys((self.up, self.down), normal(0.02))
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         assert isinstance(sequence, BothWays)

@@ -65,7 +65,7 @@ class Mamba3(Mixer):
         initialize(self)
 
     def initializers(self) -> dict[Tensor, Initializer]:
-        ones = dict.fromkeys((self.write_bias, self.read_bias, self.skip), constant(1.0))
+        ones: dict[Tensor, Initializer] = dict.fromkeys((self.write_bias, self.read_bias, self.skip), constant(1.0))
         return ones | {self.step_bias: step_bias()}
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:

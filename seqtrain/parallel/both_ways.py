@@ -199,9 +199,10 @@ class BothWays(SequenceContext):
             spans = [slice(starts[index], starts[index + 1]) for index in documents]
         outs = []
         for piece, span in zip(ends, spans, strict=True):
-            rows = (x.transpose(1, 2) for x in (q[:, piece], k[:, span], v[:, span]))
-            options = {"scale": scale, "enable_gqa": q.shape[2] != k.shape[2]}
-            outs.append(F.scaled_dot_product_attention(*rows, **options).transpose(1, 2))
+            asked, keys, values = (x.transpose(1, 2) for x in (q[:, piece], k[:, span], v[:, span]))
+            grouped = q.shape[2] != k.shape[2]
+            read = F.scaled_dot_product_attention(asked, keys, values, scale=scale, enable_gqa=grouped)
+            outs.append(read.transpose(1, 2))
         return keep_in_graph(torch.cat(outs, 1).to(v.dtype), k, v)
 
     def _gathered(self, x: Tensor) -> Tensor:

@@ -48,8 +48,9 @@ class ProjectedMixer(Mixer):
         self.key, self.value = self.sizes()
         self.inner = shape.heads * self.value
         heads = self.key_heads, self.key_heads, shape.heads
-        options = {"conv_width": config.conv_width, "activate": self.activated()}
-        self.qkv = HeadProjections(shape.width, heads, self.head_widths(), **options)
+        self.qkv = HeadProjections(
+            shape.width, heads, self.head_widths(), conv_width=config.conv_width, activate=self.activated()
+        )
 
     def sizes(self) -> tuple[int, int]:
         """Channels of a key head and of a value head."""
@@ -100,8 +101,7 @@ class VisionLinearMixer(LinearMixer):
         super().__init__(config, shape)
         if config.rope and self.key % 2:
             raise self.config_error("rope", config.rope, f"needs an even head width, not {self.key}")
-        local = {"bias": True, "activation": "none"}
-        self.local = ShortConvolution(self.inner, config.lepe, **local) if config.lepe else None
+        self.local = ShortConvolution(self.inner, config.lepe, bias=True, activation="none") if config.lepe else None
 
     def weigh(
         self, q: Tensor, k: Tensor, v: Tensor, past: Past, sequence: SequenceContext, scale: float | None = None
