@@ -143,7 +143,9 @@ def _windowed(sequence: ShardedSequence, call: Call) -> tuple[Tensor, State]:
         past_k, past_v = past_k[:, before - counted :], past_v[:, before - counted :]
         length = F.pad(length, (0, len(sequence.own_boundaries) - 2))
     out, state = call.run(sequence, {"k": past_k, "v": past_v, "length": length}, local)
-    return keep_in_graph(out, past_k, past_v), state if local is None else Keys().last(state)
+    # An output without tokens depends on nothing.
+    owed = call.tensors if out.shape[1] == 0 else ()
+    return keep_in_graph(out, past_k, past_v, *owed), state if local is None else Keys().last(state)
 
 
 def _joined(k: Tensor, v: Tensor, sequence: ShardedSequence, state: State | None) -> tuple[int, Tensor, Tensor]:

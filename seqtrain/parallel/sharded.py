@@ -263,12 +263,14 @@ class ScannedSegments(SplitInTime):
         if initial is not None:
             initial = initial.to(dtype)
         if head == tokens:
-            scan.start(*segment.transition(), initial_state=initial)
+            transition, update = segment.transition()
+            if tokens == 0:
+                # A map without tokens may depend on nothing, and yet the gradients of other ranks go through it.
+                update = keep_in_graph(update, *filter(torch.is_tensor, call.tensors))
+            scan.start(transition, update, initial_state=initial)
             segment.local_output()
             state, final = scan.wait()
-            # An output without tokens may depend on nothing.
-            owed = [tensor for tensor in call.tensors if tensor is not None] if tokens == 0 else []
-            return keep_in_graph(segment.add_incoming(state), state, *owed), final
+            return keep_in_graph(segment.add_incoming(state), state), final
         out, states = call.rows(slice(head, tokens)).run(sequence, None, tail)
         unread = None if form is None else torch.zeros(form, dtype=dtype, device=device)
         state, final = scan.start(unread, states[-batch:], initial_state=initial).wait()

@@ -178,6 +178,22 @@ def test_positions_are_the_rows_and_restart_with_each_document():
     assert all(part[4] == (*shifted, cut.tokens) for part in found)
 
 
+@on_ranks(3, quick=True, group_timeout=10)
+def test_gradients_come_through_a_rank_without_tokens(rank):
+    """Of a scan whose decays have none: what such a rank sends on depends on no number of its own."""
+    offsets = (0, 5, 5, 9)
+    row = ShardedSequence(group=dist.group.WORLD, offsets=offsets)
+    x = torch.ones(1, offsets[rank + 1] - offsets[rank], 2, requires_grad=True)
+    log_a = torch.full_like(x, -0.5, requires_grad=False)
+    out, _ = row.run(diagonal_scan, x, log_a)
+    out, _ = row.run(short_convolution, out, torch.ones(2, 2))
+    out.sum().backward()
+    whole = torch.ones(1, 9, 2, requires_grad=True)
+    out, _ = diagonal_scan(whole, torch.full_like(whole, -0.5, requires_grad=False))
+    short_convolution(out, torch.ones(2, 2))[0].sum().backward()
+    torch.testing.assert_close(x.grad, whole.grad[:, row.start : row.end])
+
+
 @on_ranks(2, quick=True)
 def test_offsets_that_do_not_fit(rank):
     for offsets in ((0, 5), (0, 4, 3), (1, 4, 10), (0, 4, 9)):
