@@ -25,8 +25,8 @@ from typing import Any
 # thread that does nothing else, exchanges with other ranks, steps done (-1 before the first), number of the phase,
 # whether it was sent SIGTERM.
 PULSE, PULSE_BYTES = "<QQqQQ", 40
-# Bytes kept of what a rank has printed.
-SAID_BYTES = 4000
+# Bytes kept of what a rank has printed last, and of its calls.
+SAID_BYTES, STACK_BYTES = 4000, 2**16
 # Seconds without a call of the driver's after which nobody is taken to want the ranks any more.
 FORGOTTEN_SECONDS = 600.0
 # Seconds for which a network file system may hide a new file.
@@ -76,7 +76,7 @@ class Host:
         """Forks a rank for each of these, by rank; `work`: a pickled function of a rank's `Pulse`."""
         forks = {}
         for rank, environment in environments.items():
-            pulse, said = self._pulses / f"{rank}", self._pulses / f"{rank}.txt"
+            pulse, said = self._pulses / f"{rank}", self._words(rank)
             pulse.write_bytes(bytes(PULSE_BYTES))
             said.write_bytes(b"")
             with pulse.open("r+b") as file:
@@ -109,11 +109,14 @@ class Host:
         """Where each rank that runs is in its program, by rank."""
         with self._news:
             running = {rank: pid for rank, pid in self._pids.items() if rank not in self._ended}
+        before = {rank: self._words(rank).stat().st_size for rank in running}
         for pid in running.values():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)
         time.sleep(0.5)
-        return {rank: self._said(rank) for rank in running}
+        # From the first line on: the innermost call is what matters.
+        found = {rank: self._words(rank).read_bytes()[before[rank] :] for rank in running}
+        return {rank: text[:STACK_BYTES].decode(errors="replace") for rank, text in found.items()}
 
     def close(self) -> None:
         """Ends all, and removes what was written."""
@@ -156,8 +159,12 @@ class Host:
         said = self._said(rank) if ended else ""
         return (rank, pid, ended, ended is None and _is_stopped(pid), said, *struct.unpack(PULSE, self._maps[rank][:]))
 
+    def _words(self, rank: int) -> Path:
+        """Where a rank writes what it has to say."""
+        return self._pulses / f"{rank}.txt"
+
     def _said(self, rank: int) -> str:
-        with suppress(OSError), (self._pulses / f"{rank}.txt").open("rb") as file:
+        with suppress(OSError), self._words(rank).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - SAID_BYTES))
             return file.read().decode(errors="replace")
         return ""

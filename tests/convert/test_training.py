@@ -159,7 +159,7 @@ def test_a_training_killed_inside_a_layer_resumes_to_the_same_weights(source, tm
 
     def die_in_the_second_layer(ranks):
         def watch():
-            while not list((second / "checkpoints").glob("step-*")):
+            while not list((second / "checkpoints").glob("step-*/manifest.json")):
                 time.sleep(0.001)
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -43,7 +43,9 @@ def test_it_calibrates_and_compares_with_what_it_measures(simulated, tmp_path):
     settings = ("calibrate_ranks=2", "validate_ranks=[2,3]", "rounds=1", "layers=2", "tokens=64", "width=32", "heads=2")
     printed, report = simulated(*settings, "ranks=[2,8]", "samples=4", "state_kib=4", "head_width=16")
     assert "measured on 2 gloo ranks" in printed
-    assert min(report["cluster"][key] for key in ("latency", "product", "forward", "backward")) > 0
+    assert min(report["cluster"][key] for key in ("latency", "product", "forward")) > 0
+    # A difference of two times, of which neighbours may leave nothing.
+    assert report["cluster"]["backward"] >= 0
     rows = {(row["scheme"], row["ranks"]): row for row in report["comparisons"]}
     assert len(rows) == 7 * 2
     for (_, ranks), row in rows.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from seqtrain.errors import DataError
+from seqtrain.errors import ConfigError, DataError
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.testing import rank_outcomes
 from seqtrain.runtime import rank_group, ray_launcher, run, source, watch, worker
@@ -170,7 +170,7 @@ def test_an_error_that_a_restart_would_meet_again_stops_at_once(tmp_path):
     config = small_config(tmp_path, runtime={"name": "ray"})
     session = session_for(config)
     broken = Session(config, tmp_path / "no-corpus", session.name, session.epoch)
-    with pytest.raises(DataError, match=r"no-corpus/manifest\.json") as error:
+    with pytest.raises(ConfigError, match=r"doesn't see .*no-corpus") as error:
         ray_launcher.launch(broken, lambda: None, ProgressDisplay(steps=1))
     assert "\n" not in str(error.value)
     assert not folder_of(config).starts.exists()
