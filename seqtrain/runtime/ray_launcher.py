@@ -65,7 +65,14 @@ def launch(session: Session, poll: Callable[[], None], display: ProgressDisplay)
             if ended := [name for process, name in started.items() if has_ended(process)]:
                 raise RayEndedError(f"Ray's {ended[0]} ended; {what_is_kept(session.folder)}")
 
-        Driver(session, check_ray, display, timeline, address).run()
+        driver = Driver(session, check_ray, display, timeline, address)
+        try:
+            driver.run()
+        finally:
+            # Where Ray is gone nobody is there to be asked.
+            if not any(has_ended(process) for process in started):
+                with suppress(Exception):
+                    driver.hosts.close()
     except RayEndedError:
         # Asked to end, Ray would wait a minute for the one that is gone.
         left = psutil.Process().children(recursive=True)
