@@ -1,6 +1,7 @@
 """How much memory this process has held."""
 
 import ctypes
+import os
 import resource
 import sys
 import threading
@@ -56,8 +57,11 @@ class AnonymousPeak:
                 return
 
 
-# glibc's names in <malloc.h>, and the largest threshold that it takes by itself.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST = -1, -3, 32 << 20
+# glibc's numbers of two settings in <malloc.h>, and what people set them by.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+# Larger blocks the C library gets from the system each time (glibc's DEFAULT_MMAP_THRESHOLD_MAX).
+MAPPED_ABOVE = 32 << 20
 
 
 @contextmanager
@@ -65,19 +69,19 @@ def large_tensors_given_back(least: int = 1 << 20) -> Iterator[None]:
     """In it, memory of `least` bytes and more goes back to the system when it is freed, rather than into holes.
 
     For a start, in which much is made once and dropped: afterwards freed memory is kept for the next step, as always.
-    Without glibc nothing changes.
+    Without glibc, and where the environment says how it is to be, nothing changes.
     """
     glibc = _glibc()
-    if glibc is None:
+    if glibc is None or any(name in os.environ for name in SETTINGS):
         yield
         return
     glibc.mallopt(M_MMAP_THRESHOLD, least)
     try:
         yield
     finally:
-        glibc.mallopt(M_MMAP_THRESHOLD, LARGEST)
-        glibc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST)
-        glibc.malloc_trim(0)
+        glibc.mallopt(M_MMAP_THRESHOLD, MAPPED_ABOVE)
+        glibc.mallopt(M_TRIM_THRESHOLD, 2 * MAPPED_ABOVE)
+        give_back_free_memory()
 
 
 def give_back_free_memory() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from seqtrain.benchmarks.ranks import on_ranks
 from seqtrain.benchmarks.scan_methods import CPU, group_costs
 from seqtrain.kernels import linear_attention
+from seqtrain.memory import MAPPED_ABOVE
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.parallel.mesh import form_mesh
@@ -35,8 +36,6 @@ TOKENS, WIDTH, HEADS = 2048, 192, 4
 # Tokens per rank of a sharded sequence: in the processor's cache the work of finding its map would look like none.
 SHARD_TOKENS = 8192
 REPEATS = 5
-# Larger blocks the C library gets from the system each time (glibc's DEFAULT_MMAP_THRESHOLD_MAX).
-MAPPED_ABOVE = 32 * 2**20
 # Small layouts whose steps say how much memory lies unused, and how far predictions are from what is measured.
 SMALL_LAYOUT = (
     "model=hybrid_tiny", "model.depth=4", "model.width=192", "data=stdlib", "train.sequence_length=12288",
