@@ -127,7 +127,8 @@ class Checkpoint:
         hashes = {file: entry.sha256 for file, entry in self.manifest.files.items()}
         if self.manifest.format < 3:
             return WholeTensors(self.folder, hashes)
-        return SlicedTensors(self.folder, hashes, self.manifest.shapes, self.manifest.contents)
+        manifest = self.manifest
+        return SlicedTensors(self.folder, hashes, manifest.shapes, manifest.contents, manifest.numbers)
 
     def check_files(self) -> None:
         """Raises `DamagedError` for a file that is missing or of another size."""

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -40,9 +39,7 @@ class Restoration:
     @property
     def numbers(self) -> dict[str, float]:
         """What the optimizer had besides moments."""
-        with suppress(AttributeError):
-            return self._tensors.numbers  # type: ignore[union-attr]
-        return self.checkpoint.manifest.numbers
+        return self._tensors.numbers
 
     @property
     def bytes(self) -> int:

@@ -246,10 +246,15 @@ class SlicedTensors:
     """The tensors of a checkpoint, read from its ranks' files. Errors are `DamagedError`."""
 
     def __init__(
-        self, folder: Path, hashes: Mapping[str, str], shapes: Mapping[str, list[int]], contents: Mapping[str, Contents]
+        self,
+        folder: Path,
+        hashes: Mapping[str, str],
+        shapes: Mapping[str, list[int]],
+        contents: Mapping[str, Contents],
+        numbers: Mapping[str, float] | None = None,
     ):
-        """`hashes`, `contents`: by file. `shapes`: of the whole tensors, by name."""
-        self.folder, self.shapes = folder, shapes
+        """`hashes`, `contents`: by file. `shapes`: of the whole tensors, by name. `numbers`: of the optimizer."""
+        self.folder, self.shapes, self.numbers = folder, shapes, dict(numbers or {})
         # A manifest may tell of files that it does not vouch for.
         self._contents = {file: told for file, told in contents.items() if file in hashes}
         self._files = {file: SlicesFile(folder / file, sha256) for file, sha256 in hashes.items()}
