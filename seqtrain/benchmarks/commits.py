@@ -1,14 +1,16 @@
 """Programs of another commit of this repository, run with that commit's own code."""
 
 import os
-import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
+
+import psutil
 
 from seqtrain.config import read_settings
 from seqtrain.errors import ConfigError
@@ -18,6 +20,8 @@ T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 # Lines of a failed program's output that its error repeats.
 SHOWN = 15
+# Seconds between two looks at a file.
+LOOK = 0.01
 
 
 def read_commit_settings(cls: type[T], arguments: Sequence[str]) -> T:
@@ -45,20 +49,24 @@ def resolve(commit: str) -> str:
     return found.stdout.strip()
 
 
-def run_python(tree: Path, arguments: Sequence[str]) -> float:
-    """Runs `python *arguments` with the code in `tree`; the CPU seconds that it and its children took.
+def run_python(tree: Path, arguments: Sequence[str]) -> None:
+    """Runs `python *arguments` with the code in `tree`. Raises `RuntimeError` with the end of its output on failure."""
+    watch_python(tree, arguments)
 
-    Raises `RuntimeError` with the end of its output where it fails.
-    """
 
-    def child_seconds() -> float:
-        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-
+def watch_python(tree: Path, arguments: Sequence[str], lines: Path | None = None) -> list[float]:
+    """As `run_python`; the CPU seconds that it and its children had taken as the file `lines` got each of its lines."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "WANDB_MODE": "disabled"}
-    before = child_seconds()
-    output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    done = subprocess.run([sys.executable, *arguments], cwd=tree, env=environment, text=True, **output)
-    if done.returncode:
-        shown = "\n".join(done.stdout.strip().splitlines()[-SHOWN:])
-        raise RuntimeError(f"{' '.join(arguments)} in {tree} ended with status {done.returncode}:\n{shown}")
-    return child_seconds() - before
+    command, found = [sys.executable, *arguments], list[float]()
+    with tempfile.TemporaryFile("w+") as said:
+        process = psutil.Popen(command, cwd=tree, env=environment, stdout=said, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            time.sleep(LOOK)
+            if lines and lines.exists() and (count := lines.read_bytes().count(b"\n")) > len(found):
+                with suppress(psutil.Error):
+                    found += [sum(process.cpu_times()[:4])] * (count - len(found))
+        if process.returncode:
+            said.seek(0)
+            shown = "\n".join(said.read().strip().splitlines()[-SHOWN:])
+            raise RuntimeError(f"{' '.join(arguments)} in {tree} ended with status {process.returncode}:\n{shown}")
+    return found

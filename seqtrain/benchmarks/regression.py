@@ -4,10 +4,10 @@
     python tools/bench_regression.py OLD_COMMIT rounds=9 steps=20
     python tools/bench_regression.py OLD_COMMIT output_dir=outputs/regression
 
-Both trees run in turns, in processes of their own. Start-up is the CPU time of a run of one step; a step is what each
-one after the second adds: from two on there is a course to draw, at the end of a run. Exit status: 0, or 1 where the
-median of a figure's ratios, new over old, lies above 1 by more than their spread (half their interquartile range), or
-by more than 3% where the spread is smaller.
+Both trees run in turns, in processes of their own, whose CPU time is read whenever metrics.jsonl has another line:
+start-up is what the first step's line took, a step the mean of those after the second. What is drawn at a run's end is
+in neither. Exit status: 0, or 1 where the median of a figure's ratios, new over old, lies above 1 by more than their
+spread (half their interquartile range), or by more than 3% where the spread is smaller.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from seqtrain.benchmarks.commits import ROOT, checkout, read_commit_settings, run_python
+from seqtrain.benchmarks.commits import ROOT, checkout, read_commit_settings, watch_python
 from seqtrain.report import machine, median_and_spread, show_table, write_results
 
 # Name -> the overrides that make a run of a few seconds out of a shipped preset, on one rank.
@@ -40,10 +40,10 @@ TOLERANCE = 0.03
 class Settings:
     # The commit to compare this tree with.
     commit: str
-    # Turns; each runs every preset in both trees, with one step, with two, and with `steps` more.
+    # Turns; each runs every preset in both trees.
     rounds: Annotated[int, Field(ge=1)] = 5
-    # Steps of the longest run beyond the second.
-    steps: Annotated[int, Field(ge=1)] = 10
+    # Steps of a run beyond the second.
+    steps: Annotated[int, Field(ge=1)] = 40
     # Presets to run, all where empty: quickstart, long_sequence, gated_delta_net_attention_tiny.
     presets: tuple[str, ...] = ()
     # Folder for the results.
@@ -66,17 +66,14 @@ class Figure:
 
 
 def measure(tree: Path, cache: Path, preset: str, steps: int) -> dict[str, float]:
-    """CPU seconds of start-up with the first step, and of each of the `steps` that follow.
+    """CPU seconds of start-up with the first step, and of each of the `steps` after the second.
 
     `cache`: of the tree's prepared text, whose form differs between commits.
     """
     with tempfile.TemporaryDirectory() as folder:
-
-        def run(count: int) -> float:
-            words = f"{PRESETS[preset]} {COMMON} data.cache_dir={cache} train.steps={count}".split()
-            return run_python(tree, ["launch/pretrain.py", *words, f"output_dir={folder}/{count}"])
-
-        return {"start-up": run(1), "step": (run(2 + steps) - run(2)) / steps}
+        words = f"{PRESETS[preset]} {COMMON} data.cache_dir={cache} train.steps={2 + steps} output_dir={folder}".split()
+        seconds = watch_python(tree, ["launch/pretrain.py", *words], Path(folder, "metrics.jsonl"))
+    return {"start-up": seconds[0], "step": (seconds[-1] - seconds[1]) / steps}
 
 
 def compare(settings: Settings, old: Path, new: Path, caches: Path) -> list[Figure]:

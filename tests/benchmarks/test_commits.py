@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from seqtrain.benchmarks import replay
-from seqtrain.benchmarks.commits import ROOT, checkout, read_commit_settings
+from seqtrain.benchmarks.commits import ROOT, checkout, read_commit_settings, watch_python
 from seqtrain.benchmarks.regression import Figure, Settings
 from seqtrain.errors import ConfigError
 
@@ -24,6 +24,19 @@ def test_a_commit_has_its_files_for_as_long_as_it_is_used():
     assert not tree.exists()
     with pytest.raises(ConfigError, match="commit=nothing"), checkout("nothing"):
         pass
+
+
+def test_a_program_s_time_is_read_whenever_its_file_has_another_line(tmp_path):
+    work = "end = time.process_time() + 0.2\nwhile time.process_time() < end: pass\n"
+    lines = tmp_path / "lines"
+    add = f"    exec({work!r})\n    open(sys.argv[1], 'a').write('x\\n')\n"
+    program = f"import sys, time\nfor _ in range(3):\n{add}time.sleep(1)"
+    seconds = watch_python(ROOT, ["-c", program, str(lines)], lines)
+    # A late look sees more of what the program took, never less; the system counts ticks of 10 ms.
+    assert len(seconds) == 3
+    assert all(found >= 0.2 * number - 0.02 for number, found in enumerate(seconds, 1))
+    with pytest.raises(RuntimeError, match="ended with status 1:\nZero"):
+        watch_python(ROOT, ["-c", "import sys; sys.exit('Zero')"])
 
 
 @pytest.mark.parametrize(
