@@ -10,14 +10,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from seqtrain.convert.settings import POLICY, ConvertConfig, is_liger
+from seqtrain.convert.settings import POLICY, ConvertConfig, is_liger, is_servable
 from seqtrain.errors import ConfigError
 from seqtrain.files import Manifest
 from seqtrain.mixers import MIXERS, WHOLE
 from seqtrain.mixers.linearized_attention import MemoryConfig
 from seqtrain.models import LanguageModel, pretrained
 from seqtrain.models.architecture import Architecture
-from seqtrain.models.families import FAMILIES
+from seqtrain.models.families import FAMILIES, family_of
 from seqtrain.models.families.dense import FULL, WINDOWED, Dense
 from seqtrain.models.source import Source
 from seqtrain.parallel.sequence import SequenceContext
@@ -46,11 +46,12 @@ class LayerChoice(Manifest):
 
 
 def kept_layers(
-    keep: str | tuple[int, ...], depth: int, importance: Callable[[], list[float]]
+    keep: str | tuple[int, ...], depth: int, importance: Callable[[], list[float]], *, every: bool = False
 ) -> tuple[tuple[int, ...], list[float] | None]:
     """The numbers of the layers that stay, rising, and each layer's importance where it was measured.
 
-    `keep`: as `ConvertConfig.keep`. `importance`: measures each layer, called for a budget only. Raises `ConfigError`.
+    `keep`: as `ConvertConfig.keep`. `importance`: measures each layer, called for a budget only. `every`: all may stay.
+    Raises `ConfigError`.
     """
     scores, shown = None, keep if isinstance(keep, str) else sorted(keep)
     if not isinstance(keep, str):
@@ -71,7 +72,7 @@ def kept_layers(
         many = isinstance(keep, str) and keep.startswith("budget:")
         what = f"the model has {depth} layers" if many else f"the model has layers 0 to {depth - 1}, not {beyond[0]}"
         raise ConfigError(f"keep={shown}: {what}")
-    if len(set(kept)) == depth:
+    if len(set(kept)) == depth and not every:
         raise ConfigError(f"keep={shown}: leaves no layer to convert; keep fewer than {depth}")
     if isinstance(keep, str) and keep.startswith("budget:"):
         scores = measured = importance()
@@ -91,6 +92,11 @@ def write_layers(file: Path, layers: Sequence[str], importance: list[float] | No
 
 def student_of(teacher: Architecture, config: ConvertConfig, kept: Collection[int]) -> Architecture:
     """`teacher` with the target's layers everywhere but in `kept`. Raises `ConfigError`."""
+    if is_servable(config.target):
+        try:
+            return family_of(config.target, "target").hybrid_of(teacher, kept)
+        except ConfigError as error:
+            raise ConfigError(f"target={config.target}: {error}") from None
     layer, softmax = config.layer, next(iter(teacher.mixers.values()))
     # A layer that never saw further than its own window has no use for a longer one.
     window = layer.window
@@ -109,6 +115,24 @@ def student_of(teacher: Architecture, config: ConvertConfig, kept: Collection[in
     mixers = {**teacher.mixers, **{name: _taking_over(softmax, name, own) for name, own in options.items()}}
     used = {each: mixers[each] for each in sorted(set(layers))}
     return Architecture(replace(teacher.model, layers=layers), used, teacher.vocab_size)
+
+
+def changes(teacher: Architecture, student: Architecture) -> dict[int, str]:
+    """For each layer that stays softmax attention but computes otherwise than its teacher's: what it has or lacks."""
+    found = {}
+    for index in layers_that_stay(student.model.layers):
+        theirs, mine = (each.mixers[each.model.layers[index]] for each in (teacher, student))
+        if theirs.qk_norm != mine.qk_norm:
+            verb = "has" if mine.qk_norm else "lacks"
+            found[index] = f"{verb} norms of queries and keys"
+    return found
+
+
+def computed_otherwise(teacher: Architecture, student: Architecture) -> tuple[int, ...]:
+    """The layers that are not the teacher's: converted, or changed by what their family's attention has or lacks."""
+    kinds = enumerate(zip(teacher.model.layers, student.model.layers, strict=True))
+    changed = changes(teacher, student)
+    return tuple(index for index, (theirs, mine) in kinds if theirs != mine or index in changed)
 
 
 @torch.no_grad()

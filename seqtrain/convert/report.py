@@ -128,6 +128,8 @@ def _character(report: dict[str, Any]) -> Iterator[str]:
         yield f"Layers {', '.join(map(str, kept))} are still softmax attention: its cache grows with every token."
     else:
         yield "No layer keeps all keys: its cache does not grow."
+    for what, layers in report["changed"].items():
+        yield f"Attention that stayed {what}, unlike its teacher's: layers {', '.join(map(str, layers))}."
     if file := report["source"]["quantised"]:
         yield f"Its teacher is the dequantized {file} file, not the model that file was made from."
     if report["config"]["recipe"]["name"] == "none":

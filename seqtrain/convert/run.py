@@ -23,15 +23,18 @@ from torch import Tensor
 
 from seqtrain.config import launch
 from seqtrain.convert import verify
-from seqtrain.convert.architecture import Architecture, architecture_of, kept_layers, student_of
+from seqtrain.convert.architecture import Architecture, architecture_of, changes, kept_layers, student_of
 from seqtrain.convert.measure import Evaluator, layer_errors, read_texts, restore_one_layer
 from seqtrain.convert.report import heading, read_others, write
-from seqtrain.convert.settings import ConvertConfig, read_convert_config
+from seqtrain.convert.settings import ConvertConfig, is_servable, read_convert_config
 from seqtrain.convert.stages import START, ConversionManifest, Progress, Stopped, Training, fingerprint
 from seqtrain.convert.tasks import Pair
-from seqtrain.convert.weights import export, load_student, refuse_existing, teacher_sharing
+from seqtrain.convert.weights import export, load_teacher, origin_of_export, refuse_existing, student_on
+from seqtrain.errors import ConfigError
 from seqtrain.memory import AnonymousPeak
 from seqtrain.models import LanguageModel, pretrained
+from seqtrain.models.gguf_writer import check_writable, write_gguf
+from seqtrain.models.pretrained import family_of_config
 from seqtrain.models.source import open_source
 from seqtrain.runtime.guard import guarded
 from seqtrain.runtime.lease import Lease
@@ -142,7 +145,7 @@ class _Conversion:
         progress("source", config.source)
         self.source = open_source(config.source, config.source_sha256)
         self.teacher = architecture_of(self.source)
-        pretrained.places_of(student_of(self.teacher, config, ()).build(), self.source)
+        pretrained.places_of(self.teacher.build(), self.source)
         self.texts = read_texts(config.verify, self.source, seed=config.seed)
         # One row for checks, `[1,T]`.
         self.tokens = self.texts[0].tokens[:1]
@@ -152,22 +155,43 @@ class _Conversion:
             # By an unfinished training.
             self.kept, self.importance = manifest.chosen["kept"], manifest.chosen["importance"]
         else:
-            self.kept, self.importance = kept_layers(config.keep, self.teacher.model.depth, self._measured_importance)
+            depth, every = self.teacher.model.depth, is_servable(config.target)
+            # What no choice of layers can make good.
+            student_of(self.teacher, config, ()).build()
+            self.kept, self.importance = kept_layers(config.keep, depth, self._measured_importance, every=every)
         self.student = student_of(self.teacher, config, self.kept)
+        if is_servable(config.target):
+            if not self.kept:
+                rule = "transformers runs no such model without softmax attention; use keep=every:4, or budget:4"
+                raise ConfigError(f"keep={config.keep}: target={config.target}: {rule}")
+            origin = origin_of_export(self.student.build(), config.target, self.source)
+        if config.gguf != "none":
+            values = family_of_config(origin.config)[1] if is_servable(config.target) else None
+            check_writable(config.target, values, f"gguf={config.gguf}")
+        for what, layers in self.changed().items():
+            progress("target", f"{config.target}'s attention {what}: layers {layers} stay, but are not their teacher's")
         pair = Pair(self.teacher, self.student, (manifest.weights(START),))
         self.training = Training(config, pair, manifest, self.tokenizer, progress)
         self.training.check()
         self.report = heading(config, self.source)
 
-    def _load(self, architecture: Architecture, dtype: torch.dtype) -> LanguageModel:
-        told = partial(self.progress, "load")
-        return load_student(architecture, self.source, dtype=dtype, seed=self.config.seed, progress=told)
+    def changed(self) -> dict[str, list[int]]:
+        """What attention that stays has or lacks against its teacher's, and in which layers."""
+        found: dict[str, list[int]] = {}
+        for index, what in changes(self.teacher, self.student).items():
+            found.setdefault(what, []).append(index)
+        return found
+
+    def _load(self, architecture: Architecture, dtype: torch.dtype) -> tuple[LanguageModel, LanguageModel]:
+        """The teacher, and a student on its weights."""
+        teacher = load_teacher(self.source, dtype=dtype, progress=partial(self.progress, "load"))
+        return teacher, student_on(teacher, architecture, seed=self.config.seed)
 
     def _measured_importance(self) -> list[float]:
         """Of every layer."""
-        student = self._load(student_of(self.teacher, self.config, ()), torch.float32)
+        teacher, student = self._load(student_of(self.teacher, self.config, ()), torch.float32)
         told = partial(self.progress, "choose layers")
-        return restore_one_layer(student, teacher_sharing(student, self.teacher), self.tokens, told)
+        return restore_one_layer(student, teacher, self.tokens, told)
 
     def measured_and_trained(self) -> tuple[LanguageModel, dict[str, int]]:
         """The student, trained where the recipe has stages, and the peak memory of loading it."""
@@ -175,8 +199,7 @@ class _Conversion:
         stages, dtype = config.recipe.stages, getattr(torch, config.dtype)
         with AnonymousPeak() as loading:
             # Trained in float32, and only then rounded.
-            student = self._load(self.student, torch.float32 if stages else dtype)
-        teacher = teacher_sharing(student, self.teacher)
+            teacher, student = self._load(self.student, torch.float32 if stages else dtype)
         self.progress("verify", "against the teacher")
         evaluator = Evaluator(teacher, self.texts, tokenizer=self.tokenizer, prompt=config.verify.prompt)
         report |= {
@@ -185,17 +208,19 @@ class _Conversion:
             "texts": {text.name: text.origin for text in self.texts},
             "cache_bytes_float32": verify.cache_bytes(teacher, student),
             "kept": list(self.kept),
+            "changed": self.changed(),
             "layer_importance": self.importance,
             "training": [],
         }
         report["beside"] = read_others(config.beside, report)
         start = end = evaluator.measure(student)
         report["layer_errors"] = {"start": (reached := start["layer_errors"])}
-        report["checks"] = verify.start_checks(teacher, student, self.tokens)
-        del teacher
+        report["checks"] = verify.start_checks(
+            teacher, student, self.tokens, identical=not self.training.pair.converted
+        )
         if stages:
-            self.training.begin(student, list(self.kept), self.importance)
-            del student
+            self.training.begin(teacher, student, list(self.kept), self.importance)
+            del teacher, student
             student, end, reached = self._trained(evaluator)
         report |= {"start": start, "end": end, "gap_closed": verify.gap_closed(start, end)}
         if stages:
@@ -225,7 +250,13 @@ class _Conversion:
         """Writes the student; the bytes that it and its writing took."""
         self.progress("export", str(self.folder / "model"))
         with AnonymousPeak() as saving:
-            export(student, self.student, self.source, self.folder / "model")
+            family = self.config.target if is_servable(self.config.target) else ""
+            export(student, self.student, self.source, self.folder / "model", family)
+            if self.config.gguf != "none":
+                # Of a GGUF file, its own.
+                vocabulary = None if self.source.path.is_dir() else self.source.path
+                written = open_source(str(self.folder / "model"))
+                write_gguf(written, self.folder / "model.gguf", kind=self.config.gguf, vocabulary=vocabulary)
         return {"save": saving.bytes, "student": sum(parameter.nbytes for parameter in student.parameters())}
 
     def check_exported(self, expected: Tensor) -> None:

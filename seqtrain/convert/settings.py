@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,6 +13,7 @@ from seqtrain.errors import ConfigError, unknown_name
 from seqtrain.mixers import MIXERS
 from seqtrain.mixers.common.liger import Liger
 from seqtrain.mixers.linearized_attention import MemoryConfig, recurrence_of
+from seqtrain.models.families import servable_targets
 from seqtrain.runtime.settings import AUTO, CheckpointConfig, ParallelConfig, RuntimeConfig, TrackingConfig
 from seqtrain.validation import FilePath, validate
 
@@ -132,7 +133,8 @@ class ConvertConfig:
     source: FilePath = ""
     # What Source.sha256 must give for its weights; empty: anything.
     source_sha256: str = ""
-    # What replaces softmax attention.
+    # What replaces softmax attention: a mixer, whose recurrence becomes a memory beside a window; or a family of models
+    # that others serve (granitemoehybrid, qwen3_next, qwen3_5_text), whose recurrent layers take its place.
     target: str = "gated_delta_net"
     layer: LayerConfig = LayerConfig()
     # Layers that keep softmax attention: none, every:K (the last of each K), budget:N (the N that matter most,
@@ -140,6 +142,8 @@ class ConvertConfig:
     keep: str | tuple[Count, ...] = "none"
     # Number format of the weights.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # Number format of a GGUF file that is written besides, for llama.cpp, where the target is granitemoehybrid.
+    gguf: Literal["none", "f32", "f16", "bf16", "q8_0"] = "none"
     recipe: RecipeConfig
     # What the recipe's stages train on; the tokenizer is the source's.
     data: DataConfig
@@ -158,13 +162,18 @@ class ConvertConfig:
 
 
 def targets() -> tuple[str, ...]:
-    """What attention can be converted to: mixers that offer a recurrence, and Liger's layers as they are."""
+    """Mixers that attention can be converted to: those that offer a recurrence, and Liger's layers as they are."""
     return tuple(name for name in MIXERS.names if MIXERS.get(name).recurrence is not None or is_liger(name))
 
 
 def is_liger(target: str) -> bool:
     """Whether the target is a complete layer, not a memory next to a window."""
-    return issubclass(MIXERS.get(target), Liger)
+    return not is_servable(target) and issubclass(MIXERS.get(target), Liger)
+
+
+def is_servable(target: str) -> bool:
+    """Whether the target is a family of models that others serve, not a mixer of seqtrain's own model type."""
+    return target in servable_targets()
 
 
 def read_convert_config(config: DictConfig) -> ConvertConfig:
@@ -176,8 +185,8 @@ def read_convert_config(config: DictConfig) -> ConvertConfig:
         typed = replace(typed, parallel=replace(typed.parallel, data=1))
     if not typed.source:
         raise ConfigError("source: is required; name a folder with config.json and safetensors, or a .gguf file")
-    if typed.target not in targets():
-        raise ConfigError(unknown_name("target", typed.target, targets()))
+    if typed.target not in (*targets(), *servable_targets()):
+        raise ConfigError(unknown_name("target", typed.target, (*targets(), *servable_targets())))
     if isinstance(typed.keep, str) and not (POLICY.fullmatch(typed.keep) or typed.keep.endswith(".json")):
         rule = "must be none, every:K, budget:N, a list of layers, as in [3,7,11], or a layers.json"
         raise ConfigError(f"keep={typed.keep}: {rule}")
@@ -191,6 +200,14 @@ def read_convert_config(config: DictConfig) -> ConvertConfig:
 def _check_layer(config: ConvertConfig) -> None:
     """Raises `ConfigError` for the first rule between `layer` and `target` that is broken."""
     target, layer, liger = config.target, config.layer, is_liger(config.target)
+    if is_servable(target):
+        # The window is what recall is measured by, too.
+        plain = replace(LayerConfig(), window=layer.window)
+        if differing := [each.name for each in fields(layer) if getattr(layer, each.name) != getattr(plain, each.name)]:
+            name = differing[0]
+            rule = f"target={target} has layers of its own, without a window and sinks; leave it out"
+            raise ConfigError(f"layer.{name}={getattr(layer, name)}: {rule}")
+        return
     if liger and layer.window == 0:
         raise ConfigError(
             f"layer.window=0: target={target} averages a window with a recurrence: layer.window must be at least 1"

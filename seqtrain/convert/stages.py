@@ -13,8 +13,8 @@ from pydantic import AliasChoices, Field
 from torch import Tensor
 
 from seqtrain.convert.settings import ConvertConfig, StageConfig
-from seqtrain.convert.tasks import Distillation, Pair, Transfer
-from seqtrain.convert.weights import mapped, model_from, write_tensors
+from seqtrain.convert.tasks import TEACHER, Distillation, Pair, Transfer
+from seqtrain.convert.weights import mapped, model_from, rest_of_teacher, write_tensors
 from seqtrain.data import prepare
 from seqtrain.data.config import WITHOUT_EFFECT
 from seqtrain.errors import CheckpointError, ConfigError
@@ -128,12 +128,20 @@ class Training:
     def tokenizer_folder(self) -> Path:
         return self.manifest.folder / "tokenizer"
 
-    def begin(self, student: LanguageModel, kept: list[int], layer_importance: list[float] | None) -> None:
-        """Keeps the untrained student, from which everything follows, the choice of its layers, and the tokenizer."""
+    def begin(
+        self, teacher: LanguageModel, student: LanguageModel, kept: list[int], layer_importance: list[float] | None
+    ) -> None:
+        """Keeps the untrained student, from which everything follows, its teacher, the layers that stay, the tokenizer.
+
+        `student`: on the weights of `teacher`.
+        """
         self.manifest.choose(kept, layer_importance)
         if not self.manifest.done(START):
             self.manifest.folder.mkdir(parents=True, exist_ok=True)
             self.tokenizer.save_pretrained(self.tokenizer_folder)
+            if rest := rest_of_teacher(teacher, student):
+                write_tensors(self.manifest.weights(TEACHER), rest)
+                self.manifest.finish(TEACHER, {})
             write_tensors(self.manifest.weights(START), dict(student.named_parameters()))
             self.manifest.finish(START, {})
 
@@ -161,6 +169,10 @@ class Training:
         config, converted = self.config, self.pair.converted
         if config.recipe.stages and self.tokenizer is None:
             raise ConfigError(f"recipe={config.recipe.name}: source={config.source} has no tokenizer to read text with")
+        if config.recipe.stages and not converted:
+            raise ConfigError(
+                f"recipe={config.recipe.name}: keep={config.keep} leaves no layer to train; use recipe=none"
+            )
         for name, stage in config.recipe.stages.items():
             if wrong := sorted(set(stage.layers) - set(converted)):
                 rule = f"layer {wrong[0]} was not converted; those are {list(converted)}"

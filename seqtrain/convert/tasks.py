@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from seqtrain.convert.architecture import Architecture, layers_alone
+from seqtrain.convert.architecture import Architecture, computed_otherwise, layers_alone
 from seqtrain.convert.losses import distillation_sum, mean_square_sum, relative_error_sum, with_gradients
 from seqtrain.convert.settings import StageConfig
 from seqtrain.convert.weights import model_from, recipe_targets
@@ -30,6 +30,8 @@ from seqtrain.runtime.run_folder import plain
 from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.runtime.task import Trainable, TrainingData, shards_to_verify
 
+# The run that leaves what of the teacher is not the student's.
+TEACHER = "teacher"
 ERRORS = {"relative": relative_error_sum, "mean_square": mean_square_sum}
 
 
@@ -37,7 +39,8 @@ ERRORS = {"relative": relative_error_sum, "mean_square": mean_square_sum}
 class Pair:
     """A student and its teacher on disk: `files` are the student's, later ones over earlier ones.
 
-    The first file is the start, which holds all of the teacher too.
+    The first file is the start, which holds of the teacher all that the student has, too; what else the teacher has is
+    in the file TEACHER beside it.
     """
 
     teacher: Architecture
@@ -47,16 +50,22 @@ class Pair:
     @property
     def converted(self) -> tuple[int, ...]:
         """The layers that are not the teacher's."""
-        kinds = zip(self.teacher.model.layers, self.student.model.layers, strict=True)
-        return tuple(index for index, (theirs, mine) in enumerate(kinds) if theirs != mine)
+        return computed_otherwise(self.teacher, self.student)
 
     def new(self) -> set[str]:
-        """Names of the parameters that conversion added."""
-        before, after = ({name for name, _ in each.build().named_parameters()} for each in (self.teacher, self.student))
-        return after - before
+        """Names of the parameters that conversion added, which nothing of the teacher's is in."""
+        before, student = {name for name, _ in self.teacher.build().named_parameters()}, self.student.build()
+        taken = {
+            f"blocks.{index}.mixer.{path}"
+            for index, block in enumerate(student.blocks)
+            for path, _ in block.mixer.projections().values()
+        }
+        return {name for name, _ in student.named_parameters()} - before - taken
 
     def load_teacher(self) -> LanguageModel:
-        return model_from(self.teacher, self.files[:1])
+        """Raises `FileNotFoundError` before the start is written."""
+        rest = self.files[0].with_name(f"{TEACHER}.safetensors")
+        return model_from(self.teacher, (self.files[0], *((rest,) if rest.is_file() else ())))
 
 
 @dataclass(frozen=True)

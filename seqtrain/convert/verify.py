@@ -1,6 +1,6 @@
 """Checks of a conversion: whether the forms of a student agree, and whether training reached its goals."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +30,14 @@ def check(name: str, error: float, limit: float) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def start_checks(teacher: LanguageModel, student: LanguageModel, tokens: Tensor) -> list[dict[str, Any]]:
-    """Whether an untrained student is its teacher as long as it sees all of `tokens: int64 [B,T]`."""
-    near = tokens[:, : _identical_for(student)]
+def start_checks(
+    teacher: LanguageModel, student: LanguageModel, tokens: Tensor, *, identical: bool = False
+) -> list[dict[str, Any]]:
+    """Whether an untrained student is its teacher as long as it sees all of `tokens: int64 [B,T]`.
+
+    `identical`: every layer is the teacher's, of whatever type of model.
+    """
+    near = tokens if identical else tokens[:, : _identical_for(student)]
     if near.shape[1] < 2:
         return []
     expected, came = (model(near, all_logits=True)[0] for model in (teacher, student))
@@ -106,18 +111,19 @@ def long_generation(model: Any, prompt: Tensor, new_tokens: int) -> list[dict[st
 
     A row `{"tokens": ..., "bytes": ...}` for the prompt, one whenever the tokens seen have doubled, one at the end.
     """
-    from transformers import StoppingCriteriaList
+    from transformers import DynamicCache, StoppingCriteriaList
 
     from seqtrain.models.huggingface_cache import StateCache
 
-    cache = StateCache(model.config.num_hidden_layers)
+    own = model.config.model_type == "seqtrain"
+    cache: Any = StateCache(model.config.num_hidden_layers) if own else DynamicCache(config=model.config)
     rows: list[dict[str, int]] = []
 
     def watch(tokens: Tensor, scores: Tensor, **unused: Any) -> Tensor:
         # The token that was just chosen has not entered the cache yet.
-        seen = cache.get_seq_length()
+        seen = tokens.shape[1] - 1
         if not rows or seen >= 2 * rows[-1]["tokens"] or seen == prompt.shape[1] + new_tokens - 1:
-            rows.append({"tokens": seen, "bytes": cache.nbytes})
+            rows.append({"tokens": seen, "bytes": cache.nbytes if own else bytes_held(cache)})
         return torch.zeros(len(tokens), dtype=torch.bool)
 
     model.generate(
@@ -131,6 +137,19 @@ def long_generation(model: Any, prompt: Tensor, new_tokens: int) -> list[dict[st
         stopping_criteria=StoppingCriteriaList([watch]),
     )
     return rows
+
+
+def bytes_held(cache: Any) -> int:
+    """Of the tensors in the layers of transformers' own cache."""
+
+    def tensors(value: Any) -> Iterator[Tensor]:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple):
+            for each in value.values() if isinstance(value, dict) else value:
+                yield from tensors(each)
+
+    return sum(tensor.nbytes for layer in cache.layers for tensor in tensors(vars(layer)))
 
 
 def check_generation(rows: Sequence[dict[str, int]], *, constant: bool) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Models with weights: of a source, tensor by tensor, nothing left out; mapped from files; exported to a folder."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -10,34 +9,79 @@ from torch import Tensor, nn
 
 from seqtrain.errors import ConfigError
 from seqtrain.files import replacing
-from seqtrain.mixers.common.attention import SoftmaxAttention
+from seqtrain.initialization import WHOLE
 from seqtrain.models import LanguageModel
 from seqtrain.models.architecture import Architecture
 from seqtrain.models.families import Piece
-from seqtrain.models.pretrained import copy_companions, load_weights
+from seqtrain.models.pretrained import (
+    Origin,
+    architecture_of,
+    copy_companions,
+    load_weights,
+    origin_as,
+    write_folder,
+)
 from seqtrain.models.source import Source
 
+# What a config says of tokens and lengths.
+TOKENS = ("max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
 
-def load_student(
-    architecture: Architecture,
-    source: Source,
-    *,
-    dtype: torch.dtype,
-    seed: int,
-    progress: Callable[[str], None] = lambda name: None,
+
+def load_teacher(
+    source: Source, *, dtype: torch.dtype, progress: Callable[[str], None] = lambda name: None
 ) -> LanguageModel:
-    """The network with the source's weights, and new ones by each mixer's own rule from `seed`."""
+    """The source's own network with its weights."""
+    teacher = architecture_of(source).build()
+    load_weights(teacher, source, dtype=dtype, progress=progress)
+    return teacher.eval()
+
+
+@torch.no_grad()
+def student_on(teacher: LanguageModel, architecture: Architecture, *, seed: int) -> LanguageModel:
+    """The network of `architecture` on the very weights of `teacher`, and new ones by each mixer's own rule.
+
+    `seed`: of the new ones. Both are valid until either is trained. A mixer that lacks a parameter of its teacher's
+    begins as that layer (`Mixer.init_from_attention`).
+    """
     student = architecture.build()
-    load_weights(student, source, dtype=dtype, seed=seed, progress=progress)
+    fresh, theirs = student.initial_weights(seed), dict(teacher.named_parameters())
+    replaced = replaced_layers(teacher, student)
+    own = tuple(f"blocks.{index}.mixer." for index in replaced)
+    shift = float(student.config.norm_zero_centered) - float(teacher.config.norm_zero_centered)
+    values: dict[str, Tensor] = {}
+    for name, parameter in student.named_parameters():
+        if name in theirs and not name.startswith(own):
+            shifted = shift and name.endswith("norm.weight") and ".mixer." not in name
+            values[name] = theirs[name] - shift if shifted else theirs[name]
+        else:
+            values[name] = torch.empty(parameter.shape, dtype=teacher.embedding.weight.dtype)
+            fresh(name, values[name], WHOLE)
+    student.load_state_dict(_tied(values, architecture), assign=True)
+    if architecture.model.tie_embeddings:
+        student.head.weight = student.embedding.weight
+    for index in replaced:
+        student.blocks[index].mixer.init_from_attention(teacher.blocks[index].mixer)
     return student.eval()
 
 
-def teacher_sharing(student: LanguageModel, architecture: Architecture) -> LanguageModel:
-    """The network of `architecture` on the very weights of `student`: valid until those are trained."""
-    teacher = architecture.build()
-    own = dict(student.named_parameters(remove_duplicate=False))
-    teacher.load_state_dict({name: own[name] for name in teacher.state_dict()}, assign=True)
-    return teacher.eval()
+def replaced_layers(teacher: nn.Module, student: nn.Module) -> tuple[int, ...]:
+    """The layers whose mixer lacks a parameter of the teacher's, or has it in another shape."""
+    found = []
+    for index, blocks in enumerate(zip(teacher.blocks, student.blocks, strict=True)):  # type: ignore[arg-type]
+        theirs, mine = ({name: p.shape for name, p in block.mixer.named_parameters()} for block in blocks)
+        if theirs.items() - mine.items():
+            found.append(index)
+    return tuple(found)
+
+
+def rest_of_teacher(teacher: LanguageModel, student: LanguageModel) -> dict[str, Tensor]:
+    """The teacher's parameters that are not also the student's."""
+    shared = {parameter.data_ptr() for parameter in student.parameters()}
+    return {name: value for name, value in teacher.named_parameters() if value.data_ptr() not in shared}
+
+
+def _tied(values: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    return values | ({"head.weight": values["embedding.weight"]} if architecture.model.tie_embeddings else {})
 
 
 def model_from(architecture: Architecture, files: Iterable[Path], *, own: Iterable[str] = ()) -> LanguageModel:
@@ -49,9 +93,7 @@ def model_from(architecture: Architecture, files: Iterable[Path], *, own: Iterab
     model = architecture.build().requires_grad_(False)
     tensors, owned = mapped(files), set(own)
     values = {name: tensors[name].clone() if name in owned else tensors[name] for name, _ in model.named_parameters()}
-    if architecture.model.tie_embeddings:
-        values["head.weight"] = values["embedding.weight"]
-    model.load_state_dict(values, assign=True)
+    model.load_state_dict(_tied(values, architecture), assign=True)
     if architecture.model.tie_embeddings:
         model.head.weight = model.embedding.weight
     return model.eval()
@@ -74,17 +116,29 @@ def refuse_existing(folder: Path) -> None:
         raise ConfigError(f"output_dir={folder.parent}: holds a model already ({folder.name}); use another output_dir")
 
 
-def export(student: LanguageModel, architecture: Architecture, source: Source, folder: Path) -> None:
-    """Writes weights (safetensors), config, tokenizer, chat template and generation config; whole or not at all."""
+def origin_of_export(student: LanguageModel, target: str, source: Source) -> Origin:
+    """What writing a student as the family `target` needs. Raises `ConfigError` where it can't be written."""
+    config, rope = source.config, dict(source.config.rope_parameters or {})
+    tokens = {name: getattr(config, name) for name in TOKENS}
+    return origin_as(student, target, key="target", rope=rope, **tokens)
+
+
+def export(student: LanguageModel, architecture: Architecture, source: Source, folder: Path, family: str = "") -> None:
+    """Writes weights (safetensors), config, tokenizer, chat template and generation config; whole or not at all.
+
+    As seqtrain's own type, or as that of `family`.
+    """
     refuse_existing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     from seqtrain.models.export import as_huggingface
 
-    names = ("max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
-    tokens = {name: getattr(source.config, name) for name in names}
     with replacing(folder) as unfinished:
         unfinished.mkdir()
-        as_huggingface(student, architecture.mixers, **tokens).save_pretrained(unfinished)
+        if family:
+            write_folder(student, origin_of_export(student, family, source), unfinished)
+        else:
+            tokens = {name: getattr(source.config, name) for name in TOKENS}
+            as_huggingface(student, architecture.mixers, **tokens).save_pretrained(unfinished)
         copy_companions(source.path, unfinished)
 
 
@@ -92,13 +146,12 @@ def recipe_targets(model: LanguageModel, targets: Sequence[str]) -> dict[str, li
     """The rows of each matrix of every block that recipes call one of `targets`: q, k, v, out, gate, up or down."""
     hidden, found = model.config.hidden, {}
     for index, block in enumerate(model.blocks):
-        mixer: nn.Module = block.mixer
-        assert isinstance(mixer, SoftmaxAttention), f"layer {index} has no projections to take over: {mixer}"
-        parts = zip(("q", "k", "v"), pairwise(accumulate(mixer.channels, initial=0)), strict=False)
-        places: dict[str, tuple[str, slice | None]] = {name: ("mixer.qkv", slice(*part)) for name, part in parts}
-        places |= {"out": ("mixer.out", None), "gate": ("mlp.up", slice(0, hidden))}
-        places |= {"up": ("mlp.up", slice(hidden, 2 * hidden)), "down": ("mlp.out", None)}
+        places = {name: (f"mixer.{path}", rows) for name, (path, rows) in block.mixer.projections().items()}
+        assert places, f"layer {index} has no projections to take over: {block.mixer}"
+        places |= {"gate": ("mlp.up.weight", slice(0, hidden)), "up": ("mlp.up.weight", slice(hidden, 2 * hidden))}
+        places |= {"down": ("mlp.out.weight", slice(None))}
         for name in (name for name in places if name in targets):
             path, rows = places[name]
-            found[f"blocks.{index}.{name}"] = [Piece(name, f"blocks.{index}.{path}.weight", rows)]
+            whole = rows == slice(None)
+            found[f"blocks.{index}.{name}"] = [Piece(name, f"blocks.{index}.{path}", None if whole else rows)]
     return found

@@ -1,6 +1,6 @@
 """Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464, section 3): the delta rule with Mamba-2's decay."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import PositiveFloat
@@ -11,6 +11,7 @@ from seqtrain.layers import step_sizes
 from seqtrain.mixers import LayerShape
 from seqtrain.mixers.common.delta import DeltaMixer, DeltaRecurrence
 from seqtrain.mixers.common.recurrence import Heads, Recurrence, RecurrenceOptions, StepDecay
+from seqtrain.mixers.common.take_over import forget_slowly
 
 
 class GatedDeltaRecurrence(DeltaRecurrence):
@@ -50,6 +51,10 @@ class GatedDeltaNet(DeltaMixer):
     def initializers(self) -> dict[Tensor, Initializer]:
         # From just above 0, where the authors' code starts at 0 and may draw a rate whose logarithm is -inf.
         return {self.rate_log: decay_rate(low=1e-3), self.step_bias: step_bias()}
+
+    def init_from_attention(self, attention: Any) -> None:
+        super().init_from_attention(attention)
+        forget_slowly(self.rate_log)
 
     def log_decay(self, x: Tensor) -> Tensor:
         return -self.rate_log.exp() * step_sizes(self.decay(x), self.step_bias)

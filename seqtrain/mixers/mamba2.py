@@ -12,6 +12,7 @@ from seqtrain.kernels import linear_attention
 from seqtrain.layers import RMSNorm, ShortConvolution, fused, step_sizes
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.recurrence import Heads, LinearRecurrence, RecurrenceOptions, StepDecay
+from seqtrain.mixers.common.take_over import Projections, copy_projections, forget_slowly, gate_rows, pass_on
 
 
 class Mamba2Recurrence(LinearRecurrence):
@@ -89,6 +90,24 @@ class Mamba2(Mixer):
 
     def initializers(self) -> dict[Tensor, Initializer]:
         return {self.rate_log: decay_rate(), self.step_bias: step_bias(), self.skip: constant(1.0)}
+
+    def projections(self) -> Projections:
+        first, found = self.inner, {}
+        for name, size in zip(("v", "k", "q"), self.parts, strict=True):
+            found[name] = ("project.weight", slice(first, first + size))
+            first += size
+        return found | {"out": ("out.weight", slice(None))}
+
+    @torch.no_grad()
+    def init_from_attention(self, attention: Any) -> None:
+        """Values are x, keys B, queries C; one head or several in the place of each (arXiv 2408.15237)."""
+        if {self.value, self.config.state} != {attention.key} or self.config.groups != attention.shape.heads:
+            raise self.config_error("state", self.config.state, "must be a head of the attention it replaces")
+        copy_projections(self, attention)
+        self.project.weight[: self.inner] = gate_rows(attention, self.shape.heads)
+        pass_on(self.conv, attention, dict(zip(("v", "k", "q"), self.parts, strict=True)))
+        self.skip.zero_()
+        forget_slowly(self.rate_log)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         gate, mixed, raw = self._projected(x).split([self.inner, self.channels, self.shape.heads], 2)

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -84,30 +85,52 @@ def save_pretrained(model: LanguageModel, folder: str | Path) -> None:
 def export_as(model: LanguageModel, model_type: str, folder: Path, **tokens: Any) -> None:
     """Writes `model`, whatever made it, into the empty `folder` as the Hugging Face type `model_type`.
 
-    `tokens`: what its config says besides: special tokens, lengths. Raises `ConfigError` naming what that type has
-    otherwise, where the model does not fit.
+    `tokens`: as `origin_as` has them. Raises `ConfigError` naming what that type has otherwise, where the model does
+    not fit.
+    """
+    write_folder(model, origin_as(model, model_type, **tokens), folder)
+
+
+def origin_as(
+    model: LanguageModel,
+    model_type: str,
+    *,
+    key: str = "as",
+    rope: Mapping[str, Any] = MappingProxyType({}),
+    **tokens: Any,
+) -> Origin:
+    """What writing `model`, whatever made it, as the Hugging Face type `model_type` needs.
+
+    `rope`: what the config says of a rotation that the layers' own configs don't tell. `tokens`: what else it says:
+    special tokens, lengths. The model may be without memory. Raises `ConfigError`, which begins with `key`, naming what
+    that type has otherwise, where the model does not fit.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    family = family_of(model_type, f"as={model_type}")
+    where = f"{key}={model_type}"
+    family = family_of(model_type, where)
     try:
-        config = AutoConfig.for_model(model_type, **family.config_of(model), **tokens)
-        found = family.architecture(family.text_config(config), f"as={model_type}").build()
+        keys = family.config_of(model) | tokens
+        if rope:
+            keys["rope_parameters"] = keys.get("rope_parameters", {}) | dict(rope)
+        config = AutoConfig.for_model(model_type, **keys)
+        found = family.architecture(family.text_config(config), where).build()
     # What a config class thinks of its values comes as one of many types.
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"as={model_type}: the model can't be exported as one: {reason}") from None
+        raise ConfigError(f"{where}: the model can't be exported as one: {reason}") from None
     if wrong := differences(model, found):
-        raise ConfigError(f"as={model_type}: the model can't be exported as one: {'; '.join(wrong[:4])}")
+        raise ConfigError(f"{where}: the model can't be exported as one: {'; '.join(wrong[:4])}")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     places = by_tensor(family.pieces(family.text_config(config), model))
     if model.config.tie_embeddings:
         del places[HEAD]
     shapes = {name: shape_of(pieces, parameters) for name, pieces in places.items()}
-    values = config.to_dict() | {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]], "dtype": "float32"}
-    kinds = dict.fromkeys(shapes, torch.float32)
-    write_folder(model, Origin(values, shapes, kinds, dict.fromkeys(shapes, WEIGHTS), None), folder)
+    dtype = model.embedding.weight.dtype
+    named = {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]], "dtype": str(dtype).split(".")[-1]}
+    kinds = dict.fromkeys(shapes, dtype)
+    return Origin(config.to_dict() | named, shapes, kinds, dict.fromkeys(shapes, WEIGHTS), None)
 
 
 def differences(model: LanguageModel, found: LanguageModel) -> list[str]:

@@ -41,6 +41,7 @@ TINY = {
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN}),
     "qwen3": ("Qwen3", {"head_dim": 12, "num_key_value_heads": 1}),
+    "qwen3-square": ("Qwen3", {"head_dim": 8}),
     "phi3": ("Phi3", {"pad_token_id": None}),
 }
 FAMILIES = ("llama", "smollm2", "mistral", "qwen2", "qwen3")

@@ -10,7 +10,7 @@ from seqtrain.convert.architecture import architecture_of, kept_layers, student_
 from seqtrain.convert.settings import is_liger, read_convert_config, targets
 from seqtrain.convert.sources import open_source
 from seqtrain.convert.verify import end_checks, start_checks
-from seqtrain.convert.weights import export, load_student, teacher_sharing
+from seqtrain.convert.weights import export, load_teacher, student_on
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.testing import boundaries, relative_error
 from tests.command_cases import refused
@@ -29,8 +29,8 @@ def make_student(folder, config, kept=()):
     source = open_source(str(folder))
     teacher = architecture_of(source)
     architecture = student_of(teacher, config, kept)
-    student = load_student(architecture, source, dtype=getattr(torch, config.dtype), seed=0)
-    return teacher_sharing(student, teacher), student, architecture, source
+    loaded = load_teacher(source, dtype=getattr(torch, config.dtype))
+    return loaded, student_on(loaded, architecture, seed=0), architecture, source
 
 
 def make_pair(folder, target="gated_delta_net", *, kept=(), dtype="float32", **layer):
@@ -143,7 +143,10 @@ def test_own_windows_stay_within_the_teachers(transformers_on_disk):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["target=s5"], "Known: delta_net, gated_delta_net, gla, gsa, hgrn2, kda, liger_gla, liger_gsa, liger_hgrn2, "),
+        (
+            ["target=s5"],
+            "Known: delta_net, gated_delta_net, gla, granitemoehybrid, gsa, hgrn2, kda, liger_gla, liger_gsa, ",
+        ),
         (["target=gated_deltanet"], "target 'gated_deltanet' is unknown; did you mean 'gated_delta_net'?"),
         (["layer.sinks=0"], "layer.sinks=0: a window that loses the first tokens breaks most models"),
         (["keep=evry:2"], "keep=evry:2: must be none, every:K, budget:N"),

@@ -19,7 +19,7 @@ from seqtrain.convert.architecture import architecture_of, student_of
 from seqtrain.convert.sources import open_source
 from seqtrain.convert.stages import START, ConversionManifest, Training
 from seqtrain.convert.tasks import Distillation, Pair, Transfer
-from seqtrain.convert.weights import load_student
+from seqtrain.convert.weights import load_teacher, student_on
 from seqtrain.data import prepare
 from seqtrain.errors import ConfigError
 from seqtrain.parallel.testing import RankError
@@ -54,7 +54,7 @@ def settings(source, place, recipe, *overrides, steps=4, **small):
     """A conversion by `recipe` with so many steps of small batches in each stage."""
     values = [f"source={source / 'source'}", f"output_dir={place}", f"recipe={recipe}", "data=text"]
     values += [f"data.path={source / 'text'}", f"data.cache_dir={source / 'cache'}", "runtime.cpus_per_worker=1"]
-    values += ["layer.window=8", "layer.sinks=2", "verify.tokens=40", "verify.sequences=1", "verify.generate=0"]
+    values += ["layer.window=8", "verify.tokens=40", "verify.sequences=1", "verify.generate=0"]
     config = read_convert_config(compose_config("convert", [*values, *overrides]))
     stages = {
         name: dataclasses.replace(stage, **(SMALL | {"steps": steps} | small), sequence_ranks=1)
@@ -93,7 +93,8 @@ def begun(config):
     manifest = ConversionManifest.open(Path(config.output_dir) / "training", {})
     pair = Pair(teacher, student, (manifest.weights(START),))
     training = Training(config, pair, manifest, opened.tokenizer(), lambda stage, what: None)
-    training.begin(load_student(student, opened, dtype=torch.float32, seed=config.seed), [], None)
+    loaded = load_teacher(opened, dtype=torch.float32)
+    training.begin(loaded, student_on(loaded, student, seed=config.seed), [], None)
     return training
 
 
@@ -138,6 +139,27 @@ def test_a_recipe_runs_from_beginning_to_end(source, tmp_path, recipe):
         # No new weights, and what the adapters learned is in the old ones.
         assert report["parameters"]["student"] == report["parameters"]["teacher"]
         assert report["training"][0]["merging_changed_logits_by"] < 1e-5
+
+
+@pytest.mark.all
+def test_a_model_for_others_is_trained_and_written_as_gguf(source, tmp_path):
+    """What the teacher has and the student has not is in a file of its own; biases are a GGUF file's, too."""
+    from seqtrain.models.gguf import open_file
+
+    chosen = ["target=granitemoehybrid", "keep=[1]", "gguf=f32", "verify.generate=12"]
+    config = settings(source, tmp_path, "transfer_then_kl", *chosen, steps=12)
+    with pytest.MonkeyPatch.context() as patch:
+        # Letters are no BPE.
+        patch.setattr("seqtrain.models.gguf_writer._write_vocabulary", lambda writer, source: None)
+        [report] = convert_alone(config)
+    assert [check for check in report["checks"] if not check["passed"]] == []
+    assert report["kept"] == [1]
+    assert report["layers"] == ["mamba2", "attention", "mamba2"]
+    for run in report["training"]:
+        assert run["loss"]["last quarter"] < run["loss"]["first quarter"], run
+    names = {tensor.name for tensor in open_file(tmp_path / "model.gguf").tensors}
+    assert {"blk.0.ssm_in.weight", "blk.1.attn_q.bias", "blk.2.ffn_up.weight"} <= names
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "granitemoehybrid"
 
 
 @pytest.mark.full

@@ -14,7 +14,7 @@ from seqtrain.config import compose_config
 from seqtrain.convert.architecture import architecture_of, student_of
 from seqtrain.convert.settings import read_convert_config
 from seqtrain.convert.sources import open_source
-from seqtrain.convert.weights import export, load_student
+from seqtrain.convert.weights import export, load_teacher, student_on
 from seqtrain.errors import CheckpointError, SeqtrainError
 from seqtrain.memory import AnonymousPeak
 from seqtrain.models.pretrained import from_pretrained, load_weights, save_pretrained
@@ -265,7 +265,7 @@ def test_the_student_is_all_that_is_held(tmp_path):
     ctypes.CDLL(None).malloc_trim(0)
     with AnonymousPeak() as peak:
         architecture = student_of(architecture_of(source), config, ())
-        student = load_student(architecture, source, dtype=torch.bfloat16, seed=0)
+        student = student_on(load_teacher(source, dtype=torch.bfloat16), architecture, seed=0)
         export(student, architecture, source, tmp_path / "model")
     held = sum(parameter.nbytes for parameter in student.parameters())
     assert held > 25 * 2**20

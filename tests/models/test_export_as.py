@@ -22,6 +22,11 @@ CASES = {
     "qwen3": (("attention",), {"tie_embeddings": False}, {"attention": NORMED}),
     "mistral": (("sliding_attention",), {}, {"sliding_attention": {"window": 9, "query_group": 4}}),
     "mamba2": (("mamba2",), {"mlps": ("none",)}, {"mamba2": {"state": 6}}),
+    "granitemoehybrid": (
+        ("mamba2", "attention", "mamba2"),
+        {"residual_scale": 0.7, "logit_scale": 0.25},
+        {"attention": {"query_group": 2, "scale": 0.3}, "mamba2": {"state": 6, "groups": 2, "norm_eps": 1e-6}},
+    ),
     "olmo_hybrid": (
         HYBRID,
         {"norms": ("pre", "pre", "post")},

@@ -1,6 +1,7 @@
 """Softmax attention with grouped heads and rotary positions: what the full and the windowed mixer share."""
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Annotated, Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from seqtrain.kernels import softmax_attention
 from seqtrain.layers import Adapters, RMSNorm, fused, positions, rotate
 from seqtrain.mixers.common.base import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
+from seqtrain.mixers.common.take_over import Projections, copy_projections, heads_of, rows_of
 
 
 def attend(
@@ -121,6 +123,36 @@ class SoftmaxAttention(Mixer):
         if config.qk_norm_over == "head":
             return RMSNorm(self.key, config.norm_eps, **options)
         return RMSNorm(channels, config.norm_eps, tensor=self.shape.tensor, **options)
+
+    def projections(self) -> Projections:
+        ends = pairwise(accumulate(self.channels[:3], initial=0))
+        found = {name: ("qkv.weight", slice(*rows)) for name, rows in zip("qkv", ends, strict=True)}
+        return found | {"out": ("out.weight", slice(None))}
+
+    @torch.no_grad()
+    def init_from_attention(self, attention: Any) -> None:
+        """Another layer of softmax attention, exactly where both or neither normalise queries and keys.
+
+        A gate that the other has not begins at one half, which the output makes up for; norms that it has not, at the
+        size that its queries and keys have for an input of variance 1.
+        """
+        copy_projections(self, attention)
+        for mine, theirs in ((self.qkv, attention.qkv), (self.out, attention.out)):
+            if mine.bias is not None:
+                mine.bias.zero_()
+                if theirs.bias is not None:
+                    mine.bias[: len(theirs.bias)] = theirs.bias
+        if self.config.output_gate:
+            self.qkv.weight[sum(self.channels[:3]) :] = 0
+            self.out.weight.mul_(2)
+        for name in ("q", "k"):
+            mine, theirs = (getattr(each, f"{name}_norm") for each in (self, attention))
+            if isinstance(mine, RMSNorm):
+                if isinstance(theirs, RMSNorm):
+                    scale = theirs.weight + float(theirs.zero_centered)
+                else:
+                    scale = heads_of(rows_of(attention, name), self.key).square().sum(-1).mean().sqrt()
+                mine.weight.copy_(scale - float(mine.zero_centered))
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         q, k, v, *gate = self.project(x)

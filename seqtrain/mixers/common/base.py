@@ -10,6 +10,7 @@ from seqtrain.errors import ConfigError
 from seqtrain.initialization import Initializer
 from seqtrain.mixers.common.counting import Counts, Kind, count
 from seqtrain.mixers.common.recurrence import Past, Recurrence
+from seqtrain.mixers.common.take_over import Projections
 from seqtrain.parallel.sequence import SequenceContext, State
 from seqtrain.parallel.tensor import ALONE, RowLinear, TensorParallel
 
@@ -126,6 +127,14 @@ class Mixer(nn.Module):
         # Called as a module, so that hooks run: ZeRO-3 gathers the weights in one.
         out, state = self(x[:, None], state, sequence=sequence, stream=None if stream is None else stream[:, None])
         return out[:, 0], state
+
+    def projections(self) -> Projections:
+        """The rows of its matrices that stand for attention's q, k, v and out, by these names; empty where none do."""
+        return {}
+
+    def init_from_attention(self, attention: Any) -> None:
+        """Begins, in the place of a layer of softmax attention, with its projections. Raises `ConfigError`."""
+        raise ConfigError(f"{type(self).__name__}: can't begin as softmax attention")
 
     def parameter_count(self) -> int:
         """Number of parameters."""

@@ -1,6 +1,7 @@
 """What the mixers of the delta rule share; each adds its own decay and output gate."""
 
-from typing import ClassVar, Literal
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat
@@ -11,6 +12,7 @@ from seqtrain.layers import HeadNorm, l2norm, upcast
 from seqtrain.mixers.common.base import LayerShape, Past, SequenceContext, State
 from seqtrain.mixers.common.linear import ProjectedMixer
 from seqtrain.mixers.common.recurrence import Heads, Reading, Recurrence, RecurrenceOptions, run_grouped
+from seqtrain.mixers.common.take_over import Projections, copy_projections, gate_rows, pass_on
 
 # q `[B,T,H,K]`, k of any length `[B,T,H,n*K]`, v `[B,T,H,n*V]`, beta `[B,T,H*n]` for n steps per token, and log_decay.
 DeltaInputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
@@ -71,6 +73,24 @@ class DeltaMixer(ProjectedMixer):
         inputs = self.shared(l2norm(q)), k, v, beta, self.log_decay(x)
         out, after["memory"] = self.recur(inputs, past.get("memory"), sequence)
         return self.out(self.norm(out, self.gate(x) if self.gate is not None else None)), after
+
+    def projections(self) -> Projections:
+        if self.steps > 1:
+            return {}
+        ends = pairwise(accumulate(self.qkv.channels, initial=0))
+        found = {name: ("qkv.linear.weight", slice(*rows)) for name, rows in zip("qkv", ends, strict=True)}
+        return found | {"out": ("out.weight", slice(None))}
+
+    @torch.no_grad()
+    def init_from_attention(self, attention: Any) -> None:
+        """Its q, k and v are the attention's, and the gate begins as `gate_rows` says."""
+        if {self.key, self.value} != {attention.key} or not self.projections():
+            raise self.config_error("key_width", self.key, "must be a head of the attention it replaces")
+        copy_projections(self, attention)
+        if isinstance(self.gate, nn.Linear):
+            self.gate.weight.copy_(gate_rows(attention, self.shape.heads))
+        if self.qkv.conv is not None:
+            pass_on(self.qkv.conv, attention, {})
 
     def activated(self) -> bool:
         return self.config.activation == "silu"

@@ -29,3 +29,8 @@ def family_of(model_type: str, where: object) -> Family:
         raise ConfigError(f"source={where}: " + unknown_name("architecture", model_type, FAMILIES))
     module = importlib.import_module(f"seqtrain.models.families.{FAMILIES[model_type]}")
     return module.FAMILIES[model_type]
+
+
+def servable_targets() -> tuple[str, ...]:
+    """The families that a Transformer can be converted to."""
+    return tuple(name for name in FAMILIES if family_of(name, "target").target)

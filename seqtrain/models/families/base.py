@@ -1,7 +1,7 @@
 """What a family says of itself, and what families share: rotation, softmax layers, MLPs, experts."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -75,6 +75,8 @@ class Family:
     nested: str = field(default="", kw_only=True)
     renamed: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
     unadapted: tuple[str, ...] = field(default=(), kw_only=True)
+    # Whether a Transformer can be converted to it, see `hybrid_of`.
+    target: bool = field(default=False, kw_only=True)
 
     def canonical(self, name: str) -> str:
         """The table's name of a tensor that a file calls `name`."""
@@ -97,6 +99,13 @@ class Family:
     def config_of(self, model: LanguageModel) -> dict[str, Any]:
         """The keys of a config that describes `model`, as near as this family comes. Raises `ConfigError` for none."""
         raise ConfigError("no model but one of this family can be exported as it")
+
+    def hybrid_of(self, teacher: Architecture, kept: Collection[int]) -> Architecture:
+        """The network of this family nearest to `teacher`, of softmax attention and MLPs, which keeps that in `kept`.
+
+        Its own recurrent layers are all others. Raises `ConfigError` for a teacher that it can't be, or none at all.
+        """
+        raise ConfigError("no Transformer can be converted to it")
 
     def pieces(self, config: Any, model: LanguageModel) -> Iterator[Piece]:
         """Where each tensor of the file belongs in `model`, which is of `architecture`, or a student of it."""
@@ -209,8 +218,6 @@ def attention_keys(model: LanguageModel) -> dict[str, Any]:
     if not found:
         raise ConfigError("it has no softmax layers")
     mixer, own = found[0], found[0].config
-    if own.rope_stretch or own.rope_amplitude != 1:
-        raise ConfigError("its rotation is stretched, which is told by the config it came from alone")
     width = mixer.key if own.rope_width is None else own.rope_width
     rope = {"rope_type": "default", "rope_theta": own.rope_base, "partial_rotary_factor": width / mixer.key}
     return {
@@ -346,3 +353,34 @@ def outer_pieces(model: LanguageModel, prefix: str = "model.", *, norm: str = "n
     yield Piece(f"{prefix}embed_tokens.weight", "embedding.weight")
     yield Piece(f"{prefix}{norm}.weight", "norm.weight")
     yield Piece("lm_head.weight", "head.weight")
+
+
+def recurrent_but_in(
+    teacher: Architecture, kept: Collection[int], mixer: str, recurrent: Any, softmax: Any, **others: Any
+) -> Architecture:
+    """`teacher` with layers of `mixer`, whose config is `recurrent`, but in `kept`; `softmax`: the config of those.
+
+    `others`: fields of `ModelConfig` that differ.
+    """
+    model = teacher.model
+    layers = tuple("attention" if index in kept else mixer for index in range(model.depth))
+    mixers = {name: each for name, each in (("attention", softmax), (mixer, recurrent)) if name in layers}
+    return Architecture(replace(model, layers=layers, **others), mixers, teacher.vocab_size)
+
+
+def attention_of(teacher: Architecture) -> Any:
+    """The config of its attention, for families whose own sees all tokens, and whose MLPs have no biases.
+
+    Raises `ConfigError` for others.
+    """
+    if set(teacher.model.layers) != {"attention"}:
+        raise ConfigError("its softmax layers see all tokens, and the teacher's have windows")
+    if teacher.model.mlp_bias:
+        raise ConfigError("its MLPs have no biases, and the teacher's have")
+    return teacher.mixers["attention"]
+
+
+def head_width(teacher: Architecture) -> int:
+    """Channels of a head of its attention."""
+    own: int = teacher.mixers["attention"].head_width
+    return own or teacher.model.width // teacher.model.heads

@@ -1,10 +1,13 @@
 """Hybrids of Mamba and softmax attention: Bamba, Granite 4, Falcon-H1, Nemotron-H, Jamba, Zamba2."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS
+from seqtrain.mixers.common.attention import SoftmaxAttention
+from seqtrain.mixers.mamba2 import Mamba2
 from seqtrain.mixers.parallel import Branch
 from seqtrain.models.architecture import Architecture
 from seqtrain.models.families.base import (
@@ -12,13 +15,18 @@ from seqtrain.models.families.base import (
     MoENames,
     Piece,
     activation,
+    attention_keys,
+    attention_of,
     attention_pieces,
+    common_keys,
     feed_forward_pieces,
+    head_width,
     heads_of,
     mlp_pieces,
     network,
     outer_pieces,
     plain,
+    recurrent_but_in,
     require,
     rotation,
     sigmoid_router,
@@ -121,6 +129,58 @@ class Granite(Bamba):
     def attention(self, config: Any, where: object, **others: Any) -> Any:
         fixed = {} if config.position_embedding_type == "rope" else {"rope_width": 0}
         return super().attention(config, where, scale=float(config.attention_multiplier), **fixed, **others)
+
+    def hybrid_of(self, teacher: Architecture, kept: Collection[int]) -> Architecture:
+        """Mamba-2 of twice the model's width, as llama.cpp needs it, with the heads of attention as its groups."""
+        model, softmax, key = teacher.model, attention_of(teacher), head_width(teacher)
+        if 2 * model.width % (model.heads * key):
+            raise ConfigError(f"twice model.width={model.width} must be a multiple of {model.heads} heads x {key}")
+        mamba = MIXERS.get(MAMBA2).Config(
+            heads=2 * model.width // key, head_width=key, state=key, groups=model.heads, norm_eps=model.norm_eps
+        )
+        bias = softmax.qkv_bias or softmax.out_bias
+        # Of norms that it has not, nothing is to be said.
+        plain = {"qk_norm": False, "norm_eps": type(softmax)().norm_eps}
+        attention = replace(softmax, scale=key**-0.5, qkv_bias=bias, out_bias=bias, **plain)
+        return recurrent_but_in(teacher, kept, MAMBA2, mamba, attention)
+
+    def config_of(self, model: LanguageModel) -> dict[str, Any]:
+        config, mixers = model.config, [block.mixer for block in model.blocks]
+        mamba = next((mixer for mixer in mixers if isinstance(mixer, Mamba2)), None)
+        softmax = next((mixer for mixer in mixers if isinstance(mixer, SoftmaxAttention)), None)
+        keys = common_keys(model)
+        if softmax is not None:
+            keys |= attention_keys(model)
+            keys["attention_multiplier"] = softmax.config.scale or softmax.key**-0.5
+            rotated = softmax.config.rope_width != 0
+        else:
+            keys |= {"num_key_value_heads": config.heads}
+            rotated = True
+        if mamba is None:
+            keys |= {"mamba_n_heads": 1}
+        else:
+            own = mamba.config
+            keys |= {
+                "mamba_n_heads": mamba.shape.heads,
+                "mamba_d_head": mamba.value,
+                "mamba_d_state": own.state,
+                "mamba_n_groups": own.groups,
+                "mamba_d_conv": own.conv_width,
+                "mamba_expand": mamba.inner // config.width,
+                "mamba_conv_bias": own.conv_bias,
+                "mamba_proj_bias": own.in_bias,
+            }
+        return keys | {
+            "layer_types": ["linear_attention" if isinstance(x, Mamba2) else "full_attention" for x in mixers],
+            "position_embedding_type": "rope" if rotated else None,
+            "embedding_multiplier": config.embedding_scale,
+            "residual_multiplier": config.residual_scale,
+            "logits_scaling": 1 / config.logit_scale,
+            "num_local_experts": config.experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "intermediate_size": config.expert_width or config.hidden,
+            "shared_intermediate_size": config.shared_expert_width if config.experts else config.hidden,
+        }
 
     def feed_forward_pieces(self, theirs: str, ours: str, part: Any) -> Iterator[Piece]:
         shared, place = part, ours
@@ -372,7 +432,7 @@ class Zamba2(Bamba):
 FAMILIES = {
     "zamba2": Zamba2(),
     "bamba": Bamba(),
-    "granitemoehybrid": Granite(),
+    "granitemoehybrid": Granite(target=True),
     "falcon_h1": FalconH1(unadapted=UNADAPTED),
     "nemotron_h": NemotronH(("mtp.",), renamed=(("backbone.", "model."),), unadapted=UNADAPTED),
     "jamba": Jamba(unadapted=(".dt_proj",)),

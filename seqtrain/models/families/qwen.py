@@ -1,9 +1,10 @@
 """Qwen3-Next and Qwen3.5: Gated DeltaNet and gated softmax attention, with an MLP or with experts."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS
 from seqtrain.models.architecture import Architecture
 from seqtrain.models.families.base import (
@@ -11,15 +12,18 @@ from seqtrain.models.families.base import (
     Piece,
     activation,
     attention_keys,
+    attention_of,
     common_keys,
     delta_fields,
     delta_keys,
     feed_forward_pieces,
+    head_width,
     heads_of,
     interleaved,
     network,
     outer_pieces,
     plain,
+    recurrent_but_in,
     rotation,
 )
 from seqtrain.models.families.dense import FULL
@@ -60,10 +64,29 @@ class Qwen(Family):
         others = {"norm_zero_centered": True, "activation": activation(config, where), **self.experts(config)}
         return network(config, where, layers, {FULL: attention, DELTA: delta}, **others)
 
+    def hybrid_of(self, teacher: Architecture, kept: Collection[int]) -> Architecture:
+        """Gated DeltaNet whose heads are those of attention, each with a key of its own."""
+        model, softmax, key = teacher.model, attention_of(teacher), head_width(teacher)
+        if len(set(kept)) == model.depth:
+            raise ConfigError("it needs a layer of Gated DeltaNet; keep fewer layers")
+        delta = MIXERS.get(DELTA).Config(
+            heads=model.heads, key_heads=model.heads, key_width=key, value_width=key, norm_eps=model.norm_eps
+        )
+        bias = softmax.qkv_bias or softmax.out_bias
+        changed = {"qk_norm": True, "qk_norm_zero_centered": True, "output_gate": True, "norm_eps": model.norm_eps}
+        attention = replace(softmax, qkv_bias=bias, out_bias=bias, **changed)
+        return recurrent_but_in(teacher, kept, DELTA, delta, attention, norm_zero_centered=True)
+
     def config_of(self, model: LanguageModel) -> dict[str, Any]:
         config = model.config
         delta = {key: value for key, value in delta_keys(model).items() if key != "linear_allow_neg_eigval"}
-        keys = {**common_keys(model), **attention_keys(model), **delta, "num_experts": config.experts}
+        if FULL in config.layers:
+            attention = attention_keys(model)
+            # Without it these configs rotate a quarter of a head.
+            attention["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
+        else:
+            attention = {"num_key_value_heads": config.heads, "head_dim": delta["linear_key_head_dim"]}
+        keys = {**common_keys(model), **attention, **delta, "num_experts": config.experts}
         if not config.experts:
             return keys
         return keys | {
@@ -158,7 +181,8 @@ EXTRA = ("mtp.", "model.visual.", "visual.")
 # Of these names PEFT makes experts' of old files, wherever they stand.
 EXPERTS = (".gate_proj", ".up_proj", ".down_proj")
 FAMILIES = {
-    "qwen3_next": Qwen(EXTRA, fused=True, unadapted=EXPERTS),
-    **{name: Qwen(EXTRA) for name in ("qwen3_5_text", "qwen3_5_moe_text")},
+    "qwen3_next": Qwen(EXTRA, fused=True, unadapted=EXPERTS, target=True),
+    "qwen3_5_text": Qwen(EXTRA, target=True),
+    "qwen3_5_moe_text": Qwen(EXTRA),
     **{name: Qwen(EXTRA, nested="text_config", prefix="model.language_model.") for name in ("qwen3_5", "qwen3_5_moe")},
 }
