@@ -29,10 +29,10 @@ from seqtrain.parallel.testing import run_ranks
 from seqtrain.planning.layout_runs import QUIET, Done
 from seqtrain.planning.run_config import last_of_each, read_run
 from seqtrain.runtime import PretrainConfig
+from seqtrain.runtime.checks import check
 from seqtrain.runtime.lease import take
 from seqtrain.runtime.ranks import Ranks, is_lost_peer, this_process
 from seqtrain.runtime.run_folder import RunFolder
-from seqtrain.runtime.settings import check
 from seqtrain.runtime.task import Callback, Phase
 from seqtrain.runtime.worker import Session, train
 

@@ -38,7 +38,8 @@ from seqtrain.planning.layout import Layout, Machine, Prediction, predict, read_
 from seqtrain.planning.run_config import at_once, count_run, counter_of, last_of_each, layout_of, read_run
 from seqtrain.planning.scaling import Scheme
 from seqtrain.runtime import PretrainConfig
-from seqtrain.runtime.settings import MOST_SHARDED, check_tensor, micro_batch, segments
+from seqtrain.runtime.checks import check_tensor
+from seqtrain.runtime.settings import MOST_SHARDED, micro_batch, segments
 
 GIB = 2**30
 

@@ -12,7 +12,8 @@ from seqtrain.parallel.tensor import TensorParallel
 from seqtrain.planning.counts import ModelCounter, ModelCounts
 from seqtrain.planning.layout import Layout
 from seqtrain.runtime import PretrainConfig
-from seqtrain.runtime.settings import micro_batch, segments, typed_pretrain_config
+from seqtrain.runtime.resolving import typed_pretrain_config
+from seqtrain.runtime.settings import micro_batch, segments
 from seqtrain.runtime.source import add_own_adapters
 
 

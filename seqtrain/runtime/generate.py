@@ -22,8 +22,10 @@ from seqtrain.files import in_store, place
 from seqtrain.models import LanguageModel, generate
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime import checkpoint as checkpoints
+from seqtrain.runtime.checks import check_store
+from seqtrain.runtime.resolving import typed_pretrain_config
 from seqtrain.runtime.run_folder import RunFolder
-from seqtrain.runtime.settings import PretrainConfig, check_store, typed_pretrain_config
+from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.runtime.source import build_model, first_weights, frozen_weights
 from seqtrain.validation import FilePath, validate
 

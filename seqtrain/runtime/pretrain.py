@@ -20,10 +20,11 @@ from typing import Any
 from seqtrain.config import launch
 from seqtrain.help import command_line
 from seqtrain.runtime.guard import guarded
+from seqtrain.runtime.resolving import read_pretrain_config
 from seqtrain.runtime.resume import what_is_kept
 from seqtrain.runtime.run import run
 from seqtrain.runtime.run_folder import RunFolder
-from seqtrain.runtime.settings import PretrainConfig, read_pretrain_config
+from seqtrain.runtime.settings import PretrainConfig
 
 
 def main(arguments: Sequence[str]) -> int:

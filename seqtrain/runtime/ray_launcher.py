@@ -18,6 +18,7 @@ import psutil
 
 from seqtrain.errors import ConfigError
 from seqtrain.report import announced
+from seqtrain.runtime.checks import check_answers
 from seqtrain.runtime.driver import Driver
 from seqtrain.runtime.host import start_server
 from seqtrain.runtime.lease import has_ended
@@ -25,7 +26,7 @@ from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ray_hosts import python_paths
 from seqtrain.runtime.restarts import WorkerError
 from seqtrain.runtime.resume import what_is_kept
-from seqtrain.runtime.settings import PretrainConfig, check_answers
+from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.runtime.signals import kept_handlers
 from seqtrain.runtime.timeline import Timeline
 from seqtrain.runtime.worker import Session

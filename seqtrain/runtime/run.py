@@ -17,16 +17,18 @@ from seqtrain.kernels.dispatch import reset_backend_choice
 from seqtrain.kernels.native import build as native
 from seqtrain.report import announced
 from seqtrain.runtime import ray_launcher
+from seqtrain.runtime.checks import check
 from seqtrain.runtime.lease import Lease
 from seqtrain.runtime.metrics import MetricsReader, read_within
 from seqtrain.runtime.progress import ProgressDisplay
 from seqtrain.runtime.ranks import form_group, pick_device
 from seqtrain.runtime.ray_ingest import ray_pools
 from seqtrain.runtime.report import write_report
+from seqtrain.runtime.resolving import resolve
 from seqtrain.runtime.resume import begin, check_resumable, claimed, refuse_foreign, what_is_kept
 from seqtrain.runtime.run_folder import RunFolder, log_to, warn_on_stderr
 from seqtrain.runtime.schedule import gradient_norms, keep_norms
-from seqtrain.runtime.settings import PretrainConfig, check, resolve
+from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.runtime.signals import listening
 from seqtrain.runtime.source import build_model
 from seqtrain.runtime.task import Callback, Pretraining, Task

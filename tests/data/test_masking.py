@@ -9,7 +9,7 @@ import torch
 from seqtrain.data.batches import IGNORED, BatchSlice
 from seqtrain.data.masking import Masking
 from seqtrain.errors import ConfigError
-from seqtrain.runtime.settings import check
+from seqtrain.runtime.checks import check
 from tests.runtime.runtime_cases import small_config
 
 

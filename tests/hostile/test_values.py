@@ -9,8 +9,9 @@ from omegaconf import OmegaConf
 
 from seqtrain.config import _leaves, compose_config
 from seqtrain.errors import ConfigError
+from seqtrain.runtime.checks import check
 from seqtrain.runtime.generate import GenerateConfig
-from seqtrain.runtime.settings import check, typed_pretrain_config
+from seqtrain.runtime.resolving import typed_pretrain_config
 from seqtrain.validation import validate
 
 WRONG = [-1, 0, 10**29, 10**14, 1e29, 1e308, -0.5, math.nan, math.inf, "", "x", "\0", [], ["x"], {"x": 1}, None, True]

@@ -18,7 +18,7 @@ from seqtrain.planning.layout import Layout, Machine, Prediction
 from seqtrain.planning.layout_runs import Measured
 from seqtrain.planning.plan import as_given, duration, fits, layouts_of, main
 from seqtrain.planning.run_config import last_of_each, layout_of, read_run
-from seqtrain.runtime.settings import read_pretrain_config
+from seqtrain.runtime.resolving import read_pretrain_config
 
 SMALL = ("model.layers=[gla,attention]", "model.depth=2", "model.width=32", "model.heads=2")
 TINY = (*SMALL, "train.sequence_length=64", "train.batch_size=4", "train.dtype=float32")

@@ -18,7 +18,7 @@ from seqtrain.models import LanguageModel
 from seqtrain.runtime import slices
 from seqtrain.runtime.checkpoint import Progress, find, read
 from seqtrain.runtime.ranks import is_lost_peer
-from seqtrain.runtime.settings import typed_pretrain_config
+from seqtrain.runtime.resolving import typed_pretrain_config
 from tests.runtime.runtime_cases import as_it_was_at, change, folder_of, losses, small_config, train_on
 
 SLICES = "rank-00000.2.safetensors"

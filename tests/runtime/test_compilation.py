@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from seqtrain.errors import ConfigError
-from seqtrain.runtime.settings import check
+from seqtrain.runtime.checks import check
 from seqtrain.runtime.worker import train
 from tests.runtime.runtime_cases import (
     change,

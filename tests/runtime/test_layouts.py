@@ -7,10 +7,11 @@ from seqtrain.data import open_corpus
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.sequence import SequenceContext
+from seqtrain.runtime.checks import check
 from seqtrain.runtime.lease import newest
 from seqtrain.runtime.metrics import read_within
 from seqtrain.runtime.resume import differences, fingerprint
-from seqtrain.runtime.settings import PretrainConfig, check, segments
+from seqtrain.runtime.settings import PretrainConfig, segments
 from tests.runtime.runtime_cases import (
     as_it_was_at,
     assert_same_step,

@@ -12,8 +12,8 @@ from seqtrain.models import from_pretrained
 from seqtrain.models.lora import LoraConfig
 from seqtrain.runtime.export import main as export
 from seqtrain.runtime.generate import open_run
+from seqtrain.runtime.resolving import read_pretrain_config
 from seqtrain.runtime.resume import begin
-from seqtrain.runtime.settings import read_pretrain_config
 from seqtrain.runtime.source import with_network_of_source
 from tests.command_cases import refused
 from tests.models.family_cases import make

@@ -5,8 +5,8 @@ import torch
 
 from seqtrain.errors import ConfigError
 from seqtrain.runtime import offload
+from seqtrain.runtime.checks import check
 from seqtrain.runtime.offload import offload_activations
-from seqtrain.runtime.settings import check
 from tests.models.tiny import batch, build
 from tests.runtime.runtime_cases import small_config
 

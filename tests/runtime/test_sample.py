@@ -3,7 +3,7 @@
 import pytest
 
 from seqtrain.runtime.generate import Continuation, continue_text, open_run
-from seqtrain.runtime.settings import resolve
+from seqtrain.runtime.resolving import resolve
 from tests.runtime.runtime_cases import BETAS, change, folder_of, grid, in_tiers, outcome, small_config, train_on
 
 SHORT = {"train": {"steps": 3, "sequence_length": 32, "batch_size": 8, "micro_batch_size": 2}}

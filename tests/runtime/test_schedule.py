@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from seqtrain.errors import CheckpointError, ConfigError
+from seqtrain.runtime.checks import check
 from seqtrain.runtime.resume import check_resumable, fingerprint, refuse_foreign
 from seqtrain.runtime.schedule import NORMS, ScheduleConfig, gradient_norms, keep_norms, learning_rate, refine
-from seqtrain.runtime.settings import check, unit, units
+from seqtrain.runtime.settings import unit, units
 from tests.command_cases import refused
 from tests.runtime.runtime_cases import (
     as_it_was_at,

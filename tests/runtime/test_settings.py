@@ -10,10 +10,11 @@ import pytest
 
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.runtime import check
+from seqtrain.runtime.resolving import resolve
 from seqtrain.runtime.resume import check_fits, fingerprint
 from seqtrain.runtime.run_folder import plain
 from seqtrain.runtime.schedule import ScheduleConfig, learning_rate
-from seqtrain.runtime.settings import micro_batch, resolve
+from seqtrain.runtime.settings import micro_batch
 from tests.runtime.runtime_cases import small_config
 
 RAY = {"name": "ray"}
@@ -33,6 +34,7 @@ RAY = {"name": "ray"}
             r"model.groups=\[8\]: layer 0, tcnca, has groups of its own",
         ),
         ({"model": {"width": 10**8}}, "model.depth=2 model.width=100000000: the weights alone are .* any has, 1.0e"),
+        ({"checkpoint": {"resume": ""}}, "checkpoint.resume=: is empty; use auto, never, or the folder"),
         ({"model": {"width": 10**15}}, "model.width=1000000000000000: a block can't be made"),
         ({"runtime": RAY, "parallel": {"data": 2, "experts": 2}}, "parallel.experts=2: .*no routed experts; use .*=1"),
         (

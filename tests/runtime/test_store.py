@@ -10,12 +10,12 @@ import torch
 from seqtrain.errors import ConfigError
 from seqtrain.files import create_new, place, read_range, remove_folder, replace_file
 from seqtrain.runtime.checkpoint import MANIFEST, find, listed
+from seqtrain.runtime.checks import check
 from seqtrain.runtime.export import main as export
 from seqtrain.runtime.generate import open_run, place_of_run
 from seqtrain.runtime.lease import succeed, take
 from seqtrain.runtime.resume import claimed
 from seqtrain.runtime.run_folder import RunFolder
-from seqtrain.runtime.settings import check
 from seqtrain.runtime.slices import SlicesFile, write_slices
 from tests.runtime.runtime_cases import change, folder_of, losses, session_for, small_config, train_on
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from seqtrain.data import DataConfig
+from seqtrain.runtime.checks import check
 from seqtrain.runtime.evaluation import _score_answers
-from seqtrain.runtime.settings import check
 from tests.command_cases import refused
 from tests.runtime.runtime_cases import change, outcome, records, small_config, train_on
 

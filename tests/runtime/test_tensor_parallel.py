@@ -7,7 +7,8 @@ import torch
 
 from seqtrain.errors import ConfigError
 from seqtrain.models.feed_forward import RouterConfig
-from seqtrain.runtime.settings import PretrainConfig, check
+from seqtrain.runtime.checks import check
+from seqtrain.runtime.settings import PretrainConfig
 from tests.runtime.runtime_cases import (
     as_it_was_at,
     assert_same_step,

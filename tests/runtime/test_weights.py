@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqtrain.errors import ConfigError
-from seqtrain.runtime.settings import check
+from seqtrain.runtime.checks import check
 from seqtrain.runtime.task import Callback
 from tests.runtime.runtime_cases import (
     as_it_was_at,
