@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from seqtrain.initialization import Initializer, constant, initialize, uniform
 from seqtrain.kernels import gated_norm, short_convolution
+from seqtrain.kernels.products import linear
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.tensor import ALONE, TensorParallel
 
@@ -19,6 +20,13 @@ NORM_EPS = 1e-6
 def upcast(x: Tensor) -> Tensor:
     """`x` in float32 at least: what decays, gates' logarithms and norms are computed in, under autocast too."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` whose products, in float32 on a CPU, are by the fastest routine there is (`kernels.products`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -169,8 +177,9 @@ class HeadLayerNorm(nn.Module):
 
 def l2norm(x: Tensor, eps: float = NORM_EPS) -> Tensor:
     """`x` divided by its length along the last dimension: `x / sqrt(sum(x^2) + eps)`."""
-    wide = upcast(x)
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+    width = x.shape[-1]
+    # The root mean square is the length over the root of the channels.
+    return gated_norm(x, x.new_full((width,), width**-0.5, dtype=upcast(x[:0]).dtype), eps=eps / width)
 
 
 def step_sizes(raw: Tensor, bias: Tensor) -> Tensor:
@@ -255,7 +264,7 @@ class HeadProjections(nn.Module):
         self.heads = heads if isinstance(heads, tuple) else (heads,) * len(widths)
         self.channels = [count * part for count, part in zip(self.heads, widths, strict=True)]
         rows = [part for count, part in zip(self.heads, widths, strict=True) for _ in range(count)]
-        self.linear = fused(nn.Linear(width, sum(self.channels), bias=False), rows, self.channels)
+        self.linear = fused(Linear(width, sum(self.channels), bias=False), rows, self.channels)
         self.conv = ShortConvolution(sum(self.channels), conv_width, parts=self.channels) if conv_width else None
         self.activate = activate and not conv_width
 
@@ -278,7 +287,7 @@ class LowRank(nn.Sequential):
 
     def __init__(self, width: int, rank: int, out: int, *, bias: bool = False, activation: nn.Module | None = None):
         between = [] if activation is None else [activation]
-        super().__init__(nn.Linear(width, rank, bias=False), *between, nn.Linear(rank, out, bias=bias))
+        super().__init__(Linear(width, rank, bias=False), *between, Linear(rank, out, bias=bias))
 
     @property
     def offset(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compares the throughput of training runs that differ in a few settings; `--help` lists the settings."""
+"""Compares a training step with transformers' own at equal weights; `--help` lists the settings."""
 
 from seqtrain.cli import run
 

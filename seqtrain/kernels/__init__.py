@@ -18,6 +18,7 @@ from seqtrain.kernels.short_convolution import short_convolution as short_convol
 from seqtrain.kernels.sink_attention import sink_attention as sink_attention
 from seqtrain.kernels.slot_scores import slot_scores as slot_scores
 from seqtrain.kernels.softmax_attention import softmax_attention as softmax_attention
+from seqtrain.kernels.swiglu import swiglu as swiglu
 from seqtrain.kernels.tensor_attention import feature_count as feature_count
 from seqtrain.kernels.tensor_attention import tensor_attention as tensor_attention
 from seqtrain.kernels.ttt_linear import ttt_linear as ttt_linear

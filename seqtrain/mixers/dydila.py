@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from seqtrain.initialization import Initializer, constant, initialize
 from seqtrain.kernels import linear_attention
 from seqtrain.kernels.dispatch import full_precision
-from seqtrain.layers import HeadNorm, fused, upcast
+from seqtrain.layers import HeadNorm, Linear, fused, upcast
 from seqtrain.mixers import LayerShape, Past, SequenceContext, State
 from seqtrain.mixers.common.linear import LinearMixer
 
@@ -65,9 +65,9 @@ class DyDiLA(LinearMixer):
         super().__init__(config, shape)
         rows = 2 * config.projections * shape.heads * (self.key,)
         parts = 2 * config.projections * (shape.heads * self.key,)
-        self.redundant = fused(nn.Linear(shape.width, sum(rows), bias=False), rows, parts)
+        self.redundant = fused(Linear(shape.width, sum(rows), bias=False), rows, parts)
         self.routes = PROJECTIONS * [config.projections] + (POWERS + SHARES) * [config.factors]
-        self.router = nn.Linear(shape.width, sum(self.routes), bias=False)
+        self.router = Linear(shape.width, sum(self.routes), bias=False)
         self.powers = nn.Parameter(torch.empty(POWERS * config.factors))
         self.shares = nn.Parameter(torch.empty(SHARES * config.factors))
         self.norm = HeadNorm(self.value)

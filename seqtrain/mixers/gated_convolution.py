@@ -3,9 +3,9 @@
 from typing import Annotated
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from seqtrain.layers import ShortConvolution, fused
+from seqtrain.layers import Linear, ShortConvolution, fused
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 
@@ -21,7 +21,7 @@ class GatedConvolution(Mixer):
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
         rows = (-shape.channels, -shape.channels, shape.channels)
-        self.parts = fused(nn.Linear(shape.width, 3 * shape.channels, bias=config.bias), rows)  # b, c, v
+        self.parts = fused(Linear(shape.width, 3 * shape.channels, bias=config.bias), rows)  # b, c, v
         self.conv = ShortConvolution(shape.channels, config.conv_width, bias=config.bias, activation="none")
         self.out = self.output(shape.channels, bias=config.bias)
 

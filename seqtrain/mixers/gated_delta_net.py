@@ -7,7 +7,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.initialization import Initializer, decay_rate, initialize, step_bias
-from seqtrain.layers import step_sizes
+from seqtrain.layers import Linear, step_sizes
 from seqtrain.mixers import LayerShape
 from seqtrain.mixers.common.delta import DeltaMixer, DeltaRecurrence
 from seqtrain.mixers.common.recurrence import Heads, Recurrence, RecurrenceOptions, StepDecay
@@ -42,10 +42,10 @@ class GatedDeltaNet(DeltaMixer):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        self.decay = nn.Linear(shape.width, shape.heads, bias=False)
+        self.decay = Linear(shape.width, shape.heads, bias=False)
         self.rate_log = nn.Parameter(torch.empty(shape.heads))
         self.step_bias = nn.Parameter(torch.empty(shape.heads))
-        self.gate = nn.Linear(shape.width, self.inner, bias=False)
+        self.gate = Linear(shape.width, self.inner, bias=False)
         initialize(self)
 
     def initializers(self) -> dict[Tensor, Initializer]:

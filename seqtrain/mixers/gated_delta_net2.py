@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from seqtrain.initialization import Initializer, decay_rate, initialize, step_bias
 from seqtrain.kernels import delta_rule
-from seqtrain.layers import HeadNorm, LowRank, l2norm, step_sizes, upcast
+from seqtrain.layers import HeadNorm, Linear, LowRank, l2norm, step_sizes, upcast
 from seqtrain.mixers import LayerShape, Past, SequenceContext, State
 from seqtrain.mixers.common.linear import ProjectedMixer
 
@@ -32,8 +32,8 @@ class GatedDeltaNet2(ProjectedMixer):
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
         rank, keys = config.gate_rank or self.value, shape.heads * self.key
-        self.erase = nn.Linear(shape.width, keys, bias=False)
-        self.write = nn.Linear(shape.width, self.inner, bias=False)
+        self.erase = Linear(shape.width, keys, bias=False)
+        self.write = Linear(shape.width, self.inner, bias=False)
         self.decay = LowRank(shape.width, rank, keys)
         self.rate_log = nn.Parameter(torch.empty(shape.heads))
         self.step_bias = nn.Parameter(torch.empty(keys))

@@ -4,11 +4,11 @@ from typing import Annotated
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqtrain.initialization import Initializer, constant
 from seqtrain.kernels import linear_attention
-from seqtrain.layers import HeadNorm, LowRank, log_forget
+from seqtrain.layers import HeadNorm, Linear, LowRank, log_forget
 from seqtrain.mixers import LayerShape, Past, SequenceContext, State
 from seqtrain.mixers.common.linear import ProjectedMixer
 from seqtrain.mixers.common.recurrence import Heads, LinearRecurrence, RecurrenceOptions
@@ -57,7 +57,7 @@ class GLA(ProjectedMixer):
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
         self.forget = LowRank(shape.width, config.gate_rank, shape.heads * self.key, bias=True)
-        self.gate = nn.Linear(shape.width, self.inner, bias=False)
+        self.gate = Linear(shape.width, self.inner, bias=False)
         self.norm = HeadNorm(self.value)
         self.out = self.output(self.inner)
 

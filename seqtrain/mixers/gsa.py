@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqtrain.initialization import Initializer, computed
-from seqtrain.layers import HeadProjections, RMSNorm, log_forget
+from seqtrain.layers import HeadProjections, Linear, RMSNorm, log_forget
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.recurrence import Heads, Reading, Recurrence, RecurrenceOptions, slot_attention
 
@@ -16,7 +16,7 @@ class SlotRecurrence(Recurrence):
 
     def __init__(self, heads: Heads, options: RecurrenceOptions):
         super().__init__(heads, options)
-        self.forget = nn.Linear(heads.width, heads.groups * options.slots)
+        self.forget = Linear(heads.width, heads.groups * options.slots)
 
     def initializers(self) -> dict[Tensor, Initializer]:
         # From slots that turn over in 23 tokens to some that take 600: slow ones alone would stay empty for long.

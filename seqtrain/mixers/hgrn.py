@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from seqtrain.initialization import Initializer, computed, constant, initialize
 from seqtrain.kernels import diagonal_scan
-from seqtrain.layers import NORM_EPS, fused, upcast
+from seqtrain.layers import NORM_EPS, Linear, fused, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.parallel.tensor import TensorParallel
 
@@ -55,7 +55,7 @@ class HGRN(Mixer):
         self.hidden = self.hidden_channels(config.expand)
         # Candidate (real, imaginary), forget gate, and the output gate of both parts.
         rows = (self.hidden, self.hidden, -self.hidden, -2 * self.hidden)
-        self.parts = fused(nn.Linear(shape.width, 5 * self.hidden, bias=True), rows, 5 * (self.hidden,))
+        self.parts = fused(Linear(shape.width, 5 * self.hidden, bias=True), rows, 5 * (self.hidden,))
         self.bound = nn.Parameter(torch.empty(self.hidden))
         self.theta = nn.Parameter(torch.empty(self.hidden))
         self.norm = WideLayerNorm(2 * self.hidden, NORM_EPS, shape.tensor)

@@ -5,7 +5,7 @@ from pydantic import NonNegativeInt, NonPositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.initialization import Initializer, decay_rate, initialize, step_bias
-from seqtrain.layers import LowRank, step_sizes, upcast
+from seqtrain.layers import Linear, LowRank, step_sizes, upcast
 from seqtrain.mixers import LayerShape
 from seqtrain.mixers.common.delta import DeltaMixer
 from seqtrain.mixers.gated_delta_net import GatedDeltaRecurrence
@@ -44,7 +44,7 @@ class KDA(DeltaMixer):
         rank, keys = config.gate_rank or self.value, shape.heads * self.key
 
         def projection(out: int) -> nn.Module:
-            return LowRank(shape.width, rank, out) if config.low_rank else nn.Linear(shape.width, out, bias=False)
+            return LowRank(shape.width, rank, out) if config.low_rank else Linear(shape.width, out, bias=False)
 
         self.decay = projection(keys)
         self.rate_log = nn.Parameter(torch.empty(shape.heads))

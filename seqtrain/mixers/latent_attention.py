@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.kernels import softmax_attention
-from seqtrain.layers import RMSNorm, fused, positions, rotate
+from seqtrain.layers import Linear, RMSNorm, fused, positions, rotate
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.attention import attend
 
@@ -58,15 +58,15 @@ class LatentAttention(Mixer):
             raise self.config_error("rope_stretch", came, f"{self.shared} shared channels have {self.shared // 2}")
         heads, width, rank = shape.heads, shape.width, config.query_rank
         query = heads * (self.key + self.shared)
-        last = fused(nn.Linear(rank or width, query, bias=False), heads * (self.key + self.shared,), (query,))
-        first = (nn.Linear(width, rank, bias=config.bias), RMSNorm(rank)) if rank else ()
+        last = fused(Linear(rank or width, query, bias=False), heads * (self.key + self.shared,), (query,))
+        first = (Linear(width, rank, bias=config.bias), RMSNorm(rank)) if rank else ()
         self.query = nn.Sequential(*first, last)
-        self.latent = fused(nn.Linear(width, self.rank + self.shared, bias=config.bias), (self.rank, self.shared))
+        self.latent = fused(Linear(width, self.rank + self.shared, bias=config.bias), (self.rank, self.shared))
         self.norm = RMSNorm(self.rank)
-        keys_and_values = nn.Linear(self.rank, heads * (self.key + self.value), bias=False)
+        keys_and_values = Linear(self.rank, heads * (self.key + self.value), bias=False)
         # Of one head after the other, so that each rank's are neighbors.
         self.expand = fused(keys_and_values, heads * (self.key, self.value), (keys_and_values.out_features,))
-        self.gate = nn.Linear(width, heads, bias=False) if config.output_gate else None
+        self.gate = Linear(width, heads, bias=False) if config.output_gate else None
         self.out = self.output(heads * self.value, bias=config.bias)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:

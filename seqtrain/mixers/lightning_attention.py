@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqtrain.kernels import linear_attention
-from seqtrain.layers import HeadNorm, HeadProjections
+from seqtrain.layers import HeadNorm, HeadProjections, Linear
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 
@@ -26,7 +26,7 @@ class LightningAttention(Mixer):
         self.head = config.head_width or self.part_of_width()
         inner = shape.heads * self.head
         self.qkv = HeadProjections(shape.width, shape.heads, 3 * (self.head,))
-        self.gate = nn.Linear(shape.width, inner, bias=False)
+        self.gate = Linear(shape.width, inner, bias=False)
         self.norm = HeadNorm(inner, "sigmoid", tensor=shape.tensor)
         self.out = self.output(inner)
 

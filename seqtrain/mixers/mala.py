@@ -12,9 +12,9 @@ convolution of q, k and v stands for positions, which `rope`, `lepe` and `conv_w
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from seqtrain.layers import elu, upcast
+from seqtrain.layers import Linear, elu, upcast
 from seqtrain.mixers import LayerShape, Past, SequenceContext, State
 from seqtrain.mixers.common.linear import VisionLinearMixer, sums
 
@@ -27,7 +27,7 @@ class MALA(VisionLinearMixer):
 
     def __init__(self, config: VisionLinearMixer.Config, shape: LayerShape):
         super().__init__(config, shape)
-        self.gate = nn.Linear(shape.width, self.inner, bias=False)
+        self.gate = Linear(shape.width, self.inner, bias=False)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from seqtrain.initialization import Initializer, computed, constant, initialize, step_bias, uniform
 from seqtrain.kernels import diagonal_scan
-from seqtrain.layers import RMSNorm, ShortConvolution, fused, step_sizes, upcast
+from seqtrain.layers import Linear, RMSNorm, ShortConvolution, fused, step_sizes, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.parallel.recompute import kept
 from seqtrain.parallel.scan import checkpoint_contexts
@@ -53,10 +53,10 @@ class Mamba(Mixer):
         self.inner = shape.share(given, f"{given} channels of Mamba") if given else self.hidden_channels(config.expand)
         rank = config.rank or math.ceil(shape.width / 16)
         self.parts = [rank, config.state, config.state]  # dt, B, C
-        self.project = fused(nn.Linear(shape.width, 2 * self.inner, bias=config.bias), (self.inner, -self.inner))
+        self.project = fused(Linear(shape.width, 2 * self.inner, bias=config.bias), (self.inner, -self.inner))
         self.conv = ShortConvolution(self.inner, config.conv_width, bias=config.conv_bias)
-        self.select = fused(nn.Linear(self.inner, sum(self.parts), bias=False), self.parts)
-        self.time_step = nn.Linear(rank, self.inner, bias=False)
+        self.select = fused(Linear(self.inner, sum(self.parts), bias=False), self.parts)
+        self.time_step = Linear(rank, self.inner, bias=False)
         self.step_bias = nn.Parameter(torch.empty(self.inner))
         self.rate_log = nn.Parameter(torch.empty(self.inner * config.state))
         self.skip = nn.Parameter(torch.empty(self.inner))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from seqtrain.initialization import Initializer, constant, decay_rate, initialize, step_bias
 from seqtrain.kernels import linear_attention
-from seqtrain.layers import RMSNorm, ShortConvolution, fused, step_sizes
+from seqtrain.layers import Linear, RMSNorm, ShortConvolution, fused, step_sizes
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.recurrence import Heads, LinearRecurrence, RecurrenceOptions, StepDecay
 from seqtrain.mixers.common.take_over import Projections, copy_projections, forget_slowly, gate_rows, pass_on
@@ -77,7 +77,7 @@ class Mamba2(Mixer):
         state = min(config.state, shared)
         rows = (-self.inner, *shape.heads * (self.value,), *2 * (shared // state) * (state,), -shape.heads)
         parts = (self.inner, *self.parts, shape.heads)
-        self.project = fused(nn.Linear(shape.width, sum(parts), bias=config.in_bias), rows, parts)
+        self.project = fused(Linear(shape.width, sum(parts), bias=config.in_bias), rows, parts)
         self.conv = ShortConvolution(self.channels, config.conv_width, bias=config.conv_bias, parts=self.parts)
         self.rate_log = nn.Parameter(torch.empty(shape.heads))
         self.step_bias = nn.Parameter(torch.empty(shape.heads))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from seqtrain.initialization import Initializer, constant, initialize, step_bias
 from seqtrain.kernels import diagonal_scan, linear_attention
-from seqtrain.layers import RMSNorm, fused, step_sizes, token_shift, turn, upcast
+from seqtrain.layers import Linear, RMSNorm, fused, step_sizes, token_shift, turn, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 # The least that a state forgets, `-A`.
@@ -52,10 +52,10 @@ class Mamba3(Mixer):
         # z, x, and of each head the step, the rate and the trapezoid's share.
         rows = (-self.inner, *heads * (self.value,), -heads, -heads, -heads)
         self.sizes = [self.inner, self.inner, heads, heads, heads]
-        self.project = fused(nn.Linear(shape.width, sum(self.sizes), bias=False), rows, self.sizes)
+        self.project = fused(Linear(shape.width, sum(self.sizes), bias=False), rows, self.sizes)
         # All heads' alike, on every rank.
-        self.shared = nn.Linear(shape.width, 2 * config.groups * config.state, bias=False)
-        self.angle = nn.Linear(shape.width, self.turned // 2, bias=False)
+        self.shared = Linear(shape.width, 2 * config.groups * config.state, bias=False)
+        self.angle = Linear(shape.width, self.turned // 2, bias=False)
         self.write_norm, self.read_norm = (RMSNorm(config.state, config.norm_eps) for _ in range(2))
         self.write_bias = nn.Parameter(torch.empty(heads * config.state))
         self.read_bias = nn.Parameter(torch.empty(heads * config.state))

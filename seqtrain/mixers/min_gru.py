@@ -5,10 +5,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveFloat
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqtrain.kernels import diagonal_scan
-from seqtrain.layers import fused, upcast
+from seqtrain.layers import Linear, fused, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 
@@ -29,7 +29,7 @@ class MinGRU(Mixer):
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
         self.hidden = self.hidden_channels(config.expand)
-        self.parts = fused(nn.Linear(shape.width, 2 * self.hidden, bias=False), (-self.hidden, self.hidden))
+        self.parts = fused(Linear(shape.width, 2 * self.hidden, bias=False), (-self.hidden, self.hidden))
         self.out = self.output(self.hidden)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:

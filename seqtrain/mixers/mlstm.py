@@ -13,10 +13,10 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqtrain.initialization import Initializer, computed, initialize
-from seqtrain.layers import HeadLayerNorm, fused, upcast
+from seqtrain.layers import HeadLayerNorm, Linear, fused, upcast
 from seqtrain.mixers import LayerShape, Past, SequenceContext, State
 from seqtrain.mixers.common.linear import LinearMixer, sums
 
@@ -35,9 +35,9 @@ class MLSTM(LinearMixer):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        gates = nn.Linear(shape.width, 2 * shape.heads)
+        gates = Linear(shape.width, 2 * shape.heads)
         self.gates = fused(gates, 2 * (-shape.heads,))  # input gates, then forget gates
-        self.gate = nn.Linear(shape.width, self.inner, bias=False)
+        self.gate = Linear(shape.width, self.inner, bias=False)
         self.norm = HeadLayerNorm(self.inner, eps=config.norm_eps)
         initialize(self)
 

@@ -11,9 +11,9 @@ from typing import Annotated, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from seqtrain.layers import HeadNorm, WidthNorm, l2norm, upcast
+from seqtrain.layers import HeadNorm, Linear, WidthNorm, l2norm, upcast
 from seqtrain.mixers import LayerShape, Past, SequenceContext, State
 from seqtrain.mixers.common.linear import VisionLinearMixer
 
@@ -52,7 +52,7 @@ class NaLaFormer(VisionLinearMixer):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        self.gate = nn.Linear(shape.width, self.inner, bias=False)
+        self.gate = Linear(shape.width, self.inner, bias=False)
         wide = config.norm_over == "width"
         self.norm = WidthNorm(self.inner, learned=True, tensor=shape.tensor) if wide else HeadNorm(self.value)
 

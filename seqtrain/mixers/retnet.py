@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from seqtrain.initialization import Initializer, initialize
 from seqtrain.kernels import linear_attention
-from seqtrain.layers import HeadNorm, HeadProjections, positions, rotate
+from seqtrain.layers import HeadNorm, HeadProjections, Linear, positions, rotate
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.recurrence import LinearRecurrence
 
@@ -50,7 +50,7 @@ class RetNet(Mixer):
         self.value = self.part_of_width(config.expand_value, "expand_value")
         inner = shape.heads * self.value
         self.qkv = HeadProjections(shape.width, shape.heads, (self.key, self.key, self.value))
-        self.gate = nn.Linear(shape.width, inner, bias=False)
+        self.gate = Linear(shape.width, inner, bias=False)
         self.norm = HeadNorm(self.value)
         self.out = self.output(inner)
         initialize(self)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from seqtrain.initialization import Initializer, constant, initialize, normal
 from seqtrain.kernels import diagonal_scan
-from seqtrain.layers import ShortConvolution, fused, positions, upcast
+from seqtrain.layers import Linear, ShortConvolution, fused, positions, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 # The paper's c: log a = -c softplus(L) r.
@@ -56,7 +56,7 @@ class RGLRU(Mixer):
         super().__init__(config, shape)
         self.head = config.head_width or self.part_of_width(config.expand, "expand")
         self.hidden = shape.heads * self.head
-        self.parts = fused(nn.Linear(shape.width, 2 * self.hidden, bias=True), (-self.hidden, self.hidden))
+        self.parts = fused(Linear(shape.width, 2 * self.hidden, bias=True), (-self.hidden, self.hidden))
         self.conv = ShortConvolution(self.hidden, config.conv_width, bias=True, activation="none")
         self.input_gate = BlockLinear(shape.heads, self.head)
         self.decay_gate = BlockLinear(shape.heads, self.head)

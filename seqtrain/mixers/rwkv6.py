@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from seqtrain.initialization import Initializer, computed, initialize
 from seqtrain.kernels import linear_attention
-from seqtrain.layers import LowRank, token_shift, upcast
+from seqtrain.layers import Linear, LowRank, token_shift, upcast
 from seqtrain.mixers import LayerShape, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.rwkv import RWKVMixer, blends, depth_ratios, ramp
 
@@ -33,7 +33,7 @@ class RWKV6(RWKVMixer):
         super().__init__(config, shape)
         width = shape.width
         self.blend = nn.ModuleList(LowRank(width, config.mix_rank, width, activation=nn.Tanh()) for _ in range(5))
-        self.gate = nn.Linear(width, shape.channels, bias=False)
+        self.gate = Linear(width, shape.channels, bias=False)
         self.decay = LowRank(width, config.decay_rank, shape.channels, bias=True, activation=nn.Tanh())
         self.first_mix = nn.Parameter(torch.empty(width))
         self.mixes = nn.Parameter(torch.empty(5 * width))

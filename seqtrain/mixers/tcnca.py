@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from seqtrain.initialization import Initializer, constant, initialize, normal
 from seqtrain.kernels import softmax_attention
-from seqtrain.layers import ShortConvolution, fused, positions, rotate
+from seqtrain.layers import Linear, ShortConvolution, fused, positions, rotate
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.attention import attend
 
@@ -62,9 +62,9 @@ class TCNCA(Mixer):
             ShortConvolution(width, config.conv_width, dilation=config.dilation**layer)
             for layer in range(config.conv_depth)
         )
-        self.v = nn.Linear(width, inner, bias=False)
+        self.v = Linear(width, inner, bias=False)
         rows = (keys, -inner, channels, -channels)
-        self.parts = fused(nn.Linear(width, keys + inner + 2 * channels, bias=False), rows)  # of c: z, g, h, f
+        self.parts = fused(Linear(width, keys + inner + 2 * channels, bias=False), rows)  # of c: z, g, h, f
         self.scales = nn.Parameter(torch.empty(2 * keys))
         self.shifts = nn.Parameter(torch.empty(2 * keys))
         self.tensor_parts = {"scales": (0, (keys, keys)), "shifts": (0, (keys, keys))}

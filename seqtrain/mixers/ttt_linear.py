@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from seqtrain.initialization import Initializer, constant, initialize
 from seqtrain.kernels import ttt_linear
-from seqtrain.layers import HeadNorm, HeadProjections, l2norm, upcast
+from seqtrain.layers import HeadNorm, HeadProjections, Linear, l2norm, upcast
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 
 
@@ -33,14 +33,14 @@ class TTTLinear(Mixer):
         self.head = self.part_of_width()
         width, heads, inner = shape.width, shape.heads, shape.channels
         self.qkv = HeadProjections(width, heads, 3 * (self.head,), conv_width=config.conv_width)
-        self.rate = nn.Linear(width, heads)
+        self.rate = Linear(width, heads)
         # Each head's first W, `[K+1,K]`, in one dimension, so that weight decay leaves it alone.
         self.start = nn.Parameter(torch.empty(heads * (self.head + 1) * self.head))
         self.norm_weight = nn.Parameter(torch.empty(inner))
         self.norm_bias = nn.Parameter(torch.empty(inner))
         # What is added to 1 / (c + 1), the share of the gradients' sum that the c-th token of a mini-batch steps by.
         self.extra_share = nn.Parameter(torch.empty(config.mini_batch))
-        self.gate = nn.Linear(width, inner, bias=False)
+        self.gate = Linear(width, inner, bias=False)
         self.norm = HeadNorm(self.head)
         self.out = self.output(shape.channels)
         initialize(self)

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 
 from seqtrain.errors import ConfigError
 from seqtrain.initialization import Initializer, constant, initialize
-from seqtrain.layers import Adapters, fused, upcast
+from seqtrain.kernels import swiglu
+from seqtrain.layers import Adapters, Linear, fused, upcast
 from seqtrain.mixers.common.base import even_share
 from seqtrain.models.spiking import Spikes
 from seqtrain.parallel.experts import dispatch_and_combine, local_experts
@@ -107,7 +108,7 @@ class MLP(nn.Module):
         self.activation, self.gated, self.tensor = activation, gated, tensor
         self.gate_scale, self.out_scale = gate_scale, out_scale
         self.enter = Spikes(spike_rate) if spike_rate else nn.Identity()
-        self.up = fused(nn.Linear(width, (1 + gated) * hidden, bias=bias), (1 + gated) * (hidden,))
+        self.up = fused(Linear(width, (1 + gated) * hidden, bias=bias), (1 + gated) * (hidden,))
         self.adapter = Adapters(width, [self.up.out_features], adapter_rank) if adapter_rank else None
         if self.adapter is not None:
             self.adapter.get_submodule("0.1").tensor_parts = self.up.tensor_parts
@@ -127,6 +128,8 @@ class MLP(nn.Module):
 
 def activated(up: Tensor, activation: Activation, gated: bool, gate_scale: float = 1.0) -> Tensor:
     """`f(gate) * value` of `up: [...,2*hidden]`, or `f(up)` without a gate."""
+    if activation == "silu" and gated and gate_scale == 1:
+        return swiglu(up.unflatten(-1, (2, -1)))
     f = ACTIVATIONS[activation]
     if not gated:
         return f(up)
@@ -175,16 +178,16 @@ class MoE(nn.Module):
         self.routed: Routed | None = None
         self.activation, self.gated = activation, gated
         inner = latent or width
-        self.router = nn.Linear(width, experts, bias=False)
+        self.router = Linear(width, experts, bias=False)
         # Moved by rule and not by gradient.
         self.bias = nn.Parameter(torch.empty(experts), requires_grad=False) if router.bias else None
-        self.enter = nn.Linear(width, latent, bias=False) if latent else nn.Identity()
+        self.enter = Linear(width, latent, bias=False) if latent else nn.Identity()
         self.up = nn.Parameter(torch.empty(experts, (1 + gated) * hidden, inner))
         self.down = nn.Parameter(torch.empty(experts, inner, hidden))
         self.tensor_parts = {"up": (1, (1 + gated) * (hidden,))}
-        self.out = nn.Linear(latent, width, bias=False) if latent else nn.Identity()
+        self.out = Linear(latent, width, bias=False) if latent else nn.Identity()
         self.shared = MLP(width, shared, activation=activation, gated=gated, tensor=tensor) if shared else None
-        self.shared_gate = nn.Linear(width, 1, bias=False) if shared and router.shared_gate else None
+        self.shared_gate = Linear(width, 1, bias=False) if shared and router.shared_gate else None
         initialize(self)
 
     def initializers(self) -> dict[Tensor, Initializer]:

@@ -6,13 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqtrain.errors import ConfigError
 from seqtrain.initialization import Fill, drawn, initializers_of, materialize_all, normal, scaled
 from seqtrain.kernels.linear_cross_entropy import linear_cross_entropy, soft_cap
 from seqtrain.kernels.linear_cross_entropy.chunked import chunk_by_chunk
+from seqtrain.kernels.products import linear
 from seqtrain.layers import RMSNorm, upcast
 from seqtrain.mixers import WHOLE, Mixer, State
 from seqtrain.models.block import build_blocks
@@ -70,7 +70,7 @@ class Head(nn.Module):
                 softmax = partial(softmax_of_parts, first=self.tensor.span(self.vocab)[0], group=group)
                 return chunk_by_chunk(rows, self.weight, labels, self.chunk, self.cap, losses, softmax)
             return linear_cross_entropy(rows, self.weight, labels, chunk=self.chunk, cap=self.cap, losses=losses)
-        logits = F.linear(hidden, self.weight).to(torch.promote_types(hidden.dtype, torch.float32))
+        logits = linear(hidden, self.weight).to(torch.promote_types(hidden.dtype, torch.float32))
         return soft_cap(self.tensor.join(logits, self.vocab), self.cap)
 
 

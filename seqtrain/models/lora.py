@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from seqtrain.errors import ConfigError
 from seqtrain.initialization import Initializer, constant, initialize, uniform
+from seqtrain.kernels import products
+from seqtrain.layers import Linear
 from seqtrain.models.families import Family, Piece
 from seqtrain.models.feed_forward import MoE
 from seqtrain.models.language_model import LanguageModel
@@ -50,8 +51,8 @@ class Adapter(nn.Module):
     def __init__(self, name: str, inputs: int, outputs: int, *, rank: int, alpha: int):
         super().__init__()
         self.name, self.rank, self.alpha = name, rank, alpha
-        self.lora_A = nn.Linear(inputs, rank, bias=False)
-        self.lora_B = nn.Linear(rank, outputs, bias=False)
+        self.lora_A = Linear(inputs, rank, bias=False)
+        self.lora_B = Linear(rank, outputs, bias=False)
         initialize(self)
 
     def initializers(self) -> dict[Tensor, Initializer]:
@@ -83,21 +84,21 @@ class AdaptedLinear(nn.Linear):
         self.pieces.sort(key=lambda piece: _rows(piece, self).start)
 
     def forward(self, x: Tensor) -> Tensor:
-        products = {name: adapter(x) for name, adapter in self.adapters.items()}
-        return F.linear(x, self.weight, self.bias) + self._in_place(products, -1)
+        added = {name: adapter(x) for name, adapter in self.adapters.items()}
+        return products.linear(x, self.weight, self.bias) + self._in_place(added, -1)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
         """The matrix with the adapters' products, added in float32."""
-        products = {name: adapter.product() for name, adapter in self.adapters.items()}
-        return self.weight.float() + self._in_place(products, 0)
+        added = {name: adapter.product() for name, adapter in self.adapters.items()}
+        return self.weight.float() + self._in_place(added, 0)
 
-    def _in_place(self, products: Mapping[str, Tensor], dim: int) -> Tensor:
+    def _in_place(self, added: Mapping[str, Tensor], dim: int) -> Tensor:
         """Rows of the adapters' products, along `dim`, where they belong; zeros elsewhere.
 
         One sum over all rows: sums in place would copy the whole gradient once for each.
         """
-        example, end = next(iter(products.values())), 0
+        example, end = next(iter(added.values())), 0
         parts: list[Tensor] = []
 
         def skip(rows: int) -> None:
@@ -107,7 +108,7 @@ class AdaptedLinear(nn.Linear):
                 parts.append(example.new_zeros(shape))
 
         for piece in self.pieces:
-            product, rows = products[_module(piece.theirs).rpartition(".")[2]], _rows(piece, self)
+            product, rows = added[_module(piece.theirs).rpartition(".")[2]], _rows(piece, self)
             skip(rows.start - end)
             theirs = piece.their_rows
             if isinstance(theirs, slice):
@@ -192,7 +193,7 @@ def merge_adapters(model: nn.Module) -> None:
     for path, linear in list(model.named_modules()):
         if isinstance(linear, AdaptedLinear):
             with torch.device("meta"):
-                plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+                plain = Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
             plain.weight, plain.bias = nn.Parameter(linear.merged(), requires_grad=False), linear.bias
             model.set_submodule(path, plain)
 

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from seqtrain.layers import Linear
 from seqtrain.mixers import Mixer, SequenceContext, State
 from seqtrain.models.feed_forward import MLP
 
@@ -43,7 +44,7 @@ class SharedBlock(nn.Module):
         self.attention = attention
         self.mlp_norm = norm(width)
         self.mlp = mlp
-        self.out = nn.Linear(width, width, bias=False)
+        self.out = Linear(width, width, bias=False)
 
     def hold(self, other: "SharedBlock") -> None:
         """Takes the parameters of `other` for its own, where they are shared."""

@@ -22,7 +22,9 @@ from seqtrain.parallel.scan import COMMUNICATE, checkpoint_contexts
 aten = torch.ops.aten
 # Matrix products: what "products" keeps besides operators.
 PRODUCTS = {
-    op.default for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._grouped_mm) if hasattr(op, "default")
+    op.default
+    for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._grouped_mm, torch.ops.mkldnn._linear_pointwise)
+    if hasattr(op, "default")
 }
 
 # What is not computed again: what was sent alone; operators but short convolutions; all operators and products.

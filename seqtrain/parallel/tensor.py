@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from seqtrain.kernels.linear_cross_entropy import IGNORED
+from seqtrain.kernels.products import linear
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ class RowLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tensor.count == 1:
-            return super().forward(x)
-        out = self.tensor.leave(nn.functional.linear(x, self.weight))
+            return linear(x, self.weight, self.bias)
+        out = self.tensor.leave(linear(x, self.weight))
         return out if self.bias is None else out + self.bias
 
 

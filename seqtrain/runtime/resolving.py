@@ -13,6 +13,7 @@ import torch
 from seqtrain.errors import ConfigError
 from seqtrain.models.config import default_config, mixer_class
 from seqtrain.runtime.checks import check, check_address, check_answers, check_lora
+from seqtrain.runtime.choices import dtype_of
 from seqtrain.runtime.settings import PretrainConfig, RuntimeConfig, largest_divisor, unit
 from seqtrain.validation import AUTO, validate
 
@@ -65,6 +66,8 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     train, parallel, runtime = config.train, config.parallel, config.runtime
     if parallel.data == AUTO:
         parallel = replace(parallel, data=_data_ranks(config))
+    if train.dtype == AUTO:
+        train = replace(train, dtype=dtype_of(config))
     if train.micro_batch_size == AUTO:
         train = replace(train, micro_batch_size=largest_divisor(unit(train) // parallel.data, limit=8))
     if runtime.cpus_per_worker in (AUTO, 0) and not runtime.cluster:

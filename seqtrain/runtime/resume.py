@@ -24,7 +24,7 @@ from seqtrain.runtime.optimizers import used_options
 from seqtrain.runtime.run_folder import RunFolder, as_record, plain, read_lines
 from seqtrain.runtime.schedule import CONSTANT, ScheduleConfig, digest, learning_rate, plateau
 from seqtrain.runtime.settings import PretrainConfig, micro_batch, segments
-from seqtrain.validation import validate
+from seqtrain.validation import AUTO, validate
 
 log = logging.getLogger("seqtrain.runtime")
 
@@ -77,6 +77,8 @@ def fingerprint(
         values["train"]["micro_batch_size"] = micro_batch(config)
     if config.parallel.wire != "float32":
         values["train"]["wire"] = config.parallel.wire
+    if config.kernels.linear not in (AUTO, "torch"):
+        values["kernels"] = {"linear": config.kernels.linear}
     for key in (*BESIDE, *pieces):
         del values["train"][key]
     for key, default in ADDED:

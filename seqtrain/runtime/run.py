@@ -18,6 +18,7 @@ from seqtrain.kernels.native import build as native
 from seqtrain.report import announced
 from seqtrain.runtime import ray_launcher
 from seqtrain.runtime.checks import check
+from seqtrain.runtime.choices import say_dtype, with_routine
 from seqtrain.runtime.lease import Lease
 from seqtrain.runtime.metrics import MetricsReader, read_within
 from seqtrain.runtime.progress import ProgressDisplay
@@ -87,6 +88,7 @@ def _run_inline(config: PretrainConfig, task: Task, callback: Callback) -> dict[
 
 def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launch) -> dict[str, Any]:
     """Everything around the steps: the folder, the data, progress and tracking, the report."""
+    config = with_routine(config)
     folder, name = RunFolder(Path(config.output_dir), config.checkpoint.store), uuid.uuid4().hex[:8]
     warn_on_stderr()
     refuse_foreign(folder, config)
@@ -116,6 +118,7 @@ def _drive(config: PretrainConfig, task: Task, callback: Callback, launch: Launc
         log_to(folder.log)
         reset_backend_choice()
         log.info("data: %s", corpus.about)
+        say_dtype(config)
         if chosen:
             log.info(chosen)
         _warn_of_few_tokens(corpus)

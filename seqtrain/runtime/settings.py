@@ -49,8 +49,9 @@ class TrainConfig:
     segment_tokens: Count = 0
     # Gradients between segments: exact (one more forward pass), or truncated (none crosses a segment's boundary).
     segment_gradients: Gradients = "exact"
-    # Number format of the matrix products. The optimizer's state is float32 in both.
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Number format of the matrix products. Weights, states, sums and the optimizer's state are float32 in both. auto:
+    # bfloat16 where a probe at the run's first start finds it faster (processors with AVX512-BF16 or AMX, GPUs).
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     # Number format of the matrices that the model computes with, of which the optimizer has float32 masters: half of
     # their memory in bfloat16. Vectors (norms, decays, step sizes, biases) are float32 in both.
     weights: Literal["float32", "bfloat16"] = "float32"
@@ -231,6 +232,9 @@ class KernelsConfig:
 
     # `auto` takes the fastest that runs on the device.
     backend: Literal["auto", "reference", "chunked", "triton", "native"] = "auto"
+    # Whose routine multiplies the float32 matrices of linear layers on CPUs: torch (its own choice, MKL on x86), or
+    # onednn. auto: the faster by a probe at the run's first start; later starts take over what it found.
+    linear: Literal["auto", "torch", "onednn"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

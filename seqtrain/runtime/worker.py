@@ -18,7 +18,7 @@ import torch
 
 from seqtrain.errors import DamagedError, SeqtrainError
 from seqtrain.files import create_new, place, replace_file
-from seqtrain.kernels import node_cache
+from seqtrain.kernels import node_cache, products
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.mesh import Mesh, form_mesh
 from seqtrain.runtime import checkpoint as checkpoints
@@ -98,6 +98,7 @@ def train(session: Session, ranks: Ranks, *, poll: Callable[[], None] = lambda: 
     """
     parallel, state = session.config.parallel, None
     lease = ranks.from_first(succeed(session.lease) if ranks.first else None)
+    products.use(session.config.kernels.linear)
     ranks.pulse.enter(STARTING)
     if ranks.device.type == "cuda":
         node_cache.share(nodes=len(set(ranks.gather(socket.gethostname()))))

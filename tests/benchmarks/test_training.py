@@ -1,47 +1,42 @@
-"""The benchmark of training runs: variants take turns, and their speeds are those of the steps after the first few."""
+"""The benchmark of training steps: both sides compute the same loss, what is printed follows from what was measured."""
 
 import json
 
-from seqtrain.runtime.report import WARM_UP_STEPS
+import pytest
+
 from tests.command_cases import run_command
 
-# Stands in for launch/pretrain.py: writes metrics as a run does, and a line for each start.
-PROGRAM = """
-import json, sys
-from pathlib import Path
-given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-folder = Path(given["output_dir"])
-folder.mkdir(parents=True)
-with open(Path(__file__).parent / "starts", "a") as starts:
-    starts.write(given["speed"] + "\\n")
-if given["speed"] == "none":
-    sys.exit("error: speed: no such thing")
-with open(folder / "metrics.jsonl", "w") as file:
-    for step in range(int(given["steps"])):
-        speed = 1.0 if step < {warm_up} else float(given["speed"])
-        file.write(json.dumps({{"step": step + 1, "tokens_per_second": speed}}) + "\\n")
-"""
+SMALL = ("tokens=[40,80]", "width=64", "depth=4", "vocab=100", "rounds=1")
 
 
-def run(folder, *arguments):
-    program = folder / "program.py"
-    program.write_text(PROGRAM.format(warm_up=WARM_UP_STEPS))
-    return run_command("bench-training", f"program={program}", f"output_dir={folder / 'out'}", *arguments)
-
-
-def test_variants_in_turns(tmp_path):
-    steps = WARM_UP_STEPS + 2
-    done = run(tmp_path, "variants=[speed=300 a=b,speed=200]", f"common=[steps={steps}]", "rounds=2")
+@pytest.mark.parametrize("families", [["llama"], pytest.param(["qwen3_next", "mamba2"], marks=pytest.mark.all)])
+def test_steps_in_turns(tmp_path, families, monkeypatch):
+    monkeypatch.setattr("seqtrain.benchmarks.training.GEMM_ROWS", 64)
+    done = run_command("bench-training", f"families=[{','.join(families)}]", *SMALL, f"output_dir={tmp_path}")
     assert done.status == 0, done.err
-    assert (tmp_path / "starts").read_text().split() == ["300", "200"] * 2
-    rows = json.loads((tmp_path / "out" / "bench_training.json").read_text())["rows"]
-    assert [(row["variant"], row["tokens_per_second"], row["ratio"], row["steps"]) for row in rows] == [
-        ("speed=300 a=b", 300.0, 1.5, 4),
-        ("speed=200", 200.0, 1.0, 4),
-    ]
+    rows = json.loads((tmp_path / "bench_training.json").read_text())["rows"]
+    keys = [(family, dtype, tokens) for family in families for dtype in ("float32", "bfloat16") for tokens in (40, 80)]
+    assert [(row["family"], row["dtype"], row["tokens"]) for row in rows] == keys
+    for row in rows:
+        ours, theirs = row["sides"]["ours"], row["sides"]["transformers"]
+        assert row["ratio"] == theirs["cpu"] / ours["cpu"]
+        rate = max(row["gemm_flops_per_second"].values())
+        assert row["share"] == pytest.approx(row["flops"] / ours["cpu"] / rate)
+        assert min(ours["cpu"], ours["wall"], rate) > 0
+    assert (tmp_path / "bench_training.png").stat().st_size > 10_000
 
 
-def test_a_run_that_fails_ends_it_with_its_reason(tmp_path):
-    done = run(tmp_path, "variants=[speed=none]", "common=[steps=9]")
+def test_a_side_that_takes_too_long_is_left_out_of_longer_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("seqtrain.benchmarks.training.GEMM_ROWS", 64)
+    more = ("families=llama", "dtype=float32", "seconds=0.0001", f"output_dir={tmp_path}")
+    done = run_command("bench-training", *SMALL, *more)
+    assert done.status == 0, done.err
+    rows = json.loads((tmp_path / "bench_training.json").read_text())["rows"]
+    assert [set(row["sides"]) for row in rows] == [{"ours", "transformers"}, set()]
+    assert rows[1]["ratio"] is rows[1]["share"] is None
+
+
+def test_an_unknown_family(tmp_path):
+    done = run_command("bench-training", "families=[lama]", f"output_dir={tmp_path}")
     assert done.status == 2
-    assert done.err.strip() == "error: speed=none: error: speed: no such thing"
+    assert done.err.startswith("error: families: family 'lama' is unknown; did you mean 'llama'?")

@@ -15,7 +15,22 @@ from tests.conftest import INTERPRETED
 # Triton's kernels run on a GPU where there is one, and are interpreted on the CPU where that is asked for.
 GPU = torch.cuda.is_available() and not INTERPRETED
 
-SIZES = {"B": 2, "H": 4, "G": 2, "K": 8, "V": 5, "D": 6, "M": 5, "N": 3, "W": 4, "C": 5, "n": 21, "vocab": 11, "d0": 3}
+SIZES = {
+    "B": 2,
+    "H": 4,
+    "G": 2,
+    "K": 8,
+    "V": 5,
+    "D": 6,
+    "M": 5,
+    "N": 3,
+    "W": 4,
+    "C": 5,
+    "n": 21,
+    "vocab": 11,
+    "d0": 3,
+    "S": 2,
+}
 if INTERPRETED:  # a program for each head takes long
     SIZES["H"] = 2
 # What an operator can't be called without, and what makes it do something else: the first is its plain call.

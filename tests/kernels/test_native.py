@@ -11,11 +11,15 @@ import pytest
 import torch
 
 from seqtrain.kernels import delta_rule, linear_attention, tensor_attention
+from seqtrain.kernels.diagonal_scan import native as scan
 from seqtrain.kernels.dispatch import reset_backend_choice
 from seqtrain.kernels.gated_norm import native as norm
+from seqtrain.kernels.linear_cross_entropy import native as cross_entropy
 from seqtrain.kernels.native import build, cut, recurrence
 from seqtrain.kernels.native import tensor_attention as native
 from seqtrain.kernels.segments import by_segment
+from seqtrain.kernels.short_convolution import native as convolution
+from seqtrain.kernels.swiglu import native as swiglu
 from seqtrain.testing import (
     assert_within,
     boundaries,
@@ -170,6 +174,10 @@ def test_both_sides_agree_on_the_call():
     assert build.library().seqtrain_call_size() == ctypes.sizeof(recurrence._Call)
     assert build.library().seqtrain_tensor_call_size() == ctypes.sizeof(native._Call)
     assert build.library().seqtrain_norm_call_size() == ctypes.sizeof(norm._Call)
+    assert build.library().seqtrain_convolution_call_size() == ctypes.sizeof(convolution._Call)
+    assert build.library().seqtrain_scan_call_size() == ctypes.sizeof(scan._Call)
+    assert build.library().seqtrain_swiglu_call_size() == ctypes.sizeof(swiglu._Call)
+    assert build.library().seqtrain_softmax_call_size() == ctypes.sizeof(cross_entropy._Call)
 
 
 @pytest.mark.parametrize(("key_width", "value_width"), [(1, 1), (6, 16), (4, 33)])

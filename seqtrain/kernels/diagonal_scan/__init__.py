@@ -48,7 +48,7 @@ class DiagonalScanSegment(AffineSegment):
     state_from=("x", "log_a", "initial_state"),
     # A complex product is six operations, a complex sum two.
     flops=lambda *, B, T, D, complex, **_: (8 if complex else 2) * B * T * D,
-    backends=("reference", "chunked", "triton"),
+    backends=("reference", "chunked", "native", "triton"),
     time=AffineScan(DiagonalScanSegment),
 )
 def diagonal_scan(

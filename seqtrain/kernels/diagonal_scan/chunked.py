@@ -97,7 +97,7 @@ def _chunks_(h: Tensor, a: Tensor, entering: Tensor | None, resets: list[int], r
         enters = h[:, :, c].addcmul_(a[:, :, c], enters)
 
 
-def _decay(log_a: Tensor, dtype: torch.dtype) -> Tensor:
+def decay_of(log_a: Tensor, dtype: torch.dtype) -> Tensor:
     """`exp(log_a)` in the scan's dtype. By sine and cosine: a third of the time of ATen's complex exp."""
     log_a = log_a.to(torch.promote_types(log_a.dtype, torch.float32))
     a = torch.polar(log_a.real.exp(), log_a.imag) if log_a.is_complex() else log_a.exp()
@@ -118,7 +118,7 @@ class _DiagonalScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         first, last = _first_and_last(rows)
         h = x.to(state.dtype, copy=True)
-        a = _decay(log_a, state.dtype)
+        a = decay_of(log_a, state.dtype)
         a = a.expand(x.shape).contiguous() if log_a.dim() == 1 else a
         h[first] += a[first] * state
         a[first] = 0
@@ -145,7 +145,7 @@ def _gradients(
     first, last = _first_and_last(rows)
     g = d_out.to(state.dtype, copy=True)
     g[last] += d_final
-    a = _decay(log_a, state.dtype).conj().resolve_conj().expand(out.shape)
+    a = decay_of(log_a, state.dtype).conj().resolve_conj().expand(out.shape)
     following = torch.empty_like(g)  # conj(a_{t+1})
     following[:, :-1] = a[:, 1:]
     following[last] = 0

@@ -9,12 +9,9 @@ from torch import Tensor
 from seqtrain.kernels.custom_ops import differentiable
 from seqtrain.kernels.gated_norm import token_rows
 from seqtrain.kernels.native.build import library, unavailable
-from seqtrain.kernels.native.calls import KINDS, Array, check, fields
+from seqtrain.kernels.native.calls import KINDS, Array, check, count_parts, fields
 
 __all__ = ["run", "serves", "unavailable"]
-
-# Least tokens of a part, and most parts: of each the weight's gradient is summed by itself.
-_TOKENS, _PARTS = 64, 32
 
 
 class _Call(ctypes.Structure):
@@ -73,7 +70,7 @@ def _describe(
     x, gate, weight = token_rows(x), None if gate is None else token_rows(gate), weight.contiguous()
     tokens = x.shape[0]
     boundaries = (ctypes.c_int64 * 2)(0, tokens)
-    call = _Call(scale=eps, documents=1, parts=max(1, min(_PARTS, tokens // _TOKENS)), threads=torch.get_num_threads())
+    call = _Call(scale=eps, documents=1, parts=count_parts(tokens), threads=torch.get_num_threads())
     call.x, call.gate = Array.of(x, x.stride(0)), Array.of(gate, 0 if gate is None else gate.stride(0))
     call.weight = weight.data_ptr()
     call.width, call.weights = weight.shape[-1], weight.shape[0] if weight.dim() > 1 else 1

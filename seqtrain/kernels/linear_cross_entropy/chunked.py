@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from seqtrain.kernels.linear_cross_entropy import IGNORED, soft_cap
+from seqtrain.kernels.products import add_product_, product
 
 # `softmax(logits, labels, need_gradient)`: the losses `[n]` of `logits [n,vocab]` in the softmax's dtype, and the
 # gradient of the logits in theirs; it may spoil them.
@@ -62,15 +63,15 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss, and the gradients asked for: of `hidden` in its dtype, of `weight` in the softmax's."""
     device = hidden.device.type
-    product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     soft = torch.promote_types(torch.float32, hidden.dtype)
-    matrix = weight.to(product)
+    matrix = weight.to(dtype)
     d_hidden = torch.empty_like(hidden) if need_hidden else None
     d_weight = torch.zeros_like(weight, dtype=soft) if need_weight else None
     loss = torch.zeros((), dtype=soft, device=hidden.device)
     for start in range(0, hidden.shape[0], chunk):
-        rows = hidden[start : start + chunk].to(product)
-        logits = soft_cap(rows @ matrix.T, cap)
+        rows = hidden[start : start + chunk].to(dtype)
+        logits = soft_cap(product(rows, matrix), cap)
         # The softmax may spoil them.
         slope = 1 - (logits / cap).square() if cap else None
         of_chunk, d_logits = softmax(logits, labels[start : start + chunk], need_hidden or need_weight)
@@ -83,9 +84,9 @@ def _loss_and_gradients(
         if slope is not None:
             d_logits = d_logits * slope
         if d_hidden is not None:
-            d_hidden[start : start + chunk] = d_logits @ matrix
-        if d_weight is not None and product == soft:
-            d_weight.addmm_(d_logits.T, rows)
+            d_hidden[start : start + chunk] = product(d_logits, matrix.T)
+        if d_weight is not None and dtype == soft:
+            add_product_(d_weight, d_logits.T, rows.T)
         elif d_weight is not None:
             d_weight += d_logits.T @ rows
     return loss, d_hidden, d_weight

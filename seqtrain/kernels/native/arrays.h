@@ -46,6 +46,13 @@ static uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
 }
 
+// Numbers `offset` ... `offset + count` as floats that can be read in whole vectors: where they lie, or in `scratch`.
+static const float* take_row(const Array& from, int64_t offset, int count, float* scratch) {
+  if (from.kind == Kind::kFloat && count % kBlock == 0) return static_cast<const float*>(from.data) + offset;
+  widen(from, offset, count, 1, scratch);
+  return scratch;
+}
+
 static void narrow(const float* from, int count, float factor, float* to) {
   for (int n = 0; n < count; ++n) to[n] = from[n] * factor;
 }

@@ -8,6 +8,8 @@ from torch import Tensor
 
 # What the library reads and writes; `Kind` of arrays.h.
 KINDS = {torch.float32: 1, torch.bfloat16: 2}
+# Least tokens of a part, and most parts.
+_TOKENS, _PARTS = 64, 32
 
 
 class Array(ctypes.Structure):
@@ -26,9 +28,9 @@ class Array(ctypes.Structure):
         return cls(None, 0) if tensor is None else cls.of(tensor, *tensor.stride()[1:3])
 
 
-def fields(arrays: str, pointers: str, numbers: str) -> list[tuple[str, Any]]:
-    """Those of a call, by name: arrays, addresses, numbers, and its scale; mirrors a struct of the library's."""
-    kinds = ((arrays, Array), (pointers, ctypes.c_void_p), (numbers, ctypes.c_int64), ("scale", ctypes.c_double))
+def fields(arrays: str, pointers: str, numbers: str, doubles: str = "scale") -> list[tuple[str, Any]]:
+    """Those of a call, by name: arrays, addresses, whole numbers, others; mirrors a struct of the library's."""
+    kinds = ((arrays, Array), (pointers, ctypes.c_void_p), (numbers, ctypes.c_int64), (doubles, ctypes.c_double))
     return [(name, kind) for names, kind in kinds for name in names.split()]
 
 
@@ -58,3 +60,9 @@ def check(status: int) -> None:
     """Raises `MemoryError` where the library says that there is none."""
     if status:
         raise MemoryError("native kernels: no memory for a thread's scratch")
+
+
+def count_parts(tokens: int, documents: int = 1) -> int:
+    """In how many parts each of so many documents is taken whose parts' sums are kept apart: not one for each thread,
+    so that these do not change a bit."""
+    return max(1, min(_PARTS, tokens // (_TOKENS * max(1, documents))))

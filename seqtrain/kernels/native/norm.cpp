@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "arrays.h"
+#include "gate.h"
 #include "parallel.h"
 
 namespace seqtrain {
@@ -21,18 +22,6 @@ struct NormCall {
 };
 
 enum Gating { kUngated, kBeforeNorm, kAfterNorm };
-
-struct Gate {
-  Vec value, slope;
-};
-
-static inline Gate gate_of(Vec x, bool silu) {
-  const IntVec negative = x < Vec{};
-  const Vec small = exp_of(negative ? x : -x);
-  const Vec sigmoid = (negative ? small : filled(1)) / (small + 1);
-  const Vec slope = sigmoid * (1 - sigmoid);
-  return silu ? Gate{x * sigmoid, sigmoid + x * slope} : Gate{sigmoid, slope};
-}
 
 class NormWorker {
  public:

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor, nn
 
 from seqtrain.kernels import softmax_attention
-from seqtrain.layers import Adapters, RMSNorm, fused, positions, rotate
+from seqtrain.layers import Adapters, Linear, RMSNorm, fused, positions, rotate
 from seqtrain.mixers.common.base import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.take_over import Projections, copy_projections, heads_of, rows_of
 
@@ -80,7 +80,7 @@ class SoftmaxAttention(Mixer):
         self.channels = [inner, keys, keys, *config.output_gate * (inner,)]
         width = min(self.key, keys)
         rows = [*shape.heads * (self.key,), *2 * (keys // width) * (width,), *config.output_gate * (-inner,)]
-        self.qkv = fused(nn.Linear(shape.width, sum(self.channels), bias=config.qkv_bias), rows, self.channels)
+        self.qkv = fused(Linear(shape.width, sum(self.channels), bias=config.qkv_bias), rows, self.channels)
         self.adapter = Adapters(shape.width, self.channels, config.adapter_rank) if config.adapter_rank else None
         self.q_norm, self.k_norm = self.norm(inner), self.norm(keys)
         self.out = self.output(inner, bias=config.out_bias)

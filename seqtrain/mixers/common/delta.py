@@ -8,7 +8,7 @@ from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from seqtrain.kernels import delta_rule
-from seqtrain.layers import HeadNorm, l2norm, upcast
+from seqtrain.layers import HeadNorm, Linear, l2norm, upcast
 from seqtrain.mixers.common.base import LayerShape, Past, SequenceContext, State
 from seqtrain.mixers.common.linear import ProjectedMixer
 from seqtrain.mixers.common.recurrence import Heads, Reading, Recurrence, RecurrenceOptions, run_grouped
@@ -23,7 +23,7 @@ class DeltaRecurrence(Recurrence):
 
     def __init__(self, heads: Heads, options: RecurrenceOptions):
         super().__init__(heads, options)
-        self.beta = nn.Linear(heads.width, heads.groups, bias=False)
+        self.beta = Linear(heads.width, heads.groups, bias=False)
 
     def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         return {"k": l2norm(k), "v": v, "beta": torch.sigmoid(upcast(self.beta(x)))}
@@ -59,7 +59,7 @@ class DeltaMixer(ProjectedMixer):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
-        self.beta = nn.Linear(shape.width, shape.heads * self.steps, bias=False)
+        self.beta = Linear(shape.width, shape.heads * self.steps, bias=False)
         self.norm = HeadNorm(self.value, self.gate_activation, config.norm_eps)
         self.out = self.output(self.inner)
         # What multiplies the normalised output, `[B,T,D]` -> `[B,T,H*V]` before its activation; None: nothing.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from seqtrain.initialization import Initializer, computed, decay_rate, initialize, normal, step_bias
 from seqtrain.kernels import linear_attention, slot_scores
-from seqtrain.layers import step_sizes, upcast
+from seqtrain.layers import Linear, step_sizes, upcast
 from seqtrain.parallel.sequence import SequenceContext, State
 from seqtrain.parallel.tensor import ALONE, TensorParallel
 
@@ -139,7 +139,7 @@ class StepDecay(nn.Module):
     def __init__(self, width: int, rates: int, steps: int, options: RecurrenceOptions):
         super().__init__()
         self.options = options
-        self.linear = nn.Linear(width, steps, bias=False)
+        self.linear = Linear(width, steps, bias=False)
         self.rate_log = nn.Parameter(torch.empty(rates))
         self.bias = nn.Parameter(torch.empty(steps))
         initialize(self)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqtrain.layers import HeadLayerNorm
+from seqtrain.layers import HeadLayerNorm, Linear
 from seqtrain.mixers.common.base import LayerShape, Mixer
 
 
@@ -16,9 +16,9 @@ class RWKVMixer(Mixer):
         super().__init__(config, shape)
         self.head = self.part_of_width()
         width, inner = shape.width, shape.channels
-        self.r = nn.Linear(width, inner, bias=False)
-        self.k = nn.Linear(width, inner, bias=False)
-        self.v = nn.Linear(width, inner, bias=False)
+        self.r = Linear(width, inner, bias=False)
+        self.k = Linear(width, inner, bias=False)
+        self.v = Linear(width, inner, bias=False)
         self.bonus = nn.Parameter(torch.empty(inner))
         self.norm = HeadLayerNorm(inner, bias=True, eps=1e-5 * self.head)
         self.out = self.output(shape.channels)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from seqtrain.initialization import Initializer, computed, cpu_normal, initialize, normal, uniform
 from seqtrain.kernels import diagonal_scan, diagonal_system
-from seqtrain.layers import upcast
+from seqtrain.layers import Linear, upcast
 from seqtrain.mixers.common.base import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.hippo import Spectrum, normal_legs, perturbed_legs, report_perturbation, sized_legs
 
@@ -188,7 +188,7 @@ class SharedMixer(StateSpaceMixer):
             raise self.config_error("expand_state", config.expand_state, rule)
         self.pairs = shape.share(int(states) // 2, f"{int(states) // 2} states")
         super().__init__(config, shape, self.pairs, self.pairs)
-        self.write = nn.Linear(shape.width, 2 * self.pairs, bias=False)
+        self.write = Linear(shape.width, 2 * self.pairs, bias=False)
         self.read = self.output(2 * self.pairs)
         self.read_back = self.output(2 * self.pairs) if config.bidirectional else None
         initialize(self)

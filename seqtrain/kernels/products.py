@@ -1,0 +1,179 @@
+"""Products of linear layers by the fastest exact float32 routine that this machine has.
+
+PyTorch multiplies float32 matrices on CPUs by MKL, which is slow on processors of some makers. oneDNN's routine, which
+PyTorch brings as well, sums the same products in another order. Which of the two is faster is found by a probe, the
+first time a large product is asked for; a run is told which one it began with (`use`), so that its bits stay the same.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+log = logging.getLogger("seqtrain.kernels")
+
+ROUTINES = ("torch", "onednn")
+# Multiply-adds of a product below which oneDNN's call takes longer than it saves: half a millisecond's worth.
+LEAST = 1 << 24
+# What the probe multiplies: rows, inputs and outputs of a layer; how often; and by how much oneDNN has to be faster.
+PROBED, REPEATS, MARGIN = (1024, 512, 1536), 5, 0.95
+# How many times faster bfloat16 has to be to be worth its rounding.
+WORTH = 1.2
+
+_chosen = ""
+
+
+def use(routine: str) -> None:
+    """Has this process multiply by a routine: one of `ROUTINES`, or "auto" for the faster one. Says so on the log."""
+    global _chosen
+    reason = "" if routine == "auto" else unavailable(routine)
+    if reason:
+        log.warning("linear layers: %s %s; torch's, whose last bits differ", routine, reason)
+        routine = "torch"
+    elif routine == "onednn":
+        log.info("linear layers: products of oneDNN, as this run began")
+    _chosen = "" if routine == "auto" else routine
+
+
+def chosen() -> str:
+    """The routine in use."""
+    return _chosen or fastest()[0]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Starts no pool of threads: a process that forks must not have one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@cache
+def fastest() -> tuple[str, float]:
+    """The fastest routine, by a probe of a fifth of a second, and how many times faster than torch's it is."""
+    if unavailable("onednn"):
+        return "torch", 1.0
+    times = {routine: sum(min(each) for each in measure(routine, *PROBED)) for routine in ROUTINES}
+    ratio = times["torch"] / times["onednn"]
+    routine = "onednn" if ratio * MARGIN > 1 else "torch"
+    log.info("linear layers: products of %s (oneDNN's are %.2f times as fast as torch's)", routine, ratio)
+    return routine, max(ratio, 1.0)
+
+
+@cache
+def bfloat16_ratio() -> float:
+    """How many times faster products in bfloat16 are than the fastest in float32, by a probe.
+
+    0 on a CPU that has no instructions for them.
+    """
+    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return 0.0
+    wide = min(sum(min(each) for each in measure(routine, *PROBED)) for routine in ROUTINES if not unavailable(routine))
+    return wide / sum(min(each) for each in measure("torch", *PROBED, dtype=torch.bfloat16))
+
+
+@cache
+def unavailable(routine: str) -> str | None:
+    """Why a routine can't be used here, or None."""
+    if routine == "torch":
+        return None
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "is not in this build of PyTorch"
+    return None
+
+
+def measure(
+    routine: str, rows: int, inputs: int, outputs: int, *, dtype: torch.dtype = torch.float32, repeats: int = REPEATS
+) -> list[list[float]]:
+    """CPU seconds, `repeats` times, of each product of a linear layer: forward, the gradients of inputs and weights."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, d_out = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((rows, inputs), (outputs, inputs), (rows, outputs))
+    )
+    multiply = _ROUTINES[routine]
+    times: list[list[float]] = []
+    with torch.no_grad(), _one_thread():
+        for a, b in ((x, weight), (d_out, weight.T), (d_out.T, x.T)):
+            multiply(a, b)
+            times.append([])
+            for _ in range(repeats):
+                began = time.process_time()
+                multiply(a, b)
+                times[-1].append(time.process_time() - began)
+    return times
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, of float32 on a CPU by the routine in use."""
+    if not _large(x, weight) or chosen() == "torch":
+        return F.linear(x, weight, bias)
+    out = _Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+    return out if bias is None else out + bias
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b.T` of `a: [n,k]`, `b: [m,k]`, without a gradient, by the routine in use."""
+    return _ROUTINES[chosen() if _large(a, b) else "torch"](a, b)
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds `product(a, b)` to `total`."""
+    if not _large(a, b) or chosen() == "torch":
+        total.addmm_(a, b.T)
+    else:
+        total += product(a, b)
+
+
+def _large(x: Tensor, weight: Tensor) -> bool:
+    """Whether a routine can be chosen for the product, and is worth it."""
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and x.numel() * weight.shape[0] >= LEAST
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not isinstance(x, FakeTensor)
+        and not isinstance(weight, FakeTensor)
+    )
+
+
+def _by_torch(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b.T
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
+    # It would copy a left factor that lies transposed, as of weights' gradients: 114 GFLOP/s against 147.
+    if not a.is_contiguous():
+        return _by_torch(a, b)
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+_ROUTINES = {"torch": _by_torch, "onednn": _by_onednn}
+
+
+class _Product(torch.autograd.Function):
+    """`a @ b.T`; its gradients are products again, which have gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return product(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = ctx.saved_tensors
+        [d_out] = grads
+        need_a, need_b = ctx.needs_input_grad
+        d_a = _Product.apply(d_out, b.T) if need_a else None
+        return d_a, _Product.apply(d_out.T, a.T) if need_b else None
