@@ -240,6 +240,9 @@ def _convert(folder: Path, read: Callable[[], Any]) -> tuple[Any, str]:
     # Files of any content end in any kind of error.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "tiktoken" in reason:
+            # What transformers takes a file for that sentencepiece can't read.
+            reason = "its vocabulary is damaged, or neither sentencepiece's nor a BPE's"
         raise ConfigError(
             f"data.tokenizer: {folder} holds no tokenizer.json and can't be converted: {reason}"
         ) from None

@@ -1,6 +1,7 @@
 """Pretrained weights on disk, one tensor at a time: a folder of safetensors files, or a GGUF file."""
 
 import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -24,6 +25,17 @@ INDEX = "model.safetensors.index.json"
 ROTATION = "rope_freqs.weight"
 # Files that are a tokenizer, or part of one.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+# What a config says where it has a value at all: whole numbers, the least and the most, and numbers above 0.
+SIZES = {
+    "vocab_size": (1, 2**31),
+    "hidden_size": (1, 2**24),
+    "num_hidden_layers": (1, 2**16),
+    "num_attention_heads": (1, 2**16),
+    "num_key_value_heads": (1, 2**16),
+    "head_dim": (1, 2**16),
+    "sliding_window": (0, 2**63),
+}
+POSITIVE = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "rope_theta")
 
 
 @dataclass(frozen=True)
@@ -154,6 +166,8 @@ def _open_folder(folder: Path) -> Source:
     from transformers import AutoConfig
 
     options = {"local_files_only": True, "trust_remote_code": False}
+    for section in (values, values.get("text_config"), values.get("rope_parameters")):
+        _check_sizes(file, section, tensors=len(shapes))
     config = _config(folder, lambda: AutoConfig.from_pretrained(folder, **options))
     return Source(folder, family, family.text_config(config), files, shapes, kinds, places)
 
@@ -189,6 +203,7 @@ def _open_gguf(file: Path) -> Source:
     values["tie_word_embeddings"] = "output.weight" not in shapes
     from transformers import AutoConfig
 
+    _check_sizes(file, values, tensors=len(shapes))
     config = _config(file, lambda: AutoConfig.for_model(architecture, **values))
     stretch = [factor for tensor in reader.tensors if tensor.name == ROTATION for factor in tensor.data.tolist()]
     names = gguf.hf_names(config.num_hidden_layers)
@@ -206,13 +221,28 @@ def _open_gguf(file: Path) -> Source:
     )
 
 
+def _check_sizes(file: Path, values: Any, *, tensors: int) -> None:
+    """Raises `ConfigError` where a size in `values` is none. `tensors`: how many the model has; a layer has one."""
+    for key, came in values.items() if isinstance(values, dict) else ():
+        if isinstance(came, bool) or not isinstance(came, int | float):
+            continue
+        if key in SIZES:
+            least, most = SIZES[key]
+            if not (least <= came <= most and came == int(came)):
+                raise ConfigError(f"{file}: {key}={came}: must be a whole number from {least} to {most}")
+        if key in POSITIVE and not 0 < came < math.inf:
+            raise ConfigError(f"{file}: {key}={came}: must be a finite number above 0")
+        if key == "num_hidden_layers" and came > tensors:
+            raise ConfigError(f"{file}: {key}={came}, but the weights are {tensors} tensors")
+
+
 def _config(where: Path, read: Callable[[], Any]) -> Any:
     """The transformers config that `read` gives."""
     try:
         return read()
     # What a config class thinks of its values comes as one of many types.
     except Exception as error:
-        raise ConfigError(f"source={where}: its config can't be read: {_first_line(error)}") from None
+        raise ConfigError(f"source={where}: its config can't be read: {' '.join(str(error).split())}") from None
 
 
 def _json(file: Path) -> dict[str, Any]:

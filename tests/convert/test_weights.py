@@ -208,6 +208,13 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         (set_config(quantization_config={"bits": 4}), "quantized weights"),
         (set_config(intermediate_size=41), "down_proj.weight has shape (32, 40), expected (32, 41)"),
         (set_config(rope_parameters=DYNAMIC), "rope_type=dynamic is not supported"),
+        (set_config(num_attention_heads=0), "config.json: num_attention_heads=0: must be a whole number from 1"),
+        (set_config(head_dim=-4), "config.json: head_dim=-4: must be a whole number"),
+        (set_config(head_dim=33), "requires an even rotary dimension, but got `head_dim`=33"),
+        (set_config(hidden_size=10**18), "config.json: hidden_size=1000000000000000000: must be a whole number"),
+        (set_config(num_hidden_layers=40_000), "num_hidden_layers=40000, but the weights are"),
+        (set_config(rms_norm_eps=-1), "config.json: rms_norm_eps=-1: must be a finite number above 0"),
+        (set_config(rope_parameters=DYNAMIC | {"rope_theta": 0}), "config.json: rope_theta=0: must be a finite"),
     ],
 )
 def test_a_damaged_source_is_one_line(transformers_on_disk, tmp_path, change, message):

@@ -113,6 +113,11 @@ def test_errors_name_the_key_and_the_way_out(bpe_folder, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     with pytest.raises(ConfigError, match=r"holds no tokenizer\.json and can't be converted"):
         load_tokenizer(DataConfig(tokenizer=str(tmp_path)))
+    (tmp_path / "vocab.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(bytes(range(255)) * 2)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(ConfigError, match=r"its vocabulary is damaged, or neither sentencepiece's nor a BPE's"):
+        load_tokenizer(DataConfig(tokenizer=str(tmp_path)))
 
 
 @functools.cache
