@@ -79,6 +79,7 @@ COMMANDS = {
     "kernel-report": Command("seqtrain.kernels.inspect.report", "compile and count Triton kernels without a GPU"),
     "compare": Command("seqtrain.profiling.compare_runs", "compare finished runs or profiles"),
     "sharpness": Command("seqtrain.runtime.sharpness", "measure how sharply a run's loss curves at its checkpoints"),
+    "spikes": Command("seqtrain.convert.spikes", "measure perplexity and spikes of a pretrained model's activations"),
     "plan": Command(
         "seqtrain.planning.plan", "find the layout of a run that fits a cluster and is fastest", prefix="plan."
     ),

@@ -383,5 +383,6 @@ FEATURE_MAPS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "elu": (elu, True),
     "plain_elu": (F.elu, False),
     "relu": (F.relu, True),
+    "sigmoid": (torch.sigmoid, True),
     "taylor2": (taylor2, True),
 }

@@ -10,6 +10,7 @@ from experiments.fidelity import (
     centrality,
     dydila,
     entropy,
+    first_token,
     fourier,
     groups,
     heads,
@@ -21,6 +22,7 @@ from experiments.fidelity import (
     query_gradient,
     recall,
     rounding,
+    spark,
     steps,
     tcnca,
     tensor_time,
@@ -30,6 +32,7 @@ from experiments.fidelity.results import Axes, Bounds, Curve, Effort, Figure, Ro
 _MODULES = (
     *(recall, parity, match3, fourier, query_gradient, entropy, tensor_time),
     *(nalaformer, dydila, tcnca, liger, heads, bounded_entries, groups, centrality, rounding, steps, all_scan),
+    *(first_token, spark),
     inverse_permutation,
 )
 ROWS: dict[str, Row] = {module.ROW.name: module.ROW for module in _MODULES}

@@ -1,6 +1,6 @@
 """Gated linear attention (Yang et al. 2023, arXiv 2312.06635, section 4)."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seqtrain.initialization import Initializer, constant
 from seqtrain.kernels import linear_attention
-from seqtrain.layers import HeadNorm, Linear, LowRank, log_forget
+from seqtrain.layers import FEATURE_MAPS, HeadNorm, Linear, LowRank, log_forget
 from seqtrain.mixers import LayerShape, Past, SequenceContext, State
 from seqtrain.mixers.common.linear import ProjectedMixer
 from seqtrain.mixers.common.recurrence import Heads, LinearRecurrence, RecurrenceOptions
@@ -31,7 +31,7 @@ class GLARecurrence(LinearRecurrence):
 
     def __init__(self, heads: Heads, options: RecurrenceOptions):
         super().__init__(heads, options)
-        self.forget = LowRank(heads.width, options.gate_rank, heads.groups * 2 * heads.key, bias=True)
+        self.forget = LowRank(heads.width, options.gate_rank, heads.groups * self.feature_count, bias=True)
 
     def initializers(self) -> dict[Tensor, Initializer]:
         return super().initializers() | {self.forget.offset: constant(self.options.gate_bias)}
@@ -53,16 +53,22 @@ class GLA(ProjectedMixer):
         gate_rank: PositiveInt = 16
         # The forget gate is a sigmoid to the power 1 / temperature: larger forgets more slowly.
         gate_temperature: PositiveFloat = 16.0
+        # What queries and keys pass through: identity, relu or sigmoid (the smaller and the larger SpikingBrain's).
+        feature_map: Literal["identity", "relu", "sigmoid"] = "identity"
+        # False: normalised heads leave as they are, without a SiLU gate (SpikingBrain).
+        output_gate: bool = True
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
         self.forget = LowRank(shape.width, config.gate_rank, shape.heads * self.key, bias=True)
-        self.gate = Linear(shape.width, self.inner, bias=False)
+        self.gate = Linear(shape.width, self.inner, bias=False) if config.output_gate else None
         self.norm = HeadNorm(self.value)
         self.out = self.output(self.inner)
 
     def mix(self, x: Tensor, past: Past, sequence: SequenceContext) -> tuple[Tensor, State]:
         (q, k, v), after = self.qkv(x, past.get("conv"), sequence)
+        feature_map, _ = FEATURE_MAPS[self.config.feature_map]
+        q, k = feature_map(q), feature_map(k)
         log_decay = log_forget(self.forget(x), self.config.gate_temperature).unflatten(2, (self.shape.heads, self.key))
         out, after["memory"] = sequence.run(linear_attention, q, k, v, log_decay, initial_state=past.get("memory"))
-        return self.out(self.norm(out, self.gate(x))), after
+        return self.out(self.norm(out, None if self.gate is None else self.gate(x))), after

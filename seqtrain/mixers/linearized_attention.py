@@ -18,7 +18,7 @@ from seqtrain.kernels import delay, sink_attention
 from seqtrain.layers import RMSNorm, positions, upcast
 from seqtrain.mixers import MIXERS, LayerShape, Past, SequenceContext, State
 from seqtrain.mixers.common.attention import SoftmaxAttention, attend
-from seqtrain.mixers.common.recurrence import Heads, Recurrence, RecurrenceOptions
+from seqtrain.mixers.common.recurrence import FeatureMap, Heads, LinearRecurrence, Recurrence, RecurrenceOptions
 
 
 def recurrent_mixers() -> list[str]:
@@ -51,6 +51,9 @@ class MemoryConfig:
     gate_rank: PositiveInt = 16
     # True: gla's forget gate is 1 - key, without a matrix (SpikingBrain's tied gate).
     tied_gate: bool = False
+    # What the memory makes features of queries and keys by, where it has any: hedgehog (two softmaxes of a learned
+    # matrix a head), relu or sigmoid (without weights, as the smaller and the larger SpikingBrain).
+    feature_map: FeatureMap = "hedgehog"
     # Slots of gsa per head.
     slots: PositiveInt = 64
 
@@ -75,7 +78,7 @@ class LinearizedAttention(SoftmaxAttention):
         shape.share(self.all_groups, f"{self.all_groups} key heads with a memory")
         self.memory = self._recurrence()(
             Heads(shape.width, shape.heads, self.groups, self.key, shape.tensor),
-            RecurrenceOptions(gate_rank=config.gate_rank, slots=config.slots),
+            RecurrenceOptions(gate_rank=config.gate_rank, slots=config.slots, feature_map=config.feature_map),
         )
         self.shared = self.memory.has_normalizer and config.combine not in ("sum", "norms")
         if config.combine == "denominator" and not self.memory.has_normalizer:
@@ -92,7 +95,12 @@ class LinearizedAttention(SoftmaxAttention):
         initialize(self.memory)
 
     def _recurrence(self) -> type[Recurrence]:
-        found = recurrence_of(self.config.memory)
+        found, chosen = recurrence_of(self.config.memory), self.config.feature_map
+        if chosen != "hedgehog" and not (issubclass(found, LinearRecurrence) and found.maps_keys):
+            rule = f"memory={self.config.memory} makes no such features; memory=gla does"
+            raise self.config_error("feature_map", chosen, rule)
+        if self.config.tied_gate and chosen == "relu":
+            raise self.config_error("feature_map", chosen, "tied_gate=true needs keys below 1; use sigmoid")
         if not self.config.tied_gate:
             return found
         if found.tied is None:

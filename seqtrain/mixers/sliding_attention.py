@@ -15,4 +15,6 @@ class SlidingAttention(SoftmaxAttention):
 
     def __init__(self, config: Config, shape: LayerShape):
         super().__init__(config, shape)
+        if config.kept_keys:
+            raise self.config_error("kept_keys", config.kept_keys, "a window reads its keys alone; use 0")
         self.window = config.window

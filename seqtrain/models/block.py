@@ -13,6 +13,8 @@ from seqtrain.mixers.common.attention import SoftmaxAttention
 from seqtrain.models.config import ModelConfig, Norms, default_config, mixer_class
 from seqtrain.models.feed_forward import MLP, MoE
 from seqtrain.models.shared import PREFIX, SharedBlock
+from seqtrain.models.spark import spark_mlp
+from seqtrain.models.spiking import spike_inputs
 from seqtrain.parallel.recompute import Keep, recomputed
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.tensor import TensorParallel
@@ -182,7 +184,7 @@ def build_blocks(
     """
     shared = _shared(config, mixers, norm, tensor)
     for index in range(config.depth):
-        yield Block(
+        block = Block(
             _mixer(config, mixers, index, tensor),
             _feed_forward(config, index, tensor),
             partial(norm, config.width),
@@ -194,6 +196,9 @@ def build_blocks(
             again=config.recomputed,
             inputs=getattr(torch, config.recompute_inputs),
         )
+        if config.spike_rate:
+            spike_inputs(block, config.spike_rate)
+        yield block
 
 
 def _shift(config: ModelConfig, index: int) -> int:
@@ -252,7 +257,7 @@ def _shared(
 
 def _mlp(config: ModelConfig, tensor: TensorParallel, **options: Any) -> MLP:
     shape: dict[str, Any] = {"activation": config.activation, "gated": config.mlp_gated, "bias": config.mlp_bias}
-    shape |= {"gate_scale": config.mlp_gate_scale, "out_scale": config.mlp_out_scale, "spike_rate": config.spike_rate}
+    shape |= {"gate_scale": config.mlp_gate_scale, "out_scale": config.mlp_out_scale}
     return MLP(config.width, config.hidden, tensor=tensor, **shape, **options)
 
 
@@ -262,6 +267,8 @@ def _feed_forward(config: ModelConfig, index: int, tensor: TensorParallel) -> nn
         return None
     if kind == "mlp":
         return _mlp(config, tensor)
+    if kind == "spark":
+        return spark_mlp(config, tensor)
     if not config.experts:
         raise ConfigError(f"model.mlps={list(config.mlps)}: a layer has routed experts; say how many: model.experts=")
     return MoE(
@@ -275,4 +282,5 @@ def _feed_forward(config: ModelConfig, index: int, tensor: TensorParallel) -> nn
         latent=config.expert_latent,
         activation=config.activation,
         gated=config.mlp_gated,
+        spike_rate=config.spike_rate,
     )

@@ -11,6 +11,7 @@ from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS, Mixer
 from seqtrain.models.feed_forward import Activation, RouterConfig
 from seqtrain.models.shared import SharedConfig
+from seqtrain.models.spark import SparkConfig
 
 Norms = Literal["pre", "post", "both", "stream"]
 # Parts of a block whose activations can be computed again.
@@ -44,8 +45,10 @@ class ModelConfig:
     mlp_ratio: Annotated[float, Field(gt=0)] = 2.6667
     # Hidden channels of the MLP; 0: as mlp_ratio says.
     mlp_width: Annotated[int, Field(ge=0)] = 0
-    # What follows the mixer of each layer, repeated over the depth: an MLP, routed experts (moe), or nothing (none).
-    mlps: Annotated[tuple[Literal["mlp", "moe", "none"], ...], Field(min_length=1)] = ("mlp",)
+    # What follows the mixer of each layer, repeated over the depth: an MLP, routed experts (moe), an MLP that keeps few
+    # of its channels (spark: half as many hidden channels again, so as many weights as an MLP), or nothing (none).
+    mlps: Annotated[tuple[Literal["mlp", "moe", "spark", "none"], ...], Field(min_length=1)] = ("mlp",)
+    spark: SparkConfig = field(default_factory=SparkConfig)
     # What MLPs and experts apply to their hidden channels; relu2 is the square of relu.
     activation: Activation = "silu"
     # True: it is applied to one half, which multiplies the other (SwiGLU); False: to all.
@@ -67,7 +70,8 @@ class ModelConfig:
     # Channels that experts work on, by a projection before and after them; 0: of the residual stream.
     expert_latent: Annotated[int, Field(ge=0)] = 0
     router: RouterConfig = field(default_factory=RouterConfig)
-    # Mean spikes per value where the MLP computes on spike counts (SpikingBrain); 0: no spikes, plain activations.
+    # Mean spikes per value at the input of every projection of mixers, MLPs and experts (k of SpikingBrain, which has
+    # 3); 0: no spikes, plain activations.
     spike_rate: Annotated[float, Field(ge=0)] = 0.0
     shared: SharedConfig = field(default_factory=SharedConfig)
     # True: the head uses the embedding's matrix, which saves vocab * width parameters.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from seqtrain.mixers import Mixer
 from seqtrain.models.feed_forward import MLP
 from seqtrain.models.language_model import LanguageModel
+from seqtrain.models.spark import SparkMLP
 from seqtrain.parallel.tensor import Division, RowLinear, TensorParallel, divisions
 
 
@@ -30,7 +31,7 @@ class Divided:
         apart = {named[name] for name in self.divisions}
         # What is added to a layer's whole result.
         apart |= {part.bias for part in self.model.modules() if isinstance(part, RowLinear) and part.bias is not None}
-        layers = [part for part in self.model.modules() if isinstance(part, Mixer | MLP)]
+        layers = [part for part in self.model.modules() if isinstance(part, Mixer | MLP | SparkMLP)]
         inside = dict.fromkeys(weight for layer in layers for weight in layer.parameters())
         return [weight for weight in inside if weight not in apart]
 

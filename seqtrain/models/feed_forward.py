@@ -81,9 +81,9 @@ class Routed:
 class MLP(nn.Module):
     """`W3 (f(W1 x) * W2 x)` (Shazeer 2020, arXiv 2002.05202), W1 and W2 one matrix; `W3 f(W1 x)` without a gate.
 
-    `gate_scale`, `out_scale`: factors on `W1 x` and on the result. `spike_rate`: where it is not 0, what enters both
-    matrices is turned into spike counts first (see `Spikes`). `adapter_rank`: of what is added to `W1 x` and `W2 x`
-    where layers share them; 0: nothing. `tensor`: ranks over which hidden channels are divided. Raises `ConfigError`.
+    `gate_scale`, `out_scale`: factors on `W1 x` and on the result. `adapter_rank`: of what is added to `W1 x` and
+    `W2 x` where layers share them; 0: nothing. `tensor`: ranks over which hidden channels are divided. Raises
+    `ConfigError`.
     """
 
     # Whether ranks exchange anything in it.
@@ -99,7 +99,6 @@ class MLP(nn.Module):
         bias: bool = False,
         gate_scale: float = 1.0,
         out_scale: float = 1.0,
-        spike_rate: float = 0.0,
         adapter_rank: int = 0,
         tensor: TensorParallel = ALONE,
     ):
@@ -107,18 +106,21 @@ class MLP(nn.Module):
         hidden = even_share(hidden, tensor, f"model.mlp_width={hidden}")
         self.activation, self.gated, self.tensor = activation, gated, tensor
         self.gate_scale, self.out_scale = gate_scale, out_scale
-        self.enter = Spikes(spike_rate) if spike_rate else nn.Identity()
         self.up = fused(Linear(width, (1 + gated) * hidden, bias=bias), (1 + gated) * (hidden,))
         self.adapter = Adapters(width, [self.up.out_features], adapter_rank) if adapter_rank else None
         if self.adapter is not None:
             self.adapter.get_submodule("0.1").tensor_parts = self.up.tensor_parts
-        self.leave = Spikes(spike_rate, tensor) if spike_rate else nn.Identity()
         self.out = RowLinear(hidden, width, tensor, bias=bias)
 
+    @property
+    def last(self) -> Tensor:
+        """What writes to the residual stream."""
+        return self.out.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.tensor.enter(self.enter(x))
+        x = self.tensor.enter(x)
         up = self.up(x) if self.adapter is None else self.up(x) + self.adapter(x)
-        x = self.leave(activated(up, self.activation, self.gated, self.gate_scale))
+        x = activated(up, self.activation, self.gated, self.gate_scale)
         return self.out(x) if self.out_scale == 1 else self.out(x) * self.out_scale
 
     def flops(self, tokens: int) -> int:
@@ -142,6 +144,7 @@ class MoE(nn.Module):
 
     No token is dropped. The experts' matrices are one parameter each, `[experts, out, in]`.
     `latent`: width of the space the experts work in, by a projection before and after them; 0: the model's own.
+    `spike_rate`: where it is not 0, what enters the experts' matrices is turned into spikes (see `Spikes`).
     `tensor`: ranks over which each expert's hidden channels are divided.
     """
 
@@ -157,6 +160,7 @@ class MoE(nn.Module):
         latent: int = 0,
         activation: Activation = "silu",
         gated: bool = True,
+        spike_rate: float = 0.0,
         tensor: TensorParallel = ALONE,
     ):
         """`hidden`, `shared`: hidden channels of each expert and of the shared one. Raises `ConfigError`."""
@@ -182,6 +186,8 @@ class MoE(nn.Module):
         # Moved by rule and not by gradient.
         self.bias = nn.Parameter(torch.empty(experts), requires_grad=False) if router.bias else None
         self.enter = Linear(width, latent, bias=False) if latent else nn.Identity()
+        self.spikes_in = Spikes(spike_rate) if spike_rate else nn.Identity()
+        self.spikes_within = Spikes(spike_rate, tensor) if spike_rate else nn.Identity()
         self.up = nn.Parameter(torch.empty(experts, (1 + gated) * hidden, inner))
         self.down = nn.Parameter(torch.empty(experts, inner, hidden))
         self.tensor_parts = {"up": (1, (1 + gated) * (hidden,))}
@@ -215,7 +221,7 @@ class MoE(nn.Module):
         rows = x.flatten(0, -2)
         weights, chosen, counts = self.route(rows)
         tensor = self.tensor
-        worked = self.work(tensor.enter(self.enter(rows)), tensor.enter(weights), chosen, counts)
+        worked = self.work(tensor.enter(self.spikes_in(self.enter(rows))), tensor.enter(weights), chosen, counts)
         y = self.out(tensor.leave(worked.to(x.dtype)))
         if self.shared is not None:
             shared = self.shared(rows)
@@ -280,15 +286,20 @@ class MoE(nn.Module):
         if dtype is not None:
             ends = counts.cumsum(0).to(torch.int32)
             up, down = (weight.to(dtype).transpose(1, 2) for weight in (self.up, self.down))
-            inner = activated(F.grouped_mm(rows.to(dtype), up, offs=ends), self.activation, self.gated)
+            inner = self._within(F.grouped_mm(rows.to(dtype), up, offs=ends))
             return F.grouped_mm(inner, down, offs=ends)
         # A rank without rows runs all on none, so that it has gradients as the others do.
         made = [
-            F.linear(activated(F.linear(part, up), self.activation, self.gated), down)
+            F.linear(self._within(F.linear(part, up)), down)
             for part, up, down in zip(rows.split(counts.tolist()), self.up.unbind(), self.down.unbind(), strict=True)
             if len(part) or not len(rows)
         ]
         return torch.cat(made)
+
+    def _within(self, up: Tensor) -> Tensor:
+        """What enters the experts' last matrices."""
+        within: Tensor = self.spikes_within(activated(up, self.activation, self.gated))
+        return within
 
     def flops(self, tokens: int) -> int:
         """Forward pass: the matrix products of the router, the chosen experts and the shared one."""

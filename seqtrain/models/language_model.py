@@ -18,6 +18,7 @@ from seqtrain.mixers import WHOLE, Mixer, State
 from seqtrain.models.block import build_blocks
 from seqtrain.models.config import ModelConfig
 from seqtrain.models.feed_forward import MLP, MoE
+from seqtrain.models.spark import SparkMLP
 from seqtrain.parallel.both_ways import BothWays
 from seqtrain.parallel.recompute import recomputed
 from seqtrain.parallel.sequence import SequenceContext
@@ -124,11 +125,14 @@ class LanguageModel(nn.Module):
         for module in self.modules():
             if isinstance(module, MoE):
                 rules |= dict.fromkeys((module.up, module.down), normal(deviation))
-        parts = [part for part in self.modules() if isinstance(part, Mixer | MLP | MoE) and part.out is not None]
+            elif isinstance(module, SparkMLP):
+                rules |= dict.fromkeys((module.value, module.down), normal(deviation))
+        mixers = [part for part in self.modules() if isinstance(part, Mixer) and part.out is not None]
+        fed = [part.last for part in self.modules() if isinstance(part, MLP | MoE | SparkMLP)]
         # So many sums of independent terms keep the residual stream at the size of one (GPT-2).
         scale = (2 * self.config.depth) ** -0.5
         # What layers share is scaled once.
-        for last in dict.fromkeys(part.last if isinstance(part, MoE) else part.out.weight for part in parts):
+        for last in dict.fromkeys([*(part.out.weight for part in mixers), *fed]):
             rules[last] = scaled(rules[last], scale)
         return drawn(self, rules, seed)
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from seqtrain.models.feed_forward import MoE
+from seqtrain.models.spark import SparkMLP
 
 # Modules, by their names in a network, whose weights make gates: decays, step sizes, shares, what is let through.
 GATES = frozenset(
@@ -49,6 +50,9 @@ def matrices_of(model: nn.Module) -> dict[nn.Parameter, list[Block]]:
         if isinstance(module, nn.Linear) and not GATES & set(path.split(".")):
             rows = vars(module).get("fused_rows", (module.out_features,))
             _add(found, f"{path}.weight", module.weight, rows)
+        elif isinstance(module, SparkMLP):
+            _add(found, f"{path}.value", module.value, (len(module.value),))
+            _add(found, f"{path}.down", module.down, (len(module.down),))
         elif isinstance(module, MoE):
             first = 0 if module.group is None else module.group.rank()
             hidden, experts = module.down.shape[2], len(module.up)

@@ -1,7 +1,7 @@
 """A sequence every token of which sees all of its document: what encoders run the same mixers on.
 
 * Sums over the tokens before become sums over all: linear attention without a decay is one sum of `k^T v` a document,
-  which ranks add up by an all-reduce where a scan would carry it along.
+  Kronecker attention one of each of its keys, which ranks add up by an all-reduce where a scan would carry it along.
 * Softmax attention, unless it has a window, has no mask; ranks gather keys and values.
 * What depends on the order runs in both directions, and both outputs are added.
 """
@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqtrain.kernels import linear_attention, softmax_attention
+from seqtrain.kernels import kronecker_attention, linear_attention, softmax_attention, tensor_attention
 from seqtrain.kernels.dispatch import full_precision
 from seqtrain.kernels.documents import boundaries_of, state_dtype
+from seqtrain.kernels.kronecker_attention import read_sums, sums_of
 from seqtrain.parallel.exchange import exchange
 from seqtrain.parallel.scan import keep_in_graph
 from seqtrain.parallel.sequence import SequenceContext
@@ -63,8 +64,14 @@ class BothWays(SequenceContext):
                 return self._summed(*given[:3], **others), None
             if operator is softmax_attention and others.get("window") is None:
                 return self._attended(*given, **others), {}
+            if operator is tensor_attention:
+                q, k1, k2, v1, v2 = given
+                return self._multiplied(q, torch.stack([k1, k2], 3), torch.stack([v1, v2], 3), **others), None
+            if operator is kronecker_attention:
+                return self._multiplied(*given, **others), None
         out, state = self.inner.run(operator, *given, **others)
-        if self.inner.counts and operator is linear_attention and given[3] is None:
+        added = operator in (tensor_attention, kronecker_attention)
+        if self.inner.counts and (added or (operator is linear_attention and given[3] is None)):
             return out, state
         timed = operator.along_time(given)
         turned = (self.reverse(x) if along else x for x, along in zip(given, timed, strict=True))
@@ -176,6 +183,17 @@ class BothWays(SequenceContext):
                 for piece, total in zip(pieces, self.totals(sums), strict=True)
             ]
         return torch.cat(outs, 1).to(v.dtype)
+
+    def _multiplied(
+        self, q: Tensor, keys: Tensor, values: Tensor, *, degree: int, scale: float | None = None
+    ) -> Tensor:
+        """Kronecker attention over all tokens of the document."""
+        pieces, scale = self.pieces(), q.shape[-1] ** -0.5 if scale is None else scale
+        sums = [sums_of(keys[:, piece], values[:, piece], degree) for piece in pieces]
+        outs = [
+            read_sums(q[:, piece], total, degree, scale) for piece, total in zip(pieces, self.totals(sums), strict=True)
+        ]
+        return torch.cat(outs, 1).to(values.dtype)
 
     def _attended(
         self,

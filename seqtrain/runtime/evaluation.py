@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from seqtrain.data import HeldOutParts, SyntheticBatches
 from seqtrain.data.batches import IGNORED
-from seqtrain.models.spiking import spike_statistics
+from seqtrain.models.spiking import SpikeStatistics, counting_spikes, spikes_counted
 from seqtrain.runtime.metrics import Within
 from seqtrain.runtime.segmented import Segment, States, carried
 from seqtrain.runtime.step import TrainState
@@ -26,8 +26,8 @@ def evaluate(state: TrainState) -> Scores | None:
     `held_out_bits_per_byte`: bits the model needs for a byte of text, given the text before it in the same window;
     None where none is held out. Of a synthetic task instead `held_out_accuracy`, the share of answers that are the
     likeliest token, and `held_out_loss`, nats per answer. Of a mixture both, each over all sources that have it, and
-    those of each source with `/NAME` after the key. Where activations are spike counts also `spike_sparsity`, the share
-    of them that are 0.
+    those of each source with `/NAME` after the key. Where projections are given spikes also what `SpikeStatistics` says
+    of these, as `spike_silent`, `spikes_per_value`, `spike_within` and `spike_sparsity`.
     """
     held_out, ranks = state.trainable.held_out, state.ranks
     if held_out is None:
@@ -36,18 +36,20 @@ def evaluate(state: TrainState) -> Scores | None:
     done, found = 0, []
     state.engine.model.train(False)
     try:
-        for name, batches in parts.items():
-            sums = _score_all(state, batches, done=done, of=len(held_out))
-            if sums is None:
-                return None
-            found.append((name, isinstance(batches, SyntheticBatches), sums))
-            done += len(batches)
+        with counting_spikes(state.engine.module):
+            for name, batches in parts.items():
+                sums = _score_all(state, batches, done=done, of=len(held_out))
+                if sums is None:
+                    return None
+                found.append((name, isinstance(batches, SyntheticBatches), sums))
+                done += len(batches)
     finally:
         state.engine.model.train()
     scores = _figures(found)
-    if (spikes := spike_statistics(state.engine.module, reset=True)) is not None:
-        values, zeros = ranks.sum(spikes.values, spikes.sparsity * spikes.values)
-        scores["spike_sparsity"] = zeros / values
+    if (counted := spikes_counted(state.engine.module))[0]:
+        spikes = SpikeStatistics.of(torch.tensor(ranks.sum(*counted.tolist())))
+        scores |= {"spike_silent": spikes.silent, "spikes_per_value": spikes.spikes}
+        scores |= {"spike_within": spikes.within, "spike_sparsity": spikes.sparsity}
     return scores
 
 

@@ -51,11 +51,15 @@ def test_retnet_in_its_parallel_form():
     assert relative_error(mixer(x())[0], mixer.out(out)) < 1e-6
 
 
-def test_gla():
-    mixer = build("gla")
+@pytest.mark.parametrize(("feature_map", "gated"), [("identity", True), ("relu", False), ("sigmoid", False)])
+def test_gla(feature_map, gated):
+    mixer = build("gla", feature_map=feature_map, output_gate=gated)
     q, k, v = heads(mixer.qkv.linear(x()), 4, 4, 8)
+    if feature_map != "identity":
+        q, k = (getattr(torch, feature_map)(part) for part in (q, k))
     (decay,) = heads(torch.sigmoid(mixer.forget(x())) ** (1 / 16), 4)
-    out = merged(rms(decayed(q, k, v, decay), mixer.norm.norm.weight)) * F.silu(mixer.gate(x()))
+    out = merged(rms(decayed(q, k, v, decay), mixer.norm.norm.weight))
+    out = out * F.silu(mixer.gate(x())) if gated else out
     assert relative_error(mixer(x())[0], mixer.out(out)) < 1e-12
 
 
@@ -158,10 +162,37 @@ def test_a_block_shows_its_mixer_the_stream():
     assert not torch.equal(layer(given)[0], layer.feed(given + layer.mixer(layer.mixer_norm(given))[0]))
 
 
+def test_the_larger_spikingbrain_s_layer():
+    mixer = moved("intra_hybrid", window=5, feature_map="sigmoid", tied_gate=True, learned_sinks=3)
+    q, k, v = heads(mixer.qkv(x()), 8, 8, 8)
+    far = decayed(torch.sigmoid(q), torch.sigmoid(k), v, 1 - torch.sigmoid(k))
+    # Three more keys and values, the same for all tokens, under one softmax with the window's.
+    sinks = [part.view(1, HEADS, 3, 8).expand(2, -1, -1, -1) for part in (mixer.sinks.keys, mixer.sinks.values)]
+    turned, seen = [rotated(part) for part in (q, k)], (KEY <= QUERY) & (KEY > QUERY - 5)
+    near = (turned[0] @ turned[1].mT).masked_fill(~seen, -torch.inf)
+    scores = torch.cat([near, turned[0] @ sinks[0].mT], -1) / math.sqrt(8)
+    branches = [far, scores.softmax(-1) @ torch.cat([v, sinks[1]], 2)]
+    summed = sum(merged(rms(each, norm.norm.weight)) for each, norm in zip(branches, mixer.norms, strict=True))
+    assert relative_error(mixer(x())[0], mixer.out(summed)) < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tied_gate": True}, r"intra_hybrid\.tied_gate=true: needs keys between 0 and 1"),
+        ({"window": 0, "sinks": 2}, r"intra_hybrid\.window=0: sinks and learned_sinks are for a windowed branch"),
+        ({"learned_sinks": 2, "score_cap": 3.0}, r"intra_hybrid\.score_cap=3.0: isn't there beside sinks"),
+    ],
+)
+def test_an_intra_layer_hybrid_that_can_t_be(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        build("intra_hybrid", **fields)
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_the_intra_layer_hybrid(full):
     mixer = moved("intra_hybrid", window=5, full=full)
-    q, k, v = heads(mixer.qkv.linear(x()), 8, 8, 8)
+    q, k, v = heads(mixer.qkv(x()), 8, 8, 8)
     (decay,) = heads(torch.sigmoid(mixer.forget(x())) ** (1 / 16), 8)
     branches = [decayed(q, k, v, decay), attention(q, k, v, (KEY <= QUERY) & (KEY > QUERY - 5))]
     branches += [attention(q, k, v, KEY <= QUERY)] if full else []

@@ -223,3 +223,37 @@ def test_a_tied_gate_forgets_what_its_key_writes():
     assert {name for name, _ in mixer.memory.named_parameters()} == {"query_map", "key_map"}
     # A key whose softmax has one channel far ahead must leave a logarithm.
     assert torch.isfinite(mixer.memory.write(x, 1000 * k, v)["log_decay"]).all()
+
+
+def test_the_smaller_spikingbrain_s_layer():
+    """GatedLinearAttention in hf_7B_model/gla_attention.py of BICLab/SpikingBrain-7B at ef99987, token by token."""
+    mixer, x = build(memory="gla", window=0, combine="norms", feature_map="relu", qk_norm=False), inputs(30)
+    # Heads are normalised: what they were divided by before counts for nothing but beside eps.
+    mixer.memory_norm.eps = 0.0
+    assert {name for name, _ in mixer.memory.named_parameters()} == {
+        "forget.0.weight",
+        "forget.1.weight",
+        "forget.1.bias",
+    }
+    q, k, v = mixer.project(x)
+    keep = (F.logsigmoid(mixer.memory.forget(x)) / 16).exp().unflatten(2, (2, -1))
+    q, k, v, keep = q.relu(), *(part.repeat_interleave(2, 2) for part in (k.relu(), v, keep))
+    state, out = torch.zeros(2, HEADS, 10, 10, dtype=torch.float64), []
+    for t in range(30):
+        state = keep[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None]
+        out.append((q[:, t, :, None] @ state)[:, :, 0] / 10**0.5)
+    read = torch.stack(out, 1)
+    normed = read / read.square().mean(-1, keepdim=True).sqrt() * mixer.memory_norm.weight
+    assert relative_error(mixer(x)[0], mixer.out(normed.flatten(2))) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"memory": "kda", "feature_map": "relu"}, r"feature_map=relu: memory=kda makes no such features"),
+        ({"memory": "gla", "feature_map": "relu", "tied_gate": True}, r"feature_map=relu: tied_gate=true needs keys"),
+    ],
+)
+def test_feature_maps_that_can_t_be(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        build(**fields)

@@ -1,4 +1,4 @@
-"""Layers in groups of tokens, spiking MLPs, and that every tiny preset learns."""
+"""Layers in groups of tokens, and that every tiny preset learns."""
 
 from functools import partial
 
@@ -13,7 +13,6 @@ from seqtrain.mixers import MIXERS, LayerShape
 from seqtrain.models import LanguageModel, ModelConfig, generate
 from seqtrain.models.block import Block
 from seqtrain.models.feed_forward import MLP
-from seqtrain.models.spiking import Spikes, spike_counts, spike_statistics
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.testing import boundaries, relative_error
 from seqtrain.validation import validate
@@ -143,49 +142,6 @@ def test_groups_are_counted_in_flops_and_bytes():
     assert grouped.state_bytes(12) == sum(value.nbytes for layer in state for value in layer.values())
 
 
-def test_counts_of_spikes_follow_the_activations():
-    values = torch.tensor([[1.0, -2.0, 0.2, 4.8], [10.0, -20.0, 2.0, 48.0], [0.0, 0.0, 0.0, 0.0]])
-    counts, threshold = spike_counts(values, 1.0)
-    assert threshold.flatten().tolist() == [2.0, 20.0, 0.0]
-    # Halves go to the even integer: 0.5 is silent.
-    assert counts.tolist() == [[0, -1, 0, 2], [0, -1, 0, 2], [0, 0, 0, 0]]
-    assert spike_counts(values, 4.0)[0][0].tolist() == [2, -4, 0, 10]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_spikes_are_whole_and_gradients_pass(dtype):
-    torch.manual_seed(0)
-    values = torch.randn(3, 5, 64, dtype=dtype, requires_grad=True)
-    spikes = Spikes(2.0)
-    out = spikes(values)
-    counts, threshold = spike_counts(values.detach(), 2.0)
-    assert torch.equal(out, (counts * threshold).to(dtype))
-    (gradient,) = torch.autograd.grad((out * 3).sum(), values)
-    assert torch.equal(gradient, torch.full_like(values, 3.0))
-
-
-def test_sparsity_is_measured_in_evaluation():
-    spiking = model(spike_rate=1.0).float()
-    spiking(tokens())
-    assert spike_statistics(spiking) is None
-    spiking.eval()
-    spiking(tokens())
-    measured = spike_statistics(spiking)
-    # Two places a block: what enters the MLP, and its hidden channels.
-    assert measured.values == 60 * (WIDTH + spiking.config.hidden) * len(spiking.blocks)
-    assert 0.3 < measured.sparsity < 0.7
-    assert 0.5 < measured.spikes < 1.2
-    assert spike_statistics(spiking, reset=True) == measured
-    assert spike_statistics(spiking) is None
-    assert spike_statistics(model()) is None
-    assert spiking.state_dict().keys() == model().state_dict().keys()
-    normal = torch.randn(200_000, generator=torch.Generator().manual_seed(0))[None]
-    gauge = Spikes(1.0).eval()
-    gauge(normal)
-    # |x| below half of its mean, sqrt(2 / pi): erf(1 / sqrt(4 pi)) of a normal.
-    assert spike_statistics(gauge).sparsity == pytest.approx(torch.erf(torch.tensor(0.28209)).item(), abs=3e-3)
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -203,8 +159,10 @@ def test_wrong_keys_are_named(fields, message):
 @pytest.mark.parametrize("name", sorted(path.stem for path in (conf_dir() / "model").glob("*_tiny.yaml")))
 def test_a_tiny_preset_learns_from_one_step(name):
     torch.manual_seed(0)
-    config = validate(ModelConfig, OmegaConf.to_container(compose_config(f"model/{name}").model))
-    network = LanguageModel(config, {name: MIXERS.get(name).Config() for name in config.layers}, tiny.VOCAB)
+    composed = OmegaConf.to_container(compose_config(f"model/{name}"))
+    config, fields = validate(ModelConfig, composed["model"]), composed.get("mixer", {})
+    mixers = {layer: MIXERS.get(layer).Config(**fields.get(layer, {})) for layer in config.layers}
+    network = LanguageModel(config, mixers, tiny.VOCAB)
     ids = tokens(33)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4)
     before = network(ids[:, :-1], ids[:, 1:])

@@ -11,6 +11,7 @@ from seqtrain.kernels.documents import state_dtype
 from seqtrain.kernels.linear_cross_entropy import soft_cap
 from seqtrain.kernels.operator import operator
 from seqtrain.kernels.segments import PastKeys
+from seqtrain.kernels.softmax_attention.largest import attend as attend_to_largest
 from seqtrain.kernels.softmax_attention.past import Past, check_past, kept, pairs_seen
 
 __all__ = ["softmax_attention"]
@@ -39,6 +40,8 @@ def softmax_attention(
     window: int | None = None,
     scale: float | None = None,
     score_cap: float = 0.0,
+    kept_keys: int = 0,
+    predict_width: int = 0,
     initial_state: dict[str, Tensor] | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
@@ -49,7 +52,9 @@ def softmax_attention(
     (h+1)*H/G - 1` share key head h. `window`: keys a query sees, its own included; None for all. `scale` defaults to
     `K ** -0.5`. `score_cap`: what is exponentiated is `score_cap * tanh(scale * q_t . k_s / score_cap)` (Gemma 2, arXiv
     2408.00118, section 2); 0: as it is.
-    `cu_seqlens`: int `[N+1]`, document boundaries of a packed row (then B == 1).
+    `cu_seqlens`: int `[N+1]`, document boundaries of a packed row (then B == 1). `kept_keys`: where one token a row is
+    decoded, without gradients, each head reads only so many of the keys, those that the first `predict_width` channels
+    score highest (Spark, arXiv 2506.06644); 0: all, as under a window and wherever there are several tokens.
 
     The state is what continuing needs: `dict(k=[B,S,G,K], v=[B,S,G,V], length=int64 [B])`. The last `length` of the S
     rows are the latest keys and values; the rows before them count for nothing. With a window S is always `window - 1`,
@@ -72,6 +77,11 @@ def softmax_attention(
     past = check_past(initial_state, k, v, states, cu_seqlens is not None)
     if scale is None:
         scale = sizes["K"] ** -0.5
+    decoding = sizes["T"] == 1 and window is None and cu_seqlens is None and not torch.is_grad_enabled()
+    if kept_keys and decoding:
+        after = kept(k, v, window, past, None)
+        few = {"scale": scale, "cap": score_cap, "kept": kept_keys, "width": predict_width}
+        return attend_to_largest(q, after["k"], after["v"], after["length"], **few), after
     run = softmax_attention.choose(backend, q.device)
     out = run(q, k.to(q.dtype), v.to(q.dtype), window, scale, score_cap, past, cu_seqlens)
     return out.to(v.dtype), kept(k, v, window, past, cu_seqlens)

@@ -41,6 +41,13 @@ def extensions(width: int, power: int, degree: int) -> tuple[list[int], list[int
     return [place[name[:-1]] for name in names], [name[-1] for name in names], ratio
 
 
+@cache
+def correction(width: int, degree: int, order: int) -> Tensor:
+    """By what one of `order` features is multiplied, where not three are: float64 `[F]`, see `extensions`."""
+    sizes = [math.prod(map(math.factorial, Counter(name).values())) for name in monomials(width, degree)]
+    return torch.tensor(sizes, dtype=torch.float64, device="cpu") ** (order / 3 - 1)
+
+
 def features(x: Tensor, degree: int) -> Tensor:
     """phi of the last dimension, `[...,K] -> [...,F]`, the monomials' order that of `monomials`."""
     return torch.cat(_blocks(x.movedim(-1, 0), degree)).movedim(0, -1)

@@ -8,8 +8,9 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from seqtrain.initialization import Initializer, initialize, normal
 from seqtrain.kernels import softmax_attention
-from seqtrain.layers import Adapters, Linear, RMSNorm, fused, positions, rotate
+from seqtrain.layers import Adapters, Linear, RMSNorm, fused, positions, rotate, upcast
 from seqtrain.mixers.common.base import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.take_over import Projections, copy_projections, heads_of, rows_of
 
@@ -22,6 +23,30 @@ def attend(
     held = {name: past[prefix + name] for name in names if prefix + name in past}
     out, kept = sequence.run(operator, *tensors, initial_state=held or None, **options)
     return out, {prefix + name: tensor for name, tensor in kept.items()}
+
+
+class LearnedSinks(nn.Module):
+    """Keys and values that every query sees, whatever the text: one more entry of a softmax, see `sink_attention`."""
+
+    def __init__(self, count: int, groups: int, width: int):
+        """`count`: of each of `groups` key heads, of `width` channels."""
+        super().__init__()
+        self.groups, self.count = groups, count
+        # One-dimensional, so that weight decay skips them.
+        self.keys = nn.Parameter(torch.empty(groups * count * width))
+        self.values = nn.Parameter(torch.empty(groups * count * width))
+        initialize(self)
+
+    def initializers(self) -> dict[Tensor, Initializer]:
+        return {self.keys: normal(0.02), self.values: normal(0.02)}
+
+    def forward(self, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """For queries `[B,T,H,K]` the logarithm of their weights' sum, `[B,T,H]`, and the mean value, `[B,T,H,K]`."""
+        keys, values = (upcast(part).view(self.groups, self.count, -1) for part in (self.keys, self.values))
+        asked = upcast(q).unflatten(2, (self.groups, -1))  # B T G H/G K
+        scores = scale * torch.einsum("btghk,gsk->btghs", asked, keys)
+        read = torch.einsum("btghs,gsk->btghk", scores.softmax(-1), values)
+        return scores.logsumexp(-1).flatten(2), read.flatten(2, 3)
 
 
 class SoftmaxAttention(Mixer):
@@ -58,6 +83,11 @@ class SoftmaxAttention(Mixer):
         scale: NonNegativeFloat = 0.0
         # What these scores stay below in size, softly (Gemma 2); 0: unbounded.
         score_cap: NonNegativeFloat = 0.0
+        # Keys that a head reads where single tokens are decoded, those whose first predict_width channels score highest
+        # (Spark); 0: all.
+        kept_keys: NonNegativeInt = 0
+        # Channels of a head that say which keys are read; 0: half of them.
+        predict_width: NonNegativeInt = 0
         # Rank of what is added to each projection where layers share these (Zamba2); 0: nothing.
         adapter_rank: NonNegativeInt = 0
 
@@ -172,7 +202,10 @@ class SoftmaxAttention(Mixer):
     ) -> tuple[Tensor, State]:
         """What queries read, `[B,T,H,K]`, and the state but for positions; q and k are not yet rotated by `place`."""
         q, k = self.rotated(q, place), self.rotated(k, place)
-        options = {"window": self.window, "scale": self.config.scale or None, "score_cap": self.config.score_cap}
+        config = self.config
+        options: dict[str, Any] = {"window": self.window, "scale": config.scale or None, "score_cap": config.score_cap}
+        if config.kept_keys and self.window is None and type(sequence) is SequenceContext:
+            options |= {"kept_keys": config.kept_keys, "predict_width": config.predict_width or self.key // 2}
         return attend(sequence, softmax_attention, q, k, v, past=past, **options)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:

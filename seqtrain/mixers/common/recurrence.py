@@ -7,7 +7,7 @@ attention's. Keys, values and states are one for each key head, however many que
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from seqtrain.initialization import Initializer, computed, decay_rate, initialize, normal, step_bias
 from seqtrain.kernels import linear_attention, slot_scores
-from seqtrain.layers import Linear, step_sizes, upcast
+from seqtrain.layers import FEATURE_MAPS, Linear, step_sizes, upcast
 from seqtrain.parallel.sequence import SequenceContext, State
 from seqtrain.parallel.tensor import ALONE, TensorParallel
 
+FeatureMap = Literal["hedgehog", "relu", "sigmoid"]
 # What a layer knows of the tokens before, by name.
 Past = Mapping[str, Tensor]
 # What queries read, `[B,T,H,K]`, the logarithm of its normalizer, `[B,T,H]`, where there is one, and the state.
@@ -50,6 +51,8 @@ class RecurrenceOptions:
     gate_rank: int = 16
     # GSA's slots per head.
     slots: int = 64
+    # What positive features are made of queries and keys by, see `LinearRecurrence`.
+    feature_map: FeatureMap = "hedgehog"
     # Forget gates are sigmoids to the power 1 / temperature: GLA's, for all that have one.
     temperature: float = 16.0
     # What the sigmoids are of at the start, the weights aside.
@@ -91,7 +94,8 @@ class LinearRecurrence(Recurrence):
     """`S_t = diag(a_t) S_{t-1} + phi(k_t)^T v_t` over its normalizer `phi(q_t) . z_t`; phi is positive.
 
     phi(x) = [softmax(W x), softmax(-W x)] (Hedgehog, arXiv 2402.04347), W a learned square matrix for each head of the
-    queries and of the keys, at the start the identity. Without a decay: linear attention.
+    queries and of the keys, at the start the identity. With `feature_map=relu` or `sigmoid` phi is that function and
+    has no weights (SpikingBrain, arXiv 2509.05276). Without a decay: linear attention.
     """
 
     has_normalizer = True
@@ -100,8 +104,12 @@ class LinearRecurrence(Recurrence):
 
     def __init__(self, heads: Heads, options: RecurrenceOptions):
         super().__init__(heads, options)
-        self.query_map = nn.Parameter(torch.empty(heads.heads, heads.key, heads.key))
-        self.key_map = nn.Parameter(torch.empty(heads.groups, heads.key, heads.key)) if self.maps_keys else None
+        learned = options.feature_map == "hedgehog"
+        # Of a head.
+        self.feature_count = heads.key * (2 if learned else 1)
+        self.query_map = nn.Parameter(torch.empty(heads.heads, heads.key, heads.key)) if learned else None
+        maps_keys = learned and self.maps_keys
+        self.key_map = nn.Parameter(torch.empty(heads.groups, heads.key, heads.key)) if maps_keys else None
 
     def initializers(self) -> dict[Tensor, Initializer]:
         maps = [each for each in (self.query_map, self.key_map) if each is not None]
@@ -113,8 +121,10 @@ class LinearRecurrence(Recurrence):
         return self.features(x if maps is None else torch.einsum("bthk,hkj->bthj", upcast(x), upcast(maps)))
 
     def features(self, x: Tensor) -> Tensor:
-        """`[...,K]` -> `[...,2K]`, positive."""
+        """`[...,K]` -> `[...,feature_count]`, none negative."""
         x = upcast(x)
+        if self.options.feature_map != "hedgehog":
+            return FEATURE_MAPS[self.options.feature_map][0](x)
         return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
 
     def write(self, x: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:

@@ -17,10 +17,18 @@ TINY = Effort(seeds=(0,), scale=0.002)
 # Figures of each row; the slow one has its own test.
 FIGURES = {"recall": 8, "parity": 3, "match3": 12, "query_gradient": 2, "entropy": 2, "tensor_time": 1}
 FIGURES |= {"nalaformer": 3, "dydila": 2, "tcnca": 2, "liger": 6, "heads": 10, "bounded_entries": 5, "groups": 2}
-FIGURES |= {"centrality": 1, "rounding": 7, "steps": 4, "all_scan": 3, "inverse_permutation": 2}
+FIGURES |= {
+    "centrality": 1,
+    "rounding": 7,
+    "steps": 4,
+    "all_scan": 3,
+    "inverse_permutation": 2,
+    "first_token": 2,
+    "spark": 4,
+}
 
 TRAINED = {"recall": pytest.mark.full, "match3": pytest.mark.full, "parity": pytest.mark.all}
-TRAINED |= {"inverse_permutation": pytest.mark.all}
+TRAINED |= {"inverse_permutation": pytest.mark.all, "spark": pytest.mark.all}
 # Those that cost more than a second.
 SLOW = {
     "steps": pytest.mark.all,
@@ -28,6 +36,7 @@ SLOW = {
     "heads": pytest.mark.all,
     "liger": pytest.mark.all,
     "rounding": pytest.mark.all,
+    "first_token": pytest.mark.all,
 }
 
 
