@@ -18,12 +18,9 @@ from seqtrain.kernels.linear_cross_entropy import native as cross_entropy
 from seqtrain.kernels.native import build, cut, recurrence
 from seqtrain.kernels.native import tensor_attention as native
 from seqtrain.kernels.segments import by_segment
-<<<<<<< HEAD
 from seqtrain.kernels.short_convolution import native as convolution
-from seqtrain.kernels.swiglu import native as swiglu
-=======
 from seqtrain.kernels.sparse_mlp import native as sparse
->>>>>>> 169eb79 (SpikingBrain's spikes at every projection, its feature maps, sinks and two models; Spark's MLP with a kernel that skips; Kronecker attention of order 4)
+from seqtrain.kernels.swiglu import native as swiglu
 from seqtrain.testing import (
     assert_within,
     boundaries,
@@ -178,14 +175,11 @@ def test_both_sides_agree_on_the_call():
     assert build.library().seqtrain_call_size() == ctypes.sizeof(recurrence._Call)
     assert build.library().seqtrain_tensor_call_size() == ctypes.sizeof(native._Call)
     assert build.library().seqtrain_norm_call_size() == ctypes.sizeof(norm._Call)
-<<<<<<< HEAD
     assert build.library().seqtrain_convolution_call_size() == ctypes.sizeof(convolution._Call)
     assert build.library().seqtrain_scan_call_size() == ctypes.sizeof(scan._Call)
     assert build.library().seqtrain_swiglu_call_size() == ctypes.sizeof(swiglu._Call)
     assert build.library().seqtrain_softmax_call_size() == ctypes.sizeof(cross_entropy._Call)
-=======
     assert build.library().seqtrain_sparse_mlp_call_size() == ctypes.sizeof(sparse._Call)
->>>>>>> 169eb79 (SpikingBrain's spikes at every projection, its feature maps, sinks and two models; Spark's MLP with a kernel that skips; Kronecker attention of order 4)
 
 
 @pytest.mark.parametrize(("key_width", "value_width"), [(1, 1), (6, 16), (4, 33)])
