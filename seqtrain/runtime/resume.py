@@ -38,6 +38,8 @@ ADDED = (("compile", False), ("weights", "float32"))
 RECOMPUTATION = ("activation_checkpointing", "recompute")
 # Keys of `data` that say where text and tokenizer lie; `content` says what they are.
 PLACES = ("path", "held_out_path", "tokenizer", "chat_template")
+# What the config of every run has said.
+SAID = (("model", "width"), ("data", "source"), ("optimizer", "lr"), ("schedule", "name"), ("train", "steps"))
 # What a run without adapters says of them.
 NO_LORA = {"rank": 0}
 
@@ -220,8 +222,13 @@ def refuse_foreign(folder: RunFolder, config: PretrainConfig) -> None:
     if resume not in ("auto", "never"):
         now["checkpoint"] = {"resume": resume}
     before = read_run_config(folder.path, key="output_dir")
-    if isinstance(before.get("data"), dict):
-        before["data"] = _unplaced(before["data"])
+    for section, key in SAID:
+        if not isinstance(before.get(section), dict) or key not in before[section]:
+            raise ConfigError(
+                f"output_dir={folder.path}: config.yaml is damaged: lacks {section}.{key}; put it back, or name "
+                "another folder"
+            )
+    before["data"] = _unplaced(before["data"])
     before = _same_keys(before, now)
     newest = newest_of(folder.checkpoints, now)
     if found := differences(before, now, steps_done=newest.progress.step if newest else 0):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.runtime.checkpoint import MANIFEST, listed, read
@@ -154,6 +155,16 @@ def test_a_damaged_config_is_one_line(copied, content):
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"^run=\S+: config.yaml is damaged"):
         open_run(folder_of(copied).path)
+
+
+@pytest.mark.parametrize("section", ["model", "schedule", "train"])
+def test_a_config_without_a_section_is_damaged(copied, section):
+    file = folder_of(copied).config
+    whole = yaml.safe_load(file.read_bytes())
+    for damaged in ({}, [], None):
+        file.write_text(yaml.safe_dump(whole | {section: damaged}))
+        with pytest.raises(ConfigError, match=rf"^output_dir=\S+: config.yaml is damaged: lacks {section}\."):
+            check(copied)
 
 
 @pytest.mark.parametrize("content", ["", '{"steps": 6, "stop', "[]", "{}", "[" * 100_000])
