@@ -2,20 +2,28 @@
 
 PyTorch multiplies float32 matrices on CPUs by MKL, which is slow on processors of some makers. oneDNN's routine, which
 PyTorch brings as well, sums the same products in another order. Which of the two is faster is found by a probe, the
-first time a large product is asked for; a run is told which one it began with (`use`), so that its bits stay the same.
+first time a large product is asked for on a machine, and kept in the user's cache folder: two runs of one command have
+the same bits. A run is told which one it began with (`use`), for wherever else it goes on.
 """
 
+import hashlib
+import json
 import logging
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+from seqtrain.files import create_new, read_json
+from seqtrain.kernels.native.build import cache_folder
 
 log = logging.getLogger("seqtrain.kernels")
 
@@ -63,11 +71,15 @@ def fastest() -> tuple[str, float]:
     """The fastest routine, by a probe of a fifth of a second, and how many times faster than torch's it is."""
     if unavailable("onednn"):
         return "torch", 1.0
-    times = {routine: sum(min(each) for each in measure(routine, *PROBED)) for routine in ROUTINES}
-    ratio = times["torch"] / times["onednn"]
+    ratio = _kept("onednn", _onednn_ratio)
     routine = "onednn" if ratio * MARGIN > 1 else "torch"
     log.info("linear layers: products of %s (oneDNN's are %.2f times as fast as torch's)", routine, ratio)
     return routine, max(ratio, 1.0)
+
+
+def _onednn_ratio() -> float:
+    times = {routine: sum(min(each) for each in measure(routine, *PROBED)) for routine in ROUTINES}
+    return times["torch"] / times["onednn"]
 
 
 @cache
@@ -78,8 +90,29 @@ def bfloat16_ratio() -> float:
     """
     if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return 0.0
+    return _kept("bfloat16", _bfloat16_ratio)
+
+
+def _bfloat16_ratio() -> float:
     wide = min(sum(min(each) for each in measure(routine, *PROBED)) for routine in ROUTINES if not unavailable(routine))
     return wide / sum(min(each) for each in measure("torch", *PROBED, dtype=torch.bfloat16))
+
+
+def _kept(what: str, probe: Callable[[], float]) -> float:
+    """What `probe` measured first on a processor like this one. Where nothing can be kept, it measures each time."""
+    about = [torch.__version__, torch.backends.cpu.get_cpu_capability(), os.environ.get("MKL_ENABLE_INSTRUCTIONS", "")]
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        about += [line for line in lines if line.startswith("model name")][:1]
+    key = hashlib.sha256("\0".join(about).encode()).hexdigest()[:20]
+    file = cache_folder() / f"{what}-{key}.json"
+    with suppress(OSError, ValueError, TypeError):
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # Of processes that measure at one time, one is believed.
+            create_new(file, json.dumps(probe()).encode())
+        return float(read_json(file))
+    return probe()
 
 
 @cache

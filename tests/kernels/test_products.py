@@ -15,7 +15,8 @@ ROUTINES = ["torch", pytest.param("onednn", marks=ONEDNN)]
 
 
 @pytest.fixture(autouse=True)
-def any_size(monkeypatch):
+def any_size(monkeypatch, tmp_path):
+    monkeypatch.setattr(products, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(products, "LEAST", 0)
     monkeypatch.setattr(products, "_chosen", "")
     products.fastest.cache_clear()
@@ -69,6 +70,20 @@ def test_the_faster_one_by_a_margin(faster, monkeypatch):
     monkeypatch.setattr(products, "unavailable", lambda routine: None)
     monkeypatch.setattr(products, "measure", lambda routine, *_: [[times[routine]]])
     assert products.chosen() == faster
+
+
+@ONEDNN
+@pytest.mark.parametrize("damage", [None, b"", b"[]", b"{"])
+def test_every_process_of_a_machine_takes_what_the_first_one_found(monkeypatch, tmp_path, damage):
+    times = {"torch": 1.0, "onednn": 0.5}
+    monkeypatch.setattr(products, "measure", lambda routine, *_: [[times[routine]]])
+    assert products.fastest() == ("onednn", 2.0)
+    [file] = (tmp_path / "cache").iterdir()
+    if damage is not None:
+        file.write_bytes(damage)
+    times["onednn"] = 2.0
+    products.fastest.cache_clear()
+    assert products.fastest() == (("onednn", 2.0) if damage is None else ("torch", 1.0))
 
 
 def test_where_it_can_t_be_used_one_line_says_so(monkeypatch, caplog):
