@@ -87,6 +87,20 @@ def import_muon() -> None:
         compiler.compile = compile_function
 
 
+def _description(config: PretrainConfig, device: torch.device, divided: Divided | None, experts: Any) -> str:
+    """What trains, over which ranks."""
+    import deepspeed
+
+    parallel, optimizer = config.parallel, config.optimizer
+    over = f", layers over {divided.tensor.count}" if divided else ""
+    over += f", experts over {experts.size()}" if experts is not None else ""
+    return (
+        f"DeepSpeed {deepspeed.__version__}, ZeRO {parallel.zero_stage} of {parallel.shard_ranks} ranks, "
+        f"{config.train.dtype} over {parallel.data} x {parallel.sequence} (data x sequence, {device.type}){over}, "
+        f"optimizer {optimizer.name} of {optimizer.implementation}"
+    )
+
+
 class Engine:
     """A model under training: forward, backward and step, over all ranks, with what ZeRO divides over them.
 
@@ -144,23 +158,10 @@ class Engine:
             experts=experts,
             tensor=divided.tensor.group if divided else None,
         )
-        self._masters = config.train.weights == "bfloat16"
-        whole = {name: p.detach().clone() for name, p in model.named_parameters()} if self._masters else {}
-        casting = _matrices_alone_cast() if self._masters else nullcontext()
-        with self._expert_parallel.announced(model), casting, large_tensors_given_back():
-            self.deepspeed, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=optimizer,
-                config=settings,
-                mpu=unit,
-                dist_init_required=False,
-            )
-        if self.stage == 3:
-            share_weights(self.deepspeed.optimizer)
         # Whether the optimizer has made its state.
         self._begun = False
-        if self._masters:
-            self._restore_masters(whole)
+        self._masters = config.train.weights == "bfloat16"
+        self.deepspeed = self._start_deepspeed(optimizer, settings, unit)
         if matrices:
             place_blocks(self.deepspeed.optimizer, self.stage, matrices, config.optimizer)
         compile_model(model, config.train.compile, sharded=config.parallel.sequence > 1)
@@ -170,21 +171,28 @@ class Engine:
         self.optimizer_state = OptimizerState(
             self.deepspeed, self.stage, config.optimizer, self._expert_parallel, self._replicas
         )
-        over = f", layers over {divided.tensor.count}" if divided else ""
-        over += f", experts over {experts.size()}" if experts is not None else ""
-        log.info(
-            "engine: DeepSpeed %s, ZeRO %d of %d ranks, %s over %d x %d (data x sequence, %s)%s, optimizer %s of %s",
-            deepspeed.__version__,
-            self.stage,
-            config.parallel.shard_ranks,
-            config.train.dtype,
-            config.parallel.data,
-            config.parallel.sequence,
-            ranks.device.type,
-            over,
-            config.optimizer.name,
-            config.optimizer.implementation,
-        )
+        log.info("engine: %s", _description(config, ranks.device, divided, experts))
+
+    def _start_deepspeed(self, optimizer: Any, settings: dict[str, Any], unit: Any) -> Any:
+        """DeepSpeed's engine over the model, with the very weights that the model has."""
+        import deepspeed
+
+        model = self.module
+        whole = {name: p.detach().clone() for name, p in model.named_parameters()} if self._masters else {}
+        casting = _matrices_alone_cast() if self._masters else nullcontext()
+        with self._expert_parallel.announced(model), casting, large_tensors_given_back():
+            engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=settings,
+                mpu=unit,
+                dist_init_required=False,
+            )
+        if self.stage == 3:
+            share_weights(engine.optimizer)
+        if self._masters:
+            self._restore_masters(whole)
+        return engine
 
     def _bear(self, weights: Fill | None, settings: dict[str, Any], shards: Shards | None) -> None:
         """Gives the model its weights, one at a time, and in stage 3 divides each before the next is made."""
