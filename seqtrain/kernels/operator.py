@@ -4,7 +4,9 @@ From the declaration follow the checks of a call, its backends, what is sliced w
 shapes of its state and output, its FLOPs, and its tests (`tests/kernels/test_contract.py`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import update_wrapper, wraps
 from inspect import Parameter, Signature, signature
@@ -19,6 +21,26 @@ from seqtrain.kernels.checks import check_documents, check_kind, check_shape, ch
 from seqtrain.kernels.custom_ops import constant, opaque
 from seqtrain.kernels.documents import state_dtype
 from seqtrain.kernels.segments import RELAYED, AffineScan, AffineSegment, Options, TimeSplit
+
+
+class _Taken(threading.local):
+    """On this thread, what is called in an operator's place: with it, and with its arguments."""
+
+    function: Callable[..., Any] | None = None
+
+
+_taken = _Taken()
+
+
+@contextmanager
+def taken_by(function: Callable[..., Any]) -> Iterator[None]:
+    """Operators called in it, on this thread, are `function(operator, *args, **kwargs)`."""
+    before, _taken.function = _taken.function, function
+    try:
+        yield
+    finally:
+        _taken.function = before
+
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -96,6 +118,9 @@ class Operator(Generic[P, R]):
         self._functions = SimpleNamespace()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.compiler.is_compiling() and _taken.function is not None:
+            found: R = _taken.function(self, *args, **kwargs)
+            return found
         return self.function(*args, **kwargs)
 
     def __repr__(self) -> str:

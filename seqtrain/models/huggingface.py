@@ -153,15 +153,30 @@ class SeqtrainForCausalLM(PreTrainedModel, GenerationMixin):
             seen=seen,
         )
         watched = bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
-        hidden, states, entered = self._hidden(x, packing, past_key_values, watched)
+        kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        past = None if past_key_values is None else past_key_values.states
+        loss, entered = None, list[Tensor]()
+        if (
+            past is not None
+            and input_ids is not None
+            and x.shape[1] == 1
+            and packing is None
+            and not watched
+            and labels is None
+        ):
+            one, states = self.model.step(x[:, 0], past)
+            logits = one[:, None][:, kept]
+        else:
+            hidden, states, entered = self._hidden(x, packing, past_key_values, watched)
+            loss = None if labels is None else self._loss(hidden, labels, packing, num_items_in_batch)
+            logits = self.model.head(hidden[:, kept])
         cache = None
         if self.config.use_cache and not self.training if use_cache is None else use_cache:
             cache = StateCache(len(states)) if past_key_values is None else past_key_values
             cache.replace(states, x.shape[1])
-        kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         output = CausalLMOutputWithPast(
-            loss=None if labels is None else self._loss(hidden, labels, packing, num_items_in_batch),
-            logits=self.model.head(hidden[:, kept]),
+            loss=loss,
+            logits=logits,
             past_key_values=cache,
             hidden_states=(*entered, hidden) if watched else None,
         )

@@ -198,8 +198,15 @@ class LanguageModel(nn.Module):
     def step(
         self, tokens: Tensor, state: list[State], *, sequence: SequenceContext = WHOLE
     ) -> tuple[Tensor, list[State]]:
-        """One token for each row: `tokens: int64 [B]` -> `([B,vocab], state)`."""
-        return self(tokens, state=state, sequence=sequence)
+        """One token for each row: `tokens: int64 [B]` -> `([B,vocab], state)`; `state` stays as it is.
+
+        On a CPU, without gradients, by the native library where it can be (`seqtrain.models.decoding`).
+        """
+        # It has the blocks' parts, and imports what most models never need.
+        from seqtrain.models import decoding
+
+        found = decoding.step(self, tokens, state, sequence)
+        return self(tokens, state=state, sequence=sequence) if found is None else found
 
     def _run(
         self, block: Any, x: Tensor, state: State | None, sequence: SequenceContext, first: Tensor | None

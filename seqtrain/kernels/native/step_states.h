@@ -1,0 +1,171 @@
+// What a token does to a layer's state: recurrences, short convolutions, and attention to the keys that are kept.
+//
+// The state before and after may lie in one place.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "step_products.h"
+
+namespace seqtrain {
+
+// Offset of an operand at (row, head).
+static inline int64_t at(const Operand& x, int64_t b, int64_t h) {
+  return (b * x.strides[0] + h * x.strides[1]) * width_of(x.dtype);
+}
+
+// n numbers of an operand's last dimension at (row, head).
+template <class T>
+static const T* vector_of(const Frame& frame, const Operand& x, int64_t b, int64_t h, int n, std::vector<T>& buffer) {
+  buffer.resize(n);
+  return take(x, address(frame, x) + at(x, b, h), x.strides[2], n, buffer.data());
+}
+
+// The delta rule, or linear attention without a beta: out, q, k, v, beta, log_decay, read, erase, state, state after.
+// sizes: B, H. ints: K, V, whether the decay has channels.
+template <class T>
+static void recurrence_step(const Instruction& in, const Operand* x, const Frame& frame) {
+  const int key = static_cast<int>(in.ints[0]), value = static_cast<int>(in.ints[1]);
+  const int64_t heads = in.sizes[1], tasks = in.sizes[0] * heads;
+  // Few heads are cut into blocks of columns.
+  const int pieces = tasks >= in.threads ? 1 : static_cast<int>(std::min<int64_t>(in.threads, (value + 15) / 16));
+  const int width = ((value + pieces - 1) / pieces + 15) / 16 * 16;
+  in_parallel(in.threads, tasks * pieces, [&](int64_t task) {
+    const int64_t b = task / pieces / heads, h = task / pieces % heads;
+    const int first = static_cast<int>(task % pieces) * width, columns = std::min(width, value - first);
+    if (columns <= 0) return;
+    std::vector<T> buffers[8], factor(key, T(1)), found(columns, T(0)), written(columns), out(columns, T(0));
+    auto part = [&](int o, int n) { return x[o].absent ? nullptr : vector_of<T>(frame, x[o], b, h, n, buffers[o]); };
+    const T *q = part(1, key), *k = part(2, key), *v = part(3, value) + first, *beta = part(4, 1);
+    const T *read = part(6, key), *erase = part(7, key);
+    if (const T* log = part(5, in.ints[2] ? key : 1)) {
+      if (in.ints[2])
+        apply<T>(op_exp, key, factor.data(), log, nullptr, nullptr);
+      else
+        std::fill(factor.begin(), factor.end(), std::exp(log[0]));
+    }
+    const T* before = reinterpret_cast<const T*>(address(frame, x[8]) + at(x[8], b, h)) + first;
+    T* after = reinterpret_cast<T*>(address(frame, x[9]) + at(x[9], b, h)) + first;
+    T *sums = found.data(), *write = written.data(), *reads = out.data();
+    if (beta) {
+      const T* asks = read ? read : k;
+      for (int c = 0; c < key; ++c) {
+        const T strength = asks[c] * factor[c];
+        const T* row = before + int64_t(c) * value;
+        for (int w = 0; w < columns; ++w) sums[w] += strength * row[w];
+      }
+    }
+    for (int w = 0; w < columns; ++w) {
+      write[w] = !beta ? v[w] : read ? beta[0] * v[w] : beta[0] * (v[w] - sums[w]);
+      sums[w] = read ? beta[0] * sums[w] : T(0);
+    }
+    for (int c = 0; c < key; ++c) {
+      const T *from = before + int64_t(c) * value, kept = factor[c], along = k[c], query = q[c];
+      T* row = after + int64_t(c) * value;
+      if (read) {
+        const T removed = erase[c];
+        for (int w = 0; w < columns; ++w) row[w] = kept * from[w] + along * write[w] - removed * sums[w];
+      } else {
+        for (int w = 0; w < columns; ++w) row[w] = kept * from[w] + along * write[w];
+      }
+      for (int w = 0; w < columns; ++w) reads[w] += query * row[w];
+    }
+    const T scale = static_cast<T>(in.scalars[0]);
+    for (int w = 0; w < columns; ++w) reads[w] *= scale;
+    const int64_t stride = x[0].strides[2];
+    put(x[0], address(frame, x[0]) + at(x[0], b, h) + first * stride * width_of(x[0].dtype), stride, columns, reads);
+  });
+}
+
+// out, x, weight [D,W], bias, state [B,S,D], state after. sizes: B, D. ints: W, dilation, S, whether SiLU follows.
+template <class T>
+static void convolution_step(const Instruction& in, const Operand* x, const Frame& frame) {
+  const int64_t channels = in.sizes[1], past = in.ints[2];
+  const int taps = static_cast<int>(in.ints[0]);
+  for (int64_t b = 0; b < in.sizes[0]; ++b)
+    for (int64_t first = 0; first < channels; first += kStrip) {
+      const int n = static_cast<int>(std::min<int64_t>(kStrip, channels - first));
+      T buffer[kStrip], column[kStrip], sums[kStrip];
+      auto strip = [&](int o, int64_t row, T* to) {
+        const int64_t stride = x[o].strides[1];
+        return take(x[o], address(frame, x[o]) + (row + first * stride) * width_of(x[o].dtype), stride, n, to);
+      };
+      const T* now = strip(1, b * x[1].strides[0], buffer);
+      if (x[3].absent)
+        std::fill_n(sums, n, T(0));
+      else
+        std::copy_n(strip(3, 0, column), n, sums);
+      T* after = reinterpret_cast<T*>(address(frame, x[5])) + b * past * channels + first;
+      const T* before = reinterpret_cast<const T*>(address(frame, x[4])) + b * past * channels + first;
+      for (int j = 0; j < taps; ++j) {
+        const T* tap = take(x[2], address(frame, x[2]) + (first * x[2].strides[0] + j * x[2].strides[1]) * width_of(x[2].dtype),
+                            x[2].strides[0], n, column);
+        const T* row = j + 1 == taps ? now : before + j * in.ints[1] * channels;
+        for (int i = 0; i < n; ++i) sums[i] += row[i] * tap[i];
+      }
+      for (int64_t s = 0; s < past; ++s)
+        std::memmove(after + s * channels, s + 1 == past ? now : before + (s + 1) * channels, sizeof(T) * n);
+      if (in.ints[3]) apply<T>(op_silu, n, sums, sums, nullptr, nullptr);
+      const int64_t stride = x[0].strides[1];
+      put(x[0], address(frame, x[0]) + (b * x[0].strides[0] + first * stride) * width_of(x[0].dtype), stride, n, sums);
+    }
+}
+
+// Softmax attention of one token a row to the keys before it and its own, which it adds to them. Operands: out, q, k, v,
+// the kept keys [B,capacity,G,K] and values, how many of them count for each row. sizes: B, H, G. ints: K, V, and where
+// the frame's numbers begin: the first row that is kept, rows kept, capacity. scalars: scale, cap.
+template <class T>
+static void attention_step(const Instruction& in, const Operand* x, const Frame& frame) {
+  const int64_t heads = in.sizes[1], groups = in.sizes[2], share = heads / groups;
+  const int key = static_cast<int>(in.ints[0]), value = static_cast<int>(in.ints[1]);
+  const int64_t start = frame.numbers[in.ints[2]], rows = frame.numbers[in.ints[2] + 1];
+  const int64_t capacity = frame.numbers[in.ints[2] + 2];
+  const T scale = static_cast<T>(in.scalars[0]), cap = static_cast<T>(in.scalars[1]);
+  in_parallel(in.threads, in.sizes[0] * groups, [&](int64_t task) {
+    const int64_t b = task / groups, g = task % groups;
+    std::vector<T> buffer, row(std::max(key, value)), queries(share * key), scores(share * (rows + 1)), out(value);
+    auto place = [&](int o, int64_t s, int width) {
+      return address(frame, x[o]) + ((b * capacity + start + s) * groups + g) * width * width_of(x[o].dtype);
+    };
+    put(x[4], place(4, rows, key), 1, key, vector_of<T>(frame, x[2], b, g, key, buffer));
+    put(x[5], place(5, rows, value), 1, value, vector_of<T>(frame, x[3], b, g, value, buffer));
+    const int64_t counted = x[6].absent ? rows : reinterpret_cast<const int64_t*>(address(frame, x[6]))[b * x[6].strides[0]];
+    const int64_t first = std::max<int64_t>(0, rows - counted);
+    for (int64_t i = 0; i < share; ++i)
+      std::copy_n(vector_of<T>(frame, x[1], b, g * share + i, key, buffer), key, queries.data() + i * key);
+    for (int64_t s = first; s <= rows; ++s) {
+      const T* k = take(x[4], place(4, s, key), 1, key, row.data());
+      for (int64_t i = 0; i < share; ++i) {
+        const T score = scale * dot_of(queries.data() + i * key, k, key);
+        scores[i * (rows + 1) + s] = cap > 0 ? cap * std::tanh(score / cap) : score;
+      }
+    }
+    for (int64_t i = 0; i < share; ++i) {
+      T* line = scores.data() + i * (rows + 1);
+      T most = line[first], sum(0);
+      for (int64_t s = first; s <= rows; ++s) most = std::max(most, line[s]);
+      for (int64_t s = first; s <= rows; ++s) line[s] -= most;
+      for (int64_t s = first; s <= rows; s += kStrip) {
+        const int n = static_cast<int>(std::min<int64_t>(kStrip, rows + 1 - s));
+        apply<T>(op_exp, n, line + s, line + s, nullptr, nullptr);
+      }
+      for (int64_t s = first; s <= rows; ++s) sum += line[s];
+      for (int64_t s = first; s <= rows; ++s) line[s] /= sum;
+    }
+    std::vector<T> outs(share * value, T(0));
+    for (int64_t s = first; s <= rows; ++s) {
+      const T* v = take(x[5], place(5, s, value), 1, value, row.data());
+      for (int64_t i = 0; i < share; ++i) {
+        const T weight = scores[i * (rows + 1) + s];
+        T* to = outs.data() + i * value;
+        for (int w = 0; w < value; ++w) to[w] += weight * v[w];
+      }
+    }
+    for (int64_t i = 0; i < share; ++i)
+      put(x[0], address(frame, x[0]) + at(x[0], b, g * share + i), x[0].strides[2], value, outs.data() + i * value);
+  });
+}
+
+}  // namespace seqtrain
