@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 
 from seqtrain.data import check_source
 from seqtrain.data.synthetic import TASKS
@@ -176,11 +177,28 @@ def _check_warmup(config: PretrainConfig) -> None:
         )
 
 
+def launched_ranks() -> int:
+    """How many ranks torchrun has started, of which this process is one; 1 where it hasn't.
+
+    Raises `ConfigError` for an environment that isn't torchrun's.
+    """
+    found = {name: value for name in ("RANK", "WORLD_SIZE") if (value := os.environ.get(name)) is not None}
+    for name, value in found.items():
+        if not value.isdecimal() or int(value) < (name == "WORLD_SIZE"):
+            raise ConfigError(f"{name}={value}: is no number of ranks; start them with torchrun, or unset it")
+    if "RANK" in found:
+        needed = ("WORLD_SIZE",) if dist.is_initialized() else ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in needed if not os.environ.get(name)]:
+            raise ConfigError(f"{missing[0]}: isn't set, but RANK={found['RANK']} is; start ranks with torchrun")
+        if int(found["RANK"]) >= int(found["WORLD_SIZE"]):
+            raise ConfigError(f"RANK={found['RANK']}: must be below WORLD_SIZE={found['WORLD_SIZE']}")
+    return int(found.get("WORLD_SIZE", 1))
+
+
 def _check_ranks(config: PretrainConfig) -> None:
-    parallel, launched = config.parallel, os.environ.get("WORLD_SIZE")
-    there = int(launched or 1)
-    if config.runtime.name == "inline" and parallel.ranks != there:
-        came = f"torchrun started {launched}" if launched else "this process is one"
+    parallel = config.parallel
+    if config.runtime.name == "inline" and parallel.ranks != (there := launched_ranks()):
+        came = f"torchrun started {there}" if "WORLD_SIZE" in os.environ else "this process is one"
         # What is left for the data axis where the others stay; else all as they would be.
         others = parallel.sequence * parallel.tensor
         tensor = f" parallel.tensor={parallel.tensor}" if parallel.tensor > 1 else ""

@@ -12,7 +12,7 @@ import torch
 
 from seqtrain.errors import ConfigError
 from seqtrain.models.config import default_config, mixer_class
-from seqtrain.runtime.checks import check, check_address, check_answers, check_lora
+from seqtrain.runtime.checks import check, check_address, check_answers, check_lora, launched_ranks
 from seqtrain.runtime.choices import dtype_of
 from seqtrain.runtime.settings import PretrainConfig, RuntimeConfig, largest_divisor, unit
 from seqtrain.validation import AUTO, validate
@@ -81,7 +81,7 @@ def _data_ranks(config: PretrainConfig) -> int:
     """Groups of ranks for the processes there are or can be: one where they don't suffice for more."""
     runtime, others = config.runtime, config.parallel.sequence * config.parallel.tensor
     if runtime.name == "inline":
-        return max(1, int(os.environ.get("WORLD_SIZE", 1)) // others)
+        return max(1, launched_ranks() // others)
     if runtime.workers:
         return max(1, max(runtime.workers) // others)
     if runtime.cluster:

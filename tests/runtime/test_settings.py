@@ -169,3 +169,27 @@ def test_wsd_is_constant_between_warm_up_and_decay():
 @pytest.mark.parametrize("name", ["linear", "wsd"])
 def test_a_run_that_is_all_warm_up_ends_at_the_peak(name):
     assert rates(name=name, warmup_fraction=1.0)[-1] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc: is no number of ranks"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: is no number of ranks"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1: is no number of ranks"),
+        ({"RANK": "0"}, "WORLD_SIZE: isn't set, but RANK=0 is; start ranks with torchrun"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR: isn't set, but RANK=0 is"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "MASTER_PORT: isn't set"),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "RANK=2: must be below WORLD_SIZE=2",
+        ),
+    ],
+)
+def test_an_environment_that_is_not_torchrun_s_is_one_line(tmp_path, environment, message, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        check(small_config(tmp_path))
