@@ -1,7 +1,7 @@
 """The networks of a conversion: the teacher as a `LanguageModel` with softmax mixers, its student, and what stays."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +43,8 @@ class LayerChoice(Manifest):
     keep: tuple[Annotated[int, Field(ge=0, strict=True)], ...]
     layers: list[str] | None = None
     importance: list[float] | None = None
+    # Every score that was measured, layer by layer, by its name.
+    scores: dict[str, list[float]] = field(default_factory=dict)
 
 
 def kept_layers(
@@ -85,9 +87,11 @@ def layers_that_stay(layers: Sequence[str]) -> tuple[int, ...]:
     return tuple(index for index, name in enumerate(layers) if name in (FULL, WINDOWED))
 
 
-def write_layers(file: Path, layers: Sequence[str], importance: list[float] | None) -> None:
+def write_layers(
+    file: Path, layers: Sequence[str], importance: list[float] | None, scores: Mapping[str, list[float]]
+) -> None:
     """Writes what was chosen, for people and for `keep=FILE.json`."""
-    LayerChoice(layers_that_stay(layers), list(layers), importance).write(file)
+    LayerChoice(layers_that_stay(layers), list(layers), importance, dict(scores)).write(file)
 
 
 def student_of(teacher: Architecture, config: ConvertConfig, kept: Collection[int]) -> Architecture:
@@ -103,7 +107,7 @@ def student_of(teacher: Architecture, config: ConvertConfig, kept: Collection[in
     if WINDOWED in teacher.mixers:
         window = min(window, teacher.mixers[WINDOWED].window)
     options: dict[str, dict[str, Any]]
-    memory = {"memory": config.target} | {field.name: getattr(layer, field.name) for field in fields(MemoryConfig)}
+    memory = {"memory": config.target} | {each.name: getattr(layer, each.name) for each in fields(MemoryConfig)}
     if is_liger(config.target):
         options = {config.target: {"window": window}}
     elif layer.arrangement == "alternate":
@@ -157,5 +161,5 @@ def layers_alone(
 def _taking_over(softmax: Any, name: str, options: dict[str, Any]) -> Any:
     """The config of mixer `name` with the projections of `softmax`, a config too, and `options` of its own."""
     cls = MIXERS.get(name).Config
-    shared = {field.name for field in fields(cls)} & {field.name for field in fields(softmax)}
-    return cls(**{field: getattr(softmax, field) for field in shared - set(options)}, **options)
+    shared = {each.name for each in fields(cls)} & {each.name for each in fields(softmax)}
+    return cls(**{name: getattr(softmax, name) for name in shared - set(options)}, **options)

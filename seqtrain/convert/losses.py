@@ -28,6 +28,12 @@ def mean_square_sum(came: Tensor, expected: Tensor, labels: Tensor) -> Tensor:
     return (error * (labels != IGNORED)).sum()
 
 
+def norm_sum(came: Tensor, expected: Tensor, labels: Tensor) -> Tensor:
+    """`sum of |came - expected| / sqrt(D)` over tokens whose label counts; shapes as in `relative_error_sum`."""
+    error = torch.linalg.vector_norm(upcast(came) - upcast(expected), dim=-1) * came.shape[-1] ** -0.5
+    return (error * (labels != IGNORED)).sum()
+
+
 def distillation_sum(
     hidden: Tensor,
     weight: Tensor,

@@ -32,8 +32,9 @@ CHUNK = 256
 LARGEST = 700.0
 # Tokens of the answer to the prompt.
 ANSWER = 8
-# Tokens of a passage that is repeated, and texts it is put into.
-PASSAGE, PASSAGES = 16, 2
+# Tokens of a passage that is repeated, texts it is put into, tokens of it that what came before predicts.
+PASSAGE, PASSAGES = 16, 4
+ANSWERS = PASSAGE - 1
 
 Converted = Liger | LinearizedAttention | StreamingAttention
 
@@ -43,11 +44,10 @@ def converted_mixers(model: LanguageModel) -> list[Converted]:
     return [block.mixer for block in model.blocks if isinstance(block.mixer, Converted)]
 
 
-def softmax_reach(model: LanguageModel) -> tuple[int, int]:
-    """The widest reach of the converted layers' softmax: so many last tokens, and so many first ones of a document."""
-    mixers = converted_mixers(model)
-    sinks = [mixer.config.sinks for mixer in mixers if not isinstance(mixer, Liger)]
-    return max((mixer.config.window for mixer in mixers), default=0), max(sinks, default=0)
+def sinks_of(model: LanguageModel) -> int:
+    """First tokens of a document that a converted layer's softmax always sees, at most."""
+    sinks = [mixer.config.sinks for mixer in converted_mixers(model) if not isinstance(mixer, Liger)]
+    return max(sinks, default=0)
 
 
 def without_parts(student: LanguageModel) -> Iterator[str]:
@@ -126,20 +126,27 @@ def by_position(surprises: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     return rows
 
 
-def repeated_passages(tokens: Tensor, passage: int, first: int, least_between: int) -> Tensor | None:
-    """`tokens: [B,T]` with one random passage of its own tokens at `first` and again at the end; None if too short.
+def repeated_passages(tokens: Tensor, passage: int, first: int, between: int, *, rows: int) -> Tensor | None:
+    """Rows of `tokens: [B,T]`, one after the other, each with a random passage of its tokens at `first` and at its end.
 
-    `passage`: its length. `least_between`: the least distance between its two occurrences.
+    `passage`: its length. `between`: how far back it first was. `rows`: at most so many; None where there is not one.
     """
-    length = tokens.shape[1]
-    if length - passage - first < least_between:
+    length = first + between + passage
+    rows = min(rows, tokens.numel() // length)
+    if not rows:
         return None
+    tokens = tokens.flatten()[: rows * length].view(rows, length)
     # Of tokens that the model knows, in an unpredictable order.
     known = tokens.unique()
     drawn = torch.randint(len(known), (tokens.shape[0], passage), generator=torch.Generator().manual_seed(0))
     changed = tokens.clone()
     changed[:, first : first + passage] = changed[:, length - passage :] = known[drawn]
     return changed
+
+
+def passages(tokens: Tensor, sinks: int, distance: int) -> Tensor | None:
+    """What recall from `distance` tokens back is asked with, of the rows of a text; None where it is too short."""
+    return repeated_passages(tokens, PASSAGE, sinks, distance, rows=PASSAGES)
 
 
 def recall(model: LanguageModel, tokens: Tensor, answers: int) -> dict[str, float]:
@@ -206,10 +213,22 @@ def _tokenized(name: str, origin: str, config: VerifyConfig, tokenizer: Any) -> 
 class Evaluator:
     """Measures students against a teacher, whose own results are computed once."""
 
-    def __init__(self, teacher: LanguageModel, texts: Sequence[Text], *, tokenizer: Any = None, prompt: str = ""):
-        """`tokenizer`: of Hugging Face, for the `prompt` both continue; without either there is no answer."""
+    def __init__(
+        self,
+        teacher: LanguageModel,
+        texts: Sequence[Text],
+        *,
+        tokenizer: Any = None,
+        prompt: str = "",
+        distances: Sequence[int] = (),
+    ):
+        """`tokenizer`: of Hugging Face, for the `prompt` both continue; without either there is no answer.
+
+        `distances`: tokens back at which passages are asked for.
+        """
         self.teacher = teacher
         self.texts = texts
+        self.distances = distances
         self.tokenizer = tokenizer
         self.prompt = prompt if tokenizer is not None else ""
         self._hidden = {text.name: hidden_states(teacher, text.tokens) for text in texts}
@@ -242,18 +261,19 @@ class Evaluator:
             "by_position": by_position(by_model),
         }
 
-    def _recall(self, student: LanguageModel) -> dict[str, Any] | None:
-        """How well a passage of random tokens is predicted when it is repeated beyond every layer's window."""
-        window, sinks = softmax_reach(student)
-        rows = self.texts[0].tokens[:PASSAGES]
-        tokens = repeated_passages(rows, PASSAGE, first=sinks, least_between=window + PASSAGE)
-        if tokens is None:
-            return None
-        # Nothing predicts the first token of a passage.
-        answers = PASSAGE - 1
-        found: dict[str, Any] = {"tokens_between": tokens.shape[1] - PASSAGE - sinks}
-        found |= {"teacher": recall(self.teacher, tokens, answers), "student": recall(student, tokens, answers)}
-        return found | {name: recall(student, tokens, answers) for name in without_parts(student)}
+    def _recall(self, student: LanguageModel) -> list[dict[str, Any]]:
+        """How well a passage of random tokens is predicted when it is repeated, for each distance that texts have.
+
+        Nothing predicts its first token.
+        """
+        found = []
+        for distance in self.distances:
+            asked = passages(self.texts[0].tokens, sinks_of(student), distance)
+            if asked is not None:
+                models = {"teacher": recall(self.teacher, asked, ANSWERS), "student": recall(student, asked, ANSWERS)}
+                models |= {name: recall(student, asked, ANSWERS) for name in without_parts(student)}
+                found.append({"tokens_between": distance, **models})
+        return found
 
     def _continued(self, model: LanguageModel) -> list[int]:
         if not self.prompt:
@@ -281,25 +301,3 @@ def layer_errors(teacher: LanguageModel, student: LanguageModel, tokens: Tensor)
     mixers: Any = [block.mixer for block in student.blocks]
     layers = layers_alone(teacher, tokens, range(len(mixers)))
     return [relative_error(mixers[index](given)[0], expected) for index, given, expected in layers]
-
-
-@torch.no_grad()
-def restore_one_layer(
-    student: LanguageModel, teacher: LanguageModel, tokens: Tensor, progress: Callable[[str], None]
-) -> list[float]:
-    """By how much each layer's own attention lowers `KL(teacher | student)` of the fully converted student.
-
-    `tokens: int64 [B,T]`. Mean nats per token, layer by layer.
-    """
-    expected = hidden_states(teacher, tokens)
-
-    def divergence() -> float:
-        return agreement(teacher, expected, student, hidden_states(student, tokens))[0]
-
-    without, scores = divergence(), []
-    for index, (mine, theirs) in enumerate(zip(student.blocks, teacher.blocks, strict=True)):
-        progress(f"layer {index}")
-        replaced, mine.mixer = mine.mixer, theirs.mixer
-        scores.append(without - divergence())
-        mine.mixer = replaced
-    return scores

@@ -71,6 +71,7 @@ def write(folder: Path, report: dict[str, Any], run: dict[str, Any]) -> None:
     """Writes `report.json`, `report.md`, `report.png`, `layers.json`, and `run.json`, into `folder`.
 
     `report`: `heading` and `layers: list[str]`, `kept: list[int]`, `layer_importance: list[float] | None`,
+    `layer_scores: {name: list[float]}`, `rank_correlations`,
     `parameters: {teacher, student}`, `texts: {name: origin}`, `start`, `end` (of `Evaluator.measure`), `gap_closed`,
     `layer_errors: {when: list[float]}` in order of time, `cache_bytes_float32`, `generation: list`, `checks`, `passed`,
     `training: list` of the recipe's runs, `beside` (of `read_others`).
@@ -78,7 +79,7 @@ def write(folder: Path, report: dict[str, Any], run: dict[str, Any]) -> None:
     write_json(folder / "report.json", report, allow_nan=False)
     write_json(folder / "run.json", run, allow_nan=False)
     replace_file(folder / "report.md", as_markdown(report).encode("utf-8"))
-    write_layers(folder / "layers.json", report["layers"], report["layer_importance"])
+    write_layers(folder / "layers.json", report["layers"], report["layer_importance"], report["layer_scores"])
     draw(report, folder / "report.png")
 
 
@@ -108,6 +109,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         "![perplexity by position, errors of layers, ablations, cache by length](report.png)",
         *_recalled(report["end"]["recall"]),
         *_answered(report["end"].get("answer")),
+        *_scored(report),
         "## Errors of layers, each on its teacher's input",
         _table(["layer", "mixer", *errors], rows),
         "## Bytes of cache for one sequence",
@@ -178,13 +180,30 @@ def _students(perplexities: dict[str, float]) -> list[tuple[str, str]]:
     return [(model, f"{value:.2f}") for model, value in perplexities.items() if model != "teacher"]
 
 
-def _recalled(recall: dict[str, Any] | None) -> Iterator[str]:
-    if recall is not None:
-        models = {name: each for name, each in recall.items() if name != "tokens_between"}
-        rows = [[name, f"{each['surprise']:.2f}", f"{100 * each['accuracy']:.0f}%"] for name, each in models.items()]
-        yield "## Recall beyond the window"
-        yield f"A passage of random tokens is repeated {recall['tokens_between']} tokens after its first occurrence:"
-        yield _table(["model", "nats per token", "likeliest token right"], rows)
+def _recalled(recall: list[dict[str, Any]]) -> Iterator[str]:
+    if recall:
+        models = [name for name in recall[0] if name != "tokens_between"]
+        rows = []
+        for row in recall:
+            found = [f"{100 * row[model]['accuracy']:.0f}% ({row[model]['surprise']:.2f})" for model in models]
+            rows.append([str(row["tokens_between"]), *found])
+        yield "## Recall"
+        yield "A passage of random tokens is asked for again: how often the likeliest token is right (nats per token):"
+        yield _table(["tokens back", *models], rows)
+
+
+def _scored(report: dict[str, Any]) -> Iterator[str]:
+    """How layers were scored, where they were."""
+    if scores := report["layer_scores"]:
+        values = report["layer_importance"]
+        rows = [
+            [str(index), *(f"{each[index]:.4g}" for each in scores.values()), f"{values[index]:.4g}"]
+            for index in range(len(values))
+        ]
+        yield f"## Which layers matter, by {report['config']['keep_score']}"
+        yield _table(["layer", *scores, "score"], rows)
+        said = ", ".join(f"{value:.2f} ({names})" for names, value in report["rank_correlations"].items())
+        yield f"Rank correlation of the scores: {said}."
 
 
 def _answered(answer: dict[str, Any] | None) -> Iterator[str]:

@@ -24,7 +24,8 @@ from torch import Tensor
 from seqtrain.config import launch
 from seqtrain.convert import verify
 from seqtrain.convert.architecture import Architecture, architecture_of, changes, kept_layers, student_of
-from seqtrain.convert.measure import Evaluator, layer_errors, read_texts, restore_one_layer
+from seqtrain.convert.importance import combined, hessian_traces, rank_correlations, restore_one_layer
+from seqtrain.convert.measure import PASSAGE, Evaluator, layer_errors, read_texts
 from seqtrain.convert.report import heading, read_others, write
 from seqtrain.convert.settings import ConvertConfig, is_servable, read_convert_config
 from seqtrain.convert.stages import START, ConversionManifest, Progress, Stopped, Training, fingerprint
@@ -147,6 +148,11 @@ class _Conversion:
         self.teacher = architecture_of(self.source)
         pretrained.places_of(self.teacher.build(), self.source)
         self.texts = read_texts(config.verify, self.source, seed=config.seed)
+        # How far back passages are asked for that the texts are long enough for.
+        most = self.texts[0].tokens.numel() - PASSAGE
+        distances = [each * config.layer.window for each in config.verify.recall]
+        self.distances = [distance for distance in distances if 0 < distance < most]
+        self.scores: dict[str, list[float]] = {}
         # One row for checks, `[1,T]`.
         self.tokens = self.texts[0].tokens[:1]
         self.tokenizer = self.source.tokenizer()
@@ -154,6 +160,7 @@ class _Conversion:
         if manifest.chosen:
             # By an unfinished training.
             self.kept, self.importance = manifest.chosen["kept"], manifest.chosen["importance"]
+            self.scores = manifest.chosen.get("scores", {})
         else:
             depth, every = self.teacher.model.depth, is_servable(config.target)
             # What no choice of layers can make good.
@@ -189,9 +196,16 @@ class _Conversion:
 
     def _measured_importance(self) -> list[float]:
         """Of every layer."""
-        teacher, student = self._load(student_of(self.teacher, self.config, ()), torch.float32)
+        config, tokens = self.config, self.texts[0].tokens
+        teacher, student = self._load(student_of(self.teacher, config, ()), torch.float32)
         told = partial(self.progress, "choose layers")
-        return restore_one_layer(student, teacher, self.tokens, told)
+        self.scores = restore_one_layer(student, teacher, tokens, max(self.distances, default=0), told)
+        del student
+        told("traces")
+        self.scores["trace"] = hessian_traces(teacher, tokens, seed=config.seed)
+        for names, correlation in rank_correlations(self.scores).items():
+            told(f"rank correlation of {names}: {correlation:.2f}")
+        return combined(self.scores, config.keep_score)
 
     def measured_and_trained(self) -> tuple[LanguageModel, dict[str, int]]:
         """The student, trained where the recipe has stages, and the peak memory of loading it."""
@@ -201,7 +215,9 @@ class _Conversion:
             # Trained in float32, and only then rounded.
             teacher, student = self._load(self.student, torch.float32 if stages else dtype)
         self.progress("verify", "against the teacher")
-        evaluator = Evaluator(teacher, self.texts, tokenizer=self.tokenizer, prompt=config.verify.prompt)
+        evaluator = Evaluator(
+            teacher, self.texts, tokenizer=self.tokenizer, prompt=config.verify.prompt, distances=self.distances
+        )
         report |= {
             "layers": list(self.student.model.layers),
             "parameters": {"teacher": teacher.parameter_count(), "student": student.parameter_count()},
@@ -210,6 +226,8 @@ class _Conversion:
             "kept": list(self.kept),
             "changed": self.changed(),
             "layer_importance": self.importance,
+            "layer_scores": self.scores,
+            "rank_correlations": rank_correlations(self.scores),
             "training": [],
         }
         report["beside"] = read_others(config.beside, report)
@@ -219,7 +237,7 @@ class _Conversion:
             teacher, student, self.tokens, identical=not self.training.pair.converted
         )
         if stages:
-            self.training.begin(teacher, student, list(self.kept), self.importance)
+            self.training.begin(teacher, student, self.kept, self.importance, self.scores)
             del teacher, student
             student, end, reached = self._trained(evaluator)
         report |= {"start": start, "end": end, "gap_closed": verify.gap_closed(start, end)}

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
+from seqtrain.convert.calibrate import Calibration
 from seqtrain.data import DataConfig
 from seqtrain.errors import ConfigError, unknown_name
 from seqtrain.mixers import MIXERS
@@ -40,8 +41,11 @@ class StageConfig:
     """One stage: what is trained, towards what, and for how long."""
 
     # transfer: each converted layer alone, given what its teacher's layer is given, towards what that layer puts out.
-    # train: the whole model, towards its teacher's distribution, the text, or both.
-    kind: Literal["transfer", "train"] = "train"
+    # train: the whole model, towards its teacher's distribution, the text, or both. zeroth_order: the same by two
+    # forward passes a step, in the memory of inference. calibrate: numbers in closed form, without training.
+    kind: Literal["transfer", "train", "zeroth_order", "calibrate"] = "train"
+    # What text it reads: that of `data`, or made-up facts that are asked for and passages that are copied later on.
+    text: Literal["data", "facts"] = "data"
     # What changes: the converted layers' mixers; LoRA adapters (and what conversion added); or every weight.
     trainable: Literal["mixers", "lora", "all"] = "mixers"
     # Highest learning rate of the parameters that conversion added: gates, feature maps, the memory's weight.
@@ -59,17 +63,26 @@ class StageConfig:
     micro_batch_size: Positive = 1
     # Sequence-parallel ranks; must divide the number of ranks, parallel.data x parallel.sequence. 0: all of them.
     sequence_ranks: Count = 1
-    # transfer: what is minimized, the error relative to the teacher's output token by token, or its mean square.
-    error: Literal["relative", "mean_square"] = "relative"
-    # transfer: the layers, by number; empty: all that were converted.
+    # transfer, and what `hidden` weighs: what is minimized, the square error relative to the teacher's output token by
+    # token, its mean, or its root's (norm, RADLADS).
+    error: Literal["relative", "mean_square", "norm"] = "relative"
+    # The layers, by number; empty: all that were converted (transfer, calibrate), or the model as a whole. What lies
+    # below the lowest layer that is trained or not its teacher's runs once for both models, and not backward.
     layers: tuple[Count, ...] = ()
     # transfer: layers trained at one time; 0: all. With fewer, what enters the next ones is kept on disk.
     layers_at_once: Count = 0
+    # calibrate: which numbers, see seqtrain/convert/calibrate.py. QuantVLA: temperature, output; Taylor-Calibrate:
+    # timescale, heads.
+    calibrations: tuple[Calibration, ...] = ()
+    # zeroth_order: how far the weights are moved to either side.
+    epsilon: Annotated[float, Field(gt=0)] = 1e-3
+    # zeroth_order: tokens of a row that run at one time, with the state carried on; 0: all.
+    segment: Count = 0
     # train: weight of the divergence KL(teacher | student) of the next token's distribution.
     kl: Rate = 0.0
     # train: weight of the cross-entropy of the text.
     ce: Rate = 0.0
-    # train: weight of the relative square error of the last hidden states.
+    # train: weight of the error of the last hidden states.
     hidden: Rate = 0.0
     # train: logits are divided by it in the KL.
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -116,6 +129,8 @@ class VerifyConfig:
     tokens: Annotated[int, Field(gt=1)] = 512
     # Sequences of a text at most.
     sequences: Positive = 4
+    # Windows (layer.window) back at which a passage is asked for again, as far as a text reaches.
+    recall: tuple[Positive, ...] = (1, 2, 4, 8)
     # What teacher and student are to continue; empty: nothing.
     prompt: str = "The capital of France is"
     # Tokens the exported model generates while its cache is watched; 0: none.
@@ -140,6 +155,10 @@ class ConvertConfig:
     # Layers that keep softmax attention: none, every:K (the last of each K), budget:N (the N that matter most,
     # measured), a list of numbers from 0, or FILE.json, the layers.json of another conversion.
     keep: str | tuple[Count, ...] = "none"
+    # budget: what decides which layers matter most. Of each layer alone, its own attention restored: the divergence it
+    # removes (kl), the recall it gives back (recall), the mean of both relative to their largest (both), recall over
+    # divergence (recall_per_kl, HALO); or how sharply the loss curves in its weights, without a student (trace, HAWQ).
+    keep_score: Literal["kl", "recall", "both", "recall_per_kl", "trace"] = "both"
     # Number format of the weights.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     # Number format of a GGUF file that is written besides, for llama.cpp, where the target is granitemoehybrid.
@@ -251,17 +270,30 @@ def _check_stage(key: str, stage: StageConfig) -> None:
     """Raises `ConfigError` for the first rule between a stage's keys that is broken."""
     losses = {"kl": stage.kl, "ce": stage.ce, "hidden": stage.hidden}
     given = [name for name, weight in losses.items() if weight]
-    if not (stage.lr_new or stage.lr):
+    alone = stage.kind in ("transfer", "calibrate")
+    if bool(stage.calibrations) != (stage.kind == "calibrate"):
+        rule = "needs one" if stage.kind == "calibrate" else f"kind={stage.kind} has none; leave it out"
+        raise ConfigError(f"{key}.calibrations={list(stage.calibrations)}: {rule}")
+    if not (stage.lr_new or stage.lr or stage.kind == "calibrate"):
         raise ConfigError(f"{key}.lr={stage.lr}: lr_new and lr are both 0, which trains nothing; raise one")
-    if stage.kind == "train" and not given:
+    if not alone and not given:
         raise ConfigError(f"{key}.kl={stage.kl}: kl, ce and hidden are all 0, which leaves no loss; raise one")
-    if stage.kind == "transfer" and given:
-        raise ConfigError(f"{key}.{given[0]}={losses[given[0]]}: kind=transfer has no such loss; use 0, or kind=train")
-    if stage.kind == "transfer" and stage.trainable != "mixers":
-        raise ConfigError(f"{key}.trainable={stage.trainable}: kind=transfer trains mixers; use mixers, or kind=train")
+    if alone and given:
+        rule = f"kind={stage.kind} has no such loss; use 0, or kind=train"
+        raise ConfigError(f"{key}.{given[0]}={losses[given[0]]}: {rule}")
+    if alone and stage.trainable != "mixers":
+        rule = f"kind={stage.kind} changes mixers; use mixers, or kind=train"
+        raise ConfigError(f"{key}.trainable={stage.trainable}: {rule}")
+    if stage.kind == "zeroth_order" and stage.sequence_ranks != 1:
+        rule = "kind=zeroth_order runs a row in pieces, not on ranks; use 1, and segment"
+        raise ConfigError(f"{key}.sequence_ranks={stage.sequence_ranks}: {rule}")
+    if stage.segment and stage.kind != "zeroth_order":
+        raise ConfigError(f"{key}.segment={stage.segment}: only kind=zeroth_order runs rows in pieces; use 0")
     if stage.kind == "transfer" and stage.gradient_clipping:
         raise ConfigError(f"{key}.gradient_clipping={stage.gradient_clipping}: would tie a transfer's layers; use 0")
-    if stage.kind == "train" and (stage.layers or stage.layers_at_once):
-        raise ConfigError(f"{key}.layers: kind=train trains the model as a whole; leave layers and layers_at_once out")
+    if stage.kind != "transfer" and stage.layers_at_once:
+        raise ConfigError(f"{key}.layers_at_once={stage.layers_at_once}: only kind=transfer trains layers alone; use 0")
+    if stage.trainable == "lora" and stage.layers:
+        raise ConfigError(f"{key}.layers={list(stage.layers)}: trainable=lora is for all layers; leave it out")
     if stage.trainable == "lora" and not (stage.lora_targets and stage.lr):
         raise ConfigError(f"{key}.lora_targets={list(stage.lora_targets)}: needs matrices, and lr above 0")

@@ -3,17 +3,21 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import torch
 from pydantic import AliasChoices, Field
 from torch import Tensor
 
+from seqtrain.convert.calibrate import calibrate, sizes_of
+from seqtrain.convert.facts import write_facts
 from seqtrain.convert.settings import ConvertConfig, StageConfig
-from seqtrain.convert.tasks import TEACHER, Distillation, Pair, Transfer
+from seqtrain.convert.tasks import TEACHER, Distillation, Pair, Transfer, training_data
 from seqtrain.convert.weights import mapped, model_from, rest_of_teacher, write_tensors
 from seqtrain.data import prepare
 from seqtrain.data.config import WITHOUT_EFFECT
@@ -80,9 +84,14 @@ class ConversionManifest(Manifest):
     def values(self) -> dict[str, Any]:
         return {key: value for key, value in super().values().items() if key != "folder"}
 
-    def choose(self, kept: Sequence[int], importance: list[float] | None) -> None:
+    def choose(
+        self,
+        kept: Sequence[int],
+        importance: list[float] | None,
+        scores: Mapping[str, list[float]] = MappingProxyType({}),
+    ) -> None:
         """Notes which layers stay."""
-        self.chosen = {"kept": list(kept), "importance": importance}
+        self.chosen = {"kept": list(kept), "importance": importance, "scores": dict(scores)}
         self._write()
 
     def done(self, name: str) -> bool:
@@ -128,14 +137,23 @@ class Training:
     def tokenizer_folder(self) -> Path:
         return self.manifest.folder / "tokenizer"
 
+    def facts_folder(self, name: str) -> Path:
+        """Of the made-up text of run `name`."""
+        return self.manifest.folder / f"{name}-facts"
+
     def begin(
-        self, teacher: LanguageModel, student: LanguageModel, kept: list[int], layer_importance: list[float] | None
+        self,
+        teacher: LanguageModel,
+        student: LanguageModel,
+        kept: Sequence[int] = (),
+        importance: list[float] | None = None,
+        scores: Mapping[str, list[float]] = MappingProxyType({}),
     ) -> None:
         """Keeps the untrained student, from which everything follows, its teacher, the layers that stay, the tokenizer.
 
         `student`: on the weights of `teacher`.
         """
-        self.manifest.choose(kept, layer_importance)
+        self.manifest.choose(kept, importance, scores)
         if not self.manifest.done(START):
             self.manifest.folder.mkdir(parents=True, exist_ok=True)
             self.tokenizer.save_pretrained(self.tokenizer_folder)
@@ -156,11 +174,16 @@ class Training:
         for number, (name, stage) in enumerate(self.config.recipe.stages.items(), 1):
             sizes = f"{stage.steps} steps of {stage.batch_size} x {stage.sequence_length} tokens"
             self.progress("train", f"{name}, {sizes}")
-            runs = self._transfers if stage.kind == "transfer" else self._distillation
+            if stage.text == "facts":
+                wanted = stage.steps * stage.batch_size * stage.sequence_length
+                place = self.facts_folder(f"{number}-{name}")
+                write_facts(place, tokens=wanted, length=stage.sequence_length, seed=self.config.seed)
+            kinds = {"transfer": self._transfers, "calibrate": self._calibration}
+            runs = kinds.get(stage.kind, self._distillation)
             for finished in runs(f"{number}-{name}", stage, pair):
                 pair = replace(pair, files=(*pair.files, self.manifest.weights(finished)))
                 reports.append({"run": finished, **self.manifest.runs[finished]})
-            if stage.kind == "transfer":
+            if stage.kind in kinds:
                 transferred(name, model_from(pair.student, pair.files))
         return model_from(pair.student, pair.files, own=mapped(pair.files)), reports
 
@@ -174,7 +197,8 @@ class Training:
                 f"recipe={config.recipe.name}: keep={config.keep} leaves no layer to train; use recipe=none"
             )
         for name, stage in config.recipe.stages.items():
-            if wrong := sorted(set(stage.layers) - set(converted)):
+            trained = range(self.pair.teacher.model.depth) if stage.trainable == "all" else converted
+            if wrong := sorted(set(stage.layers) - set(trained)):
                 rule = f"layer {wrong[0]} was not converted; those are {list(converted)}"
                 raise ConfigError(f"recipe.stages.{name}.layers: {rule}")
             check(self._settings(stage, name))
@@ -213,6 +237,23 @@ class Training:
             other.unlink()
         return task.given(file)
 
+    def _calibration(self, name: str, stage: StageConfig, pair: Pair) -> Iterator[str]:
+        """Of the first batch of the stage."""
+        if not self.manifest.done(name):
+            layers, config = stage.layers or pair.converted, self._settings(stage, name)
+            batch = training_data(config, prepare(config.data).folder).at(0)
+            tokens = batch.tokens.view(stage.batch_size, stage.sequence_length)
+            changed = tuple(f"blocks.{index}.mixer." for index in layers)
+            names = [each for each, _ in pair.student.build().named_parameters() if each.startswith(changed)]
+            student = model_from(pair.student, pair.files, own=names)
+            before, told = mapped(pair.files), partial(self.progress, "calibrate")
+            factors = calibrate(pair.load_teacher(), student, tokens, stage.calibrations, layers, told)
+            weights = {each: student.get_parameter(each) for each in names}
+            found = {each: value for each, value in weights.items() if not torch.equal(value, before[each])}
+            write_tensors(self.manifest.weights(name), found)
+            self.manifest.finish(name, {"tokens": tokens.numel(), "factors": sizes_of(factors)})
+        yield name
+
     def _distillation(self, name: str, stage: StageConfig, pair: Pair) -> Iterator[str]:
         task, config = Distillation(pair, stage), self._settings(stage, name)
         if not self.manifest.done(name):
@@ -247,15 +288,19 @@ class Training:
     def _settings(self, stage: StageConfig, name: str) -> PretrainConfig:
         """The stage as a run of the runtime."""
         config, student = self.config, self.pair.student
+        data = replace(config.data, tokenizer=str(self.tokenizer_folder))
+        if stage.text == "facts":
+            data = replace(data, source="text", sources=(), path=str(self.facts_folder(name)), packing="document")
+            data = replace(data, held_out=0.0, held_out_path="")
         ranks = config.parallel.ranks
         shared = stage.sequence_ranks or ranks
         kept = config.checkpoint.store.rstrip("/")
         return PretrainConfig(
             model=replace(student.model, activation_checkpointing=stage.activation_checkpointing),
             mixer=dict(student.mixers),
-            data=replace(config.data, tokenizer=str(self.tokenizer_folder)),
+            data=data,
             optimizer=OptimizerConfig(
-                lr=max(stage.lr_new, stage.lr), betas=stage.betas, weight_decay=stage.weight_decay
+                lr=max(stage.lr_new, stage.lr) or 1.0, betas=stage.betas, weight_decay=stage.weight_decay
             ),
             schedule=ScheduleConfig(warmup_fraction=stage.warmup_fraction, final_lr_ratio=stage.final_lr_ratio),
             train=TrainConfig(**{key: getattr(stage, key) for key in LOOP}),
@@ -299,4 +344,5 @@ def fingerprint(config: ConvertConfig, source_sha256: str) -> dict[str, Any]:
         key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for key, value in told.items()
     }
     keep = config.keep if isinstance(config.keep, str) else list(config.keep)
-    return {"source": source_sha256, "target": config.target, "keep": keep, "seed": config.seed} | hashed
+    chosen = {"keep": keep} | ({"keep_score": config.keep_score} if "budget" in str(keep) else {})
+    return {"source": source_sha256, "target": config.target, **chosen, "seed": config.seed} | hashed

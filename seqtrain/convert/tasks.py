@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from seqtrain.convert.architecture import Architecture, computed_otherwise, layers_alone
-from seqtrain.convert.losses import distillation_sum, mean_square_sum, relative_error_sum, with_gradients
+from seqtrain.convert.losses import distillation_sum, mean_square_sum, norm_sum, relative_error_sum, with_gradients
 from seqtrain.convert.settings import StageConfig
 from seqtrain.convert.weights import model_from, recipe_targets
+from seqtrain.convert.zeroth_order import Streamed, pieces, seed_of, two_sided
 from seqtrain.data import WHOLE_BATCH, Batch, BatchSlice, open_corpus
 from seqtrain.data.batches import places_of
 from seqtrain.errors import ConfigError
@@ -32,7 +33,7 @@ from seqtrain.runtime.task import Trainable, TrainingData, shards_to_verify
 
 # The run that leaves what of the teacher is not the student's.
 TEACHER = "teacher"
-ERRORS = {"relative": relative_error_sum, "mean_square": mean_square_sum}
+ERRORS = {"relative": relative_error_sum, "mean_square": mean_square_sum, "norm": norm_sum}
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ class Distillation:
     def build(self, config: PretrainConfig, corpus: Path) -> Trainable:
         student, groups = self.student(config)
         teacher = self.pair.load_teacher() if self.stage.kl or self.stage.hidden else None
-        model = DistilledModel(student, teacher, self.stage)
+        kind = ZerothOrderModel if self.stage.kind == "zeroth_order" else DistilledModel
+        model = kind(student, teacher, self.stage, first=self.first(student))
         to_verify = shards_to_verify(open_corpus(corpus, config.data))
         return Trainable(model, groups, training_data(config, corpus), to_verify=to_verify)
 
@@ -152,6 +154,9 @@ class Distillation:
         if not lora:
             inside = {name for name in names if ".".join(name.split(".")[:3]) in converted}
             rates |= dict.fromkeys((set(names) if stage.trainable == "all" else inside) - new, stage.lr)
+        if stage.layers:
+            chosen = tuple(f"blocks.{index}." for index in stage.layers)
+            rates = {name: rate for name, rate in rates.items() if name.startswith(chosen)}
         student = model_from(self.pair.student, self.pair.files, own=[name for name, rate in rates.items() if rate])
         if lora:
             add_adapters(
@@ -159,6 +164,13 @@ class Distillation:
             )
             rates |= {name: stage.lr for name, parameter in student.named_parameters() if parameter.requires_grad}
         return student, _groups(student, rates, config)
+
+    def first(self, student: LanguageModel) -> int:
+        """The lowest layer that is trained, or not its teacher's."""
+        if any(weight.requires_grad for weight in student.embedding.parameters()):
+            return 0
+        trained = {name.split(".")[1] for name, each in student.blocks.named_parameters("blocks") if each.requires_grad}
+        return min([*map(int, trained), *self.pair.converted], default=len(student.blocks))
 
 
 class TransferModel(nn.Module):
@@ -187,22 +199,33 @@ class TransferModel(nn.Module):
 
 
 class DistilledModel(nn.Module):
-    """A student with the teacher it learns from, which is no part of what is saved or trained; None without."""
+    """A student with the teacher it learns from, which is no part of what is saved or trained; None without.
 
-    def __init__(self, student: LanguageModel, teacher: LanguageModel | None, stage: StageConfig):
+    `first`: the lowest layer that is trained or not its teacher's; those before run once for both, and never backward.
+    """
+
+    def __init__(self, student: LanguageModel, teacher: LanguageModel | None, stage: StageConfig, *, first: int = 0):
         super().__init__()
         self.student = student
         self.frozen = (teacher,)
-        self.stage = stage
+        self.stage, self.first = stage, first
 
     def forward(self, tokens: Tensor, labels: Tensor, *, sequence: SequenceContext = WHOLE) -> Tensor:
         """`tokens`, `labels`: int64 `[B,T]` -> the stage's loss, a scalar summed over labels that count."""
-        stage, student, [teacher] = self.stage, self.student, self.frozen
-        hidden, _ = student.hidden(tokens, sequence=sequence, keep_state=False)
+        student, [teacher] = self.student, self.frozen
+        x: Tensor = tokens
+        if self.first:
+            with torch.no_grad():
+                x = student.through(tokens, 0, self.first, sequence=sequence)
         expected = None
         if teacher is not None:
             with torch.no_grad():
-                expected, _ = teacher.hidden(tokens, sequence=sequence, keep_state=False)
+                expected = teacher.norm(teacher.through(x, self.first, None, sequence=sequence))
+        return self.loss(student.norm(student.through(x, self.first, None, sequence=sequence)), expected, labels)
+
+    def loss(self, hidden: Tensor, expected: Tensor | None, labels: Tensor) -> Tensor:
+        """Of last hidden states, the student's and its teacher's, `[B,T,D]`."""
+        stage, student, [teacher] = self.stage, self.student, self.frozen
         loss = torch.zeros((), device=hidden.device)
         if stage.kl or stage.ce:
             loss = distillation_sum(
@@ -218,8 +241,28 @@ class DistilledModel(nn.Module):
             )
         if stage.hidden:
             assert expected is not None
-            loss = loss + stage.hidden * relative_error_sum(hidden, expected, labels)
+            loss = loss + stage.hidden * ERRORS[stage.error](hidden, expected, labels)
         return loss
+
+
+class ZerothOrderModel(DistilledModel):
+    """The same, whose gradient is found by two forward passes."""
+
+    def forward(self, tokens: Tensor, labels: Tensor, *, sequence: SequenceContext = WHOLE) -> Tensor:
+        parts = pieces(tokens, labels, sequence, self.stage.segment)
+        [teacher] = self.frozen
+
+        def loss() -> Tensor:
+            models = [None if model is None else Streamed(model) for model in (self.student, teacher)]
+            total = torch.zeros((), device=tokens.device)
+            for part in parts:
+                hidden, expected = (None if model is None else model.hidden(part) for model in models)
+                assert hidden is not None
+                total = total + self.loss(hidden, expected, part.labels)
+            return total
+
+        weights = [weight for weight in self.student.parameters() if weight.requires_grad]
+        return two_sided(loss, weights, seed_of(tokens), self.stage.epsilon)
 
 
 def _fingerprint(stage: StageConfig, pair: Pair) -> dict[str, Any]:

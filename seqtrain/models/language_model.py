@@ -181,11 +181,7 @@ class LanguageModel(nn.Module):
                 )
             sequence = BothWays.of(sequence)
         past: Iterable[State | None] = [None] * len(self.blocks) if state is None else state
-        x, after = tokens if tokens.is_floating_point() else self.embedding(tokens), []  # B T D
-        if torch.is_autocast_enabled(x.device.type):
-            # Rows of bfloat16 weights begin a stream of float32 all the same.
-            x = upcast(x)
-        x = x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
+        x, after = self._stream(tokens), []  # B T D
         first = x if any(block.shared is not None for block in self.blocks) else None
         for block, before in zip(self.blocks, past, strict=True):
             watch(x)
@@ -194,6 +190,24 @@ class LanguageModel(nn.Module):
             if keep_state:
                 after.append(new)
         return self.norm(x), after
+
+    def _stream(self, tokens: Tensor) -> Tensor:
+        """What enters the first block."""
+        x = tokens if tokens.is_floating_point() else self.embedding(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            # Rows of bfloat16 weights begin a stream of float32 all the same.
+            x = upcast(x)
+        return x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
+
+    def through(self, x: Tensor, first: int, last: int | None, *, sequence: SequenceContext = WHOLE) -> Tensor:
+        """What leaves block `last - 1`, or the last one, `[B,T,D]`, of `x`: what enters block `first`, or tokens for 0.
+
+        For models without shared blocks.
+        """
+        x = x if x.is_floating_point() else self._stream(x)
+        for block in self.blocks[first:last]:
+            x, _ = self._run(block, x, None, sequence, None)
+        return x
 
     def step(
         self, tokens: Tensor, state: list[State], *, sequence: SequenceContext = WHOLE

@@ -5,9 +5,11 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
+from seqtrain.convert import importance
 from seqtrain.convert.architecture import kept_layers, layers_that_stay, write_layers
-from seqtrain.convert.measure import restore_one_layer
+from seqtrain.convert.importance import combined, hessian_traces, rank_correlations, restore_one_layer
 from seqtrain.convert.report import read_others
 from tests.command_cases import refused
 from tests.convert.convert_cases import some_tokens
@@ -28,17 +30,55 @@ def test_a_budget_goes_to_the_layer_whose_attention_is_missed(transformers_on_di
     teacher, student = make_pair(folder, "gla", window=64)
     blind = dataclasses.replace(student.blocks[1].mixer.config, window=2, sinks=0)
     student.blocks[1].mixer.config = blind
-    scores = restore_one_layer(student, teacher, some_tokens(1, 60), lambda name: None)
-    assert scores[1] > 1e-3
-    assert scores[0] == pytest.approx(0.0, abs=1e-5)
-    assert scores[2] == pytest.approx(0.0, abs=1e-5)
-    assert kept_layers("budget:1", 3, lambda: scores)[0] == (1,)
+    scores = restore_one_layer(student, teacher, some_tokens(2, 60), 30, lambda name: None)
+    assert list(scores) == ["kl", "recall"]
+    for values in scores.values():
+        assert abs(values[1]) > 1e-3
+        assert values[0] == pytest.approx(0.0, abs=1e-5)
+        assert values[2] == pytest.approx(0.0, abs=1e-5)
+    assert kept_layers("budget:1", 3, lambda: scores["kl"])[0] == (1,)
+    # Without room for a passage there is no recall to measure.
+    assert list(restore_one_layer(student, teacher, some_tokens(1, 20), 30, lambda name: None)) == ["kl"]
+
+
+def test_scores_are_combined_and_compared():
+    scores = {"kl": [1.0, 2.0, 0.5, 0.0], "recall": [0.0, 2.0, 4.0, -1.0], "trace": [4.0, 3.0, 2.0, 1.0]}
+    assert combined(scores, "trace") == scores["trace"]
+    assert combined(scores, "both") == pytest.approx([0.25, 0.75, 0.625, -0.125])
+    per_kl = combined(scores, "recall_per_kl")
+    assert per_kl == pytest.approx([0.0, 2 / 2.01, 4 / 0.51, 0.0])
+    assert combined({"kl": scores["kl"]}, "both") == scores["kl"]
+    found = rank_correlations(scores)
+    assert list(found) == ["kl, recall", "kl, trace", "recall, trace"]
+    # Ranks 2 3 1 0 and 1 2 3 0: 1 - 6 * 6 / 60.
+    assert found["kl, recall"] == pytest.approx(0.4)
+
+
+def test_a_trace_is_the_mean_of_a_layer_s_diagonal(transformers_on_disk, monkeypatch):
+    """Of a matrix that is known; the one of the loss is finite and differs from layer to layer."""
+    _, folder = transformers_on_disk("llama")
+    teacher, _ = make_pair(folder, "gla")
+    tokens = some_tokens(1, 40)
+    traces = hessian_traces(teacher, tokens, seed=0)
+    assert len(set(traces)) == 3
+    assert all(abs(trace) < 10 for trace in traces)
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
+    sizes = [sum(weight.numel() for weight in block.mixer.parameters()) for block in teacher.blocks]
+    diagonal = torch.arange(sum(sizes)).double()
+
+    def product_of(loss, weights):
+        assert [weight.numel() for weight in weights[:2]] == [64 * 32, 32 * 32]
+        assert loss() > 0
+        return lambda vector: diagonal * vector
+
+    monkeypatch.setattr(importance, "hessian_product", product_of)
+    assert hessian_traces(teacher, tokens, seed=0) == pytest.approx([float(x.mean()) for x in diagonal.split(sizes)])
 
 
 def test_a_written_choice_is_read_again(tmp_path):
     layers = ["attention", "liger_gla", "sliding_attention", "linearized_attention"]
     assert layers_that_stay(layers) == (0, 2)
-    write_layers(tmp_path / "layers.json", layers, [0.5, 0.1, 0.4, 0.2])
+    write_layers(tmp_path / "layers.json", layers, [0.5, 0.1, 0.4, 0.2], {"kl": [0.5, 0.1, 0.4, 0.2]})
     assert kept_layers(f"{tmp_path}/layers.json", 4, list) == ((0, 2), [0.5, 0.1, 0.4, 0.2])
     # One made by hand needs no more than numbers.
     (tmp_path / "own.json").write_text('{"keep": [5, 1]}')

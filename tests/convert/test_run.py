@@ -97,7 +97,9 @@ def test_the_report_says_what_was_made(converted):
     answer = report["end"]["answer"]
     assert answer["prompt"] == "The capital of France is"
     assert repr(answer["student"]) in text
-    assert report["end"]["recall"]["tokens_between"] > 8
+    assert [row["tokens_between"] for row in report["end"]["recall"]] == [8, 16, 32, 64]
+    assert list(report["layer_scores"]) == ["kl", "recall", "trace"]
+    assert list(report["rank_correlations"]) == ["kl, recall", "kl, trace", "recall, trace"]
     assert [row["tokens"] for row in report["cache_bytes_float32"]] == [1024, 8192, 65536]
 
 

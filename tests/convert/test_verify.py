@@ -26,7 +26,9 @@ def pair(transformers_on_disk):
 @pytest.fixture(scope="module")
 def evaluator(pair):
     return measure.Evaluator(
-        pair[0], [Text("one", "one.txt", some_tokens(2, 70)), Text("two", "two.txt", some_tokens(1, 90, seed=4))]
+        pair[0],
+        [Text("one", "one.txt", some_tokens(2, 70)), Text("two", "two.txt", some_tokens(1, 90, seed=4))],
+        distances=[8, 64, 1000],
     )
 
 
@@ -65,7 +67,8 @@ def test_a_measure_says_what_each_part_is_worth(pair, evaluator):
         assert len(set(found["perplexity"].values())) == 4
         assert set(found["by_position"][0]) == models | {"from", "to"}
     assert came["texts"]["one"]["tokens"] == 140
-    assert set(came["recall"]) == models | {"tokens_between"}
+    assert [row["tokens_between"] for row in came["recall"]] == [8, 64]
+    assert all(set(row) == models | {"tokens_between"} for row in came["recall"])
     assert evaluator.measure(pair[1]) == came
     assert all(mixer.without == "" for mixer in measure.converted_mixers(pair[1]))
 
@@ -100,7 +103,7 @@ def test_a_layers_error_is_its_own(pair):
 def test_alternating_layers_can_be_switched_off_too(transformers_on_disk):
     _, folder = transformers_on_disk("llama")
     _, student = make_pair(folder, "gla", window=8, sinks=3, arrangement="alternate")
-    assert measure.softmax_reach(student) == (8, 3)
+    assert measure.sinks_of(student) == 3
     tokens = some_tokens(1, 40)
     outs = [measure.hidden_states(student, tokens)]
     for part in ("memory", "window"):
@@ -111,10 +114,14 @@ def test_alternating_layers_can_be_switched_off_too(transformers_on_disk):
 
 
 def test_repeated_passages_lie_beyond_the_window():
-    tokens = measure.repeated_passages(some_tokens(2, 60), 8, first=4, least_between=30)
-    assert torch.equal(tokens[:, 4:12], tokens[:, -8:])
+    tokens = measure.repeated_passages(some_tokens(2, 60), 8, 4, 30, rows=3)
+    # Rows are cut from all tokens, one after the other.
+    assert tokens.shape == (2, 42)
+    assert torch.equal(tokens[:, 4:12], tokens[:, 34:])
+    assert torch.equal(tokens[:, 12:34], some_tokens(2, 60).flatten()[:84].view(2, 42)[:, 12:34])
     assert not torch.equal(tokens[0, 4:12], tokens[1, 4:12])
-    assert measure.repeated_passages(some_tokens(2, 60), 8, first=4, least_between=49) is None
+    assert measure.repeated_passages(some_tokens(2, 60), 8, 4, 30, rows=1).shape == (1, 42)
+    assert measure.repeated_passages(some_tokens(2, 60), 8, 4, 109, rows=3) is None
 
 
 MARKERS, FILL, ASKED = 6, 6, 7
