@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor, nn
 
 from seqtrain.files import create_new, read_json
 from seqtrain.kernels.native.build import cache_folder
@@ -176,8 +175,10 @@ def _large(x: Tensor, weight: Tensor) -> bool:
         and x.numel() * weight.shape[0] >= LEAST
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and not isinstance(x, FakeTensor)
-        and not isinstance(weight, FakeTensor)
+        # Neither fake tensors nor integers that pass for numbers; and what watches products sees PyTorch's own.
+        and type(x) in (Tensor, nn.Parameter)
+        and type(weight) in (Tensor, nn.Parameter)
+        and torch._C._len_torch_function_stack() == 0
     )
 
 

@@ -25,6 +25,7 @@ from seqtrain.kernels.native.recorder import Recorder, UnplannableError
 from seqtrain.kernels.operator import Operator, taken_by
 from seqtrain.mixers import State
 from seqtrain.models.feed_forward import MoE
+from seqtrain.models.quantized import integers_of, is_quantized
 from seqtrain.parallel.sequence import SequenceContext
 
 log = logging.getLogger("seqtrain.models")
@@ -235,7 +236,8 @@ def _own(x: Tensor) -> Tensor:
 def _fingerprint(model: nn.Module) -> int:
     """What a plan depends on besides states: where weights lie, and how modules are set."""
     simple = (bool, int, float, str, tuple, torch.dtype, type(None))
-    parts: list[Any] = [x.data_ptr() for x in (*model.parameters(), *model.buffers())]
+    weights = (*model.parameters(), *model.buffers())
+    parts: list[Any] = [(x.qdata if is_quantized(x) else x).data_ptr() for x in weights]  # type: ignore[attr-defined]
     for module in model.modules():
         parts.append(type(module))
         parts += [(name, x) for name, x in module.__dict__.items() if isinstance(x, simple) and name != "training"]
@@ -281,12 +283,14 @@ class _Trace:
         return operator.function(*args, **kwargs)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self.recorder.paused or not weight.is_contiguous() or x.dtype != weight.dtype:
+        integers = is_quantized(weight)
+        if self.recorder.paused or not (integers or weight.is_contiguous()) or x.dtype != weight.dtype:
             return F.linear(x, weight, bias)
         with self.recorder.unseen():
             out = F.linear(x, weight, bias)
+            numbers, scale, options = integers_of(weight) if integers else (weight, None, {})
         if out.numel():
-            self.recorder.special("linear", [x, weight, bias], [out])
+            self.recorder.special("linear", [x, numbers, bias, scale], [out], **options)
         return out
 
 
@@ -422,7 +426,8 @@ def _delta_rule(
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
-    **_: Any,
+    cu_seqlens: None = None,
+    backend: str = "auto",
 ) -> Any:
     given = (q, k, v, beta, log_decay, read, erase)
     return _recurrence(trace, function, *given, given, scale, initial_state)
@@ -438,7 +443,8 @@ def _linear_attention(
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
-    **_: Any,
+    cu_seqlens: None = None,
+    backend: str = "auto",
 ) -> Any:
     given = (q, k, v, log_decay)
     return _recurrence(trace, function, q, k, v, None, log_decay, None, None, given, scale, initial_state)
@@ -454,7 +460,8 @@ def _short_convolution(
     activation: str = "none",
     dilation: int = 1,
     initial_state: Tensor | None = None,
-    **_: Any,
+    cu_seqlens: None = None,
+    backend: str = "auto",
 ) -> Any:
     if initial_state is None or x.shape[1] != 1 or not initial_state.is_contiguous() or not initial_state.numel():
         return None
@@ -479,7 +486,7 @@ def _gated_norm(
     eps: float,
     activation: str = "silu",
     gate_first: bool = False,
-    **_: Any,
+    backend: str = "auto",
 ) -> Any:
     with trace.recorder.unseen():
         out = function(x, weight, gate, eps=eps, activation=activation, gate_first=gate_first)
@@ -498,14 +505,19 @@ def _softmax_attention(
     window: int | None = None,
     scale: float | None = None,
     score_cap: float = 0.0,
+    kept_keys: int = 0,
+    predict_width: int = 0,
     initial_state: dict[str, Tensor] | None = None,
     rows: int | None = None,
-    **_: Any,
+    cu_seqlens: None = None,
+    backend: str = "auto",
 ) -> Any:
     """`rows`: of keys that are kept, where groups say so."""
     names = [] if initial_state is None else [trace._of.get(id(initial_state[each])) for each in ("k", "v")]
     if initial_state is None or q.shape[1] != 1 or None in names:
         raise UnplannableError("attention to keys that are no part of the state")
+    if kept_keys and window is None and rows is None:
+        raise UnplannableError("attention to keys that are chosen by their scores")
     past_k, past_v, length = (initial_state[each] for each in ("k", "v", "length"))
     if len({x.dtype for x in (q, k, v, past_k, past_v)}) > 1:
         raise UnplannableError("attention to keys of another dtype")
@@ -542,10 +554,19 @@ def _softmax_attention(
     return out, after
 
 
+def _sparse_mlp(trace: _Trace, function: Callable[..., Any], *tensors: Tensor, backend: str = "auto") -> Any:
+    """Which channels work is decided by numbers: its own kernel looks at them."""
+    with trace.recorder.unseen():
+        out = function(*tensors)
+    trace.recorder.opaque(function, tensors, [out])
+    return out
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
     "delta_rule": _delta_rule,
     "linear_attention": _linear_attention,
     "short_convolution": _short_convolution,
     "gated_norm": _gated_norm,
     "softmax_attention": _softmax_attention,
+    "sparse_mlp": _sparse_mlp,
 }

@@ -1,19 +1,24 @@
 """Continuing a prompt: the prompt in one forward pass, then one token at a time from the state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from seqtrain.mixers import WHOLE
+from seqtrain.mixers import WHOLE, State
+from seqtrain.models.huggingface_packing import Packing
 from seqtrain.models.language_model import LanguageModel
 from seqtrain.parallel.sequence import SequenceContext
+
+# Tokens of a prompt that are read at a time: their hidden states are what a long prompt would take memory for.
+PREFILL = 8192
 
 
 @torch.no_grad()
 def generate(
     model: LanguageModel,
-    prompt: Tensor,
+    prompt: Tensor | Sequence[Tensor],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -24,36 +29,74 @@ def generate(
     agree: Callable[[Tensor], Tensor] = lambda token: token,
     sequence: SequenceContext = WHOLE,
 ) -> Tensor:
-    """`prompt: int64 [B,T]`, T >= 1, rows of equal length -> the new tokens, int64 `[B, at most max_new_tokens]`.
+    """`prompt: int64 [B,T]`, T >= 1, or B rows `[T_b]` -> the new tokens, int64 `[B, at most max_new_tokens]`.
 
     `temperature`: logits are divided by it; 0 takes the likeliest token. `top_k`: only so many likeliest tokens may be
     drawn; 0: all. `top_p`: only the likeliest whose probabilities together reach it; 1: all. `generator`: on the
-    model's device. `stop`: a token that ends its row; the row is filled up with it, and when every row has ended, so
-    does the work. `agree`: gives for the tokens drawn, `[B]`, those that are taken: ranks that hold a model together
-    must go on with the same. The state does not grow with the tokens where all mixers' states are constant. Raises
-    `ValueError`.
+    model's device. `stop`: a token that ends its row; the row is filled up with it, costs nothing more once half of
+    the rows have ended, and when every row has ended, so does the work. `agree`: gives for the tokens drawn, `[B]`,
+    those that are taken: ranks that hold a model together must go on with the same. The state does not grow with the
+    tokens where all mixers' states are constant. Raises `ValueError`.
     """
-    if prompt.dim() != 2 or prompt.shape[1] == 0:
-        raise ValueError(f"generate: prompt has shape {tuple(prompt.shape)}, expected [B, T] with T >= 1")
-    if not bool(((prompt >= 0) & (prompt < model.vocab_size)).all()):
-        came = f"prompt holds ids from {int(prompt.min())} to {int(prompt.max())}"
-        raise ValueError(f"generate: {came}, expected 0 to {model.vocab_size - 1}, as the model has embeddings")
+    rows = [prompt] if isinstance(prompt, Tensor) else list(prompt)
+    for each in rows:
+        _check_prompt(model, each, 2 if isinstance(prompt, Tensor) else 1)
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         came = f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
         raise ValueError(f"generate: {came}; expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
-    new: list[Tensor] = []
-    ended = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
-    logits, state = model(prompt, sequence=sequence)
+    ragged = not isinstance(prompt, Tensor)
+    logits, state = _read_rows(model, rows, sequence) if ragged else _read(model, rows[0], sequence)
+    count, device = len(logits), logits.device
+    new = torch.empty(count, max_new_tokens, dtype=torch.int64, device=device)
+    if stop is not None:
+        new.fill_(stop)
+    # Rows that are gone on with, and which of those have ended.
+    going, ended = torch.arange(count, device=device), torch.zeros(count, dtype=torch.bool, device=device)
     for index in range(max_new_tokens):
         token = agree(choose_token(logits, temperature, top_k, top_p, generator))
         if stop is not None:
             token = token.where(~ended, stop)
             ended |= token == stop
-        new.append(token)
+        new[going, index] = token
         if index + 1 == max_new_tokens or bool(ended.all()):
-            break
+            return new[:, : index + 1]
+        if stop is not None and 2 * int(ended.sum()) >= len(ended):
+            kept = (~ended).nonzero()[:, 0]
+            state = [{name: x[kept] for name, x in layer.items()} for layer in state]
+            going, token, ended = going[kept], token[kept], ended[kept]
         logits, state = model.step(token, state, sequence=sequence)
-    return torch.stack(new, 1) if new else prompt[:, :0]
+    return new
+
+
+def _check_prompt(model: LanguageModel, prompt: Tensor, dims: int) -> None:
+    """Raises `ValueError` for one that the model can't read."""
+    if prompt.dim() != dims or prompt.shape[-1] == 0:
+        expected = "[B, T]" if dims == 2 else "[T]"
+        raise ValueError(f"generate: prompt has shape {tuple(prompt.shape)}, expected {expected} with T >= 1")
+    if not bool(((prompt >= 0) & (prompt < model.vocab_size)).all()):
+        came = f"prompt holds ids from {int(prompt.min())} to {int(prompt.max())}"
+        raise ValueError(f"generate: {came}, expected 0 to {model.vocab_size - 1}, as the model has embeddings")
+
+
+def _read(model: LanguageModel, prompt: Tensor, sequence: SequenceContext) -> tuple[Tensor, list[State]]:
+    """The last token's logits `[B,vocab]` and the state of `prompt: [B,T]`, read in parts."""
+    logits, state = model(prompt[:, :PREFILL], sequence=sequence)
+    for part in prompt[:, PREFILL:].split(PREFILL, 1) if prompt.shape[1] > PREFILL else ():
+        logits, state = model(part, state=state, sequence=sequence)
+    return logits, state
+
+
+def _read_rows(
+    model: LanguageModel, prompts: Sequence[Tensor], sequence: SequenceContext
+) -> tuple[Tensor, list[State]]:
+    """The same of rows of any lengths, as documents of one: no token is read that is none's."""
+    lengths = torch.tensor([len(each) for each in prompts], device=prompts[0].device)
+    real = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    packing = Packing.of(real, torch.zeros_like(real))
+    hidden, states = model.hidden(
+        torch.cat(list(prompts))[None], sequence=replace(sequence, cu_seqlens=packing.boundaries)
+    )
+    return model.head(hidden[0, packing.boundaries[1:] - 1]), [packing.after(state) for state in states]
 
 
 def choose_token(

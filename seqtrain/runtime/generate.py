@@ -20,6 +20,7 @@ from seqtrain.data import Tokenizer, load_tokenizer
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.files import in_store, place
 from seqtrain.models import LanguageModel, generate
+from seqtrain.models.quantized import quantize
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime import checkpoint as checkpoints
 from seqtrain.runtime.checks import check_store
@@ -60,6 +61,8 @@ class GenerateConfig(Continuation):
     run: FilePath = ""
     # Implementation of the operators.
     backend: Literal["auto", "reference", "chunked", "triton", "native"] = "auto"
+    # What matrices are read as: integers of 8 or 4 bits, by torchao, decode faster, and round.
+    weights: Literal["float32", "int8", "int4"] = "float32"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -77,6 +80,7 @@ def read(config: DictConfig) -> GenerateConfig:
 def write(config: GenerateConfig) -> int:
     """Prints the text."""
     _, model, tokenizer = open_run(place_of_run(config.run))
+    quantize(model, config.weights)
     print(continue_text(model, tokenizer, config, backend=config.backend))
     return 0
 

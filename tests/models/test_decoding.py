@@ -9,6 +9,7 @@ from seqtrain.kernels.native.build import unavailable
 from seqtrain.mixers import MIXERS
 from seqtrain.models import decoding
 from seqtrain.models.feed_forward import RouterConfig
+from seqtrain.models.quantized import quantize
 from tests.models import tiny
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason="needs the native library")
@@ -89,6 +90,23 @@ def test_a_state_stays_as_it_is_and_may_be_gone_on_from_twice():
     assert not torch.equal(first, other)
     for layer, kept in zip([*state, *after], [*before, *same], strict=True):
         assert all(torch.equal(layer[name], x) for name, x in kept.items())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@torch.no_grad()
+def test_integer_weights_are_multiplied_as_torchao_does(weights, rows):
+    pytest.importorskip("torchao")
+    # Heads of 48: some rows are no whole groups, and no whole vectors.
+    model = build("gated_delta_net", "attention", dtype=torch.float32, width=144, heads=3, initializer_range=0.1)
+    before, _ = model(tokens(), all_logits=True)
+    quantize(model, weights)
+    came, _ = model(tokens(), all_logits=True)
+    assert not torch.equal(came, before)
+    assert (came - before).std() < (0.05 if weights == "int8" else 0.5) * before.std()
+    ids = tokens(rows)
+    assert walk(model, ids) < 1e-3
+    assert plan_of(model).program.why == {}
 
 
 @torch.no_grad()

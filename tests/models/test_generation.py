@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqtrain.mixers import MIXERS
-from seqtrain.models import generate
+from seqtrain.models import generate, generation
 from seqtrain.models.generation import choose_token
 from tests.models import tiny
 
@@ -53,6 +53,30 @@ def test_a_stop_token_ends_its_row_and_then_the_work():
         assert (row[length:] == stop).all()
     only = generate(model, prompt()[:1], max_new_tokens=30, temperature=0, stop=stop)
     assert only.shape[1] == (free[0] == stop).nonzero()[0, 0] + 1
+
+
+def test_rows_of_any_lengths_are_continued_as_alone():
+    model = build("gla", "attention", "sliding_attention", "gated_delta_net", "streaming_attention")
+    rows = [row[:length] for row, length in zip(prompt(4, 9), (9, 1, 4, 7), strict=True)]
+    alone = [generate(model, row[None], max_new_tokens=16, temperature=0)[0] for row in rows]
+    assert torch.equal(generate(model, rows, max_new_tokens=16, temperature=0), torch.stack(alone))
+    # Rows end at different tokens, and those that go on are as they were.
+    stop = int(alone[1][3])
+    ended = generate(model, rows, max_new_tokens=16, temperature=0, stop=stop)
+    for row, free in zip(ended, alone, strict=True):
+        length = int((free == stop).nonzero()[0, 0]) + 1 if (free == stop).any() else len(row)
+        assert torch.equal(row[:length], free[: len(row)][:length])
+        assert (row[length:] == stop).all()
+
+
+def test_a_long_prompt_is_read_in_parts(monkeypatch):
+    model = build("mamba2", "attention", "sliding_attention")
+    whole = generate(model, prompt(2, 23), max_new_tokens=8, temperature=0)
+    read = []
+    model.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[-1]))
+    monkeypatch.setattr(generation, "PREFILL", 10)
+    assert torch.equal(generate(model, prompt(2, 23), max_new_tokens=8, temperature=0), whole)
+    assert read[:3] == [10, 10, 3]
 
 
 def test_choosing_follows_temperature_top_k_and_top_p():

@@ -180,21 +180,23 @@ class Lowering:
         weight: View,
         bias: View | None,
         scale: View | None = None,
-        zero: View | None = None,
         *,
         group: int = 0,
         four_bits: bool = False,
     ) -> None:
-        """`x W^T + bias`: x `[...,K]`, W `[N,K]`."""
+        """`x W^T + bias`: x `[...,K]`, W `[N,K]`.
+
+        Of integers: `scale`, `[N,K/group]`, factors of so many neighbors; with `four_bits`, two of them in a byte.
+        """
         size, outputs = x.shape[-1], out.shape[-1]
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         if not weight.contiguous or (wide == torch.float64 and weight.dtype != wide):
             raise NoInstructionError("weights")
         rows = out.numel // outputs
         x, to = self._rows(x, wide), out if _has_rows(out, wide) else self.temporary(out.shape, wide)
-        bias, scale, zero = (v if v is None else self.plain(v, wide) for v in (bias, scale, zero))
+        bias, scale = (v if v is None else self.plain(v, wide) for v in (bias, scale))
         ints = [rows, outputs, size, _row_stride(x), _row_stride(to), group, int(four_bits)]
-        views = [to, x, weight, bias, scale, zero]
+        views = [to, x, weight, bias, scale]
         self.steps.append(
             Step("linear", 0, type_of([to]), [], views, [[] for _ in views], ints, work=rows * outputs * size)
         )

@@ -151,8 +151,8 @@ struct Linear {
   const float* x;
   float* out;
   const float* bias;
-  // Of integer weights: factors, and what is taken off, for each row and group of inputs; [N, K / group].
-  const float *scale, *zero;
+  // Of integer weights: factors for each row and group of inputs; [N, K / group].
+  const float* scale;
   int64_t group;
   // Rows of x side by side, [rows / lanes, inputs, lanes], the last ones filled up; null where they are few.
   const float* columns;
@@ -208,15 +208,16 @@ static void outputs_of(const Linear& call, const W* w, int64_t first, int64_t en
   for (; r < end; ++r, w += call.inputs) rows_of_weights<1>(call, w, r, scale);
 }
 
-// Integers of four bits lie in blocks of 32: byte i of a block has its i-th number below, and the one 16 further above.
+// Integers of four bits, 8 more than they are, lie in blocks of 32: byte i has the i-th below, and the one 16 further on
+// above.
 constexpr int kFour = 32;
 
 static inline Vec four_bits(const uint8_t* p, int shift) {
   const IntVec bytes = __builtin_convertvector(*reinterpret_cast<const NibbleVec*>(p), IntVec);
-  return __builtin_convertvector((bytes >> shift) & 15, Vec);
+  return __builtin_convertvector(((bytes >> shift) & 15) - 8, Vec);
 }
 
-// sum_k w[r][k] x[k] of a row of groups, before what is taken off.
+// sum_k w[k] x[k] of a row of groups.
 static float grouped_dot(const uint8_t* w, const float* scale, const float* x, int64_t inputs, int64_t group) {
   Vec sum[2] = {};
   for (int64_t g = 0; g * group < inputs; ++g) {
@@ -243,28 +244,25 @@ static float grouped_dot(const int8_t* w, const float* scale, const float* x, in
   return total(sum);
 }
 
-static void widen_group(const uint8_t* w, int64_t size, float scale, float zero, float* to) {
+static void widen_group(const uint8_t* w, int64_t size, float scale, float* to) {
   for (int64_t k = 0; k < size; k += kFour)
     for (int i = 0; i < kFour / 2; i += kLanes) {
-      store(to + k + i, four_bits(w + k / 2 + i, 0) * scale - zero);
-      store(to + k + kFour / 2 + i, four_bits(w + k / 2 + i, 4) * scale - zero);
+      store(to + k + i, four_bits(w + k / 2 + i, 0) * scale);
+      store(to + k + kFour / 2 + i, four_bits(w + k / 2 + i, 4) * scale);
     }
 }
 
-static void widen_group(const int8_t* w, int64_t size, float scale, float zero, float* to) {
-  for (int64_t k = 0; k < size; k += kLanes) store(to + k, weights(w + k) * scale - zero);
+static void widen_group(const int8_t* w, int64_t size, float scale, float* to) {
+  for (int64_t k = 0; k < size; ++k) to[k] = w[k] * scale;
 }
 
-// Integer weights in groups. `each`: numbers in a byte. `sums`: of each group of x, where one row of x is multiplied.
+// Integer weights in groups. `each`: numbers in a byte.
 template <class W>
-static void outputs_of_groups(const Linear& call, const W* w, int each, int64_t first, int64_t end, const float* sums) {
+static void outputs_of_groups(const Linear& call, const W* w, int each, int64_t first, int64_t end) {
   const int64_t groups = call.inputs / call.group, bytes = call.inputs / each;
   if (call.rows == 1) {
-    for (int64_t r = first; r < end; ++r) {
-      float found = grouped_dot(w + r * bytes, call.scale + r * groups, call.x, call.inputs, call.group);
-      if (call.zero) found -= dot_of(call.zero + r * groups, sums, groups);
-      finish(call, 0, r, found);
-    }
+    for (int64_t r = first; r < end; ++r)
+      finish(call, 0, r, grouped_dot(w + r * bytes, call.scale + r * groups, call.x, call.inputs, call.group));
     return;
   }
   // Many rows of x share what is unpacked.
@@ -272,30 +270,22 @@ static void outputs_of_groups(const Linear& call, const W* w, int each, int64_t 
   for (int64_t r = first; r < end; r += kTogether) {
     const int64_t count = std::min<int64_t>(kTogether, end - r);
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t at = (r + i) * groups + g;
-        widen_group(w + (r + i) * bytes + g * call.group / each, call.group, call.scale[at], call.zero ? call.zero[at] : 0,
+      for (int64_t g = 0; g < groups; ++g)
+        widen_group(w + (r + i) * bytes + g * call.group / each, call.group, call.scale[(r + i) * groups + g],
                     wide.data() + i * call.inputs + g * call.group);
-      }
     outputs_of(call, wide.data(), r, r + count, nullptr);
   }
 }
 
 constexpr int64_t kTaskNumbers = 1 << 15;  // weights that a thread takes at a time
 
-// out = x W^T + bias; operands: out, x, weights, bias, scale, zero. ints: M, N, K, strides of rows of x and out, the
+// out = x W^T + bias; operands: out, x, weights, bias, scale. ints: M, N, K, strides of rows of x and out, the
 // group, and whether the weights are of four bits.
 static void linear(const Instruction& in, const Operand* x, const Frame& frame) {
   auto floats = [&](int o) { return x[o].absent ? nullptr : reinterpret_cast<float*>(address(frame, x[o])); };
   Linear call{in.ints[0], in.ints[1], in.ints[2], in.ints[3], in.ints[4], floats(1), floats(0), floats(3),
-                    floats(4), floats(5), in.ints[5], nullptr};
+                    floats(4), in.ints[5], nullptr};
   const void* w = address(frame, x[2]);
-  std::vector<float> sums;
-  if (call.zero && call.rows == 1)
-    for (int64_t k = 0; k < call.inputs; ++k) {
-      if (k % call.group == 0) sums.push_back(0);
-      sums.back() += call.x[k];
-    }
   std::vector<float> columns;
   if (call.rows >= kSideBySide) {
     columns.resize((call.rows + kLanes - 1) / kLanes * kLanes * call.inputs);
@@ -308,15 +298,15 @@ static void linear(const Instruction& in, const Operand* x, const Frame& frame) 
   const int64_t step = std::max<int64_t>(kTogether, kTaskNumbers / call.inputs / kTogether * kTogether);
   in_parallel(in.threads, (call.outputs + step - 1) / step, [&](int64_t task) {
     const int64_t first = task * step, end = std::min(call.outputs, first + step);
-    if (in.ints[6]) return outputs_of_groups(call, static_cast<const uint8_t*>(w), 2, first, end, sums.data());
+    if (in.ints[6]) return outputs_of_groups(call, static_cast<const uint8_t*>(w), 2, first, end);
     switch (x[2].dtype) {
       case kF32: return outputs_of(call, static_cast<const float*>(w) + first * call.inputs, first, end, nullptr);
       case kBF16: return outputs_of(call, static_cast<const uint16_t*>(w) + first * call.inputs, first, end, nullptr);
       case kI8:
         // A row is one group: its factor comes last.
-        if (call.group == call.inputs && !call.zero && call.rows == 1)
+        if (call.group == call.inputs && call.rows == 1)
           return outputs_of(call, static_cast<const int8_t*>(w) + first * call.inputs, first, end, call.scale);
-        return outputs_of_groups(call, static_cast<const int8_t*>(w), 1, first, end, sums.data());
+        return outputs_of_groups(call, static_cast<const int8_t*>(w), 1, first, end);
     }
   });
 }
