@@ -8,6 +8,8 @@ from experiments.fidelity import (
     all_scan,
     bounded_entries,
     centrality,
+    clouds,
+    digits,
     dydila,
     entropy,
     first_token,
@@ -32,7 +34,7 @@ from experiments.fidelity.results import Axes, Bounds, Curve, Effort, Figure, Ro
 _MODULES = (
     *(recall, parity, match3, fourier, query_gradient, entropy, tensor_time),
     *(nalaformer, dydila, tcnca, liger, heads, bounded_entries, groups, centrality, rounding, steps, all_scan),
-    *(first_token, spark),
+    *(first_token, spark, clouds, digits),
     inverse_permutation,
 )
 ROWS: dict[str, Row] = {module.ROW.name: module.ROW for module in _MODULES}

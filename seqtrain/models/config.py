@@ -41,6 +41,9 @@ class ModelConfig:
     # How many tokens before a document's start each layer's groups begin, repeated over the depth: what layers with
     # others have apart meets in these (LION's shifted windows).
     group_shift: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    # Points along each axis of the grid whose points tokens are, by their ids: before the first layer each is then told
+    # of the points around it (LION, spatial descriptor); 0: tokens are no points.
+    descriptor: Annotated[int, Field(ge=0, le=256)] = 0
     # Hidden channels of the MLP over width, rounded to a multiple of 8 channels.
     mlp_ratio: Annotated[float, Field(gt=0)] = 2.6667
     # Hidden channels of the MLP; 0: as mlp_ratio says.

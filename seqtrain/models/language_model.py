@@ -17,6 +17,7 @@ from seqtrain.layers import RMSNorm, upcast
 from seqtrain.mixers import WHOLE, Mixer, State
 from seqtrain.models.block import build_blocks
 from seqtrain.models.config import ModelConfig
+from seqtrain.models.descriptor import SpatialDescriptor
 from seqtrain.models.feed_forward import MLP, MoE
 from seqtrain.models.spark import SparkMLP
 from seqtrain.parallel.both_ways import BothWays
@@ -103,6 +104,9 @@ class LanguageModel(nn.Module):
         with torch.device("meta"):
             self.embedding = Embedding(vocab_size, config.width, tensor)
             norm = partial(RMSNorm, eps=config.norm_eps, zero_centered=config.norm_zero_centered)
+            self.descriptor = None
+            if config.descriptor:
+                self.descriptor = SpatialDescriptor(config.width, config.descriptor, causal=config.kind == "decoder")
             self.blocks: Any = nn.ModuleList(build_blocks(config, mixers, norm, tensor))
             self.norm = norm(config.width)
             tied = config.tie_embeddings
@@ -182,6 +186,10 @@ class LanguageModel(nn.Module):
             sequence = BothWays.of(sequence)
         past: Iterable[State | None] = [None] * len(self.blocks) if state is None else state
         x, after = self._stream(tokens), []  # B T D
+        if self.descriptor is not None:
+            if state is not None or tokens.is_floating_point():
+                raise ValueError("model.descriptor: a point's neighbors are looked for among tokens of whole rows")
+            x = self.descriptor(x, tokens, sequence.one_way)
         first = x if any(block.shared is not None for block in self.blocks) else None
         for block, before in zip(self.blocks, past, strict=True):
             watch(x)

@@ -17,6 +17,7 @@ from seqtrain.kernels.operator import Operator
 from seqtrain.kernels.segments import AffineScan, PastInputs, Relayed
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.attention_layout import Heads
+from seqtrain.parallel.both_ways import BothWays
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.planning.trace import Calls, Recorded, Tracer, scaled
 
@@ -161,9 +162,10 @@ class PartTracer:
     def _mixer(self, kind: Kind, batch: MicroBatch) -> Traced:
         sequence = RecordingContext(backend=batch.backend)
         noted: dict[str, Any] = {}
+        encoder = self.model.config.kind == "encoder"
 
         def run(block: Any, x: Tensor) -> Tensor:
-            out: Tensor = block.mix(x, None, sequence)[0]
+            out: Tensor = block.mix(x, None, BothWays.of(sequence) if encoder else sequence)[0]
             # As they are now: what is computed again sends nothing.
             noted.update(exchanges=tuple(sequence.exchanges), windows=tuple(sequence.windows))
             return out

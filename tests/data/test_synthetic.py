@@ -13,6 +13,7 @@ from tests.command_cases import refused
 
 # Fields that make small rows, and a length that fits.
 SMALL = {
+    "digits": ({}, 70),
     "induction": ({"symbols": 5}, 12),
     "inverse_permutation": ({"things": 4, "symbols": 5, "scratch": 2}, 8),
     "listops": ({}, 24),
@@ -280,3 +281,15 @@ def test_held_out_rows_end():
     assert len(held_out) == 2
     assert sum(held_out.at(index).label_count for index in range(2)) == 80
     assert held_out.at(1).label_count == 20
+
+
+def test_digits_are_images_of_either_split():
+    _, tokens, labels = rows("digits", count=400)
+    assert not tokens[:, :6].any()
+    _, held_out, _ = rows("digits", count=400, split="held_out")
+    assert not {*map(tuple, tokens.tolist())} & {*map(tuple, held_out.tolist())}
+    from sklearn.datasets import load_digits
+
+    every_fifth = {*map(tuple, load_digits().data[::5].astype(int).tolist())}
+    assert {*map(tuple, held_out[:, 6:].tolist())} <= every_fifth
+    assert {int(label) for label in labels[:, -1]} == set(range(17, 27))

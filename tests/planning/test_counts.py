@@ -234,3 +234,14 @@ def test_a_model_of_billions_is_counted_without_its_memory():
     assert 5e9 < counts.parameters < 7e9
     # 2 FLOPs a parameter and token forward, 4 backward; the embedding is read, but its matrix is the head's.
     assert counts.step_flops == pytest.approx(6 * 512 * counts.parameters, rel=0.05)
+
+
+def test_encoders_are_counted_as_they_run():
+    kept = {}
+    for kind in ("decoder", "encoder"):
+        for name in ("gla", "attention"):
+            counts = count_model(config_of(name, kind=kind), mixers_of(name), VOCAB, tokens=TOKENS)
+            [mixer] = [part for part in counts.parts if part.part == "mixer"]
+            kept[kind, name] = mixer.executed_forward
+    # A recurrence runs in both directions, attention looks at all pairs of tokens.
+    assert all(kept["encoder", name] > 1.2 * kept["decoder", name] for name in ("gla", "attention"))

@@ -47,6 +47,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def example_of(self, split: Split, length: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """`example` of a split, for tasks whose rows are not drawn anew but chosen among those there are."""
+        return self.example(length, draw)
+
     @property
     def name(self) -> str:
         """The task's file."""
@@ -77,7 +81,7 @@ def examples(
     streams differ for every seed. Raises `ConfigError` for a length too short.
     """
     task.check(length)
-    rows = [task.example(length, stream(split, seed, index)) for index in range(first, first + count)]
+    rows = [task.example_of(split, length, stream(split, seed, index)) for index in range(first, first + count)]
     tokens, labels = (np.stack(part) for part in zip(*rows, strict=True))
     return torch.from_numpy(tokens), torch.from_numpy(labels)
 
@@ -185,6 +189,6 @@ class SyntheticBatches(RowBatches):
         return 0.0
 
     def row(self, number: int) -> TaskRow:
-        tokens, labels = self.task.example(self.sequence_length, stream(self.split, self.seed, number))
+        tokens, labels = self.task.example_of(self.split, self.sequence_length, stream(self.split, self.seed, number))
         # Rows beyond the last pad the batch; nothing is asked in them.
         return TaskRow(tokens, nothing_asked(self.sequence_length) if 0 < self.taken <= number else labels)
