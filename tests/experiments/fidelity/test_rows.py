@@ -25,10 +25,13 @@ FIGURES |= {
     "inverse_permutation": 2,
     "first_token": 2,
     "spark": 4,
+    "clouds": 4,
+    "digits": 2,
 }
 
 TRAINED = {"recall": pytest.mark.full, "match3": pytest.mark.full, "parity": pytest.mark.all}
-TRAINED |= {"inverse_permutation": pytest.mark.all, "spark": pytest.mark.all}
+TRAINED |= {"inverse_permutation": pytest.mark.all, "spark": pytest.mark.all, "clouds": pytest.mark.all}
+TRAINED |= {"digits": pytest.mark.all}
 # Those that cost more than a second.
 SLOW = {
     "steps": pytest.mark.all,
