@@ -26,6 +26,7 @@ from seqtrain.kernels.operator import Operator, taken_by
 from seqtrain.mixers import State
 from seqtrain.models.feed_forward import MoE
 from seqtrain.models.quantized import integers_of, is_quantized
+from seqtrain.models.spark import SparkMLP
 from seqtrain.parallel.sequence import SequenceContext
 
 log = logging.getLogger("seqtrain.models")
@@ -312,10 +313,10 @@ def _one_hot(index: Tensor, num_classes: int) -> Tensor:
 
 @contextmanager
 def _opaque(model: nn.Module, trace: _Trace) -> Iterator[None]:
-    """Which experts work is decided by numbers: what routes tokens is called as it is."""
-    experts = [module for module in model.modules() if isinstance(module, MoE)]
+    """Which experts or channels work is decided by numbers: what chooses them is called as it is."""
+    choosing = [module for module in model.modules() if isinstance(module, MoE | SparkMLP)]
 
-    def taken(module: MoE) -> Callable[[Tensor], Tensor]:
+    def taken(module: MoE | SparkMLP) -> Callable[[Tensor], Tensor]:
         forward = module.forward
 
         def call(x: Tensor) -> Tensor:
@@ -326,12 +327,12 @@ def _opaque(model: nn.Module, trace: _Trace) -> Iterator[None]:
 
         return call
 
-    for module in experts:
+    for module in choosing:
         module.forward = taken(module)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for module in experts:
+        for module in choosing:
             del module.forward
 
 

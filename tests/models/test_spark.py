@@ -108,6 +108,23 @@ def test_what_can_t_be(fields, message):
 
 
 @torch.no_grad()
+def test_a_model_s_steps_read_few_keys():
+    tokens = tiny.batch(30)[0]
+    few, all_ = (
+        tiny.build(
+            ("attention",), settings={"attention": {"kept_keys": kept, "predict_width": 4}}, initializer_range=0.5
+        )
+        for kept in (4, 0)
+    )
+    (_, state), (_, other) = few(tokens), all_(tokens)
+    stepped, _ = few.step(tokens[:, 0], state)
+    whole, _ = all_.step(tokens[:, 0], other)
+    again, _ = few(torch.cat([tokens, tokens[:, :1]], 1), all_logits=True)
+    assert not torch.allclose(stepped, whole, atol=1e-3)
+    torch.testing.assert_close(whole, again[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_decoding_reads_the_keys_that_are_kept():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 40, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))

@@ -204,7 +204,7 @@ class SoftmaxAttention(Mixer):
         q, k = self.rotated(q, place), self.rotated(k, place)
         config = self.config
         options: dict[str, Any] = {"window": self.window, "scale": config.scale or None, "score_cap": config.score_cap}
-        if config.kept_keys and self.window is None and type(sequence) is SequenceContext:
+        if config.kept_keys and self.window is None and not (sequence.sends or self.shape.encoder):
             options |= {"kept_keys": config.kept_keys, "predict_width": config.predict_width or self.key // 2}
         return attend(sequence, softmax_attention, q, k, v, past=past, **options)
 
