@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 LOGGER = logging.getLogger("seqtrain")
 
@@ -22,6 +23,9 @@ EXTRAS = {
     "eval": ("lm_eval",),
     "store": ("upath", "s3fs"),
 }  # fmt: skip
+
+# Seconds until an interrupt that was passed over comes again.
+AGAIN_SECONDS = 0.05
 
 
 class SeqtrainError(ValueError):
@@ -112,18 +116,33 @@ def _in_one_line(message: str) -> str:
 
 @contextmanager
 def _interrupted_by_signals() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP, unless ignored, end the block as Ctrl-C does, so that what it holds is let go."""
+    """Lets SIGTERM and SIGHUP, unless ignored, end the block as Ctrl-C does, so that what it holds is let go.
+
+    An interrupt that came where Python passes exceptions over, as in a `__del__`, comes again a little later.
+    """
+    usual = sys.unraisablehook
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
+
+    def lost(unraisable: Any) -> None:
+        if isinstance(error := unraisable.exc_value, KeyboardInterrupt):
+            number = getattr(error, "number", signal.SIGINT)
+            again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+        else:
+            usual(unraisable)
 
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:
                 before[number] = signal.signal(number, interrupt)
+    sys.unraisablehook = lost
     try:
         yield
     finally:
+        sys.unraisablehook = usual
         for number, handler in before.items():
             signal.signal(number, handler)

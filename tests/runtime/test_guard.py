@@ -106,3 +106,18 @@ def test_a_hangup_that_is_ignored_stays_so(tmp_path):
         return exit_status(work)
 
     assert in_a_process(under_nohup, tmp_path / "stderr") == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_where_python_passes_exceptions_over_is_not_lost(number, capsys):
+    class Deleted:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def work():
+        Deleted()
+        time.sleep(20)
+        return 0
+
+    assert exit_status(work) == 128 + number
+    assert capsys.readouterr().err == f"stopped by {signal.Signals(number).name}\n"
