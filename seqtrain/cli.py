@@ -99,6 +99,7 @@ COMMANDS = {
     "bench-operators": Command("seqtrain.benchmarks.operators", "time operators against others"),
     "bench-all-scan": Command("seqtrain.benchmarks.all_scan", "time ways to hand states from rank to rank"),
     "compare-optimizers": Command("seqtrain.benchmarks.optimizers", "compare optimizers on the same text and time"),
+    "compare-recipes": Command("seqtrain.benchmarks.recipes", "compare recipes of conversion on one teacher"),
     "bench-training": Command("seqtrain.benchmarks.training", "time training steps against transformers' own models"),
     "compare-settings": Command("seqtrain.benchmarks.settings", "compare the throughput of runs with other settings"),
     "bench-memory": Command("seqtrain.benchmarks.memory", "measure the peak memory of one step on one long sequence"),

@@ -150,8 +150,7 @@ class _Conversion:
         self.texts = read_texts(config.verify, self.source, seed=config.seed)
         # How far back passages are asked for that the texts are long enough for.
         most = self.texts[0].tokens.numel() - PASSAGE
-        distances = [each * config.layer.window for each in config.verify.recall]
-        self.distances = [distance for distance in distances if 0 < distance < most]
+        self.distances = [distance for distance in config.verify.recall if distance < most]
         self.scores: dict[str, list[float]] = {}
         # One row for checks, `[1,T]`.
         self.tokens = self.texts[0].tokens[:1]

@@ -129,8 +129,8 @@ class VerifyConfig:
     tokens: Annotated[int, Field(gt=1)] = 512
     # Sequences of a text at most.
     sequences: Positive = 4
-    # Windows (layer.window) back at which a passage is asked for again, as far as a text reaches.
-    recall: tuple[Positive, ...] = (1, 2, 4, 8)
+    # Tokens back at which a passage is asked for again, as far as a text reaches.
+    recall: tuple[Positive, ...] = (64, 128, 256, 512)
     # What teacher and student are to continue; empty: nothing.
     prompt: str = "The capital of France is"
     # Tokens the exported model generates while its cache is watched; 0: none.
