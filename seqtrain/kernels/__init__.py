@@ -13,6 +13,7 @@ from seqtrain.kernels.gated_norm import gated_norm as gated_norm
 from seqtrain.kernels.kronecker_attention import kronecker_attention as kronecker_attention
 from seqtrain.kernels.linear_attention import linear_attention as linear_attention
 from seqtrain.kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from seqtrain.kernels.linear_swiglu import linear_swiglu as linear_swiglu
 from seqtrain.kernels.operator import Operator as Operator
 from seqtrain.kernels.operator import operator as operator
 from seqtrain.kernels.short_convolution import short_convolution as short_convolution

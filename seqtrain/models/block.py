@@ -258,6 +258,7 @@ def _shared(
 def _mlp(config: ModelConfig, tensor: TensorParallel, **options: Any) -> MLP:
     shape: dict[str, Any] = {"activation": config.activation, "gated": config.mlp_gated, "bias": config.mlp_bias}
     shape |= {"gate_scale": config.mlp_gate_scale, "out_scale": config.mlp_out_scale}
+    shape |= {"epilogue": config.mlp_epilogue}
     return MLP(config.width, config.hidden, tensor=tensor, **shape, **options)
 
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 
 from seqtrain.errors import ConfigError
 from seqtrain.initialization import Initializer, constant, initialize
-from seqtrain.kernels import swiglu
+from seqtrain.kernels import linear_swiglu, swiglu
 from seqtrain.layers import Adapters, Linear, fused, upcast
 from seqtrain.mixers.common.base import even_share
 from seqtrain.models.spiking import Spikes
@@ -78,12 +78,19 @@ class Routed:
     squares: Tensor
 
 
+class SwiGLULinear(Linear):
+    """Both matrices into the hidden channels, `[2H,D]`, SwiGLU in their product's epilogue: `[...,D]` -> `[...,H]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_swiglu(x, self.weight.unflatten(0, (2, -1)))
+
+
 class MLP(nn.Module):
     """`W3 (f(W1 x) * W2 x)` (Shazeer 2020, arXiv 2002.05202), W1 and W2 one matrix; `W3 f(W1 x)` without a gate.
 
-    `gate_scale`, `out_scale`: factors on `W1 x` and on the result. `adapter_rank`: of what is added to `W1 x` and
-    `W2 x` where layers share them; 0: nothing. `tensor`: ranks over which hidden channels are divided. Raises
-    `ConfigError`.
+    `gate_scale`, `out_scale`: factors on `W1 x` and on the result. `epilogue`: see `SwiGLULinear`.
+    `adapter_rank`: of what is added to `W1 x` and `W2 x` where layers share them; 0: nothing. `tensor`: ranks over
+    which hidden channels are divided. Raises `ConfigError`.
     """
 
     # Whether ranks exchange anything in it.
@@ -99,6 +106,7 @@ class MLP(nn.Module):
         bias: bool = False,
         gate_scale: float = 1.0,
         out_scale: float = 1.0,
+        epilogue: bool = False,
         adapter_rank: int = 0,
         tensor: TensorParallel = ALONE,
     ):
@@ -106,7 +114,12 @@ class MLP(nn.Module):
         hidden = even_share(hidden, tensor, f"model.mlp_width={hidden}")
         self.activation, self.gated, self.tensor = activation, gated, tensor
         self.gate_scale, self.out_scale = gate_scale, out_scale
-        self.up = fused(Linear(width, (1 + gated) * hidden, bias=bias), (1 + gated) * (hidden,))
+        self.epilogue = epilogue
+        if epilogue and not (activation == "silu" and gated and not bias and gate_scale == 1 and not adapter_rank):
+            rule = "is there for SwiGLU without biases, gate factor and adapters; use false"
+            raise ConfigError(f"model.mlp_epilogue=true: {rule}")
+        up = SwiGLULinear if epilogue else Linear
+        self.up = fused(up(width, (1 + gated) * hidden, bias=bias), (1 + gated) * (hidden,))
         self.adapter = Adapters(width, [self.up.out_features], adapter_rank) if adapter_rank else None
         if self.adapter is not None:
             self.adapter.get_submodule("0.1").tensor_parts = self.up.tensor_parts
@@ -119,8 +132,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.tensor.enter(x)
-        up = self.up(x) if self.adapter is None else self.up(x) + self.adapter(x)
-        x = activated(up, self.activation, self.gated, self.gate_scale)
+        if self.epilogue:
+            x = self.up(x)
+        else:
+            up = self.up(x) if self.adapter is None else self.up(x) + self.adapter(x)
+            x = activated(up, self.activation, self.gated, self.gate_scale)
         return self.out(x) if self.out_scale == 1 else self.out(x) * self.out_scale
 
     def flops(self, tokens: int) -> int:

@@ -20,7 +20,7 @@ from seqtrain.initialization import Initializer, constant, initialize, uniform
 from seqtrain.kernels import products
 from seqtrain.layers import Linear
 from seqtrain.models.families import Family, Piece
-from seqtrain.models.feed_forward import MoE
+from seqtrain.models.feed_forward import MoE, SwiGLULinear
 from seqtrain.models.language_model import LanguageModel
 from seqtrain.models.pretrained import by_tensor, shape_of
 from seqtrain.models.shared import SharedBlock
@@ -72,6 +72,10 @@ class AdaptedLinear(nn.Linear):
 
     def __init__(self, base: nn.Linear):
         nn.Module.__init__(self)
+        if isinstance(base, SwiGLULinear):
+            raise ConfigError(
+                "model.mlp_epilogue=true: leaves adapters no place between product and activation; use false"
+            )
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.adapters: Any = nn.ModuleDict()

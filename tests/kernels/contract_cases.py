@@ -57,6 +57,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "kronecker_attention": [{}, {"degree": 4, "scale": 0.3, "sizes": {"K": 2, "R": 2}}],
     "linear_attention": [{"shapes": {"log_decay": shape}} for shape in ("B T H", None, "H", "B T H K")],
     "linear_cross_entropy": [{"chunk": 8}, {"chunk": 100}],
+    "linear_swiglu": [{}],
     "short_convolution": [{}, {"activation": "silu", "dilation": 3, "shapes": {"bias": None}}],
     "sink_attention": [
         {"window": 9, "sinks": 2},

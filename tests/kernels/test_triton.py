@@ -230,6 +230,22 @@ def test_a_program_sums_over_its_tiles(weight, monkeypatch):
     check(norm(100, weight), tokens=5)
 
 
+@pytest.mark.parametrize("sizes", [{"K": 40, "H": 70}, {"K": 16, "H": 9}])
+@pytest.mark.parametrize("dtype", [WIDE, torch.float32, BF16, HALF], ids=str)
+def test_linear_swiglu(sizes, dtype):
+    check(Case(OPERATORS["linear_swiglu"], {}, sizes=sizes | {"d0": 37}), dtype, tokens=1)
+
+
+@interpreted
+def test_what_no_backward_pass_needs_is_not_written():
+    x, weight = torch.randn(5, 16), torch.randn(2, 20, 16, requires_grad=True)
+    for needed, written in ((True, 3), (False, 1)):
+        with recording() as launches, torch.set_grad_enabled(needed):
+            OPERATORS["linear_swiglu"](x, weight, backend="triton")
+        stored = sum(each.traffic[name].written for each in launches for name in ("out", "z") if name in each.traffic)
+        assert stored == written * 5 * 20 * 4, launches[0].traffic
+
+
 @interpreted
 def test_slices_of_a_projection_are_read_in_place():
     both = torch.randn(2, 5, 2, 3 * 16)
@@ -298,6 +314,7 @@ LAUNCHES = {
     "gated_norm": (norm(100, "H V"), {}, ["forward", "backward"]),
     "tensor_attention": (tensors_of(3, 20), {"SEGMENT": 1000}, None),
     "linear_cross_entropy": (Case(linear_cross_entropy, {"chunk": 16}), {}, None),
+    "linear_swiglu": (Case(OPERATORS["linear_swiglu"], {}), {}, ["forward", "backward"]),
 }
 
 

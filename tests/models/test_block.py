@@ -12,7 +12,8 @@ from seqtrain.layers import RMSNorm
 from seqtrain.mixers import MIXERS, LayerShape
 from seqtrain.models import LanguageModel, ModelConfig, generate
 from seqtrain.models.block import Block
-from seqtrain.models.feed_forward import MLP
+from seqtrain.models.feed_forward import MLP, SwiGLULinear
+from seqtrain.models.lora import AdaptedLinear
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.testing import boundaries, relative_error
 from seqtrain.validation import validate
@@ -179,3 +180,15 @@ def test_deltanet_s_two_global_layers_are_the_second_and_the_one_after_the_middl
         assert config.depth == len(config.layers) == depth
         found = [place for place, layer in enumerate(config.layers, 1) if layer == "attention"]
         assert found == [2, depth // 2 + 1]
+
+
+@torch.no_grad()
+def test_swiglu_in_the_epilogue_is_swiglu():
+    epilogue, plain = model(mlp_epilogue=True), model()
+    assert {type(each.mlp.up) for each in epilogue.blocks} == {SwiGLULinear}
+    assert epilogue.state_dict().keys() == plain.state_dict().keys()
+    assert relative_error(epilogue(tokens())[0], plain(tokens())[0]) < 1e-12
+    with pytest.raises(ConfigError, match=r"^model\.mlp_epilogue=true: is there for SwiGLU without biases"):
+        model(mlp_epilogue=True, activation="gelu")
+    with pytest.raises(ConfigError, match=r"^model\.mlp_epilogue=true: leaves adapters no place"):
+        AdaptedLinear(epilogue.blocks[0].mlp.up)
