@@ -7,10 +7,11 @@
 Each family's model is made by transformers with `depth` layers of width `width`, saved, and read by
 `seqtrain.models.from_pretrained`; both take the loss of the same row and its gradients. In bfloat16 both keep float32
 weights and multiply under PyTorch's autocast. Every round times each side once. Printed are medians of CPU time, wall
-time, how many times transformers' CPU time ours is, the most memory a step held beyond weights and gradients, and the
-share of the GEMM rate: the dense products and operators of the model's definition, forward and backward, over our CPU
-time, as a part of the rate of matrix products alone. That is measured between the rounds, on the products of a layer of
-this width, by each routine that PyTorch has (`ROUTINES` of seqtrain/kernels/products.py), of which the fastest counts.
+time, how many times transformers' CPU time ours is, the most memory a step held beyond weights and gradients (in a step
+that is not timed), and the share of the GEMM rate: the dense products and operators of the model's definition, forward
+and backward, over our CPU time, as a part of the rate of matrix products alone, measured in the same rounds: all
+products of the model's matrices, each at its own size, by each routine that PyTorch has (`ROUTINES` of
+seqtrain/kernels/products.py), of which the fastest counts.
 transformers runs on its own PyTorch path, with SDPA where it has it. With more than one thread, where others keep the
 cores busy, threads that wait count as CPU time, too. A table, `bench_training.json` and a picture are left in
 `output_dir`.
@@ -20,6 +21,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -35,8 +37,9 @@ from seqtrain import report
 from seqtrain.config import read_settings
 from seqtrain.errors import ConfigError, unknown_name
 from seqtrain.kernels import products
-from seqtrain.memory import AnonymousPeak
+from seqtrain.memory import AnonymousPeak, give_back_free_memory
 from seqtrain.models import from_pretrained
+from seqtrain.models.language_model import Head
 
 DELTA = {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
 MAMBA2 = {"mamba_n_heads": 16, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1}
@@ -80,8 +83,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 OURS, THEIRS = "ours", "transformers"
 # By how much losses of the two sides may differ.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2}
-# Rows of the products whose rate is measured.
-GEMM_ROWS = 2048
+# Rows of the products whose rate is measured; of matrices with so many outputs, as the head, the loss takes fewer.
+GEMM_ROWS, LOSS_ROWS, FEW_OUTPUTS = 8192, 1024, 8192
 # A list, for which its only entry may stand.
 LISTED = (Field(min_length=1), BeforeValidator(lambda values: tuple(values) if isinstance(values, list) else (values,)))
 TABLE = report.LiveTable(
@@ -125,11 +128,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Taken:
-    """What a step took, and its loss."""
+    """Seconds that a step took, and its loss."""
 
     cpu: float
     wall: float
-    bytes: int
     loss: float
 
 
@@ -228,17 +230,26 @@ def compared(
     steps: dict[str, tuple[Any, Step]] = {OURS: (ours, our_loss), THEIRS: (theirs, their_loss)}
     taken: dict[str, list[Taken]] = {side: [] for side in steps if side in sides}
     rates: list[dict[str, float]] = []
-    for _ in range(settings.rounds):
+    held = {}
+    for turn in range(settings.rounds + 1):
         for side in taken:
             model, loss = steps[side]
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-            taken[side].append(timed(loss, autocast(dtype)))
-        rates.append(gemm_rates(settings.width, getattr(torch, dtype)))
+            if turn:
+                taken[side].append(timed(loss, autocast(dtype)))
+                continue
+            # What was freed before would hide what this step holds.
+            give_back_free_memory()
+            with AnonymousPeak() as peak:
+                timed(loss, autocast(dtype))
+            held[side] = peak.bytes
+        if turn:
+            rates.append(gemm_rates(ours, tokens, getattr(torch, dtype)))
     losses = {side: each[-1].loss for side, each in taken.items()}
     if len(losses) > 1 and abs(losses[OURS] - losses[THEIRS]) > TOLERANCES[dtype] * abs(losses[THEIRS]):
         raise AssertionError(f"{name}: losses differ: {losses}")
-    found = {side: medians(each) for side, each in taken.items()}
+    found = {side: medians(each) | {"bytes": held[side]} for side, each in taken.items()}
     rate = {routine: statistics.median(each[routine] for each in rates) for routine in rates[0]}
     flops = 3 * ours.flops(tokens)
     return {
@@ -259,34 +270,39 @@ def autocast(dtype: str) -> AbstractContextManager[Any]:
 
 
 def medians(taken: list[Taken]) -> dict[str, Any]:
-    """Of all rounds, with each round's CPU time; the least memory, of which threads' caches hold some now and then."""
+    """Of all rounds, with each round's CPU time."""
     cpu = [each.cpu for each in taken]
     return {
         "cpu": statistics.median(cpu),
         "wall": statistics.median(each.wall for each in taken),
-        "bytes": min(each.bytes for each in taken),
         "rounds": cpu,
     }
 
 
 def timed(step: Step, context: AbstractContextManager[Any]) -> Taken:
     """A loss and its gradients."""
-    with AnonymousPeak() as peak:
-        began, wall = time.process_time(), time.perf_counter()
-        with context:
-            loss = step()
-        loss.backward()
-        cpu, wall = time.process_time() - began, time.perf_counter() - wall
-    return Taken(cpu, wall, peak.bytes, loss.item())
+    began, wall = time.process_time(), time.perf_counter()
+    with context:
+        loss = step()
+    loss.backward()
+    return Taken(time.process_time() - began, time.perf_counter() - wall, loss.item())
 
 
-def gemm_rates(width: int, dtype: torch.dtype) -> dict[str, float]:
-    """Operations a CPU second of a linear layer's three products alone, by each routine."""
+def gemm_rates(model: torch.nn.Module, tokens: int, dtype: torch.dtype) -> dict[str, float]:
+    """Operations a CPU second of the products of all the model's matrices alone, by each routine."""
+    sizes = Counter(tuple(each.weight.shape) for each in model.modules() if isinstance(each, torch.nn.Linear | Head))
     found = {}
     for routine in products.ROUTINES if dtype == torch.float32 else ("torch",):
-        if products.unavailable(routine) is None:
-            seconds = sum(min(each) for each in products.measure(routine, GEMM_ROWS, width, 3 * width, dtype=dtype))
-            found[routine] = 6 * GEMM_ROWS * width * 3 * width / seconds
+        if products.unavailable(routine) is not None:
+            continue
+        flops = seconds = 0.0
+        for (outputs, inputs), count in sizes.items():
+            # As many rows as the loss takes at once, and no more than are worth waiting for.
+            rows = min(tokens, LOSS_ROWS if outputs > FEW_OUTPUTS else GEMM_ROWS)
+            each = products.measure(routine, rows, inputs, outputs, dtype=dtype, repeats=min(count, 3))
+            flops += 6.0 * count * tokens * inputs * outputs
+            seconds += count * tokens / rows * sum(map(statistics.median, each))
+        found[routine] = flops / seconds
     return found
 
 

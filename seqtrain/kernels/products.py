@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,7 +31,7 @@ ROUTINES = ("torch", "onednn")
 # Multiply-adds of a product below which oneDNN's call takes longer than it saves: half a millisecond's worth.
 LEAST = 1 << 24
 # What the probe multiplies: rows, inputs and outputs of a layer; how often; and by how much oneDNN has to be faster.
-PROBED, REPEATS, MARGIN = (1024, 512, 1536), 5, 0.95
+PROBED, REPEATS, MARGIN = (512, 512, 1024), 7, 0.95
 # How many times faster bfloat16 has to be to be worth its rounding.
 WORTH = 1.2
 
@@ -77,8 +78,9 @@ def fastest() -> tuple[str, float]:
 
 
 def _onednn_ratio() -> float:
-    times = {routine: sum(min(each) for each in measure(routine, *PROBED)) for routine in ROUTINES}
-    return times["torch"] / times["onednn"]
+    # In turns, so that what others do on the machine falls on both.
+    turns = [[sum(map(sum, measure(routine, *PROBED, repeats=1))) for routine in ROUTINES] for _ in range(REPEATS)]
+    return statistics.median(plain / other for plain, other in turns)
 
 
 @cache
@@ -128,22 +130,23 @@ def measure(
     routine: str, rows: int, inputs: int, outputs: int, *, dtype: torch.dtype = torch.float32, repeats: int = REPEATS
 ) -> list[list[float]]:
     """CPU seconds, `repeats` times, of each product of a linear layer: forward, the gradients of inputs and weights."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight, d_out = (
-        torch.randn(shape, generator=generator).to(dtype)
-        for shape in ((rows, inputs), (outputs, inputs), (rows, outputs))
-    )
-    multiply = _ROUTINES[routine]
-    times: list[list[float]] = []
+    x, weight, d_out = (_numbers(*shape, dtype) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+    multiply, times = _ROUTINES[routine], []
     with torch.no_grad(), _one_thread():
         for a, b in ((x, weight), (d_out, weight.T), (d_out.T, x.T)):
-            multiply(a, b)
-            times.append([])
-            for _ in range(repeats):
-                began = time.process_time()
-                multiply(a, b)
-                times[-1].append(time.process_time() - began)
+            times.append([_seconds(multiply, a, b) for _ in range(repeats)])
     return times
+
+
+def _numbers(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """No zeros, and no random draws, which would take longer than the products."""
+    return torch.linspace(-1, 1, rows * columns).view(rows, columns).to(dtype)
+
+
+def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
+    began = time.process_time()
+    function(*arguments)
+    return time.process_time() - began
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.models.feed_forward import MoE
 from seqtrain.parallel.tensor import ALONE, TensorParallel
 from seqtrain.planning.parts import MicroBatch, PartTracer, Traced
+from seqtrain.planning.trace import Recorded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +47,16 @@ class PartCounts(Traced):
         """Bytes kept from the forward to the backward pass; the part's output is counted here."""
         return self.forward.kept
 
-    def of_rows(self, rows: int) -> "PartCounts":
-        """The counts of `rows` times as many rows."""
-        backward = self.backward.times(rows)
+    def of_rows(self, rows: int, times: Callable[[Recorded], Recorded]) -> "PartCounts":
+        """The counts of `rows` times as many rows; `times`: of what was recorded."""
+        backward = times(self.backward)
         # The gradients of weights do not grow with the rows.
-        backward.kept -= (rows - 1) * self.gradient_bytes
+        backward = dataclasses.replace(backward, kept=backward.kept - (rows - 1) * self.gradient_bytes)
         numbers = ("forward_flops", "backward_flops", "executed_forward", "executed_backward", "routed_bytes")
         return dataclasses.replace(
             self,
             **{name: getattr(self, name) * rows for name in numbers},
-            forward=self.forward.times(rows),
+            forward=times(self.forward),
             backward=backward,
             exchanges=tuple(each.of_rows(rows) for each in self.exchanges),
         )
@@ -142,7 +143,15 @@ class ModelCounts:
 
     def of_rows(self, rows: int) -> "ModelCounts":
         """The counts of `rows` times as many rows, all work and activations in proportion."""
-        parts = tuple(part.of_rows(rows) for part in self.parts)
+        known: dict[int, Recorded] = {}
+
+        def times(recorded: Recorded) -> Recorded:
+            # Layers of a kind have one.
+            if id(recorded) not in known:
+                known[id(recorded)] = recorded.times(rows)
+            return known[id(recorded)]
+
+        parts = tuple(part.of_rows(rows, times) for part in self.parts)
         return ModelCounts(parts, self.tokens, self.rows * rows, self.dtype, self.stream_bytes * rows)
 
 

@@ -268,6 +268,8 @@ def compute_seconds(counts: ModelCounts, machine: Machine, *, again: int, shards
     """
     total = dict.fromkeys((*CAUSES, "recomputation"), 0.0)
     product = machine.products[str(counts.dtype).removeprefix("torch.")]
+    # Layers of a kind take as long.
+    known: dict[tuple[int, float], dict[str, float]] = {}
     for part in counts.parts:
         factor = machine.efficiency.get(part.kind or part.part, 1.0)
         attends = any(exchange.heads for exchange in part.exchanges)
@@ -276,7 +278,10 @@ def compute_seconds(counts: ModelCounts, machine: Machine, *, again: int, shards
             factor *= machine.cut.get(part.kind, 1.0)
         directions = ((part.forward, part.executed_forward), (part.backward, part.executed_backward))
         for index, (recorded, executed) in enumerate(directions):
-            taken = {name: factor * s for name, s in _part_seconds(recorded, executed, machine, product).items()}
+            alike = id(recorded.calls), executed
+            if alike not in known:
+                known[alike] = _part_seconds(recorded, executed, machine, product)
+            taken = {name: factor * seconds for name, seconds in known[alike].items()}
             if attends:
                 # A shard's queries see the keys of all shards: as many times the pairs, shared evenly.
                 taken["attention"] *= shards

@@ -26,7 +26,7 @@ from seqtrain.planning.trace import Calls, Recorded, Tracer, scaled
 # (`kernels.chunk_form.SEGMENT_NUMBERS`), within these limits.
 NUMBERS, LEAST, MOST = 2**19, 256, 2048
 # Sequence on which the chunk form of an operator with a kernel of its own is traced, for its FLOPs.
-CHUNKED = 256
+CHUNKED = 128
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ class RecordingContext(SequenceContext):
         window = options.get("window")
         if window is not None:
             self.windows.append(window)
+        if isinstance(operator.time, PastInputs) and self.backend == "chunked":
+            # It has no products of matrices, whose FLOPs the chunk forms are traced for.
+            return SequenceContext.run(
+                dataclasses.replace(self, backend="auto"), operator, *tensors, initial_state=initial_state, **options
+            )
         return super().run(operator, *tensors, initial_state=initial_state, **options)
 
 
@@ -214,23 +219,23 @@ def _indices(x: Tensor) -> Tensor:
 def _trace(on_meta: nn.Module, run: Callable[[Any, Tensor], Tensor], width: int, batch: MicroBatch) -> Traced:
     """`run(module, x)` and its backward pass, gradients of the module and of x `[rows,tokens,width]` included."""
     tracer = Tracer()
-    module = tracer.module(on_meta)
     x = tracer.empty(batch.rows, batch.tokens, width, requires_grad=width > 0)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=batch.dtype != torch.float32)
     # What is there already is not looked through each time.
     gc.freeze()
-    with tracer:
-        with tracer.record() as forward, autocast:
-            out = run(module, x)
-            # What only a cycle of objects still holds is not kept.
-            gc.collect()
-        d_out = torch.empty_like(out)
-        with tracer.record() as backward:
-            # An embedding that is not trained has no backward pass.
-            if out.requires_grad:
-                torch.autograd.backward(out, d_out)
+    with tracer.filled(on_meta) as module:
+        with tracer:
+            with tracer.record() as forward, autocast:
+                out = run(module, x)
+                # What only a cycle of objects still holds is not kept.
+                gc.collect()
+            d_out = torch.empty_like(out)
+            with tracer.record() as backward:
+                # An embedding that is not trained has no backward pass.
+                if out.requires_grad:
+                    torch.autograd.backward(out, d_out)
+        made = sum(weight.grad.nbytes for weight in module.parameters() if weight.grad is not None)
     gc.unfreeze()
-    made = sum(weight.grad.nbytes for weight in module.parameters() if weight.grad is not None)
     return Traced(forward, backward, forward.flops, backward.flops, made)
 
 

@@ -5,12 +5,12 @@ decide what is computed, and they are small.
 """
 
 import contextlib
-import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -67,7 +67,7 @@ class Tracer(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._live = 0
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._fake = _fake_mode()
         self._held: dict[int, weakref.ref] = {}
         # What is being recorded, and the live bytes when that began.
         self._open: list[tuple[Recorded, int]] = []
@@ -96,16 +96,18 @@ class Tracer(TorchDispatchMode):
         self._hold(made)
         return made
 
-    def module(self, on_meta: M) -> M:
-        """A copy of a module on `meta`, with parameters and buffers of this mode. Called outside of the mode."""
-        module = copy.deepcopy(on_meta)
+    @contextmanager
+    def filled(self, on_meta: M) -> Iterator[M]:
+        """A module on `meta` that has parameters and buffers of this mode meanwhile. Called outside of the mode."""
         made: dict[int, Any] = {}
-        for part in module.modules():
-            for own in (part._parameters, part._buffers):
-                for name, x in own.items():
-                    if x is not None:
-                        own[name] = made.setdefault(id(x), self._like(x))
-        return module
+        before = [(own, dict(own)) for part in on_meta.modules() for own in (part._parameters, part._buffers)]
+        for own, tensors in before:
+            own.update({n: made.setdefault(id(x), self._like(x)) for n, x in tensors.items() if x is not None})
+        try:
+            yield on_meta
+        finally:
+            for own, tensors in before:
+                own.update(tensors)
 
     def _like(self, x: Tensor) -> Tensor:
         if not _floating(x):
@@ -171,6 +173,12 @@ class Tracer(TorchDispatchMode):
             calls.count += 1
             calls.flops += flops
             calls.bytes += moved
+
+
+@cache
+def _fake_mode() -> FakeTensorMode:
+    # One for all: it takes as long to make as a small trace, and keeps shapes that it has found.
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _floating(x: Tensor) -> bool:

@@ -137,8 +137,8 @@ def traced_whole(config, mixers):
     tracer = Tracer()
     with torch.device("meta"):
         whole = LanguageModel(config, mixers, VOCAB)
-    model, tokens = tracer.module(whole), torch.zeros(1, 200, dtype=torch.int64)
-    with tracer, tracer.record() as both:
+    tokens = torch.zeros(1, 200, dtype=torch.int64)
+    with tracer.filled(whole) as model, tracer, tracer.record() as both:
         with tracer.record() as forward:
             loss = model(tokens, tokens)
         loss.backward()

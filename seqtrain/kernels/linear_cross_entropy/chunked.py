@@ -67,7 +67,7 @@ def _loss_and_gradients(
     soft = torch.promote_types(torch.float32, hidden.dtype)
     matrix = weight.to(dtype)
     d_hidden = torch.empty_like(hidden) if need_hidden else None
-    d_weight = torch.zeros_like(weight, dtype=soft) if need_weight else None
+    d_weight: Tensor | None = None
     loss = torch.zeros((), dtype=soft, device=hidden.device)
     for start in range(0, hidden.shape[0], chunk):
         rows = hidden[start : start + chunk].to(dtype)
@@ -85,10 +85,14 @@ def _loss_and_gradients(
             d_logits = d_logits * slope
         if d_hidden is not None:
             d_hidden[start : start + chunk] = product(d_logits, matrix.T)
-        if d_weight is not None and dtype == soft:
+        if need_weight and d_weight is None:
+            d_weight = product(d_logits.T, rows.T).to(soft)
+        elif d_weight is not None and dtype == soft:
             add_product_(d_weight, d_logits.T, rows.T)
         elif d_weight is not None:
             d_weight += d_logits.T @ rows
+    if need_weight and d_weight is None:
+        d_weight = torch.zeros_like(weight, dtype=soft)
     return loss, d_hidden, d_weight
 
 
