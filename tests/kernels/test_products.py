@@ -74,7 +74,7 @@ def test_the_faster_one_by_a_margin(faster, monkeypatch):
 @pytest.mark.parametrize("damage", [None, b"", b"[]", b"{"])
 def test_every_process_of_a_machine_takes_what_the_first_one_found(monkeypatch, tmp_path, damage):
     times = {"torch": 1.0, "onednn": 0.5}
-    monkeypatch.setattr(products, "measure", lambda routine, *_: [[times[routine]]])
+    monkeypatch.setattr(products, "measure", lambda routine, *_, **__: [[times[routine]]])
     assert products.fastest() == ("onednn", 2.0)
     [file] = (tmp_path / "cache").iterdir()
     if damage is not None:
