@@ -20,6 +20,7 @@ from experiments.fidelity import (
     liger,
     match3,
     nalaformer,
+    optimizers,
     parity,
     query_gradient,
     recall,
@@ -34,7 +35,7 @@ from experiments.fidelity.results import Axes, Bounds, Curve, Effort, Figure, Ro
 _MODULES = (
     *(recall, parity, match3, fourier, query_gradient, entropy, tensor_time),
     *(nalaformer, dydila, tcnca, liger, heads, bounded_entries, groups, centrality, rounding, steps, all_scan),
-    *(first_token, spark, clouds, digits),
+    *(first_token, spark, clouds, digits, optimizers),
     inverse_permutation,
 )
 ROWS: dict[str, Row] = {module.ROW.name: module.ROW for module in _MODULES}

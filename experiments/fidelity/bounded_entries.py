@@ -5,9 +5,11 @@ from collections.abc import Iterator
 import torch
 
 from experiments.fidelity.results import Axes, Bounds, Curve, Effort, Figure, Row
-from seqtrain.kernels import tensor_attention
+from seqtrain.kernels import kronecker_attention, tensor_attention
 
 TOKENS, KEY, VALUE = 24, 8, 4
+# Tokens where weights are of triples: all of them are written out.
+FEW = 10
 ENTRIES = (0.25, 0.5, 1.0, 1.5)
 CLAIMS = {
     (0.25, 2): Bounds(at_most=1e-4),
@@ -16,6 +18,8 @@ CLAIMS = {
     (1.5, 2): Bounds(at_least=0.1),
     (1.5, 6): Bounds(at_least=0.01),
 }
+# Of attention of order 4.
+TRIPLES = {(0.5, 4): Bounds(at_most=1e-6), (1.0, 6): Bounds(at_most=1e-3), (1.5, 6): Bounds(at_least=0.01)}
 
 
 def measure(effort: Effort) -> Iterator[Figure]:
@@ -32,6 +36,21 @@ def measure(effort: Effort) -> Iterator[Figure]:
     for index, ((bound, degree), claim) in enumerate(CLAIMS.items()):
         what = f"error of degree {degree}, entries up to {bound:g}"
         yield Figure(what, errors[bound, degree], claim, length=TOKENS, curves=() if index else curves)
+
+    for (bound, degree), claim in TRIPLES.items():
+        values = tuple(_error_of_triples(bound, degree, seed) for seed in effort.seeds)
+        yield Figure(f"order 4: error of degree {degree}, entries up to {bound:g}", values, claim, length=FEW)
+
+
+def _error_of_triples(bound: float, degree: int, seed: int) -> float:
+    """As `_error`, of attention to triples of tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    q = bound * (2 * torch.rand(1, FEW, 1, KEY, generator=generator, dtype=torch.float64) - 1)
+    keys = bound * (2 * torch.rand(1, FEW, 1, 3, KEY, generator=generator, dtype=torch.float64) - 1)
+    values = torch.randn(1, FEW, 1, 3, VALUE, generator=generator, dtype=torch.float64)
+    exact, _ = kronecker_attention(q, keys, values, degree=None, scale=1.0)
+    out, _ = kronecker_attention(q, keys, values, degree=degree, scale=1.0)
+    return ((out - exact).norm() / exact.norm()).item()
 
 
 def _error(bound: float, degree: int, seed: int) -> float:

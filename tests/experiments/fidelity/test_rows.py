@@ -16,7 +16,7 @@ from seqtrain.testing import relative_error
 TINY = Effort(seeds=(0,), scale=0.002)
 # Figures of each row; the slow one has its own test.
 FIGURES = {"recall": 8, "parity": 3, "match3": 12, "query_gradient": 2, "entropy": 2, "tensor_time": 1}
-FIGURES |= {"nalaformer": 3, "dydila": 2, "tcnca": 2, "liger": 6, "heads": 10, "bounded_entries": 5, "groups": 2}
+FIGURES |= {"nalaformer": 3, "dydila": 2, "tcnca": 2, "liger": 6, "heads": 10, "bounded_entries": 8, "groups": 2}
 FIGURES |= {
     "centrality": 1,
     "rounding": 7,
@@ -26,6 +26,7 @@ FIGURES |= {
     "first_token": 2,
     "spark": 4,
     "clouds": 4,
+    "optimizers": 4,
     "digits": 2,
 }
 
@@ -39,6 +40,7 @@ SLOW = {
     "heads": pytest.mark.all,
     "liger": pytest.mark.all,
     "rounding": pytest.mark.all,
+    "optimizers": pytest.mark.all,
     "first_token": pytest.mark.all,
 }
 
