@@ -234,11 +234,12 @@ def compared(
     for turn in range(settings.rounds + 1):
         for side in taken:
             model, loss = steps[side]
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            model.zero_grad()
             if turn:
                 taken[side].append(timed(loss, autocast(dtype)))
                 continue
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
             # What was freed before would hide what this step holds.
             give_back_free_memory()
             with AnonymousPeak() as peak:

@@ -157,9 +157,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if bias is None else out + bias
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b.T` of `a: [n,k]`, `b: [m,k]`, without a gradient, by the routine in use."""
-    return _ROUTINES[chosen() if _large(a, b) else "torch"](a, b)
+def product(a: Tensor, b: Tensor, *, into: Tensor | None = None) -> Tensor:
+    """`a @ b.T` of `a: [n,k]`, `b: [m,k]`, without a gradient, by the routine in use; in `into`, if it can."""
+    if _large(a, b) and chosen() != "torch":
+        return _ROUTINES[chosen()](a, b)
+    return _by_torch(a, b) if into is None else torch.mm(a, b.T, out=into)
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:

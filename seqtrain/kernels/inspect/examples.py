@@ -16,7 +16,7 @@ import os
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -188,14 +188,15 @@ def count_example(name: str, target: str = "sm_90") -> list[Count]:
     return counts
 
 
-def count_in_child(names: Sequence[str]) -> list[Count]:
-    """`count_example` of each, in a process of its own that interprets. Raises `RuntimeError` with what went wrong."""
+def count_in_child(name: str) -> list[dict]:
+    """`count_example`, as plain values, in a process of its own that interprets. Raises `RuntimeError` with what went
+    wrong."""
     code = (
         "import json, sys; from dataclasses import asdict; from seqtrain.kernels.inspect.examples import count_example;"
-        "print(json.dumps([asdict(x) for name in json.loads(sys.argv[1]) for x in count_example(name)]))"
+        "print(json.dumps([asdict(x) for x in count_example(sys.argv[1])]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(list(names))],
+        [sys.executable, "-c", code, name],
         capture_output=True,
         text=True,
         check=False,
@@ -203,7 +204,8 @@ def count_in_child(names: Sequence[str]) -> list[Count]:
     )
     if done.returncode:
         raise RuntimeError(f"counting failed: {done.stderr.strip().splitlines()[-1]}")
-    return [Count(**{**each, "kernels": tuple(each["kernels"])}) for each in json.loads(done.stdout)]
+    found: list[dict] = json.loads(done.stdout)
+    return found
 
 
 def _backward(inputs: dict[str, Tensor], outputs: tuple[Tensor, ...]) -> None:

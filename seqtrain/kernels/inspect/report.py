@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for four GPUs, none of which needs to be here, and reports the machine code.
 
-    python tools/kernel_report.py                                       # all examples, all targets; minutes
+    python tools/kernel_report.py                                       # all examples, all targets; minutes at first
     python tools/kernel_report.py examples=[scan] targets=[sm_90] count=false
     python tools/kernel_report.py examples=[delta_rule] output_dir=outputs/before
 
@@ -13,23 +13,29 @@ Exit status 1 if a configuration spills more than its target's limit (0 bytes; 6
 shared memory than a block has, or loses its matrix instructions.
 """
 
+import hashlib
+import json
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
+import seqtrain.kernels
 from seqtrain.config import read_settings
 from seqtrain.errors import ConfigError
+from seqtrain.files import replace_file
 from seqtrain.kernels.gpu import unavailable
 from seqtrain.kernels.inspect.examples import Count, compile_example, count_in_child, find_examples
-from seqtrain.report import WIDTH, announced, machine, write_json
+from seqtrain.kernels.native.build import cache_folder
+from seqtrain.report import WIDTH, machine, version, write_json
 
 T = TypeVar("T")
 Target = Literal["sm_80", "sm_90", "sm_100", "gfx942"]
@@ -44,8 +50,8 @@ class Settings:
     )
     # Also count bytes and FLOPs.
     count: bool = True
-    # Number of compiling processes.
-    jobs: Annotated[int, Field(gt=0)] = 1
+    # Processes that compile and count; 0: as many as there are cores.
+    jobs: Annotated[int, Field(ge=0)] = 0
     # Folder for the results.
     output_dir: str = "outputs/kernel_report"
 
@@ -59,18 +65,66 @@ def chosen(settings: Settings) -> list[str]:
     return wanted
 
 
-def compile_all(names: list[str], settings: Settings) -> Iterator[dict]:
-    """Rows as they come."""
+def work_through(names: list[str], settings: Settings) -> tuple[list[dict], list[Count]]:
+    """Compiles and counts in processes side by side, and shows rows as they come, in their order.
+
+    What has been done for the same sources and packages before is read from the user's cache folder.
+    """
     pairs = [(name, target) for name in names for target in settings.targets]
-    if settings.jobs == 1:
-        for name, target in pairs:
-            with announced(f"compiling {name} for {target}"):
-                rows = compile_example(name, target)
-            yield from rows
-        return
-    with ProcessPoolExecutor(settings.jobs, mp_context=get_context("spawn")) as pool:
-        for rows in pool.map(compile_example, *zip(*pairs, strict=True)):
-            yield from rows
+    tasks: list[tuple[Callable[..., list[dict]], tuple[str, ...]]] = [(compile_example, pair) for pair in pairs]
+    tasks += [(count_in_child, (name,)) for name in names] if settings.count else []
+    rows: list[dict] = []
+    counts: list[Count] = []
+    jobs, kept = settings.jobs or os.cpu_count() or 1, kept_results()
+    with ThreadPoolExecutor(jobs) as threads, ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+
+        def result(function: Callable[..., list[dict]], arguments: tuple[str, ...]) -> list[dict]:
+            # Counting starts a process of its own; the threads bound them all.
+            run = function if function is count_in_child else lambda *x: pool.submit(function, *x).result()
+            return kept(function.__name__, arguments, lambda: run(*arguments))
+
+        found = threads.map(result, *zip(*tasks, strict=True))
+        print(HEADER)
+        under_headings((row["example"], line_of(row)) for row in _kept(told(found, pairs), rows))
+        if settings.count:
+            print(COUNT_HEADER)
+            more = (Count(**{**each, "kernels": tuple(each["kernels"])}) for each in told(found, names))
+            under_headings((count.example, line_of_count(count)) for count in _kept(more, counts))
+    return rows, counts
+
+
+def told(found: Iterator[list[dict]], tasks: Sequence[Any]) -> Iterator[dict]:
+    """The rows of the next results, one for each of `tasks`, with a line of progress on stderr before each."""
+    for number, task in enumerate(tasks, 1):
+        about = task if isinstance(task, str) else " for ".join(task)
+        print(f"{number} of {len(tasks)}: {about}", file=sys.stderr, flush=True)
+        yield from next(found)
+
+
+Work = Callable[[], list[dict]]
+
+
+def kept_results() -> Callable[[str, tuple[str, ...], Work], list[dict]]:
+    """What gives the result of a piece of work by its name, from the cache folder where it is there."""
+    folder = cache_folder().parent / "kernel_report"
+    state = hashlib.sha256()
+    for package in ("torch", "triton"):
+        state.update(version(package).encode())
+    for file in sorted(Path(seqtrain.kernels.__file__).parent.rglob("*.py")):
+        state.update(file.read_bytes())
+
+    def kept(name: str, arguments: tuple[str, ...], work: Work) -> list[dict]:
+        key = hashlib.sha256("\0".join((state.hexdigest(), name, *arguments)).encode()).hexdigest()[:32]
+        file = folder / f"{key}.json"
+        with suppress(OSError, ValueError):
+            return list(json.loads(file.read_text()))
+        result = work()
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_file(file, json.dumps(result).encode())
+        return result
+
+    return kept
 
 
 HEADER = (
@@ -130,14 +184,7 @@ def main(arguments: list[str]) -> int:
     if reason := unavailable():
         raise ConfigError(f"kernel-report {reason}")
     names = chosen(settings)
-    rows: list[dict] = []
-    counts: list[Count] = []
-    print(HEADER)
-    under_headings((row["example"], line_of(row)) for row in _kept(compile_all(names, settings), rows))
-    if settings.count:
-        print(COUNT_HEADER)
-        with announced("counting bytes and FLOPs in Triton's interpreter"):
-            under_headings((count.example, line_of_count(count)) for count in _kept(count_in_child(names), counts))
+    rows, counts = work_through(names, settings)
     faults = sum(len(row["faults"]) for row in rows)
     print(f"\n{len(rows)} kernels compiled, {faults} faults; not run on any GPU")
     path = Path(settings.output_dir) / "kernel_report.json"

@@ -69,9 +69,13 @@ def _loss_and_gradients(
     d_hidden = torch.empty_like(hidden) if need_hidden else None
     d_weight: Tensor | None = None
     loss = torch.zeros((), dtype=soft, device=hidden.device)
+    # The logits of all chunks, one after the other: memory of this size comes from the system page by page.
+    room = None
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and hidden.shape[0] > chunk:
+        room = torch.empty(chunk, matrix.shape[0], dtype=dtype)
     for start in range(0, hidden.shape[0], chunk):
         rows = hidden[start : start + chunk].to(dtype)
-        logits = soft_cap(product(rows, matrix), cap)
+        logits = soft_cap(product(rows, matrix, into=None if room is None else room[: len(rows)]), cap)
         # The softmax may spoil them.
         slope = 1 - (logits / cap).square() if cap else None
         of_chunk, d_logits = softmax(logits, labels[start : start + chunk], need_hidden or need_weight)

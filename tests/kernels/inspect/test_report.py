@@ -11,14 +11,17 @@ import pytest
 import seqtrain.kernels
 from seqtrain import cli
 from seqtrain.kernels.inspect import examples as kernel_examples
+from seqtrain.kernels.inspect import report
 
 
 @pytest.mark.full
 def test_every_target_and_direction_has_a_row_and_bytes_stand_next_to_their_floor(tmp_path):
     # As from a process that interprets: the command compiles all the same.
     command = [sys.executable, "tools/kernel_report.py", "examples=[gated_norm V=128]", f"output_dir={tmp_path}"]
-    done = subprocess.run(["env", "TRITON_INTERPRET=1", *command], capture_output=True, text=True, timeout=280)
+    command = ["env", "TRITON_INTERPRET=1", f"XDG_CACHE_HOME={tmp_path / 'cache'}", *command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr + done.stdout
+    assert "4 of 4: gated_norm V=128 silu bfloat16 for gfx942" in done.stderr
     rows = json.loads((tmp_path / "kernel_report.json").read_text())
     found = {(row["kernel"], row["target"]) for row in rows["kernels"]}
     assert found == {
@@ -38,6 +41,21 @@ def test_every_target_and_direction_has_a_row_and_bytes_stand_next_to_their_floo
     for row in counts.values():
         assert row["floor"] <= row["bytes"] <= 1.05 * row["floor"]
         assert (row["launches"], row["flops"]) == (1, 0)
+
+
+def test_what_was_done_for_the_same_sources_and_packages_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "cache_folder", lambda: tmp_path / "native")
+    done = []
+
+    def ask(*arguments):
+        return report.kept_results()("compile_example", arguments, lambda: done.append(arguments) or [{"row": 1}])
+
+    assert ask("scan", "sm_90") == ask("scan", "sm_90") == [{"row": 1}]
+    assert ask("scan", "sm_80") == [{"row": 1}]
+    assert done == [("scan", "sm_90"), ("scan", "sm_80")]
+    monkeypatch.setattr(report, "version", lambda package: "another")
+    assert ask("scan", "sm_90") == [{"row": 1}]
+    assert len(done) == 3
 
 
 def test_an_unknown_example_is_one_line(capsys):
@@ -68,7 +86,7 @@ def test_two_examples_of_one_name_are_refused(monkeypatch):
 @pytest.mark.full
 def test_what_went_wrong_while_counting_is_told():
     with pytest.raises(RuntimeError, match="counting failed: KeyError: 'no such example'"):
-        kernel_examples.count_in_child(["no such example"])
+        kernel_examples.count_in_child("no such example")
 
 
 def test_a_process_that_compiles_does_not_count():
