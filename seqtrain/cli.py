@@ -101,6 +101,7 @@ COMMANDS = {
     "compare-optimizers": Command("seqtrain.benchmarks.optimizers", "compare optimizers on the same text and time"),
     "compare-recipes": Command("seqtrain.benchmarks.recipes", "compare recipes of conversion on one teacher"),
     "bench-training": Command("seqtrain.benchmarks.training", "time training steps against transformers' own models"),
+    "bench-decode": Command("seqtrain.benchmarks.decode", "time decoding against transformers and memory's rate"),
     "compare-settings": Command("seqtrain.benchmarks.settings", "compare the throughput of runs with other settings"),
     "bench-memory": Command("seqtrain.benchmarks.memory", "measure the peak memory of one step on one long sequence"),
     "bench-regression": Command("seqtrain.benchmarks.regression", "compare CPU time with an earlier commit"),

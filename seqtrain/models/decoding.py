@@ -62,6 +62,11 @@ def step(
     return found
 
 
+def plans_of(model: Any) -> list["Plan | None"]:
+    """Those that its steps have made, None where there could be none."""
+    return list(_plans.get(model, {}).values())
+
+
 def _served(model: Any, tokens: Tensor, sequence: SequenceContext) -> bool:
     """Whether a step may be a plan's: on a CPU, without gradients, a whole model."""
     weight = model.embedding.weight

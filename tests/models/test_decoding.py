@@ -27,7 +27,7 @@ def tokens(rows=2, length=20):
 
 
 def plan_of(model):
-    (plan,) = decoding._plans[model].values()
+    (plan,) = decoding.plans_of(model)
     assert plan is not None
     return plan
 
@@ -132,4 +132,4 @@ def test_what_depends_on_numbers_goes_on_in_pytorch(monkeypatch, caplog):
     with caplog.at_level("INFO", "seqtrain.models"):
         assert walk(model, ids) < 1e-9
     assert "token by token in PyTorch" in caplog.text
-    assert list(decoding._plans[model].values()) == [None]
+    assert decoding.plans_of(model) == [None]

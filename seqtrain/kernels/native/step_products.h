@@ -43,18 +43,42 @@ static T dot_of(const T* a, const T* b, int64_t n) {
   return sum + sums[0];
 }
 
-typedef uint16_t ShortVec __attribute__((vector_size(kLanes * 2), aligned(1), may_alias));
-typedef int8_t ByteVec __attribute__((vector_size(kLanes), aligned(1), may_alias));
-typedef uint8_t NibbleVec __attribute__((vector_size(kLanes), aligned(1), may_alias));
+// Narrow integers as floats, and bfloat16: by the instructions for it, which GCC does not find by itself.
+#if defined(__AVX512F__)
+static inline IntVec widened(const int8_t* p) {
+  return reinterpret_cast<IntVec>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+static inline IntVec widened(const uint8_t* p) {
+  return reinterpret_cast<IntVec>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+static inline IntVec widened(const uint16_t* p) {
+  return reinterpret_cast<IntVec>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+#elif defined(__AVX2__)
+static inline IntVec widened(const int8_t* p) {
+  return reinterpret_cast<IntVec>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+static inline IntVec widened(const uint8_t* p) {
+  return reinterpret_cast<IntVec>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+static inline IntVec widened(const uint16_t* p) {
+  return reinterpret_cast<IntVec>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+#else
+template <class Number>
+static inline IntVec widened(const Number* p) {
+  IntVec found;
+  for (int i = 0; i < kLanes; ++i) found[i] = p[i];
+  return found;
+}
+#endif
 
 static inline Vec weights(const float* p) { return load(p); }
 static inline Vec weights(const uint16_t* p) {
-  const IntVec bits = __builtin_convertvector(*reinterpret_cast<const ShortVec*>(p), IntVec) << 16;
+  const IntVec bits = widened(p) << 16;
   return reinterpret_cast<const Vec&>(bits);
 }
-static inline Vec weights(const int8_t* p) {
-  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const ByteVec*>(p), IntVec), Vec);
-}
+static inline Vec weights(const int8_t* p) { return __builtin_convertvector(widened(p), Vec); }
 static inline float weight(float x) { return x; }
 static inline float weight(uint16_t x) { return from_bfloat16(x); }
 static inline float weight(int8_t x) { return x; }
@@ -116,21 +140,31 @@ template <int ROWS, int VECS, class W>
 static inline __attribute__((always_inline)) void columns_of(
     int64_t size, const W* w, int64_t ldw, const float* columns, float* out) {
   Vec sum[ROWS][VECS] = {};
-  for (int64_t k = 0; k < size; ++k) {
+  const auto one = [&](int64_t k) __attribute__((always_inline)) {
     Vec right[VECS];
 #pragma GCC unroll 8
     for (int v = 0; v < VECS; ++v) right[v] = load(columns + (k * VECS + v) * kLanes);
-    if (k * sizeof(W) % kLine == 0)
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) __builtin_prefetch(w + (r + ROWS) * ldw + k, 0, 2);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       const float left = weight(w[r * ldw + k]);
 #pragma GCC unroll 8
       for (int v = 0; v < VECS; ++v) sum[r][v] += left * right[v];
     }
+  };
+  constexpr int line = kLine / sizeof(W);
+  int64_t k = 0;
+  for (; k + line <= size; k += line) {
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(w + (r + ROWS) * ldw + k, 0, 2);
+    for (int i = 0; i < line; i += 4) {
+      one(k + i);
+      one(k + i + 1);
+      one(k + i + 2);
+      one(k + i + 3);
+    }
   }
-#pragma GCC unroll 8
+  for (; k < size; ++k) one(k);
+#pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < VECS; ++v) store(out + (r * VECS + v) * kLanes, sum[r][v]);
@@ -138,10 +172,11 @@ static inline __attribute__((always_inline)) void columns_of(
 
 #if defined(__AVX512F__)
 constexpr int kMany = 4;  // rows of weights in a tile of several rows of x
+constexpr int kTogether = 16;  // in a tile of columns
 #else
 constexpr int kMany = 2;
+constexpr int kTogether = 8;
 #endif
-constexpr int kTogether = 8;  // in a tile of columns
 // Rows of x from which they are laid side by side: below, too much of a vector would be empty.
 constexpr int64_t kSideBySide = kLanes / 2 + 1;
 
@@ -213,8 +248,7 @@ static void outputs_of(const Linear& call, const W* w, int64_t first, int64_t en
 constexpr int kFour = 32;
 
 static inline Vec four_bits(const uint8_t* p, int shift) {
-  const IntVec bytes = __builtin_convertvector(*reinterpret_cast<const NibbleVec*>(p), IntVec);
-  return __builtin_convertvector(((bytes >> shift) & 15) - 8, Vec);
+  return __builtin_convertvector(((widened(p) >> shift) & 15) - 8, Vec);
 }
 
 // sum_k w[k] x[k] of a row of groups.
@@ -253,7 +287,9 @@ static void widen_group(const uint8_t* w, int64_t size, float scale, float* to) 
 }
 
 static void widen_group(const int8_t* w, int64_t size, float scale, float* to) {
-  for (int64_t k = 0; k < size; ++k) to[k] = w[k] * scale;
+  int64_t k = 0;
+  for (; k + kLanes <= size; k += kLanes) store(to + k, weights(w + k) * scale);
+  for (; k < size; ++k) to[k] = w[k] * scale;
 }
 
 // Integer weights in groups. `each`: numbers in a byte.
