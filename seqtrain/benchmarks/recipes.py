@@ -6,8 +6,8 @@
 
 Each recipe converts to what its paper converts to (target, layers kept, window: `CONVERSIONS`). Stages keep their
 shares of the tokens; all recipes have `tokens` of them, and then as many as fit into the seconds that the first
-recipe's steps took. One yardstick for all: the perplexity of a window with sinks alone, untrained. Conversions
-lie below `output_dir`; the same command goes on where it was stopped. A table is printed, and left in `report.html` beside
+recipe's steps took. One yardstick for all: the perplexity of a window with sinks, untrained. Conversions lie below
+`output_dir`; the same command goes on where it was stopped. A table is printed, and left in `report.html` beside
 `recipes.png`; `results.json` has all numbers. Seconds mean something only on a machine that does nothing else.
 """
 

@@ -16,7 +16,8 @@ from seqtrain.convert.settings import ConvertConfig
 from seqtrain.errors import ConfigError
 from seqtrain.files import read_json, replace_file
 from seqtrain.models.source import Source
-from seqtrain.report import new_figure, save_figure, write_json
+from seqtrain.report import new_figure, picture, save_figure, table, write_json, write_page
+from seqtrain.report import text as paragraphs
 
 # Keys of the config that name folders of this machine.
 PLACES = ("source", "output_dir")
@@ -68,7 +69,7 @@ def read_others(folders: Iterable[str], report: dict[str, Any]) -> dict[str, Any
 
 
 def write(folder: Path, report: dict[str, Any], run: dict[str, Any]) -> None:
-    """Writes `report.json`, `report.md`, `report.png`, `layers.json`, and `run.json`, into `folder`.
+    """Writes `report.json`, `report.md`, `report.html`, `report.png`, `layers.json`, and `run.json`, into `folder`.
 
     `report`: `heading` and `layers: list[str]`, `kept: list[int]`, `layer_importance: list[float] | None`,
     `layer_scores: {name: list[float]}`, `rank_correlations`,
@@ -78,9 +79,12 @@ def write(folder: Path, report: dict[str, Any], run: dict[str, Any]) -> None:
     """
     write_json(folder / "report.json", report, allow_nan=False)
     write_json(folder / "run.json", run, allow_nan=False)
-    replace_file(folder / "report.md", as_markdown(report).encode("utf-8"))
-    write_layers(folder / "layers.json", report["layers"], report["layer_importance"], report["layer_scores"])
+    markdown = as_markdown(report)
+    replace_file(folder / "report.md", markdown.encode("utf-8"))
     draw(report, folder / "report.png")
+    title, sections = as_html(markdown, folder)
+    write_page(folder / "report.html", title, sections)
+    write_layers(folder / "layers.json", report["layers"], report["layer_importance"], report["layer_scores"])
 
 
 def as_markdown(report: dict[str, Any]) -> str:
@@ -120,6 +124,31 @@ def as_markdown(report: dict[str, Any]) -> str:
         "\n".join(checks),
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def as_html(markdown: str, folder: Path) -> tuple[str, list[tuple[str, str]]]:
+    """The title and the sections, as HTML, of what `as_markdown` gave; pictures are those in `folder`."""
+    title, sections = "", [("Summary", "")]
+    for block in markdown.strip().split("\n\n"):
+        if block.startswith("# "):
+            title = block[2:]
+        elif block.startswith("## "):
+            sections.append((block[3:], ""))
+        else:
+            heading, content = sections[-1]
+            sections[-1] = heading, content + _html_of(block, folder)
+    return title, sections
+
+
+def _html_of(block: str, folder: Path) -> str:
+    lines = block.splitlines()
+    if block.startswith("| "):
+        head, _, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
+        return table(head, rows)
+    if block.startswith("!["):
+        name, _, file = block[2:-1].partition("](")
+        return picture(folder / file, name)
+    return paragraphs(line.removeprefix("- ").replace("`", "") for line in lines)
 
 
 def _character(report: dict[str, Any]) -> Iterator[str]:

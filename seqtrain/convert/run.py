@@ -270,10 +270,9 @@ class _Conversion:
             family = self.config.target if is_servable(self.config.target) else ""
             export(student, self.student, self.source, self.folder / "model", family)
             if self.config.gguf != "none":
-                # Of a GGUF file, its own.
-                vocabulary = None if self.source.path.is_dir() else self.source.path
+                # Of a GGUF file, its own tokenizer.
                 written = open_source(str(self.folder / "model"))
-                write_gguf(written, self.folder / "model.gguf", kind=self.config.gguf, vocabulary=vocabulary)
+                write_gguf(written, self.folder / "model.gguf", kind=self.config.gguf, vocabulary=self.source.opened)
         return {"save": saving.bytes, "student": sum(parameter.nbytes for parameter in student.parameters())}
 
     def check_exported(self, expected: Tensor) -> None:

@@ -104,6 +104,9 @@ class StageConfig:
     gradient_clipping: Rate = 0.0
     # True: activations are computed again in the backward pass instead of kept.
     activation_checkpointing: bool = False
+    # Where a model is trained, what its teacher's matrices are read as: int8, by torchao, takes a fourth of the memory
+    # where every weight of the student is trained, and rounds; see `weights` of `seqtrain generate`.
+    teacher: Literal["float32", "int8"] = "float32"
     # Number format of matrix products; weights and the optimizer's state are float32 in both.
     dtype: Literal["float32", "bfloat16"] = "float32"
 

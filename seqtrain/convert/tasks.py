@@ -25,6 +25,7 @@ from seqtrain.files import replacing, sha256_of
 from seqtrain.mixers import WHOLE
 from seqtrain.models import LanguageModel
 from seqtrain.models.lora import add_adapters
+from seqtrain.models.quantized import quantize
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime.optimizers import parameter_groups
 from seqtrain.runtime.run_folder import plain
@@ -139,6 +140,11 @@ class Distillation:
     def build(self, config: PretrainConfig, corpus: Path) -> Trainable:
         student, groups = self.student(config)
         teacher = self.pair.load_teacher() if self.stage.kl or self.stage.hidden else None
+        if teacher is not None:
+            # The loss multiplies by the head itself, whose numbers the student has, too.
+            head = teacher.head.weight
+            quantize(teacher, self.stage.teacher)
+            teacher.head.weight = head
         kind = ZerothOrderModel if self.stage.kind == "zeroth_order" else DistilledModel
         model = kind(student, teacher, self.stage, first=self.first(student))
         to_verify = shards_to_verify(open_corpus(corpus, config.data))

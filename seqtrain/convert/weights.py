@@ -139,7 +139,7 @@ def export(student: LanguageModel, architecture: Architecture, source: Source, f
         else:
             tokens = {name: getattr(source.config, name) for name in TOKENS}
             as_huggingface(student, architecture.mixers, **tokens).save_pretrained(unfinished)
-        copy_companions(source.path, unfinished)
+        copy_companions(source, unfinished)
 
 
 def recipe_targets(model: LanguageModel, targets: Sequence[str]) -> dict[str, list[Piece]]:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from seqtrain.errors import ConfigError
 from seqtrain.files import replacing
-from seqtrain.models.gguf import open_file
 from seqtrain.models.source import Source
 
 Kind = Literal["f32", "f16", "bf16", "q8_0"]
@@ -49,11 +48,11 @@ def check_writable(source_type: str, config: Any, where: str) -> None:
         raise ConfigError(f"{where}: num_local_experts={config.num_local_experts}: experts can't be written as GGUF")
 
 
-def write_gguf(source: Source, file: Path, *, kind: Kind = "f32", vocabulary: Path | None = None) -> None:
+def write_gguf(source: Source, file: Path, *, kind: Kind = "f32", vocabulary: Any = None) -> None:
     """Writes the model of a folder to `file`, whole or not at all.
 
-    `kind`: number format of matrices; vectors are float32. `vocabulary`: the GGUF file whose tokenizer it is; None:
-    that of the folder. Raises `ConfigError`.
+    `kind`: number format of matrices; vectors are float32. `vocabulary`: `gguf`'s reader of the file whose
+    tokenizer it is; None: that of the folder. Raises `ConfigError`.
     """
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 
@@ -251,11 +250,11 @@ def _pre_tokenizer(values: dict[str, Any] | None, where: Path) -> str:
     )
 
 
-def _copy_vocabulary(writer: Any, file: Path) -> None:
+def _copy_vocabulary(writer: Any, opened: Any) -> None:
     """The tokenizer of another GGUF file, key by key."""
     from gguf import GGUFValueType
 
-    for name, field in open_file(file).fields.items():
+    for name, field in opened.fields.items():
         if name.startswith("tokenizer."):
             kind, *inner = field.types
             sub = inner[-1] if kind == GGUFValueType.ARRAY else None

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ class Source:
     places: Mapping[str, str]
     rope_stretch: tuple[float, ...] = field(default=(), kw_only=True)
     interleaved: bool = field(default=False, kw_only=True)
+    # gguf's reader of the file; None for a folder.
+    opened: Any = field(default=None, kw_only=True, repr=False, compare=False)
 
     @property
     def quantized(self) -> str:
@@ -70,6 +73,10 @@ class Source:
 
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer, or None where there is none. Raises `ConfigError` for ids the model lacks."""
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
         folder, options = (self.path, {}) if self.path.is_dir() else (self.path.parent, {"gguf_file": self.path.name})
@@ -105,7 +112,7 @@ class GGUFSource(Source):
         config = self.config
         names = gguf.hf_names(config.num_hidden_layers)
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        tensors = {names.get(tensor.name, tensor.name): tensor for tensor in gguf.open_file(self.path).tensors}
+        tensors = {names.get(tensor.name, tensor.name): tensor for tensor in self.opened.tensors}
 
         def read(name: str) -> Tensor:
             value, kind = gguf.dequantized(tensors[name]), name.split(".")[-2]
@@ -118,9 +125,7 @@ class GGUFSource(Source):
 
     @property
     def quantized(self) -> str:
-        kinds = Counter(
-            tensor.tensor_type.name for tensor in gguf.open_file(self.path).tensors if len(tensor.shape) > 1
-        )
+        kinds = Counter(tensor.tensor_type.name for tensor in self.opened.tensors if len(tensor.shape) > 1)
         return f"GGUF {kinds.most_common(1)[0][0]}" if kinds and set(kinds) - {"F32", "F16", "BF16"} else ""
 
 
@@ -218,6 +223,7 @@ def _open_gguf(file: Path) -> Source:
         dict.fromkeys(shapes, "model.safetensors"),
         rope_stretch=tuple(stretch),
         interleaved=isinstance(family, Dense) and family.gguf_interleaved,
+        opened=reader,
     )
 
 

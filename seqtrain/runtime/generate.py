@@ -3,6 +3,10 @@
 python launch/generate.py run=runs/mine
 python launch/generate.py run=runs/mine prompt="Once upon a time" tokens=500
 python launch/generate.py run=runs/mine prompt="def main(" temperature=0 seed=1
+python launch/generate.py run=converted prompt="What is the capital of France?"
+
+A folder of `seqtrain convert`, or an exported model, is one, too; where its tokenizer has a chat template, the prompt
+is a user's turn, and the answer is printed alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,7 +61,10 @@ class GenerateConfig(Continuation):
     tokens: Annotated[int, Field(ge=0)] = 256
     seed: Annotated[int, Field(ge=0)] = 0
     temperature: Annotated[float, Field(ge=0)] = 0.8
-    # output_dir of the run whose newest checkpoint writes.
+    # Whether the prompt is a user's turn in the tokenizer's chat template; auto: where a model that was converted or
+    # exported has one.
+    chat: Literal["auto", "always", "never"] = "auto"
+    # output_dir of the run whose newest checkpoint writes, or of a conversion, or an exported model.
     run: FilePath = ""
     # Implementation of the operators.
     backend: Literal["auto", "reference", "chunked", "triton", "native"] = "auto"
@@ -79,10 +86,36 @@ def read(config: DictConfig) -> GenerateConfig:
 
 def write(config: GenerateConfig) -> int:
     """Prints the text."""
-    _, model, tokenizer = open_run(place_of_run(config.run))
+    path = place_of_run(config.run)
+    exported = not (path / "config.yaml").is_file() and any(
+        (place / "config.json").is_file() for place in (path, path / "model")
+    )
+    if exported:
+        # It opens runs by what is here.
+        from seqtrain.runtime.loading import load
+
+        loaded = load(config.run)
+        model, tokenizer = loaded.model, loaded.tokenizer
+    else:
+        _, model, tokenizer = open_run(path)
     quantize(model, config.weights)
-    print(continue_text(model, tokenizer, config, backend=config.backend))
+    template = getattr(tokenizer.described, "chat_template", None)
+    if config.chat == "always" and not template:
+        raise ConfigError(f"chat=always: the tokenizer of run={config.run} has no chat template; use chat=never")
+    if template and (config.chat == "always" or (config.chat == "auto" and exported)):
+        print(answer(model, tokenizer, config, backend=config.backend))
+    else:
+        print(continue_text(model, tokenizer, config, backend=config.backend))
     return 0
+
+
+def answer(model: LanguageModel, tokenizer: Tokenizer, wish: Continuation, *, backend: str) -> str:
+    """What `model` answers to the prompt, as a user's turn in the tokenizer's chat template."""
+    turn = [{"role": "user", "content": wish.prompt}]
+    text = tokenizer.described.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    [(ids, _)] = tokenizer.encode_marked([text])
+    new = continue_ids(model, [int(each) for each in ids], wish, tokenizer.end, backend)
+    return tokenizer.decode([token for token in new if token != tokenizer.end])
 
 
 def open_run(path: Path) -> tuple[PretrainConfig, LanguageModel, Tokenizer]:

@@ -7,14 +7,19 @@ from typing import Any
 from seqtrain.data import Tokenizer
 from seqtrain.data.tokenizer import HuggingFaceTokenizer, check_ids
 from seqtrain.errors import CheckpointError, ConfigError, SeqtrainError
+from seqtrain.files import read_json
 from seqtrain.models import LanguageModel
+from seqtrain.models.pretrained import from_pretrained
 from seqtrain.runtime.generate import open_run, place_of_run
 from seqtrain.weights import check_finite, dtype_of, tensors_in
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """`model`: in evaluation mode, on the CPU. `config`: a run's `PretrainConfig`, or an exported `SeqtrainConfig`."""
+    """`model`: in evaluation mode, on the CPU.
+
+    `config`: a run's `PretrainConfig`, an exported `SeqtrainConfig`, or another's config.json.
+    """
 
     model: LanguageModel
     tokenizer: Tokenizer
@@ -39,6 +44,9 @@ def load(folder: str | Path) -> Loaded:
 
 
 def _load_exported(folder: Path) -> Loaded:
+    if read_json(folder / "config.json").get("model_type") != "seqtrain":
+        model = from_pretrained(folder)
+        return Loaded(model, _tokenizer_in(folder, model.vocab_size), model.origin.config)
     from seqtrain.models.huggingface import SeqtrainForCausalLM
 
     for file in folder.glob("*.safetensors"):
@@ -56,6 +64,11 @@ def _load_exported(folder: Path) -> Loaded:
         raise CheckpointError(f"{folder}: {wrong[0]} is not in both its weights and its config.json")
     for name, weight in exported.named_parameters():
         check_finite(folder, name, weight)
-    tokenizer = HuggingFaceTokenizer(str(folder))
-    check_ids(str(folder), tokenizer.vocab_size, exported.config.vocab_size)
+    tokenizer = _tokenizer_in(folder, exported.config.vocab_size)
     return Loaded(exported.model.eval(), tokenizer, exported.config)
+
+
+def _tokenizer_in(folder: Path, vocab_size: int) -> Tokenizer:
+    tokenizer = HuggingFaceTokenizer(str(folder))
+    check_ids(str(folder), tokenizer.vocab_size, vocab_size)
+    return tokenizer

@@ -120,11 +120,53 @@ def test_tokenizer_template_and_generation_config_come_along(converted, source):
         assert "model.head.weight" not in set(file.keys())
 
 
+def test_the_report_is_a_page_too(converted):
+    """One file, with every table and the picture in it."""
+    page, markdown = ((converted[0] / name).read_text() for name in ("report.html", "report.md"))
+    assert page.count("<h2>") == markdown.count("\n## ") + 1
+    assert page.count("<table>") == markdown.count("\n| --- ")
+    assert page.count("<img ") == 1
+    assert 'src="data:image/png;base64,' in page
+    for line in markdown.splitlines():
+        if line.startswith("- ") and "`" not in line and "<" not in line:
+            assert f"<p>{line[2:]}</p>".replace("'", "&#x27;") in page
+
+
+def test_a_converted_model_is_chatted_with(converted, capsys):
+    """In the tokenizer's template, unless the prompt is to be continued as it is."""
+    from seqtrain.runtime import generate
+
+    place, _ = converted
+    given = []
+    original = generate.continue_ids
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            generate, "continue_ids", lambda model, ids, *rest: (given.append(ids), original(model, ids, *rest))[1]
+        )
+        for chat in ("auto", "never"):
+            words = [f"run={place}", "prompt=hi", "tokens=5", "temperature=0", f"chat={chat}"]
+            assert generate.main(words) == 0
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    assert tokenizer.decode(given[0]).replace(" ", "").endswith("hi")
+    assert len(given[0]) > len(given[1]) == 2
+    answered, continued = capsys.readouterr().out.splitlines()[-2:]
+    assert continued.startswith("hi")
+    assert answered != continued
+
+
 @pytest.mark.all
 def test_the_same_again_is_the_same_byte_for_byte(converted, source, tmp_path):
     place, _ = converted
     again = convert(dataclasses.replace(settings(source, place, *CHOSEN), output_dir=str(tmp_path)))
-    same = ("model/model.safetensors", "model/config.json", "report.json", "report.md", "report.png", "layers.json")
+    same = (
+        "model/model.safetensors",
+        "model/config.json",
+        "report.json",
+        "report.md",
+        "report.html",
+        "report.png",
+        "layers.json",
+    )
     for name in same:
         assert (tmp_path / name).read_bytes() == (place / name).read_bytes() != b"", name
     assert json.loads((tmp_path / "report.json").read_text()) == again
@@ -135,7 +177,7 @@ def test_the_same_again_is_the_same_byte_for_byte(converted, source, tmp_path):
 
 def test_the_report_has_no_paths_and_nothing_is_overwritten(converted, source):
     place, _ = converted
-    for name in ("report.json", "report.md", "layers.json"):
+    for name in ("report.json", "report.md", "report.html", "layers.json"):
         text = (place / name).read_text()
         assert str(place) not in text
         assert str(source) not in text

@@ -32,6 +32,7 @@ from tests.convert.convert_cases import save_tokenizer
 from tests.runtime.runtime_cases import losses, on_ranks
 
 RECIPES = sorted(path.stem for path in (conf_dir() / "recipe").glob("[!_]*.yaml"))
+MATRICES = ("mixer.qkv", "mixer.out", "mlp.up", "mlp.out")
 # Whose losses fall in CI, too; those of the others in the tier full alone, where they do in so few steps.
 IN_CI = ("lolcats", "liger")
 SLOW = ("halo", "priming", "quantvla", "radlads", "recall", "taylor_calibrate", "zeroth_order")
@@ -291,6 +292,30 @@ def test_layers_below_the_lowest_trained_one_run_once_and_not_backward(source, t
     with torch.no_grad():
         work.model.first = 0
         torch.testing.assert_close(work.model(batch.tokens, batch.labels), loss.detach())
+
+
+@pytest.mark.all
+def test_a_teacher_in_eight_bits_says_nearly_the_same(source, tmp_path):
+    """Its matrices are integers, the student's are not, and the loss towards it is that towards the teacher."""
+    config = settings(source, tmp_path, "transfer_then_kl", "target=gla", "keep=[1]")
+    training = begun(config)
+    losses = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("seqtrain.models.quantized.LEAST", 1)
+        for kind in ("float32", "int8"):
+            stage = dataclasses.replace(config.recipe.stages["kl"], teacher=kind)
+            session = session_of(training, Distillation(training.pair, stage), name=kind)
+            work = session.task.build(session.config, session.corpus)
+            [teacher] = work.model.frozen
+            integers = {name for name, each in teacher.named_parameters() if hasattr(each, "qdata")}
+            assert integers == (
+                {f"blocks.{i}.{x}.weight" for i in range(3) for x in MATRICES} if kind == "int8" else set()
+            )
+            assert not any(hasattr(each, "qdata") for each in work.model.student.parameters())
+            batch = work.batches.at(0)
+            losses[kind] = work.model(batch.tokens, batch.labels).item()
+    assert losses["int8"] != losses["float32"]
+    assert losses["int8"] == pytest.approx(losses["float32"], rel=0.05)
 
 
 @pytest.mark.all

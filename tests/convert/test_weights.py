@@ -59,6 +59,24 @@ def test_a_gguf_file_s_tokenizer_is_written_beside_the_model(transformers_on_dis
     assert AutoTokenizer.from_pretrained(tmp_path / "written").get_vocab() == tokenizer.get_vocab()
 
 
+def test_a_gguf_file_is_opened_once(transformers_on_disk, tmp_path, monkeypatch):
+    """Its config, its format, its weights and the tokenizer that is written beside an export."""
+    from seqtrain.models import gguf
+
+    theirs, _ = transformers_on_disk("smollm2")
+    write_gguf(theirs, tmp_path / "model.gguf", quantization="F16")
+    opened, before = [], gguf.open_file
+    monkeypatch.setattr(gguf, "open_file", lambda file: (opened.append(file), before(file))[1])
+    config = read_convert_config(compose_config("convert", [f"source={tmp_path / 'model.gguf'}", "output_dir=unused"]))
+    source = open_source(config.source)
+    architecture = student_of(architecture_of(source), config, ())
+    student = student_on(load_teacher(source, dtype=torch.float32), architecture, seed=0)
+    assert source.tokenizer() is source.tokenizer()
+    assert source.quantized == ""
+    export(student, architecture, source, tmp_path / "exported")
+    assert len(opened) == 1
+
+
 @pytest.mark.parametrize(("quantization", "step"), [("F16", 2**-11), ("BF16", 2**-8), ("Q8_0", 1 / 127)])
 def test_gguf_weights_are_dequantized(transformers_on_disk, tmp_path, quantization, step):
     theirs, _ = transformers_on_disk("smollm2")

@@ -143,7 +143,7 @@ def test_the_vocabulary_is_that_of_the_folder_or_of_another_file(hybrid, tmp_pat
     assert keys["tokenizer.ggml.merges"] == ["a b"]
     assert (keys["tokenizer.ggml.pre"], keys["tokenizer.ggml.eos_token_id"]) == ("smollm", 1)
     assert keys["tokenizer.chat_template"] == "{{ messages }}"
-    write_gguf(open_source(str(folder)), tmp_path / "second.gguf", vocabulary=tmp_path / "first.gguf")
+    write_gguf(open_source(str(folder)), tmp_path / "second.gguf", vocabulary=open_file(tmp_path / "first.gguf"))
     _, again = read(tmp_path / "second.gguf")
     assert {k: v for k, v in again.items() if "tokenizer" in k} == {k: v for k, v in keys.items() if "tokenizer" in k}
 
