@@ -49,6 +49,7 @@ VARIANTS = [
     ("linearized_attention", {"window": 0, "memory": "gla", "feature_map": "relu", "combine": "norms"}),
     ("tensor_attention", {"key": 3, "order": 4}),
     ("attention", {"kept_keys": 200, "predict_width": 2}),
+    ("streaming_attention", {"window": 9, "sinks": 1, "learned_sinks": 3}),
     ("linearized_attention", {"window": 9, "memory": "gla", "tied_gate": True, "combine": "norms"}),
     ("linearized_attention", {"window": 0, "memory": "kda", "combine": "norms"}),
     ("linearized_attention", {"window": 5, "sinks": 2, "memory": "gsa", "slots": 3, "query_group": 2}),

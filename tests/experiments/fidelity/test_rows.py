@@ -24,7 +24,7 @@ FIGURES |= {
     "all_scan": 3,
     "inverse_permutation": 2,
     "first_token": 2,
-    "spark": 4,
+    "spark": 5,
     "clouds": 4,
     "optimizers": 4,
     "digits": 2,
