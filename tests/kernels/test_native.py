@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seqtrain.kernels import delta_rule, linear_attention, tensor_attention
+from seqtrain.kernels import delta_rule, diagonal_scan, linear_attention, tensor_attention
 from seqtrain.kernels.diagonal_scan import native as scan
 from seqtrain.kernels.dispatch import reset_backend_choice
 from seqtrain.kernels.gated_norm import native as norm
@@ -318,3 +318,18 @@ def test_parts_of_a_projection_are_read_where_they_lie(name):
         out, state = OPERATORS[name](*leaves, backend="native")
         found.append((out, state, *torch.autograd.grad(out.square().sum() + state.sum(), leaves)))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("angles", "limit"), [(3.0, 5e-7), (1e3, 2e-6), (1e5, 2e-5)])
+def test_complex_decays_of_any_angle(angles, limit):
+    generator = torch.Generator().manual_seed(0)
+    log_a = torch.complex(
+        -torch.rand(1, 40, 37, generator=generator), angles * (2 * torch.rand(1, 40, 37, generator=generator) - 1)
+    )
+    x = torch.randn(1, 40, 37, dtype=torch.complex64, generator=generator)
+    came = run_with_gradients(diagonal_scan, {"x": x, "log_a": log_a}, backend="native")
+    wide = {"x": x.to(torch.complex128), "log_a": log_a.to(torch.complex128)}
+    exact = run_with_gradients(diagonal_scan, wide, backend="chunked")
+    # The angles themselves are exact: none is rounded on the way.
+    errors = {name: relative_error(came[name], exact[name]) for name in exact}
+    assert max(errors.values()) < limit, errors

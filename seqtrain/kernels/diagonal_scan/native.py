@@ -75,11 +75,11 @@ def _backward(
 def _describe(x: Tensor, log_a: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[_Call, Any]:
     """The call, and what must outlive it."""
     shared, is_complex = log_a.dim() == 1, state.is_complex()
-    # Of float32 decays the kernel takes the exponential itself, and saves writing it.
-    decay = decay_of(log_a, state.dtype) if shared or is_complex else log_a
+    # Of decays that differ from token to token the kernel takes the exponential itself, and saves writing it.
+    decay = decay_of(log_a, state.dtype) if shared else log_a
     x, decay, state = _rows(x), decay.contiguous() if shared else _rows(decay), state.contiguous().resolve_conj()
     boundaries = find_boundaries(x, cu_seqlens)
-    call = _Call(is_complex=is_complex, logarithms=not is_complex, threads=torch.get_num_threads())
+    call = _Call(is_complex=is_complex, logarithms=not shared, threads=torch.get_num_threads())
     call.x, call.decay = _array(x), _array(None if shared else decay)
     call.shared = decay.data_ptr() if shared else None
     call.state, call.boundaries = state.data_ptr(), boundaries.data_ptr()
