@@ -560,19 +560,10 @@ def _softmax_attention(
     return out, after
 
 
-def _sparse_mlp(trace: _Trace, function: Callable[..., Any], *tensors: Tensor, backend: str = "auto") -> Any:
-    """Which channels work is decided by numbers: its own kernel looks at them."""
-    with trace.recorder.unseen():
-        out = function(*tensors)
-    trace.recorder.opaque(function, tensors, [out])
-    return out
-
-
 OPERATORS: dict[str, Callable[..., Any]] = {
     "delta_rule": _delta_rule,
     "linear_attention": _linear_attention,
     "short_convolution": _short_convolution,
     "gated_norm": _gated_norm,
     "softmax_attention": _softmax_attention,
-    "sparse_mlp": _sparse_mlp,
 }

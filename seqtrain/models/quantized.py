@@ -29,6 +29,9 @@ def quantize(model: Any, weights: Weights) -> None:
     """
     if weights == "float32":
         return
+    # It says of each of its GPU libraries that it does not load here, and what torch has since renamed.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
         from torchao.quantization.granularity import PerRow
