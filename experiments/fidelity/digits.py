@@ -40,8 +40,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
 
 def _model(vocab: int, mixer: str, fields: Mapping[str, Any], seed: int) -> LanguageModel:
     torch.manual_seed(seed)
-    shape = {"depth": DEPTH, "width": WIDTH, "heads": 2, "initializer_range": 0.1}
-    config = ModelConfig(kind="encoder", layers=(mixer,), **shape)
+    config = ModelConfig(kind="encoder", layers=(mixer,), depth=DEPTH, width=WIDTH, heads=2, initializer_range=0.1)
     return LanguageModel(config, {mixer: mixer_config(mixer, fields)}, vocab)
 
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def ratios(lengths: tuple[int, ...], seed: int, *, small: bool = False) -> list[
     ends = []
     for length in lengths:
         state = held(full, x, length)
-        ends.append(seconds(lambda state=state: full(x, state)))
+        ends.append(seconds(partial(full, x, state)))
     return [(shared + (first + end) / 2) / (shared + spiking) for end in ends]
 
 

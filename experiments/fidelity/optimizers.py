@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ CLAIMS |= {"lion": Bounds(-0.3, 0.3)}
 
 def measure(effort: Effort) -> Iterator[Figure]:
     """Bits a byte of held-out text, less AdamW's."""
-    text = np.frombuffer("\n".join(import_module("pydoc_data.topics").topics.values()).encode(), dtype=np.uint8)
+    text = help_pages()
     runs = {name: [trained(name, text, seed, effort.of(STEPS)) for seed in effort.seeds] for name in RATES}
     curves = []
     for name, found in runs.items():
@@ -37,10 +38,17 @@ def measure(effort: Effort) -> Iterator[Figure]:
         yield Figure(f"{name}: bits a byte less AdamW's, {STEPS} steps", less, bounds, length=LENGTH, curves=shown)
 
 
-def trained(name: str, text: np.ndarray, seed: int, steps: int) -> tuple[float, list[float]]:
-    """Bits a byte of the last tenth of `text`, and of every step's rows."""
+def help_pages() -> np.ndarray:
+    """The bytes of Python's, 700,000."""
+    return np.frombuffer("\n".join(import_module("pydoc_data.topics").topics.values()).encode(), dtype=np.uint8)
+
+
+def trained(
+    name: str, text: np.ndarray, seed: int, steps: int, **fields: Any
+) -> tuple[float, list[float], LanguageModel]:
+    """Bits a byte of the last tenth of `text`, and of every step's rows; the model. `fields`: of its config."""
     torch.manual_seed(seed)
-    config = ModelConfig(layers=("gated_delta_net",), depth=DEPTH, width=WIDTH, heads=2, mlp_ratio=2.0)
+    config = ModelConfig(layers=("gated_delta_net",), depth=DEPTH, width=WIDTH, heads=2, mlp_ratio=2.0, **fields)
     model, draw, end = LanguageModel(config, {}, 256), np.random.default_rng(seed), len(text) * 9 // 10
     step, found = updates(model, name), []
     for index in range(steps):
@@ -52,14 +60,14 @@ def trained(name: str, text: np.ndarray, seed: int, steps: int) -> tuple[float, 
         found.append(loss.item())
     with torch.no_grad():
         held_out = np.arange(end, len(text) - LENGTH - 1, LENGTH)[:64]
-        return _bits(model, text, held_out).item(), found
+        return _bits(model, text, held_out).item(), found, model
 
 
 def updates(model: LanguageModel, name: str) -> Callable[[float], None]:
     """Changes the model's weights by their gradients at a rate, and forgets these."""
     from pytorch_optimizer import Lion
 
-    config, blocks = OptimizerConfig(name=name), matrices_of(model) if name in RULES else {}
+    config, blocks = OptimizerConfig(name=cast(Any, name)), matrices_of(model) if name in RULES else {}
     rest = [weight for weight in model.parameters() if weight not in blocks]
     if name == "lion":
         optimizers: list[torch.optim.Optimizer] = [Lion(rest, lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)]

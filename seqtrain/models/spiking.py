@@ -194,10 +194,11 @@ def spike_inputs(module: nn.Module, rate: float) -> None:
     """
     for each in module.modules():
         if isinstance(each, nn.Linear):
-            if not hasattr(each, "spikes"):
-                each.spikes = Spikes(rate, each.tensor if isinstance(each, RowLinear) else ALONE)
+            spikes: Any = getattr(each, "spikes", None)
+            if spikes is None:
+                each.spikes = spikes = Spikes(rate, each.tensor if isinstance(each, RowLinear) else ALONE)
                 each.register_forward_pre_hook(_enter)
-            each.spikes.rate = rate
+            spikes.rate = rate
 
 
 def _enter(linear: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

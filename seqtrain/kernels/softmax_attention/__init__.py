@@ -80,8 +80,9 @@ def softmax_attention(
     decoding = sizes["T"] == 1 and window is None and cu_seqlens is None and not torch.is_grad_enabled()
     if kept_keys and decoding:
         after = kept(k, v, window, past, None)
-        few = {"scale": scale, "cap": score_cap, "kept": kept_keys, "width": predict_width}
-        return attend_to_largest(q, after["k"], after["v"], after["length"], **few), after
+        held = after["k"], after["v"], after["length"]
+        out = attend_to_largest(q, *held, scale=scale, cap=score_cap, kept=kept_keys, width=predict_width)
+        return out, after
     run = softmax_attention.choose(backend, q.device)
     out = run(q, k.to(q.dtype), v.to(q.dtype), window, scale, score_cap, past, cu_seqlens)
     return out.to(v.dtype), kept(k, v, window, past, cu_seqlens)

@@ -24,14 +24,14 @@ FIGURES |= {
     "all_scan": 3,
     "inverse_permutation": 2,
     "first_token": 2,
-    "spark": 5,
+    "spark": 4,
     "clouds": 4,
     "optimizers": 4,
     "digits": 2,
 }
 
 TRAINED = {"recall": pytest.mark.full, "match3": pytest.mark.full, "parity": pytest.mark.all}
-TRAINED |= {"inverse_permutation": pytest.mark.all, "spark": pytest.mark.all, "clouds": pytest.mark.all}
+TRAINED |= {"inverse_permutation": pytest.mark.all, "clouds": pytest.mark.all}
 TRAINED |= {"digits": pytest.mark.all}
 # Those that cost more than a second.
 SLOW = {
@@ -40,6 +40,7 @@ SLOW = {
     "heads": pytest.mark.all,
     "liger": pytest.mark.all,
     "rounding": pytest.mark.all,
+    "spark": pytest.mark.all,
     "optimizers": pytest.mark.all,
     "first_token": pytest.mark.all,
 }
