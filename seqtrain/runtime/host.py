@@ -52,12 +52,19 @@ class Host:
         self._pids: dict[int, int] = {}
         self._ended: dict[int, int] = {}
         self._maps: dict[int, mmap.mmap] = {}
+        # Those the fork server was asked for, and has not said that it has them.
+        self._asked: set[int] = set()
         self._called = time.monotonic()
-        address = server or str(self._pulses / "server")
-        self._server = None if server else start_server(address, paths, folder)
-        self._connection = _connect(address)
-        for work in (self._listen, self._end_if_forgotten):
-            threading.Thread(target=work, daemon=True).start()
+        self._paths, self._folder = paths, folder
+        self._serve(server)
+        threading.Thread(target=self._end_if_forgotten, daemon=True).start()
+
+    def _serve(self, server: str = "") -> None:
+        """Takes the fork server that listens at `server`, or starts one."""
+        address = server or str(self._pulses / f"server-{time.monotonic_ns()}")
+        self._server = None if server else start_server(address, self._paths, self._folder)
+        self._connection, self._serves = _connect(address), True
+        threading.Thread(target=self._listen, daemon=True).start()
 
     def about(self) -> dict[str, Any]:
         """What `fork_server.about` says, once all is imported; `error` where that failed."""
@@ -75,6 +82,9 @@ class Host:
     def start(self, environments: dict[int, dict[str, str]], work: bytes) -> None:
         """Forks a rank for each of these, by rank; `work`: a pickled function of a rank's `Pulse`."""
         forks = {}
+        with self._news:
+            if not self._serves:
+                self._serve()
         for rank, environment in environments.items():
             pulse, said = self._pulses / f"{rank}", self._words(rank)
             pulse.write_bytes(bytes(PULSE_BYTES))
@@ -82,8 +92,11 @@ class Host:
             with pulse.open("r+b") as file:
                 self._maps[rank] = mmap.mmap(file.fileno(), PULSE_BYTES)
             forks[rank] = (environment, str(pulse), str(said))
-        self._pids, self._ended = {}, {}
-        self._connection.send((forks, work))
+        with self._news:
+            self._pids, self._ended, self._asked = {}, {}, set(forks)
+        # Where it ends before it has read this, `_listen` notices.
+        with suppress(OSError):
+            self._connection.send((forks, work))
 
     def watch(self, seen: int, seconds: float) -> tuple[int, list[tuple[Any, ...]]]:
         """The number of the news, above `seen` unless there was none for so many seconds, and each rank's state.
@@ -136,7 +149,7 @@ class Host:
                     if kind == "about":
                         self._about = value
                     elif kind == "started":
-                        self._pids = value
+                        self._pids, self._asked = value, set()
                     else:
                         rank, status = value
                         self._ended[rank] = status
@@ -145,7 +158,9 @@ class Host:
         with self._news:
             # It takes its ranks with it.
             self._about = self._about or {"error": "the process that imports what ranks need has ended"}
+            self._pids |= dict.fromkeys(self._asked, 0)
             self._ended = {rank: self._ended.get(rank, -signal.SIGKILL) for rank in self._pids}
+            self._serves, self._asked = False, set()
             self._version += 1
             self._news.notify_all()
 
