@@ -1,7 +1,9 @@
 """What works on channels after a mixer has worked on time: an MLP, or routed experts that are MLPs."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -18,6 +20,7 @@ from seqtrain.layers import Adapters, Linear, fused, upcast
 from seqtrain.mixers.common.base import even_share
 from seqtrain.models.spiking import Spikes
 from seqtrain.parallel.experts import dispatch_and_combine, local_experts
+from seqtrain.parallel.recompute import made_again
 from seqtrain.parallel.tensor import ALONE, RowLinear, TensorParallel
 from seqtrain.validation import AUTO, OrAuto
 
@@ -133,11 +136,14 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.tensor.enter(x)
         if self.epilogue:
-            x = self.up(x)
+            x = self.out(self.up(x))
         else:
             up = self.up(x) if self.adapter is None else self.up(x) + self.adapter(x)
-            x = activated(up, self.activation, self.gated, self.gate_scale)
-        return self.out(x) if self.out_scale == 1 else self.out(x) * self.out_scale
+            between = partial(activated, activation=self.activation, gated=self.gated, gate_scale=self.gate_scale)
+            x = between(up)
+            with made_again(x, between, up, self.out.weight) if self.gated else nullcontext():
+                x = self.out(x)
+        return x if self.out_scale == 1 else x * self.out_scale
 
     def flops(self, tokens: int) -> int:
         """Forward pass: those of the matrix products."""

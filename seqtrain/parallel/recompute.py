@@ -7,7 +7,7 @@ the same results when all around them is computed again.
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -70,6 +70,34 @@ def _kept_in(dtype: torch.dtype, x: Tensor) -> torch.autograd.graph.saved_tensor
 
     def unpack(kept: tuple[Any, torch.dtype]) -> Tensor:
         return outer_unpack(kept[0]).to(kept[1])
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def made_again(
+    x: Tensor, make: Callable[[Tensor], Tensor], source: Tensor, weight: Tensor
+) -> AbstractContextManager[Any]:
+    """A context in which autograd does not keep `x`, a cheap function of what it keeps anyway: `make(source)` again.
+
+    `weight`: what `x` is multiplied by; of ZeRO 3's, which come and go, nothing changes, nor under torch.compile.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or "ds_id" in vars(weight):
+        return nullcontext()
+    outer_pack, outer_unpack = _top_hooks() or UNCHANGED
+    storage = x.untyped_storage()._cdata
+
+    def pack(saved: Tensor) -> Any:
+        if saved.untyped_storage()._cdata != storage:
+            return outer_pack(saved), None
+        return outer_pack(source.detach()), (saved.size(), saved.stride(), saved.storage_offset())
+
+    def unpack(saved: tuple[Any, Any]) -> Tensor:
+        held, place = saved
+        found = outer_unpack(held)
+        if place is None:
+            return found
+        with torch.no_grad():
+            return make(found).as_strided(*place)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 

@@ -1,16 +1,19 @@
 """Layers in groups of tokens, and that every tiny preset learns."""
 
+import weakref
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch.utils.checkpoint import checkpoint
 
 from seqtrain.config import compose_config, conf_dir
 from seqtrain.errors import ConfigError
 from seqtrain.layers import RMSNorm
 from seqtrain.mixers import MIXERS, LayerShape
-from seqtrain.models import LanguageModel, ModelConfig, generate
+from seqtrain.models import LanguageModel, ModelConfig, feed_forward, generate
 from seqtrain.models.block import Block
 from seqtrain.models.feed_forward import MLP, SwiGLULinear
 from seqtrain.models.lora import AdaptedLinear
@@ -192,3 +195,29 @@ def test_swiglu_in_the_epilogue_is_swiglu():
         model(mlp_epilogue=True, activation="gelu")
     with pytest.raises(ConfigError, match=r"^model\.mlp_epilogue=true: leaves adapters no place"):
         AdaptedLinear(epilogue.blocks[0].mlp.up)
+
+
+@pytest.mark.parametrize("around", ["nothing", "hooks", "checkpoint"])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_what_enters_an_mlp_s_last_matrix_is_not_kept_but_made_again(activation, around, monkeypatch):
+    made = []
+    inner = feed_forward.activated
+
+    def activated(*arguments, **options):
+        made.append(inner(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(feed_forward, "activated", activated)
+    mlp, x = MLP(16, 24, activation=activation), torch.randn(2, 9, 16, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda saved: (saved,), lambda saved: saved[0])
+    with hooks if around == "hooks" else nullcontext():
+        out = checkpoint(mlp, x, use_reentrant=False) if around == "checkpoint" else mlp(x)
+    kept = weakref.ref(made.pop().untyped_storage())
+    assert kept() is None
+    leaves = [x, *mlp.parameters()]
+    found = torch.autograd.grad(out.sin().sum(), leaves)
+    assert made
+    gate, value = (x @ mlp.up.weight.T).chunk(2, -1)
+    expected = (getattr(torch.nn.functional, activation)(gate) * value) @ mlp.out.weight.T
+    exact = torch.autograd.grad(expected.sin().sum(), leaves)
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(found, exact, strict=True))
