@@ -71,7 +71,13 @@ def create_new(file: Path, content: bytes) -> bool:
     try:
         if isinstance(file, Path):
             with file.open("xb") as opened:
-                opened.write(content)
+                try:
+                    opened.write(content)
+                    opened.flush()
+                except OSError:
+                    # Of a full disk: half of it would be taken for all.
+                    file.unlink()
+                    raise
         else:
             file.fs.pipe_file(file.path, content, mode="create")
     except FileExistsError:

@@ -3,6 +3,7 @@
 import json
 import mmap
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -13,9 +14,22 @@ from textwrap import dedent
 import pytest
 
 from seqtrain.errors import CheckpointError, ConfigError
-from seqtrain.files import Manifest, replace_file, replacing
+from seqtrain.files import Manifest, create_new, replace_file, replacing
 from seqtrain.memory import AnonymousPeak
 from seqtrain.registry import Registry
+
+
+def test_a_new_file_is_whole_or_not_there(tmp_path):
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, most))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            create_new(tmp_path / "large", bytes(101))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    assert list(tmp_path.iterdir()) == []
+    assert [create_new(tmp_path / "new", content) for content in (b"first", b"second")] == [True, False]
+    assert (tmp_path / "new").read_bytes() == b"first"
 
 
 @pytest.mark.parametrize("durable", [True, False])

@@ -157,6 +157,8 @@ def judge(case: dict[str, Any], folder: Path, whole: Path) -> list[str]:
         wrong.append("losses differ")
     if case["statuses"][-1] != 0:
         wrong.append("did not finish")
+    if None in case["statuses"]:
+        wrong.append("hung")
     if case.get("lost", 0) > EVERY:
         wrong.append(f"{case['lost']} steps are lost")
     if case.get("left"):

@@ -223,6 +223,8 @@ def judge(case: dict[str, Any], folder: Path, whole: Path) -> list[str]:
         wrong.append("losses differ")
     if case["statuses"][-1] != 0:
         wrong.append("did not finish")
+    if None in case["statuses"]:
+        wrong.append("hung")
     if case.get("zombie", 2) != 2 or case.get("changed"):
         wrong.append("the zombie went on")
     if not case.get("named", True):

@@ -93,12 +93,23 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [record for line in lines if line.endswith(b"\n") and (record := as_record(line)) is not None]
 
 
+class _LogFile(logging.FileHandler):
+    """What a full disk has no room for is lost, and said by what ends the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 def log_to(file: Path) -> None:
     """Appends everything the logger `seqtrain` and its children say to `file`; replaces an earlier file."""
     for handler in [h for h in LOGGER.handlers if isinstance(h, logging.FileHandler)]:
         LOGGER.removeHandler(handler)
         handler.close()
-    handler = logging.FileHandler(file)
+    handler = _LogFile(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)

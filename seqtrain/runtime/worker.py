@@ -7,7 +7,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -146,7 +146,9 @@ def leave_error(lease: Lease, rank: int, error: Exception, *, step: int) -> None
             "step": step,
             "traceback": text,
         }
-        create_new(lease.own.error, json.dumps(left).encode())
+        # On a full disk there is no room for it; the error itself is what matters.
+        with suppress(OSError):
+            create_new(lease.own.error, json.dumps(left).encode())
 
 
 def one_line(error: BaseException) -> str:

@@ -1,6 +1,9 @@
 """The training loop: exact resume, steps that aren't finite left out, stops, checkpoints that don't fit."""
 
+import errno
+import logging
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,9 @@ from seqtrain.errors import CheckpointError, SeqtrainError
 from seqtrain.models import LanguageModel
 from seqtrain.runtime import source, worker
 from seqtrain.runtime.checkpoint import find
+from seqtrain.runtime.lease import succeed
 from seqtrain.runtime.optimizers import OPTIMIZERS, Optimizer
+from seqtrain.runtime.run_folder import log_to
 from tests.runtime.runtime_cases import (
     as_it_was_at,
     change,
@@ -173,3 +178,20 @@ def test_a_named_checkpoint_starts_a_new_run_with_its_weights_and_step(tmp_path)
     wider = change(longer, "wider", model={"width": 32})
     with pytest.raises(CheckpointError, match=r"step-00000006: was made with model.width=16, now 32"):
         train_on(wider)
+
+
+def test_on_a_full_disk_the_error_itself_is_what_is_seen(tmp_path, monkeypatch, capsys):
+    config = small_config(tmp_path)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(worker, "create_new", full)
+    lease = succeed(session_for(config).lease)
+    worker.leave_error(lease, 0, ZeroDivisionError("first"), step=3)
+    log_to(Path("/dev/full"))
+    try:
+        logging.getLogger("seqtrain.runtime").info("has no room")
+    finally:
+        log_to(tmp_path / "run.log")
+    assert capsys.readouterr().err == ""
