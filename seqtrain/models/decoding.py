@@ -221,7 +221,7 @@ class Plan:
         if memory is None:
             # Two take turns; more are for those who keep states.
             self._memories = [*self._memories[-1:], memory := _Memory(self._sizes)]
-        outs = [memory.flat[dtype].as_strided(*place) for dtype, *place in self._places]
+        outs = [memory.flat[dtype].as_strided(shape, strides, first) for dtype, shape, strides, first in self._places]
         self.program.run(given, [each for _, each in kept], outs)
         after = [_Layer() for _ in range(self._layers)]
         for layer_state in after:
@@ -333,7 +333,7 @@ def _opaque(model: nn.Module, trace: _Trace) -> Iterator[None]:
         return call
 
     for module in choosing:
-        module.forward = taken(module)  # type: ignore[method-assign]
+        module.forward = taken(module)  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -535,7 +535,8 @@ def _softmax_attention(
         )
         out = out.contiguous()
         if not grows:
-            first = 1 if past_k.shape[1] == (window if rows is None else rows + 1) - 1 else 0
+            held = rows if window is None or rows is not None else window - 1
+            first = 1 if past_k.shape[1] == held else 0
             joined = [torch.cat(pair, 1)[:, first:] for pair in ((past_k, k), (past_v, v))]
             after = after | dict(zip("kv", joined, strict=True))
             if first == 0:

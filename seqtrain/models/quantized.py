@@ -43,7 +43,7 @@ def quantize(model: Any, weights: Weights) -> None:
         if weight.numel() < LEAST:
             continue
         if four := weights == "int4" and weight.shape[1] % GROUP == 0:
-            held = IntxUnpackedToInt8Tensor.from_hp(weight, (1, GROUP), torch.int4)
+            held = IntxUnpackedToInt8Tensor.from_hp(weight, (1, GROUP), getattr(torch, "int4"))  # noqa: B009 (no stub has it)
         else:
             held = Int8Tensor.from_hp(weight, PerRow())
         before += module.weight.nbytes

@@ -67,6 +67,7 @@ class Lowering:
 
     def add(self, call: Call) -> None:
         """The steps of a call. Raises `NoInstructionError`, having added nothing."""
+        make: Callable[..., None] | None
         make = SPECIAL.get(call.name) if call.special else CALLS.get(call.name.removesuffix("_").removesuffix("_copy"))
         if make is None:
             raise NoInstructionError(call.name)

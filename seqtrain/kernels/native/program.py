@@ -191,7 +191,7 @@ class Program:
             table[slot] = out.data_ptr()
         for n, (each, (slot_k, slot_v)) in enumerate(zip(kept, self._slots_of_kept, strict=True)):
             table[slot_k], table[slot_v] = each.k.data_ptr(), each.v.data_ptr()
-            self._numbers[3 * n : 3 * n + 3] = each.start, each.rows, each.k.shape[1]
+            self._numbers[3 * n : 3 * n + 3] = [each.start, each.rows, each.k.shape[1]]
         self._run(self._main)
 
     def _run(self, parts: Sequence[Any]) -> None:
@@ -215,7 +215,7 @@ class Program:
         assert held is not None
         first = offset + view.offset
         if slot in self._moving:
-            first += held.storage_offset() * held.itemsize
+            first += int(held.storage_offset()) * held.itemsize
         whole = torch.empty(0, dtype=view.dtype).set_(
             held.untyped_storage(), first // view.dtype.itemsize, view.shape, view.strides
         )

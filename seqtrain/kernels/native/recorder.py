@@ -154,7 +154,7 @@ class Recorder(TorchDispatchMode):
         """Where `x` lies; one that was never seen came from outside."""
         found = self._known(x) or self._new(x, Level.LEARNED, outside=True)
         shape, strides = tuple(x.shape), tuple(x.stride())
-        return View(found, x.dtype, shape, strides, x.storage_offset() * x.itemsize, x.is_conj(), x.is_neg())
+        return View(found, x.dtype, shape, strides, int(x.storage_offset()) * x.itemsize, x.is_conj(), x.is_neg())
 
     def special(self, name: str, inputs: Sequence[Tensor | None], outs: Sequence[Tensor], **options: Any) -> None:
         """Writes down an operation of the library's own, which made `outs`."""
@@ -190,8 +190,8 @@ class Recorder(TorchDispatchMode):
         if name == "lift_fresh" or level == Level.FIXED or name in FACTORIES:
             self._take_as_they_are(outs, name)
         elif written or any(self._known(x) is None for x in outs):
-            seen = tree_map(lambda x: self.view(x) if isinstance(x, Tensor) else x, (args, kwargs))
-            self._add(Call(name, func, *seen, []), written or outs)
+            seen, named = tree_map(lambda x: self.view(x) if isinstance(x, Tensor) else x, (args, kwargs))
+            self._add(Call(name, func, seen, named, []), written or outs)
         return out
 
     def _add(self, call: Call, outs: Sequence[Tensor]) -> None:

@@ -54,6 +54,9 @@ static void recurrence_step(const Instruction& in, const Operand* x, const Frame
       for (int c = 0; c < key; ++c) {
         const T strength = asks[c] * factor[c];
         const T* row = before + int64_t(c) * value;
+        // Where the state after lies is not known to anyone yet.
+        for (int w = 0; w < columns; w += kLine / int(sizeof(T))) __builtin_prefetch(after + int64_t(c) * value + w, 1, 2);
+#pragma GCC ivdep
         for (int w = 0; w < columns; ++w) sums[w] += strength * row[w];
       }
     }
@@ -64,13 +67,23 @@ static void recurrence_step(const Instruction& in, const Operand* x, const Frame
     for (int c = 0; c < key; ++c) {
       const T *from = before + int64_t(c) * value, kept = factor[c], along = k[c], query = q[c];
       T* row = after + int64_t(c) * value;
+      // The two rows are one or have nothing in common: rows are too short for asking which.
       if (read) {
         const T removed = erase[c];
-        for (int w = 0; w < columns; ++w) row[w] = kept * from[w] + along * write[w] - removed * sums[w];
+#pragma GCC ivdep
+        for (int w = 0; w < columns; ++w) {
+          const T now = kept * from[w] + along * write[w] - removed * sums[w];
+          row[w] = now;
+          reads[w] += query * now;
+        }
       } else {
-        for (int w = 0; w < columns; ++w) row[w] = kept * from[w] + along * write[w];
+#pragma GCC ivdep
+        for (int w = 0; w < columns; ++w) {
+          const T now = kept * from[w] + along * write[w];
+          row[w] = now;
+          reads[w] += query * now;
+        }
       }
-      for (int w = 0; w < columns; ++w) reads[w] += query * row[w];
     }
     const T scale = static_cast<T>(in.scalars[0]);
     for (int w = 0; w < columns; ++w) reads[w] *= scale;
@@ -84,25 +97,29 @@ template <class T>
 static void convolution_step(const Instruction& in, const Operand* x, const Frame& frame) {
   const int64_t channels = in.sizes[1], past = in.ints[2];
   const int taps = static_cast<int>(in.ints[0]);
-  for (int64_t b = 0; b < in.sizes[0]; ++b)
-    for (int64_t first = 0; first < channels; first += kStrip) {
-      const int n = static_cast<int>(std::min<int64_t>(kStrip, channels - first));
-      T buffer[kStrip], column[kStrip], sums[kStrip];
-      auto strip = [&](int o, int64_t row, T* to) {
-        const int64_t stride = x[o].strides[1];
-        return take(x[o], address(frame, x[o]) + (row + first * stride) * width_of(x[o].dtype), stride, n, to);
-      };
-      const T* now = strip(1, b * x[1].strides[0], buffer);
-      if (x[3].absent)
-        std::fill_n(sums, n, T(0));
-      else
-        std::copy_n(strip(3, 0, column), n, sums);
+  std::vector<T> filters(taps * size_t(kStrip));
+  for (int64_t first = 0; first < channels; first += kStrip) {
+    const int n = static_cast<int>(std::min<int64_t>(kStrip, channels - first));
+    T buffer[kStrip], bias[kStrip] = {}, sums[kStrip];
+    auto strip = [&](int o, int64_t row, int64_t stride, T* to) {
+      return take(x[o], address(frame, x[o]) + (row + first * stride) * width_of(x[o].dtype), stride, n, to);
+    };
+    // Once for all rows: a filter's numbers lie side by side, here those of many channels do.
+    for (int j = 0; j < taps; ++j) {
+      T* to = filters.data() + j * size_t(kStrip);
+      const T* from = strip(2, j * x[2].strides[1], x[2].strides[0], to);
+      if (from != to) std::copy_n(from, n, to);
+    }
+    if (!x[3].absent) std::copy_n(strip(3, 0, x[3].strides[1], buffer), n, bias);
+    for (int64_t b = 0; b < in.sizes[0]; ++b) {
+      const T* now = strip(1, b * x[1].strides[0], x[1].strides[1], buffer);
+      std::copy_n(bias, n, sums);
       T* after = reinterpret_cast<T*>(address(frame, x[5])) + b * past * channels + first;
       const T* before = reinterpret_cast<const T*>(address(frame, x[4])) + b * past * channels + first;
       for (int j = 0; j < taps; ++j) {
-        const T* tap = take(x[2], address(frame, x[2]) + (first * x[2].strides[0] + j * x[2].strides[1]) * width_of(x[2].dtype),
-                            x[2].strides[0], n, column);
+        const T* tap = filters.data() + j * size_t(kStrip);
         const T* row = j + 1 == taps ? now : before + j * in.ints[1] * channels;
+#pragma GCC ivdep
         for (int i = 0; i < n; ++i) sums[i] += row[i] * tap[i];
       }
       for (int64_t s = 0; s < past; ++s)
@@ -111,6 +128,7 @@ static void convolution_step(const Instruction& in, const Operand* x, const Fram
       const int64_t stride = x[0].strides[1];
       put(x[0], address(frame, x[0]) + (b * x[0].strides[0] + first * stride) * width_of(x[0].dtype), stride, n, sums);
     }
+  }
 }
 
 // Softmax attention of one token a row to the keys before it and its own, which it adds to them. Operands: out, q, k, v,
