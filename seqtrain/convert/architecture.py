@@ -118,7 +118,12 @@ def student_of(teacher: Architecture, config: ConvertConfig, kept: Collection[in
     layers = tuple(old if index in kept else next(names) for index, old in enumerate(teacher.model.layers))
     mixers = {**teacher.mixers, **{name: _taking_over(softmax, name, own) for name, own in options.items()}}
     used = {each: mixers[each] for each in sorted(set(layers))}
-    return Architecture(replace(teacher.model, layers=layers), used, teacher.vocab_size)
+    upcycle, experts = config.upcycle, {}
+    if upcycle.experts:
+        hidden = teacher.model.hidden
+        experts = {"experts": upcycle.experts, "experts_per_token": upcycle.experts_per_token, "expert_width": hidden}
+        experts["shared_expert_width"] = hidden if upcycle.shared else 0
+    return Architecture(replace(teacher.model, layers=layers, **experts), used, teacher.vocab_size)
 
 
 def changes(teacher: Architecture, student: Architecture) -> dict[int, str]:

@@ -161,6 +161,8 @@ def _character(report: dict[str, Any]) -> Iterator[str]:
         yield "No layer keeps all keys: its cache does not grow."
     for what, layers in report["changed"].items():
         yield f"Attention that stayed {what}, unlike its teacher's: layers {', '.join(map(str, layers))}."
+    if experts := report["config"]["upcycle"]["experts"]:
+        yield f"Each layer's MLP became {experts} routed experts, copies of it at the start."
     if file := report["source"]["quantised"]:
         yield f"Its teacher is the dequantized {file} file, not the model that file was made from."
     if report["config"]["recipe"]["name"] == "none":

@@ -161,7 +161,7 @@ class _Conversion:
             self.kept, self.importance = manifest.chosen["kept"], manifest.chosen["importance"]
             self.scores = manifest.chosen.get("scores", {})
         else:
-            depth, every = self.teacher.model.depth, is_servable(config.target)
+            depth, every = self.teacher.model.depth, is_servable(config.target) or config.upcycle.experts > 0
             # What no choice of layers can make good.
             student_of(self.teacher, config, ()).build()
             self.kept, self.importance = kept_layers(config.keep, depth, self._measured_importance, every=every)

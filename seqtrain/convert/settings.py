@@ -37,6 +37,18 @@ class LayerConfig(MemoryConfig):
 
 
 @dataclass(frozen=True)
+class UpcycleConfig:
+    """Experts in place of MLPs, each a copy of its layer's (SpikingBrain, arXiv 2509.05276)."""
+
+    # Routed experts in every layer; 0: MLPs stay.
+    experts: Count = 0
+    # Routed experts that work on each token.
+    experts_per_token: Positive = 2
+    # True: one more works on every token.
+    shared: bool = True
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One stage: what is trained, towards what, and for how long."""
 
@@ -155,6 +167,7 @@ class ConvertConfig:
     # that others serve (granitemoehybrid, qwen3_next, qwen3_5_text), whose recurrent layers take its place.
     target: str = "gated_delta_net"
     layer: LayerConfig = LayerConfig()
+    upcycle: UpcycleConfig = UpcycleConfig()
     # Layers that keep softmax attention: none, every:K (the last of each K), budget:N (the N that matter most,
     # measured), a list of numbers from 0, or FILE.json, the layers.json of another conversion.
     keep: str | tuple[Count, ...] = "none"
@@ -213,6 +226,7 @@ def read_convert_config(config: DictConfig) -> ConvertConfig:
         rule = "must be none, every:K, budget:N, a list of layers, as in [3,7,11], or a layers.json"
         raise ConfigError(f"keep={typed.keep}: {rule}")
     _check_layer(typed)
+    _check_upcycling(typed)
     for name, stage in typed.recipe.stages.items():
         _check_stage(f"recipe.stages.{name}", stage)
     _check_ranks(typed)
@@ -247,6 +261,21 @@ def _check_layer(config: ConvertConfig) -> None:
             "layer.sinks=0: a window that loses the first tokens breaks most models; use layer.sinks=4, or "
             "layer.without_sinks=true if that is what you want"
         )
+
+
+def _check_upcycling(config: ConvertConfig) -> None:
+    """Raises `ConfigError` where MLPs can't become experts."""
+    upcycle = config.upcycle
+    if not upcycle.experts:
+        return
+    key = f"upcycle.experts={upcycle.experts}"
+    if is_servable(config.target):
+        raise ConfigError(f"{key}: target={config.target} is written with MLPs; use 0, or a mixer as target")
+    if upcycle.experts_per_token > upcycle.experts:
+        raise ConfigError(f"upcycle.experts_per_token={upcycle.experts_per_token}: there are {key}")
+    for name, stage in config.recipe.stages.items():
+        if stage.trainable == "lora" and {"gate", "up", "down"} & set(stage.lora_targets):
+            raise ConfigError(f"recipe.stages.{name}.lora_targets={list(stage.lora_targets)}: {key} leaves no MLPs")
 
 
 def _check_ranks(config: ConvertConfig) -> None:

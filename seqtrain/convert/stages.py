@@ -192,7 +192,7 @@ class Training:
         config, converted = self.config, self.pair.converted
         if config.recipe.stages and self.tokenizer is None:
             raise ConfigError(f"recipe={config.recipe.name}: source={config.source} has no tokenizer to read text with")
-        if config.recipe.stages and not converted:
+        if config.recipe.stages and not converted and not config.upcycle.experts:
             raise ConfigError(
                 f"recipe={config.recipe.name}: keep={config.keep} leaves no layer to train; use recipe=none"
             )
@@ -337,7 +337,7 @@ class Training:
 
 def fingerprint(config: ConvertConfig, source_sha256: str) -> dict[str, Any]:
     """What decides the outcome of a training: two with the same fingerprint come to the same weights."""
-    told = {key: plain(getattr(config, key)) for key in ("recipe", "layer", "data")}
+    told = {key: plain(getattr(config, key)) for key in ("recipe", "layer", "upcycle", "data")}
     for key in WITHOUT_EFFECT:
         del told["data"][key]
     hashed = {

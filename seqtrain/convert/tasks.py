@@ -62,6 +62,8 @@ class Pair:
             for index, block in enumerate(student.blocks)
             for path, _ in block.mixer.projections().values()
         }
+        # Experts are copies of MLPs.
+        taken |= {name for name, _ in student.named_parameters() if ".mlp." in name and ".router." not in name}
         return {name for name, _ in student.named_parameters()} - before - taken
 
     def load_teacher(self) -> LanguageModel:
@@ -146,7 +148,8 @@ class Distillation:
             quantize(teacher, self.stage.teacher)
             teacher.head.weight = head
         kind = ZerothOrderModel if self.stage.kind == "zeroth_order" else DistilledModel
-        model = kind(student, teacher, self.stage, first=self.first(student))
+        # Experts count what they are given while a model is in training.
+        model = kind(student.train(), teacher, self.stage, first=self.first(student))
         to_verify = shards_to_verify(open_corpus(corpus, config.data))
         return Trainable(model, groups, training_data(config, corpus), to_verify=to_verify)
 

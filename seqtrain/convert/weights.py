@@ -13,6 +13,7 @@ from seqtrain.initialization import WHOLE
 from seqtrain.models import LanguageModel
 from seqtrain.models.architecture import Architecture
 from seqtrain.models.families import Piece
+from seqtrain.models.feed_forward import MLP, MoE
 from seqtrain.models.pretrained import (
     Origin,
     architecture_of,
@@ -50,7 +51,7 @@ def student_on(teacher: LanguageModel, architecture: Architecture, *, seed: int)
     shift = float(student.config.norm_zero_centered) - float(teacher.config.norm_zero_centered)
     values: dict[str, Tensor] = {}
     for name, parameter in student.named_parameters():
-        if name in theirs and not name.startswith(own):
+        if name in theirs and theirs[name].shape == parameter.shape and not name.startswith(own):
             shifted = shift and name.endswith("norm.weight") and ".mixer." not in name
             values[name] = theirs[name] - shift if shifted else theirs[name]
         else:
@@ -61,7 +62,27 @@ def student_on(teacher: LanguageModel, architecture: Architecture, *, seed: int)
         student.head.weight = student.embedding.weight
     for index in replaced:
         student.blocks[index].mixer.init_from_attention(teacher.blocks[index].mixer)
+    for theirs, mine in zip(teacher.blocks, student.blocks, strict=True):
+        if isinstance(mine.mlp, MoE):
+            upcycle(mine.mlp, theirs.mlp)
     return student.eval()
+
+
+@torch.no_grad()
+def upcycle(moe: MoE, mlp: MLP) -> None:
+    """Makes every expert a copy of `mlp`, so scaled that together they are it, whatever the router says.
+
+    The chosen experts' weights add up to 1, and a shared expert counts 1 more; only what leaves an expert is scaled,
+    for its activation is no homogeneous function.
+    """
+    assert moe.config.normalize
+    assert moe.config.scale == 1
+    parts = 1 if moe.shared is None else 2
+    moe.up.copy_(mlp.up.weight.expand_as(moe.up))
+    moe.down.copy_((mlp.out.weight / parts).expand_as(moe.down))
+    if moe.shared is not None:
+        moe.shared.up.weight.copy_(mlp.up.weight)
+        moe.shared.out.weight.copy_(mlp.out.weight / parts)
 
 
 def replaced_layers(teacher: nn.Module, student: nn.Module) -> tuple[int, ...]:

@@ -111,6 +111,29 @@ def test_every_target_can_be_laid_out_in_every_way(transformers_on_disk, target,
     assert student.parameter_count() == sum(parameter.numel() for parameter in student.parameters())
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@torch.no_grad()
+def test_experts_are_together_the_mlp_they_were(transformers_on_disk, tmp_path, shared):
+    """Whatever the router chooses. Written and read again it is the same."""
+    from transformers import AutoModelForCausalLM
+
+    _, folder = transformers_on_disk("smollm2")
+    overrides = ("upcycle.experts=6", "upcycle.experts_per_token=3", f"upcycle.shared={str(shared).lower()}")
+    teacher, student, architecture, source = make_student(folder, settings(folder, *overrides), (0, 1, 2))
+    tokens = some_tokens(2, 50)
+    assert student.blocks[0].mlp.up.shape[0] == 6
+    assert (student.blocks[0].mlp.shared is not None) == shared
+    assert student.parameter_count() > 3 * teacher.parameter_count()
+    expected = teacher(tokens, all_logits=True)[0]
+    for _ in range(2):
+        assert relative_error(student(tokens, all_logits=True)[0], expected) < 1e-5
+        for block in student.blocks:
+            block.mlp.router.weight.normal_(std=3.0)
+    export(student, architecture, source, tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert relative_error(again(tokens).logits, expected) < 1e-5
+
+
 def test_a_tied_gate_has_no_weights(transformers_on_disk):
     _, folder = transformers_on_disk("llama")
     free, tied = (make_pair(folder, "gla", tied_gate=each)[1] for each in (False, True))
@@ -156,6 +179,8 @@ def test_own_windows_stay_within_the_teachers(transformers_on_disk):
         (["target=liger_gla", "layer.window=0"], "layer.window=0: target=liger_gla averages a window"),
         (["layer.widow=3"], "did you mean 'layer.window'?"),
         (["dtype=int8"], "dtype=int8: must be"),
+        (["upcycle.experts=4", "target=granitemoehybrid"], "target=granitemoehybrid is written with MLPs"),
+        (["upcycle.experts=4", "upcycle.experts_per_token=5"], "there are upcycle.experts=4"),
         (["recipe=magic"], "recipe= 'magic' is unknown"),
     ],
 )

@@ -185,6 +185,19 @@ def test_every_recipe_runs(source, tmp_path, part):
         assert report["start"] != report["end"], config.recipe.name
 
 
+@pytest.mark.all
+def test_experts_are_trained(source, tmp_path):
+    """All layers stay; the experts, which were alike, no longer are."""
+    chosen = ["keep=[0,1,2]", "upcycle.experts=4"]
+    config = settings(source, tmp_path, "transfer_then_kl", *chosen, steps=4)
+    [report] = convert_alone(only(config, "kl", trainable="all", kl=0.0, ce=1.0, lr=1e-2))
+    assert [check for check in report["checks"] if not check["passed"]] == []
+    assert any(check["name"].startswith("at the start, the first 40 tokens") for check in report["checks"])
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    up = weights["model.blocks.1.mlp.up"]
+    assert not torch.allclose(up[0], up[1])
+
+
 @pytest.mark.full
 def test_transfer_brings_every_layer_nearer_its_teacher(source, tmp_path):
     config = settings(source, tmp_path, "transfer_then_kl", "target=gla", "keep=[1]", steps=80)

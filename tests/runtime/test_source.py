@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from seqtrain.config import compose_config
 from seqtrain.errors import ConfigError
-from seqtrain.models import from_pretrained
+from seqtrain.mixers import MIXERS
+from seqtrain.models import LanguageModel, ModelConfig, from_pretrained
 from seqtrain.runtime.export import main as export
 from seqtrain.runtime.generate import open_run
 from seqtrain.runtime.resolving import read_pretrain_config
@@ -22,14 +23,25 @@ from tests.runtime.runtime_cases import as_it_was_at, change, folder_of, losses,
 VOCAB = 300
 
 
-FAMILIES = [pytest.param("qwen3_next", marks=pytest.mark.all), pytest.param("zamba2", marks=pytest.mark.full)]
+FAMILIES = [pytest.param(name, marks=pytest.mark.all) for name in ("qwen3_next", "seqtrain")]
+FAMILIES.append(pytest.param("zamba2", marks=pytest.mark.full))
 
 
 @pytest.fixture(scope="module")
 def source(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source") / "model"
-    make(getattr(request, "param", "qwen3_next"), vocab_size=VOCAB).save_pretrained(folder)
+    folder, name = tmp_path_factory.mktemp("source") / "model", getattr(request, "param", "qwen3_next")
+    model = converted() if name == "seqtrain" else make(name, vocab_size=VOCAB)
+    model.save_pretrained(folder)
     return folder
+
+
+def converted():
+    """A model of seqtrain's own type, as a conversion leaves it."""
+    from seqtrain.models.export import as_huggingface
+
+    mixers = {"linearized_attention": MIXERS.get("linearized_attention").Config(memory="gla", window=8, sinks=2)}
+    config = ModelConfig(layers=("linearized_attention", "attention"), depth=2, width=32, heads=4)
+    return as_huggingface(LanguageModel(config, mixers, VOCAB, seed=3).eval(), mixers)
 
 
 def continuing(tmp_path, source, **sections):

@@ -19,6 +19,7 @@ FAMILIES: Mapping[str, str] = {
     **dict.fromkeys(("bamba", "granitemoehybrid", "falcon_h1", "nemotron_h", "jamba", "zamba2"), "mamba_hybrid"),
     "minimax": "minimax",
     "xlstm": "xlstm",
+    "seqtrain": "own",
     **dict.fromkeys(("kimi_linear", "bailing_hybrid"), "kimi"),
 }
 
