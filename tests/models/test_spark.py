@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from seqtrain.errors import ConfigError
 from seqtrain.kernels import softmax_attention, sparse_mlp
@@ -69,6 +70,13 @@ def test_the_kernel_reads_what_is_kept_alone(sizes, dtype):
     came = sparse_mlp(gate, given, value, down, backend="native")
     assert came.dtype == dtype
     assert relative_error(came.double(), expected) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@torch.no_grad()
+def test_shapes_are_known_without_numbers():
+    with FakeTensorMode():
+        made = SparkMLP(WIDTH, HIDDEN, SparkConfig(0.08, 9))
+        assert made(torch.empty(1, WIDTH)).shape == (1, WIDTH)
 
 
 @torch.no_grad()

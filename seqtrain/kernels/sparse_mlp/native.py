@@ -4,6 +4,7 @@ import ctypes
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from seqtrain.kernels.native.build import library, unavailable
 from seqtrain.kernels.native.calls import KINDS, Array, check, fields
@@ -24,7 +25,9 @@ class _Call(ctypes.Structure):
 
 
 def serves(gate: Tensor, x: Tensor) -> bool:
-    """Whether there are few rows, and nothing is to be differentiated."""
+    """Whether there are few rows with numbers, and nothing is to be differentiated."""
+    if torch.compiler.is_compiling() or is_fake(x):
+        return False
     return not torch.is_grad_enabled() and x.numel() <= _ROWS * x.shape[-1] and x.dtype in KINDS
 
 
