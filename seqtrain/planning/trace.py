@@ -100,7 +100,9 @@ class Tracer(TorchDispatchMode):
     def filled(self, on_meta: M) -> Iterator[M]:
         """A module on `meta` that has parameters and buffers of this mode meanwhile. Called outside of the mode."""
         made: dict[int, Any] = {}
-        before = [(own, dict(own)) for part in on_meta.modules() for own in (part._parameters, part._buffers)]
+        before: list[tuple[Any, dict[str, Any]]] = [
+            (own, dict(own)) for part in on_meta.modules() for own in (part._parameters, part._buffers)
+        ]
         for own, tensors in before:
             own.update({n: made.setdefault(id(x), self._like(x)) for n, x in tensors.items() if x is not None})
         try:

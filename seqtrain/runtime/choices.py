@@ -28,7 +28,7 @@ log = logging.getLogger("seqtrain.runtime")
 
 def dtype_of(config: "PretrainConfig") -> Literal["float32", "bfloat16"]:
     """`train.dtype`, in place of auto bfloat16 where products in it are faster on this machine."""
-    if config.train.dtype != AUTO:
+    if config.train.dtype != "auto":
         return config.train.dtype
     if found := _recorded(config).get("dtype"):
         return "bfloat16" if found == "bfloat16" else "float32"
@@ -41,7 +41,7 @@ def with_routine(config: "PretrainConfig") -> "PretrainConfig":
     """`config` with a routine in place of `kernels.linear=auto`; torch's where no product is large, or on GPUs."""
     if config.kernels.linear != AUTO:
         return config
-    found = _recorded(config).get("linear")
+    found: Any = _recorded(config).get("linear")
     if found is None:
         train, width = config.train, config.model.width
         tokens = min(train.segment_tokens or train.sequence_length, train.sequence_length) // config.parallel.sequence

@@ -38,7 +38,8 @@ def run(inputs: Inputs, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tenso
     """See `diagonal_scan`."""
     x, log_a = inputs
     if state.is_complex():
-        return _operator(x.to(state.dtype), log_a.to(state.dtype), state, cu_seqlens)
+        out, final = _operator(x.to(state.dtype), log_a.to(state.dtype), state, cu_seqlens)
+        return out, final
     given = (each if each.dtype in KINDS else each.float() for each in (x, log_a))
     out, final = _operator(*given, state, cu_seqlens)
     return out.to(x.dtype), final
