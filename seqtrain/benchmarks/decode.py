@@ -181,7 +181,7 @@ def _our_step(model: Any, prompt: Tensor) -> Callable[[Tensor], Tensor]:
     def step(token: Tensor) -> Tensor:
         nonlocal state
         logits, state = model.step(token, state)
-        return logits  # type: ignore[no-any-return]
+        return logits
 
     return step
 
@@ -190,7 +190,7 @@ def _their_step(model: Any, prompt: Tensor) -> Callable[[Tensor], Tensor]:
     cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
 
     def step(token: Tensor) -> Tensor:
-        return model(token[:, None], past_key_values=cache, use_cache=True).logits[:, 0]  # type: ignore[no-any-return]
+        return model(token[:, None], past_key_values=cache, use_cache=True).logits[:, 0]
 
     return step
 

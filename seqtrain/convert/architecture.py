@@ -118,7 +118,8 @@ def student_of(teacher: Architecture, config: ConvertConfig, kept: Collection[in
     layers = tuple(old if index in kept else next(names) for index, old in enumerate(teacher.model.layers))
     mixers = {**teacher.mixers, **{name: _taking_over(softmax, name, own) for name, own in options.items()}}
     used = {each: mixers[each] for each in sorted(set(layers))}
-    upcycle, experts = config.upcycle, {}
+    upcycle = config.upcycle
+    experts: dict[str, Any] = {}
     if upcycle.experts:
         hidden = teacher.model.hidden
         experts = {"experts": upcycle.experts, "experts_per_token": upcycle.experts_per_token, "expert_width": hidden}

@@ -6,8 +6,8 @@ the same results when all around them is computed again.
 """
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -74,22 +74,24 @@ def _kept_in(dtype: torch.dtype, x: Tensor) -> torch.autograd.graph.saved_tensor
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def made_again(
-    x: Tensor, make: Callable[[Tensor], Tensor], source: Tensor, weight: Tensor
-) -> AbstractContextManager[Any]:
-    """A context in which autograd does not keep `x`, a cheap function of what it keeps anyway: `make(source)` again.
+@contextmanager
+def made_again(x: Tensor, make: Callable[[Tensor], Tensor], source: Tensor, weight: Tensor) -> Iterator[None]:
+    """In it, autograd does not keep `x`, a cheap function of what it keeps anyway: `make(source)` again.
 
     `weight`: what `x` is multiplied by; of ZeRO 3's, which come and go, nothing changes, nor under torch.compile.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or "ds_id" in vars(weight):
-        return nullcontext()
+        yield
+        return
     outer_pack, outer_unpack = _top_hooks() or UNCHANGED
     storage = x.untyped_storage()._cdata
+    # Autograd keeps the hooks, which must not keep it where all is computed again.
+    given = [source.detach()]
 
     def pack(saved: Tensor) -> Any:
         if saved.untyped_storage()._cdata != storage:
             return outer_pack(saved), None
-        return outer_pack(source.detach()), (saved.size(), saved.stride(), saved.storage_offset())
+        return outer_pack(given[0]), (saved.size(), saved.stride(), saved.storage_offset())
 
     def unpack(saved: tuple[Any, Any]) -> Tensor:
         held, place = saved
@@ -99,7 +101,11 @@ def made_again(
         with torch.no_grad():
             return make(found).as_strided(*place)
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        given.clear()
 
 
 def kept(call: Callable[[], Any], inputs: Sequence[Any], *, cheap: bool = False) -> Any:

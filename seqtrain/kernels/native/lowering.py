@@ -67,8 +67,8 @@ class Lowering:
 
     def add(self, call: Call) -> None:
         """The steps of a call. Raises `NoInstructionError`, having added nothing."""
-        make: Callable[..., None] | None
-        make = SPECIAL.get(call.name) if call.special else CALLS.get(call.name.removesuffix("_").removesuffix("_copy"))
+        plain = call.name.removesuffix("_").removesuffix("_copy")
+        make: Callable[..., None] | None = SPECIAL.get(call.name) if call.special else CALLS.get(plain)
         if make is None:
             raise NoInstructionError(call.name)
         before = len(self.steps)

@@ -61,7 +61,8 @@ def test_a_row_gives_its_figures(name):
     if name in TRAINED:
         trained = [figure for figure in figures if figure.steps]
         assert trained
-        assert all(figure.parameters > 0 and figure.state_bytes > 0 for figure in trained)
+        # The encoders of digits carry no state.
+        assert all(figure.parameters > 0 and (figure.state_bytes > 0 or name == "digits") for figure in trained)
         assert "recipe" in ROWS[name].settings
 
 
