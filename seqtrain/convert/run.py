@@ -168,7 +168,7 @@ class _Conversion:
         self.student = student_of(self.teacher, config, self.kept)
         if is_servable(config.target):
             if not self.kept:
-                rule = "leaves no softmax attention, without which transformers runs no such model; keep one layer at least"
+                rule = "leaves no softmax attention, without which transformers runs none; keep one layer at least"
                 raise ConfigError(f"keep={config.keep}: target={config.target}: {rule}")
             origin = origin_of_export(self.student.build(), config.target, self.source)
         if config.gguf != "none":
