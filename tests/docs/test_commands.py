@@ -34,6 +34,7 @@ ELSEWHERE = {
     "python launch/pretrain.py output_dir=runs/mine checkpoint.store=": "tests/runtime has a store",
     "pip install": "CI's quickstart installs",
     "python tools/compare_optimizers.py": "takes hours; tests/benchmarks runs it in small",
+    "python tools/compare_recipes.py": "likewise",
 }
 NEEDS_NODES = "FIRST_NODE"
 MODEL = ["model.depth=2", "model.width=32", "model.heads=2"]
