@@ -257,7 +257,7 @@ def add_tokens(folder):
         (None, ["keep=budget:8"], "keep=budget:8: the model has 3 layers"),
         (None, ["keep=nowhere.json"], "nowhere.json: missing; keep takes"),
         (None, ["target=kda", "layer.combine=denominator"], "memory=kda has no normalizer"),
-        (None, ["target=granitemoehybrid"], "keep=none: target=granitemoehybrid: transformers runs no such model"),
+        (None, ["target=granitemoehybrid"], "keep=none: target=granitemoehybrid: leaves no softmax attention"),
         (None, ["gguf=f16"], "gguf=f16: only granitemoehybrid is written as GGUF, not gated_delta_net"),
         (None, ["target=granitemoehybrid", "keep=[0,1,2]", "recipe=transfer_then_kl"], "leaves no layer to train"),
         (None, ["verify.texts.code=nowhere.txt"], "verify.texts.code=nowhere.txt: no such file"),
