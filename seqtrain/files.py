@@ -5,13 +5,15 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from seqtrain.errors import DataError, SeqtrainError
+
+T = TypeVar("T")
 
 # Bytes; what is larger is no record, index or config.
 LARGEST_RECORD = 2**28
@@ -164,6 +166,32 @@ def read_json(file: Path) -> Any:
         return json.loads(read_record(file))
     except RecursionError:
         raise ValueError("is nested too deep") from None
+
+
+def remembered(file: Path, kind: type[T], work: Callable[[], T]) -> T:
+    """The JSON of this kind that `file` holds, or else what `work` gives, which is kept there for the next time.
+
+    Of processes that work at one time, one is believed by all. Where nothing can be kept, each works.
+    """
+
+    def read() -> T | None:
+        with suppress(OSError, ValueError):
+            found = read_json(file)
+            return found if isinstance(found, kind) else None
+        return None
+
+    if (known := read()) is not None:
+        return known
+    made = work()
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if create_new(file, content := json.dumps(made).encode()):
+            return made
+        if (others := read()) is not None:
+            return others
+        # What lies there is damaged.
+        replace_file(file, content)
+    return made
 
 
 class Manifest:

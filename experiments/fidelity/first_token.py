@@ -1,8 +1,6 @@
 """Seconds to the first token of SpikingBrain-7B's layers against softmax attention's, by the prompt's length."""
 
-import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -10,6 +8,7 @@ import torch
 from torch import Tensor
 
 from experiments.fidelity.results import Axes, Bounds, Effort, Figure, Row, seed_curves
+from experiments.fidelity.timing import fastest
 from seqtrain.mixers import MIXERS, LayerShape
 from seqtrain.models.feed_forward import MLP
 
@@ -46,7 +45,7 @@ def ratios(lengths: tuple[int, ...], seed: int, *, small: bool = False) -> list[
     width, hidden = (WIDTH // 8, HIDDEN // 8) if small else (WIDTH, HIDDEN)
     x, shape = torch.randn(1, CHUNK, width), LayerShape(width, HEADS)
     mlp = MLP(width, hidden)
-    shared = seconds(lambda: mlp(x))
+    shared = fastest(lambda: mlp(x), REPEATS)
     linear, windowed, full = (
         MIXERS.get(name)(MIXERS.get(name).Config(**fields), shape)
         for name, fields in (
@@ -55,13 +54,15 @@ def ratios(lengths: tuple[int, ...], seed: int, *, small: bool = False) -> list[
             ("attention", PROJECTIONS),
         )
     )
-    spiking = (seconds(lambda: linear(x)) + seconds(lambda: windowed(x, held(windowed, x, WINDOW - 1)))) / 2
+    spiking = (
+        fastest(lambda: linear(x), REPEATS) + fastest(lambda: windowed(x, held(windowed, x, WINDOW - 1)), REPEATS)
+    ) / 2
     # Its cost grows with the keys before, from that of none: the mean over a prompt is that of its ends.
-    first = seconds(lambda: full(x))
+    first = fastest(lambda: full(x), REPEATS)
     ends = []
     for length in lengths:
         state = held(full, x, length)
-        ends.append(seconds(partial(full, x, state)))
+        ends.append(fastest(partial(full, x, state), REPEATS))
     return [(shared + (first + end) / 2) / (shared + spiking) for end in ends]
 
 
@@ -71,17 +72,6 @@ def held(mixer: Any, x: Tensor, tokens: int) -> dict[str, Tensor]:
     keys = {name: torch.randn(1, tokens, *state[name].shape[2:]) for name in ("k", "v")}
     seen = torch.tensor([tokens])
     return state | keys | {"length": seen, "position": seen}
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    """The fastest of `REPEATS`, of which the first, that fills caches, doesn't count."""
-    best = math.inf
-    for turn in range(REPEATS + 1):
-        started = time.perf_counter()
-        function()
-        if turn:
-            best = min(best, time.perf_counter() - started)
-    return best
 
 
 ROW = Row(

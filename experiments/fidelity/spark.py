@@ -1,8 +1,6 @@
 """Spark's MLP (arXiv 2506.06644): the share of channels that it keeps, and what decoding gains by skipping others."""
 
-import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +8,7 @@ from torch import Tensor
 
 from experiments.fidelity.optimizers import LENGTH, STEPS, help_pages, trained
 from experiments.fidelity.results import Axes, Bounds, Curve, Effort, Figure, Row
+from experiments.fidelity.timing import fastest
 from seqtrain.kernels.softmax_attention.largest import attend
 from seqtrain.models import LanguageModel
 from seqtrain.models.feed_forward import MLP
@@ -61,7 +60,7 @@ def gain(share: float, seed: int, *, small: bool = False) -> float:
     spark = SparkMLP(width, sizes[1], SparkConfig(share, PREDICT // factor), activation="gelu_tanh")
     for parameter in spark.parameters():
         parameter.normal_(std=width**-0.5)
-    return _seconds(lambda: dense(x)) / _seconds(lambda: spark(x))
+    return fastest(lambda: dense(x), REPEATS) / fastest(lambda: spark(x), REPEATS)
 
 
 @torch.no_grad()
@@ -73,9 +72,9 @@ def gain_of_keys(seed: int, *, small: bool = False) -> float:
         for tokens, heads in ((1, HEADS), (keys, GROUPS), (keys, GROUPS))
     )
     asked, held, read, seen = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), torch.tensor([keys])
-    dense = _seconds(lambda: F.scaled_dot_product_attention(asked, held, read, enable_gqa=True))
+    dense = fastest(lambda: F.scaled_dot_product_attention(asked, held, read, enable_gqa=True), REPEATS)
     options = {"scale": KEY**-0.5, "cap": 0.0, "kept": KEPT, "width": KEY // 2}
-    return dense / _seconds(lambda: attend(q, k, v, seen, **options))
+    return dense / fastest(lambda: attend(q, k, v, seen, **options), REPEATS)
 
 
 @torch.no_grad()
@@ -92,16 +91,6 @@ def share_kept(model: LanguageModel, seed: int) -> float:
     for hook in hooks:
         hook.remove()
     return torch.stack(found).mean().item()
-
-
-def _seconds(function: Callable[[], Tensor]) -> float:
-    best = math.inf
-    for turn in range(REPEATS + 1):
-        started = time.perf_counter()
-        function()
-        if turn:
-            best = min(best, time.perf_counter() - started)
-    return best
 
 
 ROW = Row(

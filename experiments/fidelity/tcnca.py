@@ -1,13 +1,12 @@
 """TCNCA's dilated convolutions against a convolution as long as the sequence, by FFT (arXiv 2312.05605)."""
 
-import math
-import time
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from experiments.fidelity.results import Axes, Bounds, Effort, Figure, Row, seed_curves
+from experiments.fidelity.timing import fastest
 from seqtrain.kernels import short_convolution
 
 LENGTHS = (4096, 16384, 65536, 131072)
@@ -51,17 +50,13 @@ def _ratio(tokens: int, seed: int, backward: bool) -> float:
 
 
 def _seconds(function: Callable[[], Tensor], backward: bool) -> float:
-    """The fastest of `REPEATS`, of which the first, that fills caches, doesn't count."""
-    best = math.inf
-    for turn in range(REPEATS + 1):
-        started = time.perf_counter()
+    def run() -> None:
         with torch.set_grad_enabled(backward):
             out = function()
         if backward:
             out.sum().backward()
-        if turn:
-            best = min(best, time.perf_counter() - started)
-    return best
+
+    return fastest(run, REPEATS)
 
 
 ROW = Row(

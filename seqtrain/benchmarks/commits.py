@@ -1,11 +1,11 @@
-"""Programs of another commit of this repository, run with that commit's own code."""
+"""Programs of this repository in processes of their own, also with the code of another commit."""
 
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +13,7 @@ from typing import TypeVar
 import psutil
 
 from seqtrain.config import read_settings
-from seqtrain.errors import ConfigError
+from seqtrain.errors import ConfigError, SeqtrainError
 
 T = TypeVar("T")
 
@@ -47,6 +47,14 @@ def resolve(commit: str) -> str:
     if found.returncode:
         raise ConfigError(f"commit={commit}: no such commit in {ROOT}")
     return found.stdout.strip()
+
+
+def run_here(program: str, overrides: Sequence[str], *, statuses: Collection[int] = (0,)) -> None:
+    """Runs `program`, a path in this tree. Raises `SeqtrainError` with its last line for a status not in `statuses`."""
+    command = [sys.executable, str(ROOT / program), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode not in statuses:
+        raise SeqtrainError((done.stderr or done.stdout).strip().splitlines()[-1])
 
 
 def run_python(tree: Path, arguments: Sequence[str]) -> None:

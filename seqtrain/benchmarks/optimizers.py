@@ -15,8 +15,6 @@ the processor's are compared, and others may work beside it.
 import hashlib
 import json
 import resource
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +23,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from seqtrain.benchmarks.commits import ROOT
+from seqtrain.benchmarks.commits import run_here
 from seqtrain.config import compose_config, read_settings
-from seqtrain.errors import ConfigError, SeqtrainError
+from seqtrain.errors import ConfigError
 from seqtrain.files import read_json, replace_file
 from seqtrain.report import (
     in_a_line,
@@ -144,10 +142,7 @@ def _cpu_seconds(folder: RunFolder) -> float:
 
 def start(overrides: Sequence[str]) -> None:
     """Runs launch/pretrain.py. Raises `SeqtrainError` with its last line where it fails."""
-    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SeqtrainError((done.stderr or done.stdout).strip().splitlines()[-1])
+    run_here("launch/pretrain.py", overrides)
 
 
 def compare(runs: Runs) -> list[dict[str, Any]]:

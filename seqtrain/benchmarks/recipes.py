@@ -11,8 +11,6 @@ recipe's steps took. One yardstick for all: the perplexity of a window with sink
 `recipes.png`; `results.json` has all numbers. Seconds mean something only on a machine that does nothing else.
 """
 
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -22,9 +20,9 @@ from typing import Annotated, Any
 from omegaconf import OmegaConf
 from pydantic import Field
 
-from seqtrain.benchmarks.commits import ROOT
+from seqtrain.benchmarks.commits import run_here
 from seqtrain.config import compose_config, read_settings
-from seqtrain.errors import ConfigError, SeqtrainError, unknown_name
+from seqtrain.errors import ConfigError, unknown_name
 from seqtrain.files import read_json
 from seqtrain.report import (
     in_a_line,
@@ -158,11 +156,8 @@ def steps_for(stages: Mapping[Any, Any], tokens: int, longest: int) -> list[str]
 
 def start(overrides: Sequence[str]) -> None:
     """Runs launch/convert.py. Raises `SeqtrainError` with its last line where it makes no report."""
-    command = [sys.executable, str(ROOT / "launch" / "convert.py"), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
     # 1: a check failed, and its report says which.
-    if done.returncode not in (0, 1):
-        raise SeqtrainError((done.stderr or done.stdout).strip().splitlines()[-1])
+    run_here("launch/convert.py", overrides, statuses=(0, 1))
 
 
 def compare(runs: Conversions) -> list[dict[str, Any]]:

@@ -9,8 +9,6 @@ steps of all rounds, the first few of each run left out; the ratio is to the las
 `compare_settings.json` are left in `output_dir`, and the runs' own folders.
 """
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from seqtrain.benchmarks.commits import ROOT
+from seqtrain.benchmarks.commits import run_here
 from seqtrain.config import read_settings
 from seqtrain.errors import ConfigError, SeqtrainError
 from seqtrain.report import in_a_line, machine, show_table, write_results
@@ -42,10 +40,10 @@ class Settings:
 def run_once(settings: Settings, variant: str, folder: Path) -> list[float]:
     """Tokens per second of one run's steps after the first few. Raises `SeqtrainError` where the run fails."""
     overrides = [*settings.common, *variant.split(), f"output_dir={folder}"]
-    command = [sys.executable, str(ROOT / settings.program), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SeqtrainError(f"{variant}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+    try:
+        run_here(settings.program, overrides)
+    except SeqtrainError as error:
+        raise SeqtrainError(f"{variant}: {error}") from None
     speeds = [record["tokens_per_second"] for record in read_lines(RunFolder(folder).metrics)[WARM_UP_STEPS:]]
     if not speeds:
         raise ConfigError(f"common: train.steps must be more than {WARM_UP_STEPS}, those that are left out")

@@ -10,14 +10,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from seqtrain.convert.settings import POLICY, ConvertConfig, is_liger, is_servable
+from seqtrain.convert.settings import POLICY, ConvertConfig, is_liger
 from seqtrain.errors import ConfigError
 from seqtrain.files import Manifest
 from seqtrain.mixers import MIXERS, WHOLE
 from seqtrain.mixers.linearized_attention import MemoryConfig
 from seqtrain.models import LanguageModel, pretrained
 from seqtrain.models.architecture import Architecture
-from seqtrain.models.families import FAMILIES, family_of
+from seqtrain.models.families import FAMILIES, family_of, is_servable
 from seqtrain.models.families.dense import FULL, WINDOWED, Dense
 from seqtrain.models.source import Source
 from seqtrain.parallel.sequence import SequenceContext

@@ -27,13 +27,14 @@ from seqtrain.convert.architecture import Architecture, architecture_of, changes
 from seqtrain.convert.importance import combined, hessian_traces, rank_correlations, restore_one_layer
 from seqtrain.convert.measure import PASSAGE, Evaluator, layer_errors, read_texts
 from seqtrain.convert.report import heading, read_others, write
-from seqtrain.convert.settings import ConvertConfig, is_servable, read_convert_config
+from seqtrain.convert.settings import ConvertConfig, read_convert_config
 from seqtrain.convert.stages import START, ConversionManifest, Progress, Stopped, Training, fingerprint
 from seqtrain.convert.tasks import Pair
 from seqtrain.convert.weights import export, load_teacher, origin_of_export, refuse_existing, student_on
 from seqtrain.errors import ConfigError
 from seqtrain.memory import AnonymousPeak
 from seqtrain.models import LanguageModel, pretrained
+from seqtrain.models.families import is_servable
 from seqtrain.models.gguf_writer import check_writable, write_gguf
 from seqtrain.models.pretrained import family_of_config
 from seqtrain.models.source import open_source

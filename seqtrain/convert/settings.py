@@ -14,7 +14,7 @@ from seqtrain.errors import ConfigError, unknown_name
 from seqtrain.mixers import MIXERS
 from seqtrain.mixers.common.liger import Liger
 from seqtrain.mixers.linearized_attention import MemoryConfig, recurrence_of
-from seqtrain.models.families import servable_targets
+from seqtrain.models.families import is_servable, servable_targets
 from seqtrain.runtime.settings import AUTO, CheckpointConfig, ParallelConfig, RuntimeConfig, TrackingConfig
 from seqtrain.validation import FilePath, validate
 
@@ -206,11 +206,6 @@ def is_liger(target: str) -> bool:
     return not is_servable(target) and issubclass(MIXERS.get(target), Liger)
 
 
-def is_servable(target: str) -> bool:
-    """Whether the target is a family of models that others serve, not a mixer of seqtrain's own model type."""
-    return target in servable_targets()
-
-
 def read_convert_config(config: DictConfig) -> ConvertConfig:
     """The typed config of a conversion, with the rules between its keys checked. Raises `ConfigError`."""
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
@@ -220,7 +215,7 @@ def read_convert_config(config: DictConfig) -> ConvertConfig:
         typed = replace(typed, parallel=replace(typed.parallel, data=1))
     if not typed.source:
         raise ConfigError("source: is required; name a folder with config.json and safetensors, or a .gguf file")
-    if typed.target not in (*targets(), *servable_targets()):
+    if typed.target not in targets() and not is_servable(typed.target):
         raise ConfigError(unknown_name("target", typed.target, (*targets(), *servable_targets())))
     if isinstance(typed.keep, str) and not (POLICY.fullmatch(typed.keep) or typed.keep.endswith(".json")):
         rule = "must be none, every:K, budget:N, a list of layers, as in [3,7,11], or a layers.json"

@@ -57,9 +57,7 @@ def student_on(teacher: LanguageModel, architecture: Architecture, *, seed: int)
         else:
             values[name] = torch.empty(parameter.shape, dtype=teacher.embedding.weight.dtype)
             fresh(name, values[name], WHOLE)
-    student.load_state_dict(_tied(values, architecture), assign=True)
-    if architecture.model.tie_embeddings:
-        student.head.weight = student.embedding.weight
+    _give(student, values)
     for index in replaced:
         student.blocks[index].mixer.init_from_attention(teacher.blocks[index].mixer)
     for theirs, mine in zip(teacher.blocks, student.blocks, strict=True):
@@ -101,8 +99,12 @@ def rest_of_teacher(teacher: LanguageModel, student: LanguageModel) -> dict[str,
     return {name: value for name, value in teacher.named_parameters() if value.data_ptr() not in shared}
 
 
-def _tied(values: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    return values | ({"head.weight": values["embedding.weight"]} if architecture.model.tie_embeddings else {})
+def _give(model: LanguageModel, values: dict[str, Tensor]) -> None:
+    """Makes these the model's parameters; a tied head's is the embedding's."""
+    tied = {"head.weight": values["embedding.weight"]} if model.config.tie_embeddings else {}
+    model.load_state_dict(values | tied, assign=True)
+    if tied:
+        model.head.weight = model.embedding.weight
 
 
 def model_from(architecture: Architecture, files: Iterable[Path], *, own: Iterable[str] = ()) -> LanguageModel:
@@ -114,9 +116,7 @@ def model_from(architecture: Architecture, files: Iterable[Path], *, own: Iterab
     model = architecture.build().requires_grad_(False)
     tensors, owned = mapped(files), set(own)
     values = {name: tensors[name].clone() if name in owned else tensors[name] for name, _ in model.named_parameters()}
-    model.load_state_dict(_tied(values, architecture), assign=True)
-    if architecture.model.tie_embeddings:
-        model.head.weight = model.embedding.weight
+    _give(model, values)
     return model.eval()
 
 
@@ -160,7 +160,7 @@ def export(student: LanguageModel, architecture: Architecture, source: Source, f
         else:
             tokens = {name: getattr(source.config, name) for name in TOKENS}
             as_huggingface(student, architecture.mixers, **tokens).save_pretrained(unfinished)
-        copy_companions(source, unfinished)
+        copy_companions(source.path, unfinished, source)
 
 
 def recipe_targets(model: LanguageModel, targets: Sequence[str]) -> dict[str, list[Piece]]:

@@ -4,6 +4,7 @@ From the declaration follow the checks of a call, its backends, what is sliced w
 shapes of its state and output, its FLOPs, and its tests (`tests/kernels/test_contract.py`).
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -292,6 +293,11 @@ def _by_dimensions(shapes: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
             each = [x for letter in letters for x in (rest if letter == "..." else [letter])]
             found[len(each)] = tuple(each)
     return found
+
+
+def rows_of(sizes: Mapping[str, int]) -> int:
+    """How many there are of what the other letters tell: the dimensions that "..." stands for, together."""
+    return math.prod(size for letter, size in sizes.items() if letter[0] == "d" and letter[1:].isdigit())
 
 
 def _sized(letters: Sequence[str], sizes: Sizes) -> tuple[int, ...]:

@@ -7,13 +7,12 @@ the same bits. A run is told which one it began with (`use`), for wherever else 
 """
 
 import hashlib
-import json
 import logging
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqtrain.files import create_new, read_json
+from seqtrain.files import remembered
 from seqtrain.kernels.native.build import cache_folder
+from seqtrain.threads import one_thread
 
 log = logging.getLogger("seqtrain.kernels")
 
@@ -53,17 +53,6 @@ def use(routine: str) -> None:
 def chosen() -> str:
     """The routine in use."""
     return _chosen or fastest()[0]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Starts no pool of threads: a process that forks must not have one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @cache
@@ -106,14 +95,7 @@ def _kept(what: str, probe: Callable[[], float]) -> float:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         about += [line for line in lines if line.startswith("model name")][:1]
     key = hashlib.sha256("\0".join(about).encode()).hexdigest()[:20]
-    file = cache_folder() / f"{what}-{key}.json"
-    with suppress(OSError, ValueError, TypeError):
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            # Of processes that measure at one time, one is believed.
-            create_new(file, json.dumps(probe()).encode())
-        return float(read_json(file))
-    return probe()
+    return remembered(cache_folder() / f"{what}-{key}.json", float, probe)
 
 
 @cache
@@ -132,7 +114,7 @@ def measure(
     """CPU seconds, `repeats` times, of each product of a linear layer: forward, the gradients of inputs and weights."""
     x, weight, d_out = (_numbers(*shape, dtype) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
     multiply, times = _ROUTINES[routine], []
-    with torch.no_grad(), _one_thread():
+    with torch.no_grad(), one_thread():
         for a, b in ((x, weight), (d_out, weight.T), (d_out.T, x.T)):
             times.append([_seconds(multiply, a, b) for _ in range(repeats)])
     return times

@@ -12,7 +12,14 @@ from seqtrain.kernels import linear_attention
 from seqtrain.layers import Linear, RMSNorm, ShortConvolution, fused, step_sizes
 from seqtrain.mixers import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
 from seqtrain.mixers.common.recurrence import Heads, LinearRecurrence, RecurrenceOptions, StepDecay
-from seqtrain.mixers.common.take_over import Projections, copy_projections, forget_slowly, gate_rows, pass_on
+from seqtrain.mixers.common.take_over import (
+    Projections,
+    copy_projections,
+    forget_slowly,
+    fused_projections,
+    gate_rows,
+    pass_on,
+)
 
 
 class Mamba2Recurrence(LinearRecurrence):
@@ -92,11 +99,7 @@ class Mamba2(Mixer):
         return {self.rate_log: decay_rate(), self.step_bias: step_bias(), self.skip: constant(1.0)}
 
     def projections(self) -> Projections:
-        first, found = self.inner, {}
-        for name, size in zip(("v", "k", "q"), self.parts, strict=True):
-            found[name] = ("project.weight", slice(first, first + size))
-            first += size
-        return found | {"out": ("out.weight", slice(None))}
+        return fused_projections("project.weight", self.parts, "vkq", self.inner)
 
     @torch.no_grad()
     def init_from_attention(self, attention: Any) -> None:
@@ -105,7 +108,7 @@ class Mamba2(Mixer):
             raise self.config_error("state", self.config.state, "must be a head of the attention it replaces")
         copy_projections(self, attention)
         self.project.weight[: self.inner] = gate_rows(attention, self.shape.heads)
-        pass_on(self.conv, attention, dict(zip(("v", "k", "q"), self.parts, strict=True)))
+        pass_on(self.conv, attention, dict(zip("vkq", self.parts, strict=True)))
         self.skip.zero_()
         forget_slowly(self.rate_log)
 

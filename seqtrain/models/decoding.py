@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -157,7 +158,7 @@ class Plan:
 
     def __init__(self, program: Program, trace: "_Trace", model: Any, names: Sequence[tuple[int, str]]):
         self.program, self._keys, self._print = program, trace.keys, _fingerprint(model)
-        self._given = trace.given
+        self._given = trace.names
         self._shapes = trace.shapes
         self._names = names
         self._layers = len(model.blocks)
@@ -256,6 +257,7 @@ class _Trace:
     """What is known of a step while it is written down."""
 
     def __init__(self, tokens: Tensor, state: Sequence[State]):
+        # Of the state's parts, in the order in which a program is given them.
         self.names = [(layer, name) for layer, each in enumerate(state) for name in each]
         tensors = [state[layer][name] for layer, name in self.names]
         self.recorder = Recorder([tokens, *tensors])
@@ -264,11 +266,6 @@ class _Trace:
         self.keys: list[_Keys] = []
         self.kept: list[Tensor] = []
         self.outs: list[Tensor] = []
-
-    @property
-    def given(self) -> list[tuple[int, str]]:
-        """Names of the state's parts, in the order in which a program is given them."""
-        return self.names
 
     @property
     def shapes(self) -> list[tuple[tuple[int, str], tuple[int, ...], torch.dtype]]:
@@ -282,7 +279,7 @@ class _Trace:
         if self.recorder.paused:
             return operator.function(*args, **kwargs)
         own = OPERATORS.get(operator.name)
-        if own is not None and (found := own(self, operator.function, *args, **kwargs)) is not None:
+        if own is not None and (found := own(self, operator.function, _given(operator, args, kwargs))) is not None:
             return found
         if operator.backends:
             kwargs["backend"] = "chunked"
@@ -298,6 +295,14 @@ class _Trace:
         if out.numel():
             self.recorder.special("linear", [x, numbers, bias, scale], [out], **options)
         return out
+
+
+def _given(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names, defaults and all, but for the backend and documents; there are none."""
+    own = signature(operator.function)
+    bound = own.bind(*args, **{name: value for name, value in kwargs.items() if name in own.parameters})
+    bound.apply_defaults()
+    return {name: value for name, value in (bound.arguments | kwargs).items() if name not in ("backend", "cu_seqlens")}
 
 
 class _Linears(TorchFunctionMode):
@@ -383,146 +388,61 @@ class SteppedGroups(Stepped):
         raise UnplannableError("groups within groups")
 
 
-def _token(x: Tensor | None, t: int, timed: bool = True) -> Tensor | None:
-    return x if x is None or not timed else x[:, t]
+# Arguments of an operator's call by their names, those left out with their defaults.
+Given = Mapping[str, Any]
 
 
-def _recurrence(
-    trace: _Trace,
-    function: Callable[..., Any],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    log_decay: Tensor | None,
-    read: Tensor | None,
-    erase: Tensor | None,
-    arguments: tuple[Any, ...],
-    scale: float | None,
-    state: Tensor | None,
-) -> Any:
+def _recurrence(trace: _Trace, function: Callable[..., Any], given: Given) -> Any:
     """The delta rule or linear attention, token by token; None where it can't be."""
-    recorder = trace.recorder
+    recorder, state = trace.recorder, given["initial_state"]
     if state is None or state.dtype not in (torch.float32, torch.float64) or not state.is_contiguous():
         return None
+    q, log_decay = given["q"], given["log_decay"]
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.to(state.dtype).expand(q.shape[:3])
+    inputs = (q, given["k"], given["v"], given.get("beta"), log_decay, given.get("read"), given.get("erase"))
     with recorder.unseen():
-        out, after = function(*arguments, scale=scale, initial_state=state)
+        out, after = function(**given)
         out, after = out.contiguous(), after.contiguous()
-        tensors = [[_token(x, t) for x in (q, k, v, beta, log_decay, read, erase)] for t in range(q.shape[1])]
-        outs = [out[:, t] for t in range(q.shape[1])]
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    for inputs, each in zip(tensors, outs, strict=True):
-        recorder.special("recurrence", [*inputs, state], [each, after], scale=scale)
+        tokens = [([None if x is None else x[:, t] for x in inputs], out[:, t]) for t in range(q.shape[1])]
+    scale = q.shape[3] ** -0.5 if given["scale"] is None else given["scale"]
+    for token, read in tokens:
+        recorder.special("recurrence", [*token, state], [read, after], scale=scale)
         state = after
     return out, after
 
 
-def _delta_rule(
-    trace: _Trace,
-    function: Callable[..., Any],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None = None,
-    read: Tensor | None = None,
-    erase: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    cu_seqlens: None = None,
-    backend: str = "auto",
-) -> Any:
-    given = (q, k, v, beta, log_decay, read, erase)
-    return _recurrence(trace, function, *given, given, scale, initial_state)
-
-
-def _linear_attention(
-    trace: _Trace,
-    function: Callable[..., Any],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    cu_seqlens: None = None,
-    backend: str = "auto",
-) -> Any:
-    given = (q, k, v, log_decay)
-    return _recurrence(trace, function, q, k, v, None, log_decay, None, None, given, scale, initial_state)
-
-
-def _short_convolution(
-    trace: _Trace,
-    function: Callable[..., Any],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: str = "none",
-    dilation: int = 1,
-    initial_state: Tensor | None = None,
-    cu_seqlens: None = None,
-    backend: str = "auto",
-) -> Any:
-    if initial_state is None or x.shape[1] != 1 or not initial_state.is_contiguous() or not initial_state.numel():
+def _short_convolution(trace: _Trace, function: Callable[..., Any], given: Given) -> Any:
+    x, past, dilation = given["x"], given["initial_state"], given["dilation"]
+    if past is None or x.shape[1] != 1 or not past.is_contiguous() or not past.numel():
         return None
     with trace.recorder.unseen():
-        options: dict[str, Any] = {"activation": activation, "dilation": dilation, "initial_state": initial_state}
-        out, after = function(x, weight, bias, **options)
+        out, after = function(**given)
         after = after.contiguous()
         token, read = x[:, 0], out[:, 0]
-    trace.recorder.special(
-        "convolution", [token, weight, bias, initial_state], [read, after], dilation=dilation, silu=activation == "silu"
-    )
+    inputs = [token, given["weight"], given["bias"], past]
+    silu = given["activation"] == "silu"
+    trace.recorder.special("convolution", inputs, [read, after], dilation=dilation, silu=silu)
     return out, after
 
 
-def _gated_norm(
-    trace: _Trace,
-    function: Callable[..., Any],
-    x: Tensor,
-    weight: Tensor,
-    gate: Tensor | None = None,
-    *,
-    eps: float,
-    activation: str = "silu",
-    gate_first: bool = False,
-    backend: str = "auto",
-) -> Any:
+def _gated_norm(trace: _Trace, function: Callable[..., Any], given: Given) -> Any:
     with trace.recorder.unseen():
-        out = function(x, weight, gate, eps=eps, activation=activation, gate_first=gate_first)
-    options = {"silu": int(activation == "silu"), "gate_first": int(gate_first)}
-    trace.recorder.special("gated_norm", [x, weight, gate], [out], eps=eps, **options)
+        out = function(**given)
+    options = {"silu": int(given["activation"] == "silu"), "gate_first": int(given["gate_first"])}
+    inputs = [given[name] for name in ("x", "weight", "gate")]
+    trace.recorder.special("gated_norm", inputs, [out], eps=given["eps"], **options)
     return out
 
 
-def _softmax_attention(
-    trace: _Trace,
-    function: Callable[..., Any],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int | None = None,
-    scale: float | None = None,
-    score_cap: float = 0.0,
-    kept_keys: int = 0,
-    predict_width: int = 0,
-    initial_state: dict[str, Tensor] | None = None,
-    rows: int | None = None,
-    cu_seqlens: None = None,
-    backend: str = "auto",
-) -> Any:
-    """`rows`: of keys that are kept, where groups say so."""
+def _softmax_attention(trace: _Trace, function: Callable[..., Any], given: Given) -> Any:
+    """`rows`, where groups say so: of keys that are kept."""
+    q, k, v, window, initial_state = (given[name] for name in ("q", "k", "v", "window", "initial_state"))
+    rows, scale = given.get("rows"), given["scale"]
     names = [] if initial_state is None else [trace._of.get(id(initial_state[each])) for each in ("k", "v")]
     if initial_state is None or q.shape[1] != 1 or None in names:
         raise UnplannableError("attention to keys that are no part of the state")
-    if kept_keys and window is None and rows is None:
+    if given["kept_keys"] and window is None and rows is None:
         raise UnplannableError("attention to keys that are chosen by their scores")
     past_k, past_v, length = (initial_state[each] for each in ("k", "v", "length"))
     if len({x.dtype for x in (q, k, v, past_k, past_v)}) > 1:
@@ -530,9 +450,8 @@ def _softmax_attention(
     recorder, number = trace.recorder, len(trace.keys)
     grows = window is None and rows is None
     with recorder.unseen():
-        out, after = function(
-            q, k, v, window=window, scale=scale, score_cap=score_cap, initial_state=initial_state, backend="chunked"
-        )
+        options = {name: given[name] for name in ("window", "scale", "score_cap", "initial_state")}
+        out, after = function(q, k, v, **options, backend="chunked")
         out = out.contiguous()
         if not grows:
             held = rows if window is None or rows is not None else window - 1
@@ -556,14 +475,14 @@ def _softmax_attention(
         tokens[:1],
         kept=number,
         scale=q.shape[3] ** -0.5 if scale is None else scale,
-        cap=score_cap,
+        cap=given["score_cap"],
     )
     return out, after
 
 
-OPERATORS: dict[str, Callable[..., Any]] = {
-    "delta_rule": _delta_rule,
-    "linear_attention": _linear_attention,
+OPERATORS: dict[str, Callable[[_Trace, Callable[..., Any], Given], Any]] = {
+    "delta_rule": _recurrence,
+    "linear_attention": _recurrence,
     "short_convolution": _short_convolution,
     "gated_norm": _gated_norm,
     "softmax_attention": _softmax_attention,

@@ -80,8 +80,9 @@ def _check_prompt(model: LanguageModel, prompt: Tensor, dims: int) -> None:
 
 def _read(model: LanguageModel, prompt: Tensor, sequence: SequenceContext) -> tuple[Tensor, list[State]]:
     """The last token's logits `[B,vocab]` and the state of `prompt: [B,T]`, read in parts."""
-    logits, state = model(prompt[:, :PREFILL], sequence=sequence)
-    for part in prompt[:, PREFILL:].split(PREFILL, 1) if prompt.shape[1] > PREFILL else ():
+    first, *others = prompt.split(PREFILL, 1)
+    logits, state = model(first, sequence=sequence)
+    for part in others:
         logits, state = model(part, state=state, sequence=sequence)
     return logits, state
 

@@ -305,7 +305,7 @@ def write_folder(model: LanguageModel, origin: Origin, folder: Path) -> None:
         index = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(origin.files.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     if origin.source is not None:
-        copy_companions(open_source(str(origin.source)), folder)
+        copy_companions(origin.source, folder)
 
 
 @torch.no_grad()
@@ -360,14 +360,17 @@ def family_of_config(config: Mapping[str, Any]) -> tuple[Family, Any]:
     return family, family.text_config(whole)
 
 
-def copy_companions(source: Source, folder: Path) -> None:
-    """Copies tokenizer, chat template and generation config of a folder, or writes the tokenizer of a GGUF file."""
-    if not source.path.is_dir():
-        if (tokenizer := source.tokenizer()) is not None:
+def copy_companions(path: Path, folder: Path, source: Source | None = None) -> None:
+    """Copies tokenizer, chat template and generation config of a folder, or writes the tokenizer of a GGUF file.
+
+    `source`: what is open at `path`, if anything is.
+    """
+    if not path.is_dir():
+        if (tokenizer := (source or open_source(str(path))).tokenizer()) is not None:
             tokenizer.save_pretrained(folder)
         return
-    for file in {found for pattern in CARRIED for found in source.path.glob(pattern) if found.is_file()}:
-        copy = folder / file.relative_to(source.path)
+    for file in {found for pattern in CARRIED for found in path.glob(pattern) if found.is_file()}:
+        copy = folder / file.relative_to(path)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
 

@@ -34,6 +34,7 @@ from seqtrain.runtime.settings import (
     uneven,
     unit,
 )
+from seqtrain.threads import one_thread
 from seqtrain.validation import AUTO
 
 # Tokens that a step may have, and bytes that weights may have in all: more than any machine holds.
@@ -341,7 +342,7 @@ def _check_model(config: PretrainConfig) -> None:
     model = config.model
     depth = min(model.depth, model.period)
     try:
-        with torch.device("meta"), _without_dynamo(), _one_thread():
+        with torch.device("meta"), _without_dynamo(), one_thread():
             sample = LanguageModel(replace(model, depth=depth), config.mixer, vocab_size=1)
     except (RuntimeError, OverflowError) as error:
         # Sizes that are no tensor's.
@@ -383,7 +384,7 @@ def check_tensor(config: PretrainConfig) -> None:
     ):
         if there:
             raise ConfigError(f"{key}: isn't offered with {other}; leave one of them out")
-    with torch.device("meta"), _without_dynamo(), _one_thread():
+    with torch.device("meta"), _without_dynamo(), one_thread():
         sample = LanguageModel(replace(model, depth=min(model.depth, model.period)), config.mixer, vocab_size=1)
         divide(sample, TensorParallel(0, parallel.tensor))
 
@@ -404,17 +405,6 @@ def _without_dynamo() -> Iterator[None]:
         yield
     finally:
         del sys.modules[stand_in.__name__]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Starts no pool of threads for the little that is computed: a process that forks must not have one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def check_answers(runtime: RuntimeConfig) -> None:

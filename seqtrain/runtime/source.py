@@ -116,7 +116,7 @@ def write_own_adapter(config: "PretrainConfig", model: LanguageModel, folder: Pa
     source = open_source(config.source)
     write_adapter(model, source.family, source.config, folder, base=config.source)
     if source.path.is_dir():
-        copy_companions(source, folder)
+        copy_companions(source.path, folder)
 
 
 def write_as_source(config: "PretrainConfig", model: LanguageModel, folder: Path) -> None:

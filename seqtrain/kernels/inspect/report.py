@@ -14,13 +14,11 @@ shared memory than a block has, or loses its matrix instructions.
 """
 
 import hashlib
-import json
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,7 +29,7 @@ from pydantic import Field
 import seqtrain.kernels
 from seqtrain.config import read_settings
 from seqtrain.errors import ConfigError
-from seqtrain.files import replace_file
+from seqtrain.files import remembered
 from seqtrain.kernels.gpu import unavailable
 from seqtrain.kernels.inspect.examples import Count, compile_example, count_in_child, find_examples
 from seqtrain.kernels.native.build import cache_folder
@@ -115,14 +113,7 @@ def kept_results() -> Callable[[str, tuple[str, ...], Work], list[dict]]:
 
     def kept(name: str, arguments: tuple[str, ...], work: Work) -> list[dict]:
         key = hashlib.sha256("\0".join((state.hexdigest(), name, *arguments)).encode()).hexdigest()[:32]
-        file = folder / f"{key}.json"
-        with suppress(OSError, ValueError):
-            return list(json.loads(file.read_text()))
-        result = work()
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            replace_file(file, json.dumps(result).encode())
-        return result
+        return remembered(folder / f"{key}.json", list, work)
 
     return kept
 

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from seqtrain.kernels.operator import operator
+from seqtrain.kernels.operator import operator, rows_of
 
 
 @operator(
     arguments={"x": "... K", "weight": "S H K"},
     out="... H",
-    flops=lambda **_: 0,
+    flops=lambda *, S, H, K, **sizes: rows_of(sizes) * 2 * S * H * K,
     backends=("reference", "chunked", "triton"),
 )
 def linear_swiglu(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:

@@ -83,7 +83,7 @@ class Lowering:
 
     def temporary(self, shape: Sequence[int], dtype: torch.dtype) -> View:
         storage = Storage(max(1, math.prod(shape)) * dtype.itemsize, Level.GIVEN)
-        return _row_major(storage, shape, dtype)
+        return contiguous_view(shape, dtype, storage)
 
     def scalar(self, value: Any) -> View:
         """A number as a tensor of no dimensions."""
@@ -212,14 +212,10 @@ class Lowering:
             raise NoInstructionError("dimensions")
 
 
-def _row_major(storage: Storage, shape: Sequence[int], dtype: torch.dtype) -> View:
-    strides = [math.prod(shape[n + 1 :]) for n in range(len(shape))]
-    return View(storage, dtype, tuple(shape), tuple(strides), 0)
-
-
 def contiguous_view(shape: Sequence[int], dtype: torch.dtype, storage: Storage) -> View:
     """The whole of a storage."""
-    return _row_major(storage, shape, dtype)
+    strides = [math.prod(shape[n + 1 :]) for n in range(len(shape))]
+    return View(storage, dtype, tuple(shape), tuple(strides), 0)
 
 
 def _has_rows(x: View, dtype: torch.dtype) -> bool:
@@ -610,10 +606,9 @@ def _linear(low: Lowering, call: Call) -> None:
 def _recurrence(low: Lowering, call: Call) -> None:
     q, k, v, beta, log_decay, read, erase, state = call.args
     out, after = call.outs
-    number = {torch.float32: torch.float32, torch.float64: torch.float64}.get(state.dtype)
-    if number is None or not after.contiguous:
+    if state.dtype not in (torch.float32, torch.float64) or not after.contiguous:
         raise NoInstructionError("recurrence")
-    state = low.plain(state, number)
+    state = low.plain(state, state.dtype)
     decay = (
         log_decay if log_decay is None or len(log_decay.shape) == 3 else log_decay.with_dims([*log_decay.dims, (1, 0)])
     )
@@ -624,7 +619,7 @@ def _recurrence(low: Lowering, call: Call) -> None:
     key, value = q.shape[2], v.shape[2]
     ints = [key, value, int(log_decay is not None and len(log_decay.shape) == 3)]
     work = sizes[0] * sizes[1] * key * value
-    kind = 1 if number == torch.float64 else 0
+    kind = int(state.dtype == torch.float64)
     low.steps.append(Step("recurrence", 0, kind, sizes, views, strides, ints, [call.options["scale"]], work=work))
 
 

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from seqtrain.kernels.operator import operator
+from seqtrain.kernels.operator import operator, rows_of
 
 
 @operator(
     arguments={"gate": "... F", "x": "... K", "value": "F K", "down": "F D"},
     out="... D",
     # As if all were kept: how many are depends on numbers.
-    flops=lambda *, F, K, D, **sizes: _rows(sizes) * 2 * F * (K + D),
+    flops=lambda *, F, K, D, **sizes: rows_of(sizes) * 2 * F * (K + D),
     backends=("reference", "chunked", "native"),
 )
 def sparse_mlp(gate: Tensor, x: Tensor, value: Tensor, down: Tensor, *, backend: str = "auto") -> Tensor:
@@ -23,14 +23,6 @@ def sparse_mlp(gate: Tensor, x: Tensor, value: Tensor, down: Tensor, *, backend:
     """
     sparse_mlp.check((gate, x, value, down))
     return sparse_mlp.choose(backend, x.device)(gate, x, value, down)
-
-
-def _rows(sizes: dict[str, int]) -> int:
-    """Of the dimensions before the last."""
-    rows = 1
-    for name, size in sizes.items():
-        rows *= size if name[0] == "d" and name[1:].isdigit() else 1
-    return rows
 
 
 def reference(gate: Tensor, x: Tensor, value: Tensor, down: Tensor) -> Tensor:

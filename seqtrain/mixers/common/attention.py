@@ -1,7 +1,6 @@
 """Softmax attention with grouped heads and rotary positions: what the full and the windowed mixer share."""
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,7 +11,7 @@ from seqtrain.initialization import Initializer, initialize, normal
 from seqtrain.kernels import softmax_attention
 from seqtrain.layers import Adapters, Linear, RMSNorm, fused, positions, rotate, upcast
 from seqtrain.mixers.common.base import LayerShape, Mixer, MixerConfig, Past, SequenceContext, State
-from seqtrain.mixers.common.take_over import Projections, copy_projections, heads_of, rows_of
+from seqtrain.mixers.common.take_over import Projections, copy_projections, fused_projections, heads_of, rows_of
 
 
 def attend(
@@ -155,9 +154,7 @@ class SoftmaxAttention(Mixer):
         return RMSNorm(channels, config.norm_eps, tensor=self.shape.tensor, **options)
 
     def projections(self) -> Projections:
-        ends = pairwise(accumulate(self.channels[:3], initial=0))
-        found = {name: ("qkv.weight", slice(*rows)) for name, rows in zip("qkv", ends, strict=True)}
-        return found | {"out": ("out.weight", slice(None))}
+        return fused_projections("qkv.weight", self.channels[:3])
 
     @torch.no_grad()
     def init_from_attention(self, attention: Any) -> None:

@@ -1,6 +1,5 @@
 """What the mixers of the delta rule share; each adds its own decay and output gate."""
 
-from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +11,7 @@ from seqtrain.layers import HeadNorm, Linear, l2norm, upcast
 from seqtrain.mixers.common.base import LayerShape, Past, SequenceContext, State
 from seqtrain.mixers.common.linear import ProjectedMixer
 from seqtrain.mixers.common.recurrence import Heads, Reading, Recurrence, RecurrenceOptions, run_grouped
-from seqtrain.mixers.common.take_over import Projections, copy_projections, gate_rows, pass_on
+from seqtrain.mixers.common.take_over import Projections, copy_projections, fused_projections, gate_rows, pass_on
 
 # q `[B,T,H,K]`, k of any length `[B,T,H,n*K]`, v `[B,T,H,n*V]`, beta `[B,T,H*n]` for n steps per token, and log_decay.
 DeltaInputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
@@ -77,9 +76,7 @@ class DeltaMixer(ProjectedMixer):
     def projections(self) -> Projections:
         if self.steps > 1:
             return {}
-        ends = pairwise(accumulate(self.qkv.channels, initial=0))
-        found = {name: ("qkv.linear.weight", slice(*rows)) for name, rows in zip("qkv", ends, strict=True)}
-        return found | {"out": ("out.weight", slice(None))}
+        return fused_projections("qkv.linear.weight", self.qkv.channels)
 
     @torch.no_grad()
     def init_from_attention(self, attention: Any) -> None:

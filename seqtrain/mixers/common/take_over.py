@@ -3,7 +3,8 @@
 A mixer that can says by `Mixer.projections` which rows of its matrices stand for q, k, v and out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -13,6 +14,12 @@ from torch import Tensor, nn
 Projections = Mapping[str, tuple[str, slice]]
 # Gates forget by so much less than those of models trained from scratch: the far past is what a memory is for.
 SLOWER = 16.0
+
+
+def fused_projections(path: str, sizes: Iterable[int], names: str = "qkv", first: int = 0) -> Projections:
+    """Where the rows of the matrix `path` are those of `names`, one after the other from row `first` on."""
+    rows = zip(names, pairwise(accumulate(sizes, initial=first)), strict=True)
+    return {name: (path, slice(*own)) for name, own in rows} | {"out": ("out.weight", slice(None))}
 
 
 @torch.no_grad()

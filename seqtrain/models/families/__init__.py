@@ -34,4 +34,9 @@ def family_of(model_type: str, where: object) -> Family:
 
 def servable_targets() -> tuple[str, ...]:
     """The families that a Transformer can be converted to."""
-    return tuple(name for name in FAMILIES if family_of(name, "target").target)
+    return tuple(filter(is_servable, FAMILIES))
+
+
+def is_servable(target: str) -> bool:
+    """Whether it is such a family; only its own module is imported."""
+    return target in FAMILIES and family_of(target, "target").target
