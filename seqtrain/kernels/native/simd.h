@@ -48,12 +48,13 @@ static inline float total(Vec x) {
   return parts[0];
 }
 
-// e^x for x <= 0, within 2 units in the last place; 0 below the smallest normal number.
-static inline Vec exp_of(Vec x) {
+// e^x = 2^n y, n an integer, y between the roots of 1/2 and 2.
+struct Exponential {
+  Vec n, y;
+};
+
+static inline Exponential exp_parts(Vec x) {
   const Vec magic = filled(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec low = filled(-87.3f);
-  const IntVec gone = x < low;
-  x = gone ? low : x;
   const Vec n = (x * 1.44269504f + magic) - magic;
   const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Vec y = r * (1.0f / 5040) + 1.0f / 720;
@@ -63,6 +64,14 @@ static inline Vec exp_of(Vec x) {
   y = y * r + 0.5f;
   y = y * r + 1.0f;
   y = y * r + 1.0f;
+  return {n, y};
+}
+
+// e^x for x <= 0, within 2 units in the last place; 0 below the smallest normal number.
+static inline Vec exp_of(Vec x) {
+  const Vec low = filled(-87.3f);
+  const IntVec gone = x < low;
+  const auto [n, y] = exp_parts(gone ? low : x);
   const IntVec exponent = (__builtin_convertvector(n, IntVec) + 127) << 23;
   return gone ? Vec{} : y * reinterpret_cast<const Vec&>(exponent);
 }

@@ -146,18 +146,8 @@ static void put(const Operand& x, char* p, int64_t stride, int n, const T* from)
 static inline Vec exp_any(Vec x) {
   const Vec low = filled(-87.3f), high = filled(88.72f);
   const IntVec under = x < low, over = x > high, none = x != x;
-  Vec y = under ? low : x;
-  y = over ? high : y;
-  const Vec magic = filled(12582912.0f);
-  const Vec n = (y * 1.44269504f + magic) - magic;
-  const Vec r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec p = r * (1.0f / 5040) + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  const Vec bounded = under ? low : x;
+  auto [n, p] = exp_parts(over ? high : bounded);
   // In two factors, of which each is a normal number: 2^128 is none.
   const IntVec whole = __builtin_convertvector(n, IntVec), half = whole >> 1;
   const IntVec first = (half + 127) << 23, second = (whole - half + 127) << 23;
