@@ -11,8 +11,10 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
+from seqtrain.collector import lasting, paused
 from seqtrain.errors import ConfigError, exit_status, unknown_name
 from seqtrain.help import composed_before, examples, page
 from seqtrain.schema import read_module
@@ -43,12 +45,15 @@ class Command:
 
             if asks_for_text(arguments):
                 return show_text(self.config, arguments)
-            check_keys(self.config, arguments)
+            with paused():
+                check_keys(self.config, arguments)
         if sys.stderr.isatty():
             # Importing PyTorch and the rest takes seconds.
             print(f"{name}: starting ...", file=sys.stderr)
+        with lasting() if self.module not in sys.modules else nullcontext():
+            module = importlib.import_module(self.module)
         try:
-            status: int = importlib.import_module(self.module).main(list(arguments))
+            status: int = module.main(list(arguments))
         except ConfigError as error:
             if arguments or "is required" not in str(error):
                 raise

@@ -119,6 +119,7 @@ class Definition:
         """The classes of seqtrain that this one inherits from."""
         return [found for base in self.node.bases if (found := self.module.find(ast.unparse(base)))]
 
+    @cache  # noqa: B019 - there are as many definitions as classes
     def keys(self) -> dict[str, Key]:
         """The fields by name, inherited ones first, as `dataclasses.fields` gives them.
 

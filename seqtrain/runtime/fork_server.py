@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from seqtrain.collector import lasting
+
 # What every rank comes to, in the end.
 IMPORTED = ("seqtrain.runtime.rank_group", "torch._dynamo", "deepspeed")
 # Of prctl(2).
@@ -59,9 +61,11 @@ def _import() -> str:
     # Asks NVML, not CUDA, which would be of no use in a forked process once it has begun here.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     try:
-        for name in IMPORTED:
-            importlib.import_module(name)
-        importlib.import_module("seqtrain.runtime.engine").import_muon()
+        # Nor does a rank's collector touch, and so copy, the memory that all ranks share.
+        with lasting():
+            for name in IMPORTED:
+                importlib.import_module(name)
+            importlib.import_module("seqtrain.runtime.engine").import_muon()
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
     return ""

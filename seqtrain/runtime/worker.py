@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from seqtrain.collector import paused
 from seqtrain.errors import DamagedError, SeqtrainError
 from seqtrain.files import create_new, place, replace_file
 from seqtrain.kernels import node_cache, products
@@ -118,7 +119,8 @@ def train(session: Session, ranks: Ranks, *, poll: Callable[[], None] = lambda: 
                 timeout_seconds=session.config.runtime.collective_timeout_seconds,
             ) as mesh,
         ):
-            state = _restore(session, ranks, mesh, lease, poll)
+            with paused():
+                state = _restore(session, ranks, mesh, lease, poll)
             try:
                 with state.read.running(), state.verification.running():
                     _train_on(session, state)
