@@ -51,8 +51,12 @@ def document(chance: Random, characters: int) -> str:
         name, thing, value = chance.choice(facts)
         return f"Question: what is the {thing} of {name}? Answer: {value}."
 
+    def word() -> str:
+        # Few of them follow from the one before, whatever a model knows.
+        return chance.choice((chance.choice(WORDS), _made_up(chance), str(chance.randrange(10, 1000))))
+
     def note() -> str:
-        notes.append(" ".join(chance.choices(WORDS, k=chance.randrange(6, 13))))
+        notes.append(" ".join(word() for _ in range(chance.randrange(6, 13))))
         return f"Note {len(notes)}: {notes[-1]}."
 
     def copy() -> str:
@@ -73,5 +77,9 @@ def document(chance: Random, characters: int) -> str:
 
 
 def _name(chance: Random) -> str:
-    first, last = ("".join(chance.choices(SYLLABLES, k=2)).capitalize() for _ in range(2))
+    first, last = (_made_up(chance).capitalize() for _ in range(2))
     return f"{first} {last}"
+
+
+def _made_up(chance: Random) -> str:
+    return "".join(chance.choices(SYLLABLES, k=2))
