@@ -81,7 +81,7 @@ class StageConfig:
     # The layers, by number; empty: all that were converted (transfer, calibrate), or the model as a whole. What lies
     # below the lowest layer that is trained or not its teacher's runs once for both models, and not backward.
     layers: tuple[Count, ...] = ()
-    # transfer: layers trained at one time; 0: all. With fewer, what enters the next ones is kept on disk.
+    # transfer: layers trained at one time; 0: all. Fewer take less memory, and the teacher runs again for each group.
     layers_at_once: Count = 0
     # calibrate: which numbers, see seqtrain/convert/calibrate.py. QuantVLA: temperature, output; Taylor-Calibrate:
     # timescale, heads.
@@ -110,15 +110,21 @@ class StageConfig:
     final_lr_ratio: Fraction = 0.1
     # Decay rates of Adam's means, per step.
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    # The optimizer's rule: dct_adamw keeps of a matrix's moments `optimizer_rank` columns, so that stages that train
+    # all weights need little more than these; see docs/optimizers.md.
+    optimizer: Literal["adamw", "dct_adamw"] = "adamw"
+    # dct_adamw: columns of a matrix's cosine transform that are kept.
+    optimizer_rank: Positive = 128
     # Fraction of a matrix subtracted per step, times its learning rate.
     weight_decay: Rate = 0.0
     # Largest norm of a step's gradient; 0: no clipping. A transfer's layers are independent: 0.
     gradient_clipping: Rate = 0.0
     # True: activations are computed again in the backward pass instead of kept.
     activation_checkpointing: bool = False
-    # Where a model is trained, what its teacher's matrices are read as: int8, by torchao, takes a fourth of the memory
-    # where every weight of the student is trained, and rounds; see `weights` of `seqtrain generate`.
-    teacher: Literal["float32", "int8"] = "float32"
+    # What the teacher is held in; auto: bfloat16 on GPUs, else float32, which on a CPU takes no memory for what the
+    # student shares untrained. int8, by torchao, of matrices alone, takes a fourth and rounds; see `weights` of
+    # `seqtrain generate`.
+    teacher: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     # Number format of matrix products; weights and the optimizer's state are float32 in both.
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -283,9 +289,11 @@ def _check_ranks(config: ConvertConfig) -> None:
         )
     if parallel.tensor > 1:
         raise ConfigError(f"parallel.tensor={parallel.tensor}: a teacher isn't divided over ranks; use 1")
-    if stages and parallel.zero_stage == 3:
-        raise ConfigError("parallel.zero_stage=3: a teacher's weights are not divided over ranks; use 0, 1 or 2")
     for name, stage in stages.items():
+        whole = {"kind": "zeroth_order", "teacher": "int8"}
+        if wrong := [key for key, value in whole.items() if vars(stage)[key] == value and parallel.zero_stage == 3]:
+            key, why = wrong[0], "needs whole weights; use parallel.zero_stage=0, 1 or 2"
+            raise ConfigError(f"recipe.stages.{name}.{key}={whole[key]}: {why}")
         if stage.sequence_ranks and parallel.ranks % stage.sequence_ranks:
             raise ConfigError(
                 f"recipe.stages.{name}.sequence_ranks={stage.sequence_ranks}: must divide the number of ranks, "

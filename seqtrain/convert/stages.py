@@ -137,6 +137,11 @@ class Training:
     def tokenizer_folder(self) -> Path:
         return self.manifest.folder / "tokenizer"
 
+    @property
+    def begun(self) -> Pair:
+        """The pair once its start is written."""
+        return replace(self.pair, hashes=(self.manifest.runs[START]["sha256"],))
+
     def facts_folder(self, name: str) -> Path:
         """Of the made-up text of run `name`."""
         return self.manifest.folder / f"{name}-facts"
@@ -170,7 +175,7 @@ class Training:
 
         `transferred(stage, student)` is called after each transfer. Raises `Stopped`.
         """
-        pair, reports = self.pair, []
+        pair, reports = self.begun, []
         for number, (name, stage) in enumerate(self.config.recipe.stages.items(), 1):
             sizes = f"{stage.steps} steps of {stage.batch_size} x {stage.sequence_length} tokens"
             self.progress("train", f"{name}, {sizes}")
@@ -181,8 +186,10 @@ class Training:
             kinds = {"transfer": self._transfers, "calibrate": self._calibration}
             runs = kinds.get(stage.kind, self._distillation)
             for finished in runs(f"{number}-{name}", stage, pair):
-                pair = replace(pair, files=(*pair.files, self.manifest.weights(finished)))
-                reports.append({"run": finished, **self.manifest.runs[finished]})
+                about = self.manifest.runs[finished]
+                hashes = (*pair.hashes, about["sha256"])
+                pair = replace(pair, files=(*pair.files, self.manifest.weights(finished)), hashes=hashes)
+                reports.append({"run": finished, **about})
             if stage.kind in kinds:
                 transferred(name, model_from(pair.student, pair.files))
         return model_from(pair.student, pair.files, own=mapped(pair.files)), reports
@@ -204,7 +211,7 @@ class Training:
             check(self._settings(stage, name))
 
     def _transfers(self, name: str, stage: StageConfig, pair: Pair) -> Iterator[str]:
-        """One run for each group of layers, each given what enters its first layer."""
+        """One run for each group of layers."""
         layers = stage.layers or pair.converted
         size = stage.layers_at_once or len(layers)
         groups = [layers[start : start + size] for start in range(0, len(layers), size)]
@@ -212,8 +219,6 @@ class Training:
             part = name if len(groups) == 1 else f"{name}-layers-{group[0]:03d}-{group[-1]:03d}"
             task, config = Transfer(pair, stage, group), self._settings(stage, part)
             if not self.manifest.done(part):
-                if len(groups) > 1:
-                    task = self._with_inputs(task, config)
                 weights = self._train(config, task)
                 found = {
                     f"blocks.{key.removeprefix('mixers.').replace('.', '.mixer.', 1)}": weights[key] for key in weights
@@ -221,21 +226,6 @@ class Training:
                 write_tensors(self.manifest.weights(part), found)
                 self._finish(part, config, {"layers": list(group)})
             yield part
-        shutil.rmtree(self.manifest.folder / "inputs", ignore_errors=True)
-
-    def _with_inputs(self, task: Transfer, config: PretrainConfig) -> Transfer:
-        """`task` with the file of what enters its first layer, made from the last one on disk."""
-        folder, first = self.manifest.folder / "inputs", task.layers[0]
-        file = folder / f"layer-{first:03d}.f32"
-        corpus = prepare(config.data).folder
-        held = sorted(folder.glob("layer-*.f32"))
-        if file not in held:
-            folder.mkdir(parents=True, exist_ok=True)
-            origin = task.given(held[-1]) if held else task
-            origin.write_inputs(config, corpus, file, first, self.progress)
-        for other in set(held) - {file}:
-            other.unlink()
-        return task.given(file)
 
     def _calibration(self, name: str, stage: StageConfig, pair: Pair) -> Iterator[str]:
         """Of the first batch of the stage."""
@@ -300,7 +290,11 @@ class Training:
             mixer=dict(student.mixers),
             data=data,
             optimizer=OptimizerConfig(
-                lr=max(stage.lr_new, stage.lr) or 1.0, betas=stage.betas, weight_decay=stage.weight_decay
+                name=stage.optimizer,
+                lr=max(stage.lr_new, stage.lr) or 1.0,
+                betas=stage.betas,
+                weight_decay=stage.weight_decay,
+                rank=stage.optimizer_rank,
             ),
             schedule=ScheduleConfig(warmup_fraction=stage.warmup_fraction, final_lr_ratio=stage.final_lr_ratio),
             train=TrainConfig(**{key: getattr(stage, key) for key in LOOP}),

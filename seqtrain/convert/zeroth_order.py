@@ -7,7 +7,7 @@ gates.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,19 +20,23 @@ from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.runtime.segmented import Segment, carried, cut
 
 
-def two_sided(loss: Any, weights: Sequence[Tensor], seed: int, epsilon: float) -> Tensor:
-    """`loss()`, a scalar, with its gradient by `weights` estimated along one direction that `seed` decides.
+def two_sided(
+    pieces: Iterable[Callable[[int], Tensor]], weights: Sequence[Tensor], seed: int, epsilon: float
+) -> Tensor:
+    """The summed loss of `pieces`, with its gradient by `weights` estimated along one direction that `seed` decides.
 
-    `epsilon`: how far the weights are moved to either side. They are what they were when it returns.
+    Each of `pieces` is called for side 0 and for side 1, to which the weights have been moved then, by `epsilon`, and
+    gives a scalar. They are what they were when it returns.
     """
     with torch.no_grad():
         before = [weight.clone() for weight in weights]
         directions = _directions(weights, seed)
-        values = []
-        for sign in (epsilon, -epsilon):
-            for weight, old, direction in zip(weights, before, directions, strict=True):
-                torch.add(old, direction, alpha=sign, out=weight)
-            values.append(loss())
+        values: list[Any] = [0.0, 0.0]
+        for piece in pieces:
+            for side, sign in enumerate((epsilon, -epsilon)):
+                for weight, old, direction in zip(weights, before, directions, strict=True):
+                    torch.add(old, direction, alpha=sign, out=weight)
+                values[side] = values[side] + piece(side)
         for weight, old in zip(weights, before, strict=True):
             weight.copy_(old)
         slope = (values[0] - values[1]) / (2 * epsilon)

@@ -178,6 +178,10 @@ class Engine:
         import deepspeed
 
         model = self.module
+        for weight in model.parameters():
+            if not weight.requires_grad:
+                # Read from the same files by every rank: what DeepSpeed takes for a rank's own is sent to none.
+                vars(weight)["ds_optim_param"] = True
         whole = {name: p.detach().clone() for name, p in model.named_parameters()} if self._masters else {}
         casting = _matrices_alone_cast() if self._masters else nullcontext()
         with self._expert_parallel.announced(model), casting, large_tensors_given_back():

@@ -24,7 +24,7 @@ def test_the_estimate_is_the_gradient_on_average():
     kept, total = weight.detach().clone(), torch.zeros(6, dtype=torch.float64)
     expected = matrix.T @ matrix @ kept
     for seed in range(4000):
-        loss = two_sided(lambda: (matrix @ weight).square().sum() / 2, [weight], seed, 1e-3)
+        loss = two_sided([lambda side: (matrix @ weight).square().sum() / 2], [weight], seed, 1e-3)
         loss.backward()
         total, weight.grad = total + weight.grad, None
     assert torch.equal(weight, kept)
@@ -66,6 +66,16 @@ def test_a_row_in_pieces_has_the_loss_of_the_whole(pair, segment):
     directions = sum(parameter.numel() for parameter in moving)
     assert along > 0
     assert (size / along).item() == pytest.approx(directions, rel=0.5)
+
+
+def test_a_teacher_runs_once_for_both_sides(pair):
+    teacher, student = pair
+    calls = {"teacher": 0, "student": 0}
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.blocks[0].register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    tokens = some_tokens(1, 20)
+    ZerothOrderModel(student, teacher, dataclasses.replace(STAGE, segment=7))(tokens, tokens.roll(-1, 1))
+    assert calls == {"teacher": 3, "student": 6}
 
 
 def test_the_same_row_takes_the_same_direction(pair):
