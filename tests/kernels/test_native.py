@@ -19,6 +19,7 @@ from seqtrain.kernels.native import build, cut, recurrence
 from seqtrain.kernels.native import tensor_attention as native
 from seqtrain.kernels.segments import by_segment
 from seqtrain.kernels.short_convolution import native as convolution
+from seqtrain.kernels.softmax_attention import native as attention
 from seqtrain.kernels.sparse_mlp import native as sparse
 from seqtrain.kernels.swiglu import native as swiglu
 from seqtrain.testing import (
@@ -173,6 +174,7 @@ def test_a_forked_process_computes_too(monkeypatch):
 
 def test_both_sides_agree_on_the_call():
     assert build.library().seqtrain_call_size() == ctypes.sizeof(recurrence._Call)
+    assert build.library().seqtrain_attention_call_size() == ctypes.sizeof(attention._Call)
     assert build.library().seqtrain_tensor_call_size() == ctypes.sizeof(native._Call)
     assert build.library().seqtrain_norm_call_size() == ctypes.sizeof(norm._Call)
     assert build.library().seqtrain_convolution_call_size() == ctypes.sizeof(convolution._Call)

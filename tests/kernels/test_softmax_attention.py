@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from seqtrain.kernels import feature_count, softmax_attention, tensor_attention
 from seqtrain.kernels.linear_cross_entropy import soft_cap
+from seqtrain.kernels.native.build import unavailable
 from seqtrain.kernels.softmax_attention import blocks, chunked
 from seqtrain.kernels.softmax_attention.blocks import attend, attend_gradients
 from seqtrain.kernels.tensor_attention.features import features, monomials
@@ -18,18 +19,43 @@ from seqtrain.testing import TOLERANCES, assert_within, boundaries, compare_with
 from tests.kernels.contract_cases import Case, check
 
 H, G, K = 4, 2, 8
+NEEDS_NATIVE = pytest.mark.skipif(unavailable() is not None, reason=f"native {unavailable()}")
 
 
-def test_long_documents_next_to_short_ones():
-    check(Case(softmax_attention), "chunked", 1311, torch.float32, lengths=[3, 1100, 2, 150, 51, 5], past=True)
+@pytest.fixture(params=["chunked", pytest.param("native", marks=NEEDS_NATIVE)])
+def backend(request):
+    return request.param
+
+
+def test_long_documents_next_to_short_ones(backend):
+    check(Case(softmax_attention), backend, 1311, torch.float32, lengths=[3, 1100, 2, 150, 51, 5], past=True)
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("options", [{}, {"window": 140}, {"window": 300, "score_cap": 0.7}], ids=str)
+def test_many_threads_share_rows_of_many_blocks(options, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    for past in (False, True):
+        check(Case(softmax_attention, options), "native", 817, torch.float32, past=past)
+
+
+@NEEDS_NATIVE
+def test_scores_far_from_zero():
+    """Of some queries all scores lie below -1e4, of others above 1e4: none overflows, and the largest rise by block."""
+    q, k, v = Case(softmax_attention).tensors(300, batch=1, dtype=torch.float32).values()
+    tensors = {"q": 30 * q, "k": k * torch.linspace(1, 100, 300)[:, None, None], "v": v}
+    wide = {name: x.double() for name, x in tensors.items()}
+    out, _ = softmax_attention(**tensors, backend="native")
+    # A score of 1e4 is known to 1e-3 in float32, and so is its weight.
+    assert relative_error(out, softmax_attention(**wide, backend="reference")[0]) < 3e-3
 
 
 @pytest.mark.parametrize("options", [{"window": 5}, {"window": 100, "score_cap": 0.7}, {"scale": 0.3}], ids=str)
 @pytest.mark.parametrize("values", [K, 2 * K])
-def test_wide_values_and_windows(values, options):
+def test_wide_values_and_windows(values, options, backend):
     for lengths in (None, [0, 0, 1, 3, 0, 30, 27, 0]):
         case = Case(softmax_attention, options, sizes={"V": values})
-        check(case, "chunked", 61, torch.float32, lengths=lengths, past=True)
+        check(case, backend, 61, torch.float32, lengths=lengths, past=True)
 
 
 def test_the_definition_is_softmax_attention():

@@ -29,7 +29,7 @@ def _states(*, T: int, G: int, K: int, V: int, window: int | None = None, **_: A
     state_from=("k",),
     state_dtype=lambda dtype: dtype,
     flops=lambda *, B, T, H, K, V, window=None, **_: 2 * B * H * (K + V) * pairs_seen(T, window),
-    backends=("reference", "chunked", "flash"),
+    backends=("reference", "chunked", "native", "flash"),
     time=PastKeys(),
 )
 def softmax_attention(
@@ -63,7 +63,7 @@ def softmax_attention(
 
     Returns `out`, `[B,T,H,V]` in v's dtype, and the state after the last token. Raises `ValueError` for a wrong shape,
     dtype, device, window, cap or backend. Backends: `reference`, `chunked` (PyTorch's SDPA, capped by plain PyTorch;
-    linear in T under a window), `flash` (flash-attn, on CUDA, for float16 and bfloat16).
+    linear in T under a window), `native` (float32 on CPUs), `flash` (flash-attn, on CUDA, for float16 and bfloat16).
     """
     name = "softmax_attention"
     sizes = softmax_attention.check((q, k, v))
