@@ -85,6 +85,7 @@ COMMANDS = {
     "compare": Command("seqtrain.profiling.compare_runs", "compare finished runs or profiles"),
     "sharpness": Command("seqtrain.runtime.sharpness", "measure how sharply a run's loss curves at its checkpoints"),
     "spikes": Command("seqtrain.convert.spikes", "measure perplexity and spikes of a pretrained model's activations"),
+    "state-bits": Command("seqtrain.convert.state_bits", "measure perplexity with generation's states in few bits"),
     "plan": Command(
         "seqtrain.planning.plan", "find the layout of a run that fits a cluster and is fastest", prefix="plan."
     ),

@@ -105,7 +105,7 @@ MISTAKES = [
     ("pretrain data=text data.path=/no/such/folder", "/no/such/folder"),
     ("pretrain checkpoint.resume=/no/such/checkpoint", "/no/such/checkpoint"),
     ("generate", "run: is required"),
-    ("generate run=/no/such/run", "run=/no/such/run: holds no config.yaml"),
+    ("generate run=/no/such/run", "run=/no/such/run: is neither a run"),
     ("generate run=x temprature=1", "did you mean 'temperature'?"),
     ("generate run=x top_p=2", "top_p=2: must be less than or equal to 1"),
     ("compare runs=[none,nowhere]", "none: no such run"),

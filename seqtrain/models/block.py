@@ -167,12 +167,20 @@ class Block(nn.Module):
         """Forward pass of what works on channels."""
         return 0 if self.mlp is None else self.mlp.flops(tokens)
 
-    def state_bytes(self, tokens: int) -> int:
-        """Bytes of one row's state after `tokens` tokens; in groups, of the longest unfinished group."""
+    def state(self, tokens: int) -> State:
+        """One row's state after `tokens` tokens, see `Mixer.state`; in groups, of the longest unfinished group."""
         if self.mixer is None:
-            return 0
-        shared = 0 if self.shared is None else self.shared.attention.state_bytes(tokens)
-        return shared + (self.mixer.state_bytes(self.group - 1) + 8 if self.group else self.mixer.state_bytes(tokens))
+            return {}
+        found = dict(self.mixer.state(self.group - 1 if self.group else tokens))
+        if self.group:
+            found["seen"] = torch.empty(1, dtype=torch.int64, device="meta")
+        if self.shared is not None:
+            found |= {PREFIX + name: each for name, each in self.shared.attention.state(tokens).items()}
+        return found
+
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes of that."""
+        return sum(each.nbytes for each in self.state(tokens).values())
 
 
 def build_blocks(

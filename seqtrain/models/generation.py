@@ -8,7 +8,8 @@ from torch import Tensor
 
 from seqtrain.mixers import WHOLE, State
 from seqtrain.models.huggingface_packing import Packing
-from seqtrain.models.language_model import LanguageModel
+from seqtrain.models.language_model import LanguageModel, States
+from seqtrain.models.rounded_states import EXACT, GenerationConfig, RoundedStates
 from seqtrain.parallel.sequence import SequenceContext
 
 # Tokens of a prompt that are read at a time: their hidden states are what a long prompt would take memory for.
@@ -28,6 +29,7 @@ def generate(
     stop: int | None = None,
     agree: Callable[[Tensor], Tensor] = lambda token: token,
     sequence: SequenceContext = WHOLE,
+    config: GenerationConfig = EXACT,
 ) -> Tensor:
     """`prompt: int64 [B,T]`, T >= 1, or B rows `[T_b]` -> the new tokens, int64 `[B, at most max_new_tokens]`.
 
@@ -35,8 +37,8 @@ def generate(
     drawn; 0: all. `top_p`: only the likeliest whose probabilities together reach it; 1: all. `generator`: on the
     model's device. `stop`: a token that ends its row; the row is filled up with it, costs nothing more once half of
     the rows have ended, and when every row has ended, so does the work. `agree`: gives for the tokens drawn, `[B]`,
-    those that are taken: ranks that hold a model together must go on with the same. The state does not grow with the
-    tokens where all mixers' states are constant. Raises `ValueError`.
+    those that are taken: ranks that hold a model together must go on with the same. `config`: how many bits states have
+    between steps. The state does not grow with the tokens where all mixers' states are constant. Raises `ValueError`.
     """
     rows = [prompt] if isinstance(prompt, Tensor) else list(prompt)
     for each in rows:
@@ -45,7 +47,15 @@ def generate(
         came = f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
         raise ValueError(f"generate: {came}; expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
     ragged = not isinstance(prompt, Tensor)
-    logits, state = _read_rows(model, rows, sequence) if ragged else _read(model, rows[0], sequence)
+    logits: Tensor
+    state: States
+    if ragged:
+        logits, state = _read_rows(model, rows, sequence)
+        # Documents' states lie otherwise; they are rounded once they are rows'.
+        state = RoundedStates.of(state, config) if config.state_bits else state
+    else:
+        empty = RoundedStates(len(model.blocks), config) if config.state_bits else None
+        logits, state = _read(model, rows[0], sequence, empty)
     count, device = len(logits), logits.device
     new = torch.empty(count, max_new_tokens, dtype=torch.int64, device=device)
     if stop is not None:
@@ -62,10 +72,20 @@ def generate(
             return new[:, : index + 1]
         if stop is not None and 2 * int(ended.sum()) >= len(ended):
             kept = (~ended).nonzero()[:, 0]
-            state = [{name: x[kept] for name, x in layer.items()} for layer in state]
+            state = _chosen(state, kept)
             going, token, ended = going[kept], token[kept], ended[kept]
-        logits, state = model.step(token, state, sequence=sequence)
+        if isinstance(state, RoundedStates):
+            logits, state = state.step(model, token, sequence)
+        else:
+            logits, state = model.step(token, state, sequence=sequence)
     return new
+
+
+def _chosen(state: States, rows: Tensor) -> States:
+    """The states of some rows."""
+    if isinstance(state, RoundedStates):
+        return state.rows(rows)
+    return [{name: x[rows] for name, x in layer.items()} for layer in state]
 
 
 def _check_prompt(model: LanguageModel, prompt: Tensor, dims: int) -> None:
@@ -78,11 +98,11 @@ def _check_prompt(model: LanguageModel, prompt: Tensor, dims: int) -> None:
         raise ValueError(f"generate: {came}, expected 0 to {model.vocab_size - 1}, as the model has embeddings")
 
 
-def _read(model: LanguageModel, prompt: Tensor, sequence: SequenceContext) -> tuple[Tensor, list[State]]:
-    """The last token's logits `[B,vocab]` and the state of `prompt: [B,T]`, read in parts."""
-    first, *others = prompt.split(PREFILL, 1)
-    logits, state = model(first, sequence=sequence)
-    for part in others:
+def _read(
+    model: LanguageModel, prompt: Tensor, sequence: SequenceContext, state: States | None
+) -> tuple[Tensor, States]:
+    """The last token's logits `[B,vocab]` and the state after `prompt: [B,T]`, read in parts from `state`."""
+    for part in prompt.split(PREFILL, 1):
         logits, state = model(part, state=state, sequence=sequence)
     return logits, state
 

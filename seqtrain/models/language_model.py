@@ -19,12 +19,16 @@ from seqtrain.models.block import build_blocks
 from seqtrain.models.config import ModelConfig
 from seqtrain.models.descriptor import SpatialDescriptor
 from seqtrain.models.feed_forward import MLP, MoE
+from seqtrain.models.rounded_states import RoundedStates, rounded_bytes
 from seqtrain.models.spark import SparkMLP
 from seqtrain.parallel.both_ways import BothWays
 from seqtrain.parallel.recompute import recomputed
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.parallel.tensor import ALONE, TensorParallel, softmax_of_parts
 from seqtrain.validation import validate
+
+# One a layer.
+States = list[State] | RoundedStates
 
 
 class Embedding(nn.Embedding):
@@ -144,7 +148,7 @@ class LanguageModel(nn.Module):
         self,
         tokens: Tensor,
         labels: Tensor | None = None,
-        state: list[State] | None = None,
+        state: States | None = None,
         *,
         sequence: SequenceContext = WHOLE,
         all_logits: bool = False,
@@ -168,15 +172,16 @@ class LanguageModel(nn.Module):
     def hidden(
         self,
         tokens: Tensor,
-        state: list[State] | None = None,
+        state: States | None = None,
         *,
         sequence: SequenceContext = WHOLE,
         keep_state: bool = True,
         watch: Callable[[Tensor], None] = lambda x: None,
-    ) -> tuple[Tensor, list[State]]:
+    ) -> tuple[Tensor, Any]:
         """What the head is given for `tokens: int64 [B,T]` or `[B]`: `[B,T,D]` or `[B,D]`, and the state after them.
 
-        `tokens` may be their embeddings, too: floating, `[B,T,D]`. `watch` is shown what enters every block.
+        `tokens` may be their embeddings, too: floating, `[B,T,D]`. `watch` is shown what enters every block. Rounded
+        states give rounded ones.
         """
         if self.config.kind == "encoder":
             if state is not None or tokens.dim() == 1:
@@ -185,7 +190,8 @@ class LanguageModel(nn.Module):
                 )
             sequence = BothWays.of(sequence)
         past: Iterable[State | None] = [None] * len(self.blocks) if state is None else state
-        x, after = self._stream(tokens), []  # B T D
+        x = self._stream(tokens)  # B T D
+        after: Any = state.following(x[..., 0].shape[-1]) if isinstance(state, RoundedStates) else []
         if self.descriptor is not None:
             if state is not None or tokens.is_floating_point():
                 raise ValueError("model.descriptor: a point's neighbors are looked for among tokens of whole rows")
@@ -248,6 +254,9 @@ class LanguageModel(nn.Module):
         blocks = sum(block.mixer_flops(tokens) + block.mlp_flops(tokens) for block in self.blocks)
         return blocks + 2 * tokens * self.config.width * len(self.head.weight)
 
-    def state_bytes(self, tokens: int) -> int:
-        """Bytes of one row's state after `tokens` tokens, in float32: the same for any number where mixers recur."""
-        return sum(block.state_bytes(tokens) for block in self.blocks)
+    def state_bytes(self, tokens: int, *, bits: int = 0) -> int:
+        """Bytes of one row's state after `tokens` tokens, in float32: the same for any number where mixers recur.
+
+        `bits`: with that `generation.state_bits`.
+        """
+        return sum(rounded_bytes(block.state(tokens), bits) for block in self.blocks)

@@ -6,7 +6,7 @@ runs, and is found by tracing. Everything is for `rows` sequences of `tokens` to
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 
 from seqtrain.models import LanguageModel, ModelConfig
 from seqtrain.models.feed_forward import MoE
+from seqtrain.models.rounded_states import STATE_BITS, rounded_bytes
 from seqtrain.parallel.tensor import ALONE, TensorParallel
 from seqtrain.planning.parts import MicroBatch, PartTracer, Traced
 from seqtrain.planning.trace import Recorded
@@ -27,8 +28,8 @@ class PartCounts(Traced):
     head). `kind`: the mixer's name, or "". `parameters`: numbers the part alone holds, of which `trained` are.
     `forward_flops`, `backward_flops`: the model's own (a multiply-add is two), each operator's recurrence counted as it
     is defined; products of adapters, a few percent, are among those that run alone. `state_bytes`: of one row after the
-    tokens, as generation carries it. `experts`: of the parameters, those of routed experts; `routed_bytes`: of the
-    tokens' copies that these work on.
+    tokens, as generation carries it; `rounded_state_bytes`: with so many `generation.state_bits`.
+    `experts`: of the parameters, those of routed experts; `routed_bytes`: of the tokens' copies that these work on.
     """
 
     layer: int
@@ -39,6 +40,7 @@ class PartCounts(Traced):
     forward_flops: float
     backward_flops: float
     state_bytes: int = 0
+    rounded_state_bytes: Mapping[int, int] = field(default_factory=dict)
     experts: int = 0
     routed_bytes: float = 0.0
 
@@ -95,6 +97,10 @@ class ModelCounts:
     @property
     def state_bytes(self) -> int:
         return sum(part.state_bytes for part in self.parts)
+
+    def rounded_state_bytes(self, bits: int) -> int:
+        """With so many `generation.state_bits`."""
+        return sum(part.rounded_state_bytes.get(bits, 0) for part in self.parts)
 
     @property
     def forward_flops(self) -> float:
@@ -214,8 +220,10 @@ class ModelCounter:
             if block.mixer is not None:
                 modules, kind = [block.mixer, block.mixer_norm, block.mixer_post_norm], trace.kind(index)
                 modules += [block.shared] if block.shared is not None else []
-                flops, states = float(rows * block.mixer_flops(tokens)), block.state_bytes(tokens)
-                add(index, "mixer", modules, flops, mixers[kind], kind=kind[0], state_bytes=states)
+                flops, state = float(rows * block.mixer_flops(tokens)), block.state(tokens)
+                sizes: dict[str, Any] = {"state_bytes": rounded_bytes(state, 0)}
+                sizes["rounded_state_bytes"] = {bits: rounded_bytes(state, bits) for bits in STATE_BITS}
+                add(index, "mixer", modules, flops, mixers[kind], kind=kind[0], **sizes)
             if block.mlp is not None:
                 modules, flops = [block.mlp, block.mlp_norm, block.mlp_post_norm], float(rows * block.mlp_flops(tokens))
                 routed: dict[str, Any] = {}

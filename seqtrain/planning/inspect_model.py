@@ -19,6 +19,7 @@ from pydantic import Field
 
 from seqtrain import report
 from seqtrain.config import split_settings
+from seqtrain.models.rounded_states import STATE_BITS
 from seqtrain.planning.counts import ModelCounts
 from seqtrain.planning.run_config import count_run, read_run
 from seqtrain.runtime.settings import micro_batch
@@ -67,6 +68,7 @@ def totals(counts: ModelCounts) -> dict[str, float]:
     found = {
         name: getattr(counts, name) for name in ("parameters", "trained", "forward_flops", "step_flops", "state_bytes")
     }
+    found |= {f"state_bytes_{bits}_bits": counts.rounded_state_bytes(bits) for bits in STATE_BITS}
     found["tokens"] = counts.tokens * counts.rows
     for name in ("executed_flops", "saved_bytes", "peak_bytes"):
         for suffix in ("", "_checkpointed"):
@@ -85,7 +87,9 @@ def sentences(whole: dict[str, float]) -> list[str]:
         f"{whole['tokens']:,.0f} tokens at once: {whole['step_flops'] / 1e9:,.2f} GFLOP of the model forward and "
         f"backward; {whole['executed_flops'] / 1e9:,.2f} in products that run, "
         f"{whole['executed_flops_checkpointed'] / 1e9:,.2f} {again}",
-        f"state of one sequence after them: {whole['state_bytes'] / MIB:,.3f} MiB",
+        f"state of one sequence after them: {whole['state_bytes'] / MIB:,.3f} MiB; with generation.state_bits="
+        f"{'|'.join(map(str, STATE_BITS))} "
+        f"{', '.join(format(whole[f'state_bytes_{bits}_bits'] / MIB, ',.3f') for bits in STATE_BITS)}",
         f"activations kept {whole['saved_bytes'] / MIB:,.1f} MiB, at the peak with temporaries and gradients "
         f"{whole['peak_bytes'] / MIB:,.1f}; {again} {whole['saved_bytes_checkpointed'] / MIB:,.1f} and "
         f"{whole['peak_bytes_checkpointed'] / MIB:,.1f}",

@@ -23,7 +23,7 @@ from seqtrain.models import LanguageModel
 from seqtrain.models.families import FAMILIES
 from seqtrain.models.lora import merge_adapters
 from seqtrain.models.pretrained import export_as
-from seqtrain.runtime.generate import open_run, place_of_run
+from seqtrain.runtime.loading import open_run, place_of_run
 from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.runtime.source import type_of_source, write_as_source, write_own_adapter
 from seqtrain.validation import FilePath

@@ -11,7 +11,6 @@ is a user's turn, and the answer is printed alone.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -19,19 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 from torch import Tensor
 
-from seqtrain.config import launch, read_run_config
-from seqtrain.data import Tokenizer, load_tokenizer
-from seqtrain.errors import CheckpointError, ConfigError
-from seqtrain.files import in_store, place
+from seqtrain.config import launch
+from seqtrain.data import Tokenizer
+from seqtrain.errors import ConfigError
 from seqtrain.models import LanguageModel, generate
 from seqtrain.models.quantized import quantize
+from seqtrain.models.rounded_states import EXACT, GenerationConfig
 from seqtrain.parallel.sequence import SequenceContext
-from seqtrain.runtime import checkpoint as checkpoints
-from seqtrain.runtime.checks import check_store
-from seqtrain.runtime.resolving import typed_pretrain_config
-from seqtrain.runtime.run_folder import RunFolder
-from seqtrain.runtime.settings import PretrainConfig
-from seqtrain.runtime.source import build_model, first_weights, frozen_weights
+from seqtrain.runtime.loading import load
 from seqtrain.validation import FilePath, validate
 
 
@@ -70,6 +64,7 @@ class GenerateConfig(Continuation):
     backend: Literal["auto", "reference", "chunked", "triton", "native"] = "auto"
     # What matrices are read as: integers of 8 or 4 bits, by torchao, decode faster, and round.
     weights: Literal["float32", "int8", "int4"] = "float32"
+    generation: GenerationConfig = EXACT
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -86,98 +81,46 @@ def read(config: DictConfig) -> GenerateConfig:
 
 def write(config: GenerateConfig) -> int:
     """Prints the text."""
-    path = place_of_run(config.run)
-    exported = not (path / "config.yaml").is_file() and any(
-        (place / "config.json").is_file() for place in (path, path / "model")
-    )
-    if exported:
-        # It opens runs by what is here.
-        from seqtrain.runtime.loading import load
-
-        loaded = load(config.run)
-        model, tokenizer = loaded.model, loaded.tokenizer
-    else:
-        _, model, tokenizer = open_run(path)
+    loaded = load(config.run, key="run")
+    model, tokenizer = loaded.model, loaded.tokenizer
     quantize(model, config.weights)
     template = getattr(tokenizer.described, "chat_template", None)
     if config.chat == "always" and not template:
         raise ConfigError(f"chat=always: the tokenizer of run={config.run} has no chat template; use chat=never")
-    if template and (config.chat == "always" or (config.chat == "auto" and exported)):
-        print(answer(model, tokenizer, config, backend=config.backend))
+    if template and (config.chat == "always" or (config.chat == "auto" and loaded.exported)):
+        print(answer(model, tokenizer, config, backend=config.backend, generation=config.generation))
     else:
-        print(continue_text(model, tokenizer, config, backend=config.backend))
+        print(continue_text(model, tokenizer, config, backend=config.backend, generation=config.generation))
     return 0
 
 
-def answer(model: LanguageModel, tokenizer: Tokenizer, wish: Continuation, *, backend: str) -> str:
+def answer(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    wish: Continuation,
+    *,
+    backend: str,
+    generation: GenerationConfig = EXACT,
+) -> str:
     """What `model` answers to the prompt, as a user's turn in the tokenizer's chat template."""
     turn = [{"role": "user", "content": wish.prompt}]
     text = tokenizer.described.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     [(ids, _)] = tokenizer.encode_marked([text])
-    new = continue_ids(model, [int(each) for each in ids], wish, tokenizer.end, backend)
+    new = continue_ids(model, [int(each) for each in ids], wish, tokenizer.end, backend, config=generation)
     return tokenizer.decode([token for token in new if token != tokenizer.end])
 
 
-def open_run(path: Path) -> tuple[PretrainConfig, LanguageModel, Tokenizer]:
-    """The config, the model with the newest checkpoint's weights, and the tokenizer of the run in folder `path`.
-
-    Raises `ConfigError` where there is no run, `CheckpointError` where it has no whole checkpoint.
-    """
-    values = read_run_config(path)
-    try:
-        config = typed_pretrain_config(values)
-    except ConfigError as error:
-        raise ConfigError(f"run={path}: config.yaml is damaged: {error}") from error
-    folder = finished_folder(path, config.checkpoint.store)
-    tokenizer, built = load_tokenizer(config.data), []
-
-    def load(newest: checkpoints.Checkpoint) -> None:
-        _check_tokenizer(newest, config, tokenizer)
-        built.append(_with_weights(newest, config, tokenizer))
-
-    if checkpoints.find(folder.checkpoints, load) is None:
-        raise CheckpointError(f"{folder.checkpoints}: holds no whole checkpoint")
-    return config, built[0].eval(), tokenizer
-
-
-def finished_folder(path: Path, store: str) -> RunFolder:
-    """Of a run that `path` has, or copies of its records, beside which the checkpoints are, or which are in `store`."""
-    beside = not isinstance(path, Path) or (path / "checkpoints").exists()
-    if store and not beside:
-        check_store(store, read=True)
-    return RunFolder(path, "" if beside else store)
-
-
-def place_of_run(name: str) -> Path:
-    """The folder of a run, or where a store has copies of one. Raises `ConfigError` for a store that can't be read."""
-    if in_store(name):
-        check_store(name, name="run", read=True)
-    return place(name)
-
-
-def _check_tokenizer(newest: checkpoints.Checkpoint, config: PretrainConfig, tokenizer: Tokenizer) -> None:
-    """Raises `CheckpointError` for another one than it was trained with."""
-    made_with = newest.manifest.trajectory.get("data", {}).get("content", {}).get("tokenizer", tokenizer.identity)
-    if made_with != tokenizer.identity:
-        raise CheckpointError(
-            f"{newest.folder}: was trained with another tokenizer than data.tokenizer={config.data.tokenizer} is now "
-            f"({made_with[:12]}, now {tokenizer.identity[:12]}); put the old one back"
-        )
-
-
-def _with_weights(newest: checkpoints.Checkpoint, config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
-    model = build_model(config, tokenizer.vocab_size)
-    if frozen := frozen_weights(config, model):
-        others = first_weights(config, model, sha256=newest.manifest.trajectory["lora"]["source_sha256"])
-    else:
-        others = model.initial_weights(config.seed)
-    newest.load_weights(model, frozen=frozen, others=others)
-    return model
-
-
-def continue_text(model: LanguageModel, tokenizer: Tokenizer, wish: Continuation, *, backend: str) -> str:
+def continue_text(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    wish: Continuation,
+    *,
+    backend: str,
+    generation: GenerationConfig = EXACT,
+) -> str:
     """The prompt and what `model` continues it with; the same for the same weights and seed."""
-    return text_of(tokenizer, wish, continue_ids(model, prompt_ids(tokenizer, wish), wish, tokenizer.end, backend))
+    prompt = prompt_ids(tokenizer, wish)
+    return text_of(tokenizer, wish, continue_ids(model, prompt, wish, tokenizer.end, backend, config=generation))
 
 
 def prompt_ids(tokenizer: Tokenizer, wish: Continuation) -> list[int]:
@@ -198,8 +141,9 @@ def continue_ids(
     backend: str,
     *,
     agree: Callable[[Tensor], Tensor] = lambda token: token,
+    config: GenerationConfig = EXACT,
 ) -> list[int]:
-    """The tokens after `prompt`, up to that of the document's `end`. `agree`: as in `generate`."""
+    """The tokens after `prompt`, up to that of the document's `end`. `agree`, `config`: as in `generate`."""
     if wish.tokens == 0:
         return []
     device = next(model.parameters()).device
@@ -214,5 +158,6 @@ def continue_ids(
         stop=end,
         agree=agree,
         sequence=SequenceContext(backend=backend),
+        config=config,
     )
     return list(new[0].tolist())

@@ -27,7 +27,7 @@ from seqtrain.models import LanguageModel
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.report import LiveTable, new_figure, save_figure, write_results
 from seqtrain.runtime import checkpoint as checkpoints
-from seqtrain.runtime.generate import finished_folder, open_run, place_of_run
+from seqtrain.runtime.loading import finished_folder, open_run, place_of_run
 from seqtrain.runtime.run_folder import read_lines
 from seqtrain.runtime.settings import PretrainConfig
 from seqtrain.validation import FilePath

@@ -11,7 +11,7 @@ from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.models import from_pretrained
 from seqtrain.models.lora import LoraConfig
 from seqtrain.runtime.export import main as export
-from seqtrain.runtime.generate import open_run
+from seqtrain.runtime.loading import open_run
 from seqtrain.runtime.resolving import read_pretrain_config
 from seqtrain.runtime.resume import begin
 from seqtrain.runtime.source import with_network_of_source

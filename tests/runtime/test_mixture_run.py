@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from seqtrain.runtime.generate import open_run
+from seqtrain.runtime.loading import open_run
 from seqtrain.runtime.resume import check_resumable, refuse_foreign
 from seqtrain.runtime.run import run
 from tests.command_cases import refused

@@ -11,7 +11,7 @@ from seqtrain.models.feed_forward import RouterConfig
 from seqtrain.models.matrices import matrices_of
 from seqtrain.runtime.checkpoint import find
 from seqtrain.runtime.checks import check
-from seqtrain.runtime.generate import open_run
+from seqtrain.runtime.loading import open_run
 from seqtrain.runtime.matrix_rules import RULES, MatrixOptimizer, sinkhorn
 from seqtrain.runtime.optimizers import OPTIMIZERS, OptimizerConfig
 from seqtrain.runtime.whole_matrices import deal

@@ -11,7 +11,7 @@ import yaml
 
 from seqtrain.errors import CheckpointError, ConfigError
 from seqtrain.runtime.checkpoint import MANIFEST, listed, read
-from seqtrain.runtime.generate import open_run
+from seqtrain.runtime.loading import open_run
 from seqtrain.runtime.resume import begin, check_resumable, refuse_foreign
 from seqtrain.runtime.run import _finished_summary
 from tests.runtime.runtime_cases import (

@@ -2,7 +2,8 @@
 
 import pytest
 
-from seqtrain.runtime.generate import Continuation, continue_text, open_run
+from seqtrain.runtime.generate import Continuation, continue_text
+from seqtrain.runtime.loading import open_run
 from seqtrain.runtime.resolving import resolve
 from tests.runtime.runtime_cases import BETAS, change, folder_of, grid, in_tiers, outcome, small_config, train_on
 

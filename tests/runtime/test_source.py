@@ -12,7 +12,7 @@ from seqtrain.errors import ConfigError
 from seqtrain.mixers import MIXERS
 from seqtrain.models import LanguageModel, ModelConfig, from_pretrained
 from seqtrain.runtime.export import main as export
-from seqtrain.runtime.generate import open_run
+from seqtrain.runtime.loading import open_run
 from seqtrain.runtime.resolving import read_pretrain_config
 from seqtrain.runtime.resume import begin
 from seqtrain.runtime.source import with_network_of_source

@@ -12,8 +12,8 @@ from seqtrain.files import create_new, place, read_range, remove_folder, replace
 from seqtrain.runtime.checkpoint import MANIFEST, find, listed
 from seqtrain.runtime.checks import check
 from seqtrain.runtime.export import main as export
-from seqtrain.runtime.generate import open_run, place_of_run
 from seqtrain.runtime.lease import succeed, take
+from seqtrain.runtime.loading import open_run, place_of_run
 from seqtrain.runtime.resume import claimed
 from seqtrain.runtime.run_folder import RunFolder
 from seqtrain.runtime.slices import SlicesFile, write_slices

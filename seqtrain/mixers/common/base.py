@@ -1,6 +1,7 @@
 """What every mixer is: a map of `[B, T, D]` to itself with a state that carries all it knows of the past."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, dataclass_transform
 
@@ -148,13 +149,17 @@ class Mixer(nn.Module):
         """
         return self._counts(1, tokens).flops
 
+    def state(self, tokens: int) -> Mapping[str, Tensor]:
+        """One row's state after `tokens` tokens in float32, on the meta device, where it has shapes and no numbers."""
+        return self._counts(1, tokens).state
+
     def state_shapes(self, batch: int, tokens: int = 1) -> dict[str, tuple[int, ...]]:
         """Shapes of the states of `batch` rows after `tokens` tokens."""
         return {name: tuple(state.shape) for name, state in self._counts(batch, tokens).state.items()}
 
     def state_bytes(self, tokens: int) -> int:
         """Bytes of one row's state after `tokens` tokens, in float32 where it is neither complex nor a count."""
-        return sum(state.nbytes for state in self._counts(1, tokens).state.values())
+        return sum(state.nbytes for state in self.state(tokens).values())
 
     @property
     def constant_state(self) -> bool:
