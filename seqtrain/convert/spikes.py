@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     source = open_source(settings.source)
     verify = VerifyConfig(texts=settings.texts, tokens=settings.tokens, sequences=settings.sequences)
     texts = read_texts(verify, source, seed=0)
-    model = architecture_of(source).build()
+    model = architecture_of(source, settings.tokens).build()
     load_weights(model, source, dtype=torch.float32)
     columns = {"": "14s", **{text.name: "9.3f" for text in texts}}
     table = LiveTable(columns | {"silent": "8.4f", "spikes": "8.4f", "within 7": "9.4f", "sparsity": "9.4f"})

@@ -18,6 +18,7 @@ from seqtrain.initialization import Fill, materialize_all
 from seqtrain.mixers import Mixer
 from seqtrain.models.architecture import Architecture
 from seqtrain.models.families import Family, Piece, family_of
+from seqtrain.models.families.base import for_rows
 from seqtrain.models.language_model import LanguageModel
 from seqtrain.models.source import INDEX, Source, open_source
 from seqtrain.weights import REAL, check_finite, open_weights
@@ -50,15 +51,21 @@ class Origin:
 
 
 def from_pretrained(
-    folder: str | Path, dtype: torch.dtype | None = None, *, progress: Callable[[str], None] = lambda name: None
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    tokens: int | None = None,
+    progress: Callable[[str], None] = lambda name: None,
 ) -> LanguageModel:
     """The model of a Hugging Face folder, or of a GGUF file, in evaluation mode.
 
-    `dtype`: of all weights; None: each as it is stored. `progress` is told the tensors' names. Raises `ConfigError` for
-    a model of no supported family, `CheckpointError` for files that are damaged or are not those of its config.
+    `dtype`: of all weights; None: each as it is stored. `tokens`: length of the rows it will read, on which LongRoPE
+    and dynamic rotations depend; None: the longest it was made for. `progress` is told the tensors' names. Raises
+    `ConfigError` for a model of no supported family, `CheckpointError` for files that are damaged or are not those of
+    its config.
     """
     source = open_source(str(folder))
-    model = architecture_of(source).build()
+    model = architecture_of(source, tokens).build()
     load_weights(model, source, dtype=dtype, progress=progress)
     model.origin = origin_of(source)
     return model.eval()
@@ -169,9 +176,9 @@ def _said(mine: Mapping[str, Any], its: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in mine.items() if its.get(key) != value) or "nothing else"
 
 
-def architecture_of(source: Source) -> Architecture:
-    """The network of a source. Raises `ConfigError` for what is not supported."""
-    found = source.family.architecture(source.config, source.path)
+def architecture_of(source: Source, tokens: int | None = None) -> Architecture:
+    """The network of a source for rows of `tokens`, see `for_rows`. Raises `ConfigError` for what is not supported."""
+    found = source.family.architecture(for_rows(source.config, tokens), source.path)
     if not source.rope_stretch:
         return found
     mixers = {}

@@ -41,7 +41,7 @@ def with_network_of_source(config: "PretrainConfig") -> "PretrainConfig":
     Raises `ConfigError` for a source that can't be continued, and for keys that would change its network.
     """
     source = open_source(config.source)
-    found = architecture_of(source)
+    found = architecture_of(source, config.train.sequence_length)
     changed = _changed(config.model, ModelConfig(), (*OWN_KEYS, "router"))
     routers = _changed(config.model.router, RouterConfig(), ROUTER_KEYS)
     for key, came in [*changed.items(), *((f"router.{key}", came) for key, came in routers.items())]:

@@ -205,6 +205,9 @@ def set_config(**values):
 
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+# A head of eight channels has four factors.
+SHORT = DYNAMIC | {"rope_type": "longrope", "original_max_position_embeddings": 9}
+SHORT |= {key: [1.0, 2.0, 3.0] for key in ("long_factor", "short_factor")}
 
 
 @pytest.mark.parametrize(
@@ -225,7 +228,11 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         (set_config(num_hidden_layers=4), "lacks model.layers.3"),
         (set_config(quantization_config={"bits": 4}), "quantized weights"),
         (set_config(intermediate_size=41), "down_proj.weight has shape (32, 40), expected (32, 41)"),
-        (set_config(rope_parameters=DYNAMIC), "rope_type=dynamic is not supported"),
+        (
+            set_config(rope_parameters=DYNAMIC | {"rope_type": "proportional"}),
+            "rope_type=proportional is not supported",
+        ),
+        (set_config(rope_parameters=SHORT), "rope_type=longrope: The size of tensor"),
         (set_config(num_attention_heads=0), "config.json: num_attention_heads=0: must be a whole number from 1"),
         (set_config(head_dim=-4), "config.json: head_dim=-4: must be a whole number"),
         (set_config(head_dim=33), "requires an even rotary dimension, but got `head_dim`=33"),

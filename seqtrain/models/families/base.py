@@ -1,5 +1,6 @@
 """What a family says of itself, and what families share: rotation, softmax layers, MLPs, experts."""
 
+import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
@@ -132,7 +133,8 @@ def activation(config: Any, where: object, key: str = "hidden_act") -> Any:
 def rotation(config: Any, where: object, head: int, kind: str = "") -> dict[str, Any]:
     """A softmax mixer's fields for the config's rotation of heads of `head` channels.
 
-    `kind`: where rotations differ between layers (`rope_parameters` by layer type), the layers'. Raises `ConfigError`.
+    `kind`: where rotations differ between layers (`rope_parameters` by layer type), the layers'. `longrope` and
+    `dynamic` are those of the rows that `for_rows` says. Raises `ConfigError`.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -143,12 +145,33 @@ def rotation(config: Any, where: object, head: int, kind: str = "") -> dict[str,
     fields: dict[str, Any] = {"rope_base": base, "rope_width": None if width == head else width}
     if name == "default":
         return fields
-    # The other kinds change the rotation of what was seen before when a text gets longer.
-    if name not in ("linear", "llama3", "yarn"):
-        raise ConfigError(f"source={where}: rope_type={name} is not supported; default, linear, llama3, yarn are")
-    rates, amplitude = ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"), **({"layer_type": kind} if kind else {}))
+    known = ("default", "linear", "llama3", "yarn", *BY_LENGTH)
+    if name not in known:
+        raise ConfigError(f"source={where}: rope_type={name} is not supported; {', '.join(known)} are")
+    options: dict[str, Any] = {"layer_type": kind} if kind else {}
+    if name in BY_LENGTH:
+        options["seq_len"] = getattr(config, "row_tokens", config.max_position_embeddings)
+    try:
+        rates, amplitude = ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"), **options)
+    # Factors that are too few, or of other kinds.
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"source={where}: rope_type={name}: {' '.join(str(error).split())}") from None
     plain = base ** (-torch.arange(len(rates), dtype=torch.float64) / len(rates))
     return fields | {"rope_stretch": tuple((plain / rates.double()).tolist()), "rope_amplitude": float(amplitude)}
+
+
+# Kinds of rotation that depend on how long a text is. transformers turns what it has read otherwise when the text gets
+# longer; here a model has one rotation, that of its rows, so that no token depends on those that follow.
+BY_LENGTH = ("longrope", "dynamic")
+
+
+def for_rows(config: Any, tokens: int | None) -> Any:
+    """The config with which `architecture` is that for rows of `tokens`; None: of as many as it was made for."""
+    if tokens is None:
+        return config
+    config = copy.deepcopy(config)
+    config.row_tokens = tokens
+    return config
 
 
 def heads_of(config: Any, where: object) -> tuple[int, int, int]:
