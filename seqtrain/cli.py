@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from seqtrain.collector import lasting, paused
 from seqtrain.errors import ConfigError, exit_status, unknown_name
@@ -115,6 +116,15 @@ COMMANDS = {
 }
 
 
+# What libraries say on every start that nothing follows from, by the name of their logger: of an accelerator that is
+# not there, of enumerations, of what is for GPUs.
+ASIDES = {"DeepSpeed": "accelerator", "torch.utils._pytree": "register_constant", "torchao": "Failed to load"}
+
+
+def _is_more_than(said: str, record: logging.LogRecord) -> bool:
+    return said not in str(record.msg)
+
+
 def run(name: str, arguments: Sequence[str] | None = None) -> int:
     """Runs the command `name`, by default on what stands on the command line; gives its exit status, 2 with one line
     for a mistake of the user.
@@ -126,7 +136,8 @@ def run(name: str, arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     # Of other libraries, neither bars for what takes a moment nor a warning that nothing follows from.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "accelerator" not in str(record.msg))
+    for library, said in ASIDES.items():
+        logging.getLogger(library).addFilter(partial(_is_more_than, said))
 
     def work() -> int:
         if "." not in name and name not in COMMANDS:
