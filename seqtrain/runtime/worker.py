@@ -273,21 +273,12 @@ def _restore_from(
         restoration.agree()
         log.info("checkpoint: %s, of which rank %d has read %d bytes", found.folder, ranks.rank, restoration.bytes)
     progress = found.progress if found else Progress()
-    metrics = None
     if ranks.first:
-        where = found.folder if found else "new"
-        log.info("training: from step %d of %d, %s", progress.step, config.train.steps, where)
-        metrics = MetricsFile(folder.metrics, lease, step=progress.step)
-        start = {
-            "session": session.name,
-            "epoch": lease.epoch,
-            "step": progress.step,
-            "ranks": ranks.count,
-            "time": time.time(),
-        }
-        with folder.starts.open("a") as file:
-            file.write(json.dumps(start) + "\n")
-    # After the line above, which counts this start.
+        log.info(
+            "training: from step %d of %d, %s", progress.step, config.train.steps, found.folder if found else "new"
+        )
+    metrics = _begin_records(session, ranks, lease, step=progress.step) if ranks.first else None
+    # After that line was written, which counts this start.
     clock = save_clock(config, folder, session.name)
     saver = Saver(
         folder.checkpoints,
@@ -319,6 +310,15 @@ def _restore_from(
         clock=clock,
         refined=refine(session.norms, config.train.steps, power=NORMS[config.schedule.norm][1]),
     )
+
+
+def _begin_records(session: Session, ranks: Ranks, lease: Lease, *, step: int) -> MetricsFile:
+    """Notes this start, from `step` on, and opens the metrics: the first rank's part."""
+    start = {"session": session.name, "epoch": lease.epoch, "step": step, "ranks": ranks.count, "time": time.time()}
+    metrics = MetricsFile(session.folder.metrics, lease, step=step)
+    with session.folder.starts.open("a") as file:
+        file.write(json.dumps(start) + "\n")
+    return metrics
 
 
 def _candidates(session: Session) -> Iterator[Checkpoint | None]:
