@@ -69,12 +69,15 @@ class Block(nn.Module):
         *,
         sequence: SequenceContext = WHOLE,
         first: Tensor | None = None,
+        keep_state: bool = True,
     ) -> tuple[Tensor, State]:
         """`x: [B,T,D]`, or `[B,D]` for one token per row, and the layer's state -> the same after the block.
 
-        `first`: what entered the first block, for a shared one; None: x.
+        `first`: what entered the first block, for a shared one; None: x. `keep_state`: False gives no state, so that it
+        takes no memory while the second part runs.
         """
         x, state = self.mix(x, state, sequence, first)
+        state = state if keep_state else {}
         return self.feed(x), state
 
     def mix(

@@ -199,7 +199,7 @@ class LanguageModel(nn.Module):
         first = x if any(block.shared is not None for block in self.blocks) else None
         for block, before in zip(self.blocks, past, strict=True):
             watch(x)
-            x, new = self._run(block, x, before, sequence, first)
+            x, new = self._run(block, x, before, sequence, first, keep_state)
             # Training drops states at once: those of full attention are as long as the sequence.
             if keep_state:
                 after.append(new)
@@ -220,7 +220,7 @@ class LanguageModel(nn.Module):
         """
         x = x if x.is_floating_point() else self._stream(x)
         for block in self.blocks[first:last]:
-            x, _ = self._run(block, x, None, sequence, None)
+            x, _ = self._run(block, x, None, sequence, None, False)
         return x
 
     def step(
@@ -237,9 +237,15 @@ class LanguageModel(nn.Module):
         return self(tokens, state=state, sequence=sequence) if found is None else found
 
     def _run(
-        self, block: Any, x: Tensor, state: State | None, sequence: SequenceContext, first: Tensor | None
+        self,
+        block: Any,
+        x: Tensor,
+        state: State | None,
+        sequence: SequenceContext,
+        first: Tensor | None,
+        keep_state: bool,
     ) -> tuple[Tensor, State]:
-        run = partial(block, sequence=sequence, first=first)
+        run = partial(block, sequence=sequence, first=first, keep_state=keep_state)
         if "block" not in self.config.recomputed or not torch.is_grad_enabled():
             return run(x, state)
         sends = sequence.sends or (block.mlp is not None and block.mlp.sends)

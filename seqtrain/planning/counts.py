@@ -29,7 +29,8 @@ class PartCounts(Traced):
     `forward_flops`, `backward_flops`: the model's own (a multiply-add is two), each operator's recurrence counted as it
     is defined; products of adapters, a few percent, are among those that run alone. `state_bytes`: of one row after the
     tokens, as generation carries it; `rounded_state_bytes`: with so many `generation.state_bits`.
-    `experts`: of the parameters, those of routed experts; `routed_bytes`: of the tokens' copies that these work on.
+    `reads_first`: whether it is given what entered the first layer, too. `experts`: of the parameters, those of routed
+    experts; `routed_bytes`: of the tokens' copies that these work on.
     """
 
     layer: int
@@ -41,6 +42,7 @@ class PartCounts(Traced):
     backward_flops: float
     state_bytes: int = 0
     rounded_state_bytes: Mapping[int, int] = field(default_factory=dict)
+    reads_first: bool = False
     experts: int = 0
     routed_bytes: float = 0.0
 
@@ -123,7 +125,7 @@ class ModelCounts:
 
     def peak_bytes(self, *, checkpointing: bool) -> float:
         """Most bytes of activations, temporaries and gradients made so far at any moment of the two passes."""
-        held = peak = 0.0
+        held = peak = waiting = 0.0
         for part in self.parts:
             peak = max(peak, held + part.forward.peak)
             inside = checkpointing and part.layer >= 0
@@ -139,6 +141,9 @@ class ModelCounts:
             for part in reversed(group):
                 peak = max(peak, held + part.backward.peak)
                 held += part.gradient_bytes - part.forward.kept
+            if not waiting and any(part.reads_first for part in group):
+                # The gradient of what entered the first layer waits until all have added to it.
+                held += (waiting := self.stream_bytes)
         return peak
 
     @property
@@ -194,15 +199,14 @@ class ModelCounter:
         parts: list[PartCounts] = []
         # What several parts hold is the first one's.
         counted: set[nn.Parameter] = set()
+        held: list[set[nn.Parameter]] = []
 
         def add(layer: int, part: str, modules: list[nn.Module], flops: float, traced: Traced, **more: Any) -> None:
             own = {weight for module in modules for weight in module.parameters()}
             numbers: dict[str, Any] = {"parameters": sum(weight.numel() for weight in own - counted)}
             numbers["trained"] = sum(weight.numel() for weight in own - counted if weight.requires_grad)
-            if layer >= 0:
-                again = sum(weight.nbytes for weight in own & counted if weight.requires_grad)
-                traced = dataclasses.replace(traced, gradient_bytes=traced.gradient_bytes - again)
             counted.update(own)
+            held.append({weight for weight in own if weight.requires_grad})
             # Each product of the forward pass has two in the backward pass, one for each factor that has a gradient. Of
             # a mixer, some are none with weights.
             frozen = min(flops, 2.0 * rows * tokens * _frozen(modules)) if part == "mixer" else flops * adapted
@@ -223,6 +227,7 @@ class ModelCounter:
                 flops, state = float(rows * block.mixer_flops(tokens)), block.state(tokens)
                 sizes: dict[str, Any] = {"state_bytes": rounded_bytes(state, 0)}
                 sizes["rounded_state_bytes"] = {bits: rounded_bytes(state, bits) for bits in STATE_BITS}
+                sizes["reads_first"] = block.shared is not None
                 add(index, "mixer", modules, flops, mixers[kind], kind=kind[0], **sizes)
             if block.mlp is not None:
                 modules, flops = [block.mlp, block.mlp_norm, block.mlp_post_norm], float(rows * block.mlp_flops(tokens))
@@ -234,6 +239,14 @@ class ModelCounter:
                 add(index, "mlp", modules, flops, mlps[config.mlp(index)], **routed)
         loss_flops = 2.0 * rows * tokens * whole.head.weight.numel()
         add(-1, "loss", [whole.norm, whole.head], loss_flops, trace.loss(batch))
+        # Of what several layers hold, the last one's backward pass is the first to make the gradient.
+        made: set[nn.Parameter] = set()
+        for number in reversed(range(len(parts))):
+            if parts[number].layer >= 0:
+                again = sum(weight.nbytes for weight in held[number] & made)
+                gradients = parts[number].gradient_bytes - again
+                parts[number] = dataclasses.replace(parts[number], gradient_bytes=gradients)
+                made |= held[number]
         return ModelCounts(tuple(parts), tokens, rows, self.dtype, rows * tokens * config.width * 4)
 
 
