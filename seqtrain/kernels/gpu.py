@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 from inspect import signature
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from seqtrain.kernels.documents import boundaries_of
 DEVICES = {"cuda"}
 # The GPUs that configurations are pinned for: NVIDIA's by compute capability, AMD's by name.
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Multiprocessors of those that are most common: A100, H100, B200, MI300X.
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 # How float32 products are computed there in full precision and, where possible, on matrix units.
 PRECISION = {"sm_80": "tf32x3", "sm_90": "tf32x3", "sm_100": "tf32x3", "gfx942": "ieee"}
 INSTALL = "needs Triton (pip install 'seqtrain[gpu]')"
@@ -108,6 +110,24 @@ def target() -> str:
     return "sm_100" if active.arch >= 100 else "sm_90" if active.arch >= 90 else "sm_80"
 
 
+class Machine(NamedTuple):
+    """The GPU of a call: one of `TARGETS`, and its multiprocessors (AMD: compute units)."""
+
+    target: str
+    multiprocessors: int
+
+
+def machine_of(x: Tensor) -> Machine:
+    """The GPU that `x` is on or, of a CPU tensor, the one that is interpreted or compiled for."""
+    return _machine(x.device) if x.is_cuda else Machine(target(), MULTIPROCESSORS[target()])
+
+
+@cache
+def _machine(device: torch.device) -> Machine:
+    with torch.cuda.device(device):
+        return Machine(target(), torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def triton_dtype(dtype: torch.dtype) -> Any:
     """Triton's name of an accumulator's dtype."""
     import triton.language as tl
@@ -117,7 +137,9 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 
 def on_device(x: Tensor) -> AbstractContextManager:
     """A context in which launches go to the GPU of `x`."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    # Which of them is current is told in a tenth of the time that making one so takes.
+    elsewhere = x.is_cuda and torch.cuda.current_device() != x.device.index
+    return torch.cuda.device(x.device) if elsewhere else nullcontext()
 
 
 def boundaries(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
@@ -186,3 +208,36 @@ class Launch:
         """Keyword arguments of the launch; fusing a*b+c is explicit, since its default changes between Tritons."""
         constants = {"M": Constants(**self.sizes, **constants)}
         return {**constants, "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+class BoundKernel:
+    """A kernel with its number of programs and compile-time arguments: called with the other arguments, it is launched.
+
+    For each launch Triton looks at every argument, to find the compiled kernel; here at dtypes and alignment alone,
+    which is all that it tells tensors and floats apart by. Others, integers above all, belong among the options.
+    """
+
+    def __init__(self, kernel: Any, programs: int, options: dict[str, Any]):
+        self.kernel, self.grid, self.options = kernel, (programs, 1, 1), options
+        self._compiled: dict[tuple, Any] = {}
+
+    def __call__(self, *arguments: Any) -> None:
+        if not self.grid[0]:
+            return
+        key = _kinds(arguments)
+        found = self._compiled.get(key)
+        if found is not None:
+            found[self.grid](*arguments, self.options["M"])
+            return
+        found = self.kernel[self.grid](*arguments, **self.options)
+        # Nothing is compiled where kernels are interpreted, and nothing to be launched where they are examined.
+        if found is not None:
+            self._compiled[key] = found
+
+
+def _kinds(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """What distinguishes a launch from others: of tensors dtype and alignment, in tuples of them, too."""
+    return tuple(
+        (x.dtype, x.data_ptr() & 15 == 0) if isinstance(x, Tensor) else _kinds(x) if isinstance(x, tuple) else type(x)
+        for x in arguments
+    )

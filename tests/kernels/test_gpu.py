@@ -64,3 +64,40 @@ def test_a_process_whose_triton_compiles_does_not_interpret(monkeypatch):
     importlib.import_module("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert gpu.refuses("cpu").startswith("can't be interpreted: Triton compiles in this process; start it with TRITON_")
+
+
+class _Triton:
+    """Stands for a kernel: what Triton was asked to find, and what was launched without asking."""
+
+    def __init__(self):
+        self.asked, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def find(*arguments, **options):
+            self.asked.append((grid, arguments, options))
+            return _Compiled(self.launched)
+
+        return find
+
+
+class _Compiled:
+    def __init__(self, launched):
+        self.launched = launched
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.launched.append((grid, arguments))
+
+
+def test_triton_looks_for_a_kernel_once_for_each_kind_of_arguments():
+    triton, x = _Triton(), torch.zeros(20)
+    kernel = gpu.BoundKernel(triton, 3, {"M": "constants", "num_warps": 4})
+    for _ in range(2):
+        kernel((x, None), x, 0.5)
+    assert triton.asked == [((3, 1, 1), ((x, None), x, 0.5), {"M": "constants", "num_warps": 4})]
+    assert triton.launched == [((3, 1, 1), ((x, None), x, 0.5, "constants"))]
+    # Another dtype, one more tensor, memory that is aligned to 4 bytes: each may be another machine code.
+    for arguments in [((x.half(), None), x, 0.5), ((x, x), x, 0.5), ((x, None), x[1:], 0.5)]:
+        kernel(*arguments)
+    assert len(triton.asked) == 4
+    gpu.BoundKernel(triton, 0, {})(x)
+    assert len(triton.asked) == 4

@@ -13,7 +13,9 @@ import torch
 from seqtrain.kernels import OPERATORS, delta_rule, dispatch, gated_norm, gpu, linear_attention, linear_cross_entropy
 from seqtrain.kernels.linear_attention import LinearAttentionSegment
 from seqtrain.kernels.segments import by_segment
+from seqtrain.kernels.triton import recurrence as recurrence_launches
 from seqtrain.kernels.triton import segment
+from seqtrain.kernels.triton.matrix_launches import piece_chunks
 from seqtrain.parallel.sequence import SequenceContext
 from seqtrain.testing import (
     TOLERANCES,
@@ -187,6 +189,53 @@ def test_long_rows_and_many_programs(name, decay_shape):
     assert all(torch.equal(came[key], again[key]) for key in came), "two runs differ: a race"
 
 
+@pytest.fixture
+def in_cuts(monkeypatch):
+    """Documents are cut into pieces of so many chunks."""
+
+    def cut(chunks):
+        monkeypatch.setattr(recurrence_launches, "piece_chunks", lambda *arguments, **options: chunks)
+        recurrence_launches._plan.cache_clear()
+
+    yield cut
+    recurrence_launches._plan.cache_clear()
+
+
+# Documents of three pieces, of one, of none, and of two, the second not whole: of 64 tokens a chunk, in float32 of 16.
+CUT = {WIDE: (1, [130, 0, 1, 66]), torch.float32: (2, [70, 0, 1, 40]), BF16: (1, [130, 0, 1, 66])}
+
+
+@pytest.mark.parametrize(("dtype", "name", "decay_shape"), chosen([WIDE, torch.float32, BF16], BOTH, SHAPES))
+def test_documents_cut_into_pieces(name, decay_shape, dtype, in_cuts):
+    chunks, lengths = CUT[dtype]
+    in_cuts(chunks)
+    check(matrix(name, decay_shape, key=20, value=24), dtype, lengths=lengths)
+
+
+# States in parts, whose transitions are, too; and more than one block of K and of V.
+@pytest.mark.parametrize(
+    ("name", "decay_shape", "sizes"),
+    [("delta_rule", "B T H", (72, 40)), ("linear_attention", "B T H K", (72, 40)), ("delta_rule", None, (130, 20))],
+)
+def test_wide_heads_cut_into_pieces(name, decay_shape, sizes, in_cuts):
+    in_cuts(1)
+    check(matrix(name, decay_shape, key=sizes[0], value=sizes[1]), torch.float32, lengths=[34, 1])
+
+
+def test_rows_are_cut_into_pieces_where_they_leave_most_of_a_gpu_idle():
+    def cut(tokens, heads, rows=1, *, delta=True):
+        # Blocks of 16 columns of 128, or of 32.
+        return piece_chunks([tokens // 64] * rows, 8 * heads, 4 * heads, 132, delta=delta)
+
+    assert cut(32768, 16) == 128
+    assert cut(32768, 4) == 32
+    # Enough programs without; too short to gain; many rows.
+    assert cut(32768, 48) == cut(2048, 16) == cut(8192, 16, rows=16) == 0
+    # Its maps cost less.
+    assert cut(2048, 16, delta=False) == 8
+    assert piece_chunks([], 1, 1, 132, delta=True) == 0
+
+
 LONG = [2, 33, 130, *([5000] if GPU else [])]
 
 
@@ -330,6 +379,24 @@ def test_programs_in_any_order_without_races(name, order, monkeypatch):
     assert len(launches) >= 2
     if kernels:
         assert [launch.kernel for launch in launches] == kernels
+
+
+# Two launches more, forward and backward, than in `LAUNCHES`.
+@interpreted
+@pytest.mark.parametrize(
+    ("name", "decay_shape", "order", "kernels"),
+    [
+        ("linear_attention", None, "reversed", "maps carry forward, maps carry forward reverse gradients"),
+        ("delta_rule", "B T H", "shuffled", "prepare maps carry forward, maps carry forward reverse gradients"),
+    ],
+)
+def test_pieces_in_any_order_without_races(name, decay_shape, order, kernels, in_cuts):
+    in_cuts(2)
+    case = matrix(name, decay_shape, key=20, value=40)
+    with recording(order=order) as launches:
+        check(case, torch.float32, lengths=[70, 0, 17])
+    assert_no_races(launches)
+    assert [launch.kernel for launch in launches] == kernels.replace(",", "").split()
 
 
 APART = {f"{name} {shape}": matrix(name, shape) for name in ("linear_attention", "delta_rule") for shape in SHAPES}

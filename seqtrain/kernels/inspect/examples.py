@@ -17,7 +17,7 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ def recurrence_examples(operator: Callable[..., Any], *, beta: bool) -> tuple[Ex
         "decay [B,T,H]": {"log_decay": ("B T H", "float32")},
         "decay [B,T,H,K]": {"log_decay": ("B T H K", "float32")},
     }
-    return tuple(
+    rows = tuple(
         Example(
             f"{operator.__name__} {name} K=V={width} {dtype}",
             operator,
@@ -110,6 +110,9 @@ def recurrence_examples(operator: Callable[..., Any], *, beta: bool) -> tuple[Ex
         for width, dtype in _RECURRENCES
         for name, decay in decays.items()
     )
+    # So long that they are cut into pieces.
+    cut = (replace(x, name=f"long row of {x.name}", tokens=(4096, 8192)) for x in rows if x.sizes["K"] == 128)
+    return (*rows, *cut)
 
 
 def find_examples() -> dict[str, Example]:

@@ -10,9 +10,10 @@ Here are those that go from chunk to chunk, and `step`; in `matrix_chunks` those
 Backward, dn is the gradient of n, X all that reaches k through the inverse: docs/kernels.md, "Algebra", has it whole.
 
 Tensors are contiguous: rows of tokens `[tokens, H, width]` (q, k and what is like them K wide, v and its like V wide, C
-wide what pairs tokens of a chunk), numbers `[tokens, H]`, states `[chunks or documents, H, K, V]`. `chunks`: int32
-`[chunks, 5]`, of `gpu.pieces`. `documents`: int32 `[N, 3]`, first token, tokens, first chunk. An absent tensor is None;
-`beta` given makes a kernel the delta rule's.
+wide what pairs tokens of a chunk), numbers `[tokens, H]`, states `[chunks or pieces, H, K, V]`. `chunks`: int32
+`[chunks, 5]`, of `gpu.pieces`. An absent tensor is None; `beta` given makes a kernel the delta rule's.
+A piece is a whole document, or of a document cut in pieces (`maps`) one of them. `pieces`: int32 `[P, 5]`, first token,
+tokens, first chunk, and the document whose first and whose last piece it is, -1 for none.
 M, compile-time arguments: H, K, V; BT tokens a chunk; BK, BV the widths of blocks of K and V, powers of two; PARTS, in
 which a state is held (`state`); DECAY 0 none, 1 per token, 2 per channel; DELTA whether there is a beta; ACC the dtype
 of sums and states; PRECISION of products of float32.
@@ -41,12 +42,15 @@ from seqtrain.kernels.triton.state import decay_state, load_state, read_parts, s
 
 
 @triton.jit
-def load_apart(tensors, at, state_at, rows, column, M: tl.constexpr):
-    """What a chunk needs that no product takes as it is: `(v, beta, G or decays, G_C)`, `[1]` for what is not given."""
+def load_apart(tensors, at, state_at, rows, value_rows, column, M: tl.constexpr):
+    """What a chunk needs that no product takes as it is: `(v, beta, G or decays, G_C)`, `[1]` for what is not given.
+
+    value_rows: those of v; zeros follow.
+    """
     v, beta, log_decay, sums, factors = tensors
     b_v, strength, g, total = tl.zeros([1], M.ACC), tl.zeros([1], M.ACC), tl.zeros([1], M.ACC), tl.zeros([1], M.ACC)
     if v is not None:
-        b_v = load_tokens(v, at, rows, column, M.V, M.BV, M)
+        b_v = load_tokens(v, at, value_rows, column, M.V, M.BV, M)
     if beta is not None:
         strength = load_numbers(beta + at, rows, M.H, M.BT, M.ACC)
     if M.DECAY == 1:
@@ -65,13 +69,14 @@ def load_apart(tensors, at, state_at, rows, column, M: tl.constexpr):
 
 
 @triton.jit
-def place(documents, M: tl.constexpr):
-    """A program's first column; which state it has and which head; its document's first token, tokens, first chunk."""
-    BLOCKS: tl.constexpr = (M.V + M.BV - 1) // M.BV
+def place(pieces, BLOCKS: tl.constexpr, M: tl.constexpr):
+    """A program's block; which state it has; its head and, as a tuple, first token, tokens and first chunk of its
+    piece; the document whose first, and whose last piece it is."""
     nh = tl.program_id(0) // BLOCKS
-    row = documents + 3 * (nh // M.H)
-    start, chunk = tl.load(row).to(tl.int64), tl.load(row + 2).to(tl.int64)
-    return tl.program_id(0) % BLOCKS * M.BV, nh.to(tl.int64), nh % M.H, start, tl.load(row + 1), chunk
+    row = pieces + 5 * (nh // M.H)
+    where = nh % M.H, tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2).to(tl.int64)
+    opens, closes = tl.load(row + 3).to(tl.int64), tl.load(row + 4).to(tl.int64)
+    return tl.program_id(0) % BLOCKS, nh.to(tl.int64), where, opens, closes
 
 
 @triton.jit
@@ -97,19 +102,43 @@ def pair_products(left, right, left_at, right_at, rows, M: tl.constexpr):
 
 
 @triton.jit
-def forward(made, v, beta, out, errors, states, initial, final, documents, scale, M: tl.constexpr):
+def forward(made, v, beta, out, errors, states, initial, final, pieces, scale, M: tl.constexpr):
     """From chunk to chunk: writes those of `out`, `errors` (E), `states` (before each chunk), `final` that are given.
 
-    One program per block of V, head and document. `log_decay` given, `sums` are found and written, else they are read.
-    AHEAD: what is no operand of a product is loaded a chunk ahead (1) or where it is used (0).
+    One program per block of V, head and piece. `initial` has a state for each piece, `final` one for each document.
+    `log_decay` given, `sums` are found and written, else they are read. AHEAD: what is no operand of a product is
+    loaded a chunk ahead (1) or where it is used (0).
+    """
+    BLOCKS: tl.constexpr = (M.V + M.BV - 1) // M.BV
+    block, nh, where, _, closes = place(pieces, BLOCKS, M)
+    column = block * M.BV
+    state = load_state(initial + nh * M.K * M.V, column, M)
+    state, _ = go_forward(made, v, beta, (out, errors, states), state, column, where, where[2], scale, False, M)
+    if final is not None:  # noqa: SIM102  known when compiled
+        if closes >= 0:
+            store_state(final + (closes * M.H + where[0]) * M.K * M.V, state, column, M)
+
+
+@triton.jit
+def go_forward(made, v, beta, written_to, state, column, where, values, scale, TRACK: tl.constexpr, M: tl.constexpr):
+    """What `forward` does, from the state before a piece; returns the state after it.
+
+    values: tokens whose v is read; of others it is zero. TRACK: of the additive form, the product of the piece's decays
+    is returned, too, `[1]` or `[BK]` in PARTS.
     """
     q, k, log_decay, sums, inverse, asked, pairs, factors = made
+    out, errors, states = written_to
+    h, start, length, chunk = where
     FINE: tl.constexpr = k.dtype.element_ty.primitive_bitwidth >= 32
-    column, nh, h, start, length, chunk = place(documents, M)
-    state = load_state(initial + nh * M.K * M.V, column, M)
     apart = (v, beta, log_decay, sums, factors)
+    through = 1.0 + tl.zeros([1], M.ACC)
+    if TRACK and M.DECAY == 2:
+        through = tl.tuple(())
+        PARTS: tl.constexpr = M.PARTS
+        for _ in tl.static_range(PARTS):
+            through += (1.0 + tl.zeros([M.BK // PARTS], M.ACC),)
     if M.AHEAD:
-        b_v, b_beta, b_g, b_total = load_apart(apart, start * M.H + h, chunk * M.H + h, length, column, M)
+        b_v, b_beta, b_g, b_total = load_apart(apart, start * M.H + h, chunk * M.H + h, length, values, column, M)
     for c in tl.range(tl.cdiv(length, M.BT), disable_licm=is_wide(k, M.BK)):
         rows = length - c * M.BT
         at = (start + c * M.BT) * M.H + h
@@ -127,7 +156,13 @@ def forward(made, v, beta, out, errors, states, initial, final, documents, scale
         if M.AHEAD:
             written, strength, g, total = b_v.to(M.ACC), b_beta, b_g, b_total
         b_v, b_beta, b_g, b_total = load_apart(
-            apart, at + M.AHEAD * M.BT * M.H, (chunk + c + M.AHEAD) * M.H + h, rows - M.AHEAD * M.BT, column, M
+            apart,
+            at + M.AHEAD * M.BT * M.H,
+            (chunk + c + M.AHEAD) * M.H + h,
+            rows - M.AHEAD * M.BT,
+            values - (c + M.AHEAD) * M.BT,
+            column,
+            M,
         )
         if not M.AHEAD:
             written, strength, g, total = b_v.to(M.ACC), b_beta, b_g, b_total
@@ -171,11 +206,24 @@ def forward(made, v, beta, out, errors, states, initial, final, documents, scale
             store_tokens(out, b_out, at, rows, column, M.V, M.BV, M)
         if M.DECAY > 0:
             state = decay_state(state, factor, M)
+            if TRACK and M.DECAY == 1:
+                through *= factor
+            elif TRACK:
+                through = multiply(through, factor, M)
         if M.DECAY == 1:
             written *= to_end[:, None]
         state = write_state(b_k, k + at * M.K, rows, written.to(dtype), state, M)
-    if final is not None:
-        store_state(final + nh * M.K * M.V, state, column, M)
+    return state, through
+
+
+@triton.jit
+def multiply(left, right, M: tl.constexpr):
+    """Products of what lies in PARTS."""
+    PARTS: tl.constexpr = M.PARTS
+    found = tl.tuple(())
+    for p in tl.static_range(PARTS):
+        found += (left[p] * right[p],)
+    return found
 
 
 @triton.jit
@@ -207,70 +255,92 @@ def step(q, k, v, beta, log_decay, out, initial, final, scale, M: tl.constexpr):
 
 
 @triton.jit
-def reverse(made, beta, d_out, d_v, d_states, d_final, d_initial, documents, scale, M: tl.constexpr):
+def reverse(made, beta, d_out, d_v, d_states, d_final, d_initial, pieces, scale, M: tl.constexpr):
     """From the last chunk to the first: `d_v`, `d_states` (of the state after each chunk) and `d_initial`.
 
-    One program per block of V, head and document. AHEAD: as in `forward`.
+    One program per block of V, head and piece. `d_final` has a gradient for each piece, `d_initial` one for each
+    document. AHEAD: as in `forward`.
+    """
+    BLOCKS: tl.constexpr = (M.V + M.BV - 1) // M.BV
+    block, nh, where, opens, _ = place(pieces, BLOCKS, M)
+    column = block * M.BV
+    d_state = load_state(d_final + nh * M.K * M.V, column, M)
+    d_state = go_back(made, beta, (d_out, d_v, d_states), d_state, column, where, scale, M)
+    if opens >= 0:
+        store_state(d_initial + (opens * M.H + where[0]) * M.K * M.V, d_state, column, M)
+
+
+@triton.jit
+def go_back(made, beta, outputs, d_state, column, where, scale, M: tl.constexpr):
+    """What `reverse` does, from the gradient of the state after a piece; returns that of the state before it.
+
+    outputs: d_out, which is read, and d_v and d_states, each written if given.
     """
     q, k, _log_decay, sums, inverse, asked, pairs, factors = made
+    d_out, d_v, d_states = outputs
+    h, start, length, chunk = where
     FINE: tl.constexpr = k.dtype.element_ty.primitive_bitwidth >= 32
-    column, nh, h, start, length, chunk = place(documents, M)
+    # The additive form's state depends on no gradient of v.
+    WRITES: tl.constexpr = d_v is not None or beta is not None
     i = tl.arange(0, M.BT)
-    d_state = load_state(d_final + nh * M.K * M.V, column, M)
     count = tl.cdiv(length, M.BT)
     apart = (None, beta, None, sums, factors)
     if M.AHEAD:
         rows = tl.where(count > 0, length - (count - 1) * M.BT, 0)
         _, b_beta, b_g, b_total = load_apart(
-            apart, (start + (count - 1) * M.BT) * M.H + h, (chunk + count - 1) * M.H + h, rows, 0, M
+            apart, (start + (count - 1) * M.BT) * M.H + h, (chunk + count - 1) * M.H + h, rows, 0, 0, M
         )
     for left in tl.range(count, disable_licm=is_wide(k, M.BK)):
         c = count - 1 - left
         rows = length - c * M.BT
         at = (start + c * M.BT) * M.H + h
-        if M.PARTS > 1:
-            # Before anything else is held, as in `forward`.
+        if d_states is not None:
             store_state(d_states + ((chunk + c) * M.H + h) * M.K * M.V, d_state, column, M)
+        if M.PARTS > 1 and WRITES:
+            # Before anything else is held, as in `forward`.
             written, _ = read_parts(k + at * M.K, None, rows, d_state, M)
         if M.AHEAD:
             strength, g, total = b_beta, b_g, b_total
         ahead = tl.where(c > 0, M.BT, 0) if M.AHEAD else rows
         _, b_beta, b_g, b_total = load_apart(
-            apart, at - M.AHEAD * M.BT * M.H, (chunk + c - M.AHEAD) * M.H + h, ahead, 0, M
+            apart, at - M.AHEAD * M.BT * M.H, (chunk + c - M.AHEAD) * M.H + h, ahead, 0, 0, M
         )
         if not M.AHEAD:
             strength, g, total = b_beta, b_g, b_total
-        b_k = load_tokens(k, at, rows, 0, M.K, M.BK, M)
         b_q = load_tokens(q, at, rows, 0, M.K, M.BK, M)
-        dtype = b_k.dtype
+        dtype = b_q.dtype
         b_out = load_tokens(d_out, at, rows, column, M.V, M.BV, M).to(dtype)
-        if M.PARTS == 1:
-            store_state(d_states + ((chunk + c) * M.H + h) * M.K * M.V, d_state, column, M)
-            written = tl.dot(b_k, d_state[0].to(dtype), input_precision=M.PRECISION)  # dn
-        if M.DECAY == 2:
-            b_pairs = load_tokens(pairs, at, rows, 0, M.BT, M.BT, M)
-            written = tl.dot(tl.trans(b_pairs), b_out, written, input_precision=M.PRECISION)
+        if M.DECAY == 1:
+            from_start, to_end, factor, high, low = scalar_decays(g, total, M.ACC)
+        if WRITES:
+            b_k = load_tokens(k, at, rows, 0, M.K, M.BK, M)
+            if M.PARTS == 1:
+                written = tl.dot(b_k, d_state[0].to(dtype), input_precision=M.PRECISION)  # dn
+            if M.DECAY == 2:
+                b_pairs = load_tokens(pairs, at, rows, 0, M.BT, M.BT, M)
+                written = tl.dot(tl.trans(b_pairs), b_out, written, input_precision=M.PRECISION)
+            else:
+                # Its row j holds what reads token j.
+                p = pair_products(b_k, b_q, k + at * M.K, q + at * M.K, rows, M)
+                if M.DECAY == 1:
+                    written *= to_end[:, None]
+                    p *= between(high, low, M.BT, True, FINE)
+                else:
+                    p = tl.where(i[:, None] <= i[None, :], p, 0.0)
+                written = tl.dot((p * scale).to(dtype), b_out, written, input_precision=M.PRECISION)
+        if M.DECAY == 1:
+            d_state = decay_state(d_state, factor, M)
+            b_out = (b_out.to(M.ACC) * (from_start * scale)[:, None]).to(dtype)
+        elif M.DECAY == 2:
             d_state = decay_state(d_state, total, M)
         else:
-            # Its row j holds what reads token j.
-            p = pair_products(b_k, b_q, k + at * M.K, q + at * M.K, rows, M)
-            if M.DECAY == 1:
-                from_start, to_end, factor, high, low = scalar_decays(g, total, M.ACC)
-                written *= to_end[:, None]
-                p *= between(high, low, M.BT, True, FINE)
-                d_state = decay_state(d_state, factor, M)
-            else:
-                p = tl.where(i[:, None] <= i[None, :], p, 0.0)
-            written = tl.dot((p * scale).to(dtype), b_out, written, input_precision=M.PRECISION)
-            if M.DECAY == 1:
-                b_out = (b_out.to(M.ACC) * (from_start * scale)[:, None]).to(dtype)
-            else:
-                b_out = (b_out.to(M.ACC) * scale).to(dtype)
+            b_out = (b_out.to(M.ACC) * scale).to(dtype)
         if beta is not None:
             written *= strength[:, None]
             b_inverse = load_tokens(inverse, at, rows, 0, M.BT, M.BT, M)
             written = tl.dot(tl.trans(b_inverse), written.to(dtype), input_precision=M.PRECISION)
-        store_tokens(d_v, written, at, rows, column, M.V, M.BV, M)
+        if d_v is not None:
+            store_tokens(d_v, written, at, rows, column, M.V, M.BV, M)
         d_state = write_state(b_q, q + at * M.K, rows, b_out, d_state, M)
         if beta is not None:
             if M.DECAY == 1:
@@ -280,4 +350,4 @@ def reverse(made, beta, d_out, d_v, d_states, d_final, d_initial, documents, sca
                 b_k = load_tokens(asked, at, rows, 0, M.K, M.BK, M)
             written = (-written).to(dtype)
             d_state = write_state(b_k, asking + at * M.K, rows, written, d_state, M)
-    store_state(d_initial + nh * M.K * M.V, d_state, column, M)
+    return d_state

@@ -1,10 +1,12 @@
-"""Launches the kernels of `matrix` and `matrix_chunks`: linear attention and the delta rule, differentiable.
+"""Launches the kernels of `matrix`, `matrix_chunks` and `cuts`: linear attention and the delta rule, differentiable.
 
 Backward, states and E are computed again from the inputs; of the forward pass only the delta rule's inverses are kept,
-C numbers per token and head, and the sums of decays, one. A single token per row is one launch of `step`.
+C numbers per token and head, and the sums of decays, one. A single token per row is one launch of `step`. Documents
+that would leave most of a GPU idle are cut: two launches more, forward and backward.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -15,9 +17,10 @@ from torch import Tensor
 
 from seqtrain.kernels import gpu
 from seqtrain.kernels.custom_ops import differentiable
+from seqtrain.kernels.documents import boundaries_of
 from seqtrain.kernels.operator import Inputs
-from seqtrain.kernels.triton import matrix, matrix_chunks
-from seqtrain.kernels.triton.matrix_launches import LONGEST, chunk_length, pinned
+from seqtrain.kernels.triton import cuts, matrix, matrix_chunks
+from seqtrain.kernels.triton.matrix_launches import LONGEST, chunk_length, piece_chunks, pinned
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -36,11 +39,15 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = _Call.of(*arguments)
     out, final, inverse, sums = _shapes(*arguments)
     with gpu.on_device(out):
-        if _is_step(call.q, arguments[-1]):
-            call.launch(matrix.step, call.q, call.k, call.v, call.beta, call.log_decay, out, call.state, final)
+        if call.plan.is_step:
+            call.launch(
+                matrix.step, call.q, call.k, call.v, call.beta, call.log_decay, out, call.state, final, call.scale
+            )
         else:
             made = call.operands(inverse, sums, known=False)
-            call.launch(matrix.forward, made, call.v, call.beta, out, None, None, call.state, final, call.documents)
+            starts, _ = call.cut(made, None, None)
+            written = (out, None, None, starts, final)
+            call.launch(matrix.forward, made, call.v, call.beta, *written, call.plan.pieces, call.scale)
     return out, final, inverse, sums
 
 
@@ -59,24 +66,23 @@ def _backward(
     d_out, d_final = (x.contiguous() for x in given)
     d_q, d_k, d_v, d_state = (torch.empty_like(x) for x in (call.q, call.k, call.v, call.state))
     d_beta, d_log = (None if x is None else torch.empty_like(x) for x in (call.beta, call.log_decay))
-    states = call.q.new_empty(call.chunks.shape[0], *call.state.shape[1:])
+    states = call.q.new_empty(call.plan.chunks.shape[0], *call.state.shape[1:])
     d_states = torch.empty_like(states)
     errors = None if call.beta is None else torch.empty_like(call.v, dtype=call.q.dtype)
-    known = not _is_step(call.q, arguments[7])  # a step leaves them to be found
+    known = not call.plan.is_step  # a step leaves them to be found
     inverse, sums = kept if known else (torch.empty_like(x) for x in kept)
     with gpu.on_device(call.q):
         made = call.operands(inverse, sums, known=known)
-        call.launch(matrix.forward, made, call.v, call.beta, None, errors, states, call.state, None, call.documents)
-        call.launch(matrix.reverse, made, call.beta, d_out, d_v, d_states, d_final, d_state, call.documents)
-        del made
+        starts, ends = call.cut(made, d_out, d_final)
+        others = (call.plan.pieces, call.scale)
+        call.launch(matrix.forward, made, call.v, call.beta, None, errors, states, starts, None, *others)
+        call.launch(matrix.reverse, made, call.beta, d_out, d_v, d_states, ends, d_state, *others)
+        del made, starts, ends
         inputs = (call.q, call.k, call.beta, call.log_decay, sums if call.decay == 1 else None)
         given = (call.v if errors is None else errors, d_out, d_v, states, d_states)
-        call.launch(matrix_chunks.gradients, *inputs, given, d_q, d_k, d_beta, d_log, call.chunks)
+        written = (d_q, d_k, d_beta, d_log)
+        call.launch(matrix_chunks.gradients, *inputs, given, *written, call.plan.chunks, call.scale)
     return d_q, d_k, d_v, d_beta, d_log, d_state, None, None
-
-
-def _is_step(q: Tensor, cu_seqlens: Tensor | None) -> bool:
-    return q.shape[1] == 1 and cu_seqlens is None
 
 
 def _empty_kept(q: Tensor, beta: Tensor | None, log_decay: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -97,8 +103,53 @@ _SCHEMA = (
 _recurrence = differentiable("matrix_recurrence", _forward, _backward, _shapes, results=2, schema=_SCHEMA)
 
 
-def _contiguous(tensor: Any) -> Any:
-    return tensor if tensor is None else tensor.contiguous()
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What calls of the same shapes, dtypes and boundaries share: tables on the device, and their launches.
+
+    mapped: the rows of `pieces` whose documents are cut; None where none is. documents: those of `cuts.carry`.
+    """
+
+    widths: tuple[int, int, int]
+    dtype: torch.dtype
+    state_dtype: torch.dtype
+    decay: int
+    delta: bool
+    target: str
+    chunk: int
+    is_step: bool
+    chunks: Tensor
+    pieces: Tensor
+    mapped: Tensor | None
+    documents: Tensor
+    _launches: dict[Any, gpu.BoundKernel] = field(default_factory=dict, repr=False)
+
+    def kernel(self, kernel: Any, *, both: bool = False) -> gpu.BoundKernel:
+        """The launch of a kernel; both: of those of `cuts`, in both directions."""
+        found = self._launches.get((kernel, both))
+        if found is None:
+            found = self._launches[kernel, both] = self._bind(kernel, both)
+        return found
+
+    def _bind(self, kernel: Any, both: bool) -> gpu.BoundKernel:
+        heads, key, value = self.widths
+        width = triton.next_power_of_2(max(key, 16))
+        options = {"delta": self.delta, "cut": self.mapped is not None}
+        launch = pinned(self.target, kernel.__name__, width, self.dtype, self.decay, **options)
+        blocks = triton.cdiv(value, launch.sizes.get("BV", value))
+        if kernel in (matrix_chunks.prepare, matrix_chunks.gradients):
+            places, blocks = self.chunks.shape[0], 1
+        elif kernel is cuts.maps:
+            assert self.mapped is not None
+            keys = triton.cdiv(key, launch.sizes["BV"]) if self.delta else 0
+            places, blocks = self.mapped.shape[0], blocks * (1 + both) + keys
+        elif kernel is cuts.carry:
+            places, blocks = self.documents.shape[0], blocks * (1 + both)
+        else:
+            places = self.pieces.shape[0]
+        flags = {"DECAY": self.decay, "DELTA": self.delta, "PRECISION": gpu.PRECISION[self.target]}
+        options = launch.options(H=heads, K=key, V=value, ACC=gpu.triton_dtype(self.state_dtype), **flags)
+        return gpu.BoundKernel(kernel, places * heads * blocks, options)
 
 
 @dataclass
@@ -112,26 +163,23 @@ class _Call:
     log_decay: Tensor | None
     state: Tensor
     scale: float
-    chunks: Tensor
-    documents: Tensor
-    chunk: int
-    target: str
+    plan: _Plan
 
     @classmethod
-    def of(cls, q: Tensor, *arguments: Any) -> "_Call":
+    def of(cls, *arguments: Any) -> "_Call":
         """Of the arguments of `_forward`."""
-        *others, scale, cu_seqlens = arguments
-        boundaries, target = gpu.boundaries(q, cu_seqlens), gpu.target()
-        chunk = chunk_length(target, q.dtype)
-        k, v, beta, log_decay, state = map(_contiguous, others)
-        chunks = gpu.pieces(boundaries, chunk, q.device)
-        documents = _documents(boundaries, chunk, q.device)
-        return cls(q.contiguous(), k, v, beta, log_decay, state, scale, chunks, documents, chunk, target)
+        *tensors, scale, cu_seqlens = arguments
+        tensors = [x if x is None else x.contiguous() for x in tensors]
+        q, _, v, beta, log_decay, state = tensors
+        boundaries = None if cu_seqlens is None else boundaries_of(cu_seqlens)
+        decay = 0 if log_decay is None else log_decay.dim() - 2
+        kinds = q.dtype, state.dtype, decay, beta is not None
+        return cls(*tensors, scale, _plan(q.shape, v.shape[3], *kinds, boundaries, gpu.machine_of(q), q.device))
 
     @property
     def decay(self) -> int:
         """DECAY of the kernels."""
-        return 0 if self.log_decay is None else self.log_decay.dim() - 2
+        return self.plan.decay
 
     def operands(self, inverse: Tensor, sums: Tensor, *, known: bool) -> tuple[Tensor | None, ...]:
         """What the kernels that go from chunk to chunk multiply with, their `made`; None of a form that has none.
@@ -145,33 +193,103 @@ class _Call:
         decayed: list[Tensor | None] = [self.q, self.k, None, None, None]
         if self.decay == 2:
             asked = None if self.beta is None else torch.empty_like(self.k)
-            pairs = self.q.new_empty(*self.q.shape[:3], self.chunk)
-            factors = self.state.new_empty(self.chunks.shape[0], *self.q.shape[2:])
+            pairs = self.q.new_empty(*self.q.shape[:3], self.plan.chunk)
+            factors = self.state.new_empty(self.plan.chunks.shape[0], *self.q.shape[2:])
             decayed = [torch.empty_like(self.q), torch.empty_like(self.k), asked, pairs, factors]
-        written = (made_sums, None if known else made_inverse, *decayed)
-        self.launch(matrix_chunks.prepare, self.q, self.k, self.beta, self.log_decay, *written, self.chunks)
+        written = (made_sums, None if known else made_inverse, *decayed, self.plan.chunks, self.scale)
+        self.launch(matrix_chunks.prepare, self.q, self.k, self.beta, self.log_decay, *written)
         return *decayed[:2], None, made_sums, made_inverse, *decayed[2:]
 
-    def launch(self, kernel: Any, *tensors: Any) -> None:
-        heads, key, value = self.v.shape[2], self.q.shape[3], self.v.shape[3]
-        width, delta = triton.next_power_of_2(max(key, 16)), self.beta is not None
-        launch = pinned(self.target, kernel.__name__, width, self.q.dtype, self.decay, delta=delta)
-        places, blocks = self.state.shape[0], triton.cdiv(value, launch.sizes.get("BV", value))
-        if kernel in (matrix_chunks.prepare, matrix_chunks.gradients):
-            places, blocks = self.chunks.shape[0], 1
-        flags = {"DECAY": self.decay, "DELTA": delta, "PRECISION": gpu.PRECISION[self.target]}
-        options = launch.options(H=heads, K=key, V=value, ACC=gpu.triton_dtype(self.state.dtype), **flags)
-        kernel[(places * heads * blocks,)](*tensors, self.scale, **options)
+    def cut(
+        self, made: tuple[Tensor | None, ...], d_out: Tensor | None, d_final: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The state before each piece and, where gradients are given, that of the state after each piece."""
+        if self.plan.mapped is None:
+            return self.state, d_final
+        both, count = d_out is not None, self.plan.mapped.shape[0]
+        heads, key, value = self.plan.widths
+        factors = {0: (0,), 1: (count, heads), 2: (count, heads, key)}[self.decay]
+        transition = self.state.new_empty((count, heads, key, key) if self.plan.delta else factors)
+        starts, update = (self.state.new_empty(n, heads, key, value) for n in (self.plan.pieces.shape[0], count))
+        ends, d_update = (torch.empty_like(x) if both else None for x in (starts, update))
+        written = (transition, update, d_update, self.plan.mapped, self.scale)
+        self.launch(cuts.maps, made, self.v, self.beta, d_out, *written, both=both)
+        tensors = (transition, update, self.state, starts, d_update, d_final, ends, self.plan.documents)
+        self.launch(cuts.carry, *tensors, both=both)
+        return starts, ends
+
+    def launch(self, kernel: Any, *arguments: Any, both: bool = False) -> None:
+        self.plan.kernel(kernel, both=both)(*arguments)
 
 
 # A training step has one set of boundaries in all its layers, forward and backward; evaluation adds a few.
-@lru_cache(maxsize=16)
-def _documents(boundaries: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
-    """`documents` of the kernels, for documents between these boundaries."""
-    rows, chunks = [], 0
-    for start, end in pairwise(boundaries):
-        rows.append((start, end - start, chunks))
-        chunks += -(-(end - start) // chunk)
+@lru_cache(maxsize=64)
+def _plan(
+    shape: torch.Size,
+    value: int,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    decay: int,
+    delta: bool,
+    boundaries: tuple[int, ...] | None,
+    machine: gpu.Machine,
+    device: torch.device,
+) -> _Plan:
+    batch, tokens, heads, key = shape
+    is_step = tokens == 1 and boundaries is None
+    if boundaries is None:
+        boundaries = tuple(row * tokens for row in range(batch + 1))
+    chunk = chunk_length(machine.target, dtype)
+    lengths = [-(-(end - start) // chunk) for start, end in pairwise(boundaries)]
+    width = triton.next_power_of_2(max(key, 16))
+    columns = [
+        pinned(machine.target, "forward", width, dtype, decay, delta=delta, cut=cut).sizes["BV"]
+        for cut in (False, True)
+    ]
+    narrow, wide = (heads * triton.cdiv(value, each) for each in columns)
+    length = piece_chunks(lengths, narrow, wide, machine.multiprocessors, delta=delta)
+    pieces, mapped, documents = (_table(x, device) for x in _tables(boundaries, lengths, chunk, length))
+    return _Plan(
+        widths=(heads, key, value),
+        dtype=dtype,
+        state_dtype=state_dtype,
+        decay=decay,
+        delta=delta,
+        target=machine.target,
+        chunk=chunk,
+        is_step=is_step,
+        chunks=gpu.pieces(boundaries, chunk, device),
+        pieces=pieces,
+        mapped=mapped if len(mapped) else None,
+        documents=documents,
+    )
+
+
+def _tables(
+    boundaries: tuple[int, ...], lengths: Sequence[int], chunk: int, length: int
+) -> tuple[list[tuple[int, ...]], ...]:
+    """Rows of `pieces`, `mapped`, `documents` of a plan; lengths: chunks of each document; length: of a piece, or 0."""
+    pieces: list[tuple[int, ...]] = []
+    mapped: list[tuple[int, ...]] = []
+    documents: list[tuple[int, ...]] = []
+    first_chunk = 0
+    for document, ((start, end), chunks) in enumerate(zip(pairwise(boundaries), lengths, strict=True)):
+        # An empty document is a piece, too: its state goes through.
+        edges = [*range(0, chunks, length or max(chunks, 1)), chunks] if chunks else [0, 0]
+        documents.append((len(pieces), len(edges) - 1, len(mapped)))
+        rows = []
+        for begin, stop in pairwise(edges):
+            token = start + begin * chunk
+            tokens = min(end, start + stop * chunk) - token
+            opens, closes = (document if holds else -1 for holds in (begin == 0, stop == chunks))
+            rows.append((token, tokens, first_chunk + begin, opens, closes))
+        pieces += rows
+        mapped += rows if len(rows) > 1 else []
+        first_chunk += chunks
+    return pieces, mapped, documents
+
+
+def _table(rows: list[tuple[int, ...]], device: torch.device) -> Tensor:
     # A tensor made in inference mode could not be used in training later.
     with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 3)
+        return torch.tensor(rows, dtype=torch.int32, device=device)

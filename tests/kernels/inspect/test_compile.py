@@ -11,6 +11,9 @@ import pytest
 from seqtrain.kernels.inspect.compile import CompiledKernel
 from seqtrain.kernels.inspect.targets import TARGETS
 
+DECAYS = ("no decay", "decay [B,T,H]", "decay [B,T,H,K]")
+CHECKED = ("delta_rule decay [B,T,H]", "sm_90")
+
 
 @pytest.fixture(scope="module")
 def compiled():
@@ -81,3 +84,27 @@ def test_limits_of_a_kernel():
 )
 def test_blocks_that_fit(target, registers, shared, warps, columns, expected):
     assert TARGETS[target].blocks(registers, shared, warps, columns) == expected
+
+
+# Rows that are cut into pieces: what they launch spills nowhere.
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        pytest.param(name, target, marks=pytest.mark.all if (name, target) == CHECKED else pytest.mark.full)
+        for name in (f"{operator} {decay}" for operator in ("delta_rule", "linear_attention") for decay in DECAYS)
+        for target in ("sm_90", "sm_100")
+    ],
+)
+def test_kernels_of_rows_that_are_cut_spill_nowhere(name, target):
+    code = (
+        "import json, sys; from seqtrain.kernels.inspect.examples import compile_example;"
+        "print(json.dumps(compile_example(*sys.argv[1:])))"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, f"long row of {name} K=V=128 bfloat16", target]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {"maps", "carry", "forward", "reverse", "gradients"} <= {row["kernel"] for row in rows}
+    assert {row["kernel"]: row["faults"] for row in rows if row["faults"]} == {}
+    assert all(row["spilled"] == 0 for row in rows)
