@@ -46,6 +46,8 @@ def check_writable(source_type: str, config: Any, where: str) -> None:
         raise ConfigError(f"{where}: rope_type={kind} can't be written as GGUF")
     if config.num_local_experts:
         raise ConfigError(f"{where}: num_local_experts={config.num_local_experts}: experts can't be written as GGUF")
+    if config.mamba_proj_bias:
+        raise ConfigError(f"{where}: mamba_proj_bias=true: llama.cpp has no biases of recurrent projections")
 
 
 def write_gguf(source: Source, file: Path, *, kind: Kind = "f32", vocabulary: Any = None) -> None:

@@ -125,6 +125,8 @@ def test_what_is_lost_is_said(transformers_on_disk):
         ),
         ("llama", ("target=granitemoehybrid", "layer.sinks=2"), "layer.sinks=2: target=granitemoehybrid has layers of"),
         ("llama", ("target=granitmoehybrid",), "did you mean 'granitemoehybrid'"),
+        # The type that transformers gives text without pictures.
+        ("llama", ("target=qwen3_5",), "did you mean 'qwen3_5_text'"),
     ],
 )
 def test_what_a_target_cannot_be_is_one_line(transformers_on_disk, kind, overrides, message):

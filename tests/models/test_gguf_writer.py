@@ -18,6 +18,8 @@ HYBRID = {
     "position_embedding_type": "rope",
     "attention_multiplier": 0.3,
     "logits_scaling": 2.0,
+    "attention_bias": True,
+    "mamba_proj_bias": False,
 }
 
 
@@ -117,21 +119,47 @@ def test_matrices_are_packed_and_vectors_are_not(hybrid, tmp_path, kind, step):
     assert packed > 10
 
 
-def test_the_vocabulary_is_that_of_the_folder_or_of_another_file(hybrid, tmp_path):
+WORDS = ["<s>", "</s>", *map(chr, range(97, 97 + 26)), "ab", "Ġ"]
+
+
+def save_with_words(model, folder):
+    """The model with a tokenizer whose rule llama.cpp knows."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    model, folder = hybrid
-    with_words = tmp_path / "with"
-    model.save_pretrained(with_words)
-    words = ["<s>", "</s>", *map(chr, range(97, 97 + 26)), "ab", "Ġ"]
-    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [("a", "b")]))
+    model.save_pretrained(folder)
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(WORDS)}, [("a", "b")]))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = "{{ messages }}"
-    tokenizer.save_pretrained(with_words)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.full
+def test_llama_cpp_goes_on_with_the_same_tokens(hybrid, tmp_path):
+    """Greedily, from token ids; extra `llama`."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    model, _ = hybrid
+    save_with_words(model, tmp_path / "model")
+    write_gguf(open_source(str(tmp_path / "model")), tmp_path / "model.gguf")
+    prompt = [3, 9, 17, 5, 11, 22, 8]
+    expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=None)
+    params = xllamacpp.CommonParams()
+    params.model.path = str(tmp_path / "model.gguf")
+    params.n_ctx, params.n_gpu_layers, params.warmup = 64, 0, False
+    params.cpuparams.n_threads = 1
+    asked = {"prompt": prompt, "n_predict": 12, "temperature": 0.0, "logprobs": 1, "ignore_eos": True}
+    found = xllamacpp.Server(params).handle_completions(asked)
+    tokens = [token["id"] for token in found["choices"][0]["logprobs"]["content"]]
+    assert tokens == expected[0, len(prompt) :].tolist()
+
+
+def test_the_vocabulary_is_that_of_the_folder_or_of_another_file(hybrid, tmp_path):
+    model, folder = hybrid
+    words, with_words = WORDS, tmp_path / "with"
+    save_with_words(model, with_words)
     write_gguf(open_source(str(with_words)), tmp_path / "first.gguf")
     _, keys = read(tmp_path / "first.gguf")
     tokens = keys["tokenizer.ggml.tokens"]
@@ -153,6 +181,7 @@ def test_the_vocabulary_is_that_of_the_folder_or_of_another_file(hybrid, tmp_pat
     [
         ("bamba", {}, "only granitemoehybrid is written as GGUF, not bamba"),
         ("granitemoehybrid", {}, "experts can't be written as GGUF"),
+        ("granite_dense", {}, "mamba_proj_bias=true: llama.cpp has no biases of recurrent projections"),
         (
             "granite_dense",
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
