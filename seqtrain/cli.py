@@ -83,6 +83,7 @@ COMMANDS = {
         "seqtrain.profiling.throughput", "tell where time and memory of a step go", "profile_throughput"
     ),
     "kernel-report": Command("seqtrain.kernels.inspect.report", "compile and count Triton kernels without a GPU"),
+    "predict-kernels": Command("seqtrain.kernels.inspect.timing", "predict the time of Triton kernels without a GPU"),
     "compare": Command("seqtrain.profiling.compare_runs", "compare finished runs or profiles"),
     "sharpness": Command("seqtrain.runtime.sharpness", "measure how sharply a run's loss curves at its checkpoints"),
     "spikes": Command("seqtrain.convert.spikes", "measure perplexity and spikes of a pretrained model's activations"),
