@@ -5,10 +5,15 @@
     torchrun --nproc-per-node 8 tools/bench_all_scan.py ranks=[2,4,8] form=[dense,channel] state_kib=[16,64,256,1024] \
         only=[auto,pipeline,tree,all_gather,ring] within=3
     torchrun --nproc-per-node 8 tools/bench_all_scan.py layers=8 compute_ms=22    # whole steps, forward and backward
+    python tools/bench_all_scan.py against=92755d4 ranks=[2,4,8] state_kib=[2,128,2048]
+    python tools/bench_all_scan.py against=92755d4 ranks=[8] namespace=lab priority=5 latency_ms=1 rate_mbit=100
 
 Any launcher will do that starts one copy per rank with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Every round times
 each method once, in another order, from a common start to the last rank's end. Rank 0 prints medians and minima with
 the cost model's time, and leaves `all_scan.json` and `all_scan.png` in `output_dir`.
+
+With `against` a commit's scans are measured beside this tree's, on ranks of both on this machine that take turns, and
+every message of one run of each is told in `all_scan_timeline.txt` and drawn in `all_scan_timeline.png`.
 """
 
 import itertools
@@ -25,6 +30,8 @@ import torch.distributed as dist
 from pydantic import Field
 
 from seqtrain.benchmarks.ranks import measure_in_turn, on_first_ranks, on_ranks, wire_bytes
+from seqtrain.benchmarks.scan_against import compare, told
+from seqtrain.benchmarks.scan_against import draw as draw_timeline
 from seqtrain.benchmarks.scan_methods import CHAINS, Setting, contenders, group_costs, scan, step
 from seqtrain.config import read_settings
 from seqtrain.parallel import scans_opened
@@ -81,6 +88,12 @@ class Settings:
     latency_ms: Annotated[float, Field(ge=0)] = 0.0
     # Rate of a link in Mbit/s, for the limit; 0: as measured.
     rate_mbit: Annotated[float, Field(ge=0)] = 0.0
+    # A commit whose scans are measured beside this tree's, both with `auto`; empty: all methods of this tree.
+    against: str = ""
+    # With `against`: real-time priority of all ranks, where other programs would disturb them (as root); 0: none.
+    priority: Annotated[int, Field(ge=0, lt=100)] = 0
+    # With `against`: rank r lives in the network namespace of this name and r, a host of a lab (as root); empty: none.
+    namespace: str = ""
     # Methods whose names start so; none: all.
     only: list[str] = field(default_factory=list)
     # Schedules that the cost model puts at more than so many times its cheapest are left out; 0: none is.
@@ -116,7 +129,7 @@ def measure_all(
 
 def measure_scans(settings: Settings, setting: Setting, costs: Costs, form: str, kib: float) -> list[Row]:
     """All methods that the settings ask for, on one size and form of state."""
-    group, limit = setting.group, physical_limit(settings, costs, setting)
+    group, limit = setting.group, physical_limit(settings, costs, setting.group.size(), setting.update.nbytes)
     found = contenders(setting)
     cheapest = min(c.expected for c in found.values() if c.expected is not None)
     dearest = settings.within * cheapest if settings.within else math.inf
@@ -149,11 +162,13 @@ def measure_scans(settings: Settings, setting: Setting, costs: Costs, form: str,
     return rows
 
 
-def physical_limit(settings: Settings, costs: Costs, setting: Setting) -> float:
-    """Seconds no scan can beat: the latency of every link, and one state on one link; or the local work if longer."""
+def physical_limit(settings: Settings, costs: Costs, ranks: int, size: int) -> float:
+    """Seconds no scan can beat: the latency of every link, and one state of `size` bytes on one link; or the local work
+    if longer.
+    """
     latency = settings.latency_ms / 1e3 or costs.latency
     byte = 8e-6 / settings.rate_mbit if settings.rate_mbit else costs.byte
-    return max((setting.group.size() - 1) * latency + setting.update.nbytes * byte, settings.compute_ms / 1e3)
+    return max((ranks - 1) * latency + size * byte, settings.compute_ms / 1e3)
 
 
 def print_scans(rows: list[Row]) -> None:
@@ -267,9 +282,21 @@ def _lines(axes: "Axes", rows: list[Row]) -> None:
     axes.legend(fontsize=7, ncols=2)
 
 
+def main_against(settings: Settings, counts: list[int]) -> int:
+    rows, deeds = compare(settings, counts, partial(physical_limit, settings))
+    folder = Path(settings.output_dir)
+    report, text = folder / "all_scan_against.json", folder / "all_scan_timeline.txt"
+    write_results(report, settings, rows=rows)
+    text.write_text("\n".join(f"{name}\n{told(ranks)}" for name, ranks in deeds.items()))
+    print(f"{report}, {text}, {draw_timeline(deeds, folder)}")
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     settings = read_settings(Settings, arguments)
     counts = settings.ranks or [int(os.environ.get("WORLD_SIZE", "4"))]
+    if settings.against:
+        return main_against(settings, counts)
     outcome = on_ranks(max(counts), measure_all, settings, counts)
     if outcome is not None:
         rows, costs = outcome

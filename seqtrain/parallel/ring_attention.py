@@ -27,7 +27,8 @@ from seqtrain.kernels.softmax_attention.blocks import Packed, attend, attend_gra
 from seqtrain.parallel.attention_layout import Layout, Rectangle, Round
 from seqtrain.parallel.exchange import exchange
 from seqtrain.parallel.scan import COMMUNICATE
-from seqtrain.parallel.scan_engine import Sent, Wire, engine_of
+from seqtrain.parallel.scan_engine import engine_of
+from seqtrain.parallel.wires import ExchangeWire, Sent
 
 
 class RankLayout:
@@ -251,7 +252,7 @@ def _put(x: Tensor, places: Sequence[slice], rows: Tensor, *, add: bool = False)
 class _Ring:
     """The rounds of one pass; `block [B,S,G,K+V]`: keys and values of this group that others want."""
 
-    wire: Wire
+    wire: ExchangeWire
     place: RankLayout
     block: Tensor
 
@@ -317,7 +318,7 @@ class _Owed:
     back: Sequence[slice] = ()
     launched: Sent = field(default_factory=list)
 
-    def collect(self, wire: Wire, gradient: Tensor | None, d_block: Tensor) -> None:
+    def collect(self, wire: ExchangeWire, gradient: Tensor | None, d_block: Tensor) -> None:
         wire.wait(self.launched)
         if gradient is not None and self.before is not None and self.before.shape[1]:
             gradient += self.before

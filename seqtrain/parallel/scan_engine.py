@@ -1,24 +1,23 @@
 """Runs the scans of one process group: in order, on a thread of its own, so that they advance while a rank computes.
 
-Receives are posted early, sends never block. A *place* is a rank's position along a scan: ranks counted forwards, or
-from the last one backwards.
+Receives are posted early, sends never block. On CPUs scans travel in streams of their own, all other messages by gloo.
 """
 
 import itertools
-import queue
 import threading
 import zlib
-from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from seqtrain.kernels.affine import AffineMap, AffineShape
+from seqtrain.parallel.streams import Streams
+from seqtrain.parallel.wires import ExchangeWire, GlooWire, NcclWire, Sent, StreamWire, Wire, observed
 
 if TYPE_CHECKING:
     from seqtrain.parallel.schedules.base import Schedule
@@ -26,152 +25,9 @@ if TYPE_CHECKING:
 
 # Sends are waited for this many scans later: a rank may run ahead of a slow neighbor by as many layers.
 SCANS_IN_FLIGHT = 4
-# Scans are told apart on the wire by a tag: this bit keeps clear of small tags of others, then 16 bits of what peers
-# must agree on (a disagreement about shapes never matches) and 12 bits of sequence number.
-TAG_BASE = 1 << 30
-# Messages outside scans have this bit instead, and a sequence number per agreed text.
+# The tag of a message outside scans has this bit, which keeps clear of small tags of others, then 16 bits of what peers
+# must agree on (a disagreement about sizes never matches) and 12 bits of a sequence number per agreed text.
 EXCHANGE_TAG = 1 << 29
-
-Sent = list[tuple[dist.Work, Tensor]]
-# A thread waits for a scan, or for an exchange of messages; a scan runs, on whichever thread.
-Event = Literal["scan", "exchange", "run"]
-Observer = Callable[[Event], AbstractContextManager[object]]
-_observers: list[Observer] = []
-
-
-@contextmanager
-def observed_by(observer: Observer) -> Iterator[None]:
-    """For profilers: while open, `observer(event)` is entered around every event on any thread of this process."""
-    _observers.append(observer)
-    try:
-        yield
-    finally:
-        _observers.remove(observer)
-
-
-def _observed(event: Event) -> AbstractContextManager[object]:
-    # One at a time is told: the latest.
-    return _observers[-1](event) if _observers else nullcontext()
-
-
-class Wire(ABC):
-    """Messages between the ranks of a group, addressed by place. Buffers are contiguous."""
-
-    # Ranks whose maps forget, see `AffineMap`.
-    resets: Sequence[int] = ()
-
-    def __init__(self, group: dist.ProcessGroup, reverse: bool = False):
-        self.group = group
-        self.places = group.size()
-        self.reverse = reverse
-        self.place = self.rank(group.rank())
-        self.receives: deque[Any] = deque()
-        self.sends: list[Any] = []
-
-    def rank(self, place: int) -> int:
-        """The rank in the group at a place (and the place of a rank)."""
-        return self.places - 1 - place if self.reverse else place
-
-    def forget(self, *places: int) -> bool:
-        """Whether the map of one of these places forgets the state that enters it, and so their composition does."""
-        return any(self.rank(place) in self.resets for place in places)
-
-    def post(self, buffer: Tensor, place: int) -> None:
-        """Announces that a message from `place` is to fill `buffer`; messages arrive in the order of posting."""
-        self.receives.append(self._message("recv", buffer, self.rank(place)))
-
-    def send(self, buffer: Tensor, place: int) -> None:
-        """Sends `buffer`, which must stay untouched until the works that `close` returns are done."""
-        self.sends.append(self._message("send", buffer, self.rank(place)))
-
-    @abstractmethod
-    def receive(self, count: int = 1) -> None:
-        """Waits until the next `count` posted buffers are filled."""
-
-    def receive_exchange(self, count: int = 1) -> None:
-        """`receive` for messages outside the scans."""
-        with _observed("exchange"):
-            self.receive(count)
-
-    @abstractmethod
-    def launch(self) -> Sent:
-        """Lets what was posted and sent go while the caller computes."""
-
-    def wait(self, launched: Sent) -> None:
-        """Until what `launch` gave has come, and its sends have left."""
-        with _observed("exchange"):
-            for work, _ in launched:
-                work.wait()
-
-    @abstractmethod
-    def close(self) -> Sent:
-        """The sends that may still be under way, with the buffers they read."""
-
-    @abstractmethod
-    def _message(self, what: str, buffer: Tensor, rank: int) -> Any:
-        """What `receives` or `sends` holds of a message; `what`: "recv" or "send"."""
-
-
-class GlooWire(Wire):
-    """gloo: a receive is posted at once (a late one costs one more latency), a send leaves when it is called.
-
-    `tag` names the scan: two peers that disagree about which scan this is never match, where gloo would abort the
-    process on a message of another size. The group's own methods are used: `dist.isend` adds 30 us per message.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, tag: int, reverse: bool = False):
-        super().__init__(group, reverse)
-        self.tag = tag
-
-    def receive(self, count: int = 1) -> None:
-        for _ in range(count):
-            self.receives.popleft()[0].wait()
-
-    def launch(self) -> Sent:
-        launched = [*self.receives, *self.sends]
-        self.receives.clear()
-        self.sends = []
-        return launched
-
-    def close(self) -> Sent:
-        sends, self.sends = self.sends, []
-        return sends
-
-    def _message(self, what: str, buffer: Tensor, rank: int) -> tuple[dist.Work, Tensor]:
-        # gloo rejects a non-contiguous tensor on one rank, and the others then die by time-out.
-        assert buffer.is_contiguous(), f"a message must be contiguous, has strides {buffer.stride()} for {buffer.shape}"
-        return getattr(self.group, what)([buffer], rank, self.tag), buffer
-
-
-class NcclWire(Wire):
-    """NCCL: sends wait for the next receives and go with them as one batch, on the current stream.
-
-    NCCL has no tags and one queue per communicator: a send queued before the receive it depends on, on both peers,
-    would serialize or deadlock, and a receive posted early would hold up every send after it.
-    """
-
-    def receive(self, count: int = 1) -> None:
-        for work, _ in self._batch(count):
-            work.wait()  # orders the current stream after the messages; the host continues
-
-    def launch(self) -> Sent:
-        # NCCL runs it on a stream of its own, behind what the current one was given so far.
-        return self._batch(len(self.receives))
-
-    def _batch(self, receives: int) -> Sent:
-        operations = [*self.sends, *(self.receives.popleft() for _ in range(receives))]
-        self.sends = []
-        works = dist.batch_isend_irecv(operations) if operations else []
-        return [(work, operation.tensor) for work, operation in zip(works, operations, strict=False)]
-
-    def close(self) -> Sent:
-        self.receive(0)
-        return []
-
-    def _message(self, what: str, buffer: Tensor, rank: int) -> dist.P2POp:
-        # NCCL has no complex numbers.
-        buffer = torch.view_as_real(buffer) if buffer.is_complex() else buffer
-        return dist.P2POp(dist.isend if what == "send" else dist.irecv, buffer, None, self.group, group_peer=rank)
 
 
 class Job:
@@ -182,6 +38,7 @@ class Job:
         self.shape = shape
         self.wire = wire
         self.arrivals = arrivals
+        self.travel = plan.prepare(wire, shape, arrivals)
         self.inputs: tuple[AffineMap, Tensor | None] | None = None
         self.done = threading.Event()
         self.states: tuple[Tensor, Tensor] | None = None
@@ -200,19 +57,19 @@ class Job:
         assert self.inputs is not None, "a scan runs once, after it was given its map"
         own, first = self.inputs
         self.inputs = None
-        with torch.no_grad(), _observed("run"):
+        with torch.no_grad(), observed("run"):
             if self.wire.place:
                 first = None
             elif first is None:
                 first = torch.zeros_like(own.update, memory_format=torch.contiguous_format)
             else:  # results are the caller's, who may write to them
                 first = first.clone(memory_format=torch.contiguous_format)
-            self.states = self.plan.run(self.wire, self.shape, own, first, self.arrivals)
+            self.states = self.travel(own, first)
             return self.wire.close()
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Waits, then `(incoming, outgoing)` state, `[rows, depth, columns]`; `RuntimeError` if the scan failed."""
-        with _observed("scan"):
+        with observed("scan"):
             self.done.wait()
         if self.failure is not None:
             raise RuntimeError(
@@ -244,15 +101,27 @@ class Engine:
         self.costs: Costs | None = None  # what scans cost here, once measured
         self.scans = 0  # for callers' use: how many of those opened were asked for by a model
         self.exchanges = 0  # likewise: how many times `messages` or `all_to_all` was asked for
+        self.streams: Streams | None = None  # formed when all ranks are there
         self._opened = 0
         self._numbers: Counter[int] = Counter()
         self._lock = threading.Lock()
         self._failure: Exception | None = None
         self._sent: deque[Sent] = deque()
         self._lent: deque[Sent] = deque()
-        self._queue: queue.SimpleQueue[Job | threading.Event | None] = queue.SimpleQueue()
+        self._queue: deque[Job | threading.Event | None] = deque()
         self._thread: threading.Thread | None = None
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._side: dict[torch.device, torch.cuda.Stream] = {}
+
+    def form(self) -> Streams | None:
+        """Makes the streams of scans on CPUs, the first time; then all ranks must call it, at the same point."""
+        if self.size == 1 or self.in_line:
+            return None
+        if self.streams is None:
+            self.streams = Streams(self.group)
+            name = f"all_scan {self.group.group_name}"
+            self._thread = threading.Thread(target=self._progress, args=(self.streams,), name=name, daemon=True)
+            self._thread.start()
+        return self.streams
 
     def open(
         self,
@@ -269,16 +138,19 @@ class Engine:
         with self._lock:
             number = self._opened
             self._opened += 1
-            if device.type == "cuda" or self.in_line:
-                wire: Wire = NcclWire(self.group, reverse)
+            streams = self.form() if device.type == "cpu" else None
+            wire: Wire
+            if streams is None:
+                wire = NcclWire(self.group, reverse)
             else:
-                agreed = _signature(f"{plan} {shape} {dtype} {reverse} {list(resets)}")
-                wire = GlooWire(self.group, TAG_BASE | agreed << 12 | number & 0xFFF, reverse)
+                agreed = f"{plan} {shape} {dtype} {reverse} {list(resets)}"
+                wire = StreamWire(self.group, streams, number, agreed, reverse)
             wire.resets = resets
             messages = plan.receives(shape, wire.place, wire.places)
             arrivals = torch.empty(sum(m.numbers for m in messages), dtype=dtype, device=device)
             for buffer, message in zip(arrivals.split([m.numbers for m in messages]), messages, strict=True):
                 wire.post(buffer, message.place)
+            wire.posted()
         return Job(plan, shape, wire, arrivals)
 
     def start(self, job: Job, own: AffineMap, first: Tensor | None) -> None:
@@ -286,27 +158,29 @@ class Engine:
         job.inputs = (own, first)
         if job.arrivals.is_cuda and not self.in_line:
             self._start_on_stream(job, own, first)
-        elif job.plan.blocking or self.in_line or self.size == 1:
-            self._run(job)
+        elif isinstance(job.wire, StreamWire):
+            self._queue.append(job)
+            job.wire.streams.ring()
+            if job.plan.blocking:
+                job.done.wait()
         else:
-            if self._thread is None:
-                name = f"all_scan {self.group.group_name}"
-                self._thread = threading.Thread(target=self._progress, name=name, daemon=True)
-                self._thread.start()
-            self._queue.put(job)
+            self._run(job)
 
     def flush(self) -> None:
         """Waits until every started scan has run and every message of this rank has left it."""
-        with _observed("scan"):
-            if self._thread is not None:
-                reached = threading.Event()
-                self._queue.put(reached)
+        with observed("scan"):
+            if self.streams is not None:
+                was_alive, reached = self._failure is None, threading.Event()
+                self._queue.append(reached)
+                self.streams.ring()
                 reached.wait()
+                if was_alive:
+                    self._check_alive()
             self._settle(self._sent, 0)
             self._settle(self._lent, 0)
 
     @contextmanager
-    def messages(self, agreed: str, device: torch.device, *, in_flight: int = 0) -> Iterator[Wire]:
+    def messages(self, agreed: str, device: torch.device, *, in_flight: int = 0) -> Iterator[ExchangeWire]:
         """A wire outside the scans, for a caller that waits for its messages itself; places are ranks.
 
         `agreed`: all that peers must agree on, the same text on every rank. Calls with the same text come in the same
@@ -320,13 +194,13 @@ class Engine:
                 self._numbers[signature] += 1
             tag = EXCHANGE_TAG | signature << 12 | number & 0xFFF
             nccl = device.type == "cuda" or self.in_line
-            wire = NcclWire(self.group) if nccl else GlooWire(self.group, tag)
+            wire: ExchangeWire = NcclWire(self.group) if nccl else GlooWire(self.group, tag)
             yield wire
             sent = wire.close()
             # Not among the scans' own: the progress thread must never wait for a message that this thread sent ahead.
             with self._lock:
                 self._lent.append(sent)
-            with _observed("exchange"):
+            with observed("exchange"):
                 self._settle(self._lent, in_flight)
 
     def all_to_all(self, arrived: Tensor, leaving: Tensor, come: Sequence[int], to: Sequence[int], agreed: str) -> None:
@@ -334,7 +208,7 @@ class Engine:
 
         A collective; both are contiguous, and of one dimension. Raises as `messages` does.
         """
-        with self._exchanging(agreed), _observed("exchange"):
+        with self._exchanging(agreed), observed("exchange"):
             # NCCL has no complex numbers.
             parts = 2 if leaving.is_complex() else 1
             came, went = ([parts * numbers for numbers in each] for each in (come, to))
@@ -357,20 +231,32 @@ class Engine:
 
     def stop(self) -> None:
         """Ends the progress thread once it has run what was started."""
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread = None
+        if self.streams is not None:
+            self._queue.append(None)
+            self.streams.ring()
+            self.streams = None
 
     def _check_alive(self) -> None:
         if self._failure is not None:
             raise RuntimeError(f"this process group is dead since an earlier scan or message failed: {self._failure}")
 
-    def _progress(self) -> None:
-        while (item := self._queue.get()) is not None:
+    def _progress(self, streams: Streams) -> None:
+        while True:
+            if not self._queue:
+                streams.step()
+                continue
+            item = self._queue.popleft()
+            if item is None:
+                streams.close()
+                return
             if isinstance(item, Job):
                 self._run(item)
-            else:
-                item.set()
+                continue
+            try:
+                self._settle(self._sent, 0)
+            except RuntimeError as failure:
+                self._failure = failure
+            item.set()
 
     def _run(self, job: Job) -> None:
         try:
@@ -398,9 +284,9 @@ class Engine:
     def _start_on_stream(self, job: Job, own: AffineMap, first: Tensor | None) -> None:
         """NCCL needs no thread: a side stream receives, maps and sends while the current stream computes."""
         device = job.arrivals.device
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        job.stream = self._streams[device]
+        if device not in self._side:
+            self._side[device] = torch.cuda.Stream(device)
+        job.stream = self._side[device]
         job.stream.wait_stream(torch.cuda.current_stream(device))
         for tensor in (job.arrivals, own.update, own.transition, first):
             if tensor is not None:

@@ -15,7 +15,7 @@ from unittest import mock
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from seqtrain.parallel.scan_engine import Event, observed_by
+from seqtrain.parallel.wires import Event, observed_by
 from seqtrain.profiling.parts import HostClock, Part, Timeline
 from seqtrain.runtime.engine import kept_collectives
 

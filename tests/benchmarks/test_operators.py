@@ -103,3 +103,24 @@ def test_schedules_that_cannot_win_are_left_out(tmp_path):
     fixed = [row["model_ms"] for row in rows if not row["method"].startswith("auto")]
     assert len(fixed) < 8
     assert len(set(fixed)) <= 1
+
+
+@pytest.mark.all
+def test_scans_take_turns_with_those_of_a_commit_and_every_message_is_told(tmp_path):
+    done = run_command(
+        "bench-all-scan", "against=HEAD", "ranks=[2,3]", "state_kib=[4]", "width=16", "form=[head]", "rounds=2",
+        f"output_dir={tmp_path}",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    rows = json.loads((tmp_path / "all_scan_against.json").read_text())["rows"]
+    assert [row["ranks"] for row in rows] == [2, 3]
+    assert all(row[side]["median_ms"] >= row[side]["minimum_ms"] > 0 for row in rows for side in ("here", "there"))
+    for told in (tmp_path / "all_scan_timeline.txt").read_text().split("\nhere\n"):
+        deeds = [line.split() for line in told.splitlines() if line[:4].strip().isdigit()]
+        moved = {
+            what: [(int(d[0]), int(d[2]), int(d[3])) for d in deeds if d[1] == what] for what in ("send", "receive")
+        }
+        assert sorted(moved["send"]) == sorted((peer, rank, size) for rank, peer, size in moved["receive"])
+        assert sum(size for rank, _, size in moved["receive"] if rank == 1) == 4096
+        assert {rank for rank, _, _ in moved["receive"]} == {1, 2}
+    assert (tmp_path / "all_scan_timeline.png").read_bytes().startswith(b"\x89PNG")

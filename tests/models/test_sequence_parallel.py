@@ -13,8 +13,8 @@ from seqtrain.parallel import SequenceContext, ShardedSequence, attention, flush
 from seqtrain.parallel.attention_layout import balanced
 from seqtrain.parallel.halo import tokens_before
 from seqtrain.parallel.ring_attention import RankLayout
-from seqtrain.parallel.scan_engine import GlooWire
 from seqtrain.parallel.testing import run_ranks
+from seqtrain.parallel.wires import GlooWire
 from tests.models.tiny import HYBRIDS, LAYERS, TINY, assert_same_gradients, build, row
 from tests.parallel.shard_cases import CUTS, Cut
 

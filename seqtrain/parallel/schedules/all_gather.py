@@ -1,12 +1,14 @@
 """Every place sends its map to all after it, which fold what they get: one latency, P states (LASP-2, fla)."""
 
+from functools import partial
+
 import numpy as np
 from torch import Tensor
 
 from seqtrain.kernels.affine import AffineMap, AffineShape
-from seqtrain.parallel.scan_engine import Wire
-from seqtrain.parallel.schedules.base import Message, Schedule, map_numbers, packed, unpacked
+from seqtrain.parallel.schedules.base import Message, Schedule, Travel, map_numbers, packed, unpacked
 from seqtrain.parallel.schedules.links import Array, Busy, Costs, Links, Load
+from seqtrain.parallel.wires import Wire
 
 
 class AllGather(Schedule):
@@ -17,8 +19,11 @@ class AllGather(Schedule):
     def receives(self, shape: AffineShape, place: int, places: int) -> list[Message]:
         return [Message(source, map_numbers(shape, source == 0)) for source in range(place)]
 
-    def run(
-        self, wire: Wire, shape: AffineShape, own: AffineMap, first: Tensor | None, arrivals: Tensor
+    def prepare(self, wire: Wire, shape: AffineShape, arrivals: Tensor) -> Travel:
+        return partial(self._run, wire, shape, arrivals)
+
+    def _run(
+        self, wire: Wire, shape: AffineShape, arrivals: Tensor, own: AffineMap, first: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         incoming, mine = first, own
         if incoming is not None:

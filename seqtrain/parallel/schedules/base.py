@@ -1,6 +1,7 @@
 """What a schedule of the collective is: what a place receives, how it runs, what it costs, how it is simulated."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -8,8 +9,12 @@ import torch
 from torch import Tensor
 
 from seqtrain.kernels.affine import AffineMap, AffineShape
-from seqtrain.parallel.scan_engine import Wire
 from seqtrain.parallel.schedules.links import Array, Busy, Costs, Links, Load
+from seqtrain.parallel.wires import Wire
+
+# Runs a scan: from this place's map, and on the first place the state before it, in memory of its own, None elsewhere,
+# to `(incoming state, outgoing state)`, `[rows, depth, columns]`.
+Travel = Callable[[AffineMap, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class Message(NamedTuple):
@@ -44,12 +49,9 @@ class Schedule(ABC):
         """What a place receives, in the order it is waited for: buffers are posted before there is anything to send."""
 
     @abstractmethod
-    def run(
-        self, wire: Wire, shape: AffineShape, own: AffineMap, first: Tensor | None, arrivals: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`(incoming state, outgoing state)`, `[rows, depth, columns]`.
+    def prepare(self, wire: Wire, shape: AffineShape, arrivals: Tensor) -> Travel:
+        """How a scan that is opened here runs, with all that can be ready before its map is known.
 
-        `own`: this place's map; `first`: on the first place the state before it, in memory of its own, None elsewhere;
         `arrivals`: one flat buffer that the messages of `receives` fill in their order.
         """
 

@@ -8,9 +8,9 @@ import numpy as np
 from torch import Tensor
 
 from seqtrain.kernels.affine import AffineMap, AffineShape
-from seqtrain.parallel.scan_engine import Wire
-from seqtrain.parallel.schedules.base import Message, Schedule
+from seqtrain.parallel.schedules.base import Message, Schedule, Travel
 from seqtrain.parallel.schedules.links import Array, Busy, Costs, Links, Load
+from seqtrain.parallel.wires import Wire
 
 BLOCK_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -27,26 +27,29 @@ class Pipeline(Schedule):
     def receives(self, shape: AffineShape, place: int, places: int) -> list[Message]:
         return [Message(place - 1, numbers) for numbers in cut(shape, self.blocks).sizes(shape)] if place else []
 
-    def run(
-        self, wire: Wire, shape: AffineShape, own: AffineMap, first: Tensor | None, arrivals: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def prepare(self, wire: Wire, shape: AffineShape, arrivals: Tensor) -> Travel:
         grid = cut(shape, self.blocks)
-        is_last = wire.place == wire.places - 1
-        # Everything that can be prepared is, before the first block is waited for.
-        outgoing = own.update.new_empty(shape.state_numbers)
+        outgoing = arrivals.new_empty(shape.state_numbers)
         leaving = grid.flat_views(outgoing, shape)
-        entering = grid.flat_views(arrivals, shape) if first is None else grid.views(first)
-        pairs = zip(grid.transitions(own.transition), grid.views(own.update), strict=True)
-        maps = [AffineMap(*pair, own.forgets) for pair in pairs]
-        for piece, block, out in zip(maps, entering, leaving, strict=True):
-            wire.receive(1 if first is None else 0)
-            piece.apply(block, out=out)
-            if not is_last:
-                wire.send(out, wire.place + 1)
-        incoming = grid.assemble(arrivals, entering, shape) if first is None else first
-        final = grid.assemble(outgoing, leaving, shape)
-        # A send still reads its buffer, so callers get a state of their own.
-        return incoming, final if is_last or not grid.in_order(shape) else final.clone()
+        entering = grid.flat_views(arrivals, shape) if wire.place else None
+        is_last = wire.place == wire.places - 1
+
+        def run(own: AffineMap, first: Tensor | None) -> tuple[Tensor, Tensor]:
+            came = grid.views(first) if entering is None else entering
+            pairs = zip(grid.transitions(own.transition), grid.views(own.update), strict=True)
+            for pair, block, out in zip(pairs, came, leaving, strict=True):
+                # Made while the block is on its way.
+                piece = AffineMap(*pair, own.forgets)
+                wire.receive(0 if entering is None else 1)
+                piece.apply(block, out=out)
+                if not is_last:
+                    wire.send(out, wire.place + 1)
+            incoming = first if entering is None else grid.assemble(arrivals, entering, shape)
+            final = grid.assemble(outgoing, leaving, shape)
+            # A send still reads its buffer, so callers get a state of their own.
+            return incoming, final if is_last or not grid.in_order(shape) else final.clone()
+
+        return run
 
     def alone(self, costs: Costs, load: Load, places: int) -> float:
         sizes = cut(load.shape, self.blocks).sizes(load.shape)

@@ -1,13 +1,15 @@
 """A tree of composed maps (Kogge and Stone): log2(P) rounds; in round d a place sends on what 2^d places do."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from seqtrain.kernels.affine import AffineMap, AffineShape
-from seqtrain.parallel.scan_engine import Wire
-from seqtrain.parallel.schedules.base import Message, Schedule, map_numbers, packed, unpacked
+from seqtrain.parallel.schedules.base import Message, Schedule, Travel, map_numbers, packed, unpacked
 from seqtrain.parallel.schedules.links import Array, Busy, Costs, Links, Load
+from seqtrain.parallel.wires import Wire
 
 
 class Tree(Schedule):
@@ -25,8 +27,11 @@ class Tree(Schedule):
             distance *= 2
         return messages
 
-    def run(
-        self, wire: Wire, shape: AffineShape, own: AffineMap, first: Tensor | None, arrivals: Tensor
+    def prepare(self, wire: Wire, shape: AffineShape, arrivals: Tensor) -> Travel:
+        return partial(self._run, wire, shape, arrivals)
+
+    def _run(
+        self, wire: Wire, shape: AffineShape, arrivals: Tensor, own: AffineMap, first: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         before = AffineMap(None, torch.zeros_like(own.update))  # places from the left up to here, this one not included
         upto = own  # the same, this one included
