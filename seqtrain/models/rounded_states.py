@@ -177,9 +177,11 @@ def _packed_bytes(x: Tensor, form: _Form) -> int:
 
 
 def _keys(state: Mapping[str, Tensor]) -> set[str]:
-    """Names of softmax attention's keys and values, `[B,S,G,K]`: each has a row a token, the last ones the latest."""
+    """Names of keys and values `[B,S,G,K]` that have a row a token, the last ones the latest: softmax attention's, and
+    those that wait until they have left a window.
+    """
     names = [name.removesuffix("length") for name in state if name.endswith("length")]
-    return {prefix + part for prefix in names for part in "kv" if prefix + part in state}
+    return {prefix + part for prefix in names for part in ("k", "v", "near_k", "near_v") if prefix + part in state}
 
 
 def _unpacked(state: State, forms: Mapping[str, _Form]) -> State:

@@ -325,10 +325,10 @@ def _check_weights(config: PretrainConfig) -> None:
     parallel, key = config.parallel, "train.weights=bfloat16"
     if config.train.dtype != "bfloat16":
         raise ConfigError(f"{key}: products would be float32 all the same; set train.dtype=bfloat16, too")
-    if parallel.zero_stage != 2:
+    if parallel.zero_stage == 0:
         raise ConfigError(
-            f"{key}: DeepSpeed keeps float32 masters, gradients and vectors beside it in ZeRO 2 alone, not "
-            f"parallel.zero_stage={parallel.zero_stage}; use parallel.zero_stage=2"
+            f"{key}: the float32 masters are ZeRO's, which parallel.zero_stage=0 is without; "
+            "use parallel.zero_stage=1 or more"
         )
     if config.optimizer.name != "adamw":
         raise ConfigError(f"{key}: is for optimizer=adamw, not {config.optimizer.name}; leave one of them out")

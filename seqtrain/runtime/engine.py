@@ -143,6 +143,9 @@ class Engine:
         settings = _deepspeed_config(config, ranks.device, model)
         shards = mesh.shards if mesh else None
         self._replicas = None if shards is None else Replicas(shards)
+        self._masters = config.train.weights == "bfloat16"
+        # In stage 3 this rank's pieces of matrices as they were before they were rounded.
+        self._born: dict[nn.Parameter, Tensor] = {}
         with large_tensors_given_back():
             self._bear(weights, settings, shards)
         unit: Replicas | ModelParallelUnit | None = self._replicas
@@ -160,7 +163,6 @@ class Engine:
         )
         # Whether the optimizer has made its state.
         self._begun = False
-        self._masters = config.train.weights == "bfloat16"
         self.deepspeed = self._start_deepspeed(optimizer, settings, unit)
         if matrices:
             place_blocks(self.deepspeed.optimizer, self.stage, matrices, config.optimizer)
@@ -182,7 +184,8 @@ class Engine:
             if not weight.requires_grad:
                 # Read from the same files by every rank: what DeepSpeed takes for a rank's own is sent to none.
                 vars(weight)["ds_optim_param"] = True
-        whole = {name: p.detach().clone() for name, p in model.named_parameters()} if self._masters else {}
+        if self._masters and self.stage < 3:
+            self._born = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
         casting = _matrices_alone_cast() if self._masters else nullcontext()
         with self._expert_parallel.announced(model), casting, large_tensors_given_back():
             engine, *_ = deepspeed.initialize(
@@ -195,7 +198,9 @@ class Engine:
         if self.stage == 3:
             share_weights(engine.optimizer)
         if self._masters:
-            self._restore_masters(whole)
+            self._restore_masters()
+            if self.stage == 3:
+                engine.optimizer.get_param_comm_dtype = lambda _: torch.float32
         return engine
 
     def _bear(self, weights: Fill | None, settings: dict[str, Any], shards: Shards | None) -> None:
@@ -211,15 +216,23 @@ class Engine:
         shape, cut = self._expert_parallel.whole_shape, self._expert_parallel.own
         for _, tensor in materialize(self.module, weights, self._ranks.device, own=own, whole_shape=shape, cut=cut):
             if divide is not None and isinstance(tensor, nn.Parameter):
+                if self._masters and tensor.dim() >= 2:
+                    self._born[tensor] = tensor.detach().flatten()[own(tensor)].clone()
+                    tensor.data = tensor.data.bfloat16()
                 divide(tensor)
 
-    def _restore_masters(self, whole: Mapping[str, Tensor]) -> None:
+    def _restore_masters(self) -> None:
         """Gives the optimizer float32 weights, of which DeepSpeed has made its own from what it had rounded."""
-        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-        for name, parameter in self.module.named_parameters():
-            if name in whole and parameter.requires_grad:
-                safe_set_full_fp32_param(parameter, whole[name].to(parameter.device))
+        for parameter, values in self._born.items():
+            if self.stage < 3:
+                safe_set_full_fp32_param(parameter, values.to(parameter.device))
+            else:
+                piece = vars(parameter)["ds_tensor"]
+                padded = torch.nn.functional.pad(values, (0, piece.numel() - len(values)))
+                safe_set_local_fp32_param(parameter, padded.to(piece.device).view_as(piece))
+        self._born = {}
 
     def set_learning_rate(self, rate: float) -> None:
         set_learning_rate(self.deepspeed.optimizer.param_groups, rate)
@@ -330,21 +343,30 @@ class Engine:
         """
         with self.averaged():
             self.model.train(False)
-            rounded = self._put_masters() if self._masters else {}
+            rounded = self._put_masters() if self._masters else []
             try:
                 yield self.module
             finally:
-                for parameter, values in rounded.items():
-                    parameter.data = values
+                with self.optimizer_state.in_pieces():
+                    for held, values in rounded:
+                        held.data = values
                 self.model.train()
 
-    def _put_masters(self) -> dict[nn.Parameter, Tensor]:
-        """Puts whole float32 weights in place of the rounded ones, which it gives."""
-        from deepspeed.utils import safe_get_full_fp32_param
+    def _put_masters(self) -> list[tuple[Tensor, Tensor]]:
+        """Puts float32 weights in place of rounded ones: whole, in stage 3 pieces. Gives what holds them, and had."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 
-        rounded = {parameter: parameter.data for parameter in self.module.parameters() if parameter.requires_grad}
-        for parameter in rounded:
-            parameter.data = safe_get_full_fp32_param(parameter)
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        if self.stage < 3:
+            rounded = [(parameter, parameter.data) for parameter in trained]
+            for parameter in trained:
+                parameter.data = safe_get_full_fp32_param(parameter)
+            return rounded
+        pieces = [vars(parameter)["ds_tensor"] for parameter in trained]
+        rounded = [(piece, piece.data) for piece in pieces]
+        with self.optimizer_state.in_pieces():
+            for parameter, piece in zip(trained, pieces, strict=True):
+                piece.data = safe_get_local_fp32_param(parameter).detach().view_as(piece)
         return rounded
 
     def shapes(self, *, besides: Collection[str] = ()) -> dict[str, list[int]]:
@@ -478,10 +500,17 @@ def _dividing(
 
 @contextmanager
 def _matrices_alone_cast() -> Iterator[None]:
-    """In it, DeepSpeed's bfloat16 mode leaves vectors (norms, decays) as they are: they have groups of their own."""
-    from deepspeed.runtime.engine import DeepSpeedEngine
+    """In it, DeepSpeed's bfloat16 mode leaves vectors (norms, decays) as they are: they have groups of their own.
 
-    cast = DeepSpeedEngine._cast_module_mixed_precision
+    ZeRO 1 has the optimizer of ZeRO 2 then, as for weights of one dtype; the one that DeepSpeed takes has one dtype
+    for all. ZeRO 3 puts the pieces of weights side by side by their dtype, where DeepSpeed knows one.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero import stage3
+    from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
+
+    cast, choose = DeepSpeedEngine._cast_module_mixed_precision, DeepSpeedEngine._do_optimizer_sanity_check
+    defragment, dtypes = stage3.defragment, stage3.get_all_comm_dtypes
 
     def cast_matrices(engine: Any, dtype: torch.dtype, *_: Any) -> None:
         for parameter in engine.module.parameters():
@@ -489,10 +518,34 @@ def _matrices_alone_cast() -> Iterator[None]:
                 parameter.data = parameter.data.to(dtype)
 
     DeepSpeedEngine._cast_module_mixed_precision = cast_matrices
+    DeepSpeedEngine._do_optimizer_sanity_check = lambda *_: ZERO_OPTIMIZATION
+    stage3.defragment = lambda tensors: _SideBySide(tensors, defragment)
+    # Gradients are summed over ranks in float32.
+    stage3.get_all_comm_dtypes = lambda _: {torch.float32}
     try:
         yield
     finally:
-        DeepSpeedEngine._cast_module_mixed_precision = cast
+        DeepSpeedEngine._cast_module_mixed_precision, DeepSpeedEngine._do_optimizer_sanity_check = cast, choose
+        stage3.defragment, stage3.get_all_comm_dtypes = defragment, dtypes
+
+
+class _SideBySide:
+    """One flat buffer for each dtype of some tensors, which are moved there, as if it were one for all."""
+
+    def __init__(self, tensors: list[Tensor], defragment: Callable[[list[Tensor]], Tensor]):
+        # Where each tensor begins among all, and among those of its dtype.
+        self._places: dict[int, tuple[torch.dtype, int]] = {}
+        sizes: dict[torch.dtype, int] = {}
+        begin = 0
+        for x in tensors:
+            self._places[begin] = (x.dtype, sizes.setdefault(x.dtype, 0))
+            begin, sizes[x.dtype] = begin + x.numel(), sizes[x.dtype] + x.numel()
+        self._flat = {dtype: defragment([x for x in tensors if x.dtype == dtype]) for dtype in sizes}
+
+    def narrow(self, _: int, begin: int, numbers: int) -> Tensor:
+        """Of consecutive tensors of one dtype, as a tensor's method has it."""
+        dtype, place = self._places[begin]
+        return self._flat[dtype].narrow(0, place, numbers)
 
 
 def step_calls(engine: Engine) -> list[tuple[Place, Literal["optimizer", "gradients", "autograd"]]]:

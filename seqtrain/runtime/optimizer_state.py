@@ -164,7 +164,7 @@ class OptimizerState:
             # y = (1 - b) z + b x: the weights in training, of the steps' sum z and the average x.
             values = parameter.ds_tensor if self._stage == 3 else parameter.data
             changed.append((values, values.clone(), self._z(parameter)))
-        with self._weights_in_pieces():
+        with self.in_pieces():
             for values, _, z in changed:
                 values.lerp_(z.view_as(values), 1 - 1 / self._config.betas[0])
         return [(values, before) for values, before, _ in changed]
@@ -180,12 +180,12 @@ class OptimizerState:
     @torch.no_grad()
     def put_back(self, changed: list[tuple[Tensor, Tensor]]) -> None:
         """Undoes `average`, bit for bit."""
-        with self._weights_in_pieces():
+        with self.in_pieces():
             for values, before in changed:
                 values.copy_(before)
 
     @contextmanager
-    def _weights_in_pieces(self) -> Iterator[None]:
+    def in_pieces(self) -> Iterator[None]:
         """In it, stage 3 has gathered no weight; those that it keeps gathered are gathered again afterwards."""
         if self._stage == 3:
             self._zero.checkpoint_event_prologue()
