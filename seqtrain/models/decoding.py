@@ -216,7 +216,6 @@ class Plan:
     def run(self, tokens: Tensor, state: Sequence[State]) -> tuple[Tensor, list[State]]:
         """`([B,vocab], state)`."""
         given = [tokens, *(state[layer][name] for layer, name in self._given)]
-        given = [x if x.is_contiguous() else x.contiguous() for x in given]
         kept = [each.taken(state) for each in self._keys]
         memory = next((each for each in self._memories if each.free), None)
         if memory is None:

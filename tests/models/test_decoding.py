@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqtrain.kernels.native.build import unavailable
 from seqtrain.mixers import MIXERS
@@ -107,6 +108,36 @@ def test_integer_weights_are_multiplied_as_torchao_does(weights, rows):
     ids = tokens(rows)
     assert walk(model, ids) < 1e-3
     assert plan_of(model).program.why == {}
+
+
+class Copied(TorchDispatchMode):
+    """The most numbers that PyTorch copied at once."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default):
+            self.most = max(self.most, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@torch.no_grad()
+def test_keys_of_many_rows_are_read_where_they_lie(rows):
+    # Heads of 32: whole vectors, and more keys than are summed at a time.
+    model = build("attention", "sliding_attention", dtype=torch.float32, width=64)
+    ids = tokens(rows, 50)
+    assert walk(model, ids, first=30) < 2e-4
+    _, state = model(ids[:, :30])
+    for t in (30, 31):
+        _, state = model.step(ids[:, t], state)
+    with pytest.MonkeyPatch.context() as patch:
+        # A step under a mode that watches PyTorch is PyTorch's own.
+        patch.setattr(decoding, "_served", lambda *_: True)
+        with Copied() as copied:
+            model.step(ids[:, 32], state)
+    assert copied.most <= rows
 
 
 @torch.no_grad()

@@ -181,11 +181,11 @@ class Program:
         self._run(self._first)
 
     def run(self, given: Sequence[Tensor], kept: Sequence[Kept], outs: Sequence[Tensor]) -> None:
-        """Writes `outs`; adds a row to each of `kept`. All are contiguous."""
+        """Writes `outs`; adds a row to each of `kept`, of which only the buffers are read. These are contiguous."""
         table, held = self._table, self._held
         for number, slot in self._slots_of_given.items():
-            held[slot] = given[number]
-            table[slot] = given[number].data_ptr()
+            held[slot] = tensor = given[number].contiguous()
+            table[slot] = tensor.data_ptr()
         for slot, out in zip(self._slots_of_outs, outs, strict=True):
             held[slot] = out
             table[slot] = out.data_ptr()

@@ -220,6 +220,19 @@ static inline __attribute__((always_inline)) void exchange_rows(Vec (&rows)[kLan
   }
 }
 
+// Leaves the totals of kLanes vectors in rows[0], begun with SIZE = 1.
+template <int SIZE>
+static inline __attribute__((always_inline)) void add_exchanged(Vec (&rows)[kLanes]) {
+  if constexpr (SIZE < kLanes) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; r += 2 * SIZE) {
+      exchange<SIZE>(rows[r], rows[r + SIZE], std::make_integer_sequence<int, kLanes>());
+      rows[r] += rows[r + SIZE];
+    }
+    add_exchanged<2 * SIZE>(rows);
+  }
+}
+
 // out [columns, rows] = a^T; both sizes are multiples of kBlock.
 static void transpose(int rows, int columns, const float* a, int lda, float* out, int ldo) {
   for (int i = 0; i < rows; i += kLanes)

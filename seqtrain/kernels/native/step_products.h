@@ -156,12 +156,9 @@ static inline __attribute__((always_inline)) void columns_of(
   for (; k + line <= size; k += line) {
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) __builtin_prefetch(w + (r + ROWS) * ldw + k, 0, 2);
-    for (int i = 0; i < line; i += 4) {
-      one(k + i);
-      one(k + i + 1);
-      one(k + i + 2);
-      one(k + i + 3);
-    }
+    for (int i = 0; i < line; i += 8)
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) one(k + i + j);
   }
   for (; k < size; ++k) one(k);
 #pragma GCC unroll 16

@@ -131,6 +131,42 @@ static void convolution_step(const Instruction& in, const Operand* x, const Fram
   }
 }
 
+// The totals of kLanes vectors, in one.
+static inline Vec totals(Vec (&rows)[kLanes]) {
+  add_exchanged<1>(rows);
+  return rows[0];
+}
+
+// scores[s] = scale * q . k_s for the keys from `first` to `end`, `step` floats apart; vectors of keys share their sums.
+static void scores_of(const float* q, const float* k, int64_t step, int key, int64_t first, int64_t end, float scale,
+                      float* scores) {
+  int64_t s = first;
+  for (; s + kLanes <= end; s += kLanes) {
+    Vec sums[kLanes];
+#pragma GCC unroll 16
+    for (int n = 0; n < kLanes; ++n) {
+      const float* row = k + (s + n) * step;
+      sums[n] = load(q) * load(row);
+      for (int c = kLanes; c < key; c += kLanes) sums[n] += load(q + c) * load(row + c);
+    }
+    store(scores + s, totals(sums) * scale);
+  }
+  for (; s < end; ++s) scores[s] = scale * dot_of(q, k + s * step, key);
+}
+
+// out += the values from `first` to `end` by their weights.
+template <int VECS>
+static inline void add_values(const float* weights, const float* v, int64_t step, int64_t first, int64_t end, float* out) {
+  Vec sums[VECS];
+#pragma GCC unroll 8
+  for (int n = 0; n < VECS; ++n) sums[n] = load(out + n * kLanes);
+  for (int64_t s = first; s < end; ++s)
+#pragma GCC unroll 8
+    for (int n = 0; n < VECS; ++n) sums[n] += weights[s] * load(v + s * step + n * kLanes);
+#pragma GCC unroll 8
+  for (int n = 0; n < VECS; ++n) store(out + n * kLanes, sums[n]);
+}
+
 // Softmax attention of one token a row to the keys before it and its own, which it adds to them. Operands: out, q, k, v,
 // the kept keys [B,capacity,G,K] and values, how many of them count for each row. sizes: B, H, G. ints: K, V, and where
 // the frame's numbers begin: the first row that is kept, rows kept, capacity. scalars: scale, cap.
@@ -141,48 +177,73 @@ static void attention_step(const Instruction& in, const Operand* x, const Frame&
   const int64_t start = frame.numbers[in.ints[2]], rows = frame.numbers[in.ints[2] + 1];
   const int64_t capacity = frame.numbers[in.ints[2] + 2];
   const T scale = static_cast<T>(in.scalars[0]), cap = static_cast<T>(in.scalars[1]);
-  in_parallel(in.threads, in.sizes[0] * groups, [&](int64_t task) {
-    const int64_t b = task / groups, g = task % groups;
-    std::vector<T> buffer, row(std::max(key, value)), queries(share * key), scores(share * (rows + 1)), out(value);
-    auto place = [&](int o, int64_t s, int width) {
+  // A row's groups lie side by side, so that one task reads all memory in order; few rows are cut into groups.
+  const int64_t pieces = in.sizes[0] >= in.threads ? 1 : groups;
+  in_parallel(in.threads, in.sizes[0] * pieces, [&](int64_t task) {
+    const int64_t b = task / pieces, from = groups * (task % pieces) / pieces;
+    const int64_t to = groups * (task % pieces + 1) / pieces, heads_of_task = (to - from) * share;
+    std::vector<T> buffer, row(std::max(key, value)), queries(heads_of_task * key), outs(heads_of_task * value, T(0));
+    std::vector<T> scores(heads_of_task * (rows + 1));
+    auto place = [&](int o, int64_t s, int64_t g, int width) {
       return address(frame, x[o]) + ((b * capacity + start + s) * groups + g) * width * width_of(x[o].dtype);
     };
-    put(x[4], place(4, rows, key), 1, key, vector_of<T>(frame, x[2], b, g, key, buffer));
-    put(x[5], place(5, rows, value), 1, value, vector_of<T>(frame, x[3], b, g, value, buffer));
     const int64_t counted = x[6].absent ? rows : reinterpret_cast<const int64_t*>(address(frame, x[6]))[b * x[6].strides[0]];
     const int64_t first = std::max<int64_t>(0, rows - counted);
-    for (int64_t i = 0; i < share; ++i)
-      std::copy_n(vector_of<T>(frame, x[1], b, g * share + i, key, buffer), key, queries.data() + i * key);
-    for (int64_t s = first; s <= rows; ++s) {
-      const T* k = take(x[4], place(4, s, key), 1, key, row.data());
-      for (int64_t i = 0; i < share; ++i) {
-        const T score = scale * dot_of(queries.data() + i * key, k, key);
-        scores[i * (rows + 1) + s] = cap > 0 ? cap * std::tanh(score / cap) : score;
-      }
+    for (int64_t g = from; g < to; ++g) {
+      put(x[4], place(4, rows, g, key), 1, key, vector_of<T>(frame, x[2], b, g, key, buffer));
+      put(x[5], place(5, rows, g, value), 1, value, vector_of<T>(frame, x[3], b, g, value, buffer));
     }
-    for (int64_t i = 0; i < share; ++i) {
-      T* line = scores.data() + i * (rows + 1);
-      T most = line[first], sum(0);
-      for (int64_t s = first; s <= rows; ++s) most = std::max(most, line[s]);
+    for (int64_t h = 0; h < heads_of_task; ++h)
+      std::copy_n(vector_of<T>(frame, x[1], b, from * share + h, key, buffer), key, queries.data() + h * key);
+    // So many keys, or values, of all groups at a time: read in order, they stay in the first cache for all heads.
+    constexpr int64_t many = 16;
+    const bool direct = std::is_same_v<T, float> && x[4].dtype == kF32 && key % kLanes == 0 && value % kLanes == 0;
+    for (int64_t s = first; s <= rows; s += many)
+      for (int64_t h = 0; h < heads_of_task; ++h) {
+        const int64_t g = from + h / share, end = std::min(rows + 1, s + many);
+        T* line = scores.data() + h * (rows + 1);
+        if constexpr (std::is_same_v<T, float>)
+          if (direct) {
+            const float* k = reinterpret_cast<const float*>(place(4, 0, g, key));
+            scores_of(queries.data() + h * key, k, groups * key, key, s, end, scale, line);
+            continue;
+          }
+        for (int64_t n = s; n < end; ++n)
+          line[n] = scale * dot_of(queries.data() + h * key, take(x[4], place(4, n, g, key), 1, key, row.data()), key);
+      }
+    for (int64_t h = 0; h < heads_of_task; ++h) {
+      T* line = scores.data() + h * (rows + 1);
+      for (int64_t s = first; s <= rows && cap > 0; ++s) line[s] = cap * std::tanh(line[s] / cap);
+      const T most = *std::max_element(line + first, line + rows + 1);
       for (int64_t s = first; s <= rows; ++s) line[s] -= most;
       for (int64_t s = first; s <= rows; s += kStrip) {
         const int n = static_cast<int>(std::min<int64_t>(kStrip, rows + 1 - s));
         apply<T>(op_exp, n, line + s, line + s, nullptr, nullptr);
       }
+      T sum(0);
       for (int64_t s = first; s <= rows; ++s) sum += line[s];
       for (int64_t s = first; s <= rows; ++s) line[s] /= sum;
     }
-    std::vector<T> outs(share * value, T(0));
-    for (int64_t s = first; s <= rows; ++s) {
-      const T* v = take(x[5], place(5, s, value), 1, value, row.data());
-      for (int64_t i = 0; i < share; ++i) {
-        const T weight = scores[i * (rows + 1) + s];
-        T* to = outs.data() + i * value;
-        for (int w = 0; w < value; ++w) to[w] += weight * v[w];
+    for (int64_t s = first; s <= rows; s += many)
+      for (int64_t h = 0; h < heads_of_task; ++h) {
+        const int64_t g = from + h / share, end = std::min(rows + 1, s + many);
+        const T* line = scores.data() + h * (rows + 1);
+        T* out = outs.data() + h * value;
+        if constexpr (std::is_same_v<T, float>)
+          if (direct) {
+            const float* v = reinterpret_cast<const float*>(place(5, 0, g, value));
+            by_columns(value, [&](auto vectors, int c) {
+              add_values<vectors>(line, v + c, groups * value, s, end, out + c);
+            });
+            continue;
+          }
+        for (int64_t n = s; n < end; ++n) {
+          const T* v = take(x[5], place(5, n, g, value), 1, value, row.data());
+          for (int w = 0; w < value; ++w) out[w] += line[n] * v[w];
+        }
       }
-    }
-    for (int64_t i = 0; i < share; ++i)
-      put(x[0], address(frame, x[0]) + at(x[0], b, g * share + i), x[0].strides[2], value, outs.data() + i * value);
+    for (int64_t h = 0; h < heads_of_task; ++h)
+      put(x[0], address(frame, x[0]) + at(x[0], b, from * share + h), x[0].strides[2], value, outs.data() + h * value);
   });
 }
 
