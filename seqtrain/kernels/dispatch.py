@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from seqtrain.errors import unknown_name
-from seqtrain.kernels import gpu
+from seqtrain.kernels import gpu, outside
 
 log = logging.getLogger("seqtrain.kernels")
 
-BACKENDS = ("reference", "chunked", "triton", "native", "flash")
+BACKENDS = ("reference", "chunked", "triton", "native", "flash", *outside.NAMES)
 # Fastest first; `reference` is the definition and is only taken when asked for by name.
-PREFERENCE = {"cuda": ("flash", "triton", "chunked"), "cpu": ("native", "chunked")}
+PREFERENCE = {"cuda": ("flash", *outside.NAMES, "triton", "chunked"), "cpu": ("native", "chunked")}
 
 # Functions that a backend may have, each with the backend and function taken where it has none. One turn of the
 # definition's loop is cheapest for one token per row.
@@ -26,6 +26,7 @@ FUNCTIONS = {"step": ("reference", "run"), "find_map": ("chunked", "find_map"), 
 def reset_backend_choice() -> None:
     """Makes every operator choose, and say why, again: a process that starts another run has another log."""
     choose.cache_clear()
+    outside.disagreement.cache_clear()
 
 
 @cache
@@ -37,7 +38,8 @@ def choose(operator: str, package: str, backends: tuple[str, ...], requested: st
     if requested not in (*BACKENDS, "auto"):
         raise ValueError(f"{operator}: " + unknown_name("backend", requested, (*BACKENDS, "auto")))
     refused: list[str] = []
-    for name in PREFERENCE.get(device_type, ("chunked",)) if requested == "auto" else (requested,):
+    preferred = [x for x in PREFERENCE.get(device_type, ("chunked",)) if x in backends or x not in outside.NAMES]
+    for name in preferred if requested == "auto" else (requested,):
         reason = _why_not(operator, package, backends, name, device_type)
         if reason is None:
             log.info("%s: %s%s", operator, name, f" ({'; '.join(refused)})" if refused else "")
@@ -46,37 +48,53 @@ def choose(operator: str, package: str, backends: tuple[str, ...], requested: st
     raise ValueError(f"{operator}: backend={requested} can't run here: {'; '.join(refused)}")
 
 
+def otherwise(operator: str, package: str, backends: tuple[str, ...], device_type: str) -> str:
+    """What "auto" would be without other packages."""
+    own = [x for x in PREFERENCE.get(device_type, ("chunked",)) if x not in outside.NAMES]
+    return next(x for x in own if _why_not(operator, package, backends, x, device_type) is None)
+
+
 def _why_not(operator: str, package: str, backends: tuple[str, ...], name: str, device_type: str) -> str | None:
     if name == "triton" and (reason := gpu.refuses(device_type)):
         return reason
     if name not in backends:
         return f"has no {operator} in this version"
+    if name in outside.NAMES and device_type not in outside.DEVICES:
+        return "needs a CUDA device"
     # A backend that depends on the machine (a compiler, a GPU generation) says so itself.
-    return None if name == "reference" else getattr(_module(package, name), "unavailable", lambda: None)()
+    reason = None if name == "reference" else getattr(_module(package, name), "unavailable", lambda: None)()
+    if reason is None and name in outside.NAMES:
+        return outside.disagreement(package, name, device_type)
+    return reason
 
 
 def _module(package: str, backend: str) -> ModuleType:
     return importlib.import_module(f"{package}.{backend}")
 
 
-def function_of(package: str, backend: str, name: str) -> Callable:
+def function_of(package: str, backend: str, name: str, otherwise: str = "chunked") -> Callable:
     """The function `name` of a backend, or the one that `FUNCTIONS` puts in its place.
 
-    Where the backend has `serves`, inputs and states that it does not serve go to the chunked form.
+    Where the backend has `serves`, arguments that it does not serve go to `otherwise`: the chunked form or, of a
+    backend that is another package's, our own, which has its other functions, too.
     """
     if backend == "reference":
         return importlib.import_module(package).reference
     module = _module(package, backend)
     found, serves = getattr(module, name, None), getattr(module, "serves", None)
     if found is None:
-        return function_of(package, *FUNCTIONS[name])
+        return (
+            function_of(package, otherwise, name)
+            if backend in outside.NAMES
+            else function_of(package, *FUNCTIONS[name])
+        )
     if serves is None:
         return found
-    chunked = function_of(package, "chunked", "run" if name == "step" else name)
+    other = function_of(package, otherwise, "run" if name == "step" and otherwise == "chunked" else name)
 
     @wraps(found)
-    def choose(inputs: Any, state: Any, *others: Any) -> Any:
-        return (found if serves(inputs, state) else chunked)(inputs, state, *others)
+    def choose(*arguments: Any) -> Any:
+        return (found if serves(*arguments) else other)(*arguments)
 
     return choose
 

@@ -94,7 +94,7 @@ def _version(tool: Any) -> tuple[int, ...]:
 WIDEST = 256
 
 
-def serves(inputs: Sequence[Any], _: Tensor | None) -> bool:
+def serves(inputs: Sequence[Any], *_: Any) -> bool:
     """Whether the kernels of matrix recurrences take q or k `[B,T,H,K]`: float64 only in Triton's interpreter."""
     x = inputs[1] if inputs[0] is None else inputs[0]
     return x.shape[3] <= WIDEST and (x.dtype != torch.float64 or not x.is_cuda)

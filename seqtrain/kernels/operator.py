@@ -17,7 +17,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from seqtrain.kernels import dispatch
+from seqtrain.kernels import dispatch, outside
 from seqtrain.kernels.checks import check_documents, check_kind, check_shape, check_state
 from seqtrain.kernels.custom_ops import constant, opaque
 from seqtrain.kernels.documents import state_dtype
@@ -190,7 +190,11 @@ class Operator(Generic[P, R]):
         backend = dispatch.choose(self.name, self.__module__, self.backends, requested, device_type)
         key = f"{backend}_{function}"
         if not hasattr(self._functions, key):
-            setattr(self._functions, key, dispatch.function_of(self.__module__, backend, function))
+            otherwise = "chunked"
+            if backend in outside.NAMES:
+                otherwise = dispatch.otherwise(self.name, self.__module__, self.backends, device_type)
+            found = dispatch.function_of(self.__module__, backend, function, otherwise)
+            setattr(self._functions, key, found)
         return key
 
     def backend(self, *, like: Callable[[Inputs, Tensor], Tensor]) -> Callable[[Callable], Callable]:

@@ -62,7 +62,7 @@ class DeltaRuleSegment(AffineSegment):
     state=lambda *, H, K, V, **_: (H, K, V),
     # What the state holds for k (`k S`), the correction of it, and the reading `q S`.
     flops=lambda *, B, T, H, K, V, **_: 6 * B * T * H * K * V,
-    backends=("reference", "chunked", "native", "triton"),
+    backends=("reference", "chunked", "native", "triton", "flash_qla", "attn_gym", "fla"),
     time=AffineScan(DeltaRuleSegment),
 )
 def delta_rule(

@@ -29,7 +29,7 @@ class _Call(ctypes.Structure):
     )
 
 
-def serves(inputs: Inputs, state: Tensor) -> bool:
+def serves(inputs: Inputs, state: Tensor, *_: Any) -> bool:
     """Whether the library takes a call: not in double precision."""
     return state.dtype in (torch.float32, torch.complex64)
 

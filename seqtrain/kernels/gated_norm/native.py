@@ -24,7 +24,7 @@ class _Call(ctypes.Structure):
     )
 
 
-def serves(x: Tensor, weight: Tensor) -> bool:
+def serves(x: Tensor, *_: Any) -> bool:
     """Whether the library takes x: not in float64."""
     return x.dtype in KINDS
 

@@ -16,7 +16,7 @@ IGNORED = -100
     kinds={"labels": "int64"},
     out="",
     flops=lambda *, n, D, vocab, **_: 2 * n * D * vocab,
-    backends=("reference", "chunked", "native", "triton"),
+    backends=("reference", "chunked", "native", "triton", "liger"),
 )
 def linear_cross_entropy(
     hidden: Tensor,

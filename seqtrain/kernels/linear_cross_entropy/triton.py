@@ -1,7 +1,7 @@
 """The softmax of each chunk by one Triton kernel, which reads the logits twice and puts their gradient in their place.
 
-Liger-Kernel's fused linear cross-entropy does the same but rounds gradients to the weights' dtype before the loss's own
-gradient scales them, waits for the GPU once a call, and cuts chunks by a rule of its own: so it is not used here.
+Liger-Kernel's fused linear cross-entropy (`liger`) does the same, but rounds gradients to the weights' dtype before the
+loss's own gradient scales them, waits for the GPU once a call, and cuts chunks by a rule of its own.
 """
 
 import torch

@@ -36,7 +36,7 @@ class _Call(ctypes.Structure):
     )
 
 
-def serves(inputs: Inputs, state: Tensor | None) -> bool:
+def serves(inputs: Inputs, state: Tensor | None, *_: Any) -> bool:
     """Whether the library takes a call: not in float64."""
     return torch.float64 not in [x.dtype for x in (inputs[1:3] if state is None else (state,))]
 

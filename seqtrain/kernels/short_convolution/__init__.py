@@ -21,7 +21,7 @@ def past_tokens(weight: Tensor, dilation: int = 1) -> int:
     out="B T D",
     state=lambda *, W, D, dilation=1, **_: ((W - 1) * dilation, D),
     flops=lambda *, B, T, D, W, **_: 2 * B * T * D * W,
-    backends=("reference", "chunked", "native", "triton"),
+    backends=("reference", "chunked", "native", "triton", "causal_conv1d"),
     time=PastInputs(lambda tensors, options: past_tokens(tensors[1], options.get("dilation", 1))),
 )
 def short_convolution(

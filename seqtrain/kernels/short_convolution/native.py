@@ -25,7 +25,7 @@ class _Call(ctypes.Structure):
     )
 
 
-def serves(inputs: Inputs, state: Tensor) -> bool:
+def serves(inputs: Inputs, state: Tensor, *_: Any) -> bool:
     """Whether the library takes a call: not in float64."""
     return state.dtype == torch.float32
 

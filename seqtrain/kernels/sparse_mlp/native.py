@@ -1,6 +1,7 @@
 """A few rows by the native CPU kernel, which reads the weights of kept channels alone."""
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class _Call(ctypes.Structure):
     _fields_ = fields("value down", "gate x sums boundaries", "documents parts rows hidden inner width threads")
 
 
-def serves(gate: Tensor, x: Tensor) -> bool:
+def serves(gate: Tensor, x: Tensor, *_: Any) -> bool:
     """Whether there are few rows with numbers, and nothing is to be differentiated."""
     if torch.compiler.is_compiling() or is_fake(x):
         return False

@@ -37,7 +37,7 @@ def _example(name: str, width: int, dtype: str) -> Example:
 EXAMPLES = (_example("tensor_attention K=4 V=64 bfloat16", 4, "bfloat16"),)
 
 
-def serves(_: Inputs, state: Tensor) -> bool:
+def serves(_: Inputs, state: Tensor, *others: Any) -> bool:
     """Whether the kernels take so many features."""
     return state.shape[3] <= MOST_FEATURES
 
