@@ -54,7 +54,7 @@ def side_of(tree: Path, counts: list[int], namespace: str, priority: int) -> Ite
         words = json.dumps([f"{folder}/store", counts, namespace, priority])
         command = [sys.executable, "-P", str(scan_side.__file__), words]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        environment = {**os.environ, "PYTHONPATH": str(tree), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         with subprocess.Popen(command, cwd=tree, env=environment, **pipes) as process:
 
             def run(request: Request) -> dict[str, Any]:

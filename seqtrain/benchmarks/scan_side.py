@@ -58,6 +58,10 @@ def recorded() -> Iterator[list[Deed]]:
         posted[id(wire)].append((wire.rank(place), buffer.nbytes))
         originals["post"](wire, buffer, place)
 
+    def post_all(wire: Any, arrivals: Any, messages: Sequence[tuple[int, int]]) -> None:
+        posted[id(wire)].extend((wire.rank(place), numbers * arrivals.element_size()) for place, numbers in messages)
+        originals["post_all"](wire, arrivals, messages)
+
     def send(wire: Any, buffer: Any, place: int) -> None:
         begun = time.monotonic()
         originals["send"](wire, buffer, place)
@@ -77,8 +81,14 @@ def recorded() -> Iterator[list[Deed]]:
         for name, replacement in (("post", post), ("send", send)):
             stack.enter_context(mock.patch.object(Wire, name, replacement))
         for each in vars(scan_engine).values():
-            if isinstance(each, type) and issubclass(each, Wire) and "receive" in vars(each) and each is not Wire:
+            if not isinstance(each, type) or not issubclass(each, Wire) or each is Wire:
+                continue
+            if "receive" in vars(each):
                 stack.enter_context(mock.patch.object(each, "receive", receiving(each.receive)))
+            # Where it does not go through `post`.
+            if "post_all" in vars(each):
+                originals["post_all"] = each.post_all
+                stack.enter_context(mock.patch.object(each, "post_all", post_all))
         for owner, name, what in ((Engine, "start", "start"), (AffineMap, "apply", "apply"), (Job, "result", "result")):
             stack.enter_context(mock.patch.object(owner, name, noted(what, getattr(owner, name))))
         yield deeds

@@ -148,9 +148,7 @@ class Engine:
             wire.resets = resets
             messages = plan.receives(shape, wire.place, wire.places)
             arrivals = torch.empty(sum(m.numbers for m in messages), dtype=dtype, device=device)
-            for buffer, message in zip(arrivals.split([m.numbers for m in messages]), messages, strict=True):
-                wire.post(buffer, message.place)
-            wire.posted()
+            wire.post_all(arrivals, messages)
         return Job(plan, shape, wire, arrivals)
 
     def start(self, job: Job, own: AffineMap, first: Tensor | None) -> None:

@@ -32,24 +32,15 @@ Address = tuple[str, int, bytes]
 
 
 class Arrival:
-    """Where what one rank sends in one scan goes: `size` bytes, of which `came` are there."""
+    """Where what a rank sends in a scan goes: `size` bytes from byte `start` of `memory`, of which `came` are there."""
 
-    __slots__ = ("buffers", "came", "number", "signature", "size", "source", "start", "view")
+    __slots__ = ("came", "memory", "number", "signature", "size", "source", "start", "view")
 
-    def __init__(self, source: "_Incoming", number: int, signature: int):
+    def __init__(self, source: "_Incoming", number: int, signature: int, memory: Tensor, start: int):
         self.source, self.number, self.signature = source, number, signature
-        self.buffers: list[Tensor] = []
-        self.start = self.size = self.came = 0
+        self.memory, self.start = memory, start
+        self.size = self.came = 0
         self.view = memoryview(b"")
-
-    def add(self, buffer: Tensor) -> int:
-        """Appends a buffer, which lies behind the last one in memory; returns what has come when it is full."""
-        if not self.buffers:
-            self.start = buffer.data_ptr()
-        assert buffer.data_ptr() == self.start + self.size, "what one rank sends in a scan fills one piece of memory"
-        self.buffers.append(buffer)
-        self.size += buffer.nbytes
-        return self.size
 
 
 class Leaving:
@@ -93,9 +84,9 @@ class Streams:
             self.watch(each, ready)
         self._button.setblocking(False)
 
-    def arrival(self, number: int, signature: int, rank: int) -> Arrival:
-        """Where what `rank` sends in a scan goes; not before it is posted. From any thread, as `post` and `ring`."""
-        return Arrival(self._sources[rank], number, signature)
+    def arrival(self, number: int, signature: int, rank: int, memory: Tensor, start: int) -> Arrival:
+        """Where what `rank` sends in a scan goes, once it has its size and is posted. From any thread, as `post`."""
+        return Arrival(self._sources[rank], number, signature, memory, start)
 
     def post(self, arrivals: Iterable[Arrival]) -> None:
         """What is sent for these may come, from now on."""
@@ -265,7 +256,7 @@ class _Incoming:
         if arrival.signature != signature:
             self._lose("runs another scan")
             return
-        arrival.view = _bytes(arrival.start, arrival.size)
+        arrival.view = _bytes(arrival.memory.data_ptr() + arrival.start, arrival.size)
         self._current = arrival
 
     def _read(self) -> None:

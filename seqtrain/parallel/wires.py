@@ -71,8 +71,10 @@ class Wire(ABC):
         _check_contiguous(buffer)
         self.sends.append(self._message("send", buffer, self.rank(place)))
 
-    def posted(self) -> None:  # noqa: B027
-        """After the last of a scan's receives was posted."""
+    def post_all(self, arrivals: Tensor, messages: Sequence[tuple[int, int]]) -> None:
+        """`post` for messages that fill `arrivals` one after the other: from which place, and how many numbers."""
+        for buffer, (place, _) in zip(arrivals.split([numbers for _, numbers in messages]), messages, strict=True):
+            self.post(buffer, place)
 
     @abstractmethod
     def receive(self, count: int = 1) -> None:
@@ -94,10 +96,19 @@ class StreamWire(Wire):
         super().__init__(group, reverse)
         self.streams = streams
         self._names = number, zlib.crc32(agreed.encode())
-        self._arrivals: dict[int, Arrival] = {}
 
-    def posted(self) -> None:
-        self.streams.post(self._arrivals.values())
+    def post_all(self, arrivals: Tensor, messages: Sequence[tuple[int, int]]) -> None:
+        found: dict[int, Arrival] = {}
+        start, item = 0, arrivals.element_size()
+        for place, numbers in messages:
+            arrival = found.get(place)
+            if arrival is None:
+                arrival = found[place] = self.streams.arrival(*self._names, self.rank(place), arrivals, start)
+            assert start == arrival.start + arrival.size, "what one place sends in a scan fills one piece of memory"
+            arrival.size += item * numbers
+            start += item * numbers
+            self.receives.append((arrival, arrival.size))
+        self.streams.post(found.values())
 
     def receive(self, count: int = 1) -> None:
         for _ in range(count):
@@ -106,11 +117,9 @@ class StreamWire(Wire):
     def close(self) -> Sent:
         return [sent for sent in self.sends if sent[0] is not None]
 
-    def _message(self, what: str, buffer: Tensor, rank: int) -> tuple[Any, Any]:
-        if what == "send":
-            return self.streams.send(*self._names, buffer, rank), buffer
-        arrival = self._arrivals.setdefault(rank, self.streams.arrival(*self._names, rank))
-        return arrival, arrival.add(buffer)
+    def _message(self, what: str, buffer: Tensor, rank: int) -> tuple[Leaving | None, Tensor]:
+        assert what == "send", "a scan posts all it receives at once"
+        return self.streams.send(*self._names, buffer, rank), buffer
 
 
 class ExchangeWire(Wire):
