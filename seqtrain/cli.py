@@ -105,6 +105,7 @@ COMMANDS = {
     ),
     "simulate": Command("seqtrain.planning.simulate_scaling", "simulate steps with one sequence over many ranks"),
     "bench-operators": Command("seqtrain.benchmarks.operators", "time operators against others"),
+    "bench-launches": Command("seqtrain.benchmarks.launches", "time the Python around launches of Triton kernels"),
     "bench-all-scan": Command("seqtrain.benchmarks.all_scan", "time ways to hand states from rank to rank"),
     "compare-optimizers": Command("seqtrain.benchmarks.optimizers", "compare optimizers on the same text and time"),
     "compare-recipes": Command("seqtrain.benchmarks.recipes", "compare recipes of conversion on one teacher"),

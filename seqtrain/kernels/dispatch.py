@@ -3,6 +3,7 @@
 import importlib
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
 from types import ModuleType
 from typing import Any
@@ -99,7 +100,9 @@ def function_of(package: str, backend: str, name: str, otherwise: str = "chunked
     return choose
 
 
-def full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> AbstractContextManager:
     """A context in which autocast leaves matrix products alone: recurrences multiply in the dtype of their states."""
     # The meta device, where shapes alone are found, has no autocast of its own.
-    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+    kind = "cpu" if device.type == "meta" else device.type
+    # Entering one takes as long as checking a call.
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

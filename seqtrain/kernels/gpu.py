@@ -237,7 +237,10 @@ class BoundKernel:
 
 def _kinds(arguments: Sequence[Any]) -> tuple[Any, ...]:
     """What distinguishes a launch from others: of tensors dtype and alignment, in tuples of them, too."""
-    return tuple(
-        (x.dtype, x.data_ptr() & 15 == 0) if isinstance(x, Tensor) else _kinds(x) if isinstance(x, tuple) else type(x)
-        for x in arguments
-    )
+    found: list[Any] = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            found += (x.dtype, x.data_ptr() & 15)
+        else:
+            found.append(_kinds(x) if isinstance(x, tuple) else type(x))
+    return tuple(found)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seqtrain.kernels import dispatch, outside
 from seqtrain.kernels.checks import check_documents, check_kind, check_shape, check_state
@@ -52,6 +52,8 @@ Sizes = dict[str, int]
 Inputs = Sequence[Any]
 # Of a tensor: "..." in a shape stands for up to so many, with the letters d0, d1, ...
 MOST_DIMENSIONS = 8
+# Kinds of calls that an operator remembers to be in order.
+MOST_CHECKED = 256
 
 
 class Call(NamedTuple):
@@ -113,6 +115,8 @@ class Operator(Generic[P, R]):
             (f"{self.name}: {x}", x in self.optional, shapes, self.kinds.get(x, "a floating dtype"))
             for x, shapes in letters.items()
         )
+        # What `check` has found in order.
+        self._checked: dict[tuple, Sizes] = {}
         # Numbers of dimensions with which each argument has a time axis.
         self._timed = tuple(tuple(n for n, shape in each.items() if "T" in shape) for each in letters.values())
         # Not a dict, of which torch.compile would see only what was in it when it first looked.
@@ -136,6 +140,9 @@ class Operator(Generic[P, R]):
         `tensors`: in the order of `arguments`; optional ones may be missing at the end. Raises `ValueError` for a wrong
         shape, dtype or device, with the argument's name, what came and what was expected.
         """
+        known = None if torch.compiler.is_compiling() else _kinds(tensors)
+        if known is not None and known in self._checked:
+            return self._checked[known]
         sizes: Sizes = {}
         device = _first(tensors).device
         for (name, optional, shapes, kind), tensor in zip(self._checks, tensors, strict=False):
@@ -147,6 +154,10 @@ class Operator(Generic[P, R]):
             check_kind(name, tensor, kind)
             if tensor.device != device:
                 raise ValueError(f"{name} is on {tensor.device}, expected {device}, where the first one is")
+        if known is not None:
+            if len(self._checked) == MOST_CHECKED:
+                self._checked.clear()
+            self._checked[known] = sizes
         return sizes
 
     def prepare(
@@ -279,6 +290,19 @@ class Operator(Generic[P, R]):
         given = dict(zip(self.arguments, tensors, strict=False)) | {"initial_state": initial_state}
         counted = [given[name] for name in self.declared.state_from]
         return self.declared.state_dtype(*(x.dtype for x in counted if x is not None))
+
+
+def _kinds(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
+    """All that `Operator.check` looks at; None of tensors that may have other than numbers as sizes."""
+    found: list[Any] = []
+    for x in tensors:
+        if x is None:
+            found.append(None)
+        elif type(x) in (Tensor, nn.Parameter):
+            found += (x.shape, x.dtype, x.device)
+        else:
+            return None
+    return tuple(found)
 
 
 def _first(tensors: Sequence[Any]) -> Tensor:
