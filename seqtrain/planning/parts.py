@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from seqtrain.kernels.affine import AffineShape
 from seqtrain.kernels.operator import Operator
-from seqtrain.kernels.segments import AffineScan, PastInputs, Relayed
+from seqtrain.kernels.segments import AffineScan, PastInputs, PastKeys, PastKeysAndSinks, Relayed
 from seqtrain.models import LanguageModel
 from seqtrain.parallel.attention_layout import Heads
 from seqtrain.parallel.both_ways import BothWays
@@ -31,12 +31,15 @@ CHUNKED = 128
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What runs through the model at once: `rows` sequences of `tokens`, products in `dtype`, operators' `backend`."""
+    """What runs through the model at once: `rows` sequences of `tokens`, products in `dtype`, operators' `backend`,
+    and that of softmax attention where it is another.
+    """
 
     tokens: int
     rows: int
     dtype: torch.dtype
     backend: str
+    softmax: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class RecordingContext(SequenceContext):
 
     exchanges: list[Exchange] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
+    softmax: str = ""
 
     def run(self, operator: Any, *tensors: Any, initial_state: Any = None, **options: Any) -> tuple[Tensor, Any]:
         self.exchanges.append(_exchange(operator, tensors, options))
@@ -82,6 +86,14 @@ class RecordingContext(SequenceContext):
             # It has no products of matrices, whose FLOPs the chunk forms are traced for.
             return SequenceContext.run(
                 dataclasses.replace(self, backend="auto"), operator, *tensors, initial_state=initial_state, **options
+            )
+        if self.softmax and isinstance(operator.time, PastKeys | PastKeysAndSinks):
+            return SequenceContext.run(
+                dataclasses.replace(self, backend=self.softmax),
+                operator,
+                *tensors,
+                initial_state=initial_state,
+                **options,
             )
         return super().run(operator, *tensors, initial_state=initial_state, **options)
 
@@ -146,10 +158,20 @@ class PartTracer:
         mixer = _at(batch, trace, self._lengths(kind, batch, self._short(batch)))
         if not any(name.startswith("seqtrain.") for name in mixer.forward.calls):
             return mixer
-        # A kernel of its own does what the chunk form does, unseen; of each row as much.
-        row = dataclasses.replace(batch, backend="chunked", rows=1)
-        chunks = _at(row, trace, self._lengths(kind, row, CHUNKED))
-        executed = {name: batch.rows * getattr(chunks, name) for name in ("executed_forward", "executed_backward")}
+        # A kernel of its own does what the chunk form does, unseen; of each row as much. What recurrences do is in
+        # proportion to the tokens, all else is seen where softmax attention has its PyTorch form.
+        seen = dataclasses.replace(batch, softmax="chunked")
+        whole = _at(seen, trace, self._lengths(kind, seen, self._short(batch)))
+        lengths = _doubled(CHUNKED) if batch.tokens > 2 * CHUNKED else (batch.tokens,)
+        executed = {}
+        for name in ("executed_forward", "executed_backward"):
+            unseen = []
+            for length in lengths:
+                row = dataclasses.replace(seen, tokens=length, rows=1)
+                chunks = trace(dataclasses.replace(row, backend="chunked"))
+                unseen.append(getattr(chunks, name) - getattr(trace(row), name))
+            more = (batch.tokens - lengths[-1]) / CHUNKED * (unseen[-1] - unseen[0])
+            executed[name] = getattr(whole, name) + batch.rows * (unseen[-1] + more)
         return dataclasses.replace(mixer, **executed)
 
     def mlp(self, kind: str, batch: MicroBatch) -> Traced:
@@ -165,7 +187,7 @@ class PartTracer:
         return _trace(self.model.embedding, lambda table, x: table(_indices(x)), 0, batch)
 
     def _mixer(self, kind: Kind, batch: MicroBatch) -> Traced:
-        sequence = RecordingContext(backend=batch.backend)
+        sequence = RecordingContext(backend=batch.backend, softmax=batch.softmax)
         noted: dict[str, Any] = {}
         encoder = self.model.config.kind == "encoder"
 

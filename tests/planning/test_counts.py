@@ -219,6 +219,22 @@ def test_long_sequences_follow_from_short_ones(name, tokens, monkeypatch):
 
 
 @pytest.mark.all
+def test_flops_of_a_kernel_follow_from_short_sequences_beside_any_softmax(monkeypatch):
+    batch = MicroBatch(832, 1, torch.float32, "auto")
+    mixers = {"intra_hybrid": MIXERS.get("intra_hybrid").Config(full=True)}
+    with torch.device("meta"):
+        model = LanguageModel(config_of("intra_hybrid"), mixers, VOCAB)
+    found, exact = [], []
+    # A linear branch, a window of 512 and full attention; the second traces all of it.
+    for into, chunk in ((found, 128), (exact, 1024)):
+        monkeypatch.setattr(parts, "CHUNKED", chunk)
+        tracer = PartTracer(model)
+        traced = tracer.mixer(tracer.kind(0), batch)
+        into += [traced.executed_forward, traced.executed_backward]
+    assert found == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.all
 def test_bfloat16_keeps_less():
     config, mixers = config_of("gla", "attention"), mixers_of("gla", "attention")
     wide, narrow = (count_model(config, mixers, VOCAB, tokens=TOKENS, dtype=d) for d in (torch.float32, torch.bfloat16))
