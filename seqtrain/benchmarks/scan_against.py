@@ -56,12 +56,15 @@ def side_of(tree: Path, counts: list[int], namespace: str, priority: int) -> Ite
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         with subprocess.Popen(command, cwd=tree, env=environment, **pipes) as process:
+            requests, answers = process.stdin, process.stdout
+            assert requests is not None
+            assert answers is not None
 
             def run(request: Request) -> dict[str, Any]:
                 with suppress(BrokenPipeError):
-                    process.stdin.write(json.dumps(request) + "\n")
-                    process.stdin.flush()
-                answer = process.stdout.readline()
+                    requests.write(json.dumps(request) + "\n")
+                    requests.flush()
+                answer = answers.readline()
                 if not answer:
                     raise RuntimeError(f"the ranks with the code in {tree} have ended: see their output above")
                 found: dict[str, Any] = json.loads(answer)
@@ -70,7 +73,7 @@ def side_of(tree: Path, counts: list[int], namespace: str, priority: int) -> Ite
             try:
                 yield run
             finally:
-                process.stdin.close()
+                requests.close()
 
 
 def compare(settings: Any, counts: list[int], limit: Limit) -> tuple[list[Row], dict[str, list[list[Deed]]]]:

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -113,7 +113,8 @@ class Side:
             self._settings[key] = Setting.random(group, *key[1:4], tokens=1, compute=key[4])
         setting, layers = self._settings[key], request["layers"]
         deeds: list[list[Deed]] = [[] for _ in range(group.size())]
-        with recorded() if request["traced"] else nullcontext([]) as own:
+        noted: AbstractContextManager[list[Deed]] = recorded() if request["traced"] else nullcontext([])
+        with noted as own:
             timed = step(setting, layers, CHAINS["auto"]) if layers else scan(setting, "auto")
             seconds = makespan(group, timed, shared_clock=True)
             if request["traced"]:

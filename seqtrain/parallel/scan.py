@@ -289,7 +289,7 @@ def _open(
 
 
 def _start(job: Job, own: AffineMap, first: Tensor | None) -> Tensor:
-    engine_of(job.wire.group.group_name).start(job, own, first)
+    job.engine.start(job, own, first)
     return _ticket(job)
 
 

@@ -33,7 +33,8 @@ EXCHANGE_TAG = 1 << 29
 class Job:
     """One scan: opened (receives posted), started (own map known), finished."""
 
-    def __init__(self, plan: "Schedule", shape: AffineShape, wire: Wire, arrivals: Tensor):
+    def __init__(self, engine: "Engine", plan: "Schedule", shape: AffineShape, wire: Wire, arrivals: Tensor):
+        self.engine = engine
         self.plan = plan
         self.shape = shape
         self.wire = wire
@@ -149,7 +150,7 @@ class Engine:
             messages = plan.receives(shape, wire.place, wire.places)
             arrivals = torch.empty(sum(m.numbers for m in messages), dtype=dtype, device=device)
             wire.post_all(arrivals, messages)
-        return Job(plan, shape, wire, arrivals)
+        return Job(self, plan, shape, wire, arrivals)
 
     def start(self, job: Job, own: AffineMap, first: Tensor | None) -> None:
         """Lets the scan run. `own`: this rank's map; `first`: the state before place 0, which only place 0 reads."""

@@ -35,7 +35,11 @@ class Pipeline(Schedule):
         is_last = wire.place == wire.places - 1
 
         def run(own: AffineMap, first: Tensor | None) -> tuple[Tensor, Tensor]:
-            came = grid.views(first) if entering is None else entering
+            if entering is None:
+                assert first is not None, "the first place has the state before it"
+                came, incoming = grid.views(first), first
+            else:
+                came = entering
             pairs = zip(grid.transitions(own.transition), grid.views(own.update), strict=True)
             for pair, block, out in zip(pairs, came, leaving, strict=True):
                 # Made while the block is on its way.
@@ -44,7 +48,8 @@ class Pipeline(Schedule):
                 piece.apply(block, out=out)
                 if not is_last:
                     wire.send(out, wire.place + 1)
-            incoming = first if entering is None else grid.assemble(arrivals, entering, shape)
+            if entering is not None:
+                incoming = grid.assemble(arrivals, entering, shape)
             final = grid.assemble(outgoing, leaving, shape)
             # A send still reads its buffer, so callers get a state of their own.
             return incoming, final if is_last or not grid.in_order(shape) else final.clone()
