@@ -88,8 +88,6 @@ def form_mesh(
     for formed in groups:
         engine_of(formed.group_name).in_line |= in_line
         dist.all_reduce(torch.zeros(1, device=device), group=formed)
-    if group is not None and device.type == "cpu":
-        engine_of(group.group_name).form()
     if group is not None and len(candidates(algorithm)) > 1:
         costs_of(engine_of(group.group_name), device)
     yield Mesh(
