@@ -102,9 +102,11 @@ def _read(
     model: LanguageModel, prompt: Tensor, sequence: SequenceContext, state: States | None
 ) -> tuple[Tensor, States]:
     """The last token's logits `[B,vocab]` and the state after `prompt: [B,T]`, read in parts from `state`."""
-    for part in prompt.split(PREFILL, 1):
-        logits, state = model(part, state=state, sequence=sequence)
-    return logits, state
+    first, *others = prompt.split(PREFILL, 1)
+    found: tuple[Tensor, States] = model(first, state=state, sequence=sequence)
+    for part in others:
+        found = model(part, state=found[1], sequence=sequence)
+    return found
 
 
 def _read_rows(

@@ -358,7 +358,7 @@ class Engine:
 
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         if self.stage < 3:
-            rounded = [(parameter, parameter.data) for parameter in trained]
+            rounded: list[tuple[Tensor, Tensor]] = [(parameter, parameter.data) for parameter in trained]
             for parameter in trained:
                 parameter.data = safe_get_full_fp32_param(parameter)
             return rounded
