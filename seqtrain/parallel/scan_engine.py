@@ -118,6 +118,9 @@ class Engine:
         if self.size == 1 or self.in_line:
             return None
         if self.streams is None:
+            # Ranks tell each other over gloo where they are.
+            if self.group._get_backend(torch.device("cpu")).name() != "gloo":
+                return None
             self.streams = Streams(self.group)
             name = f"all_scan {self.group.group_name}"
             self._thread = threading.Thread(target=self._progress, args=(self.streams,), name=name, daemon=True)
