@@ -120,7 +120,7 @@ def measure(name: str, decay: str, settings: Settings) -> Row:
         call()
         counts.append(_Launched.count - before)
         times.append(min(_time(call, settings.calls) for _ in range(settings.rounds)))
-    return Row(name, decay, *times, launches=(counts[0], counts[1]))
+    return Row(name, decay, times[0], times[1], (counts[0], counts[1]))
 
 
 def _time(call: Callable[[], Any], calls: int) -> float:

@@ -394,11 +394,10 @@ def main(arguments: list[str]) -> int:
     ]
     print("\npredicted for an H100, never measured: ms, forward + backward")
     print(f"{'':38} {'tokens':>7} {'heads':>5} {'whole':>6} {'pieces of':>9} {'cut, best':>9} {'worst':>6}")
-    for x in predictions:
-        cut = f"{x.chunks_per_piece * CHUNK:9,} {x.cut * 1e3:9.2f} {x.cut_at_worst * 1e3:6.2f}"
-        print(
-            f"  {x.name:36} {x.tokens:7,} {x.heads:5} {x.whole * 1e3:6.2f} {cut if x.chunks_per_piece else '     none'}"
-        )
+    for each in predictions:
+        cut = f"{each.chunks_per_piece * CHUNK:9,} {each.cut * 1e3:9.2f} {each.cut_at_worst * 1e3:6.2f}"
+        sizes_of = f"{each.tokens:7,} {each.heads:5} {each.whole * 1e3:6.2f}"
+        print(f"  {each.name:36} {sizes_of} {cut if each.chunks_per_piece else '     none'}")
     path = Path(settings.output_dir) / "predict_kernels.json"
     rows = [{**asdict(x), "gpu": None, "error": error, "held_out": is_held_out(x)} for x, error in found.items()]
     results = {"model": asdict(model), "errors": rows, "predictions": list(map(asdict, predictions))}

@@ -170,11 +170,12 @@ class _Call:
         """Of the arguments of `_forward`."""
         *tensors, scale, cu_seqlens = arguments
         tensors = [x if x is None else x.contiguous() for x in tensors]
-        q, _, v, beta, log_decay, state = tensors
+        q, k, v, beta, log_decay, state = tensors
         boundaries = None if cu_seqlens is None else boundaries_of(cu_seqlens)
         decay = 0 if log_decay is None else log_decay.dim() - 2
         kinds = q.dtype, state.dtype, decay, beta is not None
-        return cls(*tensors, scale, _plan(q.shape, v.shape[3], *kinds, boundaries, gpu.machine_of(q), q.device))
+        plan = _plan(q.shape, v.shape[3], *kinds, boundaries, gpu.machine_of(q), q.device)
+        return cls(q, k, v, beta, log_decay, state, scale, plan)
 
     @property
     def decay(self) -> int:
