@@ -25,12 +25,12 @@ from seqtrain.parallel.sequence import SequenceContext
 LINEARIZED, STREAMING = "linearized_attention", "streaming_attention"
 
 
-def architecture_of(source: Source) -> Architecture:
-    """The teacher. Raises `ConfigError` for what can't be converted."""
+def architecture_of(source: Source, tokens: int | None = None) -> Architecture:
+    """The teacher, for rows of `tokens`. Raises `ConfigError` for what can't be converted."""
     if not isinstance(source.family, Dense):
         known = ", ".join(name for name, module in FAMILIES.items() if module == "dense")
         raise ConfigError(f"source={source.path}: {source.config.model_type} can't be converted; these can: {known}")
-    return pretrained.architecture_of(source)
+    return pretrained.architecture_of(source, tokens)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     source = open_source(settings.source)
     verify = VerifyConfig(texts=settings.texts, tokens=settings.tokens, sequences=settings.sequences)
     texts = read_texts(verify, source, seed=0)
-    model = architecture_of(source).build()
+    model = architecture_of(source, settings.tokens).build()
     load_weights(model, source, dtype=torch.float32)
     table = LiveTable({"": "18s", **{text.name: "9.3f" for text in texts}, "state KiB": "10.1f"})
     print(table.header)
