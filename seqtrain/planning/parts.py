@@ -161,7 +161,8 @@ class PartTracer:
         # A kernel of its own does what the chunk form does, unseen; of each row as much. What recurrences do is in
         # proportion to the tokens, all else is seen where softmax attention has its PyTorch form.
         seen = dataclasses.replace(batch, softmax="chunked")
-        whole = _at(seen, trace, self._lengths(kind, seen, self._short(batch)))
+        hidden = any(name.startswith("seqtrain.") and "softmax" in name for name in mixer.forward.calls)
+        whole = _at(seen, trace, self._lengths(kind, seen, self._short(batch))) if hidden else mixer
         lengths = _doubled(CHUNKED) if batch.tokens > 2 * CHUNKED else (batch.tokens,)
         executed = {}
         for name in ("executed_forward", "executed_backward"):
