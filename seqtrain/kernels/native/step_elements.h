@@ -390,6 +390,36 @@ static void reduce(const Instruction& in, const Operand* x, const Frame& frame) 
   });
 }
 
+// first, joined with f(0) ... f(n - 1), side by side in many lanes: no result waits for the one before.
+template <class T, class F, class Join>
+static inline T folded(int64_t n, T first, F f, Join join) {
+  constexpr int many = 32;
+  T parts[many];
+  std::fill(parts, parts + many, first);
+  int64_t i = 0;
+  for (; i + many <= n; i += many)
+    for (int j = 0; j < many; ++j) parts[j] = join(parts[j], f(i + j));
+  for (int j = 0; i < n; ++i, ++j) parts[j] = join(parts[j], f(i));
+  for (int width = many / 2; width; width /= 2)
+    for (int j = 0; j < width; ++j) parts[j] = join(parts[j], parts[j + width]);
+  return parts[0];
+}
+
+template <class T, class F>
+static inline T sum_of(int64_t n, F f) {
+  return folded(n, T(0), f, [](T a, T b) { return a + b; });
+}
+
+template <class T>
+static inline T dot_of(const T* a, const T* b, int64_t n) {
+  return sum_of<T>(n, [=](int64_t i) { return a[i] * b[i]; });
+}
+
+template <class T>
+static inline T largest_of(const T* a, int64_t n) {
+  return folded(n, a[0], [=](int64_t i) { return a[i]; }, [](T x, T y) { return x < y ? y : x; });
+}
+
 enum RowWise : int32_t { kSoftmax, kLogSoftmax, kRunningSum, kRunningProduct, kLayerNorm, kGatedNorm };
 
 // Of rows, the last dimension: out, a, and what the operation has besides.
@@ -408,12 +438,11 @@ static void rowwise(const Instruction& in, const Operand* x, const Frame& frame)
     T* out = buffers.data();
     if (in.operation == kSoftmax || in.operation == kLogSoftmax) {
       if constexpr (!IsComplex<T>::value) {
-        T most = a[0], sum(0);
-        for (int i = 1; i < n; ++i) most = std::max(most, a[i]);
+        const T most = largest_of(a, n);
         for (int i = 0; i < n; ++i) out[i] = a[i] - most;
         std::vector<T> exponentials(n);
         apply<T>(op_exp, n, exponentials.data(), out, nullptr, nullptr);
-        for (int i = 0; i < n; ++i) sum += exponentials[i];
+        const T sum = sum_of<T>(n, [&](int64_t i) { return exponentials[i]; });
         const T log = std::log(sum);
         for (int i = 0; i < n; ++i) out[i] = in.operation == kSoftmax ? exponentials[i] / sum : out[i] - log;
       }
@@ -423,10 +452,8 @@ static void rowwise(const Instruction& in, const Operand* x, const Frame& frame)
     } else if constexpr (!IsComplex<T>::value) {
       const T eps = static_cast<T>(in.scalars[0]);
       if (in.operation == kLayerNorm) {
-        T mean(0), variance(0);
-        for (int i = 0; i < n; ++i) mean += a[i];
-        mean /= n;
-        for (int i = 0; i < n; ++i) variance += (a[i] - mean) * (a[i] - mean);
+        const T mean = sum_of<T>(n, [=](int64_t i) { return a[i]; }) / n;
+        const T variance = sum_of<T>(n, [=](int64_t i) { return (a[i] - mean) * (a[i] - mean); });
         const T factor = 1 / std::sqrt(variance / n + eps);
         for (int i = 0; i < n; ++i) {
           out[i] = (a[i] - mean) * factor;
@@ -438,12 +465,8 @@ static void rowwise(const Instruction& in, const Operand* x, const Frame& frame)
         T* gate = buffers.data() + 4 * size_t(n);
         if (inputs[3]) apply<T>(in.ints[0] ? op_silu : op_sigmoid, n, gate, inputs[3], nullptr, nullptr);
         const bool first = inputs[3] && in.ints[1], after = inputs[3] && !in.ints[1];
-        T squares(0);
-        for (int i = 0; i < n; ++i) {
-          out[i] = first ? a[i] * gate[i] : a[i];
-          squares += out[i] * out[i];
-        }
-        const T factor = 1 / std::sqrt(squares / n + eps);
+        for (int i = 0; i < n; ++i) out[i] = first ? a[i] * gate[i] : a[i];
+        const T factor = 1 / std::sqrt(dot_of(out, out, n) / n + eps);
         for (int i = 0; i < n; ++i) out[i] *= factor * (inputs[2] ? inputs[2][i] : T(1)) * (after ? gate[i] : T(1));
       }
     }

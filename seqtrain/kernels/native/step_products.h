@@ -29,20 +29,6 @@ static void in_parallel(int64_t threads, int64_t tasks, Work work) {
   }
 }
 
-template <class T>
-static T dot_of(const T* a, const T* b, int64_t n) {
-  constexpr int many = 32;
-  T sums[many] = {};
-  int64_t i = 0;
-  for (; i + many <= n; i += many)
-    for (int j = 0; j < many; ++j) sums[j] += a[i + j] * b[i + j];
-  T sum(0);
-  for (; i < n; ++i) sum += a[i] * b[i];
-  for (int width = many / 2; width; width /= 2)
-    for (int j = 0; j < width; ++j) sums[j] += sums[j + width];
-  return sum + sums[0];
-}
-
 // Narrow integers as floats, and bfloat16: by the instructions for it, which GCC does not find by itself.
 #if defined(__AVX512F__)
 static inline IntVec widened(const int8_t* p) {

@@ -214,15 +214,14 @@ static void attention_step(const Instruction& in, const Operand* x, const Frame&
     for (int64_t h = 0; h < heads_of_task; ++h) {
       T* line = scores.data() + h * (rows + 1);
       for (int64_t s = first; s <= rows && cap > 0; ++s) line[s] = cap * std::tanh(line[s] / cap);
-      const T most = *std::max_element(line + first, line + rows + 1);
+      const T most = largest_of(line + first, rows + 1 - first);
       for (int64_t s = first; s <= rows; ++s) line[s] -= most;
       for (int64_t s = first; s <= rows; s += kStrip) {
         const int n = static_cast<int>(std::min<int64_t>(kStrip, rows + 1 - s));
         apply<T>(op_exp, n, line + s, line + s, nullptr, nullptr);
       }
-      T sum(0);
-      for (int64_t s = first; s <= rows; ++s) sum += line[s];
-      for (int64_t s = first; s <= rows; ++s) line[s] /= sum;
+      const T factor = 1 / sum_of<T>(rows + 1 - first, [=](int64_t s) { return line[first + s]; });
+      for (int64_t s = first; s <= rows; ++s) line[s] *= factor;
     }
     for (int64_t s = first; s <= rows; s += many)
       for (int64_t h = 0; h < heads_of_task; ++h) {
