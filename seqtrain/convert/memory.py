@@ -16,11 +16,10 @@ from seqtrain.runtime.zero import stage_3_sizes
 FLOAT = 4
 
 
-def stage_bytes(task: Transfer | Distillation, config: PretrainConfig) -> dict[str, float]:
-    """Bytes of one rank at the peak of a step, by kind, in the layout that `config.parallel` says.
+def held_bytes(task: Transfer | Distillation, config: PretrainConfig) -> dict[str, float]:
+    """Bytes of one rank between steps, by kind, in the layout that `config.parallel` says.
 
-    `student`, `teacher`: weights at rest. `gathered`: whole ones and gradients under way, under ZeRO 3. `activations`:
-    all else that a step makes, gradients leaving as they come where ZeRO divides them.
+    `student`, `teacher`: weights. `gathered`: whole ones and gradients under way, under ZeRO 3.
     """
     model, *_ = task.model(config)
     parallel, frozen, trained = config.parallel, {"student": 0.0, "teacher": 0.0}, 0.0
@@ -35,11 +34,12 @@ def stage_bytes(task: Transfer | Distillation, config: PretrainConfig) -> dict[s
     if stage == 3:
         sizes = stage_3_sizes(model, shards, one_group=False)
         found["gathered"] = float(FLOAT * (sizes["stage3_max_live_parameters"] + sizes["reduce_bucket_size"]))
-    return found | {"activations": float(_made(model, config))}
+    return found
 
 
-def _made(model: Any, config: PretrainConfig) -> float:
+def made_bytes(task: Transfer | Distillation, config: PretrainConfig) -> float:
     """Most bytes that a pass forward and backward makes at one time, each weight's gradient gone when it is whole."""
+    model: Any = task.model(config)[0]
     tokens = torch.zeros(1, micro_batch(config) * config.train.sequence_length // config.parallel.sequence).long()
     tracer = Tracer()
     # Weights that ZeRO 3 gathers are rounded for one product, and not kept so.
@@ -52,4 +52,4 @@ def _made(model: Any, config: PretrainConfig) -> float:
         with autocast:
             loss = filled(tokens, tokens)
         loss.backward()
-    return both.peak
+    return float(both.peak)

@@ -177,7 +177,10 @@ class Distillation:
         if stage.layers:
             chosen = tuple(f"blocks.{index}." for index in stage.layers)
             rates = {name: rate for name, rate in rates.items() if name.startswith(chosen)}
-        student = _trained_copy(self.pair, rates, divided=divided)
+        # As it is computed in this stage.
+        network = replace(self.pair.student.model, activation_checkpointing=stage.activation_checkpointing)
+        pair = replace(self.pair, student=replace(self.pair.student, model=network))
+        student = _trained_copy(pair, rates, divided=divided)
         if lora:
             add_adapters(
                 student, recipe_targets(student, stage.lora_targets), rank=stage.lora_rank, alpha=stage.lora_alpha

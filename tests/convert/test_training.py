@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
+from seqtrain import load
 from seqtrain.config import compose_config, conf_dir
 from seqtrain.convert import convert, read_convert_config
 from seqtrain.convert.architecture import architecture_of, student_of
+from seqtrain.convert.calibrate import calibrate
 from seqtrain.convert.sources import open_source
 from seqtrain.convert.stages import START, ConversionManifest, Training
-from seqtrain.convert.tasks import Distillation, Pair, Transfer
+from seqtrain.convert.tasks import Distillation, Pair, Transfer, training_data
 from seqtrain.convert.weights import load_teacher, student_on
 from seqtrain.data import prepare
 from seqtrain.errors import ConfigError
@@ -36,9 +38,11 @@ from tests.runtime.runtime_cases import losses, on_ranks
 
 RECIPES = sorted(path.stem for path in (conf_dir() / "recipe").glob("[!_]*.yaml"))
 MATRICES = ("mixer.qkv", "mixer.out", "mlp.up", "mlp.out")
-# Whose losses fall in CI, too; those of the others in the tier full alone, where they do in so few steps.
+# Whose losses fall in CI, too; those of the others in the tier full alone.
 IN_CI = ("lolcats", "liger")
 SLOW = ("halo", "priming", "quantvla", "radlads", "recall", "taylor_calibrate", "zeroth_order")
+# The least rate of a stage there: published ones of 1e-5 move nothing in so few steps of so small a model.
+LEAST_RATE = 3e-4
 SMALL = {"sequence_length": 32, "batch_size": 2, "micro_batch_size": 2, "warmup_fraction": 0.0}
 
 
@@ -67,6 +71,17 @@ def settings(source, place, recipe, *overrides, steps=4, **small):
         name: dataclasses.replace(stage, **(SMALL | {"steps": steps} | small), sequence_ranks=1)
         for name, stage in config.recipe.stages.items()
     }
+    return dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, stages=stages))
+
+
+def with_rates(config, change):
+    """`config` with `change(rate)` in place of each of its stages' rates that is one."""
+
+    def changed(stage):
+        rates = {name: change(vars(stage)[name]) for name in ("lr", "lr_new") if vars(stage)[name]}
+        return dataclasses.replace(stage, **rates)
+
+    stages = {name: changed(stage) for name, stage in config.recipe.stages.items()}
     return dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, stages=stages))
 
 
@@ -122,6 +137,18 @@ def trained(session):
     return checkpoint.find(session.folder.checkpoints).state_dict()
 
 
+def corrections_left(config):
+    """What `calibrate` would still fold into the output of a converted model, on what its only stage has seen."""
+    again = begun(dataclasses.replace(config, output_dir=f"{config.output_dir}-again"))
+    [(name, stage)] = config.recipe.stages.items()
+    told = again._settings(stage, name)
+    batch = training_data(told, prepare(told.data, progress=False).folder).at(0)
+    tokens = batch.tokens.view(stage.batch_size, stage.sequence_length)
+    student = load(f"{config.output_dir}/model").model.eval()
+    found = calibrate(again.pair.load_teacher(), student, tokens, ("output",), again.pair.converted)
+    return [value for layer in found.values() for value in layer["output"]]
+
+
 @pytest.mark.parametrize(
     "recipe",
     # transfer_then_kl is README's, in tests/docs.
@@ -134,18 +161,28 @@ def trained(session):
 def test_a_recipe_runs_from_beginning_to_end(source, tmp_path, recipe):
     chosen = ["target=liger_gla"] if recipe == "liger" else ["target=gla", "keep=[1]"]
     config = settings(source, tmp_path, recipe, *chosen, steps=12)
-    [report] = convert_alone(config)
+    if recipe in SLOW:
+        config = with_rates(config, lambda rate: max(rate, LEAST_RATE))
+    # Some batches are easier than others: the same ones, and nothing learned.
+    idle = with_rates(dataclasses.replace(config, output_dir=str(tmp_path / "idle")), lambda rate: 1e-12)
+    report, *others = convert_alone(config, *((idle,) if recipe in SLOW else ()))
     assert [check["name"] for check in report["checks"] if not check["passed"]] == []
     assert [run["run"].split("-", 1)[1] for run in report["training"]] == list(config.recipe.stages)
     assert (report["start"] != report["end"]) == bool(config.recipe.stages)
-    for run in report["training"]:
+    for number, run in enumerate(report["training"]):
         if "factors" in run:
             assert run["tokens"] == 2 * 32
             continue
         assert run["tokens"] == 12 * 2 * 32
-        # Rates of 1e-5 move nothing in so few steps, and two forward passes hardly more.
-        if recipe not in SLOW:
-            assert run["loss"]["last quarter"] < run["loss"]["first quarter"], run
+        without = others[0]["training"][number]["loss"]["last quarter"] if others else run["loss"]["first quarter"]
+        # RADLADS's first stage is 0.1% to 6% worse on later batches after twelve steps at 3e-5 to 1e-3: not yet explained.
+        if run["run"] != "1-align" or recipe != "radlads":
+            assert run["loss"]["last quarter"] < without, run
+    if recipe == "quantvla":
+        # Once more, nothing is left to correct.
+        found = report["training"][0]["factors"]["output"]
+        assert min(abs(found["least"] - 1), abs(found["largest"] - 1)) > 0.01
+        assert corrections_left(config) == pytest.approx([1.0, 1.0], abs=1e-3)
     assert list((tmp_path / "training").glob("*.safetensors")) == []
     if recipe == "liger":
         # No new weights, and what the adapters learned is in the old ones.
