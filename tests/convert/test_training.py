@@ -175,7 +175,7 @@ def test_a_recipe_runs_from_beginning_to_end(source, tmp_path, recipe):
             continue
         assert run["tokens"] == 12 * 2 * 32
         without = others[0]["training"][number]["loss"]["last quarter"] if others else run["loss"]["first quarter"]
-        # RADLADS's first stage is 0.1% to 6% worse on later batches after twelve steps at 3e-5 to 1e-3: not yet explained.
+        # RADLADS's first stage is 0.1% to 6% worse after twelve steps at 3e-5 to 1e-3: not yet explained.
         if run["run"] != "1-align" or recipe != "radlads":
             assert run["loss"]["last quarter"] < without, run
     if recipe == "quantvla":
