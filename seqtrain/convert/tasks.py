@@ -6,6 +6,7 @@ holds it.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -261,11 +262,14 @@ class DistilledModel(nn.Module):
 class DistillationLoss(nn.Module):
     """The loss of last hidden states. It holds the matrices of both heads, so that ZeRO 3 gathers them for it."""
 
+    teacher_weight: Tensor | None
+
     def __init__(self, student: LanguageModel, teacher: LanguageModel | None, stage: StageConfig):
         super().__init__()
         self.stage, self.chunk = stage, student.config.loss_chunk
         self.weight = student.head.weight
-        self.register_parameter("teacher_weight", teacher.head.weight if teacher is not None and stage.kl else None)
+        taught: Any = teacher.head.weight if teacher is not None and stage.kl else None
+        self.register_parameter("teacher_weight", taught)
 
     def forward(self, hidden: Tensor, expected: Tensor | None, labels: Tensor) -> Tensor:
         """`hidden`, `expected`: the student's and its teacher's, `[B,T,D]`; `labels`: int64 `[B,T]`."""
@@ -303,7 +307,10 @@ class ZerothOrderModel(DistilledModel):
         taught = None if self.teacher is None else Streamed(self.teacher)
         for part in parts:
             expected = None if taught is None else taught.hidden(part)
-            yield lambda side, part=part, expected=expected: self.loss(sides[side].hidden(part), expected, part.labels)
+            yield partial(self._side, sides, part, expected)
+
+    def _side(self, sides: Sequence[Streamed], part: Segment, expected: Tensor | None, side: int) -> Tensor:
+        return self.loss(sides[side].hidden(part), expected, part.labels)
 
 
 def _fingerprint(stage: StageConfig, pair: Pair) -> dict[str, Any]:

@@ -199,8 +199,9 @@ class Engine:
             share_weights(engine.optimizer)
         if self._masters:
             self._restore_masters()
-            if self.stage == 3:
-                engine.optimizer.get_param_comm_dtype = lambda _: torch.float32
+            # Gradients are summed over ranks in float32, where they wait for that, too.
+            engine.optimizer.get_param_comm_dtype = lambda _: torch.float32
+            engine.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
         return engine
 
     def _bear(self, weights: Fill | None, settings: dict[str, Any], shards: Shards | None) -> None:
@@ -506,11 +507,12 @@ def _matrices_alone_cast() -> Iterator[None]:
     for all. ZeRO 3 puts the pieces of weights side by side by their dtype, where DeepSpeed knows one.
     """
     from deepspeed.runtime.engine import DeepSpeedEngine
-    from deepspeed.runtime.zero import stage3
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
     from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 
     cast, choose = DeepSpeedEngine._cast_module_mixed_precision, DeepSpeedEngine._do_optimizer_sanity_check
     defragment, dtypes = stage3.defragment, stage3.get_all_comm_dtypes
+    stages = stage3, stage_1_and_2
 
     def cast_matrices(engine: Any, dtype: torch.dtype, *_: Any) -> None:
         for parameter in engine.module.parameters():
@@ -520,13 +522,15 @@ def _matrices_alone_cast() -> Iterator[None]:
     DeepSpeedEngine._cast_module_mixed_precision = cast_matrices
     DeepSpeedEngine._do_optimizer_sanity_check = lambda *_: ZERO_OPTIMIZATION
     stage3.defragment = lambda tensors: _SideBySide(tensors, defragment)
-    # Gradients are summed over ranks in float32.
-    stage3.get_all_comm_dtypes = lambda _: {torch.float32}
+    for stage in stages:
+        stage.get_all_comm_dtypes = lambda _: {torch.float32}
     try:
         yield
     finally:
         DeepSpeedEngine._cast_module_mixed_precision, DeepSpeedEngine._do_optimizer_sanity_check = cast, choose
-        stage3.defragment, stage3.get_all_comm_dtypes = defragment, dtypes
+        stage3.defragment = defragment
+        for stage in stages:
+            stage.get_all_comm_dtypes = dtypes
 
 
 class _SideBySide:

@@ -1,5 +1,7 @@
 """`train.weights=bfloat16`: matrices of the model, with float32 masters in the optimizer and in checkpoints."""
 
+from functools import wraps
+
 import pytest
 import torch
 
@@ -21,14 +23,36 @@ from tests.runtime.runtime_cases import (
 BFLOAT16 = {"weights": "bfloat16", "dtype": "bfloat16"}
 
 
+# Of deepspeed.comm.
+SUMS = ("all_reduce", "reduce", "reduce_scatter_fn")
+
+
 class Formats(Callback):
-    """Asserts them when training begins."""
+    """Asserts them: of weights when training begins, and of what is summed over ranks after that."""
 
     def begin(self, state):
+        from deepspeed import comm
+
         # In ZeRO 3 pieces are flat.
         weights = [(p, vars(p).get("ds_shape", p.shape)) for p in state.engine.module.parameters()]
         formats = {(len(shape) >= 2, vars(p).get("ds_tensor", p).dtype) for p, shape in weights}
         assert formats == {(True, torch.bfloat16), (False, torch.float32)}
+        self.patch, self.summed = pytest.MonkeyPatch(), set()
+        for name in SUMS:
+            self.patch.setattr(comm, name, self._noting(getattr(comm, name)))
+
+    def _noting(self, function):
+        @wraps(function)
+        def noting(tensor, *rest, **options):
+            if tensor.numel() > 64:
+                self.summed.add(tensor.dtype)
+            return function(tensor, *rest, **options)
+
+        return noting
+
+    def end(self):
+        self.patch.undo()
+        assert self.summed == {torch.float32}
 
 
 @pytest.fixture
