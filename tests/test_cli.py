@@ -141,7 +141,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, line, m
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ("seqtrain pre", "pretrain"),
+        ("seqtrain pret", "pretrain"),
         (
             "seqtrain pretrain model=hybrid",
             "model=hybrid_125m model=hybrid_1b model=hybrid_350m model=hybrid_7b model=hybrid_tiny",

@@ -141,7 +141,9 @@ def test_a_converted_model_is_chatted_with(converted, capsys):
     original = generate.continue_ids
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            generate, "continue_ids", lambda model, ids, *rest: (given.append(ids), original(model, ids, *rest))[1]
+            generate,
+            "continue_ids",
+            lambda model, ids, *rest, **options: (given.append(ids), original(model, ids, *rest, **options))[1],
         )
         for chat in ("auto", "never"):
             words = [f"run={place}", "prompt=hi", "tokens=5", "temperature=0", f"chat={chat}"]

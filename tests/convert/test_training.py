@@ -160,6 +160,9 @@ def corrections_left(config):
 )
 def test_a_recipe_runs_from_beginning_to_end(source, tmp_path, recipe):
     chosen = ["target=liger_gla"] if recipe == "liger" else ["target=gla", "keep=[1]"]
+    if recipe == "radlads":
+        # As published: beside a window that sees the whole row, a layer has nearly nothing to learn.
+        chosen.append("layer.window=0")
     config = settings(source, tmp_path, recipe, *chosen, steps=12)
     if recipe in SLOW:
         config = with_rates(config, lambda rate: max(rate, LEAST_RATE))
@@ -175,9 +178,7 @@ def test_a_recipe_runs_from_beginning_to_end(source, tmp_path, recipe):
             continue
         assert run["tokens"] == 12 * 2 * 32
         without = others[0]["training"][number]["loss"]["last quarter"] if others else run["loss"]["first quarter"]
-        # RADLADS's first stage is 0.1% to 6% worse after twelve steps at 3e-5 to 1e-3: not yet explained.
-        if run["run"] != "1-align" or recipe != "radlads":
-            assert run["loss"]["last quarter"] < without, run
+        assert run["loss"]["last quarter"] < without, run
     if recipe == "quantvla":
         # Once more, nothing is left to correct.
         found = report["training"][0]["factors"]["output"]
