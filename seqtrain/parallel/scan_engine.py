@@ -30,6 +30,11 @@ SCANS_IN_FLIGHT = 4
 EXCHANGE_TAG = 1 << 29
 
 
+def _again(failure: Exception, text: str) -> RuntimeError:
+    """An error of the same kind: that a peer is lost stays known."""
+    return dist.DistNetworkError(text) if isinstance(failure, dist.DistError) else RuntimeError(text)
+
+
 class Job:
     """One scan: opened (receives posted), started (own map known), finished."""
 
@@ -73,9 +78,10 @@ class Job:
         with observed("scan"):
             self.done.wait()
         if self.failure is not None:
-            raise RuntimeError(
+            raise _again(
+                self.failure,
                 f"all_scan failed at place {self.wire.place} of {self.wire.places} ({self.plan.name}, {self.shape}): "
-                f"a rank has left, or ranks disagree about the scan: {self.failure}"
+                f"a rank has left, or ranks disagree about the scan: {self.failure}",
             ) from self.failure
         assert self.states is not None, "a finished scan has its states"
         if self.stream is not None:
@@ -226,9 +232,10 @@ class Engine:
             yield
         except RuntimeError as failure:
             self._failure = failure
-            raise RuntimeError(
+            raise _again(
+                failure,
                 f"messages failed on rank {self.rank} of {self.size} ({agreed[:100]}): a rank has left, or ranks "
-                f"disagree about what is sent: {failure}"
+                f"disagree about what is sent: {failure}",
             ) from failure
 
     def stop(self) -> None:
@@ -240,7 +247,8 @@ class Engine:
 
     def _check_alive(self) -> None:
         if self._failure is not None:
-            raise RuntimeError(f"this process group is dead since an earlier scan or message failed: {self._failure}")
+            text = f"this process group is dead since an earlier scan or message failed: {self._failure}"
+            raise _again(self._failure, text)
 
     def _progress(self, streams: Streams) -> None:
         while True:

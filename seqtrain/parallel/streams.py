@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,8 +26,15 @@ from torch import Tensor
 TOKEN_BYTES = 16
 HELLO, HEADER = struct.Struct(f"<{TOKEN_BYTES}sI"), struct.Struct("<II")
 LISTENING = 128
+# What is wrong with a rank that is there.
+DISAGREES = "runs another scan"
 # A rank's host, port and token.
 Address = tuple[str, int, bytes]
+
+
+def failure(rank: int, why: str) -> RuntimeError:
+    """A rank that is gone or silent is an error of the network; one that disagrees, of the program."""
+    return (RuntimeError if why == DISAGREES else dist.DistNetworkError)(f"rank {rank} {why}")
 
 
 class Arrival:
@@ -123,7 +129,7 @@ class Streams:
         deadline = deadline or now + self.timeout
         if peer.lost or now > deadline:
             why = peer.lost or f"{complaint} for {self.timeout:g} s"
-            raise RuntimeError(f"rank {peer.rank} {why}")
+            raise failure(peer.rank, why)
         self.step(deadline - now)
         return deadline
 
@@ -259,7 +265,7 @@ class _Incoming:
             return
         self.stopped, self._header = False, b""
         if arrival.signature != signature:
-            self._lose("runs another scan")
+            self._lose(DISAGREES)
             return
         arrival.view = _bytes(arrival.memory.data_ptr() + arrival.start, arrival.size)
         self._current = arrival
@@ -301,7 +307,7 @@ class _Outgoing:
 
     def send(self, number: int, signature: int, view: memoryview) -> Leaving | None:
         if self.lost:
-            raise RuntimeError(f"rank {self.rank} {self.lost}")
+            raise failure(self.rank, self.lost)
         header = b"" if number == self._named else HEADER.pack(signature, number)
         self._named = number
         taken = 0
@@ -312,7 +318,7 @@ class _Outgoing:
                 pass
             except OSError as error:
                 self._lose(f"has left: {error}")
-                raise RuntimeError(f"rank {self.rank} {self.lost}") from error
+                raise failure(self.rank, self.lost) from error
             if taken == len(header) + len(view):
                 return None
         if taken < len(header):
@@ -357,9 +363,15 @@ def _bytes(address: int, size: int) -> memoryview:
 def _listen() -> tuple[socket.socket, str]:
     """A socket that listens in the network that gloo uses, and this rank's address there."""
     name = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
-    known = psutil.net_if_addrs().get(name, []) if name else []
-    hosts = [each.address for each in known if each.family in (socket.AF_INET, socket.AF_INET6)]
-    if not name:
+    if name:
+        # An extra, which is needed where networks are told apart.
+        import psutil
+
+        known = psutil.net_if_addrs()
+        hosts = [each.address for each in known.get(name, []) if each.family in (socket.AF_INET, socket.AF_INET6)]
+        reason = f"GLOO_SOCKET_IFNAME={name}, of {', '.join(sorted(known))}"
+    else:
+        hosts, reason = [], "this machine's name, and 127.0.0.1"
         with suppress(OSError):
             hosts = [each[4][0] for each in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)]
         hosts.append("127.0.0.1")
@@ -367,4 +379,4 @@ def _listen() -> tuple[socket.socket, str]:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with suppress(OSError):
             return socket.create_server((host, 0), family=family, backlog=LISTENING), host
-    raise RuntimeError(f"no address to listen on: GLOO_SOCKET_IFNAME={name!r}, of {sorted(psutil.net_if_addrs())}")
+    raise RuntimeError(f"no address to listen on: {reason}")

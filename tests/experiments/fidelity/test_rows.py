@@ -19,7 +19,7 @@ FIGURES = {"recall": 8, "parity": 3, "match3": 12, "query_gradient": 2, "entropy
 FIGURES |= {"nalaformer": 3, "dydila": 2, "tcnca": 2, "liger": 6, "heads": 10, "bounded_entries": 8, "groups": 2}
 FIGURES |= {
     "centrality": 1,
-    "rounding": 7,
+    "rounding": 13,
     "steps": 4,
     "all_scan": 3,
     "inverse_permutation": 2,
