@@ -123,7 +123,7 @@ class Streams:
         while arrival.came < end:
             deadline = self.step_until(deadline, arrival.source, "sends nothing")
 
-    def step_until(self, deadline: float, peer: "_Incoming | _Outgoing", complaint: str) -> float:
+    def step_until(self, deadline: float, peer: "_End", complaint: str) -> float:
         """A step on the way to what `peer` has to do; `deadline`: what the step before returned, 0 for the first."""
         now = time.monotonic()
         deadline = deadline or now + self.timeout
@@ -150,7 +150,7 @@ class Streams:
             self._poll.unregister(connection)
 
     def close(self) -> None:
-        ends: list[_Incoming | _Outgoing] = [*self._sources, *self._targets]
+        ends: list[_End] = [*self._sources, *self._targets]
         for each in (self._listener, *(end.connection for end in ends)):
             if each is not None:
                 each.close()
@@ -201,13 +201,25 @@ class _Guest:
             self.connection.close()
 
 
-class _Incoming:
-    """What comes from one rank: of each scan a header, then all its bytes."""
+class _End:
+    """This rank's end of a stream from or to another; `lost`: why there is none any more."""
 
     def __init__(self, streams: Streams, rank: int):
         self.streams, self.rank = streams, rank
         self.connection: socket.socket | None = None
         self.lost = ""
+
+    def lose(self, why: str) -> None:
+        self.lost = why
+        if self.connection is not None:
+            self.streams.ignore(self.connection)
+
+
+class _Incoming(_End):
+    """What comes from one rank: of each scan a header, then all its bytes."""
+
+    def __init__(self, streams: Streams, rank: int):
+        super().__init__(streams, rank)
         self.expected: dict[int, Arrival] = {}
         # A scan comes that is not opened here yet: nothing is read until it is.
         self.stopped = False
@@ -223,7 +235,7 @@ class _Incoming:
                 self.connection = socket.create_connection((host, port), self.streams.timeout, (own, 0))
                 self.connection.sendall(HELLO.pack(token, self.streams.rank))
             except OSError as error:
-                self._lose(f"can't be reached at {host}:{port}: {error}")
+                self.lose(f"can't be reached at {host}:{port}: {error}")
                 return
             self.connection.setblocking(False)
             self.streams.watch(self.connection, self.ready)
@@ -241,13 +253,13 @@ class _Incoming:
         except BlockingIOError:
             pass
         except OSError as error:
-            self._lose(f"has left: {error}")
+            self.lose(f"has left: {error}")
 
     def _read_header(self) -> None:
         assert self.connection is not None
         came = self.connection.recv(HEADER.size - len(self._header))
         if not came:
-            self._lose("has left")
+            self.lose("has left")
             return
         self._header += came
         if len(self._header) == HEADER.size:
@@ -265,7 +277,7 @@ class _Incoming:
             return
         self.stopped, self._header = False, b""
         if arrival.signature != signature:
-            self._lose(DISAGREES)
+            self.lose(DISAGREES)
             return
         arrival.view = _bytes(arrival.memory.data_ptr() + arrival.start, arrival.size)
         self._current = arrival
@@ -276,7 +288,7 @@ class _Incoming:
         assert connection is not None
         came = connection.recv_into(arrival.view[arrival.came :])
         if not came:
-            self._lose("has left")
+            self.lose("has left")
             return
         arrival.came += came
         if arrival.came == arrival.size:
@@ -284,19 +296,12 @@ class _Incoming:
             arrival.view.release()
             del self.expected[arrival.number]
 
-    def _lose(self, why: str) -> None:
-        self.lost = why
-        if self.connection is not None:
-            self.streams.ignore(self.connection)
 
-
-class _Outgoing:
+class _Outgoing(_End):
     """What goes to one rank: at once as far as the network takes it, the rest when it takes more."""
 
     def __init__(self, streams: Streams, rank: int):
-        self.streams, self.rank = streams, rank
-        self.connection: socket.socket | None = None
-        self.lost = ""
+        super().__init__(streams, rank)
         self._named = -1
         self._backlog: deque[Leaving] = deque()
 
@@ -317,7 +322,7 @@ class _Outgoing:
             except BlockingIOError:
                 pass
             except OSError as error:
-                self._lose(f"has left: {error}")
+                self.lose(f"has left: {error}")
                 raise failure(self.rank, self.lost) from error
             if taken == len(header) + len(view):
                 return None
@@ -341,19 +346,14 @@ class _Outgoing:
                 first.left = True
                 self._backlog.popleft()
             if not self.connection.recv(1):
-                self._lose("has left")
+                self.lose("has left")
                 return
         except BlockingIOError:
             pass
         except OSError as error:
-            self._lose(f"has left: {error}")
+            self.lose(f"has left: {error}")
             return
         self.streams.watch(self.connection, self.ready, full=bool(self._backlog))
-
-    def _lose(self, why: str) -> None:
-        self.lost = why
-        if self.connection is not None:
-            self.streams.ignore(self.connection)
 
 
 def _bytes(address: int, size: int) -> memoryview:

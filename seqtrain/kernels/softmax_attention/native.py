@@ -75,19 +75,10 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    places: Tensor | None,
-    window: int,
-    scale: float,
-    cap: float,
-) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """`(out, sums)`; sums `[B,T,H]`: the logarithm of the sum of the exponentials of each query's scores."""
-    out, sums = _shapes(q, k, v)
-    call, _kept = _describe(q, k, v, cu_seqlens, places, window, scale, cap)
+    out, sums = _shapes(q, *arguments)
+    call, _kept = _describe(q, *arguments)
     # Each part packs the keys it sees, which is little beside what it does with them.
     wanted = -(-4 * call.threads // (call.documents * call.groups)) if call.threads > 1 else 1
     call.parts = max(1, min(wanted, q.shape[1] // (4 * _QUERIES)))
