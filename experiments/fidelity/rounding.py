@@ -86,7 +86,7 @@ def _products(bits: int, seed: int) -> tuple[float, float]:
     # Queries that agree with their rows a bit, as keys' do.
     asked = torch.nn.functional.normalize(rows + torch.randn(rows.shape, generator=generator) / 8, dim=-1)
     true, came = (asked * rows).sum(-1), (asked * rounded).sum(-1)
-    error = (torch.nn.functional.normalize(asked, dim=-1) * (rounded - rows)).sum(-1).square().mean() * rows.shape[-1]
+    error = (asked * (rounded - rows)).sum(-1).square().mean() * rows.shape[-1]
     return error.item(), (came.sum() / true.sum()).item()
 
 

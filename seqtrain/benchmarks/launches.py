@@ -141,12 +141,12 @@ def main(arguments: list[str]) -> int:
     torch.autograd.set_multithreading_enabled(False)
     with without_launches():
         rows = [measure(name, x, settings) for name in settings.operators for x in ("none", "per token", "per channel")]
-    print(f"{'':18} {'decay':12} {'forward, us':>12} {'+ backward':>11} {'launches':>9}")
-    for row in rows:
-        launches = " + ".join(map(str, (row.launches[0], row.launches[1] - row.launches[0])))
-        print(f"{row.operator:18} {row.decay:12} {row.forward:12.0f} {row.both:11.0f} {launches:>9}")
+    cells = [
+        (x.operator, x.decay, f"{x.forward:.0f}", f"{x.both:.0f}", f"{x.launches[0]} + {x.launches[1] - x.launches[0]}")
+        for x in rows
+    ]
+    report.show_table(("", "decay", "forward, us", "+ backward", "launches"), cells)
     path = Path(settings.output_dir) / "bench_launches.json"
-    results = {"rows": list(map(asdict, rows))}
-    report.write_json(path, {"machine": report.machine(), "settings": asdict(settings), **results})
+    report.write_results(path, settings, rows=list(map(asdict, rows)))
     print(path)
     return 0

@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median, quantiles
@@ -23,7 +23,7 @@ from seqtrain.report import LiveTable, new_figure, save_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HERE = "here"
+THERE, HERE = "there", "here"
 Run = Callable[[Request], dict[str, Any]]
 Limit = Callable[[Costs, int, int], float]
 Row = dict[str, Any]
@@ -85,7 +85,7 @@ def compare(settings: Any, counts: list[int], limit: Limit) -> tuple[list[Row], 
     print(TABLE.header)
     how = counts, settings.namespace, settings.priority
     with checkout(settings.against) as tree, side_of(tree, *how) as there, side_of(ROOT, *how) as here:
-        sides: dict[str, Run] = {settings.against: there, HERE: here}
+        sides: dict[str, Run] = {THERE: there, HERE: here}
         for count, form, kib in itertools.product(counts, settings.form, settings.state_kib):
             request = {"ranks": count, "form": form, "kib": kib, "width": settings.width, "layers": settings.layers}
             request |= {"compute": settings.compute_ms / 1e3, "traced": False}
@@ -93,7 +93,8 @@ def compare(settings: Any, counts: list[int], limit: Limit) -> tuple[list[Row], 
             whole = 2 * settings.layers * settings.compute_ms / 1e3
             rows.append(_row(request, times, whole or limit(costs, count, round(1024 * kib))))
             _print(rows[-1])
-        return rows, {name: _typical(run, request, rows[-1], name) for name, run in sides.items()}
+        names = {THERE: settings.against, HERE: HERE}
+        return rows, {names[side]: _typical(run, request, rows[-1][side]) for side, run in sides.items()}
 
 
 def in_turn(sides: dict[str, Run], request: Request, rounds: int) -> tuple[dict[str, list[float]], Costs]:
@@ -109,11 +110,10 @@ def in_turn(sides: dict[str, Run], request: Request, rounds: int) -> tuple[dict[
     return {name: taken[WARM_UP:] for name, taken in times.items()}, costs
 
 
-def _typical(run: Run, request: Request, row: Row, name: str) -> list[list[Deed]]:
+def _typical(run: Run, request: Request, times: Mapping[str, float]) -> list[list[Deed]]:
     """What each rank did in the run, of a few that are traced, whose time is nearest to the median."""
     tries = [run({**request, "traced": True}) for _ in range(5)]
-    wanted = row["here" if name == HERE else "there"]["median_ms"]
-    deeds: list[list[Deed]] = min(tries, key=lambda each: abs(1e3 * each["seconds"] - wanted))["deeds"]
+    deeds: list[list[Deed]] = min(tries, key=lambda each: abs(1e3 * each["seconds"] - times["median_ms"]))["deeds"]
     return deeds
 
 
@@ -122,18 +122,18 @@ def _row(request: Request, times: dict[str, list[float]], limit: float) -> Row:
     for name, taken in times.items():
         ms = [1e3 * each for each in taken]
         first, _, third = quantiles(ms, n=4) if len(ms) > 1 else ms * 3
-        found = {"median_ms": median(ms), "minimum_ms": min(ms), "first_quartile_ms": first, "third_quartile_ms": third}
-        row["here" if name == HERE else "there"] = found
+        row[name] = {
+            "median_ms": median(ms), "minimum_ms": min(ms), "first_quartile_ms": first, "third_quartile_ms": third
+        }  # fmt: skip
     return row | {"limit_ms": 1e3 * limit}
 
 
 def _print(row: Row) -> None:
     cells = []
-    for name in ("there", "here"):
-        of = row[name]
+    for of in (row[THERE], row[HERE]):
         spread = f"{of['first_quartile_ms']:.2f}-{of['third_quartile_ms']:.2f}"
         cells += [of["median_ms"], spread, of["minimum_ms"]]
-    here, there = (row[name]["median_ms"] for name in ("here", "there"))
+    here, there = (row[name]["median_ms"] for name in (HERE, THERE))
     numbers = (row["limit_ms"], here / max(row["limit_ms"], 1e-9), there / here)
     print(TABLE.row(row["ranks"], row["form"], row["state_kib"], *cells, *numbers))
 

@@ -6,12 +6,13 @@ All logits of a text never exist at one time.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from seqtrain.convert.architecture import layers_alone
@@ -21,8 +22,11 @@ from seqtrain.mixers.common.liger import Liger
 from seqtrain.mixers.linearized_attention import LinearizedAttention
 from seqtrain.mixers.streaming_attention import StreamingAttention
 from seqtrain.models import LanguageModel, generate
-from seqtrain.models.source import Source
+from seqtrain.models.architecture import Architecture
+from seqtrain.models.pretrained import load_weights
+from seqtrain.models.source import Source, open_source
 from seqtrain.testing import relative_error
+from seqtrain.validation import FilePath
 
 Part = Literal["memory", "window"]
 PARTS: tuple[Part, ...] = ("memory", "window")
@@ -188,6 +192,34 @@ def read_texts(config: VerifyConfig, source: Source, *, seed: int) -> list[Text]
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(source.config.vocab_size, (config.sequences, config.tokens), generator=generator)
     return [Text("random", "random tokens", tokens)]
+
+
+@dataclass(frozen=True)
+class ModelOnTexts:
+    """Settings of a tool that tells the perplexity of a pretrained model."""
+
+    # Folder of a Hugging Face checkpoint (safetensors), or a GGUF file.
+    source: FilePath
+    # Texts by name: a text file, or python-prose or python-code, which come with Python.
+    texts: Mapping[str, FilePath] = field(default_factory=lambda: {"prose": "python-prose", "code": "python-code"})
+    # Tokens of a text in one sequence.
+    tokens: Annotated[int, Field(gt=1)] = 512
+    # Sequences of a text at most.
+    sequences: Annotated[int, Field(gt=0)] = 4
+
+    def open(self, architecture_of: Callable[[Source, int], Architecture]) -> tuple[LanguageModel, list[Text]]:
+        """The model in float32, for rows of `tokens`, and the texts. Raises as what reads them does."""
+        source = open_source(self.source)
+        verify = VerifyConfig(texts=self.texts, tokens=self.tokens, sequences=self.sequences)
+        texts = read_texts(verify, source, seed=0)
+        model = architecture_of(source, self.tokens).build()
+        load_weights(model, source, dtype=torch.float32)
+        return model.eval(), texts
+
+
+def perplexities(model: LanguageModel, texts: Sequence[Text]) -> dict[str, float]:
+    """Of each text, by its name."""
+    return {text.name: perplexity(surprise(model, hidden_states(model, text.tokens), text.tokens)) for text in texts}
 
 
 def _tokenized(name: str, origin: str, config: VerifyConfig, tokenizer: Any) -> Text:

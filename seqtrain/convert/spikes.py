@@ -11,8 +11,8 @@ counts up to 7. Sparsity: empty places of these three. The report (arXiv 2509.05
 and 69.15% for its 7B at k = 3. One table, and results.json.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,32 +22,21 @@ from torch import nn
 
 from seqtrain.config import read_settings
 from seqtrain.convert.architecture import architecture_of
-from seqtrain.convert.measure import Text, hidden_states, perplexity, read_texts, surprise
-from seqtrain.convert.settings import VerifyConfig
+from seqtrain.convert.measure import ModelOnTexts, Text, perplexities
 from seqtrain.models import LanguageModel
-from seqtrain.models.pretrained import load_weights
-from seqtrain.models.source import open_source
 from seqtrain.models.spiking import counting_spikes, round_weights, spike_inputs, spike_statistics
 from seqtrain.report import LiveTable, write_results
 from seqtrain.validation import FilePath
 
 
 @dataclass(frozen=True)
-class Settings:
-    # Folder of a Hugging Face checkpoint (safetensors), or a GGUF file.
-    source: FilePath
+class Settings(ModelOnTexts):
     # Mean spikes a value, k; one row each.
     rates: tuple[Annotated[float, Field(gt=0)], ...] = (2.0, 3.0, 4.0)
     # Bits of the projections' weights, 8 in the report; 0: as they are.
     weight_bits: Annotated[int, Field(ge=0, le=16)] = 8
     # Numbers of a row that share a scale.
     weight_group: Annotated[int, Field(gt=0)] = 128
-    # Texts by name: a text file, or python-prose or python-code, which come with Python.
-    texts: Mapping[str, FilePath] = field(default_factory=lambda: {"prose": "python-prose", "code": "python-code"})
-    # Tokens of a text in one sequence.
-    tokens: Annotated[int, Field(gt=1)] = 512
-    # Sequences of a text at most.
-    sequences: Annotated[int, Field(gt=0)] = 4
     # Folder for the results.
     output_dir: FilePath = "outputs/spikes"
 
@@ -55,16 +44,12 @@ class Settings:
 def main(arguments: Sequence[str]) -> int:
     """Prints the table; gives the exit status."""
     settings = read_settings(Settings, arguments)
-    source = open_source(settings.source)
-    verify = VerifyConfig(texts=settings.texts, tokens=settings.tokens, sequences=settings.sequences)
-    texts = read_texts(verify, source, seed=0)
-    model = architecture_of(source, settings.tokens).build()
-    load_weights(model, source, dtype=torch.float32)
+    model, texts = settings.open(architecture_of)
     columns = {"": "14s", **{text.name: "9.3f" for text in texts}}
     table = LiveTable(columns | {"silent": "8.4f", "spikes": "8.4f", "within 7": "9.4f", "sparsity": "9.4f"})
     print(table.header)
     rows = []
-    for row in measure(model.eval(), texts, settings):
+    for row in measure(model, texts, settings):
         figures = row["spikes"] or {}
         shown = (figures.get(name) for name in ("silent", "spikes", "within", "sparsity"))
         print(table.row(row["name"], *row["perplexity"].values(), *shown), flush=True)
@@ -96,6 +81,6 @@ def measure(model: LanguageModel, texts: Sequence[Text], settings: Settings) -> 
 
 
 def _row(name: str, model: LanguageModel, texts: Sequence[Text]) -> dict[str, Any]:
-    found = {text.name: perplexity(surprise(model, hidden_states(model, text.tokens), text.tokens)) for text in texts}
+    found = perplexities(model, texts)
     spikes = spike_statistics(model)
     return {"name": name, "perplexity": found, "spikes": None if spikes is None else asdict(spikes)}

@@ -9,8 +9,8 @@ many tokens at a time, each time from states that were rounded. State: bytes of 
 table, and results.json.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,30 +19,20 @@ from pydantic import Field
 from torch import Tensor
 
 from seqtrain.config import read_settings
-from seqtrain.convert.measure import Text, hidden_states, perplexity, read_texts, surprise
-from seqtrain.convert.settings import VerifyConfig
+from seqtrain.convert.measure import ModelOnTexts, Text, perplexities, perplexity, surprise
 from seqtrain.models import LanguageModel
-from seqtrain.models.pretrained import architecture_of, load_weights
+from seqtrain.models.pretrained import architecture_of
 from seqtrain.models.rounded_states import GenerationConfig, RoundedStates
-from seqtrain.models.source import open_source
 from seqtrain.report import LiveTable, write_results
 from seqtrain.validation import FilePath
 
 
 @dataclass(frozen=True)
-class Settings:
-    # Folder of a Hugging Face checkpoint (safetensors), one of a conversion among them, or a GGUF file.
-    source: FilePath
+class Settings(ModelOnTexts):
     # Bits of a number; a row each.
     bits: tuple[Literal[2, 3, 4], ...] = (4, 3, 2)
     # Tokens after which states are rounded; a row each.
     round_every: tuple[Annotated[int, Field(gt=0)], ...] = (16,)
-    # Texts by name: a text file, or python-prose or python-code, which come with Python.
-    texts: Mapping[str, FilePath] = field(default_factory=lambda: {"prose": "python-prose", "code": "python-code"})
-    # Tokens of a text in one sequence.
-    tokens: Annotated[int, Field(gt=1)] = 512
-    # Sequences of a text at most.
-    sequences: Annotated[int, Field(gt=0)] = 4
     # Folder for the results.
     output_dir: FilePath = "outputs/state_bits"
 
@@ -50,15 +40,11 @@ class Settings:
 def main(arguments: Sequence[str]) -> int:
     """Prints the table; gives the exit status."""
     settings = read_settings(Settings, arguments)
-    source = open_source(settings.source)
-    verify = VerifyConfig(texts=settings.texts, tokens=settings.tokens, sequences=settings.sequences)
-    texts = read_texts(verify, source, seed=0)
-    model = architecture_of(source, settings.tokens).build()
-    load_weights(model, source, dtype=torch.float32)
+    model, texts = settings.open(architecture_of)
     table = LiveTable({"": "18s", **{text.name: "9.3f" for text in texts}, "state KiB": "10.1f"})
     print(table.header)
     rows = []
-    for row in measure(model.eval(), texts, settings):
+    for row in measure(model, texts, settings):
         print(table.row(row["name"], *row["perplexity"].values(), row["state_bytes"] / 1024), flush=True)
         rows.append(row)
     output = Path(settings.output_dir)
@@ -70,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
 @torch.no_grad()
 def measure(model: LanguageModel, texts: Sequence[Text], settings: Settings) -> Iterator[dict[str, Any]]:
     """The rows of the table, one after the other: states as they are, then in few bits."""
-    whole = {text.name: perplexity(surprise(model, hidden_states(model, text.tokens), text.tokens)) for text in texts}
+    whole = perplexities(model, texts)
     yield {"name": "as they are", "perplexity": whole, "state_bytes": model.state_bytes(settings.tokens)}
     for every in settings.round_every:
         for bits in settings.bits:

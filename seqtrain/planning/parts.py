@@ -82,20 +82,14 @@ class RecordingContext(SequenceContext):
         window = options.get("window")
         if window is not None:
             self.windows.append(window)
-        if isinstance(operator.time, PastInputs) and self.backend == "chunked":
+        backend = self.backend
+        if isinstance(operator.time, PastInputs) and backend == "chunked":
             # It has no products of matrices, whose FLOPs the chunk forms are traced for.
-            return SequenceContext.run(
-                dataclasses.replace(self, backend="auto"), operator, *tensors, initial_state=initial_state, **options
-            )
-        if self.softmax and isinstance(operator.time, PastKeys | PastKeysAndSinks):
-            return SequenceContext.run(
-                dataclasses.replace(self, backend=self.softmax),
-                operator,
-                *tensors,
-                initial_state=initial_state,
-                **options,
-            )
-        return super().run(operator, *tensors, initial_state=initial_state, **options)
+            backend = "auto"
+        elif isinstance(operator.time, PastKeys | PastKeysAndSinks):
+            backend = self.softmax or backend
+        here = dataclasses.replace(self, backend=backend)
+        return SequenceContext.run(here, operator, *tensors, initial_state=initial_state, **options)
 
 
 def _exchange(operator: Operator, tensors: tuple[Any, ...], options: dict[str, Any]) -> Exchange:

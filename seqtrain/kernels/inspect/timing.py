@@ -400,7 +400,7 @@ def main(arguments: list[str]) -> int:
         print(f"  {each.name:36} {sizes_of} {cut if each.chunks_per_piece else '     none'}")
     path = Path(settings.output_dir) / "predict_kernels.json"
     rows = [{**asdict(x), "gpu": None, "error": error, "held_out": is_held_out(x)} for x, error in found.items()]
-    results = {"model": asdict(model), "errors": rows, "predictions": list(map(asdict, predictions))}
-    report.write_json(path, {"machine": report.machine(), "settings": asdict(settings), **results})
+    found_times = list(map(asdict, predictions))
+    report.write_results(path, settings, model=asdict(model), errors=rows, predictions=found_times)
     print(path)
     return 0
